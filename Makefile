@@ -1,0 +1,33 @@
+# make demo: the whole chain on a small zoo.  make test: the test suite.  Both set up .venv first, if there is need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# No network but package indexes is needed; OpenMP threads spin, so several actors get one each.
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: setup demo test unit lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements/cpu.lock requirements/install.sh pyproject.toml
+	@bash requirements/install.sh $(PYTHON) $(VENV)
+
+demo: setup
+	@$(BIN)/simmerge demo runs/demo
+
+test: setup
+	@$(BIN)/python -m pytest tests
+
+unit: setup
+	@$(BIN)/python -m pytest tests/unit
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,41 @@
+"""Signals of all pairs and labels of all merges of a catalogue, from one YAML file.
+
+    python jobs/build_dataset.py study.yaml
+    ray job submit --working-dir . -- python jobs/build_dataset.py /shared/study.yaml
+
+The second form runs on the cluster. Paths in the YAML are relative to it; under `ray job submit` use absolute ones, the
+working directory is temporary. What is already there is not computed again, so an interrupted job is run again as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="YAML file: catalogue, probes, tasks, out, signals, search")
+    study = parser.parse_args().study
+
+    from simmerge_ray.config import StudyConfig, load_yaml
+    from simmerge_ray.errors import InputError
+
+    try:
+        config = load_yaml(study, StudyConfig)
+        from rich.console import Console
+
+        from simmerge_ray.distributed.stages import build_dataset_stages
+        from simmerge_ray.progress import Narrator
+
+        out = build_dataset_stages(config, Narrator(Console()))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"dataset written to {out}: signals/pairs.parquet and labels/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

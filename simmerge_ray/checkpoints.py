@@ -1,0 +1,234 @@
+"""Checkpoints on disk: references, headers, tensors one at a time, identity, and whether they can be merged.
+
+Only safetensors are read. Headers, digests and the compatibility check need no torch and read no weights (the digest
+of a checkpoint reads its bytes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simmerge_ray.errors import CheckpointError, IncompatibleCheckpointsError
+from simmerge_ray.storage import digest_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+# What must be equal for tensors of the same name to mean the same thing.
+_ARCHITECTURE_KEYS = (
+    "model_type", "architectures", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "tie_word_embeddings", "n_embd", "n_layer", "n_head",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A reference to a checkpoint, never its weights. `base_id` names the common ancestor in the same catalogue."""
+
+    id: str
+    path: Path
+    base_id: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where a tensor lies: file, dtype as safetensors names it (`F32`, `BF16`, ...), shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _read_header(ref: CheckpointRef, file: Path) -> dict[str, Any]:
+    try:
+        with open(file, "rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= _MAX_HEADER_BYTES:
+                raise CheckpointError(f"checkpoint {ref.id!r}: {file} is not a safetensors file (bad header length)")
+            header = json.loads(stream.read(length))
+            num_bytes = max(
+                (spec["data_offsets"][1] for key, spec in header.items() if key != "__metadata__"), default=0
+            )
+            size = file.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {ref.id!r}: cannot read {file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"checkpoint {ref.id!r}: {file} has a damaged safetensors header") from None
+    if size != 8 + length + num_bytes:
+        raise CheckpointError(
+            f"checkpoint {ref.id!r}: {file} is truncated: {size} bytes, its header asks for {8 + length + num_bytes}"
+        )
+    return header
+
+
+def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
+    """All tensors of a checkpoint by name, in name order, from the headers alone.
+
+    Raises:
+        CheckpointError: no such directory, no safetensors in it, a shard missing or damaged.
+    """
+    if not ref.path.is_dir():
+        raise CheckpointError(f"checkpoint {ref.id!r}: {ref.path} is not a directory")
+    if (ref.path / _INDEX_FILE).exists():
+        try:
+            weight_map = json.loads((ref.path / _INDEX_FILE).read_text())["weight_map"]
+        except (ValueError, KeyError):
+            raise CheckpointError(f"checkpoint {ref.id!r}: {ref.path / _INDEX_FILE} is damaged") from None
+        files = sorted({ref.path / name for name in weight_map.values()})
+    elif (ref.path / _SINGLE_FILE).exists():
+        weight_map, files = None, [ref.path / _SINGLE_FILE]
+    else:
+        hint = "; convert its .bin files first" if list(ref.path.glob("*.bin")) else ""
+        raise CheckpointError(
+            f"checkpoint {ref.id!r}: {ref.path} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; only safetensors are read"
+            + hint
+        )
+    specs = {
+        name: TensorSpec(file, spec["dtype"], tuple(spec["shape"]))
+        for file in files
+        for name, spec in _read_header(ref, file).items()
+        if name != "__metadata__"
+    }
+    if weight_map is not None and (missing := sorted(set(weight_map) - set(specs))):
+        raise CheckpointError(
+            f"checkpoint {ref.id!r}: tensors named in the index are in no shard: {', '.join(missing[:5])}"
+        )
+    return dict(sorted(specs.items()))
+
+
+def read_config(ref: CheckpointRef) -> dict[str, Any]:
+    """`config.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or not JSON.
+    """
+    try:
+        return json.loads((ref.path / "config.json").read_text())
+    except OSError:
+        raise CheckpointError(f"checkpoint {ref.id!r}: {ref.path} holds no readable config.json") from None
+    except ValueError:
+        raise CheckpointError(f"checkpoint {ref.id!r}: {ref.path / 'config.json'} is not JSON") from None
+
+
+def tokenizer_digest(ref: CheckpointRef) -> str:
+    """Identity of a tokenizer: its vocabulary and merges, not its cosmetics.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (ref.path / "tokenizer.json").exists():
+        content = json.loads((ref.path / "tokenizer.json").read_text())
+        kept = {
+            key: content.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
+        }
+        return digest_bytes(json.dumps(kept, sort_keys=True).encode())
+    parts = [(ref.path / name).read_bytes() for name in _TOKENIZER_FILES if (ref.path / name).exists()]
+    if not parts:
+        raise CheckpointError(f"checkpoint {ref.id!r}: {ref.path} holds no tokenizer files")
+    return digest_bytes(*parts)
+
+
+def checkpoint_digest(ref: CheckpointRef) -> str:
+    """Identity of a checkpoint: names, dtypes, shapes and bytes of its tensors, whatever the sharding.
+
+    A new upload under an old name has another digest. Reads every byte once.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    specs = read_headers(ref)
+    offsets = {file: _data_offsets(ref, file) for file in {spec.file for spec in specs.values()}}
+    for name, spec in specs.items():
+        state.update(f"{name}\0{spec.dtype}\0{spec.shape}\0".encode())
+        begin, end = offsets[spec.file][name]
+        with open(spec.file, "rb") as stream:
+            stream.seek(begin)
+            for start in range(begin, end, 1 << 24):
+                state.update(stream.read(min(1 << 24, end - start)))
+    return state.hexdigest()
+
+
+def _data_offsets(ref: CheckpointRef, file: Path) -> dict[str, tuple[int, int]]:
+    header = _read_header(ref, file)
+    with open(file, "rb") as stream:
+        start = 8 + struct.unpack("<Q", stream.read(8))[0]
+    return {
+        name: (start + spec["data_offsets"][0], start + spec["data_offsets"][1])
+        for name, spec in header.items()
+        if name != "__metadata__"
+    }
+
+
+class TensorReader:
+    """Reads named tensors of one checkpoint; keeps its files open, holds no tensor."""
+
+    def __init__(self, ref: CheckpointRef) -> None:
+        self.specs: Mapping[str, TensorSpec] = read_headers(ref)
+        self._handles: dict[Path, Any] = {}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype."""
+        from safetensors import safe_open
+
+        file = self.specs[name].file
+        if file not in self._handles:
+            self._handles[file] = safe_open(str(file), framework="pt")
+        return self._handles[file].get_tensor(name)
+
+
+def compatibility_problems(refs: Sequence[CheckpointRef]) -> list[str]:
+    """Everything that keeps the checkpoints from being merged, each line with the checkpoint, the value and the rule.
+
+    Reads headers, `config.json` and the tokenizer only. Unreadable checkpoints are problems too.
+    """
+    problems: list[str] = []
+    readable: list[tuple[CheckpointRef, dict[str, TensorSpec], dict[str, Any], str]] = []
+    for ref in refs:
+        try:
+            readable.append((ref, read_headers(ref), read_config(ref), tokenizer_digest(ref)))
+        except CheckpointError as error:
+            problems.append(str(error))
+    if not readable:
+        return problems
+    first, first_specs, first_config, first_tokenizer = readable[0]
+    for ref, specs, config, tokenizer in readable[1:]:
+        for key in _ARCHITECTURE_KEYS:
+            if config.get(key) != first_config.get(key):
+                problems.append(
+                    f"{key}: {ref.id!r} has {config.get(key)!r}, {first.id!r} has {first_config.get(key)!r}"
+                )
+        for title, names in (
+            ("lacks", first_specs.keys() - specs.keys()),
+            ("also has", specs.keys() - first_specs.keys()),
+        ):
+            if names:
+                shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                problems.append(f"tensors: {ref.id!r} {title} {shown}, compared with {first.id!r}")
+        for name in sorted(first_specs.keys() & specs.keys()):
+            if specs[name].shape != first_specs[name].shape:
+                problems.append(
+                    f"shape of {name}: {ref.id!r} has {specs[name].shape}, {first.id!r} has {first_specs[name].shape}"
+                )
+        if tokenizer != first_tokenizer:
+            problems.append(f"tokenizer: {ref.id!r} and {first.id!r} have different vocabularies")
+    return problems
+
+
+def check_compatible(refs: Sequence[CheckpointRef]) -> None:
+    """Refuse checkpoints that cannot be merged.
+
+    Raises:
+        IncompatibleCheckpointsError: with every problem found, one a line.
+    """
+    if problems := compatibility_problems(refs):
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise IncompatibleCheckpointsError("\n  ".join(["these checkpoints cannot be merged:", *shown]))

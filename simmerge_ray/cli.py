@@ -1,0 +1,280 @@
+"""`simmerge ...`: every stage of the chain as a command that reads and writes files.
+
+Commands import what they need when they run, so that `--help` and typos answer at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from simmerge_ray import __version__
+from simmerge_ray.errors import InputError, SimmergeError
+
+app = typer.Typer(
+    name="simmerge",
+    help="Predict which merge of checkpoints will work, from similarity signals, and make it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+CataloguePath = Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")]
+LogOption = Annotated[Path, typer.Option("--log", help="where the output of libraries goes")]
+DEFAULT_LOG = Path("simmerge.log")
+
+
+@contextmanager
+def _narrated(log: Path) -> Iterator[Any]:
+    """A narrator on the terminal; what libraries print goes to the log file."""
+    from simmerge_ray.progress import Narrator, redirected_output
+
+    with redirected_output(log) as console:
+        narrator = Narrator(console)
+        narrator.say(f"[dim]log of libraries: {log}[/dim]")
+        yield narrator
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Argument(help="directory of the run")] = Path("runs/demo"),
+) -> None:
+    """Run the whole chain on a small zoo: train, signals, search, selector, pick, merge, report."""
+    from simmerge_ray.runs import RunLayout
+
+    layout = RunLayout(run)
+    with _narrated(layout.log) as narrator:
+        from simmerge_ray.distributed.demo import closing_lines, run_demo
+
+        run_demo(layout, narrator)
+        for line in closing_lines(layout):
+            narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def zoo(run: Annotated[Path, typer.Argument(help="directory of the run; the zoo goes to RUN/zoo")]) -> None:
+    """Train the demo's fine-tuned checkpoints, with probes and tasks."""
+    from simmerge_ray.runs import RunLayout
+
+    layout = RunLayout(run)
+    with _narrated(layout.log) as narrator:
+        from simmerge_ray.distributed.demo import zoo_stage
+
+        zoo_stage(layout, narrator)
+
+
+@app.command()
+def signals(
+    catalogue: CataloguePath,
+    probes: Annotated[Path, typer.Option(help="directory of <task>.jsonl with a text per line")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write")],
+    workers: Annotated[int, typer.Option(min=1, help="signal actors")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="probes per micro-batch")] = 16,
+    log: LogOption = DEFAULT_LOG,
+) -> None:
+    """Compute the similarity signals of all pairs of a catalogue."""
+    from simmerge_ray.catalogue import load_catalogue
+    from simmerge_ray.config import SignalsConfig, check_config
+    from simmerge_ray.probes import load_probe_sets
+
+    config = check_config(SignalsConfig, {"num_workers": workers, "batch_size": batch_size}, "options")
+    load_catalogue(catalogue)
+    load_probe_sets(probes)
+    with _narrated(log) as narrator:
+        from simmerge_ray.distributed.stages import signals_stage
+
+        signals_stage(catalogue, probes, out, config, narrator)
+
+
+@app.command()
+def search(
+    catalogue: CataloguePath,
+    tasks: Annotated[Path, typer.Option(help="directory of <task>.jsonl with prompt and target per line")],
+    out: Annotated[Path, typer.Option(help="directory of the label store")],
+    arm: Annotated[list[str] | None, typer.Option(help="e.g. linear or 'ties(density=0.2)'; repeatable")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="LEFT,RIGHT: a pair to leave out; repeatable")] = None,
+    pairs: Annotated[str, typer.Option(help="cross-task or all")] = "cross-task",
+    evaluator: Annotated[str, typer.Option(help="vllm or transformers")] = "vllm",
+    concurrency: Annotated[int, typer.Option(min=1, help="engines at the same time")] = 2,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    max_model_len: Annotated[int | None, typer.Option(min=8, help="longest prompt + answer in tokens")] = None,
+    log: LogOption = DEFAULT_LOG,
+) -> None:
+    """Merge and evaluate every pair with every arm; what is already labelled is not evaluated again."""
+    from simmerge_ray.config import SearchConfig, check_config
+    from simmerge_ray.operators.specs import parse_arms
+
+    values: dict[str, Any] = {
+        "pairs": pairs,
+        "exclude": [tuple(pair.split(",")) for pair in exclude or ()],
+        "evaluator": evaluator,
+        "concurrency": concurrency,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+    }
+    config = check_config(SearchConfig, values | ({"arms": arm} if arm else {}), "options")
+    parse_arms(config.arms)
+    from simmerge_ray.catalogue import load_catalogue
+    from simmerge_ray.evaluation import load_tasks
+
+    load_catalogue(catalogue)
+    load_tasks(tasks)
+    with _narrated(log) as narrator:
+        from simmerge_ray.distributed.stages import search_stage
+
+        search_stage(catalogue, tasks, out, config, narrator)
+
+
+@app.command()
+def train(
+    signals: Annotated[Path, typer.Option(help="signal table (Parquet)")],
+    labels: Annotated[Path, typer.Option(help="directory of the label store")],
+    out: Annotated[Path, typer.Option(help="directory of the selector")],
+    crossval: Annotated[Path | None, typer.Option(help="JSON file for results on unseen checkpoints")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    log: LogOption = DEFAULT_LOG,
+) -> None:
+    """Train a selector from signals and labels."""
+    from simmerge_ray.config import TrainConfig, check_config
+
+    config = check_config(TrainConfig, {"seed": seed}, "options")
+    with _narrated(log) as narrator:
+        from simmerge_ray.distributed.stages import train_stage
+
+        train_stage(signals, labels, out, config, narrator, crossval=crossval)
+
+
+@app.command()
+def plan(
+    selector: Annotated[Path, typer.Option(help="directory of the selector")],
+    signals: Annotated[Path, typer.Option(help="signal table (Parquet)")],
+    catalogue: Annotated[Path, typer.Option(help="catalogue YAML, for the paths in the plan")],
+    left: Annotated[str, typer.Option(help="checkpoint id")],
+    right: Annotated[str, typer.Option(help="checkpoint id")],
+    task: Annotated[list[str] | None, typer.Option(help="choose for these tasks; default: both parents' own")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the best plan here, for `simmerge merge`")] = None,
+) -> None:
+    """Rank the arms for a pair, without merging or evaluating anything."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from simmerge_ray.catalogue import load_catalogue
+    from simmerge_ray.operators.specs import parse_arm
+    from simmerge_ray.plans import pair_plan, resolve_plan, write_plan
+    from simmerge_ray.service.recommender import Recommender
+
+    checkpoints = load_catalogue(catalogue)
+    recommender = Recommender.load(selector, signals)
+    ranked = recommender.rank(left, right, task or ())
+    table = Table(title=f"{left} + {right}", title_justify="left")
+    for column in ("arm", "predicted utility", "sd", *ranked[0].by_task):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for row in ranked:
+        name = f"{row.arm} (best fixed)" if row.arm == recommender.best_fixed else row.arm
+        table.add_row(name, f"{row.utility:.3f}", f"{row.sd:.3f}", *(f"{u:.3f}" for u, _ in row.by_task.values()))
+    Console().print(table)
+    if out is not None:
+        resolved = resolve_plan(pair_plan(left, right, parse_arm(ranked[0].arm)), checkpoints)
+        predicted = {name: {"utility": u, "sd": sd} for name, (u, sd) in ranked[0].by_task.items()}
+        write_plan(out, resolved, predicted)
+        typer.echo(f"plan written to {out}; make it with: simmerge merge {out} OUT")
+
+
+@app.command()
+def merge(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan JSON, e.g. from `simmerge plan --out`")],
+    out: Annotated[Path, typer.Argument(help="checkpoint directory to write")],
+) -> None:
+    """Make the merge of a plan: a Hugging Face checkpoint directory."""
+    from rich.console import Console
+
+    from simmerge_ray.checkpoints import check_compatible
+    from simmerge_ray.plans import read_plan
+    from simmerge_ray.progress import Narrator
+
+    resolved, predicted = read_plan(plan_file)
+    check_compatible(resolved.used_refs)
+    narrator = Narrator(Console())
+    with narrator.stage("merge") as stage, narrator.bar("bytes") as report:
+        from simmerge_ray.merging import write_merge
+
+        stage.result = f"{resolved.plan.label} -> {write_merge(resolved, out, predicted, report)}"
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="directory of the run")]) -> None:
+    """Write report.md and its figures from the files of a run."""
+    from simmerge_ray.report import write_report
+    from simmerge_ray.runs import RunLayout
+
+    typer.echo(f"report written to {write_report(RunLayout(run))}")
+
+
+@app.command()
+def serve(
+    run: Annotated[Path, typer.Argument(help="directory of the run")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Serve the selector of a run over HTTP with Ray Serve, until Ctrl-C."""
+    from simmerge_ray.config import ServeConfig, check_config
+    from simmerge_ray.errors import ConfigError
+    from simmerge_ray.runs import RunLayout
+
+    layout = RunLayout(run)
+    values = {"selector": layout.selector, "signals": layout.signals, "host": host, "port": port}
+    config = check_config(ServeConfig, values | {"num_replicas": replicas}, "options")
+    for path in (layout.selector / "selector.json", layout.signals):
+        if not path.exists():
+            raise ConfigError(f"{path} is missing; {run} is no finished run (`simmerge demo {run}` makes one)")
+    with _narrated(layout.log) as narrator:
+        from simmerge_ray.distributed.serve_app import run_service
+
+        run_service(config, narrator)
+
+
+def _stop_on_sigterm() -> None:
+    """SIGTERM ends like Ctrl-C: `finally` blocks run, so nothing is left behind."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def main() -> None:
+    """Entry point: exit code 2 for bad input, 1 for a failure, 130 when interrupted."""
+    _stop_on_sigterm()
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except SimmergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

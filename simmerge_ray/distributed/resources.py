@@ -1,0 +1,77 @@
+"""A Ray cluster for the time of a block, and work spread over actors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+_OBJECT_STORE_BYTES = 400_000_000  # results are small numbers; the default takes a third of the memory
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None) -> Iterator[None]:
+    """Connect to Ray, and leave it as it was found.
+
+    With `RAY_ADDRESS` set (as in `ray job submit`) or Ray already initialised, that cluster is used. Otherwise a
+    cluster of this process is started and stopped at the end, also after an error or Ctrl-C; Ray's processes end with
+    this one even if it is killed.
+    """
+    # Both are read when Ray is imported. Without the first, `uv run` would start every worker through uv; without the
+    # second, Tune catches Ctrl-C and goes on until the running trials have ended.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False, logging_level="warning")
+    else:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def map_over_actors(
+    actors: Sequence[Any], method: str, payloads: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, Any]]:
+    """Call `method` of whichever actor is free with each payload; yields (index of the payload, result) as they end.
+
+    Two calls are in flight per actor, so that it never waits for the driver. An exception of a call is raised here as
+    its own type, not as Ray's.
+    """
+    import ray
+
+    waiting = list(enumerate(payloads))[::-1]
+    in_flight: dict[Any, tuple[int, Any]] = {}
+
+    def submit(actor: Any) -> None:
+        if waiting:
+            index, payload = waiting.pop()
+            in_flight[getattr(actor, method).remote(*payload)] = (index, actor)
+
+    for actor in (*actors, *actors):
+        submit(actor)
+    while in_flight:
+        done, _ = ray.wait(list(in_flight), num_returns=1)
+        index, actor = in_flight.pop(done[0])
+        submit(actor)
+        try:
+            result = ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        yield index, result

@@ -1,0 +1,165 @@
+"""The stages of a run. Each reads files, writes files and a manifest, and does nothing when its manifest is current."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simmerge_ray.catalogue import load_catalogue
+from simmerge_ray.config import SearchConfig, SignalsConfig, StudyConfig, TrainConfig
+from simmerge_ray.errors import InputError, LabelError
+from simmerge_ray.evaluation import load_tasks
+from simmerge_ray.headroom import headroom
+from simmerge_ray.labels import LabelStore, pair_contexts
+from simmerge_ray.operators.specs import parse_arms
+from simmerge_ray.probes import load_probe_sets
+from simmerge_ray.progress import Narrator
+from simmerge_ray.storage import Manifest, digest_file, write_json
+
+UNCHANGED = "unchanged since the last run"
+
+
+def signals_stage(catalogue_path: Path, probes: Path, out: Path, config: SignalsConfig, narrator: Narrator) -> None:
+    """Signals of all pairs of a catalogue into the Parquet file `out`.
+
+    Raises:
+        InputError: whatever cannot be used, before Ray is started.
+    """
+    catalogue = load_catalogue(catalogue_path)
+    probe_sets = load_probe_sets(probes)
+    with narrator.stage("signals") as stage:
+        kept = config.model_dump(exclude={"num_workers"})  # the table has the same bits for any number of workers
+        inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
+        inputs |= {f"own task {key}": value or "" for key, value in catalogue.own_task.items()}
+        inputs |= {f"probes {key}": value.digest for key, value in probe_sets.items()}
+        manifest = Manifest("signals", kept, inputs)
+        if manifest.is_current(out.with_suffix(".json")) and out.exists():
+            stage.result = UNCHANGED
+            return
+        from simmerge_ray.distributed.signal_actors import compute_signals_on_ray
+
+        started = time.monotonic()
+        with narrator.bar("units of work") as report:
+            table = compute_signals_on_ray(catalogue, probe_sets, config, report)
+        table.write(out)
+        results = {"num_rows": len(table.rows), "num_features": len(table.columns)}
+        manifest.write(out.with_suffix(".json"), time.monotonic() - started, results)
+        num = len(catalogue.checkpoints)
+        stage.result = (
+            f"{num * (num - 1)} ordered pairs of {num} checkpoints x {len(probe_sets)} tasks, "
+            f"{len(table.columns)} features each -> {out}"
+        )
+
+
+def search_stage(catalogue_path: Path, tasks_dir: Path, labels: Path, config: SearchConfig, narrator: Narrator) -> None:
+    """Labels that are missing, into the store `labels`, with `search.json` and `headroom.json` beside them.
+
+    Raises:
+        InputError: whatever cannot be used, before Ray is started. EngineError: the evaluator did not start.
+    """
+    arms = parse_arms(config.arms)
+    catalogue = load_catalogue(catalogue_path)
+    tasks = load_tasks(tasks_dir)
+    with narrator.stage("search") as stage:
+        inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
+        inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
+        manifest = Manifest("search", config.model_dump(mode="json", exclude={"concurrency"}), inputs)
+        if manifest.is_current(labels / "search.json"):
+            stage.result = UNCHANGED
+            return
+        from simmerge_ray.distributed.merge_search import run_search
+
+        started = time.monotonic()
+        with narrator.bar("merges evaluated") as report:
+            result = run_search(catalogue, tasks, config, labels, report=report)
+        for name, reason in sorted(result.infeasible.items()):
+            narrator.say(f"           infeasible: {name}: {reason}")
+        write_headroom(labels, [arm.label for arm in arms], labels / "headroom.json")
+        results = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
+        manifest.write(labels / "search.json", time.monotonic() - started, results)
+        stage.result = (
+            f"{result.num_trials_run} trials run, {result.num_labels} labels "
+            f"({len(result.infeasible)} infeasible) by {config.evaluator} -> {labels}"
+        )
+
+
+def write_headroom(labels: Path, arms: Sequence[str], out: Path) -> None:
+    """Headroom report of a label store as JSON; where GapClosed is nowhere defined, the reason instead."""
+    contexts = pair_contexts(LabelStore(labels).read(), arms)
+    content: dict[str, Any]
+    try:
+        content = headroom(contexts).to_json()
+    except InputError as error:
+        content = {"undefined": str(error)}
+    write_json(out, content)
+
+
+def train_stage(
+    signals: Path,
+    labels: Path,
+    out: Path,
+    config: TrainConfig,
+    narrator: Narrator,
+    arms: Sequence[str] | None = None,
+    crossval: Path | None = None,
+) -> None:
+    """Selector artifact `out` from a signal table and a label store; out-of-fold results as JSON `crossval`.
+
+    Raises:
+        InputError: signals and labels that do not fit each other, or too few labels.
+    """
+    from simmerge_ray.signals.table import read_signal_table
+
+    table = read_signal_table(signals)
+    store = LabelStore(labels)
+    read = store.read()
+    if not read:
+        raise LabelError(f"no labels at {labels}; `simmerge search` makes them")
+    with narrator.stage("train") as stage:
+        inputs = {"signals": digest_file(signals), "labels": store.digest()}
+        manifest = Manifest("train", config.model_dump(mode="json") | {"arms": list(arms or ())}, inputs)
+        manifest_path = out / "manifest.json"
+        if manifest.is_current(manifest_path) and (crossval is None or crossval.exists()):
+            stage.result = UNCHANGED
+            return
+        from simmerge_ray.selector.crossval import crossval_report, predict_unseen
+        from simmerge_ray.selector.dataset import build_dataset
+        from simmerge_ray.selector.train import train_selector
+
+        started = time.monotonic()
+        dataset = build_dataset(table, read, arms)
+        selector = train_selector(dataset, config)
+        shown = ""
+        if crossval is not None:
+            with narrator.bar("checkpoints left out") as report:
+                unseen = predict_unseen(dataset, config, report)
+            content = crossval_report(dataset, unseen)
+            write_json(crossval, content)
+            shown = f", unseen checkpoints: {_shown_gain(content)}"
+        selector.write(out)
+        manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
+        stage.result = f"{len(dataset.contexts)} contexts, {len(dataset.arms)} arms{shown} -> {out}"
+
+
+def _shown_gain(crossval: dict[str, Any]) -> str:
+    per_merge = crossval.get("per_merge")
+    if not per_merge:
+        return "GapClosed is not defined"
+    return f"GapClosed {per_merge['selector']:.3f}, best fixed {per_merge['best_fixed']:.3f}"
+
+
+def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> Path:
+    """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`. Returns the output directory.
+
+    Raises:
+        InputError: every input is checked before either stage starts.
+    """
+    parse_arms(config.search.arms)
+    load_tasks(config.tasks)
+    load_probe_sets(config.probes)
+    load_catalogue(config.catalogue)
+    signals_stage(config.catalogue, config.probes, config.out / "signals" / "pairs.parquet", config.signals, narrator)
+    search_stage(config.catalogue, config.tasks, config.out / "labels", config.search, narrator)
+    return config.out

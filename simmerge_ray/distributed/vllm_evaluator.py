@@ -1,0 +1,149 @@
+"""Evaluator on one live vLLM engine in this process, whose weights are swapped merge by merge.
+
+No checkpoint is written and no engine is started again: a worker extension streams the merge, tensor by tensor, into
+the engine's own weight loading. Tested with vLLM 0.32 on CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.checkpoints import CheckpointRef
+from simmerge_ray.errors import CheckpointError, EngineError
+from simmerge_ray.plans import ResolvedPlan
+
+# Read by vLLM when it is imported or when an engine starts.
+_ENGINE_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines on one machine must not all bind to core 0
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+_CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
+
+
+class MergeExtension:
+    """Mixed into vLLM's worker class (`worker_extension_cls`): every rank streams and shards the merge for itself."""
+
+    def simmerge_load(self, resolved: ResolvedPlan) -> int:
+        """Replace the weights by the merge; returns the number of tensors streamed."""
+        count = 0
+
+        def stream() -> Iterator[tuple[str, Any]]:
+            import torch
+
+            from simmerge_ray.merging import merged_tensors
+
+            nonlocal count
+            for name, tensor in merged_tensors(resolved):
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(f"merge {resolved.plan.label!r}: tensor {name} holds NaN or infinity")
+                count += 1
+                yield name, tensor
+
+        self.reload_weights(weights_iterator=stream())  # type: ignore[attr-defined]
+        # On CPU in float32 every matrix is packed into a closure at load time. A tied lm_head owns no tensor, so a
+        # reload leaves its old pack in place and the engine silently answers with the old output layer.
+        head = getattr(self.model_runner.get_model(), "lm_head", None)  # type: ignore[attr-defined]
+        if head is not None and hasattr(head, "cpu_linear"):
+            head.quant_method.process_weights_after_loading(head)
+        return count
+
+
+class VllmEvaluator:
+    """One engine; `load` swaps the weights of a merge in, `generate` answers greedily.
+
+    Args:
+        template: a checkpoint of the catalogue's architecture; its weights are only the first ones held.
+        max_model_len: longest prompt plus answer in tokens; a longer prompt is an error of the engine.
+    """
+
+    name = "vllm"
+
+    def __init__(self, template: CheckpointRef, dtype: str = "float32", max_model_len: int = 256) -> None:
+        for key, value in _ENGINE_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        from vllm import LLM
+
+        self._dtype = dtype
+        self._engine: Any = LLM(
+            model=str(template.path),
+            dtype=dtype,
+            enforce_eager=True,
+            max_model_len=max_model_len,
+            max_num_seqs=512,
+            max_num_batched_tokens=max(8192, max_model_len),
+            enable_prefix_caching=False,  # prompts of a task share little, and a swap would have to drop the cache
+            disable_log_stats=True,
+            worker_extension_cls=f"{MergeExtension.__module__}.{MergeExtension.__qualname__}",
+            trust_remote_code=False,
+            seed=0,
+        )
+        self._tokenizer: Any = self._engine.get_tokenizer()
+
+    def load(self, resolved: ResolvedPlan) -> None:
+        """Swap the weights of a merge in.
+
+        Raises:
+            CheckpointError: the merge is not finite. The engine is then half-loaded: discard it.
+            EngineError: any other failure of the swap; discard the engine too.
+        """
+        try:
+            self._engine.collective_rpc("simmerge_load", args=(resolved,))
+            self._engine.reset_prefix_cache()
+        except CheckpointError:
+            raise
+        except Exception as error:  # vLLM raises what it likes; whatever it is, the engine cannot be trusted
+            raise EngineError(f"swapping in {resolved.plan.label!r} failed: {error}") from error
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Greedy answers, special tokens removed."""
+        outputs = self._run(prompts, max_tokens=max_new_tokens, detokenize=False)
+        tokens = [output.outputs[0].token_ids for output in outputs]
+        return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
+
+    def check_swap(self, resolved: ResolvedPlan, prompts: Sequence[str]) -> None:
+        """Swap `resolved` in and compare next-token log-probabilities with transformers on the same weights.
+
+        Run once per engine before the first label: an engine that keeps an old tensor raises nothing by itself.
+
+        Raises:
+            EngineError: the engine's log-probability of its first choice differs from transformers'.
+        """
+        import torch
+
+        from simmerge_ray.transformers_evaluator import TransformersEvaluator
+
+        self.load(resolved)
+        outputs = self._run(prompts, max_tokens=1, logprobs=1)
+        reference = TransformersEvaluator(resolved.checkpoints[0], self._dtype)
+        reference.load(resolved)
+        differences = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            token = output.outputs[0].token_ids[0]
+            expected = reference.next_token_log_probs(prompt)[token]
+            differences.append(abs(float(expected) - output.outputs[0].logprobs[0][token].logprob))
+        worst = float(np.max(differences))
+        if not worst <= _CHECK_TOLERANCE[self._dtype]:
+            raise EngineError(
+                f"the vLLM engine does not hold the weights it was given: log-probabilities differ by {worst:.3g} "
+                f"from transformers (allowed {_CHECK_TOLERANCE[self._dtype]:g}); torch {torch.__version__}"
+            )
+
+    def close(self) -> None:
+        """Drop the engine and its memory."""
+        import gc
+
+        self._engine = None
+        gc.collect()
+
+    def _run(self, prompts: Sequence[str], **sampling: Any) -> list[Any]:
+        from vllm import SamplingParams
+
+        tokens = [{"prompt_token_ids": self._tokenizer(prompt)["input_ids"]} for prompt in prompts]
+        return list(self._engine.generate(tokens, SamplingParams(temperature=0.0, **sampling), use_tqdm=False))

@@ -1,0 +1,78 @@
+"""Every error that this package raises on purpose.
+
+    SimmergeError
+    ├── InputError (a ValueError; exit code 2)   what the user gave does not fit
+    │   ├── ConfigError                          a config file or option
+    │   ├── CheckpointError                      a checkpoint is missing or unreadable
+    │   │   └── IncompatibleCheckpointsError     checkpoints that cannot be merged with each other
+    │   ├── ProbeError                           a probe file
+    │   ├── OperatorError                        a merge operator or its parameters
+    │   ├── PlanError                            a merge plan
+    │   ├── TaskError                            an evaluation task
+    │   ├── LabelError                           a label store, or too few labels in it
+    │   └── SelectorError                        a selector artifact, or features that do not fit it
+    └── EngineError (a RuntimeError; exit code 1)  an inference engine does not hold the weights it was given
+
+A trial that fails is not an error but a value: `labels.Infeasible`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SimmergeError(Exception):
+    """Base of all errors of this package."""
+
+
+class InputError(SimmergeError, ValueError):
+    """What the user gave does not fit; the message names the thing, its value, the rule and the choices."""
+
+
+class ConfigError(InputError):
+    """A config file or an option is wrong."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is missing or cannot be read."""
+
+
+class IncompatibleCheckpointsError(CheckpointError):
+    """Checkpoints differ in architecture, shapes or tokenizer, so they cannot be merged."""
+
+
+class ProbeError(InputError):
+    """A probe file is missing, empty or malformed."""
+
+
+class OperatorError(InputError):
+    """An unknown merge operator, an unknown parameter, a value out of range, or a missing base."""
+
+
+class PlanError(InputError):
+    """A merge plan is malformed or names checkpoints that are not there."""
+
+
+class TaskError(InputError):
+    """An evaluation task is missing, empty or malformed."""
+
+
+class LabelError(InputError):
+    """A label store cannot be read, or holds too few labels for what was asked."""
+
+
+class SelectorError(InputError):
+    """A selector artifact cannot be loaded, or the features given do not fit it."""
+
+
+class EngineError(SimmergeError, RuntimeError):
+    """An inference engine does not hold the weights that it was given; its results cannot be trusted."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Message for a name that is not in a table: what, value, nearest choice, all choices."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"unknown {kind} {name!r}{hint}; known: {', '.join(choices) if choices else 'none'}"

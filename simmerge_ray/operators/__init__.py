@@ -1,0 +1,1 @@
+"""Merge operators: one file each. `specs` (names, parameters, ranges) needs no torch; `table` holds the functions."""

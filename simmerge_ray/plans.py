@@ -1,0 +1,227 @@
+"""Merge plans: which checkpoints, in which order, by which operators. No torch.
+
+A plan is a sequence of two-way steps. A step takes two sources: ids of checkpoints, or `#1`, `#2`, ... for the result
+of an earlier step; the last step's result is the merge. A plan without steps is one checkpoint as it is (the parents
+and the base are evaluated by such plans).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simmerge_ray.catalogue import Catalogue
+from simmerge_ray.checkpoints import CheckpointRef
+from simmerge_ray.errors import OperatorError, PlanError, unknown_name
+from simmerge_ray.operators.specs import Arm, check_weight, make_arm
+from simmerge_ray.storage import digest_json, write_json
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """`arm(base, left, right)` with weight `1 - weight` on left and `weight` on right."""
+
+    left: str
+    right: str
+    arm: Arm
+    weight: float = 0.5
+
+    def canonical(self) -> MergeStep:
+        """The same step with commuting sources sorted."""
+        if self.arm.spec.symmetric and self.weight == 0.5 and self.right < self.left:
+            return MergeStep(self.right, self.left, self.arm, self.weight)
+        return self
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Steps of a merge, or `source` alone for a checkpoint as it is."""
+
+    steps: tuple[MergeStep, ...] = ()
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.steps) == (self.source is not None):
+            raise PlanError("a plan has either steps or one source checkpoint")
+        used: set[str] = set()
+        for number, step in enumerate(self.steps, 1):
+            if step.left == step.right:
+                raise PlanError(f"step {number}: left and right are both {step.left!r}; give two different sources")
+            try:
+                check_weight(step.weight)
+            except OperatorError as error:
+                raise PlanError(f"step {number}: {error}") from None
+            for source in (step.left, step.right):
+                if source.startswith("#") and not (source[1:].isdigit() and 1 <= int(source[1:]) < number):
+                    raise PlanError(f"step {number}: source {source!r} is not an earlier step")
+                used.add(source)
+        if unused := [f"#{n}" for n in range(1, len(self.steps)) if f"#{n}" not in used]:
+            raise PlanError(f"the result of step {', '.join(unused)} is not used by a later step")
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Ids of the checkpoints merged, in the order in which they enter."""
+        if self.source is not None:
+            return (self.source,)
+        ordered = [s for step in self.steps for s in (step.left, step.right) if not s.startswith("#")]
+        return tuple(dict.fromkeys(ordered))
+
+    @property
+    def needs_base(self) -> bool:
+        return any(step.arm.spec.needs_base for step in self.steps)
+
+    @property
+    def uses_base(self) -> bool:
+        """Whether an operator takes the base when there is one."""
+        return any(step.arm.spec.uses_base for step in self.steps)
+
+    @property
+    def id(self) -> str:
+        """Digest of the plan with commuting sources sorted: one merge, one id."""
+        return digest_json(MergePlan(tuple(s.canonical() for s in self.steps), self.source).to_json())[:16]
+
+    @property
+    def label(self) -> str:
+        """Short text, e.g. `ties(density=0.2): math-strong + code-weak`."""
+        if self.source is not None:
+            return self.source
+        if len(self.steps) == 1:
+            return f"{self.steps[0].arm.label}: {self.steps[0].left} + {self.steps[0].right}"
+        return "; ".join(f"#{n} = {s.arm.label}({s.left}, {s.right})" for n, s in enumerate(self.steps, 1))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON value that `plan_from_json` reads."""
+        if self.source is not None:
+            return {"source": self.source}
+        return {
+            "steps": [
+                {
+                    "left": step.left,
+                    "right": step.right,
+                    "operator": step.arm.operator,
+                    "weight": step.weight,
+                    "parameters": dict(step.arm.params),
+                }
+                for step in self.steps
+            ]
+        }
+
+
+def pair_plan(left: str, right: str, arm: Arm, weight: float = 0.5) -> MergePlan:
+    """The plan of one two-way step, commuting sources sorted."""
+    return MergePlan((MergeStep(left, right, arm, weight).canonical(),))
+
+
+def pair_plans(pairs: Iterable[tuple[str, str]], arms: Sequence[Arm]) -> list[MergePlan]:
+    """Every pair with every arm, pair by pair."""
+    return [pair_plan(left, right, arm) for left, right in pairs for arm in arms]
+
+
+def plan_from_json(value: Any) -> MergePlan:
+    """Parse the JSON form.
+
+    Raises:
+        PlanError, OperatorError: what is wrong, with the step's number.
+    """
+    if not isinstance(value, Mapping) or not set(value) <= {"steps", "source"}:
+        raise PlanError("a plan is an object with 'steps' (a list) or 'source' (a checkpoint id)")
+    if isinstance(value.get("source"), str) and "steps" not in value:
+        return MergePlan(source=value["source"])
+    if not isinstance(value.get("steps"), list) or not value["steps"]:
+        raise PlanError("a plan needs a non-empty list under 'steps'")
+    steps = []
+    known = {"left", "right", "operator", "weight", "parameters"}
+    for number, step in enumerate(value["steps"], 1):
+        if not isinstance(step, Mapping):
+            raise PlanError(f"step {number}: expected an object, got {type(step).__name__}")
+        for key in step:
+            if key not in known:
+                raise PlanError(f"step {number}: {unknown_name('key', key, known)}")
+        for key in ("left", "right", "operator"):
+            if not isinstance(step.get(key), str):
+                raise PlanError(f"step {number}: {key!r} must be a string, got {step.get(key)!r}")
+        weight, parameters = step.get("weight", 0.5), step.get("parameters", {})
+        if not isinstance(parameters, Mapping):
+            raise PlanError(f"step {number}: 'parameters' must be an object, got {parameters!r}")
+        steps.append(MergeStep(step["left"], step["right"], make_arm(step["operator"], parameters), weight))
+    return MergePlan(tuple(steps))
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """A plan with the checkpoints it names: everything that is needed to merge, small enough to send anywhere."""
+
+    plan: MergePlan
+    checkpoints: tuple[CheckpointRef, ...]
+    base: CheckpointRef | None
+
+    def __post_init__(self) -> None:
+        known = {ref.id for ref in self.checkpoints}
+        for member in self.plan.members:
+            if member not in known:
+                raise PlanError(unknown_name("checkpoint", member, known))
+        if self.plan.needs_base and self.base is None:
+            names = sorted({step.arm.operator for step in self.plan.steps if step.arm.spec.needs_base})
+            raise OperatorError(f"operator {', '.join(names)} needs a base checkpoint; the catalogue names none")
+
+    @property
+    def used_refs(self) -> tuple[CheckpointRef, ...]:
+        """The checkpoints that are read: members, then the base if an operator takes it."""
+        return (*self.checkpoints, *((self.base,) if self.base and self.plan.uses_base else ()))
+
+
+def resolve_plan(plan: MergePlan, catalogue: Catalogue) -> ResolvedPlan:
+    """Look up the checkpoints of a plan.
+
+    Raises:
+        PlanError: a checkpoint that the catalogue does not have.
+        OperatorError: an operator needs a base and there is none.
+    """
+    return ResolvedPlan(plan, tuple(catalogue.ref(member) for member in plan.members), catalogue.base)
+
+
+def unmerged(ref: CheckpointRef) -> ResolvedPlan:
+    """The plan of one checkpoint as it is."""
+    return ResolvedPlan(MergePlan(source=ref.id), (ref,), None)
+
+
+def write_plan(path: Path, resolved: ResolvedPlan, predicted: Mapping[str, Any] | None = None) -> None:
+    """Write a plan file: the steps, where the checkpoints lie, and (for the reader) the predicted utilities."""
+    write_json(
+        path,
+        {
+            **resolved.plan.to_json(),
+            "checkpoints": {ref.id: str(ref.path) for ref in resolved.checkpoints},
+            "base": {"id": resolved.base.id, "path": str(resolved.base.path)} if resolved.base else None,
+            "predicted": dict(predicted) if predicted else None,
+        },
+    )
+
+
+def read_plan(path: Path) -> tuple[ResolvedPlan, dict[str, Any] | None]:
+    """Read a plan file: the plan with its checkpoints, and the predicted utilities if it has any.
+
+    Paths are relative to the file.
+
+    Raises:
+        PlanError, OperatorError: unreadable, or not a plan.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise PlanError(f"cannot read plan {path}: {error.strerror}") from None
+    except ValueError:
+        raise PlanError(f"plan {path} is not JSON") from None
+    if not isinstance(value, dict) or not isinstance(value.get("checkpoints"), dict):
+        raise PlanError(
+            f"plan {path}: needs 'steps' and 'checkpoints' ({{id: path}}); `simmerge plan` writes such files"
+        )
+    base = value.pop("base", None)
+    paths, predicted = value.pop("checkpoints"), value.pop("predicted", None)
+    base_ref = CheckpointRef(base["id"], (path.parent / base["path"]).resolve()) if base else None
+    refs = tuple(CheckpointRef(i, (path.parent / p).resolve(), base["id"] if base else None) for i, p in paths.items())
+    plan = plan_from_json(value)
+    return ResolvedPlan(plan, tuple(ref for ref in refs if ref.id in plan.members), base_ref), predicted

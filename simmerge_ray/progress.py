@@ -1,0 +1,97 @@
+"""What a person sees while it works: one line a stage with its seconds, a bar on what takes long; the rest in a file.
+
+Libraries write to file descriptors 1 and 2 from Python and from C++, so these are redirected into the log file for
+the time of a run, and the lines for the person go to a copy of the original standard output.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Report = Callable[[int, int], None]
+
+
+class Narrator:
+    """Prints stages to a console. `silent()` makes one that prints nothing, for library use and tests."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @staticmethod
+    def silent() -> Narrator:
+        return Narrator(Console(quiet=True))
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Print the stage's line when it begins, and its result with the seconds when it ends."""
+        stage = Stage(name)
+        if self.console.is_terminal:
+            self.say(f"[bold]{name:<10}[/bold] …")
+        started = time.monotonic()
+        try:
+            yield stage
+        except BaseException as error:
+            word = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            self.say(f"[bold]{name:<10}[/bold] [red]{word}[/red] after {time.monotonic() - started:.1f} s")
+            raise
+        self.say(f"[bold]{name:<10}[/bold] {time.monotonic() - started:6.1f} s  {stage.result}")
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Report]:
+        """A progress bar; the block gets a function of (done, total). Away from a terminal it prints nothing."""
+        columns = (
+            TextColumn("           {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("eta"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class Stage:
+    """A stage in progress; what is put into `result` is printed at its end."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.result = ""
+
+
+@contextmanager
+def redirected_output(log: Path) -> Iterator[Console]:
+    """Send everything that libraries print to the end of `log`; yields a console on the original standard output."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    original = os.fdopen(os.dup(saved[0]), "w")
+    try:
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        logging.captureWarnings(True)
+        yield Console(file=original)
+    finally:
+        logging.captureWarnings(False)
+        original.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        os.close(target)
+        original.close()
+        warnings.resetwarnings()

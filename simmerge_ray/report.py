@@ -1,0 +1,277 @@
+"""`report.md` of a run, with figures, from the files of its stages. A part whose files are missing is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.catalogue import Catalogue, load_catalogue
+from simmerge_ray.errors import ConfigError
+from simmerge_ray.labels import LabeledPlan, LabelStore, single_items
+from simmerge_ray.runs import RunLayout
+from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.storage import read_json, versions, write_once
+
+_HEAT_MAPS = (
+    ("kl_lr_mean", "KL(row || column), nats"),
+    ("activation_cosine_mean", "cosine of activations"),
+    ("attention_cosine_mean", "cosine of attention"),
+    ("weight_cosine_global", "cosine of weights"),
+    ("task_vector_cosine_global", "cosine of task vectors"),
+    ("weight_l2_global", "l2 of weights / |base|"),
+)
+
+
+def write_report(layout: RunLayout) -> Path:
+    """Write `report/report.md` and its PNG files; returns the path of the former.
+
+    Raises:
+        ConfigError: the directory holds no run.
+    """
+    if not (layout.signals.exists() or layout.headroom.exists()):
+        raise ConfigError(f"{layout.root} holds neither signals nor labels; run `simmerge demo` or the stages first")
+    parts: list[str] = ["# What this run found", ""]
+    catalogue = load_catalogue(layout.catalogue) if layout.catalogue.exists() else None
+    labels = LabelStore(layout.labels).read()
+    if (layout.pick / "pick.json").exists():
+        parts += _pick_part(read_json(layout.pick / "pick.json"), layout.report)
+    if layout.crossval.exists():
+        parts += _selector_part(read_json(layout.crossval), layout.report)
+    if layout.headroom.exists():
+        parts += _headroom_part(read_json(layout.headroom), layout.report)
+    if labels and catalogue:
+        parts += _zoo_part(labels, catalogue)
+    if layout.signals.exists():
+        parts += _signals_part(read_signal_table(layout.signals), catalogue, layout.report)
+    parts += ["## Made with", "", ", ".join(f"{name} {version}" for name, version in versions().items()), ""]
+    write_once(layout.report / "report.md", "\n".join(parts).encode())
+    return layout.report / "report.md"
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A Markdown table; floats with three digits."""
+    shown = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in shown), ""]
+
+
+def _save(figure: Any, directory: Path, name: str) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    write_once(directory / name, buffer.getvalue())
+
+
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    # The object interface: pyplot would keep global state and look for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _pick_part(pick: Mapping[str, Any], directory: Path) -> list[str]:
+    left, right = pick["pair"]
+    tasks = sorted(pick["num_items"])
+    measured, parents = pick["measured"]["arms"], pick["measured"]["parents"]
+    means = {arm: float(np.mean([by_task[t] for t in tasks])) for arm, by_task in measured.items()}
+    ranked = sorted(pick["predicted"], key=lambda arm: -pick["predicted"][arm]["utility"])
+    best_parent = max(parents, key=lambda p: np.mean([parents[p][t] for t in tasks]))
+    items = ", ".join(f"{pick['num_items'][task]} items of {task}" for task in tasks)
+    lines = [
+        f"## The pick: {pick['arm']} for {left} + {right}",
+        "",
+        f"This pair was left out of the search and of the training. The selector chose **{pick['arm']}** from the "
+        f"signals alone; the merge was written, and only then was everything below measured ({items}).",
+        "",
+    ]
+    rows: list[list[Any]] = []
+    for arm in ranked:
+        names = [
+            arm,
+            *(["picked"] if arm == pick["arm"] else []),
+            *(["best fixed"] if arm == pick["best_fixed"] else []),
+        ]
+        predicted = pick["predicted"][arm]
+        rows.append(
+            [", ".join(names), f"{predicted['utility']:.3f} ± {predicted['sd']:.3f}", means[arm]]
+            + [measured[arm][task] for task in tasks]
+        )
+    for parent in (left, right):
+        values = [parents[parent][task] for task in tasks]
+        rows.append([f"parent {parent}", "", float(np.mean(values)), *values])
+    lines += table_lines(["", "predicted, both tasks", "measured, both tasks", *tasks], rows)
+    lines += [
+        f"Best single checkpoint on both tasks together: {best_parent}. From disk the written checkpoint scores "
+        + "; ".join(
+            f"{task} " + ", ".join(f"{value:.3f} ({library})" for library, value in pick["loaded"][task].items())
+            for task in tasks
+        )
+        + ".",
+        "",
+    ]
+    figure, axes = _figure(6.4, 3.2)
+    axis = axes[0][0]
+    positions = np.arange(len(ranked))
+    axis.errorbar(
+        positions - 0.12,
+        [pick["predicted"][arm]["utility"] for arm in ranked],
+        yerr=[pick["predicted"][arm]["sd"] for arm in ranked],
+        fmt="o",
+        label="predicted (± sd of the ensemble)",
+    )
+    axis.plot(positions + 0.12, [means[arm] for arm in ranked], "s", label="measured afterwards")
+    for parent, style in zip((left, right), ("--", ":"), strict=True):
+        axis.axhline(np.mean([parents[parent][t] for t in tasks]), ls=style, c="grey", lw=1, label=f"parent {parent}")
+    axis.set_xticks(positions, ranked, rotation=12)
+    axis.set_ylabel("utility, both tasks")
+    axis.legend(fontsize=7)
+    _save(figure, directory, "pick.png")
+    return [*lines, "![Predicted and measured utility of the pick](pick.png)", ""]
+
+
+def _selector_part(crossval: Mapping[str, Any], directory: Path) -> list[str]:
+    lines = ["## The selector on checkpoints it was not trained on", ""]
+    if "reason" in crossval:
+        return [*lines, f"Not measured: {crossval['reason']}.", ""]
+    names = {
+        "uniform": "arm drawn at random",
+        "best_fixed": "best fixed arm of the training part",
+        "selector": "selector",
+        "oracle": "split-half oracle",
+    }
+    lines += [
+        f"Each checkpoint is left out in turn with all its pairs; {crossval['num_contexts']} contexts (pair, task), "
+        f"{crossval['num_defined']} with a defined GapClosed. *One arm per merge* serves both parents' tasks and is the "
+        "headline; *one arm per task* may take another arm for each.",
+        "",
+    ]
+    merge, context = crossval["per_merge"], crossval["per_context"]
+    lines += table_lines(
+        ["GapClosed", "one arm per merge", "one arm per task"],
+        [[shown, merge[key], context[key]] for key, shown in names.items()],
+    )
+    for title, part in (("per merge", merge), ("per task", context)):
+        low, high = part["gain_interval"]
+        verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+        lines += [
+            f"- one arm {title}: selector minus best fixed {part['gain']:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] "
+            f"over checkpoints: {verdict}."
+        ]
+    figure, axes = _figure(9.6, 3.4, columns=2)
+    axis = axes[0][0]
+    width = 0.38
+    for offset, (title, part) in zip(
+        (-width / 2, width / 2), (("per merge", merge), ("per task", context)), strict=True
+    ):
+        axis.bar(np.arange(4) + offset, [part[key] for key in names], width, label=f"one arm {title}")
+    axis.set_xticks(np.arange(4), ["uniform", "best fixed", "selector", "oracle"])
+    axis.set_ylabel("GapClosed")
+    axis.set_title(f"{crossval['num_defined']} defined contexts, unseen checkpoints", fontsize=9)
+    axis.legend(fontsize=7)
+    axis = axes[0][1]
+    for index, arm in enumerate(crossval["arms"]):
+        predicted = [row["predicted"][index] for row in crossval["predictions"]]
+        measured = [row["measured"][index] for row in crossval["predictions"]]
+        axis.plot(predicted, measured, ".", ms=4, alpha=0.6, label=arm)
+    axis.plot([0, 1], [0, 1], c="grey", lw=0.8)
+    axis.set_xlabel("predicted utility")
+    axis.set_ylabel("measured utility")
+    axis.legend(fontsize=7)
+    _save(figure, directory, "selector.png")
+    return [*lines, "", "![Selector against best fixed and oracle](selector.png)", ""]
+
+
+def _headroom_part(room: Mapping[str, Any], directory: Path) -> list[str]:
+    lines = ["## Is there anything to choose?", ""]
+    if "undefined" in room:
+        return [*lines, f"GapClosed is not defined: {room['undefined']}.", ""]
+    context, merge = room["per_context"], room["per_merge"]
+    lines += [
+        f"{room['num_defined']} of {room['num_contexts']} contexts (pair, task) have parents that differ enough; at least "
+        f"{room['min_items']} items per task. GapClosed of each arm taken everywhere, and the share of contexts in which "
+        "it beats every other arm by two paired standard errors:",
+        "",
+    ]
+    rows = [
+        [arm, value, context["arm_win_share"][arm], merge["arm_win_share"][arm]]
+        for arm, value in sorted(room["arm_gap_closed"].items(), key=lambda entry: -entry[1])
+    ]
+    lines += table_lines(["arm", "GapClosed", "clearly best per task", "clearly best per merge"], rows)
+    for title, part in (("per task", context), ("per merge", merge)):
+        low, high = part["gain_interval"]
+        lines += [
+            f"- one arm {title}: best fixed ({part['best_fixed_arm']}) {part['best_fixed']:.3f}, split-half oracle "
+            f"{part['split_half_oracle']:.3f}, headroom {part['gain']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            + ("." if low > 0 else ", within noise.")
+        ]
+    tasks = list(context["tasks"])
+    arms = list(room["arm_gap_closed"])
+    figure, axes = _figure(9.6, 3.4)
+    axis = axes[0][0]
+    width = 0.8 / (len(arms) + 1)
+    for index, arm in enumerate([*arms, "split-half oracle"]):
+        values = [
+            context["tasks"][t]["split_half_oracle"]
+            if index == len(arms)
+            else context["tasks"][t]["arm_gap_closed"][arm]
+            for t in tasks
+        ]
+        axis.bar(np.arange(len(tasks)) + (index - len(arms) / 2) * width, values, width, label=arm)
+    axis.axhline(0, c="black", lw=0.6)
+    axis.set_xticks(np.arange(len(tasks)), [f"{t}\n({context['tasks'][t]['num_contexts']} contexts)" for t in tasks])
+    axis.set_ylabel("GapClosed")
+    axis.legend(fontsize=7, ncols=2)
+    _save(figure, directory, "operators.png")
+    return [*lines, "", "![GapClosed per operator and task](operators.png)", ""]
+
+
+def _zoo_part(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[str]:
+    singles = single_items(labels)
+    tasks = sorted({task for _, task in singles})
+    lines = ["## The checkpoints", "", "Utility on each task, the own one in bold.", ""]
+    rows = []
+    for ref in catalogue.all_refs:
+        cells: list[Any] = [ref.id]
+        for task in tasks:
+            items = singles.get((ref.id, task))
+            shown = "" if items is None else f"{items.mean():.3f}"
+            cells.append(f"**{shown}**" if task == catalogue.own_task.get(ref.id) else shown)
+        rows.append(cells)
+    return lines + table_lines(["checkpoint", *tasks], rows)
+
+
+def _signals_part(table: SignalTable, catalogue: Catalogue | None, directory: Path) -> list[str]:
+    ids = [name for name in catalogue.ids if name in table.checkpoint_ids] if catalogue else list(table.checkpoint_ids)
+    shown = [(column, title) for column, title in _HEAT_MAPS if column in table.columns]
+    num_columns = 3
+    num_rows = -(-len(shown) // num_columns)
+    figure, axes = _figure(4.4 * num_columns, 3.9 * num_rows, num_columns, num_rows)
+    for axis, (column, title) in zip(axes.flat, shown, strict=False):
+        values = np.full((len(ids), len(ids)), np.nan)
+        for i, left in enumerate(ids):
+            for j, right in enumerate(ids):
+                if i != j:
+                    values[i, j] = np.mean([table.get(left, right, task).features[column] for task in table.tasks])
+        image = axis.imshow(values, cmap="viridis")
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(len(ids)), ids, rotation=90, fontsize=6)
+        axis.set_yticks(range(len(ids)), ids, fontsize=6)
+        figure.colorbar(image, ax=axis, shrink=0.8)
+    for axis in list(axes.flat)[len(shown) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    _save(figure, directory, "signals.png")
+    return [
+        "## Signals",
+        "",
+        f"{len(table.rows)} rows (ordered pair x task) of {len(table.columns)} features; means over the "
+        f"{len(table.tasks)} tasks' probes:",
+        "",
+        "![Signals of all pairs](signals.png)",
+        "",
+    ]

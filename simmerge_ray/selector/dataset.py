@@ -1,0 +1,87 @@
+"""Pair signals joined with labels: what a selector is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmerge_ray.errors import LabelError
+from simmerge_ray.headroom import Context
+from simmerge_ray.labels import LabeledPlan, pair_contexts
+from simmerge_ray.signals.features import scaled_features
+from simmerge_ray.signals.table import SignalTable
+
+
+@dataclass(frozen=True)
+class SelectionDataset:
+    """N contexts (pair, task) with K arms.
+
+    features: (N, 2, F), scaled features of (left, right) and of (right, left).
+    utilities: (N, K), mean over the items of the merge by each arm.
+    """
+
+    contexts: tuple[Context, ...]
+    arms: tuple[str, ...]
+    columns: tuple[str, ...]
+    features: np.ndarray
+    utilities: np.ndarray
+
+    def subset(self, rows: Sequence[int]) -> SelectionDataset:
+        """The contexts at the given rows."""
+        index = np.asarray(rows, dtype=np.int64)
+        contexts = tuple(self.contexts[row] for row in rows)
+        return SelectionDataset(contexts, self.arms, self.columns, self.features[index], self.utilities[index])
+
+
+def build_dataset(
+    table: SignalTable, labels: Sequence[LabeledPlan], arms: Sequence[str] | None = None
+) -> SelectionDataset:
+    """Join a signal table with labels.
+
+    Args:
+        arms: labels of the arms to choose from; None takes every arm that was measured on all pairs.
+
+    Raises:
+        LabelError: no context has all arms, labels cannot be compared with each other, or the signals were computed
+            from other contents of a checkpoint than the labels.
+    """
+    check_same_checkpoints(table, labels)
+    chosen = tuple(arms) if arms is not None else common_arms(labels)
+    contexts = pair_contexts(labels, chosen)
+    if not contexts:
+        raise LabelError(f"no pair was measured with all of the arms {', '.join(chosen) or '(none)'} and both parents")
+    features = np.array([pair_features(table, c.left, c.right, c.task) for c in contexts])
+    utilities = np.array([[context.arms[arm].mean() for arm in chosen] for context in contexts])
+    return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities)
+
+
+def pair_features(table: SignalTable, left: str, right: str, task: str) -> np.ndarray:
+    """(2, F) scaled features of both orders of a pair."""
+    row = table.get(left, right, task)
+    return np.array([scaled_features(side.features, table.columns) for side in (row, row.swap())])
+
+
+def common_arms(labels: Sequence[LabeledPlan]) -> tuple[str, ...]:
+    """Arms that were tried on every pair that was merged at all, sorted."""
+    by_pair: dict[tuple[str, ...], set[str]] = {}
+    for label in labels:
+        if len(label.plan.steps) == 1:
+            by_pair.setdefault(tuple(sorted(label.plan.members)), set()).add(label.plan.steps[0].arm.label)
+    return tuple(sorted(set.intersection(*by_pair.values()))) if by_pair else ()
+
+
+def check_same_checkpoints(table: SignalTable, labels: Sequence[LabeledPlan]) -> None:
+    """Refuse signals and labels of different contents under one checkpoint id.
+
+    Raises:
+        LabelError: naming the checkpoint.
+    """
+    known = table.provenance["checkpoints"]
+    for label in labels:
+        for checkpoint_id, digest in label.checkpoints.items():
+            if known.get(checkpoint_id, digest) != digest:
+                raise LabelError(
+                    f"checkpoint {checkpoint_id!r} has changed between the signals and the labels; compute both again"
+                )

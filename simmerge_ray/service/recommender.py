@@ -1,0 +1,93 @@
+"""From a selector and a signal table to an answer."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from simmerge_ray.selector.model import Prediction, Selector, read_selector
+from simmerge_ray.service.schemas import ArmPrediction, CatalogueAnswer, Decision, DecisionRequest
+from simmerge_ray.signals.table import SignalTable, read_signal_table
+
+
+@dataclass(frozen=True)
+class RankedArm:
+    """One arm for a pair. utility, sd: averaged over the tasks. by_task: the prediction for each."""
+
+    arm: str
+    utility: float
+    sd: float
+    by_task: Mapping[str, tuple[float, float]]
+
+
+class Recommender:
+    """Ranks the arms of a selector for pairs of a signal table."""
+
+    def __init__(self, selector: Selector, table: SignalTable) -> None:
+        self._selector = selector
+        self._table = table
+
+    @staticmethod
+    def load(selector: Path, signals: Path) -> Recommender:
+        """Read both artifacts.
+
+        Raises:
+            SelectorError, ConfigError: one of them is missing, damaged or of another version.
+        """
+        return Recommender(read_selector(selector), read_signal_table(signals))
+
+    @property
+    def model_version(self) -> str:
+        """Identity of the training data and config."""
+        return str(self._selector.provenance["data_digest"])[:12]
+
+    @property
+    def best_fixed(self) -> str:
+        return self._selector.best_fixed
+
+    def rank(self, left: str, right: str, tasks: Sequence[str] = ()) -> list[RankedArm]:
+        """Arms from best to worst for all given tasks together; none given means the parents' own tasks.
+
+        Raises:
+            PlanError: an unknown checkpoint or task, or a pair of one checkpoint with itself.
+        """
+        names = list(tasks) or list(self._table.pair_tasks(left, right))
+        predictions = self._selector.predict_pair(self._table, left, right, names)
+        return sorted(
+            (self._ranked(index, arm, predictions) for index, arm in enumerate(self._selector.arms)),
+            key=lambda ranked: -ranked.utility,
+        )
+
+    def _ranked(self, index: int, arm: str, predictions: Mapping[str, Prediction]) -> RankedArm:
+        by_task = {task: (float(p.utility[index]), float(p.sd[index])) for task, p in predictions.items()}
+        utility, sd = np.mean(list(by_task.values()), axis=0)
+        return RankedArm(arm, float(utility), float(sd), by_task)
+
+    def decide(self, request: DecisionRequest) -> Decision:
+        """The best arm for a request.
+
+        Raises:
+            PlanError: an unknown checkpoint or task.
+        """
+        tasks = [request.task] if request.task else list(self._table.pair_tasks(request.left, request.right))
+        ranked = self.rank(request.left, request.right, tasks)
+        return Decision(
+            decision_id=uuid.uuid4().hex,
+            left=request.left,
+            right=request.right,
+            tasks=tasks,
+            arm=ranked[0].arm,
+            arms=[ArmPrediction(arm=r.arm, utility=r.utility, sd=r.sd) for r in ranked],
+            best_fixed=self.best_fixed,
+            model_version=self.model_version,
+        )
+
+    def catalogue(self) -> CatalogueAnswer:
+        """Checkpoints, tasks and arms that may be named in a request."""
+        return CatalogueAnswer(
+            checkpoints=list(self._table.checkpoint_ids), tasks=list(self._table.tasks), arms=list(self._selector.arms)
+        )

@@ -1,0 +1,96 @@
+"""The SIGNALS table and the feature columns of an ordered pair. No torch.
+
+A signal gives one or more columns, named `signal_statistic`. `FEATURE_SCHEMA` changes when a column changes its
+meaning; tables and selectors of another schema are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+FEATURE_SCHEMA = 1
+
+_DISTRIBUTION = ("mean", "median", "q10", "q90")
+_LAYERS = ("mean", "sd", "min", "early", "middle", "late")
+_WEIGHTS = ("global", "attention", "mlp", "embedding", "norm")
+
+
+def _log(value: float) -> float:
+    return math.log(value + 1e-6)
+
+
+def _identity(value: float) -> float:
+    return value
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One named similarity of an ordered pair.
+
+    family: what it is computed from (probes or weights). needs_base: absent from a table made without a base.
+    swapped: the signal that takes its place when left and right change places (itself when symmetric).
+    negated: whether the value changes its sign then. scale: applied before a selector standardises it.
+    """
+
+    name: str
+    family: str
+    statistics: tuple[str, ...]
+    meaning: str
+    needs_base: bool = False
+    swapped: str | None = None
+    negated: bool = False
+    scale: Callable[[float], float] = _identity
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(f"{self.name}_{statistic}" for statistic in self.statistics)
+
+
+_ROWS = (
+    Signal("kl_lr", "divergence", _DISTRIBUTION, "KL(left || right) of next tokens, nats", False, "kl_rl", scale=_log),
+    Signal("kl_rl", "divergence", _DISTRIBUTION, "KL(right || left) of next tokens, nats", False, "kl_lr", scale=_log),
+    Signal("activation_cosine", "activations", _LAYERS, "cosine of hidden states, per layer and token"),
+    Signal("attention_cosine", "attention", _LAYERS, "cosine of attention rows, per layer, head and query"),
+    Signal("weight_cosine", "weights", _WEIGHTS, "cosine of the weights"),
+    Signal("weight_l2", "weights", _WEIGHTS, "l2 distance of the weights over the norm of the base", scale=_log),
+    Signal("task_vector_cosine", "task vectors", _WEIGHTS, "cosine of the task vectors", True),
+    Signal("task_vector_norm_ratio", "task vectors", _WEIGHTS, "log of |left| over |right|", True, negated=True),
+    Signal("sign_conflict", "task vectors", _WEIGHTS, "share of coordinates moved in opposite directions", True),
+    Signal(
+        "task_vector_norm", "single", ("left", "right"), "|task vector| over the norm of the base", True, scale=_log
+    ),
+    Signal("entropy", "single", ("left", "right"), "entropy of next tokens on the probes, nats"),
+    Signal("loss", "single", ("left", "right"), "next-token loss on the probes, nats"),
+)
+SIGNALS: Mapping[str, Signal] = {signal.name: signal for signal in _ROWS}
+
+
+def feature_columns(with_base: bool) -> tuple[str, ...]:
+    """Ordered feature columns of a table made with or without a base."""
+    return tuple(
+        column for signal in SIGNALS.values() if with_base or not signal.needs_base for column in signal.columns
+    )
+
+
+def column_signal(column: str) -> Signal:
+    """The signal that a column belongs to."""
+    return next(signal for signal in SIGNALS.values() if column in signal.columns)
+
+
+def swapped_features(features: Mapping[str, float]) -> dict[str, float]:
+    """Features of (right, left) from those of (left, right)."""
+    swapped = {}
+    for column in features:
+        signal = column_signal(column)
+        statistic = column.removeprefix(f"{signal.name}_")
+        source = {"left": "right", "right": "left"}.get(statistic, statistic)
+        value = features[f"{signal.swapped or signal.name}_{source}"]
+        swapped[column] = -value if signal.negated else value
+    return swapped
+
+
+def scaled_features(features: Mapping[str, float], columns: Sequence[str]) -> list[float]:
+    """Values of the columns in order, each on the scale its signal declares (KL and distances as logarithms)."""
+    return [column_signal(column).scale(features[column]) for column in columns]
