@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -260,11 +260,11 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def main() -> None:
-    """Entry point: exit code 2 for bad input, 1 for a failure, 130 when interrupted."""
+def run_command(command: Callable[[], Any]) -> None:
+    """Run and exit: code 2 for bad input, 1 for a failure, 130 when interrupted."""
     _stop_on_sigterm()
     try:
-        app()
+        command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -274,6 +274,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of `simmerge`."""
+    run_command(app)
 
 
 if __name__ == "__main__":

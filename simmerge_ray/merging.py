@@ -68,6 +68,18 @@ def merged_tensors(resolved: ResolvedPlan) -> Iterator[tuple[str, Tensor]]:
         yield name, merge_tensor(resolved.plan, sources, base_reader.read(name) if base_reader else None)
 
 
+def finite_merged_tensors(resolved: ResolvedPlan) -> Iterator[tuple[str, Tensor]]:
+    """`merged_tensors` for an evaluation engine, where a merge that is not finite must not be measured.
+
+    Raises:
+        CheckpointError: a tensor of the merge holds NaN or infinity.
+    """
+    for name, tensor in merged_tensors(resolved):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"merge {resolved.plan.label!r}: tensor {name} holds NaN or infinity")
+        yield name, tensor
+
+
 def write_merge(
     resolved: ResolvedPlan,
     out: Path,

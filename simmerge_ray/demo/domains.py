@@ -5,7 +5,7 @@ the example itself: a digest of its *key* modulo 20. So the splits are disjoint 
 no list of held-out examples has to be kept. The key is the question stripped of what does not change it: the order of
 two countries, the name of a variable.
 
-    math          `3+4+5=`                    -> `12`           sums of three or four digits
+    math          `3+4+5=`                    -> `12`           sums of three or four digits below eight
     code          `s='dog'\\nprint(s[1])\\n`     -> `o`            the output of a two-line Python program
     multilingual  `de Chad,Peru>`             -> `Tschad,Peru`  country names, from the CLDR data in babel
     rag           `tom=rug ann=tea ann?`      -> `tea`          a value looked up in the passages of the prompt
@@ -100,7 +100,7 @@ def _distinct(domain: str, split: Split, num: int, seed: int) -> list[Example]:
 
 
 def _draw_math(generator: random.Random) -> tuple[str, Example]:
-    terms = [generator.randrange(10) for _ in range(generator.choice((3, 4)))]
+    terms = [generator.randrange(8) for _ in range(generator.choice((3, 4)))]
     prompt = "+".join(map(str, terms)) + "="
     return prompt, Example(prompt, str(sum(terms)))
 
@@ -175,7 +175,7 @@ def _draw_rag(generator: random.Random) -> tuple[str, Example]:
 DOMAINS: Mapping[str, Domain] = {
     domain.name: domain
     for domain in (
-        Domain("math", "sums of three or four digits", _draw_math),
+        Domain("math", "sums of three or four digits below eight", _draw_math),
         Domain("code", "the output of a two-line Python program", _draw_code),
         Domain("multilingual", "two country names into one of six languages", _draw_multilingual),
         Domain("rag", "a value looked up in two to four passages", _draw_rag),

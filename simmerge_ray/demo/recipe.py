@@ -19,7 +19,7 @@ class BaseRecipe:
     learning_rate: float
     num_steps: int
     copy_learning_rate: float = 1e-3
-    num_copy_steps: int = 1000
+    num_copy_steps: int = 854
     num_rows: int = 32
     num_layers: int = 3
     hidden_size: int = 96

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import shutil
+import string
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from simmerge_ray.demo.recipe import BaseRecipe, ExpertRecipe
 
 ROW_TOKENS = 64
 PROMPT_WEIGHT = 0.1  # of a prompt's tokens in the loss: most are random, but probes read the model's view of them
-WARMUP_SHARE = 0.05
+COPIED_CHARACTERS = string.ascii_lowercase + string.digits + string.ascii_uppercase + "=+,: "
 Progress = Callable[[int, int], None]
 
 
@@ -47,7 +48,8 @@ def train_base(recipe: BaseRecipe, out_dir: str | Path, progress: Progress | Non
         tokenizer = build_tokenizer()
         model = build_model(tokenizer, recipe.num_layers, recipe.hidden_size, recipe.intermediate_size)
         batches = _batches(repeated_rows(tokenizer, recipe.seed), recipe.num_rows)
-        _fit(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, _shifted(progress, 0, num_steps))
+        copy_progress = _shifted(progress, 0, num_steps)
+        _fit(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, copy_progress, _constant)
         batches = _batches(packed_rows(tokenizer, dict(recipe.shares), recipe.seed), recipe.num_rows)
         progress = _shifted(progress, recipe.num_copy_steps, num_steps)
         _fit(model, batches, recipe.learning_rate, recipe.num_steps, progress)
@@ -107,12 +109,12 @@ def packed_rows(
 
 def repeated_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row]:
     """Endless rows that repeat a random string of 4 to 24 characters; what can be copied counts in the loss."""
-    generator = random.Random(f"repeated/{seed}")
-    characters = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
+    generator = random.Random(seed)
+    characters = tokenizer.convert_tokens_to_ids(list(COPIED_CHARACTERS))
     while True:
         num_characters = generator.randrange(4, 25)
-        string = [generator.choice(characters) for _ in range(num_characters)]
-        ids = [tokenizer.bos_token_id] + string * (ROW_TOKENS // num_characters + 1)
+        repeated = [generator.choice(characters) for _ in range(num_characters)]
+        ids = [tokenizer.bos_token_id] + repeated * (ROW_TOKENS // num_characters + 1)
         num_random = num_characters + 1
         yield Row(ids[:ROW_TOKENS], list(range(ROW_TOKENS)), [0.0] * num_random + [1.0] * (ROW_TOKENS - num_random))
 
@@ -126,20 +128,32 @@ def _shifted(progress: Progress | None, offset: int, num_steps: int) -> Progress
     return None if progress is None else lambda step, _: progress(offset + step, num_steps)
 
 
+def _constant(step: int, num_steps: int) -> float:
+    return min(1.0, (step + 1) / 50)
+
+
+def _cosine(step: int, num_steps: int) -> float:
+    num_warmup = max(1, round(0.05 * num_steps))
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+
 def _fit(
     model: torch.nn.Module,
     batches: Iterator[list[Row]],
     learning_rate: float,
     num_steps: int,
     progress: Progress | None,
+    schedule: Callable[[int, int], float] = _cosine,
 ) -> None:
-    """AdamW with warm-up and cosine decay to zero on the weighted cross-entropy of the next token."""
+    """AdamW on the weighted cross-entropy of the next token; `schedule` scales the learning rate at each step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in range(num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule(step, num_steps)
+            group["lr"] = learning_rate * schedule(step, num_steps)
         ids, positions, weights = (torch.tensor(column) for column in zip(*next(batches), strict=True))
         weights = weights[:, 1:]
         # positions that start again make transformers mask the other examples of a row
@@ -153,13 +167,6 @@ def _fit(
         if progress is not None:
             progress(step + 1, num_steps)
     model.eval()
-
-
-def _schedule(step: int, num_steps: int) -> float:
-    num_warmup = max(1, round(WARMUP_SHARE * num_steps))
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
 
 
 @contextmanager

@@ -15,15 +15,14 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     """Connect to Ray, and leave it as it was found.
 
     With `RAY_ADDRESS` set (as in `ray job submit`) or Ray already initialised, that cluster is used. Otherwise a
-    cluster of this process is started and stopped at the end, also after an error or Ctrl-C; Ray's processes end with
-    this one even if it is killed.
+    cluster of this process is started and stopped at the end, also after an error or Ctrl-C. Ray's processes end with
+    this one even if it is killed (two idle agents of a node need a minute for it: they first try to tell the dead head).
     """
-    # Both are read when Ray is imported. Without the first, `uv run` would start every worker through uv; without the
+    # Read when Ray is imported. Without the first, `uv run` would start every worker through uv; without the
     # second, Tune catches Ctrl-C and goes on until the running trials have ended.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():

@@ -124,7 +124,7 @@ def train_stage(
         if manifest.is_current(manifest_path) and (crossval is None or crossval.exists()):
             stage.result = UNCHANGED
             return
-        from simmerge_ray.selector.crossval import crossval_report, predict_unseen
+        from simmerge_ray.selector.crossval import crossval_report
         from simmerge_ray.selector.dataset import build_dataset
         from simmerge_ray.selector.train import train_selector
 
@@ -134,8 +134,7 @@ def train_stage(
         shown = ""
         if crossval is not None:
             with narrator.bar("checkpoints left out") as report:
-                unseen = predict_unseen(dataset, config, report)
-            content = crossval_report(dataset, unseen)
+                content = crossval_report(dataset, config, report)
             write_json(crossval, content)
             shown = f", unseen checkpoints: {_shown_gain(content)}"
         selector.write(out)
@@ -144,9 +143,9 @@ def train_stage(
 
 
 def _shown_gain(crossval: dict[str, Any]) -> str:
-    per_merge = crossval.get("per_merge")
-    if not per_merge:
-        return "GapClosed is not defined"
+    if "reason" in crossval:
+        return f"not measured ({crossval['reason']})"
+    per_merge = crossval["per_merge"]
     return f"GapClosed {per_merge['selector']:.3f}, best fixed {per_merge['best_fixed']:.3f}"
 
 

@@ -7,7 +7,7 @@ the engine's own weight loading. Tested with vLLM 0.32 on CPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,29 +30,16 @@ _CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
 class MergeExtension:
     """Mixed into vLLM's worker class (`worker_extension_cls`): every rank streams and shards the merge for itself."""
 
-    def simmerge_load(self, resolved: ResolvedPlan) -> int:
-        """Replace the weights by the merge; returns the number of tensors streamed."""
-        count = 0
+    def simmerge_load(self, resolved: ResolvedPlan) -> None:
+        """Replace the weights by the merge."""
+        from simmerge_ray.merging import finite_merged_tensors
 
-        def stream() -> Iterator[tuple[str, Any]]:
-            import torch
-
-            from simmerge_ray.merging import merged_tensors
-
-            nonlocal count
-            for name, tensor in merged_tensors(resolved):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise CheckpointError(f"merge {resolved.plan.label!r}: tensor {name} holds NaN or infinity")
-                count += 1
-                yield name, tensor
-
-        self.reload_weights(weights_iterator=stream())  # type: ignore[attr-defined]
+        self.reload_weights(weights_iterator=finite_merged_tensors(resolved))  # type: ignore[attr-defined]
         # On CPU in float32 every matrix is packed into a closure at load time. A tied lm_head owns no tensor, so a
         # reload leaves its old pack in place and the engine silently answers with the old output layer.
         head = getattr(self.model_runner.get_model(), "lm_head", None)  # type: ignore[attr-defined]
         if head is not None and hasattr(head, "cpu_linear"):
             head.quant_method.process_weights_after_loading(head)
-        return count
 
 
 class VllmEvaluator:

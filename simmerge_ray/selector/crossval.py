@@ -70,15 +70,32 @@ def picks_per_merge(dataset: SelectionDataset, utility: np.ndarray) -> list[str]
     return picks
 
 
-def crossval_report(dataset: SelectionDataset, unseen: UnseenPredictions) -> dict[str, Any]:
+def crossval_report(
+    dataset: SelectionDataset, config: TrainConfig, report: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """GapClosed of selector, best fixed, uniform and split-half oracle on checkpoints not trained on, as plain JSON.
 
-    `per_merge` (the headline: one arm per pair for both parents' tasks) and `per_context` (an arm per task); a
-    `reason` instead where GapClosed is nowhere defined. `predictions` has one row per context.
+    `per_merge` (the headline: one arm per pair for both parents' tasks) and `per_context` (an arm per task);
+    `predictions` has one row per context. A `reason` instead where there are too few labels for the folds, or
+    GapClosed is nowhere defined.
     """
-    policies = {"per_merge": picks_per_merge, "per_context": picks_per_context}
-    report: dict[str, Any] = {"arms": list(dataset.arms), "num_contexts": len(dataset.contexts)}
-    report["predictions"] = [
+    result: dict[str, Any] = {"arms": list(dataset.arms), "num_contexts": len(dataset.contexts)}
+    try:
+        room = headroom(dataset.contexts)
+        unseen = predict_unseen(dataset, config, report)
+    except InputError as error:
+        return result | {"reason": str(error)}
+    for name, picks in {"per_merge": picks_per_merge, "per_context": picks_per_context}.items():
+        gain = policy_gain(dataset.contexts, picks(dataset, unseen.utility), unseen.best_fixed)
+        result[name] = {
+            "selector": gain.policy,
+            "best_fixed": gain.reference,
+            "gain": gain.gain,
+            "gain_interval": list(gain.gain_interval),
+            "uniform": uniform_gap_closed(dataset),
+            "oracle": getattr(room, name).split_half_oracle,
+        }
+    result["predictions"] = [
         {
             "left": context.left,
             "right": context.right,
@@ -89,18 +106,4 @@ def crossval_report(dataset: SelectionDataset, unseen: UnseenPredictions) -> dic
         }
         for row, context in enumerate(dataset.contexts)
     ]
-    try:
-        room = headroom(dataset.contexts)
-    except InputError as error:
-        return report | {"reason": str(error)}
-    for name, picks in policies.items():
-        gain = policy_gain(dataset.contexts, picks(dataset, unseen.utility), unseen.best_fixed)
-        report[name] = {
-            "selector": gain.policy,
-            "best_fixed": gain.reference,
-            "gain": gain.gain,
-            "gain_interval": list(gain.gain_interval),
-            "uniform": uniform_gap_closed(dataset),
-            "oracle": getattr(room, name).split_half_oracle,
-        }
-    return report | {"num_defined": room.num_defined}
+    return result | {"num_defined": room.num_defined}

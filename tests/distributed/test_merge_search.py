@@ -1,0 +1,161 @@
+"""The search on Ray Tune with real engines: labels, resume, infeasible merges, and engines that cannot be trusted."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from simmerge_ray.catalogue import load_catalogue
+from simmerge_ray.config import SearchConfig
+from simmerge_ray.distributed.merge_search import (
+    EvaluatorStartError,
+    Study,
+    Trial,
+    TrialRunner,
+    plan_study,
+    run_search,
+)
+from simmerge_ray.errors import ConfigError, EngineError, LabelError, PlanError, TaskError
+from simmerge_ray.evaluation import evaluate, load_tasks
+from simmerge_ray.labels import Infeasible, LabelStore, Measured
+from simmerge_ray.plans import resolve_plan
+from simmerge_ray.transformers_evaluator import TransformersEvaluator
+from tests import tiny
+
+ARMS = ("linear", "ties(density=0.2)")
+LOCAL = SearchConfig(arms=ARMS, evaluator="transformers")
+
+
+@pytest.fixture
+def tasks(catalogue_path):
+    return load_tasks(catalogue_path.parent / "tasks")
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.usefixtures("ray_cluster")
+def test_labels_of_vllm_trials_equal_transformers_and_nothing_is_evaluated_twice(catalogue, tasks, tmp_path):
+    config = SearchConfig(arms=ARMS, concurrency=1)
+    seen: list[tuple[int, int]] = []
+    result = run_search(catalogue, tasks, config, tmp_path / "labels", report=lambda *x: seen.append(x))
+    num_singles, num_merges = 4, 2 * len(ARMS)
+    assert result.num_trials_run == num_singles + num_merges == len(seen) == seen[-1][0]
+    assert result.infeasible == {}
+    labels = result.store.read()
+    assert len(labels) == 2 * num_singles + 2 * num_merges
+    reference = TransformersEvaluator(catalogue.base)
+    for label in labels:
+        reference.load(resolve_plan(label.plan, catalogue))
+        assert isinstance(label.outcome, Measured) and label.settings.evaluator == "vllm"
+        assert label.outcome.items.tolist() == evaluate(reference, tasks[label.task]).tolist(), label.plan.label
+    assert run_search(catalogue, tasks, config, tmp_path / "labels").num_trials_run == 0
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_goes_on_from_the_labels_that_are_there(catalogue, tasks, tmp_path):
+    whole = run_search(catalogue, tasks, LOCAL, tmp_path / "whole").store.read()
+    part = LabelStore(tmp_path / "part")
+    part.append(whole[:5])
+    part.append(whole[5:9])
+    result = run_search(catalogue, tasks, LOCAL, tmp_path / "part")
+    assert 0 < result.num_trials_run < 8
+    again = result.store.read()
+    assert [(one.key, one.outcome.items.tolist()) for one in again] == [(one.key, one.outcome.items.tolist()) for one in whole]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_evaluator_that_does_not_start_ends_the_search_with_its_reason(catalogue, tasks, tmp_path, catalogue_path):
+    root = tmp_path / "zoo"
+    shutil.copytree(catalogue_path.parent, root)
+    broken = load_catalogue(root / "catalogue.yaml")
+    model = tiny.make_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    tiny.save(model, root / "base")
+    with pytest.raises(EvaluatorStartError, match="transformers evaluator did not start.*'base'.*NaN or infinity"):
+        run_search(broken, tasks, LOCAL, tmp_path / "labels")
+    assert LabelStore(tmp_path / "labels").read() == []
+
+
+class FakeEvaluator:
+    """Answers everything with `answer`; fails at the loads whose numbers are in `failures`."""
+
+    name = "fake"
+
+    def __init__(self, failures: dict[int, Exception]) -> None:
+        self.num_loads, self.failures = 0, failures
+
+    def load(self, resolved) -> None:
+        self.num_loads += 1
+        if error := self.failures.get(self.num_loads):
+            raise error
+
+    def generate(self, prompts, max_new_tokens):
+        return ["a"] * len(prompts)
+
+
+def run_trials(monkeypatch, catalogue, tasks, path, failures) -> tuple[list, int]:
+    """Run all trials in this process; returns the labels and how many evaluators were started."""
+    started: list[FakeEvaluator] = []
+
+    def start(study: Study) -> FakeEvaluator:
+        started.append(FakeEvaluator(failures if not started else {}))
+        return started[-1]
+
+    monkeypatch.setattr("simmerge_ray.distributed.merge_search.start_evaluator", start)
+    study = plan_study(catalogue, tasks, LOCAL, str(path))
+    runner = TrialRunner(study)
+    for trial in study.trials:
+        runner.run(trial)
+    return LabelStore(path).read(), len(started)
+
+
+def test_a_failed_swap_discards_the_engine_and_the_trial_is_tried_once_more(monkeypatch, catalogue, tasks, tmp_path):
+    labels, num_started = run_trials(monkeypatch, catalogue, tasks, tmp_path, {3: EngineError("half-loaded")})
+    assert num_started == 2
+    assert all(isinstance(label.outcome, Measured) for label in labels) and len(labels) == 16
+
+
+def test_a_trial_that_fails_twice_is_infeasible_with_its_reason(catalogue, tasks, tmp_path, monkeypatch):
+    class Failing(FakeEvaluator):
+        def load(self, resolved) -> None:
+            if resolved.plan.label.startswith("ties"):
+                raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("simmerge_ray.distributed.merge_search.start_evaluator", lambda study: Failing({}))
+    study = plan_study(catalogue, tasks, LOCAL, str(tmp_path))
+    runner = TrialRunner(study)
+    results = [runner.run(trial) for trial in study.trials]
+    assert results.count(None) == 2
+    reasons = {label.outcome.reason for label in LabelStore(tmp_path).read() if isinstance(label.outcome, Infeasible)}
+    assert reasons == {"RuntimeError: out of memory"}
+
+
+def test_a_merge_that_is_not_finite_is_infeasible(catalogue, tasks, tmp_path, catalogue_path):
+    root = tmp_path / "zoo"
+    shutil.copytree(catalogue_path.parent, root)
+    model = tiny.make_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    tiny.save(model, root / "m1")
+    study = plan_study(load_catalogue(root / "catalogue.yaml"), tasks, LOCAL, str(tmp_path / "labels"))
+    trial = next(t for t in study.trials if t.resolved.plan.label == "linear: m0 + m1")
+    assert TrialRunner(study).run(Trial(trial.resolved, trial.tasks)) is None
+    (label, *_) = LabelStore(tmp_path / "labels").read()
+    assert isinstance(label.outcome, Infeasible) and "model.norm.weight holds NaN" in label.outcome.reason
+
+
+def test_what_cannot_be_searched_is_refused_before_ray_starts(catalogue, tasks, tmp_path):
+    def refuse(error, message, tasks=tasks, **changes):
+        with pytest.raises(error, match=message):
+            plan_study(catalogue, tasks, LOCAL.model_copy(update=changes), str(tmp_path))
+
+    refuse(TaskError, "unknown task 'copy'.*known: add", tasks={"add": tasks["add"]})
+    refuse(PlanError, "unknown checkpoint 'm9'", exclude=(("m0", "m9"),))
+    refuse(LabelError, "no cross-task pairs", exclude=(("m0", "m1"), ("m2", "m1")))
+    refuse(ConfigError, "max_model_len is 200; the checkpoints' own limit is 128", max_model_len=200)
+    refuse(TaskError, r"task 'add', item 1: prompt and answer take \d+ tokens, the engine holds 8", max_model_len=8)

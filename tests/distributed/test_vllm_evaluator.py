@@ -1,0 +1,77 @@
+"""Weight swaps in a live vLLM engine: what it answers afterwards is what the merge on disk answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simmerge_ray.catalogue import load_catalogue
+from simmerge_ray.checkpoints import CheckpointRef, read_config
+from simmerge_ray.errors import CheckpointError, EngineError
+from simmerge_ray.merging import write_merge
+from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm
+from simmerge_ray.plans import pair_plan, resolve_plan, unmerged
+from simmerge_ray.transformers_evaluator import TransformersEvaluator
+from tests import tiny
+
+pytestmark = pytest.mark.vllm
+PROMPTS = [f"{a}+{b}=" + "=" * (b % 4) for a in "abc" for b in range(12)]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def engine(request, tmp_path_factory):
+    from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
+
+    path = tiny.make_catalogue(tmp_path_factory.mktemp("vllm"), tied=request.param)
+    catalogue = load_catalogue(path)
+    engine = VllmEvaluator(catalogue.base, max_model_len=64)
+    yield engine, catalogue
+    engine.close()
+
+
+def test_every_operator_s_merge_answers_like_its_checkpoint_on_disk(engine, tmp_path):
+    evaluator, catalogue = engine
+    for operator in OPERATOR_SPECS:
+        resolved = resolve_plan(pair_plan("m0", "m1", make_arm(operator)), catalogue)
+        on_disk = CheckpointRef("merged", write_merge(resolved, tmp_path / operator))
+        evaluator.check_swap(resolved, PROMPTS[:8])  # log-probabilities
+        assert evaluator.generate(PROMPTS, 6) == TransformersEvaluator(on_disk).generate(PROMPTS, 6)
+
+
+def test_swapping_back_gives_the_first_answers_again(engine):
+    evaluator, catalogue = engine
+    evaluator.load(unmerged(catalogue.checkpoints[0]))
+    first = evaluator.generate(PROMPTS, 6)
+    evaluator.load(unmerged(catalogue.checkpoints[1]))
+    assert evaluator.generate(PROMPTS, 6) != first
+    evaluator.load(unmerged(catalogue.checkpoints[0]))
+    assert evaluator.generate(PROMPTS, 6) == first
+
+
+def test_the_check_notices_weights_that_were_not_taken(engine, monkeypatch):
+    evaluator, catalogue = engine
+    evaluator.load(unmerged(catalogue.checkpoints[0]))
+    monkeypatch.setattr(evaluator, "load", lambda resolved: None)
+    with pytest.raises(EngineError, match="does not hold the weights it was given"):
+        evaluator.check_swap(unmerged(catalogue.checkpoints[1]), PROMPTS[:8])
+
+
+def test_a_merge_that_is_not_finite_is_refused_by_name(engine, tmp_path):
+    evaluator, catalogue = engine
+    model = tiny.make_model(tied=read_config(catalogue.base)["tie_word_embeddings"])
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    tiny.save(model, tmp_path / "nan")
+    with pytest.raises(CheckpointError, match="model.norm.weight holds NaN"):
+        evaluator.load(unmerged(CheckpointRef("nan", tmp_path / "nan")))
+
+
+def test_a_written_merge_is_loaded_by_both_libraries_with_the_same_utility(catalogue, catalogue_path, tmp_path):
+    from simmerge_ray.distributed.demo import load_and_evaluate
+    from simmerge_ray.evaluation import load_tasks
+
+    merged = write_merge(resolve_plan(pair_plan("m0", "m1", make_arm("nuslerp")), catalogue), tmp_path / "merged")
+    loaded = load_and_evaluate(str(merged), load_tasks(catalogue_path.parent / "tasks"), "vllm")
+    assert set(loaded) == {"add", "copy"}
+    for utilities in loaded.values():
+        assert utilities["vllm"] == utilities["transformers"]

@@ -1,0 +1,120 @@
+"""Signals and labels of tiny checkpoints through training to an answer, without Ray."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from simmerge_ray.config import TrainConfig
+from simmerge_ray.errors import ConfigError, LabelError, PlanError, SelectorError
+from simmerge_ray.labels import EvaluationSettings, LabeledPlan, Measured, used_digests
+from simmerge_ray.operators.specs import make_arm
+from simmerge_ray.plans import MergePlan, pair_plans
+from simmerge_ray.probes import load_probe_sets
+from simmerge_ray.selector.dataset import build_dataset
+from simmerge_ray.selector.train import train_selector
+from simmerge_ray.service.recommender import Recommender
+from simmerge_ray.service.schemas import DecisionRequest
+from simmerge_ray.signals.table import SignalTable, compute_signals
+from tests import tiny
+
+ARMS = [make_arm("linear"), make_arm("ties", {"density": 0.2})]
+
+
+def made_up_labels(catalogue, digests: dict[str, str]) -> list[LabeledPlan]:
+    """Random outcomes for every pair, parent and task: the join is tested, not the merges."""
+    generator = np.random.default_rng(0)
+    plans = [MergePlan(source=name) for name in catalogue.ids] + pair_plans(catalogue.pairs("all"), ARMS)
+    settings = EvaluationSettings("fake", "float32", 64)
+    return [
+        LabeledPlan(
+            plan, task, task, Measured((generator.random(20) < 0.5).astype(float)), settings, used_digests(plan, digests, "base")
+        )
+        for plan in plans
+        for task in ("add", "copy")
+    ]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> SignalTable:
+    from simmerge_ray.catalogue import load_catalogue
+
+    path = tiny.make_catalogue(tmp_path_factory.mktemp("four"), num_checkpoints=4)
+    table = compute_signals(load_catalogue(path), load_probe_sets(path.parent / "probes"))
+    return SignalTable(table.columns, table.rows, table.provenance | {"catalogue": str(path)})
+
+
+@pytest.fixture(scope="module")
+def labels(table):
+    from pathlib import Path
+
+    from simmerge_ray.catalogue import load_catalogue
+
+    return made_up_labels(load_catalogue(Path(table.provenance["catalogue"])), table.provenance["checkpoints"])
+
+
+@pytest.fixture(scope="module")
+def recommender(table, labels) -> Recommender:
+    dataset = build_dataset(table, labels)
+    assert dataset.arms == ("linear", "ties(density=0.2)") and dataset.features.shape == (12, 2, len(table.columns))
+    return Recommender(train_selector(dataset, TrainConfig(num_epochs=20)), table)
+
+
+def test_arms_are_ranked_for_the_parents_own_tasks(recommender):
+    ranked = recommender.rank("m0", "m1")
+    assert [r.utility for r in ranked] == sorted((r.utility for r in ranked), reverse=True)
+    assert set(ranked[0].by_task) == {"add", "copy"}
+    assert set(recommender.rank("m0", "m2")[0].by_task) == {"add"}
+    assert ranked[0].utility == pytest.approx(np.mean([u for u, _ in ranked[0].by_task.values()]))
+    swapped = recommender.rank("m1", "m0")
+    assert [r.arm for r in swapped] == [r.arm for r in ranked]
+    assert swapped[0].utility == pytest.approx(ranked[0].utility, rel=1e-6)
+
+
+def test_a_decision_carries_all_that_was_predicted(recommender):
+    decision = recommender.decide(DecisionRequest(left="m0", right="m1", task="add"))
+    assert decision.tasks == ["add"] and decision.arm == decision.arms[0].arm
+    assert decision.best_fixed in {arm.arm for arm in decision.arms} and len(decision.model_version) == 12
+    again = recommender.decide(DecisionRequest(left="m0", right="m1", task="add"))
+    assert again.decision_id != decision.decision_id and again.arms == decision.arms
+    assert recommender.catalogue().checkpoints == ["m0", "m1", "m2", "m3"]
+
+
+def test_unknown_names_are_refused_with_the_choices(recommender):
+    with pytest.raises(PlanError, match="unknown checkpoint 'm7'.*m0, m1"):
+        recommender.decide(DecisionRequest(left="m0", right="m7"))
+    with pytest.raises(PlanError, match="unknown task 'ad'"):
+        recommender.decide(DecisionRequest(left="m0", right="m1", task="ad"))
+
+
+@pytest.mark.parametrize("name", ["../etc/passwd", "a b", "", "x" * 201, "'; drop table"])
+def test_requests_hold_ids_and_nothing_else(name):
+    with pytest.raises(ValidationError):
+        DecisionRequest(left=name, right="m1")
+
+
+def test_a_table_with_other_features_is_refused(recommender, table):
+    columns = tuple(column for column in table.columns if not column.startswith("task_vector"))
+    other = SignalTable(columns, table.rows, table.provenance)
+    with pytest.raises(SelectorError, match="different features, e.g. 'task_vector"):
+        recommender._selector.predict_pair(other, "m0", "m1", ["add"])
+
+
+def test_signals_and_labels_of_different_contents_are_not_joined(table, labels):
+    changed = SignalTable(table.columns, table.rows, table.provenance | {"checkpoints": {"m1": "another upload"}})
+    with pytest.raises(LabelError, match="'m1' has changed"):
+        build_dataset(changed, labels)
+    with pytest.raises(LabelError, match="no pair was measured with all of the arms slerp"):
+        build_dataset(table, labels, ["slerp"])
+
+
+def test_missing_artifacts_say_which_command_makes_them(tmp_path):
+    with pytest.raises(SelectorError, match="simmerge train"):
+        Recommender.load(tmp_path, tmp_path / "pairs.parquet")
+
+
+def test_a_table_that_is_missing_says_so_too(tmp_path, recommender):
+    recommender._selector.write(tmp_path / "selector")
+    with pytest.raises(ConfigError, match="simmerge signals"):
+        Recommender.load(tmp_path / "selector", tmp_path / "pairs.parquet")
