@@ -3,8 +3,8 @@
     python jobs/build_dataset.py study.yaml
     ray job submit --working-dir . -- python jobs/build_dataset.py /shared/study.yaml
 
-The second form runs on the cluster. Paths in the YAML are relative to it; under `ray job submit` use absolute ones, the
-working directory is temporary. What is already there is not computed again, so an interrupted job is run again as it is.
+The second form runs on the cluster. Paths in the YAML are relative to it; under `ray job submit` use absolute ones: the
+working directory is temporary. What is there is not computed again, so an interrupted job is run again as it is.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
     else:
         hint = "; convert its .bin files first" if list(ref.path.glob("*.bin")) else ""
         raise CheckpointError(
-            f"checkpoint {ref.id!r}: {ref.path} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; only safetensors are read"
-            + hint
+            f"checkpoint {ref.id!r}: {ref.path} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; "
+            f"only safetensors are read{hint}"
         )
     specs = {
         name: TensorSpec(file, spec["dtype"], tuple(spec["shape"]))

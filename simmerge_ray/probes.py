@@ -63,7 +63,8 @@ class ProbeSet:
         for probe, ids in zip(self.probes, encoded, strict=True):
             if not 2 <= len(ids) <= max_tokens:
                 raise ProbeError(
-                    f"probe set {self.task!r}: probe {probe.text[:40]!r} has {len(ids)} tokens; allowed are 2 to {max_tokens}"
+                    f"probe set {self.task!r}: probe {probe.text[:40]!r} has {len(ids)} tokens; "
+                    f"allowed are 2 to {max_tokens}"
                 )
         batches = []
         for start in range(0, len(encoded), batch_size):

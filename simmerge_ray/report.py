@@ -58,6 +58,17 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[st
     return [*lines, *("| " + " | ".join(row) + " |" for row in shown), ""]
 
 
+def _interval(interval: Sequence[float] | None) -> str:
+    return "[no interval]" if interval is None else f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
+def _sign(interval: Sequence[float] | None) -> int:
+    """1 or -1 where the whole interval lies on that side of zero, else 0."""
+    if interval is None:
+        return 0
+    return 1 if interval[0] > 0 else -1 if interval[1] < 0 else 0
+
+
 def _save(figure: Any, directory: Path, name: str) -> None:
     import io
 
@@ -146,7 +157,7 @@ def _selector_part(crossval: Mapping[str, Any], directory: Path) -> list[str]:
     }
     lines += [
         f"Each checkpoint is left out in turn with all its pairs; {crossval['num_contexts']} contexts (pair, task), "
-        f"{crossval['num_defined']} with a defined GapClosed. *One arm per merge* serves both parents' tasks and is the "
+        f"{crossval['num_defined']} with a defined GapClosed. *One arm per merge* serves both parents' tasks: the "
         "headline; *one arm per task* may take another arm for each.",
         "",
     ]
@@ -156,11 +167,10 @@ def _selector_part(crossval: Mapping[str, Any], directory: Path) -> list[str]:
         [[shown, merge[key], context[key]] for key, shown in names.items()],
     )
     for title, part in (("per merge", merge), ("per task", context)):
-        low, high = part["gain_interval"]
-        verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+        verdict = {1: "better", -1: "worse", 0: "not distinguishable"}[_sign(part["gain_interval"])]
         lines += [
-            f"- one arm {title}: selector minus best fixed {part['gain']:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] "
-            f"over checkpoints: {verdict}."
+            f"- one arm {title}: selector minus best fixed {part['gain']:+.3f}, 95 % interval over checkpoints "
+            f"{_interval(part['gain_interval'])}: {verdict}."
         ]
     figure, axes = _figure(9.6, 3.4, columns=2)
     axis = axes[0][0]
@@ -192,9 +202,9 @@ def _headroom_part(room: Mapping[str, Any], directory: Path) -> list[str]:
         return [*lines, f"GapClosed is not defined: {room['undefined']}.", ""]
     context, merge = room["per_context"], room["per_merge"]
     lines += [
-        f"{room['num_defined']} of {room['num_contexts']} contexts (pair, task) have parents that differ enough; at least "
-        f"{room['min_items']} items per task. GapClosed of each arm taken everywhere, and the share of contexts in which "
-        "it beats every other arm by two paired standard errors:",
+        f"{room['num_defined']} of {room['num_contexts']} contexts (pair, task) have parents that differ enough; "
+        f"at least {room['min_items']} items per task. GapClosed of each arm taken everywhere, and the share of "
+        "contexts in which it beats every other arm by two paired standard errors:",
         "",
     ]
     rows = [
@@ -203,11 +213,10 @@ def _headroom_part(room: Mapping[str, Any], directory: Path) -> list[str]:
     ]
     lines += table_lines(["arm", "GapClosed", "clearly best per task", "clearly best per merge"], rows)
     for title, part in (("per task", context), ("per merge", merge)):
-        low, high = part["gain_interval"]
         lines += [
             f"- one arm {title}: best fixed ({part['best_fixed_arm']}) {part['best_fixed']:.3f}, split-half oracle "
-            f"{part['split_half_oracle']:.3f}, headroom {part['gain']:+.3f} [{low:+.3f}, {high:+.3f}]"
-            + ("." if low > 0 else ", within noise.")
+            f"{part['split_half_oracle']:.3f}, headroom {part['gain']:+.3f} {_interval(part['gain_interval'])}"
+            + ("." if _sign(part["gain_interval"]) > 0 else ", within noise.")
         ]
     tasks = list(context["tasks"])
     arms = list(room["arm_gap_closed"])

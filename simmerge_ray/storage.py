@@ -90,7 +90,7 @@ def read_json(uri: str | Path) -> Any:
 
 
 def list_objects(uri: str | Path, suffix: str) -> list[str]:
-    """Full names of the objects directly under a directory that end in `suffix`, sorted; none if there is no directory."""
+    """Full names of the objects in a directory that end in `suffix`, sorted; none if there is no directory."""
     filesystem, path = fsspec.core.url_to_fs(str(uri))
     if not filesystem.exists(path):
         return []

@@ -59,7 +59,7 @@ def make_catalogue(
     noise: float = 0.05,
     tasks: tuple[str, ...] = ("add", "copy"),
 ) -> Path:
-    """A base, `num_checkpoints` copies with noise on every weight, two probe sets and two tasks; the catalogue's path."""
+    """A base, `num_checkpoints` copies with noise on it, two probe sets and two tasks; the catalogue's path."""
     base = make_model(tied=tied)
     save(base, root / "base")
     entries = []

@@ -79,9 +79,7 @@ def train_expert(
     return _save(model, tokenizer, recipe, Path(out_dir))
 
 
-def packed_rows(
-    tokenizer: PreTrainedTokenizerFast, shares: Mapping[str, float], seed: int
-) -> Iterator[Row]:
+def packed_rows(tokenizer: PreTrainedTokenizerFast, shares: Mapping[str, float], seed: int) -> Iterator[Row]:
     """Endless rows of as many whole examples as fit, each `<bos> prompt target <eos>`, then padding of weight 0.
 
     The domain of each example is drawn with the weights `shares`.

@@ -16,7 +16,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
     With `RAY_ADDRESS` set (as in `ray job submit`) or Ray already initialised, that cluster is used. Otherwise a
     cluster of this process is started and stopped at the end, also after an error or Ctrl-C. Ray's processes end with
-    this one even if it is killed (two idle agents of a node need a minute for it: they first try to tell the dead head).
+    this one even if it is killed (two idle agents need a minute for it: they first try to tell the dead head).
     """
     # Read when Ray is imported. Without the first, `uv run` would start every worker through uv; without the
     # second, Tune catches Ctrl-C and goes on until the running trials have ended.

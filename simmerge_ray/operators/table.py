@@ -12,7 +12,6 @@ from simmerge_ray.operators.slerp import slerp
 from simmerge_ray.operators.task_arithmetic import task_arithmetic
 from simmerge_ray.operators.ties import ties
 
-
 # `(base, left, right, *, weight, **params) -> tensor`: one tensor at a time, float32 (or float64) out.
 MergeOperator = Callable[..., Tensor]
 

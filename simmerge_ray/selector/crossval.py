@@ -91,7 +91,7 @@ def crossval_report(
             "selector": gain.policy,
             "best_fixed": gain.reference,
             "gain": gain.gain,
-            "gain_interval": list(gain.gain_interval),
+            "gain_interval": list(gain.gain_interval) if gain.gain_interval else None,
             "uniform": uniform_gap_closed(dataset),
             "oracle": getattr(room, name).split_half_oracle,
         }

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 _BLOCK = 1 << 14
 
 
 def pairwise_kl(log_probs: Tensor, reference: Tensor) -> Tensor:
-    """`KL(P_i || P_j) = sum_v P_i(v) (log P_i(v) - log P_j(v))` in nats, per token, for all pairs by one matrix product.
+    """`KL(P_i || P_j) = sum_v P_i(v) (log P_i(v) - log P_j(v))` in nats, per token, by one matrix product.
 
     With `A_ij = sum_v P_i(v) c_j(v)`, `c_j = log P_j - log R` for any reference R and `s_i = sum_v P_i(v)`,
 
@@ -31,7 +30,9 @@ def pairwise_kl(log_probs: Tensor, reference: Tensor) -> Tensor:
         ValueError: shapes that do not fit.
     """
     if log_probs.dim() != 3 or reference.shape != log_probs.shape[1:]:
-        raise ValueError(f"log_probs {tuple(log_probs.shape)} must be (M, T, V), reference {tuple(reference.shape)} (T, V)")
+        raise ValueError(
+            f"log_probs {tuple(log_probs.shape)} must be (M, T, V), reference {tuple(reference.shape)} (T, V)"
+        )
     num_checkpoints, num_tokens, vocabulary = log_probs.shape
     cross = torch.zeros(num_tokens, num_checkpoints, num_checkpoints, dtype=torch.float64)
     sums = torch.zeros(num_tokens, num_checkpoints, dtype=torch.float64)

@@ -239,7 +239,7 @@ def _probe_matrices(units: Sequence[Any]) -> dict[str, Any]:
 
 
 def _weight_matrices(units: Iterable[tuple[str, Any]], centre_is_base: bool) -> dict[str, Any]:
-    """(M, M) matrices of the weight signals, over all tensors and per kind; a kind with no tensor takes the global value."""
+    """(M, M) matrices of the weight signals, over all tensors and per kind; a kind without tensors is as global."""
     from simmerge_ray.signals.weights import TENSOR_KINDS, tensor_kind
 
     sums: dict[str, Any] = {}

@@ -63,7 +63,9 @@ def test_a_search_goes_on_from_the_labels_that_are_there(catalogue, tasks, tmp_p
     result = run_search(catalogue, tasks, LOCAL, tmp_path / "part")
     assert 0 < result.num_trials_run < 8
     again = result.store.read()
-    assert [(one.key, one.outcome.items.tolist()) for one in again] == [(one.key, one.outcome.items.tolist()) for one in whole]
+    assert [(one.key, one.outcome.items.tolist()) for one in again] == [
+        (one.key, one.outcome.items.tolist()) for one in whole
+    ]
 
 
 @pytest.mark.ray

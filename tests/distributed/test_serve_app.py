@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import socket
@@ -51,7 +52,8 @@ def artifacts(catalogue, catalogue_path, tmp_path_factory):
 @pytest.fixture(scope="module")
 def service(artifacts):
     """(base URL, what was printed) of a running service; it is stopped as Ctrl-C would stop it."""
-    port, stop, printed = free_port(), threading.Event(), Console(record=True, quiet=False, file=open("/dev/null", "w"), width=300)
+    port, stop = free_port(), threading.Event()
+    printed = Console(record=True, file=io.StringIO(), width=300)
     config = ServeConfig(selector=artifacts / "selector", signals=artifacts / "pairs.parquet", port=port)
     from simmerge_ray.distributed.serve_app import run_service
 

@@ -62,7 +62,9 @@ def test_the_demo_survives_ctrl_c_and_kill_and_the_second_run_computes_nothing(t
     experts = ("math-few", "code-few", "multilingual-few", "rag-few")
 
     # Ctrl-C while experts are trained: a clean end, and nothing half-written under a final name.
-    code, family = stop_at(layout, signal.SIGINT, lambda: any((layout.zoo / e).exists() for e in experts), "a trained expert")
+    code, family = stop_at(
+        layout, signal.SIGINT, lambda: any((layout.zoo / e).exists() for e in experts), "a trained expert"
+    )
     assert code == 130
     assert_gone(family, 20)
     trained = {e: (layout.zoo / e).stat().st_mtime_ns for e in experts if (layout.zoo / e).exists()}

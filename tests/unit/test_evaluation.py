@@ -44,7 +44,10 @@ def test_the_digest_of_a_task_sees_items_order_metric_and_length():
         ([{"prompt": "a", "target": "b", "metric": "exact"}], "unknown metric 'exact'.*exact_match"),
         ([{"prompt": "a", "target": "b", "metrics": "x"}], "unknown key 'metrics'"),
         ([{"prompt": "a", "target": "b", "max_new_tokens": 0}], "positive integer"),
-        ([{"prompt": "a", "target": "b", "metric": "contains"}, {"prompt": "a", "target": "b", "metric": "numeric"}], "line 2"),
+        (
+            [{"prompt": "a", "target": "b", "metric": "contains"}, {"prompt": "a", "target": "b", "metric": "numeric"}],
+            "line 2",
+        ),
     ],
 )
 def test_malformed_tasks_are_refused_with_the_line(tmp_path, lines, message):
@@ -71,7 +74,10 @@ def test_the_evaluator_holds_the_weights_it_was_given_last(catalogue, catalogue_
     tasks = load_tasks(catalogue_path.parent / "tasks")
     prompts = [item.prompt for item in tasks["add"].items]
     swapped = TransformersEvaluator(catalogue.base)
-    for resolved in (unmerged(catalogue.checkpoints[1]), resolve_plan(pair_plan("m0", "m1", make_arm("ties")), catalogue)):
+    for resolved in (
+        unmerged(catalogue.checkpoints[1]),
+        resolve_plan(pair_plan("m0", "m1", make_arm("ties")), catalogue),
+    ):
         swapped.load(resolved)
         if resolved.plan.source:
             fresh = TransformersEvaluator(resolved.checkpoints[0])

@@ -48,7 +48,12 @@ def test_labels_are_read_back_as_written(store):
     assert set(again) == {one.key for one in labels} == store.keys()
     for one in labels:
         found = again[one.key]
-        assert (found.plan, found.task, found.settings, found.checkpoints) == (one.plan, one.task, one.settings, one.checkpoints)
+        assert (found.plan, found.task, found.settings, found.checkpoints) == (
+            one.plan,
+            one.task,
+            one.settings,
+            one.checkpoints,
+        )
         if isinstance(one.outcome, Measured):
             assert found.outcome.items.tolist() == one.outcome.items.tolist()
             assert found.outcome.utility == 0.75 and found.outcome.standard_error == pytest.approx(0.25)
@@ -100,7 +105,8 @@ def test_contexts_need_every_arm_and_both_parents():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"task_digest": "x"}, {"settings": EvaluationSettings("y", "float32", 128)}, {"checkpoints": {"a": "z"}}]
+    "changes",
+    [{"task_digest": "x"}, {"settings": EvaluationSettings("y", "float32", 128)}, {"checkpoints": {"a": "z"}}],
 )
 def test_labels_that_must_not_be_compared_are_refused(changes):
     with pytest.raises(LabelError, match="different"):

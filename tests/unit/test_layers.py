@@ -15,9 +15,9 @@ ROOT = Path(simmerge_ray.__file__).parent
 # Left to right; a module imports only from its own layer and from what stands before it. Modules of one entry may
 # import each other's members (a package), or do not (alternatives, written apart).
 FLOW = (
-    "errors", "progress", "config", "runs", "storage", "checkpoints", "catalogue", "probes", "signals", "operators", "plans",
-    "merging", "evaluation", "transformers_evaluator", "headroom", "labels", "selector", "service", "report", "demo",
-    "distributed", "cli",
+    "errors", "progress", "config", "runs", "storage", "checkpoints", "catalogue", "probes", "signals", "operators",
+    "plans", "merging", "evaluation", "transformers_evaluator", "headroom", "labels", "selector", "service", "report",
+    "demo", "distributed", "cli",
 )  # fmt: skip
 
 
@@ -58,7 +58,10 @@ def test_no_import_points_backwards_and_only_distributed_imports_ray(path):
 
 def loaded_modules(code: str) -> set[str]:
     """Top-level modules loaded by `code` in a new interpreter, whatever its exit code."""
-    script = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('MODULES', *{{m.split('.')[0] for m in sys.modules}})"
+    script = (
+        f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n"
+        "print('MODULES', *{m.split('.')[0] for m in sys.modules})"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith("MODULES")]
     assert lines, result.stdout + result.stderr
@@ -84,5 +87,10 @@ def test_help_and_typos_load_no_heavy_library(arguments):
 
 
 def test_importing_the_package_or_a_job_s_config_loads_neither_torch_nor_ray():
-    for code in ("import simmerge_ray", "import simmerge_ray.config", "import simmerge_ray.operators.specs", "import simmerge_ray.plans"):
+    for code in (
+        "import simmerge_ray",
+        "import simmerge_ray.config",
+        "import simmerge_ray.operators.specs",
+        "import simmerge_ray.plans",
+    ):
         assert not loaded_modules(code) & {"torch", "ray", "transformers"}, code

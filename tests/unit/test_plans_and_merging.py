@@ -125,17 +125,23 @@ def test_transformers_loads_the_merge_and_sharding_does_not_change_it(catalogue,
     assert len(list(parts.glob("model-*.safetensors"))) > 2
     models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (whole, parts)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    assert AutoTokenizer.from_pretrained(whole)("a+1").input_ids == AutoTokenizer.from_pretrained(parts)("a+1").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(whole)("a+1").input_ids == AutoTokenizer.from_pretrained(parts)("a+1").input_ids
+    )
 
 
 def test_progress_ends_at_all_bytes(catalogue, tmp_path):
     seen: list[tuple[int, int]] = []
-    write_merge(resolve_plan(pair_plan("m0", "m1", LINEAR), catalogue), tmp_path / "o", progress=lambda *x: seen.append(x))
+    write_merge(
+        resolve_plan(pair_plan("m0", "m1", LINEAR), catalogue), tmp_path / "o", progress=lambda *x: seen.append(x)
+    )
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[-1][0] == seen[-1][1]
 
 
 def test_a_fold_needs_no_intermediate_and_keeps_the_dtype():
-    sources = {name: torch.full((4,), value, dtype=torch.bfloat16) for name, value in (("a", 1.0), ("b", 2.0), ("c", 4.5))}
+    sources = {
+        name: torch.full((4,), value, dtype=torch.bfloat16) for name, value in (("a", 1.0), ("b", 2.0), ("c", 4.5))
+    }
     plan = MergePlan((MergeStep("a", "b", LINEAR), MergeStep("#1", "c", LINEAR, 1 / 3)))
     merged = merge_tensor(plan, sources, None)
     assert merged.dtype == torch.bfloat16 and merged.tolist() == [2.5] * 4

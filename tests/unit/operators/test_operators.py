@@ -122,7 +122,11 @@ def test_opposite_tensors_have_no_arc_and_are_averaged():
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.999, 1.0])
 def test_trimming_keeps_exactly_the_stated_count(num_entries, density):
     vector = torch.randn(num_entries, generator=torch.Generator().manual_seed(num_entries))
-    assert int((trim(vector, density) != 0).sum()) == max(1, int(density * num_entries)) == kept_count(density, num_entries)
+    assert (
+        int((trim(vector, density) != 0).sum())
+        == max(1, int(density * num_entries))
+        == kept_count(density, num_entries)
+    )
 
 
 def test_trimming_keeps_the_first_of_equal_magnitudes():

@@ -14,7 +14,9 @@ from simmerge_ray.operators.specs import OPERATOR_SPECS, check_weight, make_arm,
 def test_label_and_arm_are_inverse(operator, data):
     specs = OPERATOR_SPECS[operator].parameters
     params = {
-        name: data.draw(st.sampled_from([spec.default, 0.25, 0.75])) for name, spec in specs.items() if data.draw(st.booleans())
+        name: data.draw(st.sampled_from([spec.default, 0.25, 0.75]))
+        for name, spec in specs.items()
+        if data.draw(st.booleans())
     }
     arm = make_arm(operator, params)
     assert parse_arm(arm.label) == arm

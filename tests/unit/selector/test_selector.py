@@ -34,7 +34,9 @@ def made_up_dataset(num_checkpoints: int = 6, learnable: bool = True, seed: int 
                 best = (0 if x[0] > 0 else 2) if learnable else int(generator.integers(3))
                 rates = [0.4, 0.5, 0.4]
                 rates[best] = 0.75
-                arms = {arm: (generator.random(100) < rate).astype(float) for arm, rate in zip(ARMS, rates, strict=True)}
+                arms = {
+                    arm: (generator.random(100) < rate).astype(float) for arm, rate in zip(ARMS, rates, strict=True)
+                }
                 parents = [(generator.random(100) < rate).astype(float) for rate in (0.9, 0.1)]
                 contexts.append(Context(left, right, task, arms, *parents))
                 features.append([x, x])
@@ -108,7 +110,11 @@ def test_damaged_missing_and_other_schema_artifacts_say_what_differs(tmp_path):
     with pytest.raises(SelectorError, match="simmerge train"):
         read_selector(tmp_path)
     train_selector(made_up_dataset(4), FAST).write(tmp_path / "good")
-    for change, message in (({"schema": 99}, "schema is 99"), ({"feature_schema": 0}, "feature_schema is 0"), ({"num_members": 9}, "damaged")):
+    for change, message in (
+        ({"schema": 99}, "schema is 99"),
+        ({"feature_schema": 0}, "feature_schema is 0"),
+        ({"num_members": 9}, "damaged"),
+    ):
         bad = tmp_path / "bad"
         shutil.copytree(tmp_path / "good", bad, dirs_exist_ok=True)
         content = json.loads((bad / "selector.json").read_text())

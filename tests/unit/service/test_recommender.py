@@ -29,7 +29,12 @@ def made_up_labels(catalogue, digests: dict[str, str]) -> list[LabeledPlan]:
     settings = EvaluationSettings("fake", "float32", 64)
     return [
         LabeledPlan(
-            plan, task, task, Measured((generator.random(20) < 0.5).astype(float)), settings, used_digests(plan, digests, "base")
+            plan,
+            task,
+            task,
+            Measured((generator.random(20) < 0.5).astype(float)),
+            settings,
+            used_digests(plan, digests, "base"),
         )
         for plan in plans
         for task in ("add", "copy")

@@ -119,7 +119,10 @@ def test_weight_sums_of_parts_add_up():
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2 * BLOCK_ELEMENTS + 5, generator=generator) for _ in range(4)]
     whole = weight_sums(tensors[1:], tensors[0])
-    parts = [weight_sums([t[s] for t in tensors[1:]], tensors[0][s]) for s in (slice(0, BLOCK_ELEMENTS), slice(BLOCK_ELEMENTS, None))]
+    parts = [
+        weight_sums([t[s] for t in tensors[1:]], tensors[0][s])
+        for s in (slice(0, BLOCK_ELEMENTS), slice(BLOCK_ELEMENTS, None))
+    ]
     joined = WeightSums.zero(3) + parts[0] + parts[1]
     assert torch.equal(joined.gram, whole.gram)
     assert torch.equal(joined.sign_product, whole.sign_product)

@@ -60,7 +60,12 @@ def test_probe_signals_equal_one_model_and_one_text_at_a_time(table, catalogue, 
     assert features["kl_lr_mean"] == pytest.approx(kl.mean(), rel=1e-5)
     assert features["kl_lr_q90"] == pytest.approx(np.quantile(kl, 0.9), rel=1e-5)
     assert features["kl_rl_median"] == table.get(right.id, left.id, task).features["kl_lr_median"]
-    hidden = [reference.cosine(u, v) for x, y in zip(a, b, strict=True) for p, q in zip(x[1], y[1], strict=True) for u, v in zip(p, q, strict=True)]
+    hidden = [
+        reference.cosine(u, v)
+        for x, y in zip(a, b, strict=True)
+        for p, q in zip(x[1], y[1], strict=True)
+        for u, v in zip(p, q, strict=True)
+    ]
     assert features["activation_cosine_mean"] == pytest.approx(np.mean(hidden), abs=1e-6)
     assert features["activation_cosine_min"] == pytest.approx(np.min(hidden), abs=1e-5)
     assert features["activation_cosine_sd"] == pytest.approx(np.std(hidden), abs=1e-5)
