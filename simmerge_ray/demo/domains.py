@@ -88,14 +88,20 @@ def find_domain(name: str) -> Domain:
     return DOMAINS[name]
 
 
+# So many known examples in a row, and a split is taken as exhausted; the smallest holds some hundreds.
+_MAX_MISSES = 5000
+
+
 def _distinct(domain: str, split: Split, num: int, seed: int) -> list[Example]:
     stream = example_stream(domain, split, seed)
     items: dict[str, Example] = {}
-    for _ in range(1000 + 50 * num):  # the smallest split holds some hundreds of examples
-        if len(items) >= num:
-            return list(items.values())
+    num_misses = 0
+    while len(items) < num and num_misses < _MAX_MISSES:
         example = next(stream)
+        num_misses = num_misses + 1 if example.prompt in items else 0
         items.setdefault(example.prompt, example)
+    if len(items) == num:
+        return list(items.values())
     raise InputError(f"domain {domain!r} has no {num} different {split.name.lower()} items (found {len(items)})")
 
 

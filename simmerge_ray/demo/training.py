@@ -154,7 +154,8 @@ def _fit(
             group["lr"] = learning_rate * schedule(step, num_steps)
         ids, positions, weights = (torch.tensor(column) for column in zip(*next(batches), strict=True))
         weights = weights[:, 1:]
-        # positions that start again make transformers mask the other examples of a row
+        # Positions start again at each example, as where it stands alone; attention crosses the border, as is usual in
+        # packed training.
         logits = model(input_ids=ids, position_ids=positions).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights.flatten()).sum() / weights.sum()

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from simmerge_ray.checkpoints import CheckpointRef, read_headers
+from simmerge_ray.demo.recipe import ARMS
 from simmerge_ray.labels import LabelStore
 from simmerge_ray.runs import RunLayout
 from simmerge_ray.storage import read_json
@@ -87,13 +88,13 @@ def test_the_demo_survives_ctrl_c_and_kill_and_the_second_run_computes_nothing(t
     for stage in ("zoo", "signals", "search", "train", "pick", "report"):
         assert stage in output
     after = {label.key: label.seconds for label in LabelStore(layout.labels).read()}
-    num_merges = 5 * 5  # cross-task pairs but the held-out one, arms
+    num_merges = 5 * len(ARMS)  # cross-task pairs but the held-out one
     assert len(after) == 5 * 4 + num_merges * 2
     assert {key: after[key] for key in before} == before
 
     # What was asked for is there: the merge measured after the pick, the figures, the manifests.
     pick = read_json(layout.pick / "pick.json")
-    assert pick["arm"] in pick["measured"]["arms"] and len(pick["measured"]["arms"]) == 5
+    assert pick["arm"] in pick["measured"]["arms"] and len(pick["measured"]["arms"]) == len(ARMS)
     held_out = {frozenset(pick["pair"])}
     assert held_out.isdisjoint({frozenset(label.plan.members) for label in LabelStore(layout.labels).read()})
     read_headers(CheckpointRef("merged", layout.pick / "merged"))

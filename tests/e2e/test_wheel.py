@@ -17,7 +17,17 @@ def test_the_wheel_holds_the_shipped_base_the_licence_and_the_command(tmp_path):
     shutil.copytree(ROOT / "simmerge_ray", source / "simmerge_ray", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path / "dist",
+        source,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("simmerge_ray-*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -99,8 +99,8 @@ def test_rag_targets_are_the_values_in_the_passages() -> None:
 
 
 def test_more_items_than_exist_is_an_error_that_says_how_many_do() -> None:
-    with pytest.raises(InputError, match=r"'multilingual' has no 100000 different probe items \(found \d+\)"):
-        probe_texts("multilingual", 100_000)
+    with pytest.raises(InputError, match=r"'math' has no 100000 different probe items \(found \d+\)"):
+        probe_texts("math", 100_000)
 
 
 def test_unknown_domain_names_the_choices() -> None:
