@@ -146,9 +146,9 @@ def measure_pick(
     catalogue = load_catalogue(layout.catalogue)
     every_task = load_tasks(layout.tasks)
     config = search.model_copy(update={"exclude": (), "concurrency": 1})
-    store = layout.pick / "labels"
+    store = (layout.pick / "labels").resolve()
     with ray_session():
-        check = ray.remote(load_and_evaluate).options(num_cpus=1).remote(str(merged), tasks, search.evaluator)
+        check = ray.remote(load_and_evaluate).options(num_cpus=1).remote(str(merged.resolve()), tasks, search.evaluator)
         with narrator.bar("merges evaluated") as report:
             run_search(catalogue, every_task, config, store, plans, report)
         loaded = ray.get(check)

@@ -73,7 +73,8 @@ def search_stage(catalogue_path: Path, tasks_dir: Path, labels: Path, config: Se
 
         started = time.monotonic()
         with narrator.bar("merges evaluated") as report:
-            result = run_search(catalogue, tasks, config, labels, report=report)
+            # Absolute: trial actors write the labels, and may run in another working directory.
+            result = run_search(catalogue, tasks, config, labels.resolve(), report=report)
         for name, reason in sorted(result.infeasible.items()):
             narrator.say(f"           infeasible: {name}: {reason}")
         write_headroom(labels, [arm.label for arm in arms], labels / "headroom.json")

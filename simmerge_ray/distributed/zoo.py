@@ -33,6 +33,7 @@ def make_zoo(
     """
     from simmerge_ray.demo.domains import DOMAINS, evaluation_items, probe_texts
 
+    out = out.resolve()  # tasks of Ray may run in another working directory
     if not (out / BASE_ID / "model.safetensors").exists():
         with (
             resources.as_file(resources.files("simmerge_ray.demo") / "data" / "base") as shipped,

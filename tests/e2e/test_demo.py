@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(layout: RunLayout) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.e2e.tiny_demo", str(layout.root)]
+    # A relative path, as users give it: workers of Ray may run in another directory.
+    command = [sys.executable, "-m", "tests.e2e.tiny_demo", os.path.relpath(layout.root, ROOT)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
