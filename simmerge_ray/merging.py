@@ -68,16 +68,32 @@ def merged_tensors(resolved: ResolvedPlan) -> Iterator[tuple[str, Tensor]]:
         yield name, merge_tensor(resolved.plan, sources, base_reader.read(name) if base_reader else None)
 
 
-def finite_merged_tensors(resolved: ResolvedPlan) -> Iterator[tuple[str, Tensor]]:
+class FiniteStream:
     """`merged_tensors` for an evaluation engine, where a merge that is not finite must not be measured.
 
-    Raises:
-        CheckpointError: a tensor of the merge holds NaN or infinity.
+    The stream itself never stops at such a tensor: an engine whose loading breaks off in the middle is unusable.
+    Call `check` when it has been consumed.
     """
-    for name, tensor in merged_tensors(resolved):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"merge {resolved.plan.label!r}: tensor {name} holds NaN or infinity")
-        yield name, tensor
+
+    def __init__(self, resolved: ResolvedPlan) -> None:
+        self._resolved = resolved
+        self._not_finite: str | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in merged_tensors(self._resolved):
+            if self._not_finite is None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                self._not_finite = name
+            yield name, tensor
+
+    def check(self) -> None:
+        """Refuse what was streamed.
+
+        Raises:
+            CheckpointError: a tensor of the merge holds NaN or infinity.
+        """
+        if self._not_finite is not None:
+            label = self._resolved.plan.label
+            raise CheckpointError(f"merge {label!r}: tensor {self._not_finite} holds NaN or infinity")
 
 
 def write_merge(

@@ -95,7 +95,8 @@ def list_objects(uri: str | Path, suffix: str) -> list[str]:
     if not filesystem.exists(path):
         return []
     names = (entry["name"] for entry in filesystem.ls(path, detail=True) if entry["type"] == "file")
-    return sorted(filesystem.unstrip_protocol(n) for n in names if n.endswith(suffix) and "/." not in n)
+    wanted = (n for n in names if n.endswith(suffix) and not n.rsplit("/", 1)[-1].startswith("."))
+    return sorted(filesystem.unstrip_protocol(name) for name in wanted)
 
 
 def read_jsonl(path: Path, error: type[InputError]) -> Iterator[tuple[int, dict[str, Any]]]:

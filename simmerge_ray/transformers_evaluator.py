@@ -9,7 +9,7 @@ import torch
 
 from simmerge_ray.checkpoints import CheckpointRef
 from simmerge_ray.errors import EngineError
-from simmerge_ray.merging import finite_merged_tensors
+from simmerge_ray.merging import FiniteStream
 from simmerge_ray.plans import ResolvedPlan
 from simmerge_ray.signals.collect import load_model
 
@@ -35,7 +35,9 @@ class TransformersEvaluator:
             CheckpointError: the merge is not finite.
             EngineError: the merge does not have exactly this model's parameters.
         """
-        result = self._model.load_state_dict(dict(finite_merged_tensors(resolved)), strict=False)
+        stream = FiniteStream(resolved)
+        result = self._model.load_state_dict(dict(stream), strict=False)
+        stream.check()
         tied = {name for name in result.missing_keys if self._is_tied(name)}
         if result.unexpected_keys or set(result.missing_keys) - tied:
             raise EngineError(

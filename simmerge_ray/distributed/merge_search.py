@@ -108,7 +108,6 @@ class TrialRunner:
                 evaluator.load(trial.resolved)
                 return {name: Measured(evaluate(evaluator, self._study.tasks[name])) for name in trial.tasks}
             except CheckpointError as error:
-                self._discard_evaluator()  # half-loaded
                 return dict.fromkeys(trial.tasks, Infeasible(str(error)))
             except (EngineError, RuntimeError, ValueError) as error:
                 _log.exception("attempt %d at %s failed", attempt, trial.resolved.plan.label)

@@ -32,14 +32,16 @@ class MergeExtension:
 
     def simmerge_load(self, resolved: ResolvedPlan) -> None:
         """Replace the weights by the merge."""
-        from simmerge_ray.merging import finite_merged_tensors
+        from simmerge_ray.merging import FiniteStream
 
-        self.reload_weights(weights_iterator=finite_merged_tensors(resolved))  # type: ignore[attr-defined]
+        stream = FiniteStream(resolved)
+        self.reload_weights(weights_iterator=iter(stream))  # type: ignore[attr-defined]
         # On CPU in float32 every matrix is packed into a closure at load time. A tied lm_head owns no tensor, so a
         # reload leaves its old pack in place and the engine silently answers with the old output layer.
         head = getattr(self.model_runner.get_model(), "lm_head", None)  # type: ignore[attr-defined]
         if head is not None and hasattr(head, "cpu_linear"):
             head.quant_method.process_weights_after_loading(head)
+        stream.check()
 
 
 class VllmEvaluator:
@@ -77,8 +79,8 @@ class VllmEvaluator:
         """Swap the weights of a merge in.
 
         Raises:
-            CheckpointError: the merge is not finite. The engine is then half-loaded: discard it.
-            EngineError: any other failure of the swap; discard the engine too.
+            CheckpointError: the merge is not finite; the engine is whole and takes the next one.
+            EngineError: any other failure of the swap; the engine is half-loaded, discard it.
         """
         try:
             self._engine.collective_rpc("simmerge_load", args=(resolved,))
@@ -123,9 +125,13 @@ class VllmEvaluator:
             )
 
     def close(self) -> None:
-        """Drop the engine and its memory."""
+        """Drop the engine and its memory, so that another one can be started in this process."""
         import gc
 
+        from vllm.model_executor.layers import rotary_embedding
+
+        # Engines of a process share these; a swap that broke off leaves them without data.
+        rotary_embedding._ROPE_DICT.clear()
         self._engine = None
         gc.collect()
 

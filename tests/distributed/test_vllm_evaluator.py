@@ -8,7 +8,7 @@ import torch
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.checkpoints import CheckpointRef, read_config
 from simmerge_ray.errors import CheckpointError, EngineError
-from simmerge_ray.merging import write_merge
+from simmerge_ray.merging import merged_tensors, write_merge
 from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm
 from simmerge_ray.plans import pair_plan, resolve_plan, unmerged
 from simmerge_ray.transformers_evaluator import TransformersEvaluator
@@ -64,6 +64,25 @@ def test_a_merge_that_is_not_finite_is_refused_by_name(engine, tmp_path):
     tiny.save(model, tmp_path / "nan")
     with pytest.raises(CheckpointError, match="model.norm.weight holds NaN"):
         evaluator.load(unmerged(CheckpointRef("nan", tmp_path / "nan")))
+    evaluator.check_swap(unmerged(catalogue.checkpoints[0]), PROMPTS[:8])  # the engine is whole
+
+
+def test_after_a_broken_swap_another_engine_starts_in_the_same_process(catalogue, monkeypatch):
+    from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
+
+    def broken(resolved):
+        yield from list(merged_tensors(resolved))[:3]
+        raise OSError("disk gone")
+
+    evaluator = VllmEvaluator(catalogue.base, max_model_len=64)
+    with monkeypatch.context() as patch:
+        patch.setattr("simmerge_ray.merging.merged_tensors", broken)
+        with pytest.raises(EngineError, match="disk gone"):
+            evaluator.load(unmerged(catalogue.checkpoints[1]))
+    evaluator.close()
+    evaluator = VllmEvaluator(catalogue.base, max_model_len=64)
+    evaluator.check_swap(unmerged(catalogue.checkpoints[1]), PROMPTS[:8])
+    evaluator.close()
 
 
 def test_a_written_merge_is_loaded_by_both_libraries_with_the_same_utility(catalogue, catalogue_path, tmp_path):

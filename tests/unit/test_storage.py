@@ -27,6 +27,10 @@ def test_written_objects_are_read_back_and_listed(tmp_path):
         assert read_json(uri) == {"x": 1}
         assert [name.rsplit("/", 1)[1] for name in list_objects(uri.rsplit("/", 1)[0], ".json")] == ["b.json"]
     assert list_objects(tmp_path / "absent", ".json") == []
+    for directory in (tmp_path / ".hidden" / "runs", tmp_path / "a" / ".." / "b"):
+        write_once(directory / "x.json", b"{}")
+        (directory / ".partial.json").write_text("half")
+        assert [name.rsplit("/", 1)[1] for name in list_objects(directory, ".json")] == ["x.json"]
 
 
 def test_a_failed_write_leaves_the_old_object_and_no_other(tmp_path, monkeypatch):
