@@ -25,5 +25,8 @@ install -r "$lock" \
   || { echo "trying again with PyTorch's CPU index"; install --extra-index-url https://download.pytorch.org/whl/cpu -r "$lock"; } \
   || { tail -n 20 "$log" >&2; echo "error: the installation failed; see $log" >&2; exit 1; }
 install --no-build-isolation -e "$here" || { tail -n 20 "$log" >&2; exit 1; }
+# Every actor imports torch and vLLM; without compiled files (some environments forbid Python to write them) each import
+# takes three times as long. Files of other Python versions in some packages do not compile: that is no error.
+"$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3*/site-packages >>"$log" 2>&1 || true
 cp "$lock" "$venv/.installed"
 echo "installed; activate with: source $venv/bin/activate"

@@ -56,7 +56,11 @@ def test_labels_of_vllm_trials_equal_transformers_and_nothing_is_evaluated_twice
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_goes_on_from_the_labels_that_are_there(catalogue, tasks, tmp_path):
-    whole = run_search(catalogue, tasks, LOCAL, tmp_path / "whole").store.read()
+    study = plan_study(catalogue, tasks, LOCAL, str(tmp_path / "whole"))
+    runner = TrialRunner(study)  # an undisturbed search, in this process
+    for trial in study.trials:
+        runner.run(trial)
+    whole = LabelStore(tmp_path / "whole").read()
     part = LabelStore(tmp_path / "part")
     part.append(whole[:5])
     part.append(whole[5:9])

@@ -17,8 +17,13 @@ import psutil
 import pytest
 import yaml
 
+from simmerge_ray.catalogue import load_catalogue
+from simmerge_ray.config import SearchConfig
+from simmerge_ray.distributed.merge_search import TrialRunner, plan_study
+from simmerge_ray.evaluation import load_tasks
 from simmerge_ray.labels import LabelStore, Measured
-from simmerge_ray.signals.table import read_signal_table
+from simmerge_ray.probes import load_probe_sets
+from simmerge_ray.signals.table import compute_signals, read_signal_table
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -85,31 +90,38 @@ def test_a_submitted_job_makes_the_dataset_of_a_local_run(catalogue_path, tmp_pa
         "signals": {"batch_size": 8},
         "search": {"arms": ["linear", "ties(density=0.2)"], "evaluator": "transformers", "concurrency": 1},
     }
-    for name in ("submitted", "local"):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(study | {"out": str(tmp_path / name)}))
-
+    out = tmp_path / "dataset"
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study | {"out": str(out)}))
     submit = [BIN / "ray", "job", "submit", "--address", address, "--working-dir", ".", "--"]
-    command = [*submit, "python", "jobs/build_dataset.py", str(tmp_path / "submitted.yaml")]
+    command = [*submit, "python", "jobs/build_dataset.py", str(tmp_path / "study.yaml")]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"dataset written to {tmp_path / 'submitted'}" in result.stdout
+    assert f"dataset written to {out}" in result.stdout
 
-    # The plain script, on a cluster of its own.
-    (bad := tmp_path / "bad.yaml").write_text(yaml.safe_dump(study | {"out": "x", "serach": {}}))
+    # The plain script finds everything in place; a study with a typo is refused.
     job = [sys.executable, "jobs/build_dataset.py"]
+    again = subprocess.run([*job, tmp_path / "study.yaml"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and again.stdout.count("unchanged since the last run") == 2, (
+        again.stdout + again.stderr
+    )
+    (bad := tmp_path / "bad.yaml").write_text(yaml.safe_dump(study | {"out": "x", "serach": {}}))
     refused = subprocess.run([*job, bad], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2 and "did you mean 'search'" in refused.stderr
-    local = subprocess.run([*job, tmp_path / "local.yaml"], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert local.returncode == 0, local.stdout + local.stderr
 
-    tables = [read_signal_table(tmp_path / name / "signals" / "pairs.parquet") for name in ("submitted", "local")]
-    assert tables[0] == tables[1]
+    # The same without Ray, in this process.
+    catalogue, tasks = load_catalogue(catalogue_path), load_tasks(root / "tasks")
+    table = read_signal_table(out / "signals" / "pairs.parquet")
+    local = compute_signals(catalogue, load_probe_sets(root / "probes"), batch_size=8)
+    assert table.rows.keys() == local.rows.keys() and table.provenance == local.provenance
+    for key, row in local.rows.items():
+        assert dict(table.rows[key].features) == pytest.approx(dict(row.features), rel=1e-5, abs=1e-5)
+    config = SearchConfig(arms=("linear", "ties(density=0.2)"), evaluator="transformers")
+    undisturbed = plan_study(catalogue, tasks, config, str(tmp_path / "local"))
+    runner = TrialRunner(undisturbed)
+    for trial in undisturbed.trials:
+        runner.run(trial)
     labels = [
-        [
-            (one.key, one.outcome.items.tolist())
-            for one in LabelStore(tmp_path / name / "labels").read()
-            if isinstance(one.outcome, Measured)
-        ]
-        for name in ("submitted", "local")
+        [(one.key, one.outcome.items.tolist()) for one in LabelStore(uri).read() if isinstance(one.outcome, Measured)]
+        for uri in (out / "labels", tmp_path / "local")
     ]
     assert labels[0] == labels[1] and len(labels[0]) == 16
