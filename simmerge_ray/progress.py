@@ -39,8 +39,7 @@ class Narrator:
     def stage(self, name: str) -> Iterator[Stage]:
         """Print the stage's line when it begins, and its result with the seconds when it ends."""
         stage = Stage(name)
-        if self.console.is_terminal:
-            self.say(f"[bold]{name:<10}[/bold] …")
+        self.say(f"[bold]{name:<10}[/bold] …")
         started = time.monotonic()
         try:
             yield stage

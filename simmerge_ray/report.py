@@ -44,6 +44,8 @@ def write_report(layout: RunLayout) -> Path:
         parts += _headroom_part(read_json(layout.headroom), layout.report)
     if labels and catalogue:
         parts += _zoo_part(labels, catalogue)
+        if layout.headroom.exists() and (layout.zoo / "zoo.json").exists():
+            parts += _demo_criteria_part(labels, catalogue, read_json(layout.headroom))
     if layout.signals.exists():
         parts += _signals_part(read_signal_table(layout.signals), catalogue, layout.report)
     parts += ["## Made with", "", ", ".join(f"{name} {version}" for name, version in versions().items()), ""]
@@ -252,6 +254,44 @@ def _zoo_part(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[str]:
             cells.append(f"**{shown}**" if task == catalogue.own_task.get(ref.id) else shown)
         rows.append(cells)
     return lines + table_lines(["checkpoint", *tasks], rows)
+
+
+def _demo_criteria_part(labels: Sequence[LabeledPlan], catalogue: Catalogue, room: Mapping[str, Any]) -> list[str]:
+    """What the recipe of the demo zoo was made to reach, and what this run measured."""
+    if "undefined" in room:
+        return []
+    singles = single_items(labels)
+    own = {
+        ref.id: float(singles[ref.id, task].mean())
+        for ref in catalogue.checkpoints
+        if (task := catalogue.own_task[ref.id])
+    }
+    margins = {}
+    for ref in catalogue.checkpoints:
+        task = catalogue.own_task[ref.id]
+        strong = [o for o in catalogue.ids if o.endswith("-strong") and catalogue.own_task[o] != task]
+        if task and strong:
+            margins[ref.id] = own[ref.id] - max(float(singles[other, task].mean()) for other in strong)
+    context = room["per_context"]
+    often = [arm for arm, share in context["arm_win_share"].items() if share >= 0.05]
+    low, high = context["gain_interval"] or (float("nan"), float("nan"))
+    weakest = min(own, key=lambda name: own[name])
+    rows: list[list[Any]] = [
+        ["lowest utility of an expert on its own task", ">= 0.8", f"{own[weakest]:.3f} ({weakest})"],
+        ["items per task", ">= 400", room["min_items"]],
+        ["GapClosed of the best fixed arm", ">= 0.4", context["best_fixed"]],
+        [
+            "split-half oracle minus best fixed",
+            ">= 0.05, interval above 0",
+            f"{context['gain']:.3f} [{low:.3f}, {high:.3f}]",
+        ],
+        ["arms clearly best in 5 % of the contexts", ">= 3", f"{len(often)}: {', '.join(often)}"],
+    ]
+    if margins:
+        closest = min(margins, key=lambda name: margins[name])
+        margin = f"{margins[closest]:.3f} ({closest})"
+        rows.insert(1, ["smallest lead over other tasks' strong experts there", "well above 0", margin])
+    return ["What the zoo was made to reach:", "", *table_lines(["", "asked", "measured"], rows)]
 
 
 def _signals_part(table: SignalTable, catalogue: Catalogue | None, directory: Path) -> list[str]:
