@@ -87,6 +87,11 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tup
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def _legend_below(axis: Any) -> None:
+    """Below the axis, where it hides no data."""
+    axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
+
+
 def _pick_part(pick: Mapping[str, Any], directory: Path) -> list[str]:
     left, right = pick["pair"]
     tasks = sorted(pick["num_items"])
@@ -142,7 +147,8 @@ def _pick_part(pick: Mapping[str, Any], directory: Path) -> list[str]:
         axis.axhline(np.mean([parents[parent][t] for t in tasks]), ls=style, c="grey", lw=1, label=f"parent {parent}")
     axis.set_xticks(positions, ranked, rotation=12)
     axis.set_ylabel("utility, both tasks")
-    axis.legend(fontsize=7)
+    axis.set_title(items, fontsize=9)
+    _legend_below(axis)
     _save(figure, directory, "pick.png")
     return [*lines, "![Predicted and measured utility of the pick](pick.png)", ""]
 
@@ -183,17 +189,19 @@ def _selector_part(crossval: Mapping[str, Any], directory: Path) -> list[str]:
         axis.bar(np.arange(4) + offset, [part[key] for key in names], width, label=f"one arm {title}")
     axis.set_xticks(np.arange(4), ["uniform", "best fixed", "selector", "oracle"])
     axis.set_ylabel("GapClosed")
-    axis.set_title(f"{crossval['num_defined']} defined contexts, unseen checkpoints", fontsize=9)
-    axis.legend(fontsize=7)
+    items = f"{crossval['num_defined']} contexts, at least {crossval['min_items']} items each"
+    axis.set_title(f"unseen checkpoints: {items}", fontsize=9)
+    _legend_below(axis)
     axis = axes[0][1]
     for index, arm in enumerate(crossval["arms"]):
         predicted = [row["predicted"][index] for row in crossval["predictions"]]
         measured = [row["measured"][index] for row in crossval["predictions"]]
         axis.plot(predicted, measured, ".", ms=4, alpha=0.6, label=arm)
     axis.plot([0, 1], [0, 1], c="grey", lw=0.8)
+    axis.set_title("each merge on each task, predicted without it", fontsize=9)
     axis.set_xlabel("predicted utility")
     axis.set_ylabel("measured utility")
-    axis.legend(fontsize=7)
+    _legend_below(axis)
     _save(figure, directory, "selector.png")
     return [*lines, "", "![Selector against best fixed and oracle](selector.png)", ""]
 
@@ -236,7 +244,8 @@ def _headroom_part(room: Mapping[str, Any], directory: Path) -> list[str]:
     axis.axhline(0, c="black", lw=0.6)
     axis.set_xticks(np.arange(len(tasks)), [f"{t}\n({context['tasks'][t]['num_contexts']} contexts)" for t in tasks])
     axis.set_ylabel("GapClosed")
-    axis.legend(fontsize=7, ncols=2)
+    axis.set_title(f"at least {room['min_items']} items per task", fontsize=9)
+    _legend_below(axis)
     _save(figure, directory, "operators.png")
     return [*lines, "", "![GapClosed per operator and task](operators.png)", ""]
 

@@ -106,4 +106,4 @@ def crossval_report(
         }
         for row, context in enumerate(dataset.contexts)
     ]
-    return result | {"num_defined": room.num_defined}
+    return result | {"num_defined": room.num_defined, "min_items": room.min_items}
