@@ -79,7 +79,7 @@ def run_service(config: ServeConfig, narrator: Narrator, until: threading.Event 
         try:
             serve.start(http_options={"host": config.host, "port": config.port})
             serve.run(build(_app_args(config)), name=APP_NAME, route_prefix="/", blocking=False)
-            left, right = recommender.catalogue().checkpoints[:2]
+            left, right = recommender.example_pair()
             url = f"http://{config.host}:{config.port}"
             narrator.say(f"serving the selector at {url} (API at {url}/docs, Ctrl-C ends it); ask it:")
             narrator.say(curl_line(url, left, right))

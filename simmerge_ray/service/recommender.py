@@ -57,15 +57,14 @@ class Recommender:
         """
         names = list(tasks) or list(self._table.pair_tasks(left, right))
         predictions = self._selector.predict_pair(self._table, left, right, names)
-        return sorted(
-            (self._ranked(index, arm, predictions) for index, arm in enumerate(self._selector.arms)),
-            key=lambda ranked: -ranked.utility,
-        )
+        # Ranked by what the network says, which is not bounded; shown as utilities, which are in [0, 1].
+        pooled = np.mean([prediction.utility for prediction in predictions.values()], axis=0)
+        return [self._ranked(index, predictions) for index in np.argsort(-pooled, kind="stable")]
 
-    def _ranked(self, index: int, arm: str, predictions: Mapping[str, Prediction]) -> RankedArm:
-        by_task = {task: (float(p.utility[index]), float(p.sd[index])) for task, p in predictions.items()}
+    def _ranked(self, index: int, predictions: Mapping[str, Prediction]) -> RankedArm:
+        by_task = {t: (float(np.clip(p.utility[index], 0.0, 1.0)), float(p.sd[index])) for t, p in predictions.items()}
         utility, sd = np.mean(list(by_task.values()), axis=0)
-        return RankedArm(arm, float(utility), float(sd), by_task)
+        return RankedArm(self._selector.arms[index], float(utility), float(sd), by_task)
 
     def decide(self, request: DecisionRequest) -> Decision:
         """The best arm for a request.
@@ -85,6 +84,11 @@ class Recommender:
             best_fixed=self.best_fixed,
             model_version=self.model_version,
         )
+
+    def example_pair(self) -> tuple[str, str]:
+        """A pair that the selector was trained on: a request for it is within what it knows."""
+        left, right = self._selector.provenance["pairs"][0]
+        return left, right
 
     def catalogue(self) -> CatalogueAnswer:
         """Checkpoints, tasks and arms that may be named in a request."""

@@ -72,6 +72,7 @@ def test_arms_are_ranked_for_the_parents_own_tasks(recommender):
     assert set(ranked[0].by_task) == {"add", "copy"}
     assert set(recommender.rank("m0", "m2")[0].by_task) == {"add"}
     assert ranked[0].utility == pytest.approx(np.mean([u for u, _ in ranked[0].by_task.values()]))
+    assert all(0.0 <= u <= 1.0 for r in ranked for u, _ in r.by_task.values())
     swapped = recommender.rank("m1", "m0")
     assert [r.arm for r in swapped] == [r.arm for r in ranked]
     assert swapped[0].utility == pytest.approx(ranked[0].utility, rel=1e-6)
