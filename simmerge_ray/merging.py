@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmerge_ray.checkpoints import TensorReader, TensorSpec, check_compatible
+from simmerge_ray.checkpoints import TensorReader, TensorSpec, check_compatible, checkpoint_digest
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.operators.table import OPERATORS
 from simmerge_ray.plans import MergePlan, ResolvedPlan, write_plan
-from simmerge_ray.storage import new_directory
+from simmerge_ray.storage import Manifest, new_directory
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -115,6 +116,7 @@ def write_merge(
         raise CheckpointError(
             f"{out} exists and is not a merge made by simmerge; choose another directory or remove it"
         )
+    started = time.monotonic()
     check_compatible(resolved.used_refs)
     first = resolved.checkpoints[0]
     shards = _plan_shards(TensorReader(first).specs, max_shard_bytes)
@@ -126,6 +128,9 @@ def write_merge(
                 shutil.copyfile(first.path / name, target / name)
         (target / "README.md").write_text(_model_card(resolved, predicted))
         write_plan(target / "simmerge_plan.json", resolved, predicted)
+        digests = {f"checkpoint {ref.id}": checkpoint_digest(ref) for ref in resolved.used_refs}
+        manifest = Manifest("merge", resolved.plan.to_json() | {"max_shard_bytes": max_shard_bytes}, digests)
+        manifest.write(target / "simmerge_manifest.json", time.monotonic() - started, {"num_bytes": num_bytes})
     return out
 
 

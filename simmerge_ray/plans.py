@@ -17,7 +17,7 @@ from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.checkpoints import CheckpointRef
 from simmerge_ray.errors import OperatorError, PlanError, unknown_name
 from simmerge_ray.operators.specs import Arm, check_weight, make_arm
-from simmerge_ray.storage import digest_json, write_json
+from simmerge_ray.storage import digest_json, versions, write_json
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,7 @@ def write_plan(path: Path, resolved: ResolvedPlan, predicted: Mapping[str, Any] 
             "checkpoints": {ref.id: str(ref.path) for ref in resolved.checkpoints},
             "base": {"id": resolved.base.id, "path": str(resolved.base.path)} if resolved.base else None,
             "predicted": dict(predicted) if predicted else None,
+            "versions": versions(),
         },
     )
 
@@ -219,6 +220,7 @@ def read_plan(path: Path) -> tuple[ResolvedPlan, dict[str, Any] | None]:
         raise PlanError(
             f"plan {path}: needs 'steps' and 'checkpoints' ({{id: path}}); `simmerge plan` writes such files"
         )
+    value.pop("versions", None)
     base = value.pop("base", None)
     paths, predicted = value.pop("checkpoints"), value.pop("predicted", None)
     base_ref = CheckpointRef(base["id"], (path.parent / base["path"]).resolve()) if base else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from simmerge_ray.errors import ConfigError
 from simmerge_ray.labels import LabeledPlan, LabelStore, single_items
 from simmerge_ray.runs import RunLayout
 from simmerge_ray.signals.table import SignalTable, read_signal_table
-from simmerge_ray.storage import read_json, versions, write_once
+from simmerge_ray.storage import Manifest, digest_file, read_json, versions, write_once
 
 _HEAT_MAPS = (
     ("kl_lr_mean", "KL(row || column), nats"),
@@ -33,6 +34,7 @@ def write_report(layout: RunLayout) -> Path:
     """
     if not (layout.signals.exists() or layout.headroom.exists()):
         raise ConfigError(f"{layout.root} holds neither signals nor labels; run `simmerge demo` or the stages first")
+    started = time.monotonic()
     parts: list[str] = ["# What this run found", ""]
     catalogue = load_catalogue(layout.catalogue) if layout.catalogue.exists() else None
     labels = LabelStore(layout.labels).read()
@@ -50,6 +52,9 @@ def write_report(layout: RunLayout) -> Path:
         parts += _signals_part(read_signal_table(layout.signals), catalogue, layout.report)
     parts += ["## Made with", "", ", ".join(f"{name} {version}" for name, version in versions().items()), ""]
     write_once(layout.report / "report.md", "\n".join(parts).encode())
+    read = (layout.signals, layout.headroom, layout.crossval, layout.pick / "pick.json")
+    inputs = {str(path.relative_to(layout.root)): digest_file(path) for path in read if path.exists()}
+    Manifest("report", {}, inputs).write(layout.report / "report.json", time.monotonic() - started, {})
     return layout.report / "report.md"
 
 

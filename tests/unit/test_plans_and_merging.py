@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simmerge_ray.catalogue import load_catalogue
-from simmerge_ray.checkpoints import CheckpointRef, TensorReader
+from simmerge_ray.checkpoints import CheckpointRef, TensorReader, checkpoint_digest
 from simmerge_ray.errors import CheckpointError, IncompatibleCheckpointsError, OperatorError, PlanError
 from simmerge_ray.merging import merge_tensor, merged_tensors, write_merge
 from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm, parse_arm
@@ -111,6 +111,11 @@ def test_the_written_checkpoint_holds_the_operator_applied_to_every_tensor(catal
             base.read(name) if OPERATOR_SPECS[operator].uses_base else None, left.read(name), right.read(name)
         )
         assert torch.equal(written.read(name), expected)
+    manifest = json.loads((out / "simmerge_manifest.json").read_text())
+    used = (*resolved.checkpoints, *((catalogue.base,) if OPERATOR_SPECS[operator].uses_base else ()))
+    assert manifest["inputs"] == {f"checkpoint {ref.id}": checkpoint_digest(ref) for ref in used}
+    assert "torch" in manifest["versions"] and manifest["config"]["steps"][0]["operator"] == operator
+    assert read_plan(out / "simmerge_plan.json")[0].plan == resolved.plan
     card = (out / "README.md").read_text()
     assert "base_model:\n- m0\n- m1" in card and "| add | 0.500 | 0.100 |" in card
     assert json.loads((out / "simmerge_plan.json").read_text())["steps"][0]["operator"] == operator
