@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.errors import SelectorError
-from simmerge_ray.operators.specs import Arm, parse_arm
 from simmerge_ray.selector.dataset import pair_features
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.table import SignalTable
@@ -56,11 +55,6 @@ class Prediction:
     arms: tuple[str, ...]
     utility: np.ndarray
     sd: np.ndarray
-
-    @property
-    def best(self) -> str:
-        """The arm with the highest predicted utility; the first of equals."""
-        return self.arms[int(np.argmax(self.utility))]
 
 
 @dataclass(frozen=True)
@@ -107,10 +101,6 @@ class Selector:
             )
         utility, sd = self.predict(np.array([pair_features(table, left, right, task) for task in tasks]))
         return {task: Prediction(self.arms, utility[i], sd[i]) for i, task in enumerate(tasks)}
-
-    def arm(self, label: str) -> Arm:
-        """The arm of a label of this selector."""
-        return parse_arm(label)
 
     def write(self, path: Path) -> None:
         """Write the artifact directory, whole or not at all."""

@@ -15,7 +15,7 @@ from simmerge_ray.headroom import Context, gap_closed
 from simmerge_ray.selector.baselines import best_fixed_arm, uniform_gap_closed
 from simmerge_ray.selector.crossval import crossval_report, picks_per_context, picks_per_merge, predict_unseen
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.model import Prediction, read_selector
+from simmerge_ray.selector.model import read_selector
 from simmerge_ray.selector.train import train_selector
 
 ARMS = ("linear", "nuslerp", "ties")
@@ -145,7 +145,3 @@ def test_one_arm_per_merge_serves_both_tasks():
     utility[1] = [0.0, 0.2, 0.6]
     assert picks_per_merge(dataset, utility)[:2] == ["ties", "ties"]
     assert picks_per_context(dataset, utility)[:2] == ["linear", "ties"]
-
-
-def test_the_first_of_equal_arms_is_best():
-    assert Prediction(ARMS, np.array([0.5, 0.5, 0.1]), np.zeros(3)).best == "linear"
