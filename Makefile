@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test unit lint clean
+.PHONY: setup demo test unit soak lint clean
 
 setup: $(VENV)/.installed
 
@@ -19,10 +19,14 @@ demo: setup
 	@$(BIN)/simmerge demo runs/demo
 
 test: setup
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests -n 2
 
 unit: setup
 	@$(BIN)/python -m pytest tests/unit
+
+# Campaigns that take long and are not part of the tests: kills in every stage. Figures: benchmarks/README.md
+soak: setup
+	@$(BIN)/python -m benchmarks.soak_demo
 
 lint: setup
 	@$(BIN)/ruff check .

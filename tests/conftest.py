@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +18,39 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # the default is 15: workers would wait for whatever else the machine does
+    TUNE_DISABLE_SIGINT_HANDLER="1",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN="simmerge-ray-tests-0123456789abcdef",
     HOME=_HOME,
+    PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # submitted jobs call `python`
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`pytest -n 2`: what starts processes of Ray or vLLM runs first and on one worker, with one cluster; the other
+    takes the unit tests file by file. (`--dist loadgroup` says the same, but xdist 3.8 loses groups with pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "processes" if file.startswith(("tests/distributed", "tests/e2e")) else file
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def free_port() -> int:
+    """A port that is free now, outside the range that Ray gives to its workers (10002-19999)."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            if (port := int(probe.getsockname()[1])) >= 20000:
+                return port
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +69,18 @@ def catalogue(catalogue_path: Path):
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One local cluster of two CPUs for all tests that need Ray."""
-    from simmerge_ray.distributed.resources import ray_session
+def ray_cluster() -> Iterator[str]:
+    """One local cluster of two CPUs for all tests that need Ray, with token authentication; its dashboard's URL."""
+    import ray
 
-    with ray_session(num_cpus=2):
-        yield
+    context = ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=True,
+        dashboard_port=free_port(),
+        log_to_driver=False,
+        logging_level="warning",
+        object_store_memory=400_000_000,
+    )
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()

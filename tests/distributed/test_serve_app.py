@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import socket
 import subprocess
 import threading
 import time
@@ -23,14 +22,9 @@ from simmerge_ray.progress import Narrator
 from simmerge_ray.selector.dataset import SelectionDataset, pair_features
 from simmerge_ray.selector.train import train_selector
 from simmerge_ray.signals.table import compute_signals
+from tests.conftest import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.checkpoints import CheckpointRef, read_config
 from simmerge_ray.errors import CheckpointError, EngineError
+from simmerge_ray.evaluation import load_tasks
 from simmerge_ray.merging import merged_tensors, write_merge
 from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm
 from simmerge_ray.plans import pair_plan, resolve_plan, unmerged
@@ -67,7 +68,10 @@ def test_a_merge_that_is_not_finite_is_refused_by_name(engine, tmp_path):
     evaluator.check_swap(unmerged(catalogue.checkpoints[0]), PROMPTS[:8])  # the engine is whole
 
 
-def test_after_a_broken_swap_another_engine_starts_in_the_same_process(catalogue, monkeypatch):
+def test_after_a_broken_swap_a_new_engine_of_the_same_process_loads_a_written_merge(
+    catalogue, catalogue_path, tmp_path, monkeypatch
+):
+    from simmerge_ray.distributed.demo import load_and_evaluate
     from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
 
     def broken(resolved):
@@ -80,15 +84,6 @@ def test_after_a_broken_swap_another_engine_starts_in_the_same_process(catalogue
         with pytest.raises(EngineError, match="disk gone"):
             evaluator.load(unmerged(catalogue.checkpoints[1]))
     evaluator.close()
-    evaluator = VllmEvaluator(catalogue.base, max_model_len=64)
-    evaluator.check_swap(unmerged(catalogue.checkpoints[1]), PROMPTS[:8])
-    evaluator.close()
-
-
-def test_a_written_merge_is_loaded_by_both_libraries_with_the_same_utility(catalogue, catalogue_path, tmp_path):
-    from simmerge_ray.distributed.demo import load_and_evaluate
-    from simmerge_ray.evaluation import load_tasks
-
     merged = write_merge(resolve_plan(pair_plan("m0", "m1", make_arm("nuslerp")), catalogue), tmp_path / "merged")
     loaded = load_and_evaluate(str(merged), load_tasks(catalogue_path.parent / "tasks"), "vllm")
     assert set(loaded) == {"add", "copy"}

@@ -1,4 +1,4 @@
-"""The demo with four experts of a few steps each: `python -m tests.e2e.tiny_demo RUN`. Driven by test_demo.py."""
+"""The demo with four experts of a few steps each; `python -m tests.e2e.tiny_demo RUN` runs it as a command."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ from pathlib import Path
 from simmerge_ray.cli import run_command
 from simmerge_ray.config import TrainConfig
 from simmerge_ray.demo.recipe import ExpertRecipe
+from simmerge_ray.progress import Narrator
 from simmerge_ray.runs import RunLayout
 
 RECIPES = tuple(
-    ExpertRecipe(f"{domain}-few", domain, learning_rate=1e-3, num_steps=12, seed=seed)
+    ExpertRecipe(f"{domain}-few", domain, learning_rate=1e-3, num_steps=6, seed=seed)
     for seed, domain in enumerate(("math", "code", "multilingual", "rag"))
 )
+HELD_OUT = ("math-few", "rag-few")
+
+
+def run_tiny_demo(layout: RunLayout, narrator: Narrator) -> None:
+    from simmerge_ray.distributed.demo import run_demo
+
+    run_demo(
+        layout,
+        narrator,
+        recipes=RECIPES,
+        held_out=HELD_OUT,
+        num_items=20,
+        train=TrainConfig(num_epochs=20),
+        evaluator="transformers",
+    )
 
 
 def main() -> None:
     from rich.console import Console
 
-    from simmerge_ray.distributed.demo import run_demo
-    from simmerge_ray.progress import Narrator
-
-    run_demo(
-        RunLayout(Path(sys.argv[1])),
-        Narrator(Console()),
-        recipes=RECIPES,
-        held_out=("math-few", "rag-few"),
-        num_items=40,
-        train=TrainConfig(num_epochs=20),
-        evaluator="transformers",
-    )
+    run_tiny_demo(RunLayout(Path(sys.argv[1])), Narrator(Console()))
 
 
 if __name__ == "__main__":

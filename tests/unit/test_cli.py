@@ -115,3 +115,21 @@ def test_the_job_refuses_a_study_with_typos(tmp_path):
     job = Path(__file__).parents[2] / "jobs" / "build_dataset.py"
     result = subprocess.run([sys.executable, job, tmp_path / "study.yaml"], capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "did you mean 'catalogue'" in result.stderr
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_command_cleans_up_and_ends_with_130(tmp_path, how):
+    program = (
+        "import os, signal, time\n"
+        "from pathlib import Path\n"
+        "from simmerge_ray.cli import run_command\n"
+        "from simmerge_ray.storage import new_directory\n"
+        "def command():\n"
+        f"    with new_directory(Path({str(tmp_path / 'out')!r})):\n"
+        f"        os.kill(os.getpid(), signal.{how})\n"
+        "        time.sleep(60)\n"
+        "run_command(command)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 130 and "run the same command again to go on" in result.stderr
+    assert list(tmp_path.iterdir()) == []
