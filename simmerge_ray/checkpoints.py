@@ -33,23 +33,29 @@ _ARCHITECTURE_KEYS = (
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """A reference to a checkpoint, never its weights. `base_id` names the common ancestor in the same catalogue."""
+    """A reference to a checkpoint, never its weights. `base_id` names the common ancestor in the same catalogue.
+
+    adapter: directory of a PEFT LoRA adapter that is added to the weights as they are read (see `adapters`).
+    """
 
     id: str
     path: Path
     base_id: str | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where a tensor lies: file, dtype as safetensors names it (`F32`, `BF16`, ...), shape."""
+    """Where a tensor lies: file, dtype as safetensors names it (`F32`, `BF16`, ...), shape, bytes [begin, end)."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
-def _read_header(ref: CheckpointRef, file: Path) -> dict[str, Any]:
+def _read_header(ref: CheckpointRef, file: Path) -> dict[str, TensorSpec]:
     try:
         with open(file, "rb") as stream:
             prefix = stream.read(8)
@@ -57,19 +63,82 @@ def _read_header(ref: CheckpointRef, file: Path) -> dict[str, Any]:
             if not 2 <= length <= _MAX_HEADER_BYTES:
                 raise CheckpointError(f"checkpoint {ref.id!r}: {file} is not a safetensors file (bad header length)")
             header = json.loads(stream.read(length))
-            num_bytes = max(
-                (spec["data_offsets"][1] for key, spec in header.items() if key != "__metadata__"), default=0
-            )
+            start = 8 + length
+            specs = {
+                name: TensorSpec(
+                    file,
+                    str(spec["dtype"]),
+                    tuple(map(int, spec["shape"])),
+                    start + int(spec["data_offsets"][0]),
+                    start + int(spec["data_offsets"][1]),
+                )
+                for name, spec in header.items()
+                if name != "__metadata__"
+            }
             size = file.stat().st_size
     except OSError as error:
         raise CheckpointError(f"checkpoint {ref.id!r}: cannot read {file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"checkpoint {ref.id!r}: {file} has a damaged safetensors header") from None
-    if size != 8 + length + num_bytes:
-        raise CheckpointError(
-            f"checkpoint {ref.id!r}: {file} is truncated: {size} bytes, its header asks for {8 + length + num_bytes}"
+    needed = max((spec.end for spec in specs.values()), default=start)
+    if size != needed:
+        raise CheckpointError(f"checkpoint {ref.id!r}: {file} is truncated: {size} bytes, its header asks for {needed}")
+    return specs
+
+
+def read_header_of(ref: CheckpointRef, file: Path) -> dict[str, TensorSpec]:
+    """The tensors of one safetensors file, for messages about `ref`.
+
+    Raises:
+        CheckpointError: missing, damaged or truncated.
+    """
+    return _read_header(ref, file)
+
+
+def locate_checkpoint(
+    model: str,
+    revision: str | None = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+    directory: Path = Path(),
+) -> CheckpointRef:
+    """A checkpoint by local directory or hub id, with a LoRA adapter or without; hub files are fetched to the cache.
+
+    Args:
+        directory: where relative local paths start.
+
+    Raises:
+        CheckpointError: neither a directory nor a repository that can be had.
+    """
+    path = _locate(model, revision, directory, "config.json")
+    found = _locate(adapter, adapter_revision, directory, "adapter_config.json") if adapter else None
+    text = model + (f"@{revision}" if revision else "") + (f"+{adapter}" if adapter else "")
+    return CheckpointRef(text + (f"@{adapter_revision}" if adapter_revision else ""), path, adapter=found)
+
+
+def _locate(name: str, revision: str | None, directory: Path, mark: str) -> Path:
+    local = (directory / name).expanduser()
+    if local.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{name!r} is a local directory; the revision {revision!r} has no meaning for it")
+        return local.resolve()
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{local} is not a directory (and {name!r} is no hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md"],
+            )
         )
-    return header
+    except Exception as error:  # the hub client raises errors of many libraries
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{name!r} is neither a directory nor a hub repository that can be had: {type(error).__name__}: {reason}"
+        ) from None
 
 
 def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
@@ -94,12 +163,7 @@ def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
             f"checkpoint {ref.id!r}: {ref.path} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; "
             f"only safetensors are read{hint}"
         )
-    specs = {
-        name: TensorSpec(file, spec["dtype"], tuple(spec["shape"]))
-        for file in files
-        for name, spec in _read_header(ref, file).items()
-        if name != "__metadata__"
-    }
+    specs = {name: spec for file in files for name, spec in _read_header(ref, file).items()}
     if weight_map is not None and (missing := sorted(set(weight_map) - set(specs))):
         raise CheckpointError(
             f"checkpoint {ref.id!r}: tensors named in the index are in no shard: {', '.join(missing[:5])}"
@@ -146,26 +210,30 @@ def checkpoint_digest(ref: CheckpointRef) -> str:
     """
     state = hashlib.blake2b(digest_size=16)
     specs = read_headers(ref)
-    offsets = {file: _data_offsets(ref, file) for file in {spec.file for spec in specs.values()}}
     for name, spec in specs.items():
         state.update(f"{name}\0{spec.dtype}\0{spec.shape}\0".encode())
-        begin, end = offsets[spec.file][name]
         with open(spec.file, "rb") as stream:
-            stream.seek(begin)
-            for start in range(begin, end, 1 << 24):
-                state.update(stream.read(min(1 << 24, end - start)))
+            stream.seek(spec.begin)
+            for start in range(spec.begin, spec.end, 1 << 24):
+                state.update(stream.read(min(1 << 24, spec.end - start)))
     return state.hexdigest()
 
 
-def _data_offsets(ref: CheckpointRef, file: Path) -> dict[str, tuple[int, int]]:
-    header = _read_header(ref, file)
-    with open(file, "rb") as stream:
-        start = 8 + struct.unpack("<Q", stream.read(8))[0]
-    return {
-        name: (start + spec["data_offsets"][0], start + spec["data_offsets"][1])
-        for name, spec in header.items()
-        if name != "__metadata__"
-    }
+def checkpoint_fingerprint(ref: CheckpointRef) -> str:
+    """Identity of the files as they lie: headers, sizes and times of change. Reads no weights.
+
+    Says whether a merge that was interrupted may go on; `checkpoint_digest` is the identity of the weights.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for name, spec in read_headers(ref).items():
+        state.update(f"{name}\0{spec.dtype}\0{spec.shape}\0{spec.file.name}\0{spec.begin}\0".encode())
+    files = {spec.file for spec in read_headers(ref).values()}
+    if ref.adapter is not None:
+        files |= set(ref.adapter.glob("adapter_*"))
+    for file in sorted(files):
+        status = file.stat()
+        state.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return state.hexdigest()
 
 
 class TensorReader:

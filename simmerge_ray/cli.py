@@ -199,23 +199,33 @@ def plan(
 
 @app.command()
 def merge(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan JSON, e.g. from `simmerge plan --out`")],
+    plan_file: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="mergekit YAML, or plan JSON as `simmerge plan --out` writes it")
+    ],
     out: Annotated[Path, typer.Argument(help="checkpoint directory to write")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and every problem")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="refuse a merge that holds NaN or infinity")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: as many as cores, at most 4")] = None,
+    shard_size: Annotated[float, typer.Option(min=0.001, help="largest weight file, in GB")] = 5.0,
 ) -> None:
-    """Make the merge of a plan: a Hugging Face checkpoint directory."""
+    """Make a merge: a Hugging Face checkpoint directory. An interrupted merge goes on where it stopped."""
     from rich.console import Console
 
-    from simmerge_ray.checkpoints import check_compatible
-    from simmerge_ray.plans import read_plan
+    from simmerge_ray.merging.request import read_request
     from simmerge_ray.progress import Narrator
 
-    resolved, predicted = read_plan(plan_file)
-    check_compatible(resolved.used_refs)
     narrator = Narrator(Console())
-    with narrator.stage("merge") as stage, narrator.bar("bytes") as report:
-        from simmerge_ray.merging import write_merge
-
-        stage.result = f"{resolved.plan.label} -> {write_merge(resolved, out, predicted, report)}"
+    request = read_request(plan_file, out)
+    if dry_run:
+        for line in request.lines(int(shard_size * 1e9), threads):
+            narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        return
+    with narrator.stage("merge") as stage:
+        with narrator.byte_bar("bytes written") as report:
+            result = request.write(report, int(shard_size * 1e9), threads, strict)
+        stage.result = f"{request.graph.title} ({result.num_bytes / 1e9:.3g} GB) -> {result.path}"
+    for line in result.lines():
+        narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

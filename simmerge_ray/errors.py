@@ -8,6 +8,7 @@
     │   ├── ProbeError                           a probe file
     │   ├── OperatorError                        a merge operator or its parameters
     │   ├── PlanError                            a merge plan
+    │   ├── OutputError                          where the result should go cannot take it
     │   ├── TaskError                            an evaluation task
     │   ├── LabelError                           a label store, or too few labels in it
     │   └── SelectorError                        a selector artifact, or features that do not fit it
@@ -52,6 +53,10 @@ class OperatorError(InputError):
 
 class PlanError(InputError):
     """A merge plan is malformed or names checkpoints that are not there."""
+
+
+class OutputError(InputError):
+    """The target of a result exists, cannot be written, or has too little space."""
 
 
 class TaskError(InputError):

@@ -8,8 +8,9 @@ and the base are evaluated by such plans).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from simmerge_ray.checkpoints import CheckpointRef
 from simmerge_ray.errors import OperatorError, PlanError, unknown_name
 from simmerge_ray.operators.specs import Arm, check_weight, make_arm
 from simmerge_ray.storage import digest_json, versions, write_json
+
+INTERMEDIATE_DTYPES = ("float32", "out")
+WEIGHTINGS = ("equal", "halving")
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,27 @@ class MergeStep:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Steps of a merge, or `source` alone for a checkpoint as it is."""
+    """Steps of a merge, or `source` alone for a checkpoint as it is.
+
+    intermediate_dtype: `float32`, or `out` to round the result of every step to the output's dtype (what comes out of
+    merging step by step on disk). seed: of random operators.
+    """
 
     steps: tuple[MergeStep, ...] = ()
     source: str | None = None
+    intermediate_dtype: str = "float32"
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.intermediate_dtype not in INTERMEDIATE_DTYPES:
+            raise PlanError(unknown_name("intermediate_dtype", self.intermediate_dtype, INTERMEDIATE_DTYPES))
         if bool(self.steps) == (self.source is not None):
             raise PlanError("a plan has either steps or one source checkpoint")
         used: set[str] = set()
         for number, step in enumerate(self.steps, 1):
+            spec = step.arm.spec
+            if spec.max_sources is not None and spec.max_sources < 2:
+                raise PlanError(f"step {number}: operator {spec.name!r} takes 1 source, a step has two")
             if step.left == step.right:
                 raise PlanError(f"step {number}: left and right are both {step.left!r}; give two different sources")
             try:
@@ -81,7 +96,7 @@ class MergePlan:
     @property
     def id(self) -> str:
         """Digest of the plan with commuting sources sorted: one merge, one id."""
-        return digest_json(MergePlan(tuple(s.canonical() for s in self.steps), self.source).to_json())[:16]
+        return digest_json(replace(self, steps=tuple(s.canonical() for s in self.steps)).to_json())[:16]
 
     @property
     def label(self) -> str:
@@ -96,7 +111,12 @@ class MergePlan:
         """JSON value that `plan_from_json` reads."""
         if self.source is not None:
             return {"source": self.source}
-        return {
+        options: dict[str, Any] = {}
+        if self.intermediate_dtype != "float32":
+            options["intermediate_dtype"] = self.intermediate_dtype
+        if self.seed:
+            options["seed"] = self.seed
+        return options | {
             "steps": [
                 {
                     "left": step.left,
@@ -120,14 +140,60 @@ def pair_plans(pairs: Iterable[tuple[str, str]], arms: Sequence[Arm]) -> list[Me
     return [pair_plan(left, right, arm) for left, right in pairs for arm in arms]
 
 
+def fold_plan(members: Sequence[str], arms: Sequence[Arm], weighting: str = "equal") -> MergePlan:
+    """The left fold of two-way steps over checkpoints in the given order.
+
+    Args:
+        arms: one for each step, or one for all. weighting: `equal` (right weight 1/(j+1) at step j: every member
+            counts the same) or `halving` (0.5 each step: the last member gets half).
+
+    Raises:
+        PlanError: fewer than two members, or another number of arms.
+    """
+    if weighting not in WEIGHTINGS:
+        raise PlanError(unknown_name("weighting", weighting, WEIGHTINGS))
+    num_steps = len(members) - 1
+    if num_steps < 1 or len(arms) not in (1, num_steps):
+        raise PlanError(f"{len(members)} checkpoints and {len(arms)} arms make no plan; one arm, or one for each step")
+    steps = []
+    for number in range(1, num_steps + 1):
+        left = members[0] if number == 1 else f"#{number - 1}"
+        weight = 1.0 / (number + 1) if weighting == "equal" else 0.5
+        steps.append(MergeStep(left, members[number], arms[(number - 1) % len(arms)], weight))
+    return MergePlan((steps[0].canonical(), *steps[1:]))
+
+
+def enumerate_plans(
+    members: Sequence[str], arms: Sequence[Arm], ways: Sequence[int], weighting: str = "equal"
+) -> Iterator[MergePlan]:
+    """Every ordered subset of the given sizes with every sequence of arms, each merge once.
+
+    The first two of a fold commute where the operator is symmetric and their weights are equal.
+    """
+    seen: set[str] = set()
+    for size in ways:
+        for subset in permutations(members, size):
+            for chosen in product(arms, repeat=size - 1):
+                plan = fold_plan(subset, chosen, weighting)
+                if plan.id not in seen:
+                    seen.add(plan.id)
+                    yield plan
+
+
 def plan_from_json(value: Any) -> MergePlan:
     """Parse the JSON form.
 
     Raises:
         PlanError, OperatorError: what is wrong, with the step's number.
     """
-    if not isinstance(value, Mapping) or not set(value) <= {"steps", "source"}:
+    if not isinstance(value, Mapping):
         raise PlanError("a plan is an object with 'steps' (a list) or 'source' (a checkpoint id)")
+    for key in value:
+        if key not in (keys := ("steps", "source", "intermediate_dtype", "seed")):
+            raise PlanError(unknown_name("key", str(key), keys))
+    seed = value.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise PlanError(f"'seed' must be an integer, got {seed!r}")
     if isinstance(value.get("source"), str) and "steps" not in value:
         return MergePlan(source=value["source"])
     if not isinstance(value.get("steps"), list) or not value["steps"]:
@@ -147,7 +213,7 @@ def plan_from_json(value: Any) -> MergePlan:
         if not isinstance(parameters, Mapping):
             raise PlanError(f"step {number}: 'parameters' must be an object, got {parameters!r}")
         steps.append(MergeStep(step["left"], step["right"], make_arm(step["operator"], parameters), weight))
-    return MergePlan(tuple(steps))
+    return MergePlan(tuple(steps), intermediate_dtype=str(value.get("intermediate_dtype", "float32")), seed=seed)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 Report = Callable[[int, int], None]
 
@@ -50,12 +60,27 @@ class Narrator:
         self.say(f"[bold]{name:<10}[/bold] {time.monotonic() - started:6.1f} s  {stage.result}")
 
     @contextmanager
+    def byte_bar(self, what: str) -> Iterator[Report]:
+        """`bar` for bytes: how many, how fast, how long still."""
+        columns = (
+            TextColumn("           {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TextColumn("eta"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with self._progress(columns, what) as report:
+            yield report
+
+    @contextmanager
     def bar(self, what: str) -> Iterator[Report]:
         """A progress bar; the block gets a function of (done, total). Away from a terminal it prints nothing."""
         columns = (
             TextColumn("           {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("eta"), TimeRemainingColumn(),
         )  # fmt: skip
+        with self._progress(columns, what) as report:
+            yield report
+
+    @contextmanager
+    def _progress(self, columns: tuple[ProgressColumn, ...], what: str) -> Iterator[Report]:
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(what, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of what a result depends on: Python, this package, and the libraries that compute."""
     found = {"python": platform.python_version()}

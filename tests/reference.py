@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
 
 def kl(log_p: np.ndarray, log_q: np.ndarray) -> float:
@@ -23,57 +24,268 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def linear(base, left, right, weight=0.5):
-    return (1 - weight) * left + weight * right
+def shares(weights):
+    return [w / sum(weights) for w in weights]
 
 
-def slerp(base, left, right, weight=0.5, threshold=0.9995):
+def linear(base, tensors, weights, normalize=True):
+    weights = shares(weights) if normalize else weights
+    return sum(w * x for w, x in zip(weights, tensors, strict=True))
+
+
+def arc(left, right, t, threshold):
+    """SLERP of two arrays seen as vectors."""
     norms = max(np.linalg.norm(left), 1e-8) * max(np.linalg.norm(right), 1e-8)
     c = min(1.0, max(-1.0, float(left.ravel() @ right.ravel()) / norms))
-    if abs(c) > threshold or abs(c) == 1.0:
-        return linear(base, left, right, weight)
+    if abs(c) > threshold or math.sqrt(1 - c * c) < 1e-6:
+        return (1 - t) * left + t * right
     angle = math.acos(c)
-    return (math.sin((1 - weight) * angle) * left + math.sin(weight * angle) * right) / math.sin(angle)
+    return (math.sin((1 - t) * angle) * left + math.sin(t * angle) * right) / math.sin(angle)
 
 
-def nuslerp(base, left, right, weight=0.5):
-    if base is None:
-        return slerp(None, left, right, weight, threshold=1 - 5e-17)
-    return base + slerp(None, left - base, right - base, weight, threshold=1 - 5e-17)
+def slerp(base, tensors, weights, threshold=0.9995):
+    return arc(*tensors, shares(weights)[1], threshold)
 
 
-def task_arithmetic(base, left, right, weight=0.5, scale=1.0):
-    return base + scale * 2 * ((1 - weight) * (left - base) + weight * (right - base))
+def nuslerp(base, tensors, weights, flatten=True, row_wise=False):
+    origin = 0.0 if base is None else base
+    left, right = (x - origin for x in tensors)
+    t, threshold = shares(weights)[1], 1.0
+    if flatten or left.ndim < 2:
+        return origin + arc(left, right, t, threshold)
+    merged = np.zeros_like(left)
+    axis = 0 if row_wise else left.ndim - 1
+    others = [size for dim, size in enumerate(left.shape) if dim != axis]
+    for index in np.ndindex(*others):
+        where = (*index[:axis], slice(None), *index[axis:])
+        merged[where] = arc(left[where], right[where], t, threshold)
+    return origin + merged
 
 
-def trimmed(vector: np.ndarray, density: float) -> np.ndarray:
-    """Keep the max(1, int(density n)) largest magnitudes, earlier entries first among equals."""
+def summed(vectors, weights, normalize):
+    total = sum(w * v for w, v in zip(weights, vectors, strict=True))
+    return total / sum(weights) if normalize and sum(weights) != 0 else total
+
+
+def elected_sum(vectors, weights, normalize):
+    """TIES' election and sum, one entry at a time."""
+    return majority_sum(vectors, weights, weights, normalize)
+
+
+def majority_sum(vectors, weights, votes, normalize):
+    """Entry by entry: the sign of `sum votes v`, then the sum of the weighted entries that have it."""
+    merged = np.zeros(vectors[0].size)
+    flat = [v.ravel() for v in vectors]
+    for entry in range(merged.size):
+        values = [w * v[entry] for w, v in zip(weights, flat, strict=True)]
+        sign = 1.0 if sum(vote * v[entry] for vote, v in zip(votes, flat, strict=True)) >= 0 else -1.0
+        agreeing = [(w, x) for w, x in zip(weights, values, strict=True) if x * sign > 0]
+        if agreeing:
+            divisor = sum(w for w, _ in agreeing) if normalize else 1.0
+            merged[entry] = sum(x for _, x in agreeing) / divisor
+    return merged.reshape(vectors[0].shape)
+
+
+def task_arithmetic(base, tensors, weights, scale=1.0, normalize=False):
+    return base + scale * summed([x - base for x in tensors], weights, normalize)
+
+
+def per_source(value, tensors):
+    return list(value) if isinstance(value, list | tuple) else [value] * len(tensors)
+
+
+def by_magnitude(vector: np.ndarray) -> list[int]:
+    """Flat indices, largest magnitude first, earlier entries first among equals."""
     flat = vector.ravel()
-    keep = min(flat.size, max(1, int(density * flat.size)))
-    order = sorted(range(flat.size), key=lambda i: (-abs(flat[i]), i))[:keep]
-    result = np.zeros_like(flat)
-    for index in order:
-        result[index] = flat[index]
+    return sorted(range(flat.size), key=lambda i: (-abs(flat[i]), i))
+
+
+def only(vector: np.ndarray, indices) -> np.ndarray:
+    result = np.zeros(vector.size)
+    for index in indices:
+        result[index] = vector.ravel()[index]
     return result.reshape(vector.shape)
 
 
-def ties(base, left, right, weight=0.5, density=0.5, scale=1.0):
-    vectors = [trimmed(left - base, density).ravel(), trimmed(right - base, density).ravel()]
-    weights = [1 - weight, weight]
-    merged = np.zeros(base.size)
-    for entry in range(base.size):
-        values = [w * v[entry] for w, v in zip(weights, vectors, strict=True)]
-        sign = 1.0 if sum(values) >= 0 else -1.0
-        agreeing = [(w, v) for w, v in zip(weights, values, strict=True) if v * sign > 0]
-        if agreeing:
-            merged[entry] = sum(v for _, v in agreeing) / sum(w for w, _ in agreeing)
-    return base + scale * merged.reshape(base.shape)
+def trimmed(vector: np.ndarray, density: float) -> np.ndarray:
+    """Keep the max(1, int(density n)) largest magnitudes."""
+    return only(vector, by_magnitude(vector)[: min(vector.size, max(1, int(density * vector.size)))])
+
+
+def ties(base, tensors, weights, density=0.5, scale=1.0, normalize=True, thresholds=None):
+    vectors = [x - base for x in tensors]
+    if thresholds is None:
+        kept = [trimmed(v, d) for v, d in zip(vectors, per_source(density, tensors), strict=True)]
+    else:
+        kept = [np.where(abs(v) >= low, v, 0.0) for v, low in zip(vectors, thresholds, strict=True)]
+    return base + scale * elected_sum(kept, weights, normalize)
+
+
+def random_masked(vector, probabilities, rescale, seed):
+    """Entries whose draw is below their probability, l1 norm restored."""
+    draws = torch.rand(vector.shape, generator=torch.Generator().manual_seed(seed)).numpy()
+    kept = np.where(draws < np.float32(probabilities), vector, 0.0)
+    return l1_restored(kept, vector) if rescale else kept
+
+
+def l1_restored(kept, vector):
+    after = sum(abs(x) for x in kept.ravel())
+    return kept * (sum(abs(x) for x in vector.ravel()) / after) if after > 0 else kept
+
+
+def _dare(total, base, tensors, weights, seeds, density, rescale, scale, normalize):
+    kept = [
+        random_masked(x - base, p, rescale, seed)
+        for x, p, seed in zip(tensors, per_source(density, tensors), seeds, strict=True)
+    ]
+    return base + scale * total(kept, weights, normalize)
+
+
+def dare_linear(base, tensors, weights, *, seeds, density=0.5, rescale=True, scale=1.0, normalize=False):
+    return _dare(summed, base, tensors, weights, seeds, density, rescale, scale, normalize)
+
+
+def dare_ties(base, tensors, weights, *, seeds, density=0.5, rescale=True, scale=1.0, normalize=False):
+    return _dare(elected_sum, base, tensors, weights, seeds, density, rescale, scale, normalize)
+
+
+def rank_probabilities(vector: np.ndarray, density: float, epsilon: float) -> np.ndarray:
+    """density - epsilon for the smallest magnitude of a row to density + epsilon for its largest, evenly in rank."""
+    rows = np.atleast_1d(vector)
+    result = np.full(rows.shape, float(density))
+    n = rows.shape[-1]
+    for index in np.ndindex(*rows.shape[:-1]):
+        order = sorted(range(n), key=lambda i, row=rows[index]: (abs(row[i]), i))
+        for rank, position in enumerate(order):
+            if n > 1:
+                result[(*index, position)] = density - epsilon + 2 * epsilon * rank / (n - 1)
+    return result.reshape(vector.shape)
+
+
+def _della(total, base, tensors, weights, seeds, density, epsilon, rescale, scale, normalize):
+    kept = []
+    settings = zip(tensors, per_source(density, tensors), per_source(epsilon, tensors), seeds, strict=True)
+    for x, d, e, seed in settings:
+        v = x - base
+        kept.append(v if d == 1 else random_masked(v, rank_probabilities(v, d, e), rescale, seed))
+    return base + scale * total(kept, weights, normalize)
+
+
+def della(base, tensors, weights, *, seeds, density=0.5, epsilon=0.15, rescale=True, scale=1.0, normalize=True):
+    return _della(elected_sum, base, tensors, weights, seeds, density, epsilon, rescale, scale, normalize)
+
+
+def della_linear(base, tensors, weights, *, seeds, density=0.5, epsilon=0.15, rescale=True, scale=1.0, normalize=False):
+    return _della(summed, base, tensors, weights, seeds, density, epsilon, rescale, scale, normalize)
+
+
+def band(vector: np.ndarray, density: float, gamma: float) -> np.ndarray:
+    """Without the int(gamma n) largest (fewer where the rest would be too few): the int(density n) next ones."""
+    n = vector.size
+    top = min(int(gamma * n), n - int(density * n))
+    return only(vector, by_magnitude(vector)[top : top + int(density * n)])
+
+
+def _breadcrumbs(total, base, tensors, weights, density, gamma, rescale, scale, normalize):
+    bands = []
+    for x, d, g in zip(tensors, per_source(density, tensors), per_source(gamma, tensors), strict=True):
+        kept = band(x - base, d, g)
+        bands.append(l1_restored(kept, x - base) if rescale else kept)
+    return base + scale * total(bands, weights, normalize)
+
+
+def breadcrumbs(base, tensors, weights, density=0.5, gamma=0.01, rescale=False, scale=1.0, normalize=False):
+    return _breadcrumbs(summed, base, tensors, weights, density, gamma, rescale, scale, normalize)
+
+
+def breadcrumbs_ties(base, tensors, weights, density=0.5, gamma=0.01, rescale=False, scale=1.0, normalize=False):
+    return _breadcrumbs(elected_sum, base, tensors, weights, density, gamma, rescale, scale, normalize)
+
+
+def model_stock(base, tensors, weights, filter_wise=False):
+    if filter_wise and base.ndim > 1:
+        rows = [model_stock(base[i], [x[i] for x in tensors], weights, True) for i in range(base.shape[0])]
+        return np.stack(rows)
+    vectors, n = [x - base for x in tensors], len(tensors)
+    zero = any(np.linalg.norm(v) == 0 for v in vectors)
+    c = 0.0 if zero else np.mean([cosine(a, b) for i, a in enumerate(vectors) for b in vectors[i + 1 :]])
+    t = n * c / (1 + (n - 1) * c) if abs(1 + (n - 1) * c) >= 1e-6 else 0.0
+    return t * sum(tensors) / n + (1 - t) * base
+
+
+def karcher(base, tensors, weights, max_iter=10, tol=1e-5):
+    weights = shares(weights)
+    norms = [np.linalg.norm(x) for x in tensors]
+    used = [(w, x / norm) for w, x, norm in zip(weights, tensors, norms, strict=True) if w > 0 and norm > 1e-8]
+    weight = sum(w for w, _ in used)
+    start = sum(w / weight * u for w, u in used) if used else np.zeros(1)
+    if np.linalg.norm(start) < tol:
+        return sum(w * x for w, x in zip(weights, tensors, strict=True))
+    mean = start / np.linalg.norm(start)
+    for _ in range(max_iter):
+        step = np.zeros_like(mean)
+        for w, u in used:
+            c = min(1.0, max(-1.0, float((mean * u).sum())))
+            angle = math.acos(c)
+            if tol <= angle <= math.pi - tol:
+                step += w / weight * angle / math.sin(angle) * (u - c * mean)
+        length = np.linalg.norm(step)
+        if length < tol:
+            break
+        mean = math.cos(length) * mean + math.sin(length) * step / length
+        mean /= np.linalg.norm(mean)
+    return sum(w * norm for w, norm in zip(weights, norms, strict=True)) * mean
+
+
+def sce(base, tensors, weights, select_topk=1.0):
+    vectors = [x - base for x in tensors]
+    if select_topk < 1:
+        mean = sum(vectors) / len(vectors)
+        variance = sum((v - mean) ** 2 / len(vectors) for v in vectors)
+        selected = by_magnitude(variance)[: int(np.count_nonzero(variance) * select_topk)]
+        vectors = [only(v, selected) for v in vectors]
+    energies = [float(np.mean(v**2)) for v in vectors]
+    weights = energies if sum(energies) > 0 else [1.0] * len(vectors)
+    return base + majority_sum(vectors, weights, [1.0] * len(vectors), normalize=True)
+
+
+def multislerp(base, tensors, weights, normalize=True, eps=1e-8):
+    origin = 0.0 if base is None else base
+    vectors, weights = [x - origin for x in tensors], shares(weights) if normalize else weights
+    norms = [np.linalg.norm(v) for v in vectors]
+    units = [v / (norm + eps) for v, norm in zip(vectors, norms, strict=True)]
+    mean = sum(w * u for w, u in zip(weights, units, strict=True))
+    if np.linalg.norm(mean) < max(eps, 1e-6):
+        return origin + sum(w * v for w, v in zip(weights, vectors, strict=True))
+    mean /= np.linalg.norm(mean)
+    step = sum(w * (u - (u * mean).sum() * mean) for w, u in zip(weights, units, strict=True))
+    length = np.linalg.norm(step)
+    direction = math.cos(length) * mean + (math.sin(length) / length if length > 0 else 1.0) * step
+    return origin + sum(w * norm for w, norm in zip(weights, norms, strict=True)) * direction
+
+
+def passthrough(base, tensors, weights, scale=1.0):
+    return per_source(scale, tensors)[0] * tensors[0]
 
 
 OPERATORS = {
-    "linear": linear,
-    "slerp": slerp,
-    "nuslerp": nuslerp,
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
+    function.__name__: function
+    for function in (
+        linear,
+        slerp,
+        nuslerp,
+        task_arithmetic,
+        ties,
+        dare_linear,
+        dare_ties,
+        della,
+        della_linear,
+        breadcrumbs,
+        breadcrumbs_ties,
+        model_stock,
+        karcher,
+        sce,
+        multislerp,
+        passthrough,
+    )
 }

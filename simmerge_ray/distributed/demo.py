@@ -104,7 +104,7 @@ def pick_stage(layout: RunLayout, narrator: Narrator, pair: tuple[str, str], sea
             layout.pick / "plan.json", resolve_plan(pair_plan(*pair, parse_arm(ranked[0].arm)), catalogue), predicted
         )
         resolved, _ = read_plan(layout.pick / "plan.json")
-        merged = write_merge(resolved, layout.pick / "merged", predicted)
+        merged = write_merge(resolved, layout.pick / "merged", predicted).path
         pair_tasks = {task: tasks[task] for task in catalogue.pair_tasks(*pair)}
         plans = [pair_plan(*pair, parse_arm(r.arm)) for r in ranked]
         measured, loaded = measure_pick(layout, search, plans, merged, pair_tasks, narrator)

@@ -10,26 +10,41 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from simmerge_ray.errors import OperatorError, unknown_name
+
+Parameter = float | int | bool
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One real parameter of an operator: `low <= value <= high`, with `low` itself excluded when `open_low`."""
+    """One parameter of an operator: `low <= value <= high`, with `low` itself excluded when `open_low`.
 
-    default: float
-    low: float
-    high: float
+    kind: "float", "int" (a whole number), or "bool", which has no range.
+    """
+
+    default: Parameter
+    low: float = 0.0
+    high: float = 1.0
     open_low: bool = False
+    kind: Literal["float", "int", "bool"] = "float"
 
     def problem(self, value: object) -> str | None:
         """What is wrong with `value`, or None."""
+        if self.kind == "bool":
+            return None if isinstance(value, bool) else f"{value!r} is not true or false"
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return f"{value!r} is not a finite number"
+        if self.kind == "int" and value != int(value):
+            return f"{value!r} is not a whole number"
         if value < self.low or value > self.high or (self.open_low and value == self.low):
             return f"{value!r} is outside {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
         return None
+
+    def canonical(self, value: Parameter) -> Parameter:
+        """A value without problems as the Python type of its kind."""
+        return {"float": float, "int": int, "bool": bool}[self.kind](value)
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,13 @@ class OperatorSpec:
 
     needs_base: the operator works on task vectors, so a base checkpoint is required.
     uses_base: the operator takes the base when there is one (always true when needs_base).
-    symmetric: with weight 0.5 the result does not depend on the order of left and right.
+    symmetric: with weight 0.5 the result does not depend on the order of left and right. Random operators are not:
+        their masks belong to the sources, so seeds have to be swapped along.
+    min_sources, max_sources: how many checkpoints it merges, the base not counted; max None means any number.
+    random: takes one seed a source.
+    elementwise: entry i of the result depends on entries i of the inputs only, so tensors may be cut into chunks.
+    uses_weights: the weights of the sources matter (false where the operator finds its own).
+    per_source: parameters that may also be a sequence with one value for each source.
     """
 
     name: str
@@ -46,25 +67,96 @@ class OperatorSpec:
     uses_base: bool
     symmetric: bool
     parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
+    min_sources: int = 2
+    max_sources: int | None = 2
+    random: bool = False
+    elementwise: bool = False
+    uses_weights: bool = True
+    per_source: frozenset[str] = frozenset()
 
 
 _WEIGHT_RANGE = ParameterSpec(default=0.5, low=0.0, high=1.0)
 _SCALE = ParameterSpec(default=1.0, low=0.0, high=10.0)
+_DENSITY = ParameterSpec(default=0.5, low=0.0, high=1.0, open_low=True)
+_ON = ParameterSpec(default=True, kind="bool")
+_OFF = ParameterSpec(default=False, kind="bool")
+_GUARD = ParameterSpec(default=1e-8, low=0.0, high=1e-2, open_low=True)
 
+
+def _free(name: str, parameters: Mapping[str, ParameterSpec], **known: Any) -> OperatorSpec:
+    """A row for an operator on the checkpoints themselves, any number of them."""
+    row: dict[str, Any] = {"uses_base": False, "symmetric": True, "min_sources": 1, "max_sources": None}
+    return OperatorSpec(name, needs_base=False, parameters=parameters, **(row | known))
+
+
+def _on_task_vectors(name: str, parameters: Mapping[str, ParameterSpec], **known: Any) -> OperatorSpec:
+    """A row for an operator on task vectors, any number of them."""
+    per_source = frozenset({"density", "epsilon", "gamma"} & parameters.keys())
+    row: dict[str, Any] = {"symmetric": True, "min_sources": 1, "max_sources": None, "per_source": per_source}
+    return OperatorSpec(name, needs_base=True, uses_base=True, parameters=parameters, **(row | known))
+
+
+def _dare(normalize: ParameterSpec) -> dict[str, ParameterSpec]:
+    return {"density": _DENSITY, "rescale": _ON, "scale": _SCALE, "normalize": normalize}
+
+
+def _della(normalize: ParameterSpec) -> dict[str, ParameterSpec]:
+    return _dare(normalize) | {"epsilon": ParameterSpec(default=0.15)}
+
+
+_BREADCRUMBS = {
+    "density": _DENSITY,
+    "gamma": ParameterSpec(default=0.01),
+    "rescale": _OFF,
+    "scale": _SCALE,
+    "normalize": _OFF,
+}
+
+# `normalize` has mergekit's defaults, so that a file means the same here and there: true for linear, ties and della,
+# false for the others, dare_ties and breadcrumbs_ties among them.
 OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
-    "linear": OperatorSpec("linear", needs_base=False, uses_base=False, symmetric=True),
-    "slerp": OperatorSpec(
-        "slerp", False, False, True, {"threshold": ParameterSpec(default=0.9995, low=0.0, high=1.0, open_low=True)}
-    ),
-    "nuslerp": OperatorSpec("nuslerp", needs_base=False, uses_base=True, symmetric=True),
-    "task_arithmetic": OperatorSpec("task_arithmetic", True, True, True, {"scale": _SCALE}),
-    "ties": OperatorSpec(
-        "ties",
-        needs_base=True,
-        uses_base=True,
-        symmetric=True,
-        parameters={"density": ParameterSpec(default=0.5, low=0.0, high=1.0, open_low=True), "scale": _SCALE},
-    ),
+    spec.name: spec
+    for spec in (
+        _free("linear", {"normalize": _ON}, elementwise=True),
+        OperatorSpec(
+            "slerp", False, False, True, {"threshold": ParameterSpec(default=0.9995, low=0.0, high=1.0, open_low=True)}
+        ),
+        OperatorSpec(
+            "nuslerp", needs_base=False, uses_base=True, symmetric=True, parameters={"flatten": _ON, "row_wise": _OFF}
+        ),
+        _on_task_vectors("task_arithmetic", {"scale": _SCALE, "normalize": _OFF}, elementwise=True),
+        _on_task_vectors("ties", {"density": _DENSITY, "scale": _SCALE, "normalize": _ON}),
+        _on_task_vectors("dare_linear", _dare(_OFF), symmetric=False, random=True),
+        _on_task_vectors("dare_ties", _dare(_OFF), symmetric=False, random=True),
+        _on_task_vectors("della", _della(_ON), symmetric=False, random=True),
+        _on_task_vectors("della_linear", _della(_OFF), symmetric=False, random=True),
+        _on_task_vectors("breadcrumbs", _BREADCRUMBS),
+        _on_task_vectors("breadcrumbs_ties", _BREADCRUMBS),
+        _on_task_vectors("model_stock", {"filter_wise": _OFF}, min_sources=2, uses_weights=False),
+        _free(
+            "karcher",
+            {
+                "max_iter": ParameterSpec(default=10, low=1, high=1000, kind="int"),
+                "tol": ParameterSpec(default=1e-5, low=0.0, high=1.0, open_low=True),
+            },
+        ),
+        _on_task_vectors(
+            "sce",
+            {"select_topk": ParameterSpec(default=1.0, low=0.0, high=1.0, open_low=True)},
+            min_sources=2,
+            uses_weights=False,
+        ),
+        _free("multislerp", {"normalize": _ON, "eps": _GUARD}, uses_base=True),
+        _free(
+            "passthrough",
+            {"scale": _SCALE},
+            symmetric=False,
+            max_sources=1,
+            elementwise=True,
+            uses_weights=False,
+            per_source=frozenset({"scale"}),
+        ),
+    )
 }
 
 
@@ -73,24 +165,36 @@ class Arm:
     """An operator with its parameters, defaults left out. Build it with `make_arm` or `parse_arm`."""
 
     operator: str
-    params: tuple[tuple[str, float], ...] = ()
+    params: tuple[tuple[str, Parameter], ...] = ()
 
     @property
     def label(self) -> str:
         """Canonical text form, e.g. `linear` or `ties(density=0.2)`."""
-        inner = ", ".join(f"{key}={value:g}" for key, value in self.params)
+        inner = ", ".join(f"{key}={_parameter_text(value)}" for key, value in self.params)
         return f"{self.operator}({inner})" if inner else self.operator
 
     @property
     def spec(self) -> OperatorSpec:
         return OPERATOR_SPECS[self.operator]
 
-    def param_dict(self) -> dict[str, float]:
+    def param_dict(self) -> dict[str, Parameter]:
         """All parameters, defaults filled in."""
         return {name: spec.default for name, spec in self.spec.parameters.items()} | dict(self.params)
 
 
-def make_arm(operator: str, params: Mapping[str, float] | None = None) -> Arm:
+def _parameter_text(value: Parameter) -> str:
+    """Shortest text that `_parse_parameter` reads as the same value."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def _parse_parameter(text: str) -> Parameter:
+    return text == "true" if text in ("true", "false") else float(text)
+
+
+def make_arm(operator: str, params: Mapping[str, Parameter] | None = None) -> Arm:
     """Checked `Arm`.
 
     Raises:
@@ -105,8 +209,8 @@ def make_arm(operator: str, params: Mapping[str, float] | None = None) -> Arm:
             raise OperatorError(f"operator {operator!r}: {unknown_name('parameter', name, specs)}")
         if problem := specs[name].problem(value):
             raise OperatorError(f"operator {operator!r}: parameter {name!r}: {problem}")
-        if float(value) != specs[name].default:
-            kept.append((name, float(value)))
+        if value != specs[name].default:
+            kept.append((name, specs[name].canonical(value)))
     return Arm(operator, tuple(kept))
 
 
@@ -119,13 +223,15 @@ def parse_arm(text: str) -> Arm:
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
     if match is None:
         raise OperatorError(f"arm {text!r} is not of the form operator or operator(name=number, ...)")
-    params: dict[str, float] = {}
+    params: dict[str, Parameter] = {}
     for part in filter(None, (piece.strip() for piece in (match[2] or "").split(","))):
         name, equals, value = part.partition("=")
         try:
-            params[name.strip()] = float(value)
+            params[name.strip()] = _parse_parameter(value.strip())
         except ValueError:
-            raise OperatorError(f"arm {text!r}: {part!r} is not of the form name=number") from None
+            raise OperatorError(
+                f"arm {text!r}: {part!r} is not of the form name=number, name=true or name=false"
+            ) from None
     return make_arm(match[1], params)
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from simmerge_ray.operators.consensus import combine
 from simmerge_ray.operators.task_vectors import task_vectors
 
 
 def task_arithmetic(
-    base: Tensor | None, left: Tensor, right: Tensor, *, weight: float = 0.5, scale: float = 1.0
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    scale: float = 1.0,
+    normalize: bool = False,
 ) -> Tensor:
-    """`base + scale * 2 * ((1 - weight) (left - base) + weight (right - base))`, shapes equal.
+    """`base + scale * sum_i w_i (x_i - base)`, shapes equal; the sum is divided by `sum w_i` when `normalize`.
 
-    The factor 2 makes weight 0.5 the usual sum of both task vectors; `scale = 0.5` is then Linear.
+    The usual weights are 1 for each source; with weights that sum to 1 it is Linear.
     """
-    base, left_vector, right_vector = task_vectors("task_arithmetic", base, left, right)
-    return base + scale * 2.0 * ((1.0 - weight) * left_vector + weight * right_vector)
+    base, vectors = task_vectors("task_arithmetic", base, tensors, weights)
+    return base + scale * combine("task_arithmetic", vectors, weights, election=False, normalize=normalize)

@@ -42,7 +42,7 @@ def search(zoo: Path, *more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--arm", "tise"], "unknown operator 'tise' (did you mean 'ties'?); known: linear, nuslerp"),
+        (["--arm", "tise"], "unknown operator 'tise' (did you mean 'ties'?); known: breadcrumbs"),
         (["--arm", "ties(density=2)"], "'density': 2.0 is outside (0, 1]"),
         (["--arm", "linear", "--arm", "linear"], "'linear' is given twice"),
         (["--evaluator", "vlm"], "'evaluator'"),

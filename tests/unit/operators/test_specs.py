@@ -9,12 +9,18 @@ from hypothesis import strategies as st
 from simmerge_ray.errors import OperatorError
 from simmerge_ray.operators.specs import OPERATOR_SPECS, check_weight, make_arm, parse_arm, parse_arms
 
+VALUES = {
+    "float": lambda spec: [spec.high, spec.high / 4, 0.1234567 * spec.high, spec.high / 3],
+    "int": lambda spec: [spec.low, 7, 123],
+    "bool": lambda spec: [True, False],
+}
+
 
 @given(st.sampled_from(sorted(OPERATOR_SPECS)), st.data())
 def test_label_and_arm_are_inverse(operator, data):
     specs = OPERATOR_SPECS[operator].parameters
     params = {
-        name: data.draw(st.sampled_from([spec.default, 0.25, 0.75]))
+        name: data.draw(st.sampled_from([spec.default, *VALUES[spec.kind](spec)]))
         for name, spec in specs.items()
         if data.draw(st.booleans())
     }
@@ -31,18 +37,47 @@ def test_defaults_are_left_out_so_that_one_arm_has_one_label():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tise", r"unknown operator 'tise' \(did you mean 'ties'\?\); known: linear"),
-        ("ties(dens=0.2)", r"unknown parameter 'dens' .*known: density, scale"),
+        ("tise", r"unknown operator 'tise' \(did you mean 'ties'\?\); known: breadcrumbs, .*linear"),
+        ("ties(dens=0.2)", r"unknown parameter 'dens' .*known: density, normalize, scale"),
         ("ties(density=0)", r"'density': 0.0 is outside \(0, 1\]"),
         ("ties(density=nan)", "not a finite number"),
         ("ties(density)", "not of the form name=number"),
         ("ties density", "not of the form operator"),
         ("linear(weight=0.5)", "unknown parameter 'weight'"),
+        ("linear(normalize=1)", "'normalize': 1.0 is not true or false"),
+        ("linear(normalize=yes)", "name=true or name=false"),
+        ("ties(density=true)", "True is not a finite number"),
+        ("karcher(max_iter=2.5)", "'max_iter': 2.5 is not a whole number"),
+        ("karcher(max_iter=0)", r"'max_iter': 0.0 is outside \[1, 1000\]"),
+        ("karcher(max_iter=inf)", "not a finite number"),
     ],
 )
 def test_bad_arms_name_value_rule_and_choices(text, message):
     with pytest.raises(OperatorError, match=message):
         parse_arm(text)
+
+
+def test_switches_and_counts_have_their_own_types_and_text():
+    arm = parse_arm("nuslerp(row_wise=true, flatten=false)")
+    assert arm.params == (("flatten", False), ("row_wise", True))
+    assert arm.label == "nuslerp(flatten=false, row_wise=true)"
+    count = parse_arm("karcher(max_iter=20)").param_dict()["max_iter"]
+    assert count == 20 and isinstance(count, int)
+    assert parse_arm("karcher(max_iter=10)").label == "karcher"
+
+
+def test_arms_that_differ_a_little_have_different_labels():
+    labels = {parse_arm(f"ties(density={density})").label for density in ("0.1234567", "0.1234568", "0.1")}
+    assert labels == {"ties(density=0.1234567)", "ties(density=0.1234568)", "ties(density=0.1)"}
+
+
+def test_the_table_states_what_operators_need():
+    for name, spec in OPERATOR_SPECS.items():
+        assert spec.uses_base or not spec.needs_base
+        assert spec.max_sources is None or spec.min_sources <= spec.max_sources
+        assert spec.per_source <= spec.parameters.keys()
+        for key, parameter in spec.parameters.items():
+            assert parameter.problem(parameter.default) is None, (name, key)
 
 
 def test_no_arms_or_the_same_twice_are_refused():

@@ -1,0 +1,87 @@
+"""From a plan of two-way steps to a merge graph; every problem that headers show is found here."""
+
+from __future__ import annotations
+
+from simmerge_ray.checkpoints import CheckpointRef, check_compatible, read_config, read_headers
+from simmerge_ray.errors import CheckpointError, PlanError
+from simmerge_ray.merge_graph import DTYPE_BYTES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
+from simmerge_ray.mergekit_format import write_mergekit
+from simmerge_ray.operators.specs import OPERATOR_SPECS
+from simmerge_ray.plans import ResolvedPlan
+
+
+def compile_plan(resolved: ResolvedPlan, check: bool = True) -> MergeGraph:
+    """The graph of a plan.
+
+    Args:
+        check: refuse checkpoints that do not fit each other (False where the caller has).
+
+    Raises:
+        IncompatibleCheckpointsError, CheckpointError: with every problem found, before a weight is read.
+    """
+    if check:
+        check_compatible(resolved.used_refs)
+    plan, base = resolved.plan, resolved.base if resolved.plan.uses_base else None
+    refs: dict[str, CheckpointRef] = {ref.id: ref for ref in resolved.used_refs}
+    specs = {ref.id: read_headers(ref) for ref in refs.values()}
+    outputs = []
+    for name, first in specs[plan.members[0]].items():
+        dtypes = [specs[member][name].dtype for member in plan.members]
+        for member, dtype in zip(plan.members, dtypes, strict=True):
+            if dtype not in DTYPE_BYTES:
+                raise CheckpointError(
+                    f"checkpoint {member!r}: tensor {name} has dtype {dtype}, which cannot be merged; "
+                    "dequantise the checkpoint first"
+                )
+        dtype = promoted(dtypes)
+        node = _node(resolved, name, base, dtype if plan.intermediate_dtype == "out" else None)
+        outputs.append(OutputTensor(name, first.shape, dtype, node))
+    return MergeGraph(
+        outputs=tuple(outputs),
+        checkpoints=refs,
+        config=with_dtype(read_config(refs[plan.members[0]]), outputs),
+        tokenizer_from=plan.members[0],
+        members=plan.members,
+        title=plan.label,
+        description=plan.to_json(),
+        mergekit=_mergekit_text(resolved),
+        seed=plan.seed,
+    )
+
+
+def _mergekit_text(resolved: ResolvedPlan) -> str | None:
+    if not resolved.plan.steps:
+        return None
+    try:
+        return write_mergekit(resolved)
+    except PlanError:
+        return None  # mergekit has no words for it; our own plan file has
+
+
+def step_weights(operator: str, weight: float) -> tuple[float, float]:
+    """n-ary weights of a two-way step: (1-w, w), doubled for sums of task vectors, so that 0.5 is the usual sum."""
+    factor = 2.0 if OPERATOR_SPECS[operator].needs_base else 1.0
+    return factor * (1.0 - weight), factor * weight
+
+
+def _node(resolved: ResolvedPlan, name: str, base: CheckpointRef | None, round_to: str | None) -> Node:
+    plan = resolved.plan
+    if plan.source is not None:
+        return Read(plan.source, name)
+    results: dict[str, Node] = {}
+
+    def source(key: str) -> Node:
+        return results[key] if key in results else Read(key, name)
+
+    for number, step in enumerate(plan.steps, 1):
+        spec = step.arm.spec
+        results[f"#{number}"] = Apply(
+            operator=step.arm.operator,
+            sources=(source(step.left), source(step.right)),
+            weights=step_weights(step.arm.operator, step.weight),
+            params=tuple(sorted(step.arm.param_dict().items())),
+            base=Read(base.id, name) if base is not None and spec.uses_base else None,
+            step=number,
+            round_to=round_to if number < len(plan.steps) else None,
+        )
+    return results[f"#{len(plan.steps)}"]

@@ -1,0 +1,99 @@
+"""What a user hands in to be merged: a plan file of ours or mergekit's YAML, checked, described, and made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simmerge_ray.adapters import LoraAdapter
+from simmerge_ray.checkpoints import CheckpointRef, locate_checkpoint, read_headers
+from simmerge_ray.errors import PlanError
+from simmerge_ray.merge_graph import MergeGraph, reads
+from simmerge_ray.mergekit_format import ModelName, compile_mergekit, read_mergekit
+from simmerge_ray.merging.compile import compile_plan
+from simmerge_ray.merging.compute import is_blockwise, memory_per_thread
+from simmerge_ray.merging.layout import plan_layout
+from simmerge_ray.merging.write import MergeResult, Progress, check_target, default_threads, write_graph
+from simmerge_ray.plans import ResolvedPlan, read_plan, write_plan
+
+_YAML_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """A merge that was asked for: its graph, the target, and (for a plan of ours) the plan with its predictions."""
+
+    graph: MergeGraph
+    out: Path
+    resolved: ResolvedPlan | None = None
+    predicted: Mapping[str, Any] | None = None
+
+    def write(
+        self, progress: Progress | None, max_shard_bytes: int, num_threads: int | None, strict: bool
+    ) -> MergeResult:
+        """Make it; see `write_graph`."""
+
+        def finish(directory: Path) -> None:
+            if self.resolved is not None:
+                write_plan(directory / "simmerge_plan.json", self.resolved, self.predicted)
+
+        return write_graph(self.graph, self.out, self.predicted, progress, max_shard_bytes, num_threads, strict, finish)
+
+    def lines(self, max_shard_bytes: int, num_threads: int | None) -> list[str]:
+        """The merge in words and numbers, from headers alone."""
+        graph, layout = self.graph, plan_layout(self.graph.outputs, max_shard_bytes)
+        threads = min(num_threads or default_threads(), max(1, len(graph.outputs)))
+        specs = {key: read_headers(ref) for key, ref in graph.checkpoints.items()}
+        read_bytes = sum(
+            spec.end - spec.begin
+            for read in {read for output in graph.outputs for read in reads(output.node)}
+            for spec in (specs[read.checkpoint][read.tensor],)
+        )
+        whole = sum(not is_blockwise(output, specs) for output in graph.outputs)
+        memory = threads * memory_per_thread(graph, specs)
+        lines = [graph.title]
+        lines += [
+            f"  {key}: {ref.path}" + (f" + {ref.adapter}" if ref.adapter else "")
+            for key, ref in graph.checkpoints.items()
+        ]
+        lines += [
+            f"tensors  {len(graph.outputs)}, of which {whole} are held in memory as a whole",
+            f"read     {read_bytes / 1e9:.3f} GB",
+            f"write    {layout.num_bytes / 1e9:.3f} GB in {len(layout.shards)} file(s) -> {self.out}",
+            f"memory   at most {memory / 1e6:.0f} MB for {threads} thread(s)",
+            f"mergekit {'can make the same merge' if graph.mergekit else 'has no words for this plan'}",
+            "no problem was found",
+        ]
+        return lines
+
+
+def read_request(file: Path, out: Path) -> MergeRequest:
+    """Read a plan file and check everything that headers show.
+
+    Raises:
+        InputError: with every problem found; no weight has been read, nothing is written.
+    """
+    check_target(out)
+    if file.suffix in _YAML_SUFFIXES:
+        try:
+            text = file.read_text()
+        except OSError as error:
+            raise PlanError(f"cannot read {file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise PlanError(f"{file} is not text") from None
+        graph = compile_mergekit(read_mergekit(text, file.parent), _locate)
+        request = MergeRequest(graph, out)
+    else:
+        resolved, predicted = read_plan(file)
+        request = MergeRequest(compile_plan(resolved), out, resolved, predicted)
+    for ref in request.graph.checkpoints.values():
+        if ref.adapter is not None:
+            LoraAdapter(ref, read_headers(ref))  # it raises what does not fit
+    return request
+
+
+def _locate(name: ModelName) -> CheckpointRef:
+    found = locate_checkpoint(name.model, name.revision, name.adapter, name.adapter_revision, name.directory)
+    return CheckpointRef(name.id, found.path, adapter=found.adapter)
