@@ -207,6 +207,9 @@ def merge(
     strict: Annotated[bool, typer.Option("--strict", help="refuse a merge that holds NaN or infinity")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="default: as many as cores, at most 4")] = None,
     shard_size: Annotated[float, typer.Option(min=0.001, help="largest weight file, in GB")] = 5.0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="split the work over Ray tasks; OUT and inputs on a shared filesystem")
+    ] = None,
 ) -> None:
     """Make a merge: a Hugging Face checkpoint directory. An interrupted merge goes on where it stopped."""
     from rich.console import Console
@@ -220,9 +223,14 @@ def merge(
         for line in request.lines(int(shard_size * 1e9), threads):
             narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)
         return
+    runner = None
+    if workers is not None:
+        from simmerge_ray.distributed.distributed_merge import ray_runner
+
+        runner = ray_runner(workers, threads or 1)
     with narrator.stage("merge") as stage:
         with narrator.byte_bar("bytes written") as report:
-            result = request.write(report, int(shard_size * 1e9), threads, strict)
+            result = request.write(report, int(shard_size * 1e9), threads, strict, runner)
         stage.result = f"{request.graph.title} ({result.num_bytes / 1e9:.3g} GB) -> {result.path}"
     for line in result.lines():
         narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCKWISE_DTYPES = ("F32", "BF16", "F16")
+_KEPT_ELEMENTS = 1 << 20  # base and two task vectors of so many entries are 12 MB
 Emit = Callable[[int, np.ndarray], None]
 
 
@@ -53,11 +54,15 @@ class TensorReport:
 
 @dataclass
 class _Trim:
-    """Bits of the threshold's magnitude for each source, and how many entries equal to it are kept."""
+    """Bits of the threshold's magnitude for each source, and how many entries equal to it are kept.
+
+    kept: base and task vectors of a small tensor's blocks, by offset, so that later passes need not read again.
+    """
 
     thresholds: tuple[np.uint32, ...]
     budgets: tuple[int, ...]
     left: tuple[np.ndarray, ...] = ()
+    kept: dict[int, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
     def restart(self) -> None:
         self.left = tuple(np.array([budget], dtype=np.int64) for budget in self.budgets)
@@ -151,8 +156,10 @@ class Computer:
 
     def _apply(self, node: Apply, start: int) -> np.ndarray:
         params = dict(node.params)
-        first = self._block(node.sources[0], start)
         scale = _number(params.get("scale", 1.0))
+        if node.operator == "ties":
+            return self._ties(node, start, scale)
+        first = self._block(node.sources[0], start)
         if node.operator == "passthrough":
             if scale != 1.0:
                 first *= np.float32(scale)
@@ -169,15 +176,11 @@ class Computer:
             first += base
         else:
             right = self._block(node.sources[1], start)
-            if node.operator == "ties":
-                assert base is not None
-                self._ties(node, base, first, right, scale)
+            weights_of_angle = tuple(np.float32(weight) for weight in self._angles[id(node)])
+            if base is None:
+                kernels.blend(first, right, *weights_of_angle)
             else:
-                weights_of_angle = tuple(np.float32(weight) for weight in self._angles[id(node)])
-                if base is None:
-                    kernels.blend(first, right, *weights_of_angle)
-                else:
-                    kernels.blend_vectors(base, first, right, *weights_of_angle)
+                kernels.blend_vectors(base, first, right, *weights_of_angle)
             self._give(right)
         if base is not None:
             self._give(base)
@@ -195,15 +198,26 @@ class Computer:
             kernels.blend(first, values, np.float32(weights[0] if number == 1 else 1.0), np.float32(weights[number]))
             self._give(values)
 
-    def _ties(self, node: Apply, base: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:
+    def _ties(self, node: Apply, start: int, scale: float) -> np.ndarray:
         trim = self._trims[id(node)]
-        for number, vector in enumerate((left, right)):
-            kernels.subtract(vector, base)
+        base, *vectors = trim.kept.pop(start, None) or self._task_vectors(node, start)
+        for number, vector in enumerate(vectors):
             self._bad_input |= kernels.not_finite(vector)
             kernels.trim_block(vector, trim.thresholds[number], trim.left[number])
+        left, right = vectors
         normalize = bool(dict(node.params).get("normalize", True))
         weights = (np.float32(node.weights[0]), np.float32(node.weights[1]))
         kernels.elect(base, left, right, *weights, np.float32(scale), normalize)
+        self._give(base, right)
+        return left
+
+    def _task_vectors(self, node: Apply, start: int) -> tuple[np.ndarray, ...]:
+        """(base, left - base, right - base) of a block."""
+        assert node.base is not None
+        base, left, right = (self._block(source, start) for source in (node.base, *node.sources))
+        kernels.subtract(left, base)
+        kernels.subtract(right, base)
+        return base, left, right
 
     # What operators must know of the whole tensor
 
@@ -298,25 +312,30 @@ class Computer:
         keep = [kept_count(value, num) for value in densities]
         if all(count == num for count in keep):
             return _Trim((np.uint32(0), np.uint32(0)), (num, num))
+        kept: dict[int, tuple[np.ndarray, ...]] = {}
         high = np.zeros((2, 1 << 15), dtype=np.int64)
         for start in self._starts():
-            vectors = self._vectors(node, start)
-            for number, vector in enumerate(vectors):
+            blocks = self._task_vectors(node, start)
+            for number, vector in enumerate(blocks[1:]):
                 kernels.count_high(vector, high[number])
-            self._give(*vectors)
+            if num <= _KEPT_ELEMENTS:
+                kept[start] = blocks
+            else:
+                self._give(*blocks)
         tops = [_bin_of(high[number], keep[number]) for number in (0, 1)]
         low = np.zeros((2, 1 << 16), dtype=np.int64)
         for start in self._starts():
-            vectors = self._vectors(node, start)
-            for number, vector in enumerate(vectors):
+            blocks = kept.get(start) or self._task_vectors(node, start)
+            for number, vector in enumerate(blocks[1:]):
                 kernels.count_low(vector, np.uint32(tops[number][0]), low[number])
-            self._give(*vectors)
+            if start not in kept:
+                self._give(*blocks)
         thresholds, budgets = [], []
         for number, (top, above) in enumerate(tops):
             bits, above_low = _bin_of(low[number], keep[number] - above)
             thresholds.append(np.uint32((top << 16) | bits))
             budgets.append(keep[number] - above - above_low)
-        return _Trim(tuple(thresholds), tuple(budgets))
+        return _Trim(tuple(thresholds), tuple(budgets), kept=kept)
 
     # Results
 
@@ -423,7 +442,7 @@ def is_blockwise(output: OutputTensor, specs: Mapping[str, Mapping[str, TensorSp
 def memory_per_thread(graph: MergeGraph, specs: Mapping[str, Mapping[str, TensorSpec]]) -> int:
     """Upper bound of the bytes that one thread holds: blocks, or the float32 copies of its largest whole tensor."""
     widest = max((len(list(reads(output.node))) for output in graph.outputs), default=1)
-    blocks = kernels.BLOCK * (16 + 4 * (widest + 2)) + kernels.PAIR_BLOCK * 6 + (3 << 19) * 4
+    blocks = kernels.BLOCK * (16 + 4 * (widest + 2)) + kernels.PAIR_BLOCK * 6 + 12 * _KEPT_ELEMENTS + (3 << 19)
     whole = [
         output.num_elements * 4 * (2 * len(list(reads(output.node))) + 2)
         for output in graph.outputs

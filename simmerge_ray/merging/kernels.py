@@ -33,6 +33,14 @@ def _bits_of(typing_context: Any, value: Any) -> Any:  # float32 -> uint32 with 
     return types.uint32(types.float32), codegen
 
 
+@intrinsic
+def _fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:  # float32 x * y + z, rounded once
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
 @njit(cache=True, nogil=True)
 def widen_bf16(raw: np.ndarray, out: np.ndarray) -> None:
     """bfloat16 bits (uint16) as float32."""
@@ -65,9 +73,9 @@ def not_finite(values: np.ndarray) -> bool:
 
 @njit(cache=True, nogil=True)
 def blend(left: np.ndarray, right: np.ndarray, left_weight: np.float32, right_weight: np.float32) -> None:
-    """`left <- left_weight left + right_weight right`."""
+    """`left <- left_weight left + right_weight right`, the second product and the sum rounded once, as the peer's."""
     for i in range(left.size):
-        left[i] = left_weight * left[i] + right_weight * right[i]
+        left[i] = _fma(right_weight, right[i], left_weight * left[i])
 
 
 @njit(cache=True, nogil=True)
@@ -79,7 +87,7 @@ def blend_bf16(
     for i in range(left.size):
         x = _float_of(np.uint32(left[i]) << np.uint32(16))
         y = _float_of(np.uint32(right[i]) << np.uint32(16))
-        bits = _bits_of(left_weight * x + right_weight * y)
+        bits = _bits_of(_fma(right_weight, y, left_weight * x))
         # A NaN made from bfloat16 inputs has its payload in the upper half: rounding cannot carry it away.
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         out[i] = np.uint16(rounded)
@@ -144,8 +152,21 @@ def count_high(vector: np.ndarray, counts: np.ndarray) -> None:
 
 @njit(cache=True, nogil=True)
 def count_low(vector: np.ndarray, high: np.uint32, counts: np.ndarray) -> None:
-    """Of the magnitudes whose upper bits are `high`, add the lower 16 bits to `counts` (65536,)."""
-    for i in range(vector.size):
+    """Of the magnitudes whose upper bits are `high`, add the lower 16 bits to `counts` (65536,).
+
+    About one in a hundred is: groups of 16 are asked at once, which is vectorised.
+    """
+    whole = vector.size - vector.size % 16
+    for start in range(0, whole, 16):
+        found = np.uint32(0)
+        for i in range(start, start + 16):
+            found |= np.uint32(((_bits_of(vector[i]) >> np.uint32(16)) & np.uint32(0x7FFF)) == high)
+        if found:
+            for i in range(start, start + 16):
+                bits = _bits_of(vector[i])
+                if ((bits >> np.uint32(16)) & np.uint32(0x7FFF)) == high:
+                    counts[bits & np.uint32(0xFFFF)] += 1
+    for i in range(whole, vector.size):
         bits = _bits_of(vector[i])
         if ((bits >> np.uint32(16)) & np.uint32(0x7FFF)) == high:
             counts[bits & np.uint32(0xFFFF)] += 1

@@ -15,7 +15,7 @@ from simmerge_ray.mergekit_format import ModelName, compile_mergekit, read_merge
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.compute import is_blockwise, memory_per_thread
 from simmerge_ray.merging.layout import plan_layout
-from simmerge_ray.merging.write import MergeResult, Progress, check_target, default_threads, write_graph
+from simmerge_ray.merging.write import MergeResult, Progress, Runner, check_target, default_threads, write_graph
 from simmerge_ray.plans import ResolvedPlan, read_plan, write_plan
 
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -31,7 +31,12 @@ class MergeRequest:
     predicted: Mapping[str, Any] | None = None
 
     def write(
-        self, progress: Progress | None, max_shard_bytes: int, num_threads: int | None, strict: bool
+        self,
+        progress: Progress | None,
+        max_shard_bytes: int,
+        num_threads: int | None,
+        strict: bool,
+        runner: Runner | None = None,
     ) -> MergeResult:
         """Make it; see `write_graph`."""
 
@@ -39,7 +44,9 @@ class MergeRequest:
             if self.resolved is not None:
                 write_plan(directory / "simmerge_plan.json", self.resolved, self.predicted)
 
-        return write_graph(self.graph, self.out, self.predicted, progress, max_shard_bytes, num_threads, strict, finish)
+        return write_graph(
+            self.graph, self.out, self.predicted, progress, max_shard_bytes, num_threads, strict, finish, runner
+        )
 
     def lines(self, max_shard_bytes: int, num_threads: int | None) -> list[str]:
         """The merge in words and numbers, from headers alone."""

@@ -36,7 +36,7 @@ from simmerge_ray.storage import Manifest, digest_json, write_json
 PLAN_FILE = "simmerge_plan.json"
 MANIFEST_FILE = "simmerge_manifest.json"
 _STATE_FILE = "merge.state.json"
-_JOURNAL = "merge.journal"
+JOURNAL = "merge.journal"
 _PROGRESS_BYTES = 1 << 23
 _COPIED_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -44,6 +44,8 @@ _COPIED_FILES = (
 )  # fmt: skip
 
 Progress = Callable[[int, int], None]
+# Makes the tensors that are missing in a partial directory: (graph, directory, placements, progress, bytes in all).
+Runner = Callable[[MergeGraph, Path, Sequence[Placement], Progress | None, int], None]
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def write_graph(
     num_threads: int | None = None,
     strict: bool = False,
     finish: Callable[[Path], None] | None = None,
+    runner: Runner | None = None,
 ) -> MergeResult:
     """Write the merge of a graph into the directory `out`, which appears under its name only when complete.
 
@@ -117,6 +120,7 @@ def write_graph(
     Args:
         predicted: utilities by task for the model card. progress: called with (bytes done, bytes in all).
         strict: refuse a result with NaN or infinity. finish: adds files to the directory before it is renamed.
+        runner: makes the tensors elsewhere (see `distributed.distributed_merge`); default: threads of this process.
 
     Raises:
         OutputError: the target is something else, cannot be written, or has too little space.
@@ -129,8 +133,10 @@ def write_graph(
         done = read_journals(partial)
         num_resumed = len(done)
         missing = [p for p in layout.placements if p.output.name not in done]
-        if missing:
-            write_tensors(graph, partial, missing, _JOURNAL, progress, num_threads, graph.num_bytes)
+        if missing and runner:
+            runner(graph, partial, missing, progress, graph.num_bytes)
+        elif missing:
+            write_tensors(graph, partial, missing, JOURNAL, progress, num_threads, graph.num_bytes)
         result = _result(out, layout, read_journals(partial), num_resumed)
         if strict and result.not_finite:
             raise CheckpointError(f"the merge holds NaN or infinity in {', '.join(result.not_finite[:5])}")
@@ -154,7 +160,7 @@ def check_target(out: Path) -> None:
 def read_journals(partial: Path) -> dict[str, TensorReport]:
     """Finished tensors of an unfinished merge. A line cut off by a kill does not count."""
     found = {}
-    for journal in sorted(partial.glob(f"{_JOURNAL}*")):
+    for journal in sorted(partial.glob(f"{JOURNAL}*")):
         for line in journal.read_bytes().split(b"\n")[:-1]:
             entry = json.loads(line)
             found[entry["name"]] = TensorReport(entry["name"], entry["not_finite"], tuple(entry["fell_back"]))
@@ -404,7 +410,7 @@ def _finish(
 def _publish(partial: Path, out: Path) -> None:
     """Rename. Safe against any end of this process; like its peers it does not wait for the disk (a crash of the
     machine within seconds may lose what a new merge makes again)."""
-    for name in (_STATE_FILE, *(path.name for path in partial.glob(f"{_JOURNAL}*"))):
+    for name in (_STATE_FILE, *(path.name for path in partial.glob(f"{JOURNAL}*"))):
         (partial / name).unlink(missing_ok=True)
     if out.exists():
         old = out.absolute().with_name(f".{out.name}.old.partial")

@@ -1,0 +1,215 @@
+"""The same YAML merged by mergekit 0.1.5 and by our engine, and how far apart the weights are.
+
+`python -m benchmarks.merge.parity FIXTURES [--operators NAME,...] [--dtype float32]` merges the 134 M checkpoints of
+`benchmarks.merge.fixtures` (bf16) with each operator that both have: mergekit in its interpreter, ours by
+`simmerge merge config.yml out`. It prints a Markdown table: the largest distance of two elements in ulp of bf16 (the
+difference of their order-preserving integer images, so neighbours are 1 apart and +0 equals -0), the share of elements
+that differ at all and by more than 1 ulp, and the tensor with the largest distance. The last column is what went wrong,
+if anything did. `--dtype float32` lets both sides cast the inputs first (the output stays bf16); without it the peer
+computes some operators in bf16.
+
+The masks of DARE and DELLA are random and differ by intent: for them a second table compares, per side, the share of
+elements that differ from the base and the norm of that difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.merge.fixtures import make_fixture, tensors_of, to_float32
+from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
+from benchmarks.merge.sides import Worker, our_python, pinned
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Case:
+    """One YAML: parameters of the two models and of the merge; `base_model` is `base`, `a` or absent."""
+
+    method: str
+    models: tuple[Mapping[str, Any], ...] = ({}, {})
+    parameters: Mapping[str, Any] | None = None
+    base: str | None = None
+
+    def config(self, checkpoints: Mapping[str, Path], dtype: str | None) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "merge_method": self.method,
+            "models": [
+                {"model": str(checkpoints[name]), "parameters": dict(parameters)}
+                for name, parameters in zip("ab", self.models, strict=False)
+            ],
+        }
+        if self.base:
+            config["base_model"] = str(checkpoints[self.base])
+        if self.parameters:
+            config["parameters"] = dict(self.parameters)
+        return config | ({"dtype": dtype, "out_dtype": "bfloat16"} if dtype else {})
+
+
+def _each(**parameters: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Unequal weights, so that a mix-up of the models shows, and the same other parameters."""
+    return {"weight": 0.6, **parameters}, {"weight": 0.4, **parameters}
+
+
+CASES: Mapping[str, Case] = {
+    "linear": Case("linear", _each()),
+    "slerp": Case("slerp", parameters={"t": 0.4}, base="a"),
+    "nuslerp": Case("nuslerp", _each()),
+    "nuslerp, base": Case("nuslerp", _each(), base="base"),
+    "task_arithmetic": Case("task_arithmetic", _each(), {"lambda": 0.9}, "base"),
+    "ties": Case("ties", _each(density=0.5), {"normalize": True}, "base"),
+    "ties, density 0.2": Case("ties", _each(density=0.2), {"normalize": True}, "base"),
+    "breadcrumbs": Case("breadcrumbs", _each(density=0.9, gamma=0.01), base="base"),
+    "breadcrumbs_ties": Case("breadcrumbs_ties", _each(density=0.9, gamma=0.01), base="base"),
+    "model_stock": Case("model_stock", base="base"),
+    "karcher": Case("karcher", parameters={"max_iter": 10, "tol": 1e-5}),
+    "sce": Case("sce", parameters={"select_topk": 0.5}, base="base"),
+    "multislerp": Case("multislerp", _each()),
+    "multislerp, base": Case("multislerp", _each(), base="base"),
+    "passthrough": Case("passthrough", ({"scale": 0.9},)),
+}
+RANDOM_CASES: Mapping[str, Case] = {
+    "dare_linear": Case("dare_linear", _each(density=0.5), base="base"),
+    "dare_ties": Case("dare_ties", _each(density=0.5), base="base"),
+    "della_linear": Case("della_linear", _each(density=0.5, epsilon=0.15), base="base"),
+    "della": Case("della", _each(density=0.5, epsilon=0.15), base="base"),
+}
+
+
+def ulp_images(bits: np.ndarray) -> np.ndarray:
+    """Integers in the order of the values of bf16 bit patterns: neighbouring values are 1 apart, +0 equals -0."""
+    signed = bits.view(np.int16).astype(np.int32)
+    return np.where(signed < 0, -(signed & 0x7FFF), signed)
+
+
+def _pairs(left: Path, right: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Chunks of the bit patterns of equal tensors.
+
+    Raises:
+        ValueError: names, sizes or dtypes are not the same.
+    """
+    one, other = tensors_of(left), tensors_of(right)
+    if one.keys() != other.keys():
+        raise ValueError(f"only one side has {', '.join(sorted(one.keys() ^ other.keys())[:3])}")
+    for name, (bits, dtype) in one.items():
+        other_bits, other_dtype = other[name]
+        if dtype != "BF16" or other_dtype != "BF16" or len(bits) != len(other_bits):
+            raise ValueError(f"{name}: {dtype} x {len(bits)} and {other_dtype} x {len(other_bits)}")
+        for begin in range(0, len(bits), _CHUNK):
+            yield name, bits[begin : begin + _CHUNK], other_bits[begin : begin + _CHUNK]
+
+
+@dataclass(frozen=True)
+class Distance:
+    max_ulp: int
+    share_differing: float
+    share_beyond_1: float
+    worst_tensor: str
+
+
+def distance(left: Path, right: Path) -> Distance:
+    """Largest distance in ulp, shares of differing elements, and the tensor with the largest distance."""
+    max_ulp = num_differing = num_beyond = num_elements = 0
+    worst = "-"
+    for name, one, other in _pairs(left, right):
+        apart = np.abs(ulp_images(one) - ulp_images(other))
+        num_differing += int(np.count_nonzero(apart))
+        num_beyond += int(np.count_nonzero(apart > 1))
+        num_elements += len(apart)
+        if (largest := int(apart.max(initial=0))) > max_ulp:
+            max_ulp, worst = largest, name
+    return Distance(max_ulp, num_differing / num_elements, num_beyond / num_elements, worst)
+
+
+def departure(base: Path, merged: Path) -> tuple[float, float]:
+    """Share of elements that differ from the base, and the Euclidean norm of the difference."""
+    num_differing = num_elements = 0
+    square = 0.0
+    for _, one, other in _pairs(base, merged):
+        difference = to_float32(other) - to_float32(one)
+        num_differing += int(np.count_nonzero(difference))
+        num_elements += len(difference)
+        square += float(np.dot(difference, difference))
+    return num_differing / num_elements, square**0.5
+
+
+def merge_both(config: dict[str, Any], scratch: Path, peer: Worker) -> tuple[Path, Path]:
+    """Outputs of mergekit and of ours.
+
+    Raises:
+        RuntimeError: a side failed; the message ends with what it said.
+    """
+    file, theirs, ours = scratch / "config.yml", scratch / "mergekit", scratch / "ours"
+    file.write_text(json.dumps(config, indent=2))  # JSON is YAML
+    shutil.rmtree(ours, ignore_errors=True)
+    peer.run({"config": str(file)}, theirs)
+    command = [str(our_python().with_name("simmerge")), "merge", str(file), str(ours)]
+    done = subprocess.run(command, cwd=scratch, env=pinned(1), capture_output=True, text=True)
+    if done.returncode:
+        said = " ".join((done.stdout + done.stderr).split())[-300:]
+        raise RuntimeError(f"ours ended with {done.returncode}: {said}")
+    return theirs, ours
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fixtures", type=Path)
+    parser.add_argument("--venv", type=Path, default=DEFAULT_DIRECTORY, help="mergekit's environment")
+    parser.add_argument("--operators", help="rows to run, separated by ';'; default all")
+    parser.add_argument("--dtype", help="cast the inputs to this dtype, e.g. float32; the output stays bf16")
+    arguments = parser.parse_args()
+    checkpoints = make_fixture(arguments.fixtures.absolute(), "134m", arguments.venv.absolute())
+    cases = CASES | RANDOM_CASES
+    chosen = [name.strip() for name in arguments.operators.split(";")] if arguments.operators else list(cases)
+    if unknown := [name for name in chosen if name not in cases]:
+        raise SystemExit(f"unknown rows {unknown}; known: {'; '.join(cases)}")
+    print("| operator | max ulp | share differing | share beyond 1 ulp | worst tensor | |")
+    print("|---|---|---|---|---|---|")
+    random_rows = []
+    with tempfile.TemporaryDirectory(prefix="parity-", dir=arguments.fixtures) as name:
+        scratch = Path(name).absolute()
+        peer_python = mergekit_python(arguments.venv.absolute())
+        peer = Worker("mergekit", peer_python, 1)
+        for row in chosen:
+            try:
+                theirs, ours = merge_both(cases[row].config(checkpoints, arguments.dtype), scratch, peer)
+                if row in RANDOM_CASES:
+                    random_rows.append(
+                        (row, departure(checkpoints["base"], theirs), departure(checkpoints["base"], ours))
+                    )
+                    continue
+                found = distance(theirs, ours)
+            except (RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split()).replace("|", "/")
+                print(f"| {row} | - | - | - | - | {reason} |", flush=True)
+                if str(error).startswith("mergekit ended"):
+                    peer.close()
+                    peer = Worker("mergekit", peer_python, 1)
+                continue
+            print(
+                f"| {row} | {found.max_ulp} | {found.share_differing:.2e} | {found.share_beyond_1:.2e} "
+                f"| {found.worst_tensor} | |",
+                flush=True,
+            )
+        peer.close()
+    if random_rows:
+        print("\n| random masks | differs from base, mergekit | ours | norm of the difference, mergekit | ours |")
+        print("|---|---|---|---|---|")
+        for row, (share, norm), (our_share, our_norm) in random_rows:
+            print(f"| {row} | {share:.4f} | {our_share:.4f} | {norm:.4f} | {our_norm:.4f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""What both comparisons need: the same merge as our plan and as mergekit's YAML, and workers that run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.merge.fixtures import read_header
+from benchmarks.merge.mergekit_env import ROOT, offline
+
+WORKER = Path(__file__).with_name("worker.py")
+_SAMPLE_S = 0.005
+
+
+def pinned(num_threads: int) -> dict[str, str]:
+    """Environment for every process of a comparison: offline, and as many threads for each math library."""
+    names = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA")
+    return offline() | {f"{name}_NUM_THREADS": str(num_threads) for name in names}
+
+
+@contextmanager
+def on_cores(num_cores: int) -> Iterator[None]:
+    """Processes started here stay on as many cores: variables pin the math libraries only, not a side's own threads."""
+    allowed = os.sched_getaffinity(0)
+    if num_cores > len(allowed):
+        raise ValueError(f"{num_cores} threads asked for, this process may use {len(allowed)} cores")
+    os.sched_setaffinity(0, sorted(allowed)[:num_cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def job(operator: str, checkpoints: dict[str, Path], directory: Path) -> dict[str, Any]:
+    """Write the merge of `a` and `b` with equal weights as plan.json and config.yml; returns the worker's job.
+
+    Raises:
+        ValueError: an operator other than linear, slerp, ties.
+    """
+    a, b, base = (str(checkpoints[name]) for name in ("a", "b", "base"))
+    models: list[dict[str, Any]]
+    if operator == "linear":
+        models = [{"model": path, "parameters": {"weight": 0.5}} for path in (a, b)]
+        config = {"merge_method": "linear", "models": models}
+    elif operator == "slerp":
+        config = {"merge_method": "slerp", "base_model": a, "models": [{"model": a}, {"model": b}]}
+        config["parameters"] = {"t": 0.5}
+    elif operator == "ties":
+        models = [{"model": path, "parameters": {"weight": 0.5, "density": 0.5}} for path in (a, b)]
+        config = {"merge_method": "ties", "base_model": base, "models": models, "parameters": {"normalize": True}}
+    else:
+        raise ValueError(f"unknown operator {operator!r}; known: linear, slerp, ties")
+    needs_base = operator == "ties"
+    step = {"left": "a", "right": "b", "operator": operator, "weight": 0.5, "parameters": {}}
+    plan = {
+        "steps": [step],
+        "checkpoints": {"a": a, "b": b},
+        "base": {"id": "base", "path": base} if needs_base else None,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    plan_file, config_file = directory / f"{operator}.json", directory / f"{operator}.yml"
+    plan_file.write_text(json.dumps(plan, indent=2))
+    config_file.write_text(json.dumps(config, indent=2))  # JSON is YAML
+    inputs = [file for path in (a, b, *([base] if needs_base else [])) for file in weight_files(Path(path))]
+    out_bytes = sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0]
+        for file in weight_files(Path(a))
+        for entry in read_header(file)[0].values()
+    )
+    return {
+        "plan": str(plan_file),
+        "config": str(config_file),
+        "inputs": list(map(str, inputs)),
+        "out_bytes": out_bytes,
+    }
+
+
+def check_complete(work: dict[str, Any], out: Path) -> None:
+    """Refuse a time that was not taken for the whole merge.
+
+    Raises:
+        RuntimeError: the output does not hold as many bytes of tensors as the first input.
+    """
+    entries = [entry for file in weight_files(out) for entry in read_header(file)[0].values()]
+    found = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
+    if found != work["out_bytes"]:
+        raise RuntimeError(f"{out} holds {found} bytes of tensors, not {work['out_bytes']}")
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    return sorted(checkpoint.glob("*.safetensors"))
+
+
+class Worker:
+    """A `worker.py` that has imported what it needs; peak anonymous memory is sampled while it works."""
+
+    def __init__(self, side: str, python: Path, num_threads: int) -> None:
+        self.side = side
+        self.peak_bytes = 0
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (until close)
+        command = [python, "-P", WORKER, side]
+        path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
+        environment = pinned(num_threads) | ({"PYTHONPATH": path} if side == "ours" else {"PYTHONPATH": ""})
+        with on_cores(num_threads):
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
+            )
+        self._answer()
+        self.imports_bytes = self._anonymous_bytes()
+
+    def run(self, work: dict[str, Any], out: Path) -> dict[str, float]:
+        """Run one job; returns wall_s and cpu_s."""
+        assert self._process.stdin is not None
+        done = threading.Event()
+        sampler = threading.Thread(target=self._sample, args=(done,))
+        os.sync()  # so that nobody pays for what the one before left to write back
+        sampler.start()
+        try:
+            self._process.stdin.write(json.dumps(work | {"out": str(out)}) + "\n")
+            self._process.stdin.flush()
+            return self._answer()
+        finally:
+            done.set()
+            sampler.join()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._log.close()
+
+    @property
+    def peak_above_imports_bytes(self) -> int:
+        return self.peak_bytes - self.imports_bytes
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            tail = b"\n".join(deque(self._log.read().splitlines(), 5)).decode(errors="replace")
+            raise RuntimeError(f"{self.side} ended with {self._process.returncode}:\n{tail}")
+        return json.loads(line)
+
+    def _sample(self, done: threading.Event) -> None:
+        while not done.wait(_SAMPLE_S):
+            self.peak_bytes = max(self.peak_bytes, self._anonymous_bytes())
+
+    def _anonymous_bytes(self) -> int:
+        try:
+            text = Path(f"/proc/{self._process.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
+        for line in text.splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+
+def our_python() -> Path:
+    return Path(sys.executable)

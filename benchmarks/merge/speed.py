@@ -1,0 +1,212 @@
+"""Time, CPU and memory of a merge: our engine, mergekit 0.1.5, and copying the same bytes.
+
+`python -m benchmarks.merge.speed FIXTURES [--sizes 134m,1b] [--operators linear,slerp,ties] [--rounds 5] ...`, where
+FIXTURES is the directory of `benchmarks.merge.fixtures` (made when it is not there). For each size and operator:
+
+- in process: one worker process a side, which imports first; then rounds of ours, copy, mergekit, one after the other,
+  after one round that is not counted (compiled kernels, warm page cache). A figure is the median over the rounds. The
+  copy reads the bytes of all inputs in 8 MiB chunks into one buffer and writes as many bytes as the merge does.
+- memory: the largest RssAnon seen in that worker, sampled every 5 ms, minus what it was after the imports.
+- command (134m only): `simmerge merge plan.json out` and `mergekit-yaml config.yml out`, alternating, from start to
+  exit.
+
+`--threads N` (default 1) gives every side the same: N threads to each math library, and N cores, by affinity, since
+our engine takes its threads from the cores it may use. The copy is one stream whatever N is, so a speed relative to the
+copy is like for like only with N = 1. JSON goes to --json, Markdown to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.merge.fixtures import make_fixture
+from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
+from benchmarks.merge.sides import Worker, check_complete, job, on_cores, our_python, pinned
+
+
+def in_process(
+    work: dict[str, Any], scratch: Path, venv: Path, num_rounds: int, num_threads: int, sides: list[str]
+) -> dict[str, Any]:
+    """Alternate the sides; returns for each the seconds of every round, their medians, and the peak memory."""
+    pythons = {"ours": our_python(), "copy": our_python(), "mergekit": mergekit_python(venv)}
+    workers = [Worker(side, pythons[side], num_threads) for side in sides]
+    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    try:
+        for number in range(num_rounds + 1):
+            for worker in workers:
+                out = scratch / worker.side
+                seconds = worker.run(work, out)
+                if worker.side != "copy":
+                    check_complete(work, out)
+                shutil.rmtree(out)
+                if number > 0:
+                    rounds[worker.side].append(seconds)
+                print(f"  {worker.side}: {seconds['wall_s']:.2f} s", file=sys.stderr, flush=True)
+        return {
+            worker.side: {
+                "wall_s": median(one["wall_s"] for one in rounds[worker.side]),
+                "cpu_s": median(one["cpu_s"] for one in rounds[worker.side]),
+                "peak_anonymous_bytes_above_imports": worker.peak_above_imports_bytes,
+                "anonymous_bytes_of_imports": worker.imports_bytes,
+                "rounds": rounds[worker.side],
+            }
+            for worker in workers
+        }
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def commands(work: dict[str, Any], scratch: Path, venv: Path, num_rounds: int, num_threads: int) -> dict[str, Any]:
+    """Alternate the two commands; returns wall and CPU seconds of each from start to exit."""
+    simmerge, peer = our_python().with_name("simmerge"), mergekit_python(venv).with_name("mergekit-yaml")
+    command_of = {"ours": [simmerge, "merge", work["plan"]], "mergekit": [peer, work["config"]]}
+    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in command_of}
+    for number in range(num_rounds + 1):
+        for side, command in command_of.items():
+            out = scratch / f"command-{side}"
+            os.sync()
+            seconds = _timed([*map(str, command), str(out)], num_threads, scratch)
+            check_complete(work, out)
+            shutil.rmtree(out)
+            if number > 0:
+                rounds[side].append(seconds)
+            print(f"  command {side}: {seconds['wall_s']:.2f} s", file=sys.stderr, flush=True)
+    return {
+        side: {
+            "wall_s": median(one["wall_s"] for one in seconds),
+            "cpu_s": median(one["cpu_s"] for one in seconds),
+            "rounds": seconds,
+        }
+        for side, seconds in rounds.items()
+    }
+
+
+def _timed(command: list[str], num_threads: int, directory: Path) -> dict[str, float]:
+    with open(directory / "command.log", "w+b") as log:
+        started = time.perf_counter()
+        with on_cores(num_threads):
+            process = subprocess.Popen(
+                command, env=pinned(num_threads), cwd=directory, stdout=log, stderr=subprocess.STDOUT
+            )
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            output = log.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{command[0]} ended with {process.returncode}:\n{output}")
+    return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime}
+
+
+def machine() -> dict[str, Any]:
+    """Where and when."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "cpu": model,
+        "num_cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of the report."""
+    where = result["machine"]
+    lines = [
+        f"{where['cpu']}, {where['num_cpus']} cores, load {where['load']:.1f} at start, {where['date']}, "
+        f"{result['num_threads']} thread(s) and core(s) a side, medians of {result['num_rounds']} alternating rounds",
+        "",
+        "| size | operator | GB in + out | ours s (CPU s) | copy s | mergekit s (CPU s) | ours / copy speed "
+        "| mergekit / ours wall | mergekit / ours CPU | ours peak MB | mergekit peak MB |",
+        "|" + "---|" * 11,
+    ]
+    for row in result["in_process"]:
+        ours, copy, peer = (row["sides"].get(side) for side in ("ours", "copy", "mergekit"))
+        cells = [
+            row["size"],
+            row["operator"],
+            f"{row['num_bytes'] / 1e9:.2f}",
+            _seconds(ours),
+            f"{copy['wall_s']:.2f}" if copy else "-",
+            _seconds(peer),
+            f"{copy['wall_s'] / ours['wall_s']:.0%}" if ours and copy else "-",
+            f"{peer['wall_s'] / ours['wall_s']:.1f}" if ours and peer else "-",
+            f"{peer['cpu_s'] / ours['cpu_s']:.1f}" if ours and peer else "-",
+            *(f"{side['peak_anonymous_bytes_above_imports'] / 1e6:.0f}" if side else "-" for side in (ours, peer)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if result["commands"]:
+        lines += [
+            "",
+            "| whole command | ours s (CPU s) | mergekit s (CPU s) | mergekit / ours wall |",
+            "|---|---|---|---|",
+        ]
+    for row in result["commands"]:
+        ours, peer = row["sides"]["ours"], row["sides"]["mergekit"]
+        ratio = peer["wall_s"] / ours["wall_s"]
+        lines.append(f"| {row['operator']} | {_seconds(ours)} | {_seconds(peer)} | {ratio:.1f} |")
+    return "\n".join(lines)
+
+
+def _seconds(side: dict[str, Any] | None) -> str:
+    return f"{side['wall_s']:.2f} ({side['cpu_s']:.2f})" if side else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fixtures", type=Path)
+    parser.add_argument("--venv", type=Path, default=DEFAULT_DIRECTORY, help="mergekit's environment")
+    parser.add_argument("--sizes", default="134m", help="134m, 1b or both")
+    parser.add_argument("--operators", default="linear,slerp,ties")
+    parser.add_argument("--sides", default="ours,copy,mergekit", help="who takes part in process")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds counted, each after one that is not")
+    parser.add_argument("--command-rounds", type=int, default=5, help="rounds of the whole commands; 0: leave them out")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each math library, and cores, of every side")
+    parser.add_argument("--json", type=Path, help="write every round here")
+    arguments = parser.parse_args()
+    root, venv = arguments.fixtures.absolute(), arguments.venv.absolute()
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "num_threads": arguments.threads,
+        "num_rounds": arguments.rounds,
+        "in_process": [],
+        "commands": [],
+    }
+    # Beside the fixtures: the same file system for all, and for inputs and outputs.
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="speed-", dir=root) as name:
+        scratch = Path(name)
+        for size in arguments.sizes.split(","):
+            checkpoints = make_fixture(root, size, venv)
+            for operator in arguments.operators.split(","):
+                print(f"{size} {operator}", file=sys.stderr, flush=True)
+                work = job(operator, checkpoints, scratch / size)
+                num_bytes = sum(Path(file).stat().st_size for file in work["inputs"]) + work["out_bytes"]
+                sides = in_process(work, scratch, venv, arguments.rounds, arguments.threads, arguments.sides.split(","))
+                row = {"size": size, "operator": operator, "num_bytes": num_bytes, "sides": sides}
+                result["in_process"].append(row)
+                if size == "134m" and arguments.command_rounds:
+                    seconds = commands(work, scratch, venv, arguments.command_rounds, arguments.threads)
+                    result["commands"].append({"size": size, "operator": operator, "sides": seconds})
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(result, indent=2))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
