@@ -354,6 +354,13 @@ def _run_trials(study: Study, concurrency: int) -> None:
             raise EvaluatorStartError(f"the {study.settings.evaluator} evaluator did not start: {fatal}")
     for result in grid:
         if result.error is not None:
+            if "RuntimeEnvSetupError" in f"{type(result.error).__name__} {result.error}":
+                # The cluster's fault, not the merge's: no label, the next run tries again.
+                raise EngineError(f"the cluster could not set up a trial's actor: {_last_line(result.error)}")
             trial = study.trials[int(result.config["trial"])]
-            reason = f"the trial's actor failed three times: {str(result.error).strip().splitlines()[-1]}"
+            reason = f"the trial's actor failed three times: {_last_line(result.error)}"
             store.append([study.label(trial, task, Infeasible(reason), 0.0) for task in trial.tasks])
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]

@@ -172,13 +172,15 @@ class Computer:
         elif node.operator == "task_arithmetic":
             assert base is not None
             kernels.subtract(first, base)
-            self._sum(first, node.sources[1:], [scale * weight for weight in node.weights], start, base)
+            self._sum(first, node.sources[1:], list(node.weights), start, base)
+            if scale != 1.0:
+                first *= np.float32(scale)
             first += base
         else:
             right = self._block(node.sources[1], start)
             weights_of_angle = tuple(np.float32(weight) for weight in self._angles[id(node)])
             if base is None:
-                kernels.blend(first, right, *weights_of_angle)
+                kernels.blend(first, right, *weights_of_angle, False)
             else:
                 kernels.blend_vectors(base, first, right, *weights_of_angle)
             self._give(right)
@@ -195,7 +197,9 @@ class Computer:
             values = self._block(source, start)
             if base is not None:
                 kernels.subtract(values, base)
-            kernels.blend(first, values, np.float32(weights[0] if number == 1 else 1.0), np.float32(weights[number]))
+            kernels.blend(
+                first, values, np.float32(weights[0] if number == 1 else 1.0), np.float32(weights[number]), base is None
+            )
             self._give(values)
 
     def _ties(self, node: Apply, start: int, scale: float) -> np.ndarray:
@@ -258,10 +262,12 @@ class Computer:
             weights = [weight / _linear_divisor(node) for weight in node.weights]
         else:
             weights = list(self._angles[id(node)])
+        left_weight, right_weight = (np.float32(weight) for weight in weights)
+        fused = node.operator == "linear"
         not_finite = False
         for start, left, right in self._raw_pairs(pair):
             out = self._pair_out[: left.size]
-            not_finite |= kernels.blend_bf16(left, right, np.float32(weights[0]), np.float32(weights[1]), out)
+            not_finite |= kernels.blend_bf16(left, right, left_weight, right_weight, fused, out)
             emit(start, out)
         return not_finite
 

@@ -72,22 +72,32 @@ def not_finite(values: np.ndarray) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def blend(left: np.ndarray, right: np.ndarray, left_weight: np.float32, right_weight: np.float32) -> None:
-    """`left <- left_weight left + right_weight right`, the second product and the sum rounded once, as the peer's."""
+def blend(left: np.ndarray, right: np.ndarray, left_weight: np.float32, right_weight: np.float32, fused: bool) -> None:
+    """`left <- left_weight left + right_weight right`; `fused` rounds the second product and the sum once.
+
+    The peer's linear is fused (torch), its slerp is not (numpy); where the terms cancel, that is all the difference.
+    """
     for i in range(left.size):
-        left[i] = _fma(right_weight, right[i], left_weight * left[i])
+        product = left_weight * left[i]
+        left[i] = _fma(right_weight, right[i], product) if fused else product + right_weight * right[i]
 
 
 @njit(cache=True, nogil=True)
 def blend_bf16(
-    left: np.ndarray, right: np.ndarray, left_weight: np.float32, right_weight: np.float32, out: np.ndarray
+    left: np.ndarray,
+    right: np.ndarray,
+    left_weight: np.float32,
+    right_weight: np.float32,
+    fused: bool,
+    out: np.ndarray,
 ) -> bool:
     """`blend` from bfloat16 bits to bfloat16 bits in one pass; returns whether an entry is NaN or infinite."""
     carry = np.uint32(0)
     for i in range(left.size):
         x = _float_of(np.uint32(left[i]) << np.uint32(16))
         y = _float_of(np.uint32(right[i]) << np.uint32(16))
-        bits = _bits_of(_fma(right_weight, y, left_weight * x))
+        product = left_weight * x
+        bits = _bits_of(_fma(right_weight, y, product) if fused else product + right_weight * y)
         # A NaN made from bfloat16 inputs has its payload in the upper half: rounding cannot carry it away.
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         out[i] = np.uint16(rounded)

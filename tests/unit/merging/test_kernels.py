@@ -51,28 +51,28 @@ def test_only_what_is_not_finite_is_flagged():
     assert kernels.narrow_bf16(np.array([0, 3.4028e38, 0], dtype=np.float32), out)  # rounds up to infinity
 
 
-@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=2, max_size=40), st.floats(0, 1))
-def test_the_fused_blend_of_bfloat16_is_the_separate_one(values, weight):
+@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=2, max_size=40), st.floats(0, 1), st.booleans())
+def test_the_blend_of_bfloat16_bits_is_the_separate_one(values, weight, fused):
     half = len(values) // 2
     left, right = (torch.tensor(values[i * half : (i + 1) * half]).bfloat16() for i in (0, 1))
     bits = [tensor.view(torch.int16).numpy().view(np.uint16) for tensor in (left, right)]
     weights = (np.float32(1 - weight), np.float32(weight))
     out = np.empty(half, dtype=np.uint16)
-    flagged = kernels.blend_bf16(*bits, *weights, out)
+    flagged = kernels.blend_bf16(*bits, *weights, fused, out)
     wide = [tensor.float().numpy().copy() for tensor in (left, right)]
-    kernels.blend(*wide, *weights)
+    kernels.blend(*wide, *weights, fused)
     expected = np.empty(half, dtype=np.uint16)
     assert kernels.narrow_bf16(wide[0], expected) == flagged
     np.testing.assert_array_equal(out, expected)
 
 
-def test_the_fused_blend_flags_what_is_not_finite():
+def test_the_blend_of_bits_flags_what_is_not_finite():
     one, infinity, nan = (np.array([bits, 0x3F80], dtype=np.uint16) for bits in (0x3F80, 0x7F80, 0x7FFF))
     out = np.empty(2, dtype=np.uint16)
     half = np.float32(0.5)
-    assert not kernels.blend_bf16(one, one, half, half, out)
+    assert not kernels.blend_bf16(one, one, half, half, True, out)
     for bad in (infinity, nan):
-        assert kernels.blend_bf16(one, bad, half, half, out)
+        assert kernels.blend_bf16(one, bad, half, half, True, out)
     assert np.isnan(np.array([int(out[0]) << 16], dtype=np.uint32).view(np.float32)[0])
 
 
@@ -92,3 +92,15 @@ def test_trimming_in_blocks_is_trimming_at_once(values, density, block):
         kernels.trim_block(vector[start : start + block], np.float32(threshold).view(np.uint32), budget)
     expected = trim(torch.tensor(values, dtype=torch.float32), density).numpy()
     np.testing.assert_array_equal(vector, expected)
+
+
+def test_a_fused_blend_rounds_once():
+    weights = np.float32(0.6), np.float32(0.4)
+    left, right = np.float32(0.3), np.float32(-0.45)
+    separate = np.float32(weights[0] * left) + np.float32(weights[1] * right)
+    exact = np.float64(np.float32(weights[0] * left)) + np.float64(weights[1]) * np.float64(right)
+    for fused, expected in ((True, np.float32(exact)), (False, separate)):
+        value = np.array([left])
+        kernels.blend(value, np.array([right]), *weights, fused)
+        assert value[0] == expected
+    assert np.float32(exact) != separate

@@ -19,6 +19,7 @@ from simmerge_ray.operators.specs import make_arm
 from simmerge_ray.operators.table import OPERATORS
 from simmerge_ray.plans import fold_plan, resolve_plan, write_plan
 from tests import tiny
+from tests.unit.test_layers import loaded_modules
 
 
 @pytest.fixture
@@ -131,3 +132,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bytes.yml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not text"):
         read_request(tmp_path / "bytes.yml", tmp_path / "out")
+
+
+@pytest.mark.parametrize("operator", ["linear", "slerp", "ties"])
+def test_a_merge_in_blocks_loads_neither_torch_nor_transformers_nor_ray(catalogue, tmp_path, operator):
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    write_plan(plan, resolve_plan(fold_plan(("m0", "m1"), [make_arm(operator)]), catalogue))
+    arguments = ["simmerge", "merge", str(plan), str(out)]
+    loaded = loaded_modules(f"import sys; sys.argv = {arguments!r}; from simmerge_ray.cli import main; main()")
+    assert (out / "model.safetensors").exists()
+    assert not loaded & {"torch", "transformers", "ray", "pandas", "sklearn"}
