@@ -439,6 +439,8 @@ def is_blockwise(output: OutputTensor, specs: Mapping[str, Mapping[str, TensorSp
             "ties": len(node.sources) == 2 and plain and "thresholds" not in params,
         }.get(node.operator, False)
         inner = (*node.sources, *((node.base,) if node.base is not None else ()))
+        if OPERATOR_SPECS[node.operator].needs_base and node.base is None:
+            return False  # the operator says what is missing
         return bool(operator_fits) and all(fits(source) for source in inner)
 
     # float64 is computed in float64, as a whole
