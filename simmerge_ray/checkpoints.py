@@ -31,6 +31,10 @@ _ARCHITECTURE_KEYS = (
 )  # fmt: skip
 
 
+_MERGEABLE_DTYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "BOOL")  # integers are copied
+VOCABULARY_REMEDY = "resize the embeddings or choose checkpoints with the same vocabulary"
+
+
 @dataclass(frozen=True)
 class CheckpointRef:
     """A reference to a checkpoint, never its weights. `base_id` names the common ancestor in the same catalogue.
@@ -253,6 +257,22 @@ class TensorReader:
         return self._handles[file].get_tensor(name)
 
 
+def unsupported_problems(ref: CheckpointRef, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> list[str]:
+    """What keeps a checkpoint from being merged at all, with the remedy: quantised weights, mixtures of experts."""
+    problems = []
+    quantised = sorted({spec.dtype for spec in specs.values()} - set(_MERGEABLE_DTYPES))
+    if quantised or config.get("quantization_config"):
+        found = f"tensors of dtype {', '.join(quantised)}" if quantised else "quantization_config"
+        problems.append(f"checkpoint {ref.id!r} is quantised ({found}); dequantise it first")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if isinstance(config.get(key), int) and config[key] > 1:
+            problems.append(
+                f"checkpoint {ref.id!r} is a mixture of experts ({key}: {config[key]}), which is not supported: "
+                "experts of one number need not have one role; merge dense checkpoints"
+            )
+    return problems
+
+
 def compatibility_problems(refs: Sequence[CheckpointRef]) -> list[str]:
     """Everything that keeps the checkpoints from being merged, each line with the checkpoint, the value and the rule.
 
@@ -267,6 +287,8 @@ def compatibility_problems(refs: Sequence[CheckpointRef]) -> list[str]:
             problems.append(str(error))
     if not readable:
         return problems
+    for ref, specs, config, _ in readable:
+        problems += unsupported_problems(ref, specs, config)
     first, first_specs, first_config, first_tokenizer = readable[0]
     for ref, specs, config, tokenizer in readable[1:]:
         for key in _ARCHITECTURE_KEYS:
@@ -287,7 +309,7 @@ def compatibility_problems(refs: Sequence[CheckpointRef]) -> list[str]:
                     f"shape of {name}: {ref.id!r} has {specs[name].shape}, {first.id!r} has {first_specs[name].shape}"
                 )
         if tokenizer != first_tokenizer:
-            problems.append(f"tokenizer: {ref.id!r} and {first.id!r} have different vocabularies")
+            problems.append(f"tokenizer: {ref.id!r} and {first.id!r} have different vocabularies; {VOCABULARY_REMEDY}")
     return problems
 
 

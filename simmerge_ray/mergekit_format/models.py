@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers, tokenizer_digest
+from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers, tokenizer_digest, unsupported_problems
 from simmerge_ray.errors import InputError
-from simmerge_ray.merge_graph import FLOAT_DTYPES, Node, Read
+from simmerge_ray.merge_graph import Node, Read
 from simmerge_ray.mergekit_format.documents import ModelName
 
 _LAYER = re.compile(r"^(.*\b(?:layers|h|blocks)\.)(\d+)(\..*)$")
-_COPIED_DTYPES = ("I64", "I32", "I16", "BOOL")
 # What must be equal for tensors to mean the same thing, whatever the number of layers.
 _ARCHITECTURE_KEYS = (
     "model_type", "architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -93,10 +92,7 @@ def load_model(name: ModelName, locate: Callable[[ModelName], CheckpointRef]) ->
         return LoadedModel(name.id, {}, {}, problems=(f"model {name.id!r}: {error}",))
     specs, config = attempt(read_headers, ref, {}), attempt(read_config, ref, {})
     tokenizer = attempt(tokenizer_digest, ref, None)
-    quantised = sorted({s.dtype for s in specs.values() if s.dtype not in (*FLOAT_DTYPES, *_COPIED_DTYPES)})
-    if quantised or config.get("quantization_config"):
-        found = f"tensors of dtype {', '.join(quantised)}" if quantised else "quantization_config"
-        problems.append(f"checkpoint {ref.id!r} is quantised ({found}); dequantise it first")
+    problems += unsupported_problems(ref, specs, config)
     tensors = {key: TensorValue(Read(ref.id, key), spec.shape, spec.dtype) for key, spec in specs.items()}
     return LoadedModel(name.id, tensors, config, ref, tokenizer, tuple(problems))
 

@@ -206,7 +206,8 @@ class Computer:
         trim = self._trims[id(node)]
         base, *vectors = trim.kept.pop(start, None) or self._task_vectors(node, start)
         for number, vector in enumerate(vectors):
-            self._bad_input |= kernels.not_finite(vector)
+            if trim.thresholds[number] == 0:  # nothing was counted; else NaN and infinity are the topmost bins
+                self._bad_input |= kernels.not_finite(vector)
             kernels.trim_block(vector, trim.thresholds[number], trim.left[number])
         left, right = vectors
         normalize = bool(dict(node.params).get("normalize", True))
@@ -328,8 +329,9 @@ class Computer:
                 kept[start] = blocks
             else:
                 self._give(*blocks)
-        tops = [_bin_of(high[number], keep[number]) for number in (0, 1)]
-        low = np.zeros((2, 1 << 16), dtype=np.int64)
+        self._bad_input |= bool(high[:, 0x7F80:].any())
+        tops = [kernels.bin_of(high[number], keep[number]) for number in (0, 1)]
+        low = np.zeros((2, (1 << 16) + 64), dtype=np.int64)
         for start in self._starts():
             blocks = kept.get(start) or self._task_vectors(node, start)
             for number, vector in enumerate(blocks[1:]):
@@ -338,7 +340,7 @@ class Computer:
                 self._give(*blocks)
         thresholds, budgets = [], []
         for number, (top, above) in enumerate(tops):
-            bits, above_low = _bin_of(low[number], keep[number] - above)
+            bits, above_low = kernels.bin_of(low[number, : 1 << 16], keep[number] - above)
             thresholds.append(np.uint32((top << 16) | bits))
             budgets.append(keep[number] - above - above_low)
         return _Trim(tuple(thresholds), tuple(budgets), kept=kept)
@@ -487,13 +489,6 @@ def _linear_divisor(node: Apply) -> float:
 
 def _number(value: Any) -> float:
     return float(value[0] if isinstance(value, tuple) else value)
-
-
-def _bin_of(counts: np.ndarray, keep: int) -> tuple[int, int]:
-    """(index of the bin that holds the `keep`-th largest, how many are in the bins above it)."""
-    above = np.cumsum(counts[::-1])
-    position = int(np.searchsorted(above, keep))
-    return len(counts) - 1 - position, int(above[position - 1]) if position else 0
 
 
 def _cast(values: np.ndarray, dtype: str) -> np.ndarray:

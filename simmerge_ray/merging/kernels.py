@@ -162,24 +162,26 @@ def count_high(vector: np.ndarray, counts: np.ndarray) -> None:
 
 @njit(cache=True, nogil=True)
 def count_low(vector: np.ndarray, high: np.uint32, counts: np.ndarray) -> None:
-    """Of the magnitudes whose upper bits are `high`, add the lower 16 bits to `counts` (65536,).
+    """Of the magnitudes whose upper bits are `high`, add the lower 16 bits to `counts[:65536]`.
 
-    About one in a hundred is: groups of 16 are asked at once, which is vectorised.
+    The others are counted in the 64 entries behind: a branch would be mispredicted too often, and one such entry would
+    make every step wait for the one before.
     """
-    whole = vector.size - vector.size % 16
-    for start in range(0, whole, 16):
-        found = np.uint32(0)
-        for i in range(start, start + 16):
-            found |= np.uint32(((_bits_of(vector[i]) >> np.uint32(16)) & np.uint32(0x7FFF)) == high)
-        if found:
-            for i in range(start, start + 16):
-                bits = _bits_of(vector[i])
-                if ((bits >> np.uint32(16)) & np.uint32(0x7FFF)) == high:
-                    counts[bits & np.uint32(0xFFFF)] += 1
-    for i in range(whole, vector.size):
+    for i in range(vector.size):
         bits = _bits_of(vector[i])
-        if ((bits >> np.uint32(16)) & np.uint32(0x7FFF)) == high:
-            counts[bits & np.uint32(0xFFFF)] += 1
+        same = ((bits >> np.uint32(16)) & np.uint32(0x7FFF)) == high
+        counts[np.int64(bits & np.uint32(0xFFFF)) if same else 65536 + (i & 63)] += 1
+
+
+@njit(cache=True, nogil=True)
+def bin_of(counts: np.ndarray, keep: int) -> tuple[int, int]:
+    """(index of the bin that holds the `keep`-th largest, how many are in the bins above it)."""
+    above = 0
+    for i in range(counts.size - 1, -1, -1):
+        if above + counts[i] >= keep:
+            return i, above
+        above += counts[i]
+    return 0, above
 
 
 @njit(cache=True, nogil=True)

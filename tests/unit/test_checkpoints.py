@@ -113,3 +113,17 @@ def test_malformed_catalogues_are_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_catalogue(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_local_experts", 8, "mixture of experts .*merge dense checkpoints"),
+        ("quantization_config", {"bits": 4}, "is quantised .*dequantise it first"),
+    ],
+)
+def test_what_cannot_be_merged_at_all_is_refused_with_the_remedy(copy, catalogue, key, value, message):
+    config = json.loads((copy.path / "config.json").read_text())
+    (copy.path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(IncompatibleCheckpointsError, match=message):
+        check_compatible([catalogue.checkpoints[1], copy])
