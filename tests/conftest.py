@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -15,6 +17,7 @@ import pytest
 
 # Before any library is imported. A private home for Ray's token: behaviour must not depend on what lies in ~/.ray.
 _HOME = tempfile.mkdtemp(prefix="simmerge-test-home-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",
