@@ -7,6 +7,7 @@ the engine's own weight loading. Tested with vLLM 0.32 on CPU.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ class VllmEvaluator:
             os.environ.setdefault(key, value)
         from vllm import LLM
 
+        _make_llvmlite_plain()
         self._dtype = dtype
         self._engine: Any = LLM(
             model=str(template.path),
@@ -140,3 +142,14 @@ class VllmEvaluator:
 
         tokens = [{"prompt_token_ids": self._tokenizer(prompt)["input_ids"]} for prompt in prompts]
         return list(self._engine.generate(tokens, SamplingParams(temperature=0.0, **sampling), use_tqdm=False))
+
+
+def _make_llvmlite_plain() -> None:
+    """Let an engine start in a process where the merge engine has loaded numba.
+
+    vLLM 0.32 looks at the `__dict__` of every attribute of every module. llvmlite's library handle has none but answers
+    any name with a function of the library, and the engine would fail on that function.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None:
+        ffi.lib._fntab.setdefault("__dict__", {})

@@ -75,13 +75,13 @@ def test_after_a_broken_swap_a_new_engine_of_the_same_process_loads_a_written_me
     from simmerge_ray.distributed.demo import load_and_evaluate
     from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
 
-    def broken(resolved):
+    def broken(resolved, reports):
         yield from list(merged_tensors(resolved))[:3]
         raise OSError("disk gone")
 
     evaluator = VllmEvaluator(catalogue.base, max_model_len=64)
     with monkeypatch.context() as patch:
-        patch.setattr("simmerge_ray.merging.merged_tensors", broken)
+        patch.setattr("simmerge_ray.merging.stream.merged_tensors", broken)
         with pytest.raises(EngineError, match="disk gone"):
             evaluator.load(unmerged(catalogue.checkpoints[1]))
     evaluator.close()
