@@ -86,7 +86,7 @@ def test_an_evaluator_that_does_not_start_ends_the_search_with_its_reason(catalo
         model.model.norm.weight[0] = float("inf")
     tiny.save(model, root / "base")
     with pytest.raises(EvaluatorStartError, match="transformers evaluator did not start.*'base'.*NaN or infinity"):
-        run_search(broken, tasks, LOCAL, tmp_path / "labels")
+        run_search(broken, tasks, LOCAL.model_copy(update={"concurrency": 1}), tmp_path / "labels")
     assert LabelStore(tmp_path / "labels").read() == []
 
 
