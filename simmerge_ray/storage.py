@@ -140,15 +140,20 @@ def new_directory(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        if target.exists():
-            old = target.with_name(f".{target.name}.old.partial")
-            os.replace(target, old)
-            os.replace(partial, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, target)
+        publish_directory(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_directory(partial: Path, target: Path) -> None:
+    """Give a finished sibling directory the name `target`; an older directory of that name is replaced."""
+    target = target.absolute()
+    old = target.with_name(f".{target.name}.old.partial")
+    shutil.rmtree(old, ignore_errors=True)  # left by a kill between the two renames
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @cache

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.checkpoints import checkpoint_fingerprint
-from simmerge_ray.errors import CheckpointError, OutputError
+from simmerge_ray.errors import CheckpointError, InputError, OutputError
 from simmerge_ray.merge_graph import MergeGraph
 from simmerge_ray.merging.card import model_card
 from simmerge_ray.merging.compile import compile_plan
@@ -31,7 +31,7 @@ from simmerge_ray.merging.compute import Computer, Seeds, TensorReport
 from simmerge_ray.merging.layout import MAX_SHARD_BYTES, Layout, Placement, plan_layout, preallocate
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.plans import ResolvedPlan, write_plan
-from simmerge_ray.storage import Manifest, digest_json, write_json
+from simmerge_ray.storage import Manifest, digest_json, publish_directory, write_json
 
 PLAN_FILE = "simmerge_plan.json"
 MANIFEST_FILE = "simmerge_manifest.json"
@@ -114,8 +114,8 @@ def write_graph(
 ) -> MergeResult:
     """Write the merge of a graph into the directory `out`, which appears under its name only when complete.
 
-    Until then it is a hidden sibling. After Ctrl-C or a kill the next call with the same graph and unchanged inputs
-    goes on where it stopped; after an error nothing is left.
+    Until then it is a hidden sibling. After Ctrl-C, a kill or a lost worker the next call with the same graph and
+    unchanged inputs goes on where it stopped; after an error of the list below nothing is left.
 
     Args:
         predicted: utilities by task for the model card. progress: called with (bytes done, bytes in all).
@@ -315,8 +315,8 @@ def _partial_directory(graph: MergeGraph, out: Path, layout: Layout) -> Iterator
                 preallocate(partial, layout)
                 write_json(partial / _STATE_FILE, state)
             yield partial
-        except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
+        except InputError:
+            shutil.rmtree(partial, ignore_errors=True)  # the same call would fail again
             raise
 
 
@@ -412,10 +412,4 @@ def _publish(partial: Path, out: Path) -> None:
     machine within seconds may lose what a new merge makes again)."""
     for name in (_STATE_FILE, *(path.name for path in partial.glob(f"{JOURNAL}*"))):
         (partial / name).unlink(missing_ok=True)
-    if out.exists():
-        old = out.absolute().with_name(f".{out.name}.old.partial")
-        os.replace(out, old)
-        os.replace(partial, out)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, out)
+    publish_directory(partial, out)

@@ -20,6 +20,7 @@ from simmerge_ray.merge_graph import Read
 from simmerge_ray.merging import MergeResult, compile_plan, kernels, merged_tensors, write_graph, write_merge
 from simmerge_ray.merging.compute import Computer, Seeds
 from simmerge_ray.merging.sources import TensorSource
+from simmerge_ray.merging.write import JOURNAL, write_tensors
 from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm
 from simmerge_ray.operators.table import two_way
 from simmerge_ray.plans import (
@@ -355,3 +356,25 @@ def test_one_checkpoint_as_it_is(zoo):
 def test_no_tensor_is_copied_for_the_stream(catalogue):
     for _, tensor in merged_tensors(resolve_plan(pair_plan("m0", "m1", LINEAR), catalogue)):
         assert isinstance(tensor.numpy(), np.ndarray) and tensor.is_contiguous()
+
+
+def test_a_failure_of_the_machinery_loses_nothing(catalogue, tmp_path):
+    graph = compile_plan(resolve_plan(pair_plan("m0", "m1", LINEAR), catalogue))
+
+    def lost(graph, partial, placements, progress, total) -> None:
+        write_tensors(graph, partial, placements[:4], JOURNAL)
+        raise ConnectionError("a worker was lost")
+
+    with pytest.raises(ConnectionError):
+        write_graph(graph, tmp_path / "out", runner=lost)
+    assert not (tmp_path / "out").exists()
+    assert write_graph(graph, tmp_path / "out").num_resumed == 4
+
+
+def test_what_a_kill_between_two_renames_left_is_in_nobody_s_way(catalogue, tmp_path):
+    resolved = resolve_plan(pair_plan("m0", "m1", LINEAR), catalogue)
+    whole = contents(write_merge(resolved, tmp_path / "out").path)
+    (tmp_path / "out").rename(tmp_path / ".out.old.partial")
+    for _ in range(2):
+        assert contents(write_merge(resolved, tmp_path / "out").path) == whole
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
