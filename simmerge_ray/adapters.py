@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.checkpoints import CheckpointRef, TensorSpec, read_header_of
+from simmerge_ray.checkpoints import CheckpointRef, TensorSpec, read_header
 from simmerge_ray.errors import CheckpointError
 
 _PREFIX = "base_model.model."
@@ -91,7 +91,7 @@ class LoraAdapter:
         if not file.exists():
             raise CheckpointError(f"checkpoint {self._ref.id!r}: {self._ref.adapter} holds no {_FILE}")
         found = {}
-        for name, spec in read_header_of(self._ref, file).items():
+        for name, spec in read_header(self._ref, file).items():
             if not name.startswith(_PREFIX) or ".lora_" not in name:
                 raise CheckpointError(
                     f"checkpoint {self._ref.id!r}: the adapter holds {name}, which is no LoRA matrix; merge it into "

@@ -32,7 +32,7 @@ _ARCHITECTURE_KEYS = (
 
 
 _MERGEABLE_DTYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "BOOL")  # integers are copied
-VOCABULARY_REMEDY = "resize the embeddings or choose checkpoints with the same vocabulary"
+_VOCABULARY_REMEDY = "resize the embeddings or choose checkpoints with the same vocabulary"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,12 @@ class TensorSpec:
     end: int
 
 
-def _read_header(ref: CheckpointRef, file: Path) -> dict[str, TensorSpec]:
+def read_header(ref: CheckpointRef, file: Path) -> dict[str, TensorSpec]:
+    """The tensors of one safetensors file, for messages about `ref`.
+
+    Raises:
+        CheckpointError: missing, damaged or truncated.
+    """
     try:
         with open(file, "rb") as stream:
             prefix = stream.read(8)
@@ -88,15 +93,6 @@ def _read_header(ref: CheckpointRef, file: Path) -> dict[str, TensorSpec]:
     if size != needed:
         raise CheckpointError(f"checkpoint {ref.id!r}: {file} is truncated: {size} bytes, its header asks for {needed}")
     return specs
-
-
-def read_header_of(ref: CheckpointRef, file: Path) -> dict[str, TensorSpec]:
-    """The tensors of one safetensors file, for messages about `ref`.
-
-    Raises:
-        CheckpointError: missing, damaged or truncated.
-    """
-    return _read_header(ref, file)
 
 
 def locate_checkpoint(
@@ -167,7 +163,7 @@ def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
             f"checkpoint {ref.id!r}: {ref.path} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; "
             f"only safetensors are read{hint}"
         )
-    specs = {name: spec for file in files for name, spec in _read_header(ref, file).items()}
+    specs = {name: spec for file in files for name, spec in read_header(ref, file).items()}
     if weight_map is not None and (missing := sorted(set(weight_map) - set(specs))):
         raise CheckpointError(
             f"checkpoint {ref.id!r}: tensors named in the index are in no shard: {', '.join(missing[:5])}"
@@ -309,7 +305,7 @@ def compatibility_problems(refs: Sequence[CheckpointRef]) -> list[str]:
                     f"shape of {name}: {ref.id!r} has {specs[name].shape}, {first.id!r} has {first_specs[name].shape}"
                 )
         if tokenizer != first_tokenizer:
-            problems.append(f"tokenizer: {ref.id!r} and {first.id!r} have different vocabularies; {VOCABULARY_REMEDY}")
+            problems.append(f"tokenizer: {ref.id!r} and {first.id!r} have different vocabularies; {_VOCABULARY_REMEDY}")
     return problems
 
 

@@ -105,7 +105,7 @@ class MergeGraph:
     def digest(self) -> str:
         """Identity of the computation, without the bytes of its inputs."""
         outputs = [[o.name, list(o.shape), o.dtype, o.input_dtype, _node_json(o.node)] for o in self.outputs]
-        paths = {key: str(ref.path) for key, ref in self.checkpoints.items()}
+        paths = {key: [str(ref.path), str(ref.adapter)] for key, ref in self.checkpoints.items()}
         return digest_json([outputs, paths, self.seed])
 
 

@@ -261,6 +261,7 @@ def write_plan(path: Path, resolved: ResolvedPlan, predicted: Mapping[str, Any] 
         {
             **resolved.plan.to_json(),
             "checkpoints": {ref.id: str(ref.path) for ref in resolved.checkpoints},
+            "adapters": {ref.id: str(ref.adapter) for ref in resolved.checkpoints if ref.adapter},
             "base": {"id": resolved.base.id, "path": str(resolved.base.path)} if resolved.base else None,
             "predicted": dict(predicted) if predicted else None,
             "versions": versions(),
@@ -289,7 +290,9 @@ def read_plan(path: Path) -> tuple[ResolvedPlan, dict[str, Any] | None]:
     value.pop("versions", None)
     base = value.pop("base", None)
     paths, predicted = value.pop("checkpoints"), value.pop("predicted", None)
+    adapters = {key: (path.parent / where).resolve() for key, where in (value.pop("adapters", None) or {}).items()}
     base_ref = CheckpointRef(base["id"], (path.parent / base["path"]).resolve()) if base else None
-    refs = tuple(CheckpointRef(i, (path.parent / p).resolve(), base["id"] if base else None) for i, p in paths.items())
+    base_id = base["id"] if base else None
+    refs = tuple(CheckpointRef(i, (path.parent / p).resolve(), base_id, adapters.get(i)) for i, p in paths.items())
     plan = plan_from_json(value)
     return ResolvedPlan(plan, tuple(ref for ref in refs if ref.id in plan.members), base_ref), predicted

@@ -36,7 +36,7 @@ def write_mergekit(plan: ResolvedPlan) -> str:
 
 def _documents(resolved: ResolvedPlan) -> tuple[MergekitDocument, ...]:
     plan = resolved.plan
-    names = {ref.id: ModelName(str(ref.path.resolve())) for ref in resolved.checkpoints}
+    names = {ref.id: _name(ref) for ref in resolved.checkpoints}
     if plan.source is not None:
         return (MergekitDocument("passthrough", models=(Source(names[plan.source]),)),)
     if len(plan.steps) > 1:
@@ -63,6 +63,10 @@ def _documents(resolved: ResolvedPlan) -> tuple[MergekitDocument, ...]:
     return tuple(documents)
 
 
+def _name(ref: CheckpointRef) -> ModelName:
+    return ModelName(str(ref.path.resolve()), adapter=str(ref.adapter.resolve()) if ref.adapter else None)
+
+
 def _step(
     step: MergeStep, number: int, names: dict[str, ModelName], base: CheckpointRef | None
 ) -> tuple[tuple[Source, ...], ModelName | None, Parameters]:
@@ -76,7 +80,7 @@ def _step(
     parameters = _parameters(step.arm, method, number)
     if method.base == "first":
         return (Source(left), Source(right)), left, {"t": _scalar(step.weight), **parameters}
-    base_name = ModelName(str(base.path.resolve())) if base is not None and step.arm.spec.uses_base else None
+    base_name = _name(base) if base is not None and step.arm.spec.uses_base else None
     if not method.base_is_apart:
         base_name = None  # mergekit would merge it with the others
     elif base_name in (left, right):

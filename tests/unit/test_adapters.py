@@ -9,7 +9,8 @@ import torch
 
 from simmerge_ray.checkpoints import CheckpointRef, locate_checkpoint
 from simmerge_ray.errors import CheckpointError
-from simmerge_ray.merging import kernels, merged_tensors
+from simmerge_ray.merging import kernels, merged_tensors, write_merge
+from simmerge_ray.merging.request import read_request
 from simmerge_ray.operators.specs import make_arm
 from simmerge_ray.operators.table import two_way
 from simmerge_ray.plans import ResolvedPlan, pair_plan, unmerged
@@ -92,3 +93,15 @@ def test_what_is_neither_a_directory_nor_on_the_hub_is_named(base):
         locate_checkpoint("nobody/nothing-at-all")
     with pytest.raises(CheckpointError, match="the revision 'v2' has no meaning"):
         locate_checkpoint("base", "v2", directory=base.parent)
+
+
+def test_the_plan_and_the_mergekit_file_beside_the_weights_keep_the_adapter(base, tmp_path):
+    adapter, _ = make_adapter(tmp_path / "adapter", **CONFIGS["attention"])
+    refs = (CheckpointRef("a", base, "base", adapter), CheckpointRef("b", base, "base"))
+    out = write_merge(ResolvedPlan(pair_plan("a", "b", make_arm("linear")), refs, None), tmp_path / "out").path
+    weights = (out / "model.safetensors").read_bytes()
+    for file in ("simmerge_plan.json", "mergekit_config.yml"):
+        again = read_request(out / file, tmp_path / file).write(None, 10**9, 1, strict=False).path
+        assert (again / "model.safetensors").read_bytes() == weights
+    plain = ResolvedPlan(pair_plan("a", "b", make_arm("linear")), (CheckpointRef("a", base), refs[1]), None)
+    assert (write_merge(plain, tmp_path / "plain").path / "model.safetensors").read_bytes() != weights
