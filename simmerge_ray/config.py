@@ -25,8 +25,16 @@ class SignalsConfig(_Config):
     """Signals of all pairs of a catalogue."""
 
     num_workers: int = Field(2, ge=1, description="signal actors; 0 is not allowed, 1 is one actor")
+    gpus_per_worker: float = Field(0.0, ge=0, description="share of a GPU for each actor; 0 runs on CPU cores")
+    memory_per_worker: float | None = Field(
+        None, gt=0, description="GB for weights and activations; a checkpoint that needs more is run layer by layer"
+    )
+    weights: str = Field("exact", pattern="^(exact|sampled)$", description="weight signals from all weights or a sample")
     batch_size: int = Field(16, ge=1, description="probes per micro-batch, the fixed unit of work")
     max_tokens: int = Field(256, ge=2, description="longest probe in tokens; a longer one is an error")
+    num_positions: int = Field(64, ge=1, description="sampled token positions per task; a quarter more greedy ones")
+    num_attention_positions: int = Field(16, ge=1, description="at how many of them attention rows are kept")
+    num_coordinates: int = Field(10_000, ge=1, description="sampled coordinates per tensor")
 
 
 class SearchConfig(_Config):

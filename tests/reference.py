@@ -289,3 +289,83 @@ OPERATORS = {
         passthrough,
     )
 }
+
+
+def pair_features(left, right, weights, names, kinds, layers, density=0.2):
+    """Every feature of one ordered pair, one position, layer, head and tensor at a time.
+
+    left, right: dicts of arrays: logits (S, V), hidden (L + 1, S, D), attention (L, H, Sa, K), greedy (S,),
+    next_token (S,). weights: (base, left, right), each {tensor name: float64 array}. kinds, layers: by tensor name.
+    """
+    features = {}
+    prompt = [s for s in range(len(left["greedy"])) if not left["greedy"][s]]
+    greedy = [s for s in range(len(left["greedy"])) if left["greedy"][s]]
+    logs = [log_softmax(side["logits"]) for side in (left, right)]
+    for name, positions in (("kl", prompt), ("kl_greedy", greedy)):
+        for way, (p, q) in (("lr", logs), ("rl", logs[::-1])):
+            values = [kl(p[s], q[s]) for s in positions]
+            features[f"{name}_{way}_mean"] = np.mean(values)
+            for statistic, level in (("median", 0.5), ("q10", 0.1), ("q90", 0.9)):
+                features[f"{name}_{way}_{statistic}"] = np.quantile(values, level)
+    hidden = [
+        [cosine(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(left["hidden"], right["hidden"], strict=True)
+    ]
+    attention = [
+        [cosine(a, b) for p, q in zip(x, y, strict=True) for a, b in zip(p, q, strict=True)]
+        for x, y in zip(left["attention"], right["attention"], strict=True)
+    ]
+    for name, by_layer in (("activation_cosine", hidden), ("attention_cosine", attention)):
+        rows = [value for layer in by_layer for value in layer]
+        features[f"{name}_mean"], features[f"{name}_sd"] = np.mean(rows), np.std(rows)
+        features[f"{name}_min"] = min(rows)
+        for part, chosen in zip(("early", "middle", "late"), thirds_of(len(by_layer)), strict=True):
+            features[f"{name}_{part}"] = np.mean([np.mean(by_layer[layer]) for layer in chosen])
+    by_tensor = {name: _weight_signals(*(w[name].ravel() for w in weights), [name], weights, density) for name in names}
+    groups = {"global": names} | {kind: [n for n in names if kinds[n] == kind] for kind in set(kinds.values())}
+    for group, members in groups.items():
+        joined = [np.concatenate([w[n].ravel() for n in members]) for w in weights]
+        for signal, value in _weight_signals(*joined, members, weights, density).items():
+            features[f"{signal}_{group}"] = value
+    num_layers = 1 + max(layer for layer in layers.values() if layer is not None)
+    for signal in by_tensor[names[0]]:
+        values = [by_tensor[n][signal] for n in names]
+        features[f"{signal}_mean"], features[f"{signal}_sd"] = np.mean(values), np.std(values)
+        features[f"{signal}_min"] = min(values)
+        for part, chosen in zip(("early", "middle", "late"), thirds_of(num_layers), strict=True):
+            features[f"{signal}_{part}"] = np.mean([by_tensor[n][signal] for n in names if layers[n] in chosen])
+    for side, log, values, own in (("left", logs[0], left, weights[1]), ("right", logs[1], right, weights[2])):
+        features[f"entropy_{side}"] = np.mean([-sum(math.exp(x) * x for x in log[s].tolist()) for s in prompt])
+        labelled = [s for s in prompt if values["next_token"][s] >= 0]
+        features[f"loss_{side}"] = np.mean([-log[s, values["next_token"][s]] for s in labelled])
+        moved = math.sqrt(sum(((own[n] - weights[0][n]) ** 2).sum() for n in names))
+        features[f"task_vector_norm_{side}"] = moved / math.sqrt(sum((weights[0][n] ** 2).sum() for n in names))
+    return features
+
+
+def thirds_of(num_layers):
+    """Layers whose index lies in each third, a layer shared where there are fewer than three."""
+    bounds = [round(num_layers * part / 3) for part in range(4)]
+    return [list(range(bounds[i], bounds[i + 1])) or [min(bounds[i], num_layers - 1)] for i in range(3)]
+
+
+def _weight_signals(base, left, right, members, weights, density):
+    """Weight signals of concatenated tensors; trimming is per tensor."""
+    a, b = left - base, right - base
+    signs = [(x, y) for x, y in zip(np.sign(a), np.sign(b), strict=True) if x != 0 and y != 0]
+    kept = []
+    for w in weights[1:]:
+        chosen = []
+        for name in members:
+            vector = (w[name] - weights[0][name]).ravel()
+            low = sorted(abs(vector))[-max(1, int(density * vector.size))]
+            chosen += [abs(x) >= low and x != 0 for x in vector]
+        kept.append(np.array(chosen))
+    both = math.sqrt(max(1, kept[0].sum())) * math.sqrt(max(1, kept[1].sum()))
+    return {
+        "weight_cosine": cosine(left, right),
+        "weight_l2": np.linalg.norm(left - right) / np.linalg.norm(base),
+        "task_vector_cosine": cosine(a, b) if np.any(a) and np.any(b) else 0.0,
+        "task_vector_norm_ratio": math.log(np.linalg.norm(a) / np.linalg.norm(b)),
+        "sign_conflict": np.mean([x != y for x, y in signs]) if signs else 0.0,
+        "trimmed_overlap": (kept[0] & kept[1]).sum() / both,
+    }

@@ -22,6 +22,8 @@ from simmerge_ray.runs import RunLayout
 from simmerge_ray.storage import Manifest, digest_file, read_json, write_json
 
 HELD_OUT_PAIR = ("math-strong", "rag-strong")
+# The vocabulary has 150 entries: many positions cost little.
+SIGNALS = SignalsConfig(num_positions=512, num_attention_positions=128)
 
 
 def run_demo(
@@ -42,7 +44,7 @@ def run_demo(
     search = SearchConfig(arms=arms, exclude=(held_out,), evaluator=evaluator)
     with _session_if_needed(layout):
         zoo_stage(layout, narrator, recipes, num_items)
-        signals_stage(layout.catalogue, layout.probes, layout.signals, SignalsConfig(), narrator)
+        signals_stage(layout.catalogue, layout.probes, layout.signals, SIGNALS, narrator)
         search_stage(layout.catalogue, layout.tasks, layout.labels, search, narrator)
         train_stage(
             layout.signals, layout.labels, layout.selector, train or TrainConfig(), narrator, arms, layout.crossval

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,30 +45,35 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def map_over_actors(
-    actors: Sequence[Any], method: str, payloads: Sequence[tuple[Any, ...]]
+def drain_over_actors(
+    actors: Sequence[Any], method: str, take: Callable[[int], tuple[int, Any] | None]
 ) -> Iterator[tuple[int, Any]]:
-    """Call `method` of whichever actor is free with each payload; yields (index of the payload, result) as they end.
+    """Call `method` of each actor with what `take` gives for it; yields (index, result) as they end.
 
-    Two calls are in flight per actor, so that it never waits for the driver. An exception of a call is raised here as
-    its own type, not as Ray's.
+    Two calls are in flight per actor, so that it never waits for the driver. The caller may make more work between two
+    results. An exception of a call is raised here as its own type, not as Ray's.
+
+    Args:
+        take: of the actor's number; `(index, payload)`, or None when nothing waits now.
     """
     import ray
 
-    waiting = list(enumerate(payloads))[::-1]
-    in_flight: dict[Any, tuple[int, Any]] = {}
-
-    def submit(actor: Any) -> None:
-        if waiting:
-            index, payload = waiting.pop()
-            in_flight[getattr(actor, method).remote(*payload)] = (index, actor)
-
-    for actor in (*actors, *actors):
-        submit(actor)
-    while in_flight:
+    in_flight: dict[Any, tuple[int, int]] = {}
+    free = [*range(len(actors)), *range(len(actors))]
+    while True:
+        idle = []
+        for number in free:
+            taken = take(number)
+            if taken is None:
+                idle.append(number)
+                continue
+            index, payload = taken
+            in_flight[getattr(actors[number], method).remote(payload)] = (index, number)
+        if not in_flight:
+            return
         done, _ = ray.wait(list(in_flight), num_returns=1)
-        index, actor = in_flight.pop(done[0])
-        submit(actor)
+        index, number = in_flight.pop(done[0])
+        free = [*idle, number]
         try:
             result = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:

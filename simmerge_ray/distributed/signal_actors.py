@@ -1,47 +1,79 @@
-"""Signals on Ray: units of work spread over `SignalWorker` actors, each on its own core."""
+"""Signals on Ray: units of work spread over `SignalWorker` actors, each on its own core or share of a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.config import SignalsConfig
-from simmerge_ray.distributed.resources import map_over_actors, ray_session
+from simmerge_ray.distributed.resources import drain_over_actors, ray_session
 from simmerge_ray.probes import ProbeSet
 from simmerge_ray.progress import Report
-from simmerge_ray.signals.table import Executor, SignalTable, Unit, compute_signals
+from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.queue import Executor, WorkQueue
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+from simmerge_ray.signals.table import SignalTable
 
 
-def ray_executor(catalogue: Catalogue, num_workers: int, report: Report | None = None) -> Executor:
-    """An executor over `num_workers` actors of the current Ray cluster; a lost actor is started again."""
+@contextmanager
+def ray_executor(
+    catalogue: Catalogue, num_workers: int, gpus_per_worker: float = 0.0, report: Report | None = None
+) -> Iterator[Executor]:
+    """An executor over actors of the current Ray cluster, for the time of a block.
 
-    def run(units: Sequence[Unit]) -> Iterator[tuple[int, Any]]:
-        import ray
+    A lost actor is started again and its units with it; they are functions of the files, so the numbers are the same.
 
-        from simmerge_ray.signals.worker import SignalWorker
+    Args:
+        gpus_per_worker: share of a GPU for each actor; 0 runs on the CPU, one core each.
+    """
+    import ray
 
-        actor_class = ray.remote(SignalWorker).options(num_cpus=1, max_restarts=3, max_task_retries=3)
-        actors = [
-            actor_class.remote(catalogue.checkpoints, catalogue.base, num_threads=1)
-            for _ in range(min(num_workers, len(units)))
-        ]
-        try:
-            for done, (index, result) in enumerate(map_over_actors(actors, "run_unit", units), 1):
-                if report:
-                    report(done, len(units))
-                yield index, result
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+    from simmerge_ray.signals.worker import SignalWorker
 
-    return run
+    device = "cuda" if gpus_per_worker > 0 else "cpu"
+    actor_class = ray.remote(SignalWorker).options(
+        num_cpus=1, num_gpus=gpus_per_worker, max_restarts=3, max_task_retries=3
+    )
+    actors: list[Any] = []
+
+    def run(queue: WorkQueue) -> Iterator[tuple[int, Any]]:
+        # Not before there is work: a run that finds all signatures in place starts no process.
+        while len(actors) < min(num_workers, len(queue)):
+            actors.append(actor_class.remote(catalogue.all_refs, catalogue.base, num_threads=1, device=device))
+        for done, (index, result) in enumerate(drain_over_actors(actors, "run_unit", queue.take), 1):
+            if report:
+                report(done, len(queue))
+            yield index, result
+
+    try:
+        yield run
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 def compute_signals_on_ray(
-    catalogue: Catalogue, probe_sets: dict[str, ProbeSet], config: SignalsConfig, report: Report | None = None
+    catalogue: Catalogue,
+    probe_sets: dict[str, ProbeSet],
+    config: SignalsConfig,
+    report: Report | None = None,
+    store: SignatureStore | None = None,
 ) -> SignalTable:
-    """`signals.table.compute_signals` on a Ray cluster: the same table to the bit."""
-    with ray_session():
-        executor = ray_executor(catalogue, config.num_workers, report)
-        return compute_signals(catalogue, probe_sets, config.batch_size, config.max_tokens, executor)
+    """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit."""
+    with ray_session(), ray_executor(catalogue, config.num_workers, config.gpus_per_worker, report) as executor:
+        return compute_signals(
+            catalogue,
+            probe_sets,
+            signature_spec(config),
+            config.weights,
+            store,
+            executor,
+            memory_per_worker=config.memory_per_worker,
+        )
+
+
+def signature_spec(config: SignalsConfig) -> SignatureSpec:
+    """What a signature keeps under a config."""
+    return SignatureSpec(**{name: getattr(config, name) for name in SignatureSpec.__match_args__})

@@ -14,35 +14,55 @@ from simmerge_ray.evaluation import load_tasks
 from simmerge_ray.headroom import headroom
 from simmerge_ray.labels import LabelStore, pair_contexts
 from simmerge_ray.operators.specs import parse_arms
-from simmerge_ray.probes import load_probe_sets
+from simmerge_ray.probes import GENERAL, general_probe_set, load_probe_sets
 from simmerge_ray.progress import Narrator
+from simmerge_ray.signals.bounds import bounds
+from simmerge_ray.signals.features import FEATURE_SCHEMA
+from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.table import SignalTable, read_signal_table
 from simmerge_ray.storage import Manifest, digest_file, write_json
 
 UNCHANGED = "unchanged since the last run"
 
 
-def signals_stage(catalogue_path: Path, probes: Path, out: Path, config: SignalsConfig, narrator: Narrator) -> None:
+def signals_stage(
+    catalogue_path: Path,
+    probes: Path | None,
+    out: Path,
+    config: SignalsConfig,
+    narrator: Narrator,
+    signatures: str | None = None,
+) -> SignalTable:
     """Signals of all pairs of a catalogue into the Parquet file `out`.
 
+    Args:
+        probes: directory of probe files; None takes the general probe set of the package.
+        signatures: where signatures are kept; None puts them into `signatures` beside `out`.
+
     Raises:
-        InputError: whatever cannot be used, before Ray is started.
+        InputError: whatever cannot be used, before Ray is started where headers and files show it.
     """
     catalogue = load_catalogue(catalogue_path)
-    probe_sets = load_probe_sets(probes)
+    probe_sets = load_probe_sets(probes) if probes else {GENERAL: general_probe_set()}
     with narrator.stage("signals") as stage:
-        kept = config.model_dump(exclude={"num_workers"})  # the table has the same bits for any number of workers
+        # The table has the same bits for any number of workers, in memory or layer by layer.
+        kept = config.model_dump(exclude={"num_workers", "memory_per_worker"})
         inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
         inputs |= {f"own task {key}": value or "" for key, value in catalogue.own_task.items()}
         inputs |= {f"probes {key}": value.digest for key, value in probe_sets.items()}
-        manifest = Manifest("signals", kept, inputs)
+        manifest = Manifest("signals", kept, inputs, FEATURE_SCHEMA)
         if manifest.is_current(out.with_suffix(".json")) and out.exists():
             stage.result = UNCHANGED
-            return
-        from simmerge_ray.distributed.signal_actors import compute_signals_on_ray
+            return read_signal_table(out)
+        from simmerge_ray.distributed.signal_actors import compute_signals_on_ray, signature_spec
 
         started = time.monotonic()
+        store = SignatureStore(signatures or str(out.parent / "signatures"))
+        num_batches = [-(-len(one.probes) // config.batch_size) for one in probe_sets.values()]
+        for line in bounds(catalogue, signature_spec(config), num_batches, config.memory_per_worker).lines():
+            narrator.say(f"[dim]{line}[/dim]")
         with narrator.bar("units of work") as report:
-            table = compute_signals_on_ray(catalogue, probe_sets, config, report)
+            table = compute_signals_on_ray(catalogue, probe_sets, config, report, store)
         table.write(out)
         results = {"num_rows": len(table.rows), "num_features": len(table.columns)}
         manifest.write(out.with_suffix(".json"), time.monotonic() - started, results)
@@ -51,6 +71,7 @@ def signals_stage(catalogue_path: Path, probes: Path, out: Path, config: Signals
             f"{num * (num - 1)} ordered pairs of {num} checkpoints x {len(probe_sets)} tasks, "
             f"{len(table.columns)} features each -> {out}"
         )
+        return table
 
 
 def search_stage(catalogue_path: Path, tasks_dir: Path, labels: Path, config: SearchConfig, narrator: Narrator) -> None:

@@ -1,10 +1,15 @@
 """Similarity signals of all pairs of checkpoints at once.
 
-collect      one forward pass: log-probabilities, hidden states, attention of the valid tokens
+tokens       what every checkpoint is run over: probes, the base's continuation, sampled positions
+collect      one forward pass: logits, hidden states and attention rows at the sampled positions, by hooks
+signature    what is kept of one checkpoint, and the store of it
 divergence   KL of next-token distributions, all pairs
 cosines      cosine of activations and attention rows, all pairs, as moments that add
 weights      Gram sums of weights and task vectors, blocks that add
+samples      reading weights block by block for signatures and sums
+pairs        signals of all pairs from the outputs of checkpoints
 features     the SIGNALS table: names, groups, transforms; the feature columns of an ordered pair
-worker       units of work (one probe micro-batch, one tensor) and what they return
-table        folds units in their fixed order into the table of pair signals, and stores it
+worker       units of work and what runs them
+compute      which units are missing; from signatures to the table
+table        the table of pair signals, and its file
 """

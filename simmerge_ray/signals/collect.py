@@ -1,80 +1,304 @@
-"""One forward pass of one checkpoint over one probe micro-batch.
+"""One forward pass of one checkpoint over one micro-batch of probes, recorded by hooks at the sampled positions.
 
-Shapes: T valid tokens of the micro-batch, V vocabulary, L layers, D hidden size, H heads, K key positions.
+Nothing of a model's code is copied: hooks take the inputs of the decoder layers, the attention probabilities that
+eager attention returns, and the input of the language-model head, which they cut down to the sampled positions, so that
+logits are computed only there. Shapes: B rows, T tokens, S sampled positions (Sa of them with attention rows), V
+vocabulary, L layers, D hidden size, H heads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from simmerge_ray.checkpoints import CheckpointRef
+from simmerge_ray.checkpoints import CheckpointRef, read_config
 from simmerge_ray.errors import CheckpointError
+from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.probes import TokenBatch
+from simmerge_ray.signals.tokens import ProbeBatch
+
+# Of config.json; what else differs may change the outputs.
+_COSMETIC_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+@dataclass
+class Recording:
+    """What hooks saw of one micro-batch, at its sampled positions, float32 on the CPU.
+
+    hidden: by index, 0 the embedding's output, l the output of layer l - 1, the last one after the final norm, as
+    transformers counts hidden states; each (S, D). attention: by layer, (H, Sa, T), rows sum to 1.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class ProbeOutputs:
-    """What one checkpoint does on one micro-batch, valid tokens only, in row-major order of (probe, position).
+class BatchOutputs:
+    """What one checkpoint does on one micro-batch, float32 on the CPU.
 
-    log_probs: (T, V) float32, next-token log-probabilities.
-    hidden: (L + 1, T, D) float32, the embedding's output first.
-    attention: (L, H, T, K) float32, rows sum to 1 over the keys; padded keys are 0.
-    has_past: (T,) bool, False at the first position of a probe, whose attention row is 1 for every checkpoint.
-    next_token: (T,) int64, the probe's own next token, -1 at its last position.
+    logits: (S, V). hidden: (L + 1, S, D). attention: (L, H, Sa, T).
     """
 
-    log_probs: Tensor
+    logits: Tensor
     hidden: Tensor
     attention: Tensor
-    has_past: Tensor
-    next_token: Tensor
 
 
-def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The checkpoint as a transformers causal language model, eager attention, in evaluation mode.
 
     Raises:
-        CheckpointError: transformers cannot load it, or a weight of it is not finite.
+        CheckpointError: transformers cannot load it, or a weight of it is absent or not finite.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            ref.path, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            ref.path,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
+    if absent := sorted(info["missing_keys"]):  # transformers would only warn, and draw random numbers for them
+        raise CheckpointError(f"checkpoint {ref.id!r} lacks tensors: {', '.join(absent[:5])}")
+    if ref.adapter is not None and not put_weights(model, ref):
+        raise CheckpointError(f"checkpoint {ref.id!r}: its adapter's tensors have no place in the model")
+    check_finite(model, ref)
+    return model.eval().to(device)
+
+
+def check_finite(model: nn.Module, ref: CheckpointRef) -> None:
+    """Raises CheckpointError naming the first tensor that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        # A finite sum has finite terms, and is four times as fast; a sum of finite terms may still overflow.
+        if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(f"checkpoint {ref.id!r}: tensor {name} holds NaN or infinity")
-    return model.eval()
 
 
 @torch.no_grad()
-def probe_outputs(model: Any, batch: TokenBatch) -> ProbeOutputs:
-    """Run a model over a micro-batch; logits are upcast to float32 before the log-softmax."""
-    result = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        output_hidden_states=True,
-        output_attentions=True,
-        use_cache=False,
+def put_weights(model: Any, ref: CheckpointRef) -> bool:
+    """Put a checkpoint's tensors, its adapter's change included, into a model of the same architecture.
+
+    Much cheaper than building another one. Tensors that the model does not know are left out, as transformers does.
+    Returns False, with the model unusable, where the files' names do not cover the model's parameters one by one; then
+    load it anew.
+    """
+    parameters = dict(model.named_parameters())  # tied ones once
+    aliases = {name: p for name, p in model.named_parameters(remove_duplicate=False)} | dict(model.named_buffers())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    filled: set[int] = set()
+    source = TensorSource(ref)
+    try:
+        for name, spec in source.specs.items():
+            target = aliases.get(name, aliases.get(prefix + name))
+            if target is None:
+                continue
+            if tuple(target.shape) != spec.shape:
+                return False
+            values = as_tensor(source.read_whole(name)).reshape(spec.shape)
+            if id(target) in filled and not torch.equal(target, values.to(target)):
+                return False  # tied in the model, yet stored twice with other values: transformers does not tie these
+            target.copy_(values)
+            filled.add(id(target))
+    finally:
+        source.close()
+    return all(id(parameter) in filled for parameter in parameters.values())
+
+
+def as_tensor(raw: np.ndarray) -> Tensor:
+    """Flat numpy elements, bfloat16 as uint16, without a copy."""
+    return (
+        torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16) if raw.dtype == np.uint16 else torch.from_numpy(raw)
     )
-    valid = batch.attention_mask.bool()
-    next_token = torch.full_like(batch.input_ids, -1)
-    next_token[:, :-1] = torch.where(valid[:, 1:], batch.input_ids[:, 1:], -1)
-    position = torch.cumsum(batch.attention_mask, 1) - 1
-    keys = batch.attention_mask[:, None, None, :].float()
-    # Each (probes, heads, queries, keys) -> (heads, T, keys).
-    attention = [(layer.float() * keys).transpose(0, 1)[:, valid] for layer in result.attentions]
-    return ProbeOutputs(
-        log_probs=torch.log_softmax(result.logits[valid].float(), dim=-1),
-        hidden=torch.stack([layer[valid].float() for layer in result.hidden_states]),
-        attention=torch.stack(attention),
-        has_past=position[valid] > 0,
-        next_token=next_token[valid],
+
+
+def config_key(ref: CheckpointRef) -> str:
+    """What `config.json` says of the computation: a model built from it can take weights of the same key only.
+
+    Checkpoints of one catalogue have the same shapes, yet may differ in the base of the rotary embedding and the like.
+    """
+    return json.dumps({key: v for key, v in read_config(ref).items() if key not in _COSMETIC_KEYS}, sort_keys=True)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The stack of decoder layers of a transformers model, whatever its name.
+
+    Raises:
+        CheckpointError: no list of modules is as long as the configuration says.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise CheckpointError(f"model type {model.config.model_type!r}: no stack of {num_layers} decoder layers found")
+
+
+def attention_module(layer: nn.Module) -> nn.Module:
+    """The self-attention of a decoder layer.
+
+    Raises:
+        CheckpointError: it has none that is named so.
+    """
+    for module in layer.modules():
+        if type(module).__name__.endswith("Attention"):
+            return module
+    raise CheckpointError(f"{type(layer).__name__} holds no module whose class ends in Attention")
+
+
+@contextmanager
+def recording(layers: Mapping[int, nn.Module], head: nn.Module | None, batch: ProbeBatch) -> Iterator[Recording]:
+    """Hooks on decoder layers (by index) and on the head for the time of a block.
+
+    The head's input becomes (1, S, D). Both `hidden` of a layer's input and its attention are recorded under the
+    layer's index; the head's input under the next one.
+    """
+    found = Recording()
+    handles = []
+    kept = batch.with_attention.nonzero()[:, 0]
+
+    def of(states: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return states[rows.to(states.device), columns.to(states.device)]
+
+    def on_input(index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            found.hidden[index] = of(states, batch.rows, batch.columns).float().cpu()
+
+        return hook
+
+    def on_attention(index: int) -> Any:
+        def hook(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+            weights = next((x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4), None)
+            if weights is None:
+                raise CheckpointError(f"{type(module).__name__} gave no attention probabilities")
+            picked = weights.transpose(1, 2)  # (B, T, H, K)
+            found.attention[index] = of(picked, batch.rows[kept], batch.columns[kept]).transpose(0, 1).float().cpu()
+
+        return hook
+
+    def on_head(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        states = of(args[0], batch.rows, batch.columns)
+        found.hidden[max(layers, default=-1) + 1] = states.float().cpu()
+        return (states[None], *args[1:])
+
+    for index, layer in layers.items():
+        handles.append(layer.register_forward_pre_hook(on_input(index), with_kwargs=True))
+        handles.append(attention_module(layer).register_forward_hook(on_attention(index)))
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(on_head))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def model_outputs(model: Any, batch: ProbeBatch, device: str = "cpu") -> BatchOutputs:
+    """Run a whole model over a micro-batch. Does not look whether the outputs are finite."""
+    layers = decoder_layers(model)
+    with torch.no_grad(), recording(dict(enumerate(layers)), model.get_output_embeddings(), batch) as found:
+        logits = model(
+            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
+        ).logits
+    return BatchOutputs(
+        logits=logits[0].float().cpu(),
+        hidden=torch.stack([found.hidden[index] for index in range(len(layers) + 1)]),
+        attention=torch.stack([found.attention[index] for index in range(len(layers))]),
     )
+
+
+class ProbeModel:
+    """One checkpoint at a time in memory, run over probes."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        self._dtype, self._device = dtype, device
+        self._model: Any = None
+        self._ref: CheckpointRef | None = None
+        self._config_key = ""
+
+    def load(self, ref: CheckpointRef) -> Any:
+        """The model with the weights of `ref`; the one before is overwritten where that is possible.
+
+        Raises:
+            CheckpointError: it cannot be loaded, or holds NaN or infinity.
+        """
+        if ref == self._ref:
+            return self._model
+        key = config_key(ref)
+        reusable = self._model is not None and key == self._config_key
+        self._ref = None  # an error must not leave the old name on new weights
+        if not (reusable and put_weights(self._model, ref)):
+            self._model = None
+            self._model = load_model(ref, self._dtype, self._device)
+            self._config_key = key
+        else:
+            check_finite(self._model, ref)
+        self._ref = ref
+        return self._model
+
+    def outputs(self, ref: CheckpointRef, batch: ProbeBatch) -> BatchOutputs:
+        """Run a checkpoint over a micro-batch.
+
+        Raises:
+            CheckpointError: see `load`; or its logits are not finite.
+        """
+        outputs = model_outputs(self.load(ref), batch, self._device)
+        check_outputs(ref, outputs)
+        return outputs
+
+    @torch.no_grad()
+    def continuation(self, ref: CheckpointRef, batch: TokenBatch, num_tokens: int) -> Tensor:
+        """Greedy tokens after each row, (B, num_tokens) int64, without those that end a text."""
+        from transformers import GenerationConfig
+
+        model = self.load(ref)
+        # `generate` fills what is not given from the model, which may have come with another checkpoint's penalties.
+        model.generation_config = GenerationConfig(eos_token_id=_end_of_text(ref, model))
+        ids, mask = _left_padded(batch)
+        settings = GenerationConfig(
+            max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, num_beams=1, pad_token_id=0
+        )
+        written = model.generate(ids.to(self._device), attention_mask=mask.to(self._device), generation_config=settings)
+        return written[:, ids.shape[1] :].cpu()
+
+
+def _end_of_text(ref: CheckpointRef, model: Any) -> Any:
+    """The token ids that end a text: of `generation_config.json`, else of the model's configuration."""
+    from transformers import GenerationConfig
+
+    if (ref.path / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(ref.path, local_files_only=True).eos_token_id
+    return model.config.get_text_config().eos_token_id
+
+
+def _left_padded(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """(input ids, attention mask) with the padding in front, where generation needs it."""
+    width = batch.input_ids.shape[1]
+    shift = width - batch.attention_mask.sum(1, keepdim=True)
+    source = torch.arange(width)[None, :] - shift  # negative in the padding
+    ids = batch.input_ids.gather(1, source.clamp_min(0))
+    return torch.where(source >= 0, ids, 0), (source >= 0).to(torch.int64)
+
+
+def check_outputs(ref: CheckpointRef, outputs: BatchOutputs) -> None:
+    """Raises CheckpointError where the logits are not finite."""
+    check_logits(ref, outputs.logits)
+
+
+def check_logits(ref: CheckpointRef, logits: Tensor) -> None:
+    """Raises CheckpointError where they are not finite."""
+    if not bool(torch.isfinite(logits).all()):
+        raise CheckpointError(f"checkpoint {ref.id!r}: its logits on the probes are not finite")

@@ -17,12 +17,12 @@ def pairwise_cosine(vectors: Tensor) -> Tensor:
         vectors: (M, ..., D): for each of M checkpoints the same rows of length D. A zero row has cosine 0 with all.
 
     Returns:
-        (..., M, M) float32, diagonal exactly 1, entries in [-1, 1].
+        (..., M, M) of the same dtype, diagonal exactly 1, entries in [-1, 1].
     """
     unit = torch.movedim(vectors, 0, -2)  # (..., M, D)
     unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(_MIN_NORM)
     cosine = unit @ unit.transpose(-1, -2)
-    cosine = (0.5 * (cosine + cosine.transpose(-1, -2))).clamp(-1.0, 1.0)  # a float32 product is not quite symmetric
+    cosine = (0.5 * (cosine + cosine.transpose(-1, -2))).clamp(-1.0, 1.0)  # a product is not quite symmetric
     cosine.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return cosine
 

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-FEATURE_SCHEMA = 1
+FEATURE_SCHEMA = 2
 
 _DISTRIBUTION = ("mean", "median", "q10", "q90")
 _LAYERS = ("mean", "sd", "min", "early", "middle", "late")
-_WEIGHTS = ("global", "attention", "mlp", "embedding", "norm")
+_WEIGHTS = ("global", "attention", "mlp", "embedding", "norm", *_LAYERS)
+_RATIOS = tuple(statistic for statistic in _WEIGHTS if statistic != "min")  # swapped, it would be the maximum
 
 
 def _log(value: float) -> float:
@@ -31,7 +32,7 @@ class Signal:
 
     family: what it is computed from (probes or weights). needs_base: absent from a table made without a base.
     swapped: the signal that takes its place when left and right change places (itself when symmetric).
-    negated: whether the value changes its sign then. scale: applied before a selector standardises it.
+    negated: whether the value changes its sign then (a spread does not). scale: applied before a selector standardises.
     """
 
     name: str
@@ -44,6 +45,11 @@ class Signal:
     scale: Callable[[float], float] = _identity
 
     @property
+    def of_weights(self) -> bool:
+        """Whether it is the same for every task."""
+        return self.family in ("weights", "task vectors")
+
+    @property
     def columns(self) -> tuple[str, ...]:
         return tuple(f"{self.name}_{statistic}" for statistic in self.statistics)
 
@@ -51,26 +57,41 @@ class Signal:
 _ROWS = (
     Signal("kl_lr", "divergence", _DISTRIBUTION, "KL(left || right) of next tokens, nats", False, "kl_rl", scale=_log),
     Signal("kl_rl", "divergence", _DISTRIBUTION, "KL(right || left) of next tokens, nats", False, "kl_lr", scale=_log),
+    Signal(
+        "kl_greedy_lr", "divergence", _DISTRIBUTION, "KL(left || right) on 8 greedy tokens of the base, nats", True,
+        "kl_greedy_rl", scale=_log,
+    ),
+    Signal(
+        "kl_greedy_rl", "divergence", _DISTRIBUTION, "KL(right || left) on 8 greedy tokens of the base, nats", True,
+        "kl_greedy_lr", scale=_log,
+    ),
     Signal("activation_cosine", "activations", _LAYERS, "cosine of hidden states, per layer and token"),
     Signal("attention_cosine", "attention", _LAYERS, "cosine of attention rows, per layer, head and query"),
     Signal("weight_cosine", "weights", _WEIGHTS, "cosine of the weights"),
     Signal("weight_l2", "weights", _WEIGHTS, "l2 distance of the weights over the norm of the base", scale=_log),
     Signal("task_vector_cosine", "task vectors", _WEIGHTS, "cosine of the task vectors", True),
-    Signal("task_vector_norm_ratio", "task vectors", _WEIGHTS, "log of |left| over |right|", True, negated=True),
+    Signal("task_vector_norm_ratio", "task vectors", _RATIOS, "log of |left| over |right|", True, negated=True),
     Signal("sign_conflict", "task vectors", _WEIGHTS, "share of coordinates moved in opposite directions", True),
+    Signal("trimmed_overlap", "task vectors", _WEIGHTS, "coordinates among the largest 20 % of both", True),
     Signal(
         "task_vector_norm", "single", ("left", "right"), "|task vector| over the norm of the base", True, scale=_log
     ),
     Signal("entropy", "single", ("left", "right"), "entropy of next tokens on the probes, nats"),
     Signal("loss", "single", ("left", "right"), "next-token loss on the probes, nats"),
-)
+)  # fmt: skip
 SIGNALS: Mapping[str, Signal] = {signal.name: signal for signal in _ROWS}
 
 
-def feature_columns(with_base: bool) -> tuple[str, ...]:
-    """Ordered feature columns of a table made with or without a base."""
+def feature_columns(with_base: bool, base_pair: bool = False) -> tuple[str, ...]:
+    """Ordered feature columns of a table made with or without a base.
+
+    base_pair: of a pair of the base itself and a checkpoint, which has no task vectors to compare.
+    """
     return tuple(
-        column for signal in SIGNALS.values() if with_base or not signal.needs_base for column in signal.columns
+        column
+        for signal in SIGNALS.values()
+        if (with_base or not signal.needs_base) and not (base_pair and signal.family == "task vectors")
+        for column in signal.columns
     )
 
 
@@ -87,7 +108,7 @@ def swapped_features(features: Mapping[str, float]) -> dict[str, float]:
         statistic = column.removeprefix(f"{signal.name}_")
         source = {"left": "right", "right": "left"}.get(statistic, statistic)
         value = features[f"{signal.swapped or signal.name}_{source}"]
-        swapped[column] = -value if signal.negated else value
+        swapped[column] = -value if signal.negated and statistic != "sd" else value
     return swapped
 
 

@@ -1,20 +1,27 @@
-"""Weight signals of all pairs from Gram sums: one read of every tensor, then matrix products.
+"""Weight signals of all pairs from sums that add: over blocks, tensors and shards.
 
-Everything is centred: on the base where there is one, else on the mean checkpoint. Uncentred float32 sums get the
-distance of close fine-tunes wrong by percents; centred ones keep full precision, and the raw cosine is recovered from
-`<w_i, w_j> = <c, c> + <c, d_i> + <c, d_j> + <d_i, d_j>`.
+Everything is centred on the base where there is one, so that the distance of close fine-tunes keeps full precision, and
+the raw cosine is recovered from `<w_i, w_j> = <c, c> + <c, d_i> + <c, d_j> + <d_i, d_j>`. Differences are float32,
+products and sums float64.
+
+Two ways to the same sums: *exact* reads every tensor of every checkpoint once, *sampled* takes the fixed sample of
+coordinates that signatures hold, scaled by n/S, with the exact norms; the absolute error of a cosine is then about
+`1 / sqrt(S)` for a tensor of more than S elements.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
 
 BLOCK_ELEMENTS = 1 << 16
+TRIM_DENSITY = 0.2  # of `trimmed_overlap`
 TENSOR_KINDS = ("attention", "mlp", "embedding", "norm", "other")
 _KIND_PATTERNS = (
     ("embedding", r"embed|wte|wpe|lm_head"),
@@ -22,6 +29,9 @@ _KIND_PATTERNS = (
     ("attention", r"attn|attention"),
     ("mlp", r"mlp|feed_forward|ffn|fc"),
 )
+_TINY = float(np.finfo(np.float64).tiny)
+
+Array = np.ndarray
 
 
 def tensor_kind(name: str) -> str:
@@ -32,90 +42,257 @@ def tensor_kind(name: str) -> str:
     return "other"
 
 
+def tensor_layer(name: str) -> int | None:
+    """Index of the decoder layer that a tensor belongs to, from its name; None for embeddings and final norms."""
+    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.|^h\.(\d+)\.", name)
+    return int(found[1] or found[2]) if found else None
+
+
 @dataclass(frozen=True)
 class WeightSums:
-    """Sums over coordinates for M checkpoints with differences `d_i = w_i - c` from a centre c; `+` adds coordinates.
+    """Sums over coordinates for M vectors `d_i = w_i - c` from a centre c; `+` adds coordinates. All float64.
 
-    gram: (M + 1, M + 1) float64 of [c, d_1, ..., d_M].
-    sign_product: (M, M) float64, sum of sign(d_i) sign(d_j). sign_support: (M, M), coordinates where both are non-zero.
+    gram: (M + 1, M + 1), inner products of [c, d_1, ..., d_M]. sign_product: (M, M), sum of sign(d_i) sign(d_j).
+    sign_support: (M, M), coordinates where both are non-zero. overlap: (M, M), coordinates that trimming keeps of both.
     """
 
-    gram: Tensor
-    sign_product: Tensor
-    sign_support: Tensor
+    gram: Array
+    sign_product: Array
+    sign_support: Array
+    overlap: Array
 
     @staticmethod
-    def zero(num_checkpoints: int) -> WeightSums:
-        size = (num_checkpoints, num_checkpoints)
-        return WeightSums(
-            torch.zeros(num_checkpoints + 1, num_checkpoints + 1, dtype=torch.float64),
-            torch.zeros(size, dtype=torch.float64),
-            torch.zeros(size, dtype=torch.float64),
-        )
+    def zero(num_vectors: int) -> WeightSums:
+        size = (num_vectors, num_vectors)
+        return WeightSums(np.zeros((num_vectors + 1, num_vectors + 1)), np.zeros(size), np.zeros(size), np.zeros(size))
 
     def __add__(self, other: WeightSums) -> WeightSums:
         return WeightSums(
-            self.gram + other.gram, self.sign_product + other.sign_product, self.sign_support + other.sign_support
+            self.gram + other.gram,
+            self.sign_product + other.sign_product,
+            self.sign_support + other.sign_support,
+            self.overlap + other.overlap,
         )
 
-    def finish(self, centre_is_base: bool) -> dict[str, Tensor]:
+    def scaled(self, factor: float) -> WeightSums:
+        """Sums of a sample, scaled to the whole."""
+        return WeightSums(
+            self.gram * factor, self.sign_product * factor, self.sign_support * factor, self.overlap * factor
+        )
+
+    def with_norms(self, exact: Array) -> WeightSums:
+        """Inner products of a sample with the exact ones in row and column 0 and on the diagonal.
+
+        Products of two vectors keep the *cosine* of the sample.
+
+        Args:
+            exact: (M + 1, 2) float64, `<c, x>` and `<x, x>` of each x in [c, d_1, ..., d_M].
+        """
+        sampled = np.sqrt(np.maximum(np.diagonal(self.gram), 0.0))
+        true = np.sqrt(np.maximum(exact[:, 1], 0.0))
+        ratio = np.divide(true, sampled, out=np.zeros_like(true), where=sampled > 0)
+        gram = self.gram * ratio[:, None] * ratio[None, :]
+        np.fill_diagonal(gram, exact[:, 1])
+        gram[0, :], gram[:, 0] = exact[:, 0], exact[:, 0]
+        return WeightSums(gram, self.sign_product, self.sign_support, self.overlap)
+
+    def signals(self, with_base: bool) -> dict[str, Array]:
         """Signals from the sums, each (M, M) float64.
 
-        `cosine` and `l2` (relative to the norm of the centre) always; with a base also `task_vector_cosine`,
-        `task_vector_norm_ratio` (log of left over right), `sign_conflict` (share of coordinates moved by both in
-        opposite directions; 0 where none is moved by both) and `task_vector_norm` (of checkpoint i in row i, relative).
-        A zero vector has cosine 0 with all and the log ratio uses the smallest float64 instead of its norm.
+        `cosine` and `l2` (over the norm of the centre) always; with a base as the centre also `task_vector_cosine`,
+        `task_vector_norm_ratio` (log of left over right), `sign_conflict` (share of the coordinates moved by both that
+        are moved in opposite directions; 0 where there is none), `trimmed_overlap` (coordinates kept of both over the
+        geometric mean of those kept of each) and `task_vector_norm` (of checkpoint i in row i, relative).
+        A zero vector has cosine 0 with all; the log ratio puts the smallest float64 in the place of a zero norm.
         """
-        tiny = torch.finfo(torch.float64).tiny
         centre, cross, gram = self.gram[0, 0], self.gram[0, 1:], self.gram[1:, 1:]
         raw = centre + cross[:, None] + cross[None, :] + gram
-        squares = torch.diagonal(gram).clamp_min(0.0)
-        raw_norms = torch.diagonal(raw).clamp_min(tiny).sqrt()
-        distance = (squares[:, None] + squares[None, :] - 2.0 * gram).clamp_min(0.0).sqrt()
-        distance.fill_diagonal_(0.0)
-        centre_norm = centre.clamp_min(tiny).sqrt()
+        squares = np.maximum(np.diagonal(gram), 0.0)
+        raw_norms = np.sqrt(np.maximum(np.diagonal(raw), _TINY))
+        distance = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2.0 * gram, 0.0))
+        np.fill_diagonal(distance, 0.0)
+        centre_norm = np.sqrt(max(float(centre), _TINY))
         signals = {
-            "cosine": (raw / (raw_norms[:, None] * raw_norms[None, :])).clamp(-1.0, 1.0),
+            "cosine": np.clip(raw / (raw_norms[:, None] * raw_norms[None, :]), -1.0, 1.0),
             "l2": distance / centre_norm,
         }
-        if centre_is_base:
-            norms = squares.sqrt()
+        if with_base:
+            norms = np.sqrt(squares)
             products = norms[:, None] * norms[None, :]
-            logs = norms.clamp_min(tiny).log()
+            logs = np.log(np.maximum(norms, _TINY))
+            kept = np.sqrt(np.maximum(np.diagonal(self.overlap), 1.0))
             conflicts = 0.5 * (self.sign_support - self.sign_product)
             signals |= {
-                "task_vector_cosine": torch.where(products > 0, gram / products.clamp_min(tiny), 0.0).clamp(-1.0, 1.0),
+                "task_vector_cosine": np.clip(
+                    np.divide(gram, products, out=np.zeros_like(gram), where=products > 0), -1.0, 1.0
+                ),
                 "task_vector_norm_ratio": logs[:, None] - logs[None, :],
-                "sign_conflict": conflicts / self.sign_support.clamp_min(1.0),
-                "task_vector_norm": (norms / centre_norm)[:, None].expand_as(gram).clone(),
+                "sign_conflict": conflicts / np.maximum(self.sign_support, 1.0),
+                "trimmed_overlap": self.overlap / (kept[:, None] * kept[None, :]),
+                "task_vector_norm": np.repeat((norms / centre_norm)[:, None], len(norms), axis=1),
             }
         return signals
 
 
-def weight_sums(checkpoints: Sequence[Tensor], base: Tensor | None) -> WeightSums:
-    """Sums over one tensor, in blocks of 2^16 elements from its start; float32 products, float64 sums.
+class BlockSums:
+    """Adds up the sums of blocks of coordinates."""
+
+    def __init__(self, thresholds: Array) -> None:
+        """
+        Args:
+            thresholds: (M,) float32, the smallest magnitude that trimming keeps of each; zeros are never kept.
+        """
+        self._thresholds = np.asarray(thresholds, dtype=np.float32)
+        self.total = WeightSums.zero(len(self._thresholds))
+
+    def add(self, vectors: Array, centre: Array) -> None:
+        """Add one block: vectors (M, N) float32, `w_i - c`; centre (N,) float32."""
+        num, size = vectors.shape
+        gram = np.zeros((num + 1, num + 1))
+        _add_products(centre, vectors, gram)
+        bits = np.zeros((3, num, -(-size // 64)), dtype=np.uint64)
+        _pack(vectors, self._thresholds, bits)
+        counts = np.zeros((3, num, num), dtype=np.int64)
+        _count_common(bits, counts)
+        opposite, both, kept = counts
+        self.total = self.total + WeightSums(
+            gram, (both - 2 * opposite).astype(np.float64), both.astype(np.float64), kept.astype(np.float64)
+        )
+
+
+_TILE = 2048  # columns: that many of all rows stay in the cache while every pair is multiplied
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _add_products(centre: Array, vectors: Array, gram: Array) -> None:
+    """Inner products in float64 of [centre, *vectors], float32, added to `gram`."""
+    num, size = vectors.shape
+    for start in range(0, size, _TILE):
+        stop = min(start + _TILE, size)
+        for i in range(num + 1):
+            left = centre[start:stop] if i == 0 else vectors[i - 1, start:stop]
+            for j in range(i + 1):
+                right = centre[start:stop] if j == 0 else vectors[j - 1, start:stop]
+                total = 0.0
+                for k in range(stop - start):
+                    total += np.float64(left[k]) * np.float64(right[k])
+                gram[i, j] += total
+                if j < i:
+                    gram[j, i] += total
+
+
+@njit(cache=True, nogil=True)
+def _pack(vectors: Array, thresholds: Array, bits: Array) -> None:
+    """One bit a coordinate: negative; not zero; kept by trimming. bits: (3, M, words) uint64, zero."""
+    num, size = vectors.shape
+    for i in range(num):
+        low = thresholds[i]
+        for word in range(bits.shape[2]):
+            negative, moved, kept = np.uint64(0), np.uint64(0), np.uint64(0)
+            for k in range(word * 64, min(word * 64 + 64, size)):
+                value = vectors[i, k]
+                place = np.uint64(k - word * 64)
+                negative |= np.uint64(value < 0) << place
+                moved |= np.uint64(value != 0) << place
+                kept |= np.uint64((value != 0) & (abs(value) >= low)) << place
+            bits[0, i, word], bits[1, i, word], bits[2, i, word] = negative, moved, kept
+
+
+@intrinsic
+def _count_ones(typing_context: Any, word: Any) -> Any:  # uint64 -> how many of its bits are set
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), codegen
+
+
+@njit(cache=True, nogil=True)
+def _count_common(bits: Array, counts: Array) -> None:
+    """Per pair: moved by both in opposite directions; moved by both; kept of both. counts: (3, M, M) int64, zero."""
+    for i in range(bits.shape[1]):
+        for j in range(i + 1):
+            opposite, both, kept = np.uint64(0), np.uint64(0), np.uint64(0)
+            for word in range(bits.shape[2]):
+                moved = bits[1, i, word] & bits[1, j, word]
+                opposite += _count_ones(moved & (bits[0, i, word] ^ bits[0, j, word]))
+                both += _count_ones(moved)
+                kept += _count_ones(bits[2, i, word] & bits[2, j, word])
+            counts[0, i, j] = counts[0, j, i] = opposite
+            counts[1, i, j] = counts[1, j, i] = both
+            counts[2, i, j] = counts[2, j, i] = kept
+
+
+def sums_in_blocks(
+    read: Callable[[int, int], tuple[Array, Array]], num_elements: int, thresholds: Array, block: int = BLOCK_ELEMENTS
+) -> WeightSums:
+    """Sums over a tensor in blocks from its start, folded in their order.
 
     Args:
-        checkpoints: M tensors of one shape, any float dtype.
-        base: the same tensor of the base, or None to centre on the mean of the checkpoints.
-
-    Raises:
-        ValueError: shapes differ, or there is no checkpoint.
+        read: `(start, stop) -> (vectors (M, N), centre (N,))`, float32. thresholds: see `BlockSums`.
     """
-    if not checkpoints or len({t.shape for t in (*checkpoints, *((base,) if base is not None else ()))}) != 1:
-        raise ValueError(f"need tensors of one shape, got {[tuple(t.shape) for t in checkpoints]}")
-    flats = [tensor.reshape(-1) for tensor in checkpoints]
-    flat_base = None if base is None else base.reshape(-1)
-    total = WeightSums.zero(len(flats))
-    for start in range(0, flats[0].numel(), BLOCK_ELEMENTS):
-        piece = slice(start, start + BLOCK_ELEMENTS)
-        rows = torch.stack([flat[piece].float() for flat in flats])
-        centre = rows.mean(0) if flat_base is None else flat_base[piece].float()
-        differences = rows - centre
-        stacked = torch.cat((centre[None], differences))
-        signs = differences.sign()
-        moved = signs.abs()
-        total = total + WeightSums(
-            (stacked @ stacked.T).double(), (signs @ signs.T).double(), (moved @ moved.T).double()
-        )
-    return total
+    sums = BlockSums(thresholds)
+    for start in range(0, num_elements, block):
+        sums.add(*read(start, min(start + block, num_elements)))
+    return sums.total
+
+
+def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str, Array]:
+    """(M, M) matrices of every weight signal from the sums of every tensor by name.
+
+    Per signal: `_global` over all coordinates; `_attention`, `_mlp`, `_embedding`, `_norm` over those of one kind
+    (global where there are none); over tensors `_mean`, `_sd`, `_min`, and the mean over the tensors of the `_early`,
+    `_middle` and `_late` third of the layers. `task_vector_norm` once.
+    """
+    names = sorted(sums)
+    groups: dict[str, WeightSums] = {}
+    for name in names:
+        for group in ("global", tensor_kind(name)):
+            groups[group] = groups[group] + sums[name] if group in groups else sums[name]
+    matrices: dict[str, Array] = {}
+    for group in ("global", *TENSOR_KINDS):
+        for signal, matrix in groups.get(group, groups["global"]).signals(with_base).items():
+            matrices[f"{_signal_name(signal)}_{group}"] = matrix
+    if with_base:
+        matrices["task_vector_norm"] = matrices.pop("task_vector_norm_global")
+        for kind in TENSOR_KINDS:
+            del matrices[f"task_vector_norm_{kind}"]
+    by_tensor = [sums[name].signals(with_base) for name in names]
+    thirds = _thirds([tensor_layer(name) for name in names])
+    for signal in by_tensor[0]:
+        if signal == "task_vector_norm":
+            continue
+        values = np.stack([one[signal] for one in by_tensor])
+        prefix = _signal_name(signal)
+        matrices[f"{prefix}_mean"] = values.mean(0)
+        matrices[f"{prefix}_sd"] = values.std(0)
+        matrices[f"{prefix}_min"] = values.min(0)
+        for third, index in thirds.items():
+            matrices[f"{prefix}_{third}"] = values[index].mean(0)
+    return matrices
+
+
+def _signal_name(signal: str) -> str:
+    return f"weight_{signal}" if signal in ("cosine", "l2") else signal
+
+
+def _thirds(layers: Sequence[int | None]) -> dict[str, list[int]]:
+    """Indices of the tensors in each third of the layers; all tensors where none has a layer."""
+    from simmerge_ray.signals.cosines import layer_thirds
+
+    known = [layer for layer in layers if layer is not None]
+    if not known:
+        return {third: list(range(len(layers))) for third in ("early", "middle", "late")}
+    thirds = layer_thirds(max(known) + 1)
+    chosen = {
+        name: [index for index, layer in enumerate(layers) if layer in third]
+        for name, third in zip(("early", "middle", "late"), thirds, strict=True)
+    }
+    return {name: index or list(range(len(layers))) for name, index in chosen.items()}
+
+
+def total(sums: Iterable[WeightSums]) -> WeightSums:
+    """Sum in the given order."""
+    first, *rest = sums
+    for one in rest:
+        first = first + one
+    return first

@@ -1,102 +1,112 @@
-"""Units of signal work: one probe micro-batch, or one tensor, for all checkpoints of a catalogue.
-
-A unit's result depends on nothing but the unit, and units are folded in their fixed order; so the table has the same
-bits for any number of workers and after a restart. Weights never travel: a unit returns sums and (T, M, M) values.
-"""
+"""Units of work and the worker that runs them, in this process or as an actor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from simmerge_ray.checkpoints import CheckpointRef, TensorReader
+from simmerge_ray.checkpoints import CheckpointRef
 from simmerge_ray.errors import CheckpointError
-from simmerge_ray.probes import TokenBatch
-from simmerge_ray.signals.collect import load_model, probe_outputs
-from simmerge_ray.signals.cosines import CosineMoments, pairwise_cosine
-from simmerge_ray.signals.divergence import entropy, pairwise_kl
-from simmerge_ray.signals.weights import WeightSums, weight_sums
+from simmerge_ray.signals.collect import BatchOutputs, ProbeModel
+from simmerge_ray.signals.pipeline import StageModel, staged_continuation
+from simmerge_ray.signals.samples import TensorBlocks, exact_sums, tensor_sample
+from simmerge_ray.signals.signature import TensorSample
+from simmerge_ray.signals.weights import WeightSums
+
+Group = tuple[str, str | None, int]  # what is held in memory, of which checkpoint, from which layer on
 
 
 @dataclass(frozen=True)
-class ProbeUnit:
-    """All-pairs values of one micro-batch of T valid tokens, for the M checkpoints.
+class Unit:
+    """One piece of work. Units of the same `group` are best run by the same worker, which keeps what they share.
 
-    kl: (T, M, M) float64, nats. activation, attention: cosine moments. entropy: (M,) float64, summed over tokens.
-    loss: (M,) float64, summed over the tokens that have a next token in the probe; num_losses of them.
+    kind: `continuation` (TokenBatch, number of tokens, stages or None), `outputs` (ProbeBatch), `stage` (Stage,
+    ProbeBatch, hidden states of the stage before or None), `sample` (names, coordinates), or `sums` ({name: (M,)
+    thresholds}, elements of a block) over all checkpoints.
     """
 
-    kl: Tensor
-    activation: CosineMoments
-    attention: CosineMoments
-    entropy: Tensor
-    loss: Tensor
-    num_losses: int
+    kind: str
+    checkpoint: str | None
+    payload: tuple[Any, ...]
+
+    @property
+    def group(self) -> Group:
+        stage = self.payload[0].first if self.kind == "stage" else -1
+        return ("weights" if self.kind in ("sample", "sums") else "model", self.checkpoint, stage)
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """A checkpoint that cannot be used, found while its unit ran; the other checkpoints' units are not concerned."""
+
+    message: str
 
 
 class SignalWorker:
-    """Computes units for a fixed list of checkpoints; `base` (optional) is only a reference, never a row.
+    """Runs units over a fixed list of checkpoints; holds one model, or one stage of one, at a time.
 
-    Plain class: `distributed.signal_actors` makes it an actor. Models are loaded at the first probe unit and kept.
+    Plain class: `distributed.signal_actors` makes it an actor.
     """
 
     def __init__(
-        self, checkpoints: Sequence[CheckpointRef], base: CheckpointRef | None, num_threads: int | None = None
+        self,
+        checkpoints: Sequence[CheckpointRef],
+        base: CheckpointRef | None,
+        num_threads: int | None = None,
+        device: str = "cpu",
     ):
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self._checkpoints = tuple(checkpoints)
         self._base = base
-        self._models: list[Any] | None = None
-        self._readers: list[TensorReader] | None = None
+        self._refs = {ref.id: ref for ref in (*self._checkpoints, *((base,) if base else ()))}
+        self._model = ProbeModel(device=device)
+        self._stage = StageModel(device=device)
 
-    def run_unit(self, kind: str, payload: Any) -> ProbeUnit | WeightSums:
-        """`("probe", TokenBatch)` or `("weight", tensor name)`."""
-        return self.probe_unit(payload) if kind == "probe" else self.weight_unit(payload)
+    def run_unit(self, unit: Unit) -> Any:
+        """The unit's result; `UnitFailure` for a checkpoint that cannot be used."""
+        try:
+            if unit.kind == "sums":
+                return self._sums(*unit.payload)
+            assert unit.checkpoint is not None
+            ref = self._refs[unit.checkpoint]
+            if unit.kind == "continuation":
+                batch, num_tokens, stages = unit.payload
+                if stages is None:
+                    return self._model.continuation(ref, batch, num_tokens)
+                return staged_continuation(self._stage, ref, stages, batch, num_tokens)
+            if unit.kind == "stage":
+                return self._stage.run(ref, *unit.payload)
+            if unit.kind == "outputs":
+                return as_arrays(self._model.outputs(ref, *unit.payload))
+            return self._samples(ref, *unit.payload)
+        except CheckpointError as error:
+            return UnitFailure(str(error))
 
-    def probe_unit(self, batch: TokenBatch) -> ProbeUnit:
-        """Run all checkpoints over one micro-batch and reduce to all-pairs values."""
-        if self._models is None:
-            refs = (*self._checkpoints, *((self._base,) if self._base else ()))
-            self._models = [load_model(ref) for ref in refs]
-        outputs = [probe_outputs(model, batch) for model in self._models]
-        shown = outputs[: len(self._checkpoints)]
-        for ref, output in zip(self._checkpoints, shown, strict=True):
-            if not bool(torch.isfinite(output.log_probs).all()):
-                raise CheckpointError(f"checkpoint {ref.id!r}: its logits on the probes are not finite")
-        log_probs = torch.stack([output.log_probs for output in shown])  # (M, T, V)
-        reference = outputs[-1].log_probs if self._base else log_probs.mean(0)
-        has_past = shown[0].has_past
-        activation = pairwise_cosine(torch.stack([output.hidden for output in shown]))  # (L + 1, T, M, M)
-        rows = torch.stack([output.attention[:, :, has_past] for output in shown])
-        attention = pairwise_cosine(rows).flatten(1, 2)  # (L, H * T', M, M)
-        labelled = shown[0].next_token >= 0
-        targets = shown[0].next_token[labelled]
-        loss = -log_probs[:, labelled].gather(-1, targets.expand(len(shown), -1)[..., None]).double().sum((1, 2))
-        return ProbeUnit(
-            kl=pairwise_kl(log_probs, reference),
-            activation=CosineMoments.of(list(activation)),
-            attention=CosineMoments.of(list(attention)),
-            entropy=entropy(log_probs).sum(1),
-            loss=loss,
-            num_losses=int(labelled.sum()),
-        )
+    def _samples(self, ref: CheckpointRef, names: Sequence[str], count: int) -> dict[str, TensorSample]:
+        tensors = TensorBlocks(ref)
+        base = tensors if ref == self._base else TensorBlocks(self._base) if self._base else None
+        try:
+            return {name: tensor_sample(name, tensors, base, count) for name in names}
+        finally:
+            tensors.close()
+            if base is not None:
+                base.close()
 
-    def weight_unit(self, name: str) -> WeightSums:
-        """Read one tensor of every checkpoint and of the base, return the sums over its coordinates.
+    def _sums(self, thresholds: Mapping[str, np.ndarray], block: int) -> dict[str, WeightSums]:
+        checkpoints = [TensorBlocks(ref, block) for ref in self._checkpoints]
+        base = TensorBlocks(self._base, block) if self._base else None
+        try:
+            return {name: exact_sums(name, checkpoints, base, low, block) for name, low in thresholds.items()}
+        finally:
+            for tensors in (*checkpoints, *((base,) if base else ())):
+                tensors.close()
 
-        Raises:
-            CheckpointError: a checkpoint's tensor holds NaN or infinity.
-        """
-        if self._readers is None:
-            self._readers = [TensorReader(ref) for ref in (*self._checkpoints, *((self._base,) if self._base else ()))]
-        tensors = [reader.read(name) for reader in self._readers]
-        for ref, tensor in zip((*self._checkpoints, self._base), tensors, strict=False):
-            if ref is not None and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"checkpoint {ref.id!r}: tensor {name} holds NaN or infinity")
-        base = tensors.pop() if self._base else None
-        return weight_sums(tensors, base)
+
+def as_arrays(outputs: BatchOutputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, hidden, attention as numpy: pickled without torch's wrapping, and without a copy."""
+    return outputs.logits.numpy(), outputs.hidden.numpy(), outputs.attention.numpy()

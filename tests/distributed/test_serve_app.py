@@ -21,7 +21,7 @@ from simmerge_ray.probes import load_probe_sets
 from simmerge_ray.progress import Narrator
 from simmerge_ray.selector.dataset import SelectionDataset, pair_features
 from simmerge_ray.selector.train import train_selector
-from simmerge_ray.signals.table import compute_signals
+from simmerge_ray.signals.compute import compute_signals
 from tests.conftest import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -33,7 +33,7 @@ def artifacts(catalogue, catalogue_path, tmp_path_factory):
     root = tmp_path_factory.mktemp("serve")
     table = compute_signals(catalogue, load_probe_sets(catalogue_path.parent / "probes"))
     table.write(root / "pairs.parquet")
-    keys = [key for key in table.rows if key[0] != key[1]]
+    keys = [key for key in table.rows if "base" not in key]
     generator = np.random.default_rng(0)
     arms = ("linear", "ties")
     contexts = tuple(Context(*key, {arm: np.ones(4) for arm in arms}, np.ones(4), np.zeros(4)) for key in keys)

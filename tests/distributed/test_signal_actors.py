@@ -4,34 +4,69 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from simmerge_ray.config import SignalsConfig
-from simmerge_ray.distributed.resources import map_over_actors
-from simmerge_ray.distributed.signal_actors import compute_signals_on_ray
+from simmerge_ray.distributed.resources import drain_over_actors
+from simmerge_ray.distributed.signal_actors import compute_signals_on_ray, ray_executor, signature_spec
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.probes import load_probe_sets
-from simmerge_ray.signals.table import compute_signals
+from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.worker import SignalWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
+CONFIG = SignalsConfig(num_workers=2, batch_size=8)
 
-def test_the_table_has_the_same_bits_as_in_one_process(catalogue, catalogue_path):
+
+@pytest.fixture(scope="module")
+def probe_sets(catalogue_path):
+    return load_probe_sets(catalogue_path.parent / "probes")
+
+
+@pytest.fixture(scope="module")
+def local_table(catalogue, probe_sets):
     import torch
 
-    probe_sets = load_probe_sets(catalogue_path.parent / "probes")
-    seen: list[tuple[int, int]] = []
-    config = SignalsConfig(num_workers=2, batch_size=8)
-    table = compute_signals_on_ray(catalogue, probe_sets, config, lambda *x: seen.append(x))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the actors: float32 sums depend on the number of threads
     try:
-        local = compute_signals(catalogue, probe_sets, batch_size=8)
+        return compute_signals(catalogue, probe_sets, signature_spec(CONFIG))
     finally:
         torch.set_num_threads(threads)
-    assert table == local
-    assert seen[-1][0] == seen[-1][1] == len(seen)
+
+
+class DyingWorker(SignalWorker):
+    """Dies by its own hand in the middle, once."""
+
+    marker = ""
+
+    def run_unit(self, unit):
+        if unit.kind == "outputs" and unit.checkpoint == "m1" and not os.path.exists(self.marker):
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run_unit(unit)
+
+
+def test_the_table_has_the_same_bits_as_in_one_process_also_when_a_worker_dies(
+    catalogue, probe_sets, local_table, monkeypatch, tmp_path
+):
+    marker = str(tmp_path / "died")
+    worker = type("DyingWorker", (DyingWorker,), {"marker": marker})
+    monkeypatch.setattr("simmerge_ray.signals.worker.SignalWorker", worker)
+    seen: list[tuple[int, int]] = []
+    store = SignatureStore(tmp_path / "signatures")
+    table = compute_signals_on_ray(catalogue, probe_sets, CONFIG, lambda *x: seen.append(x), store)
+    assert os.path.exists(marker)
+    assert table == local_table
+    assert seen[-1][0] == seen[-1][1]
+    # Everything is in the store: no actor is started any more.
+    with ray_executor(catalogue, 2) as run:
+        again = compute_signals(catalogue, probe_sets, signature_spec(CONFIG), store=store, executor=run)
+    assert again == local_table
 
 
 class Square:
@@ -49,19 +84,31 @@ class Square:
         return number * number
 
 
+def taking(numbers):
+    waiting = list(enumerate(numbers))
+    return lambda _: waiting.pop(0) if waiting else None
+
+
 def test_a_killed_actor_is_restarted_and_no_result_is_missing_or_double(tmp_path):
     import ray
 
     actor = ray.remote(Square).options(num_cpus=1, max_restarts=2, max_task_retries=2)
     actors = [actor.remote(str(tmp_path / "died")) for _ in range(2)]
-    results = list(map_over_actors(actors, "run", [(n,) for n in range(8)]))
+    results = list(drain_over_actors(actors, "run", taking(range(8))))
     assert sorted(results) == [(n, n * n) for n in range(8)]
     assert (tmp_path / "died").exists()
 
 
-def test_an_error_in_an_actor_keeps_its_type_and_message(tmp_path):
+def test_work_that_arrives_while_others_run_is_done_and_errors_keep_their_type(tmp_path):
     import ray
 
     actors = [ray.remote(Square).options(num_cpus=1).remote("")]
+    waiting = [(0, 5)]
+    found = []
+    for index, result in drain_over_actors(actors, "run", lambda _: waiting.pop() if waiting else None):
+        found.append((index, result))
+        if index < 2:
+            waiting.append((index + 1, result))
+    assert found == [(0, 25), (1, 625), (2, 390625)]
     with pytest.raises(CheckpointError, match="negative"):
-        list(map_over_actors(actors, "run", [(-1,)]))
+        list(drain_over_actors(actors, "run", taking([-1])))

@@ -15,9 +15,10 @@ ROOT = Path(simmerge_ray.__file__).parent
 # Left to right; a module imports only from its own layer and from what stands before it. Modules of one entry may
 # import each other's members (a package), or do not (alternatives, written apart).
 FLOW = (
-    "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "catalogue", "probes", "signals",
-    "operators", "plans", "merge_graph", "mergekit_format", "merging", "evaluation", "transformers_evaluator",
-    "headroom", "labels", "selector", "service", "report", "demo", "distributed", "cli",
+    "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "digests", "catalogue", "probes",
+    "signals", "operators", "plans", "merge_graph", "mergekit_format", "merging", "evaluation",
+    "transformers_evaluator", "headroom", "labels", "selector", "service", "figures", "report", "demo", "distributed",
+    "catalogue_cli", "cli",
 )  # fmt: skip
 
 

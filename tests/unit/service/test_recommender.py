@@ -16,7 +16,8 @@ from simmerge_ray.selector.dataset import build_dataset
 from simmerge_ray.selector.train import train_selector
 from simmerge_ray.service.recommender import Recommender
 from simmerge_ray.service.schemas import DecisionRequest
-from simmerge_ray.signals.table import SignalTable, compute_signals
+from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.table import SignalTable
 from tests import tiny
 
 ARMS = [make_arm("linear"), make_arm("ties", {"density": 0.2})]

@@ -9,46 +9,42 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmerge_ray.signals.cosines import CosineMoments, layer_thirds, pairwise_cosine
-from simmerge_ray.signals.divergence import entropy, pairwise_kl
-from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, tensor_kind, weight_sums
+from simmerge_ray.signals.divergence import log_softmax, pairwise_kl
+from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, sums_in_blocks, tensor_kind, tensor_layer
 from tests import reference
 
 
-def log_probs(num: int, tokens: int, vocabulary: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(num, tokens, vocabulary) float32 log-probabilities near a common base's (tokens, vocabulary)."""
+def log_probs(num: int, tokens: int, vocabulary: int, noise: float, seed: int = 0) -> torch.Tensor:
+    """(num + 1, tokens, vocabulary) float64 log-probabilities of float32 logits near a common base, which is first."""
     generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(tokens, vocabulary, generator=generator) * 3
+    base = torch.randn(1, tokens, vocabulary, generator=generator) * 3
     logits = base + noise * torch.randn(num, tokens, vocabulary, generator=generator)
-    return torch.log_softmax(logits, -1), torch.log_softmax(base, -1)
+    return log_softmax(torch.cat((base, logits)))
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.1, 0.02])  # KL about 0.5, 5e-3, 1e-4
 def test_kl_of_all_pairs_equals_the_pairwise_sum(noise):
-    probs, base = log_probs(5, 6, 500, noise)
-    divergence = pairwise_kl(probs, base)
-    exact = probs.double().log_softmax(-1).numpy()  # the float32 rounding of the inputs is not the formula's error
-    for i in range(5):
-        for j in range(5):
+    probs = log_probs(5, 6, 500, noise)
+    divergence = pairwise_kl(probs)
+    for i in range(6):
+        for j in range(6):
             for token in range(6):
-                expected = reference.kl(exact[i, token], exact[j, token])
-                assert float(divergence[token, i, j]) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+                expected = reference.kl(probs[i, token].numpy(), probs[j, token].numpy())
+                assert float(divergence[token, i, j]) == pytest.approx(expected, rel=1e-9, abs=1e-14)
 
 
 def test_kl_is_zero_of_itself_not_negative_and_independent_of_the_reference():
-    probs, base = log_probs(4, 5, 200, 0.3)
-    divergence = pairwise_kl(probs, base)
+    probs = log_probs(4, 5, 200, 0.3)
+    divergence = pairwise_kl(probs)
     assert (divergence >= 0).all()
     assert (torch.diagonal(divergence, dim1=1, dim2=2) == 0).all()
-    torch.testing.assert_close(divergence, pairwise_kl(probs, probs[2]), rtol=1e-4, atol=1e-6)
+    order = torch.tensor([2, 0, 1, 4, 3])
+    torch.testing.assert_close(divergence[:, order][:, :, order], pairwise_kl(probs[order]), rtol=1e-9, atol=1e-14)
 
 
 def test_adding_a_checkpoint_moves_no_old_pair():
-    probs, base = log_probs(4, 5, 200, 0.3)
-    torch.testing.assert_close(pairwise_kl(probs, base)[:, :3, :3], pairwise_kl(probs[:3], base), rtol=1e-6, atol=1e-9)
-
-
-def test_entropy_of_a_uniform_distribution_is_the_log_of_its_size():
-    assert float(entropy(torch.log_softmax(torch.zeros(1, 64), -1))) == pytest.approx(np.log(64), rel=1e-6)
+    probs = log_probs(4, 5, 200, 0.3)
+    torch.testing.assert_close(pairwise_kl(probs)[:, :3, :3], pairwise_kl(probs[:3]), rtol=1e-9, atol=1e-14)
 
 
 @settings(max_examples=25, deadline=None)
@@ -89,51 +85,69 @@ def test_thirds_cover_all_layers_and_none_is_empty(num_layers):
     assert set().union(*map(set, thirds)) == set(range(num_layers))
 
 
+def sums_of(checkpoints: list[np.ndarray], base: np.ndarray | None, density: float = 0.2) -> WeightSums:
+    """Sums of one float32 tensor in blocks, with the thresholds of trimming."""
+    rows = np.stack([c.ravel() for c in checkpoints])
+    centre = rows.mean(0, dtype=np.float64).astype(np.float32) if base is None else base.ravel()
+    keep = max(1, int(density * centre.size))
+    thresholds = np.sort(np.abs(rows - centre), axis=1)[:, -keep]
+    return sums_in_blocks(lambda a, b: (rows[:, a:b] - centre[a:b], centre[a:b]), centre.size, thresholds)
+
+
 @pytest.mark.parametrize("distance", [1e-3, 1e-1])
 @pytest.mark.parametrize("with_base", [True, False])
 def test_weight_signals_equal_the_reference(distance, with_base):
-    generator = torch.Generator().manual_seed(3)
-    base = torch.randn(3, BLOCK_ELEMENTS // 2 + 11, generator=generator)  # two blocks, the second one short
-    checkpoints = [base + distance * torch.randn(base.shape, generator=generator) for _ in range(4)]
-    signals = weight_sums(checkpoints, base if with_base else None).finish(centre_is_base=with_base)
-    exact = [c.double().numpy() for c in checkpoints]
-    centre = base.double().numpy() if with_base else np.mean(exact, axis=0)
+    generator = np.random.default_rng(3)
+    base = generator.standard_normal((3, BLOCK_ELEMENTS // 2 + 11), dtype=np.float32)  # two blocks, the second short
+    checkpoints = [base + distance * generator.standard_normal(base.shape, dtype=np.float32) for _ in range(4)]
+    signals = sums_of(checkpoints, base if with_base else None).signals(with_base)
+    exact = [c.astype(np.float64) for c in checkpoints]
+    centre = base.astype(np.float64) if with_base else np.mean(exact, axis=0)
     for i in range(4):
         for j in range(4):
             if i == j:
                 continue
             l2 = np.linalg.norm(exact[i] - exact[j]) / np.linalg.norm(centre)
-            assert float(signals["l2"][i, j]) == pytest.approx(l2, rel=1e-5)
-            assert float(signals["cosine"][i, j]) == pytest.approx(reference.cosine(exact[i], exact[j]), rel=1e-7)
+            assert signals["l2"][i, j] == pytest.approx(l2, rel=1e-5)
+            assert signals["cosine"][i, j] == pytest.approx(reference.cosine(exact[i], exact[j]), rel=1e-9)
             if with_base:
                 vectors = exact[i] - centre, exact[j] - centre
-                assert float(signals["task_vector_cosine"][i, j]) == pytest.approx(reference.cosine(*vectors), abs=1e-5)
+                assert signals["task_vector_cosine"][i, j] == pytest.approx(
+                    reference.cosine(*vectors), rel=1e-5, abs=1e-9
+                )
                 conflict = np.mean(np.sign(vectors[0]) != np.sign(vectors[1]))
-                assert float(signals["sign_conflict"][i, j]) == pytest.approx(conflict, abs=1e-4)
+                assert signals["sign_conflict"][i, j] == pytest.approx(conflict, abs=1e-4)
                 ratio = np.log(np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[1]))
-                assert float(signals["task_vector_norm_ratio"][i, j]) == pytest.approx(ratio, abs=1e-5)
+                assert signals["task_vector_norm_ratio"][i, j] == pytest.approx(ratio, rel=1e-5, abs=1e-8)
+                keep = int(0.2 * base.size)
+                kept = [set(np.argsort(-np.abs(c - base).ravel())[:keep].tolist()) for c in checkpoints]
+                overlap = len(kept[i] & kept[j]) / keep
+                assert signals["trimmed_overlap"][i, j] == pytest.approx(overlap, abs=1e-4)
     assert ("task_vector_cosine" in signals) == with_base
 
 
 def test_weight_sums_of_parts_add_up():
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(2 * BLOCK_ELEMENTS + 5, generator=generator) for _ in range(4)]
-    whole = weight_sums(tensors[1:], tensors[0])
-    parts = [
-        weight_sums([t[s] for t in tensors[1:]], tensors[0][s])
-        for s in (slice(0, BLOCK_ELEMENTS), slice(BLOCK_ELEMENTS, None))
-    ]
-    joined = WeightSums.zero(3) + parts[0] + parts[1]
-    assert torch.equal(joined.gram, whole.gram)
-    assert torch.equal(joined.sign_product, whole.sign_product)
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((3, 2 * BLOCK_ELEMENTS + 5), dtype=np.float32)
+    centre = generator.standard_normal(rows.shape[1], dtype=np.float32)
+    low = np.full(3, 1.0, dtype=np.float32)
+    whole = sums_in_blocks(lambda a, b: (rows[:, a:b], centre[a:b]), rows.shape[1], low)
+    first = sums_in_blocks(lambda a, b: (rows[:, a:b], centre[a:b]), BLOCK_ELEMENTS, low)
+    rows_left, centre_left = rows[:, BLOCK_ELEMENTS:], centre[BLOCK_ELEMENTS:]
+    rest = sums_in_blocks(lambda a, b: (rows_left[:, a:b], centre_left[a:b]), BLOCK_ELEMENTS + 5, low)
+    joined = first + rest
+    assert np.allclose(joined.gram, whole.gram, rtol=1e-13)
+    assert np.array_equal(joined.sign_product, whole.sign_product)
+    assert np.array_equal(joined.overlap, whole.overlap)
 
 
 def test_a_checkpoint_equal_to_the_base_gives_finite_signals():
-    base = torch.ones(10)
-    signals = weight_sums([base, base + 0.5, base], base).finish(centre_is_base=True)
-    assert all(bool(torch.isfinite(value).all()) for value in signals.values())
-    assert float(signals["task_vector_cosine"][0, 1]) == 0.0
-    assert float(signals["l2"][0, 2]) == 0.0
+    base = np.ones(10, dtype=np.float32)
+    signals = sums_of([base, base + np.float32(0.5), base], base).signals(True)
+    assert all(np.isfinite(value).all() for value in signals.values())
+    assert signals["task_vector_cosine"][0, 1] == 0.0
+    assert signals["l2"][0, 2] == 0.0
+    assert signals["trimmed_overlap"][0, 1] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -151,3 +165,17 @@ def test_a_checkpoint_equal_to_the_base_gives_finite_signals():
 )
 def test_tensor_kinds(name, kind):
     assert tensor_kind(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("model.layers.11.self_attn.q_proj.weight", 11),
+        ("transformer.h.0.ln_1.bias", 0),
+        ("h.7.mlp.c_fc.weight", 7),
+        ("model.embed_tokens.weight", None),
+        ("model.norm.weight", None),
+    ],
+)
+def test_layers_of_tensors(name, index):
+    assert tensor_layer(name) == index

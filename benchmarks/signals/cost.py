@@ -1,0 +1,223 @@
+"""What signals cost in the number of checkpoints: ours, pair by pair, and the floor, in one run.
+
+`python -m benchmarks.signals.cost FIXTURES [--sizes 2,4,8,16] [--threads 2] [--json FILE]`, where FIXTURES is the
+directory of `benchmarks.merge.fixtures`. SmolLM2-135M is the base; its noisy copies are made under FIXTURES/copies when
+they are not there (0.27 GB each). The probes are the general set of the package.
+
+- ours: `compute_signals` with exact weights into an empty store, in this process, everything included: digests, loading,
+  the base's forward pass and its continuation, writing the signatures, all pairs.
+- floor: a bare forward pass of every checkpoint over the probes (its own attention kernel, all logits, the model
+  already loaded) and one bare read of the files. `checkpoints` counts the base, which is run like the others.
+- pair by pair: `benchmarks.signals.pair_by_pair` on a few seeded pairs, times the number of pairs.
+- adding one: `compute_signals` with `sampled` weights on M + 1 checkpoints, when M are in the store.
+- memory: the largest RssAnon while ours runs, above what it was after the imports, against the stated bound.
+
+The order of the sides alternates; a figure is a median where a side runs more than once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.merge.fixtures import make_fixture, noisy_copy
+from benchmarks.merge.speed import machine
+
+NOISE = 0.02
+
+
+def copies(root: Path, count: int) -> tuple[Path, list[Path]]:
+    """The base and `count` noisy copies of it, made when they are not there."""
+    base = make_fixture(root, "134m")["base"]
+    found = []
+    for number in range(count):
+        target = root / "copies" / f"m{number}"
+        if not target.exists():
+            partial = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            noisy_copy(base, partial, NOISE * (1 + number % 4), 100 + number)
+            partial.rename(target)
+        found.append(target)
+    return base, found
+
+
+def catalogue_of(base: Path, checkpoints: list[Path]) -> Any:
+    from simmerge_ray.catalogue import Catalogue
+    from simmerge_ray.checkpoints import CheckpointRef
+
+    refs = tuple(CheckpointRef(path.name, path, "base") for path in checkpoints)
+    return Catalogue(refs, dict.fromkeys(ref.id for ref in refs), CheckpointRef("base", base))
+
+
+def timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def read_all(paths: list[Path]) -> None:
+    buffer = bytearray(8 << 20)
+    for path in paths:
+        for file in sorted(path.glob("*.safetensors")):
+            with open(file, "rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+
+
+class PeakMemory:
+    """Largest RssAnon of this process during a block, in bytes above its value at the start."""
+
+    def __enter__(self) -> PeakMemory:
+        self.start = self.peak = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def above_start(self) -> int:
+        return self.peak - self.start
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+
+def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from benchmarks.signals.pair_by_pair import pair_signals
+    from simmerge_ray.checkpoints import read_config, read_headers
+    from simmerge_ray.probes import GENERAL, general_probe_set
+    from simmerge_ray.signals.bounds import bounds
+    from simmerge_ray.signals.compute import compute_signals
+    from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+
+    base, checkpoints = copies(root, max(sizes) + 1)
+    probes = {GENERAL: general_probe_set()}
+    spec = SignatureSpec()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    token_batches = probes[GENERAL].token_batches(tokenizer, spec.batch_size, spec.max_tokens)
+    batches = [(batch.input_ids, batch.attention_mask) for batch in token_batches]
+    results: dict[str, Any] = {
+        "num_tokens": int(sum(mask.sum() for _, mask in batches)),
+        "num_padded_tokens": sum(mask.numel() for _, mask in batches),
+        "num_parameters": sum(spec_.end - spec_.begin for spec_ in read_headers(catalogue_of(base, []).base).values())
+        // 2,
+        "layers": read_config(catalogue_of(base, []).base)["num_hidden_layers"],
+        "rows": [],
+    }
+    bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def forward() -> None:
+        for ids, mask in batches:
+            bare(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    compute_signals(catalogue_of(base, checkpoints[:2]), probes, spec)  # imports, compiled loops: not counted
+    timed(forward)
+    pairs: list[float] = []
+    forwards: list[float] = []
+    for size in sizes:
+        catalogue = catalogue_of(base, checkpoints[:size])
+        forwards.append(timed(forward))
+        read_s = timed(lambda size=size: read_all([base, *checkpoints[:size]]))
+        store = SignatureStore(tempfile.mkdtemp(prefix="simmerge-cost-"))
+        with PeakMemory() as memory:
+            ours = timed(lambda: compute_signals(catalogue, probes, spec, store=store))  # noqa: B023
+        forwards.append(timed(forward))
+        for number in range(num_pairs):
+            left, right = checkpoints[number % size], checkpoints[(number + 1) % size]
+            pairs.append(timed(lambda a=left, b=right: pair_signals(a, b, base, batches)))
+        bound = bounds(catalogue, spec, [len(batches)], None)
+        row: dict[str, Any] = {"size": size, "ours_s": ours, "read_s": read_s}
+        row |= {"peak_bytes": memory.above_start, "stated_bytes": bound.worker}
+        row["disk_bytes"] = sum(file.stat().st_size for file in Path(store.uri).iterdir())
+        row["stated_disk_bytes"] = bound.signature * bound.num_checkpoints
+        if size == max(sizes):
+            compute_signals(catalogue, probes, spec, "sampled", store)
+            more = catalogue_of(base, checkpoints[: size + 1])
+            row["adding_one_s"] = timed(lambda: compute_signals(more, probes, spec, "sampled", store))
+            row["own_read_s"] = timed(lambda: read_all([checkpoints[size]]))
+        shutil.rmtree(store.uri)
+        results["rows"].append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    forward_s, pair_s = statistics.median(forwards), statistics.median(pairs)
+    results |= {"forward_s": forward_s, "pair_s": pair_s, "forwards": forwards, "pairs": pairs}
+    for row in results["rows"]:
+        size = row["size"]
+        row["floor_s"] = forward_s * (size + 1) + row["read_s"]
+        row["ours_over_floor"] = row["ours_s"] / row["floor_s"]
+        row["pair_by_pair_s"] = pair_s * size * (size - 1) / 2
+        row["times_faster"] = row["pair_by_pair_s"] / row["ours_s"]
+        if "adding_one_s" in row:
+            row["adding_over_own"] = row["adding_one_s"] / (forward_s + row["own_read_s"])
+    return results
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    shown = [
+        f"{results['num_parameters'] / 1e6:.0f} M parameters, {results['num_tokens']} tokens of probes "
+        f"({results['num_padded_tokens']} with padding); bare forward pass {results['forward_s']:.1f} s, "
+        f"one pair by hand {results['pair_s']:.1f} s",
+        "",
+        "| checkpoints M | ours s | s / M | floor s | ours / floor | by pairs s | times faster | peak MB (stated) | disk MB (stated) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        shown.append(
+            f"| {row['size']} | {row['ours_s']:.1f} | {row['ours_s'] / row['size']:.2f} | {row['floor_s']:.1f} "
+            f"| {row['ours_over_floor']:.2f} | {row['pair_by_pair_s']:.0f} | {row['times_faster']:.1f} "
+            f"| {row['peak_bytes'] / 1e6:.0f} ({row['stated_bytes'] / 1e6:.0f}) "
+            f"| {row['disk_bytes'] / 1e6:.0f} ({row['stated_disk_bytes'] / 1e6:.0f}) |"
+        )
+    last = results["rows"][-1]
+    if "adding_over_own" in last:
+        shown += [
+            "",
+            f"Adding one to {last['size']}: {last['adding_one_s']:.1f} s, {last['adding_over_own']:.2f} x its own pass and read.",
+        ]
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fixtures", type=Path)
+    parser.add_argument("--sizes", default="2,4,8,16")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs measured by hand at each size")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    results = measure(arguments.fixtures, [int(size) for size in arguments.sizes.split(",")], arguments.pairs)
+    results |= {"machine": machine(), "threads": arguments.threads}
+    print("\n".join(lines(results)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

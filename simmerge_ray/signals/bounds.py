@@ -1,0 +1,82 @@
+"""What a run will need, said before it starts: memory of a worker, disk of the signatures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from simmerge_ray.catalogue import Catalogue
+from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers
+from simmerge_ray.signals.pipeline import Stage, activation_bytes, model_bytes, plan_stages
+from simmerge_ray.signals.signature import SignatureSpec, outputs_bytes, weights_bytes
+from simmerge_ray.signals.tokens import NUM_GREEDY_TOKENS
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bytes. worker: weights and activations of one worker, above the libraries. signature: one checkpoint, all tasks.
+
+    stages: how often a checkpoint is cut; 1 when it is run whole. boundary: hidden states between stages that wait in
+    the driver at a time.
+    """
+
+    worker: int
+    signature: int
+    num_checkpoints: int
+    stages: int
+    boundary: int
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        how = "whole" if self.stages == 1 else f"in {self.stages} stages of layers, {_size(self.boundary)} between them"
+        return [
+            f"memory of a worker: at most {_size(self.worker)} above the libraries, a checkpoint at a time, {how}",
+            f"signatures: {_size(self.signature)} a checkpoint, "
+            f"at most {_size(self.signature * self.num_checkpoints)} on disk",
+        ]
+
+
+def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> list[Stage] | None:
+    """How a checkpoint is cut to fit `memory_gb`; None where it is run whole.
+
+    Raises:
+        ConfigError: not even one layer fits.
+    """
+    if memory_gb is None:
+        return None
+    activations = _activations(ref, spec)
+    stages = plan_stages(ref, int(memory_gb * 1e9), activations)
+    return stages if len(stages) > 1 else None
+
+
+def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int], memory_gb: float | None) -> Bounds:
+    """Bounds of a run.
+
+    Args:
+        num_batches: micro-batches of each task.
+
+    Raises:
+        ConfigError: `memory_gb` is too small.
+    """
+    ref = catalogue.checkpoints[0]
+    specs, config = read_headers(ref), read_config(ref)
+    stages = stages_for(ref, spec, memory_gb)
+    sizes = [math.prod(one.shape) for one in specs.values()]
+    width = spec.max_tokens + NUM_GREEDY_TOKENS
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    return Bounds(
+        worker=int(memory_gb * 1e9) if stages and memory_gb else model_bytes(specs) + _activations(ref, spec),
+        signature=len(num_batches) * outputs_bytes(spec, config, width) + weights_bytes(spec, sizes),
+        num_checkpoints=len(catalogue.all_refs),
+        stages=len(stages) if stages else 1,
+        boundary=4 * sum(num_batches) * spec.batch_size * width * hidden,
+    )
+
+
+def _activations(ref: CheckpointRef, spec: SignatureSpec) -> int:
+    return activation_bytes(read_config(ref), spec.batch_size, spec.max_tokens + NUM_GREEDY_TOKENS)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,0 +1,366 @@
+"""From a catalogue and probes to the table of pair signals: which units are missing, run, keep, join.
+
+The unit of work is fixed (one micro-batch of one checkpoint; the blocks of a tensor), results are joined in the units'
+order, and every checkpoint's signature is written as soon as it is complete. So the table has the same bits for any
+number of workers and after any interruption, and a checkpoint that cannot be used costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from simmerge_ray.catalogue import Catalogue
+from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers
+from simmerge_ray.errors import CheckpointError, ConfigError, ProbeError
+from simmerge_ray.probes import ProbeSet, TokenBatch
+from simmerge_ray.signals.bounds import stages_for
+from simmerge_ray.signals.features import feature_columns
+from simmerge_ray.signals.pairs import output_matrices
+from simmerge_ray.signals.pipeline import Stage, StageOutputs, join_stages
+from simmerge_ray.signals.queue import Executor, WorkQueue
+from simmerge_ray.signals.samples import float_tensors_of, sampled_weight_sums, thresholds_of
+from simmerge_ray.signals.signature import (
+    SignatureSpec,
+    SignatureStore,
+    TaskOutputs,
+    TensorSample,
+    outputs_key,
+    weights_key,
+)
+from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.tokens import (
+    NUM_GREEDY_TOKENS,
+    Place,
+    ProbeTokens,
+    continuation_key,
+    continued_batches,
+    greedy_places,
+    probe_tokens,
+)
+from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, weight_matrices
+from simmerge_ray.signals.worker import SignalWorker, Unit, UnitFailure, as_arrays
+from simmerge_ray.storage import digest_json
+
+WEIGHT_MODES = ("exact", "sampled")
+_SAMPLE_ELEMENTS = 1 << 25  # tensors of a `sample` or `sums` unit hold about so many elements
+
+
+def compute_signals(
+    catalogue: Catalogue,
+    probe_sets: Mapping[str, ProbeSet],
+    spec: SignatureSpec | None = None,
+    weights: str = "exact",
+    store: SignatureStore | None = None,
+    executor: Executor | None = None,
+    block: int = BLOCK_ELEMENTS,
+    memory_per_worker: float | None = None,
+) -> SignalTable:
+    """Signals of all ordered pairs of a catalogue on every probe set.
+
+    Args:
+        weights: `exact` reads the weights of all checkpoints once more; `sampled` takes the signatures' sample, so that
+            a new checkpoint in the catalogue costs only its own signature. Said in the table, never mixed in one.
+        store: where signatures lie and are put; None forgets them.
+        executor: where units run; None runs them here, one after the other. The result has the same bits either way.
+        memory_per_worker: GB for weights and activations; a checkpoint that needs more is run in stages of layers, to
+            the same bits.
+
+    Raises:
+        CheckpointError: checkpoints that cannot be used, each named; the signatures of the others are in the store.
+        ProbeError: a probe that cannot be used.
+        ConfigError: fewer than two checkpoints, no probes, an unknown mode, too little memory for a worker.
+    """
+    spec = spec or SignatureSpec()
+    if len(catalogue.checkpoints) < 2:
+        raise ConfigError(f"signals need at least two checkpoints, the catalogue has {len(catalogue.checkpoints)}")
+    if not probe_sets:
+        raise ConfigError("signals need at least one probe set")
+    if weights not in WEIGHT_MODES:
+        raise ConfigError(f"weights must be one of {', '.join(WEIGHT_MODES)}, got {weights!r}")
+    with ExitStack() as stack:
+        if store is None:
+            store = SignatureStore(stack.enter_context(tempfile.TemporaryDirectory(prefix="simmerge-signatures-")))
+        run = executor or local_executor(catalogue)
+        digests = catalogue.digests()
+        stages = {ref.id: stages_for(ref, spec, memory_per_worker) for ref in catalogue.all_refs}
+        signatures = Signatures(catalogue, digests, spec, store, run, stages)
+        tokens = signatures.tokens(tokenize_probes(catalogue, probe_sets, spec))
+        signatures.complete(tokens)
+        sums = signatures.weight_sums(weights, block)
+        provenance = {
+            "checkpoints": digests,
+            "base": catalogue.base.id if catalogue.base else None,
+            "own_task": dict(catalogue.own_task),
+            "probes": {task: probes.digest for task, probes in sorted(probe_sets.items())},
+            "tokens": {task: one.digest for task, one in sorted(tokens.items())},
+            "spec": vars(spec),
+            "weights": weights,
+        }
+        matrices = weight_matrices(sums, with_base=catalogue.base is not None)
+        rows: dict[tuple[str, str, str], PairSignals] = {}
+        for task in sorted(tokens):
+            outputs = [signatures.outputs(ref.id, tokens[task]) for ref in catalogue.all_refs]
+            rows |= pair_rows(catalogue, task, matrices | output_matrices(outputs, catalogue.base is not None))
+        return SignalTable(feature_columns(catalogue.base is not None), rows, provenance)
+
+
+def tokenize_probes(
+    catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], spec: SignatureSpec
+) -> dict[str, list[TokenBatch]]:
+    """Micro-batches of every task, by the catalogue's tokenizer.
+
+    Raises:
+        ProbeError: a probe is too short or too long, also for the context of the checkpoints.
+    """
+    from transformers import AutoTokenizer
+
+    first = catalogue.checkpoints[0]
+    tokenizer = AutoTokenizer.from_pretrained(first.path, local_files_only=True)
+    batches = {t: probes.token_batches(tokenizer, spec.batch_size, spec.max_tokens) for t, probes in probe_sets.items()}
+    added = NUM_GREEDY_TOKENS if catalogue.base else 0
+    for ref in catalogue.all_refs:
+        context = read_config(ref).get("max_position_embeddings") or read_config(ref).get("n_positions") or math.inf
+        for task, found in batches.items():
+            longest = max(batch.input_ids.shape[1] for batch in found)
+            if longest + added > context:
+                raise ProbeError(
+                    f"probe set {task!r}: a probe of {longest} tokens and {added} of the base's continuation are "
+                    f"longer than the context of checkpoint {ref.id!r}, {context} tokens; shorten the probe"
+                )
+    return batches
+
+
+class Signatures:
+    """The signatures of a catalogue: what is there, what is missing, and running the missing units."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        digests: Mapping[str, str],
+        spec: SignatureSpec,
+        store: SignatureStore,
+        run: Executor,
+        stages: Mapping[str, Sequence[Stage] | None] | None = None,
+    ) -> None:
+        self._catalogue, self._digests, self._spec, self._store, self._run = catalogue, digests, spec, store, run
+        self._stages = stages or {}
+        self._base_digest = digests[catalogue.base.id] if catalogue.base else None
+
+    def tokens(self, batches: Mapping[str, Sequence[TokenBatch]]) -> dict[str, ProbeTokens]:
+        """The tokens of every task, with the base's greedy continuation where there is a base."""
+        spec, base = self._spec, self._catalogue.base
+        places: dict[str, list[Place]] = {task: [] for task in sorted(batches)}
+        written = {task: torch.zeros((0, NUM_GREEDY_TOKENS), dtype=torch.int64) for task in places}
+        if base is not None:
+            assert self._base_digest is not None
+            continued = {}
+            for task in places:
+                places[task] = greedy_places(task, batches[task], spec.num_positions, NUM_GREEDY_TOKENS)
+                continued[task] = continued_batches(batches[task], places[task], spec.batch_size)
+            flat = [batch for task in places for batch in continued[task]]
+            keys = [continuation_key(self._base_digest, batch, NUM_GREEDY_TOKENS) for batch in flat]
+            missing = [number for number, key in enumerate(keys) if not self._store.has("continuation", key)]
+            stages = self._stages.get(base.id)
+            queue = WorkQueue(
+                Unit("continuation", base.id, (flat[number], NUM_GREEDY_TOKENS, stages)) for number in missing
+            )
+            for index, result in self._checked(queue):
+                about = {"base": self._base_digest}
+                self._store.write("continuation", keys[missing[index]], {"tokens": result.numpy()}, about)
+            found = iter([torch.from_numpy(self._store.read("continuation", key)["tokens"]) for key in keys])
+            written = {task: torch.cat([next(found) for _ in continued[task]]) for task in places}
+        return {
+            task: probe_tokens(
+                task, batches[task], places[task], written[task], spec.num_positions, spec.num_attention_positions
+            )
+            for task in places
+        }
+
+    def complete(self, tokens: Mapping[str, ProbeTokens]) -> None:
+        """Compute and keep the signatures that are missing.
+
+        Raises:
+            CheckpointError: with every checkpoint that cannot be used; the others' signatures are kept.
+        """
+        queue = WorkQueue()
+        owners: dict[int, tuple[_Job, int]] = {}
+
+        def add(job: _Job, number: int, unit: Unit) -> None:
+            owners[queue.add(unit)] = (job, number)
+
+        for ref in self._catalogue.all_refs:
+            for task in sorted(tokens):
+                if not self._store.has("outputs", self._outputs_key(ref.id, tokens[task])):
+                    job = _Job(ref.id, task, len(tokens[task].batches))
+                    stages = self._stages.get(ref.id)
+                    for number, batch in enumerate(tokens[task].batches):
+                        first = ("stage", (stages[0], batch, None)) if stages else ("outputs", (batch,))
+                        add(job, number, Unit(first[0], ref.id, first[1]))
+            if not self._store.has("weights", self._weights_key(ref.id)):
+                groups = tensor_groups(ref)
+                job = _Job(ref.id, None, len(groups))
+                for number, names in enumerate(groups):
+                    add(job, number, Unit("sample", ref.id, (names, self._spec.num_coordinates)))
+        for index, result in self._checked(queue):
+            job, number = owners.pop(index)
+            unit = queue.units[index]
+            if unit.kind == "stage":
+                stages = self._stages[job.checkpoint]
+                assert stages is not None
+                parts = job.parts.setdefault(number, [])
+                parts.append(result)
+                if len(parts) < len(stages):
+                    following = (stages[len(parts)], unit.payload[1], result.states)
+                    parts[-1] = replace(result, states=None)
+                    queue.forget(index)
+                    add(job, number, Unit("stage", job.checkpoint, following))
+                    continue
+                result = as_arrays(join_stages(job.parts.pop(number)))
+            job.results[number] = result
+            if len(job.results) == job.count:
+                self._keep(job, [job.results[part] for part in range(job.count)], tokens)
+                job.results.clear()
+
+    def _keep(self, job: _Job, results: list[Any], tokens: Mapping[str, ProbeTokens]) -> None:
+        about = {"checkpoint": job.checkpoint, "digest": self._digests[job.checkpoint], "spec": vars(self._spec)}
+        if job.task is None:
+            samples = {name: sample for part in results for name, sample in part.items()}
+            self._store.write_weights(self._weights_key(job.checkpoint), samples, about)
+        else:
+            one = tokens[job.task]
+            key = self._outputs_key(job.checkpoint, one)
+            self._store.write_outputs(key, join_outputs(results, one), about | {"task": job.task})
+
+    def outputs(self, checkpoint_id: str, tokens: ProbeTokens) -> TaskOutputs:
+        """Outputs of one checkpoint, from the store."""
+        return self._store.read_outputs(self._outputs_key(checkpoint_id, tokens))
+
+    def weights(self, checkpoint_id: str) -> dict[str, TensorSample]:
+        """The weight sample of one checkpoint, from the store."""
+        return self._store.read_weights(self._weights_key(checkpoint_id))
+
+    def weight_sums(self, mode: str, block: int) -> dict[str, WeightSums]:
+        """Sums of every tensor over all checkpoints, the base first among them where there is one."""
+        refs, base = self._catalogue.all_refs, self._catalogue.base
+        samples = [self.weights(ref.id) for ref in refs]
+        if mode == "sampled":
+            return sampled_weight_sums(samples, samples[0] if base else None)
+        key = digest_json(["sums", 1, [self._digests[ref.id] for ref in refs], self._base_digest, block])
+        if not self._store.has("sums", key):
+            units = [
+                Unit("sums", None, ({name: thresholds_of(samples, name) for name in names}, block))
+                for names in tensor_groups(refs[0])
+            ]
+            found = {name: sums for _, part in self._checked(WorkQueue(units)) for name, sums in part.items()}
+            arrays = {f"{name}/{part}": array for name, sums in found.items() for part, array in vars(sums).items()}
+            self._store.write("sums", key, arrays, {"checkpoints": [ref.id for ref in refs]})
+        arrays = self._store.read("sums", key)
+        names = sorted({name.rsplit("/", 1)[0] for name in arrays})
+        return {n: WeightSums(**{part: arrays[f"{n}/{part}"] for part in WeightSums.__match_args__}) for n in names}
+
+    def _checked(self, queue: WorkQueue) -> Iterator[tuple[int, Any]]:
+        """Results as they come; failures are collected and raised together at the end."""
+        failures: dict[str, None] = {}
+        for index, result in self._run(queue) if len(queue) else ():
+            if isinstance(result, UnitFailure):
+                failures[result.message] = None
+            else:
+                yield index, result
+        if failures:
+            kept = "" if queue.units[0].kind == "sums" else "\n  the signatures of the other checkpoints are kept"
+            raise CheckpointError("\n  ".join(sorted(failures)) + kept)
+
+    def _outputs_key(self, checkpoint_id: str, tokens: ProbeTokens) -> str:
+        return outputs_key(self._digests[checkpoint_id], tokens.digest)
+
+    def _weights_key(self, checkpoint_id: str) -> str:
+        return weights_key(self._digests[checkpoint_id], self._base_digest, self._spec)
+
+
+class _Job:
+    """The parts that make one file of the store: outputs on a task, or (no task) the weight sample."""
+
+    def __init__(self, checkpoint: str, task: str | None, count: int) -> None:
+        self.checkpoint, self.task, self.count = checkpoint, task, count
+        self.results: dict[int, Any] = {}
+        self.parts: dict[int, list[StageOutputs]] = {}  # by micro-batch, the stages that have run
+
+
+def tensor_groups(ref: CheckpointRef) -> list[tuple[str, ...]]:
+    """Names of the float tensors in order, cut into groups of about 2^25 elements."""
+    specs = read_headers(ref)
+    groups: list[tuple[str, ...]] = []
+    names: list[str] = []
+    elements = 0
+    for name in float_tensors_of(specs):
+        names.append(name)
+        elements += math.prod(specs[name].shape)
+        if elements >= _SAMPLE_ELEMENTS:
+            groups.append(tuple(names))
+            names, elements = [], 0
+    return [*groups, tuple(names)] if names else groups
+
+
+def join_outputs(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], tokens: ProbeTokens) -> TaskOutputs:
+    """The micro-batches of one task, in order."""
+    width = tokens.max_tokens
+    attention = [np.pad(part[2], ((0, 0), (0, 0), (0, 0), (0, width - part[2].shape[3]))) for part in parts]
+    batches = tokens.batches
+    return TaskOutputs(
+        logits=np.concatenate([part[0] for part in parts]),
+        hidden=np.concatenate([part[1] for part in parts], axis=1),
+        attention=np.concatenate(attention, axis=2),
+        greedy=np.concatenate([batch.greedy.numpy() for batch in batches]),
+        next_token=np.concatenate([batch.next_token.numpy() for batch in batches]),
+        probe=np.concatenate([batch.probe.numpy() for batch in batches]),
+        attention_probe=np.concatenate([batch.probe[batch.with_attention].numpy() for batch in batches]),
+    )
+
+
+def local_executor(catalogue: Catalogue) -> Executor:
+    """Runs units in this process."""
+    worker = SignalWorker(catalogue.all_refs, catalogue.base)
+
+    def run(queue: WorkQueue) -> Iterator[tuple[int, Any]]:
+        while taken := queue.take():
+            yield taken[0], worker.run_unit(taken[1])
+
+    return run
+
+
+def pair_rows(
+    catalogue: Catalogue, task: str, matrices: Mapping[str, np.ndarray]
+) -> dict[tuple[str, str, str], PairSignals]:
+    """Rows of all ordered pairs, the base among the checkpoints, from the (M, M) matrices of one task."""
+    columns = feature_columns(catalogue.base is not None)
+    ids = [ref.id for ref in catalogue.all_refs]
+    base = catalogue.base.id if catalogue.base else None
+    rows = {}
+    for i, left in enumerate(ids):
+        for j, right in enumerate(ids):
+            if i != j:
+                kept = columns if base not in (left, right) else feature_columns(True, base_pair=True)
+                features = {column: matrix_entry(matrices, column, i, j) for column in kept}
+                rows[left, right, task] = PairSignals(left, right, task, features)
+    return rows
+
+
+def matrix_entry(matrices: Mapping[str, np.ndarray], column: str, i: int, j: int) -> float:
+    """The value of a feature column for the ordered pair (i, j)."""
+    if column in matrices:
+        value = float(matrices[column][i, j])
+    elif "_rl_" in column:
+        value = float(matrices[column.replace("_rl_", "_lr_")][j, i])
+    else:  # single-checkpoint values are kept once, in row i
+        name, side = column.rsplit("_", 1)
+        value = float(matrices[name][i if side == "left" else j, 0])
+    assert math.isfinite(value), (column, i, j, value)
+    return value

@@ -1,0 +1,80 @@
+"""Signals of all pairs from the outputs of M checkpoints, real or virtual, at the sampled positions; all in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from simmerge_ray.signals.cosines import CosineMoments, pairwise_cosine
+from simmerge_ray.signals.divergence import log_softmax, pairwise_kl
+from simmerge_ray.signals.signature import TaskOutputs
+
+Array = np.ndarray
+_VALUES = 1 << 22  # elements of a block of logits over all checkpoints
+
+
+def output_matrices(
+    outputs: Sequence[TaskOutputs], with_base: bool, probes: Sequence[int] | None = None
+) -> dict[str, Array]:
+    """(M, M) matrices of the signals of one task; single-checkpoint values are rows, the same in every column.
+
+    Args:
+        outputs: of M checkpoints at the same positions. with_base: whether there are greedy positions.
+        probes: take only the positions of these probes.
+
+    Raises:
+        ValueError: outputs at different positions.
+    """
+    first = outputs[0]
+    if any(one.logits.shape != first.logits.shape or one.hidden.shape != first.hidden.shape for one in outputs):
+        raise ValueError("outputs of different positions, vocabularies or layers cannot be compared")
+    chosen = np.ones(len(first.probe), bool) if probes is None else np.isin(first.probe, probes)
+    shown = np.ones(len(first.attention_probe), bool) if probes is None else np.isin(first.attention_probe, probes)
+    kl, entropy, loss = _divergences(outputs, chosen)
+    greedy = first.greedy[chosen]
+    matrices = _kl_statistics("kl_lr", kl[~greedy])
+    if with_base:
+        matrices |= _kl_statistics("kl_greedy_lr", kl[greedy])
+    labelled = (first.next_token[chosen] >= 0) & ~greedy
+    for name, values in (("entropy", entropy[:, ~greedy]), ("loss", loss[:, labelled])):
+        matrices[name] = np.repeat(values.mean(1)[:, None], len(outputs), axis=1)
+    hidden = [
+        pairwise_cosine(torch.from_numpy(np.stack([one.hidden[layer][chosen] for one in outputs])).double())
+        for layer in range(len(first.hidden))
+    ]
+    attention = [
+        pairwise_cosine(
+            torch.from_numpy(np.stack([one.attention[layer][:, shown] for one in outputs])).double()
+        ).flatten(0, 1)
+        for layer in range(len(first.attention))
+    ]
+    for name, layers in (("activation_cosine", hidden), ("attention_cosine", attention)):
+        statistics = CosineMoments.of(layers).finish()
+        matrices |= {f"{name}_{statistic}": value.numpy() for statistic, value in statistics.items()}
+    return matrices
+
+
+def _divergences(outputs: Sequence[TaskOutputs], chosen: Array) -> tuple[Array, Array, Array]:
+    """KL (S', M, M), entropy (M, S') and loss (M, S', 0 where there is no next token) of the chosen positions."""
+    positions = np.flatnonzero(chosen)
+    num, vocabulary = len(outputs), outputs[0].logits.shape[1]
+    step = max(1, _VALUES // (num * vocabulary))
+    kl, entropies, losses = [], [], []
+    for start in range(0, len(positions), step):
+        block = positions[start : start + step]
+        logits = torch.from_numpy(np.stack([one.logits[block] for one in outputs]))
+        log_probs = log_softmax(logits)  # (M, s, V)
+        kl.append(pairwise_kl(log_probs).numpy())
+        entropies.append(-(log_probs.exp() * log_probs).sum(-1).numpy())
+        tokens = torch.from_numpy(outputs[0].next_token[block].clip(0))
+        losses.append(-log_probs.gather(-1, tokens.expand(num, -1)[..., None])[..., 0].numpy())
+    return np.concatenate(kl), np.concatenate(entropies, axis=1), np.concatenate(losses, axis=1)
+
+
+def _kl_statistics(name: str, kl: Array) -> dict[str, Array]:
+    matrices = {f"{name}_mean": kl.mean(0)}
+    for statistic, level in (("q10", 0.1), ("median", 0.5), ("q90", 0.9)):
+        matrices[f"{name}_{statistic}"] = np.quantile(kl, level, axis=0)
+    return matrices

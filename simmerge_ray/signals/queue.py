@@ -1,0 +1,59 @@
+"""Units that wait for a worker, also those that arrive while others run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from simmerge_ray.signals.worker import Group, Unit
+
+# Drains a queue: yields (index, result) in any order, until no unit is left; units may be added meanwhile.
+Executor = Callable[["WorkQueue"], Iterator[tuple[int, Any]]]
+
+
+class WorkQueue:
+    """Gives each worker units of the group that it holds (its model is then in memory) as long as there are any.
+
+    Then it prefers a group that nobody holds, of the latest stage, then the first, and last the one with the most units
+    waiting. Which worker runs a unit changes no result.
+    """
+
+    def __init__(self, units: Iterable[Unit] = ()) -> None:
+        self.units: list[Unit] = []
+        self._waiting: dict[Group, deque[int]] = {}
+        self._held: dict[int, Group] = {}
+        for unit in units:
+            self.add(unit)
+
+    def __len__(self) -> int:
+        """Units so far, the finished ones included."""
+        return len(self.units)
+
+    def add(self, unit: Unit) -> int:
+        """Put a unit at the end of its group; returns its index."""
+        self.units.append(unit)
+        self._waiting.setdefault(unit.group, deque()).append(len(self.units) - 1)
+        return len(self.units) - 1
+
+    def take(self, worker: int = 0) -> tuple[int, Unit] | None:
+        """A unit for a worker, or None when none is waiting now."""
+        groups = [group for group, indices in self._waiting.items() if indices]
+        if not groups:
+            return None
+        group = self._held.get(worker)
+        if group not in groups:
+            others = {held for name, held in self._held.items() if name != worker}
+            free = [one for one in groups if one not in others]
+            # A later stage first: its hidden states wait in memory.
+            group = max(free, key=lambda one: one[2]) if free else max(groups, key=lambda one: len(self._waiting[one]))
+            self._held[worker] = group
+        index = self._waiting[group].popleft()
+        if not self._waiting[group]:
+            del self._waiting[group]
+        return index, self.units[index]
+
+    def forget(self, index: int) -> None:
+        """Let go of a finished unit's payload, which may be large."""
+        self.units[index] = replace(self.units[index], payload=self.units[index].payload[:1])

@@ -1,0 +1,208 @@
+"""Signatures: what is kept of one checkpoint, so that pairs can be computed later without its weights.
+
+Two kinds of files in a store, each written once under the digest of all it was computed from: *outputs* of a checkpoint
+on one task's probes, and its *weights* (a fixed sample of coordinates, exact norms and trim thresholds). So a new task
+costs forward passes only, a new checkpoint only its own, and a new upload under an old name has new signatures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from simmerge_ray.errors import ConfigError
+from simmerge_ray.storage import digest_json, read_bytes, write_once
+
+SCHEMA = 1
+DENSITIES = (0.1, 0.2, 0.5)  # of the arms; trim thresholds are exact for these
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class SignatureSpec:
+    """How much a signature keeps, and the micro-batches that it is computed in.
+
+    num_positions: sampled prompt positions per task (a quarter of it greedy ones on top). num_attention_positions: at
+    how many of them attention rows are kept. num_coordinates: per tensor; smaller tensors are kept whole.
+    """
+
+    batch_size: int = 16
+    max_tokens: int = 256
+    num_positions: int = 64
+    num_attention_positions: int = 16
+    num_coordinates: int = 10_000
+
+
+@dataclass(frozen=True)
+class TaskOutputs:
+    """Outputs of one checkpoint, or of a virtual one, at the S sampled positions of one task; float32.
+
+    logits: (S, V). hidden: (L + 1, S, D). attention: (L, H, Sa, K), rows over at most K keys, zero behind the position.
+    greedy: (S,) bool. next_token: (S,) int64, -1 where there is none. probe: (S,) int64, index of the probe.
+    attention_probe: (Sa,) int64.
+    """
+
+    logits: Array
+    hidden: Array
+    attention: Array
+    greedy: Array
+    next_token: Array
+    probe: Array
+    attention_probe: Array
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in vars(self).values())
+
+
+@dataclass(frozen=True)
+class TensorSample:
+    """What a signature keeps of one tensor of n elements: S coordinates, or all where n is small.
+
+    num_elements: n. values: (S,) float32, the weights at the sampled coordinates. sums: (3,) float64, exact
+    `<c, c>, <c, d>, <d, d>` with the base c and the task vector d; without a base `0, 0, <w, w>`; of the base itself
+    `<c, c>, 0, 0`. thresholds: (len(DENSITIES),) float32, the smallest magnitude of d that trimming keeps; NaN without
+    a base.
+    """
+
+    num_elements: int
+    values: Array
+    sums: Array
+    thresholds: Array
+
+    @property
+    def scale(self) -> float:
+        """n / S: what sums over the sample are multiplied by."""
+        return self.num_elements / len(self.values)
+
+
+Weights = Mapping[str, TensorSample]
+
+
+def coordinates(name: str, num_elements: int, count: int) -> Array:
+    """Sorted flat indices of the sampled coordinates of a tensor, the same for every checkpoint; (S,) int64."""
+    if num_elements <= count:
+        return np.arange(num_elements)
+    seed = int.from_bytes(hashlib.blake2b(f"{name}\0{num_elements}".encode(), digest_size=8).digest(), "little")
+    return np.sort(np.random.default_rng(seed).choice(num_elements, count, replace=False, shuffle=False))
+
+
+def outputs_key(checkpoint_digest: str, tokens_digest: str) -> str:
+    """Digest of all that a checkpoint's outputs on one task were computed from."""
+    return digest_json(["outputs", SCHEMA, checkpoint_digest, tokens_digest, "float32"])
+
+
+def weights_key(checkpoint_digest: str, base_digest: str | None, spec: SignatureSpec) -> str:
+    """Digest of all that a checkpoint's sample of weights was computed from."""
+    return digest_json(["weights", SCHEMA, checkpoint_digest, base_digest, spec.num_coordinates, list(DENSITIES)])
+
+
+class SignatureStore:
+    """Signatures under one URI. Objects are written once and whole; a damaged one counts as absent."""
+
+    def __init__(self, uri: str | Path) -> None:
+        self.uri = str(uri).rstrip("/")
+
+    def path(self, kind: str, key: str) -> str:
+        return f"{self.uri}/{kind}-{key}.safetensors"
+
+    def has(self, kind: str, key: str) -> bool:
+        filesystem, path = fsspec.core.url_to_fs(self.path(kind, key))
+        return bool(filesystem.exists(path))
+
+    def write(self, kind: str, key: str, arrays: Mapping[str, Array], about: Mapping[str, Any]) -> None:
+        """Write arrays by name; `about` goes into the file's metadata."""
+        from safetensors.numpy import save
+
+        kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_once(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
+
+    def read(self, kind: str, key: str) -> dict[str, Array]:
+        """Arrays by name.
+
+        Raises:
+            ConfigError: there is no such object, or it is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            return load(read_bytes(self.path(kind, key)))
+        except FileNotFoundError:
+            raise ConfigError(f"no {kind} {key} in the signature store {self.uri}") from None
+        except SafetensorError as error:
+            raise ConfigError(f"{self.path(kind, key)} is damaged ({error}); delete it and run again") from None
+
+    def write_outputs(self, key: str, outputs: TaskOutputs, about: Mapping[str, Any]) -> None:
+        self.write("outputs", key, vars(outputs), about)
+
+    def read_outputs(self, key: str) -> TaskOutputs:
+        return TaskOutputs(**self.read("outputs", key))
+
+    def write_weights(self, key: str, weights: Weights, about: Mapping[str, Any]) -> None:
+        arrays: dict[str, Array] = {}
+        for name, sample in weights.items():
+            arrays |= {
+                f"{name}/values": sample.values,
+                f"{name}/sums": sample.sums,
+                f"{name}/thresholds": sample.thresholds,
+                f"{name}/num_elements": np.array([sample.num_elements]),
+            }
+        self.write("weights", key, arrays, about)
+
+    def read_weights(self, key: str) -> dict[str, TensorSample]:
+        arrays = self.read("weights", key)
+        names = sorted({name.rsplit("/", 1)[0] for name in arrays})
+        return {
+            name: TensorSample(
+                int(arrays[f"{name}/num_elements"][0]),
+                *(arrays[f"{name}/{part}"] for part in ("values", "sums", "thresholds")),
+            )
+            for name in names
+        }
+
+
+def outputs_bytes(spec: SignatureSpec, config: Mapping[str, Any], num_tokens: int | None = None) -> int:
+    """Size of one checkpoint's outputs on one task, from its `config.json`: what is said before it is computed."""
+    shape = model_shape(config)
+    positions = spec.num_positions + spec.num_positions // 4
+    width = num_tokens or spec.max_tokens
+    logits = positions * shape["vocabulary"]
+    hidden = (shape["layers"] + 1) * positions * shape["hidden"]
+    attention = shape["layers"] * shape["heads"] * min(spec.num_attention_positions, positions) * width
+    return 4 * (logits + hidden + attention)
+
+
+def weights_bytes(spec: SignatureSpec, sizes: Sequence[int]) -> int:
+    """Size of one checkpoint's sample of weights, from the numbers of elements of its tensors."""
+    return sum(4 * min(size, spec.num_coordinates) + 200 for size in sizes)
+
+
+def model_shape(config: Mapping[str, Any]) -> dict[str, int]:
+    """layers, hidden, heads and vocabulary from a `config.json`, whatever the family calls them.
+
+    Raises:
+        ConfigError: a number is not there.
+    """
+    text = config.get("text_config", config)
+    names = {
+        "layers": ("num_hidden_layers", "n_layer"),
+        "hidden": ("hidden_size", "n_embd"),
+        "heads": ("num_attention_heads", "n_head"),
+        "vocabulary": ("vocab_size",),
+    }
+    found = {}
+    for part, keys in names.items():
+        value = next((text[key] for key in keys if isinstance(text.get(key), int)), None)
+        if value is None:
+            raise ConfigError(f"config.json says nothing of {' or '.join(keys)}")
+        found[part] = value
+    return found

@@ -1,0 +1,197 @@
+"""What every checkpoint is run over: the probes' tokens, the base's greedy continuation, and the sampled positions.
+
+Signals are taken at a fixed sample of token positions per task, the same for all checkpoints. A position is *prompt*
+when its token belongs to the probe, *greedy* when it belongs to the continuation that the base wrote. The first token
+of a probe is never sampled: its context is the same for all probes and its attention row is 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simmerge_ray.errors import ProbeError
+from simmerge_ray.probes import TokenBatch
+from simmerge_ray.storage import digest_bytes, digest_json
+
+NUM_GREEDY_TOKENS = 8
+GREEDY_SHARE = 4  # one sampled greedy position for so many sampled prompt positions
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """One micro-batch, the fixed unit of work: B right-padded rows of T tokens, S sampled positions.
+
+    input_ids, attention_mask: (B, T) int64. rows, columns: (S,) int64, where the sampled positions lie.
+    greedy: (S,) bool. with_attention: (S,) bool, whether the attention rows of the position are kept.
+    next_token: (S,) int64, the probe's own next token; -1 where it has none (its last token, greedy positions).
+    probe: (S,) int64, index of the probe in its set.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    columns: Tensor
+    greedy: Tensor
+    with_attention: Tensor
+    next_token: Tensor
+    probe: Tensor
+
+
+@dataclass(frozen=True)
+class ProbeTokens:
+    """The micro-batches of one task. Two checkpoints' outputs can be compared when `digest` is the same."""
+
+    task: str
+    batches: tuple[ProbeBatch, ...]
+
+    @property
+    def num_positions(self) -> int:
+        return sum(len(batch.rows) for batch in self.batches)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest row in tokens, padding included."""
+        return max(batch.input_ids.shape[1] for batch in self.batches)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the tokens, their micro-batches and the sampled positions."""
+        parts = []
+        for batch in self.batches:
+            for field in (batch.input_ids, batch.attention_mask, batch.rows, batch.columns, batch.with_attention):
+                parts.append(f"{tuple(field.shape)}".encode())
+                parts.append(field.to(torch.int64).numpy().tobytes())
+        return digest_bytes(*parts)
+
+
+Place = tuple[int, int, int]  # (micro-batch, row, column)
+
+
+def greedy_places(task: str, batches: Sequence[TokenBatch], num_positions: int, num_tokens: int) -> list[Place]:
+    """Which greedy positions are sampled, (micro-batch, row, step) in order: a quarter of `num_positions`.
+
+    They are spread over as many probes as possible, so that the base writes a continuation of no more than these.
+    """
+    probes = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch.input_ids))]
+    generator = np.random.default_rng(_seed(f"greedy {task}", batches))
+    count = min(math.ceil(num_positions / GREEDY_SHARE), len(probes) * num_tokens)
+    order = generator.permutation(len(probes))
+    steps = [generator.permutation(num_tokens) for _ in probes]
+    chosen = [(probes[order[n % len(probes)]], int(steps[n % len(probes)][n // len(probes)])) for n in range(count)]
+    return sorted((number, row, step) for (number, row), step in chosen)
+
+
+def continued_batches(batches: Sequence[TokenBatch], places: Sequence[Place], batch_size: int) -> list[TokenBatch]:
+    """The probes that need a continuation, in order, in micro-batches of their own."""
+    rows = list(dict.fromkeys((number, row) for number, row, _ in places))
+    found = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        lengths = [int(batches[number].attention_mask[row].sum()) for number, row in part]
+        ids = torch.zeros((len(part), max(lengths)), dtype=torch.int64)
+        mask = torch.zeros((len(part), max(lengths)), dtype=torch.int64)
+        for index, ((number, row), length) in enumerate(zip(part, lengths, strict=True)):
+            ids[index, :length] = batches[number].input_ids[row, :length]
+            mask[index, :length] = 1
+        found.append(TokenBatch(ids, mask))
+    return found
+
+
+def probe_tokens(
+    task: str,
+    batches: Sequence[TokenBatch],
+    greedy: Sequence[Place],
+    continuations: Tensor,
+    num_positions: int,
+    num_attention_positions: int,
+) -> ProbeTokens:
+    """Append the continuations and sample the positions.
+
+    Args:
+        greedy: from `greedy_places`; none without a base.
+        continuations: (n, G) int64, the base's greedy tokens for the rows of `continued_batches`, in their order.
+        num_positions: prompt positions to sample, uniformly over all of the task; all where there are fewer.
+        num_attention_positions: at how many of the sampled positions attention rows are kept.
+
+    Raises:
+        ProbeError: no sampled position has a next token, so that there would be no loss.
+    """
+    lengths = [batch.attention_mask.sum(1) for batch in batches]
+    prompt = [
+        (number, row, column)
+        for number, rows in enumerate(lengths)
+        for row, length in enumerate(rows.tolist())
+        for column in range(1, length)
+    ]
+    generator = np.random.default_rng(_seed(task, batches))
+    chosen = _sample(prompt, num_positions, generator)
+    chosen += [(number, row, int(lengths[number][row]) + step) for number, row, step in greedy]
+    chosen.sort()
+    keep = np.zeros(len(chosen), dtype=bool)
+    keep[generator.permutation(len(chosen))[:num_attention_positions]] = True
+    written = dict(zip(dict.fromkeys((number, row) for number, row, _ in greedy), continuations, strict=True))
+    first_probe = np.cumsum([0, *(len(rows) for rows in lengths)])
+    found = []
+    for number, short in enumerate(batches):
+        batch = _extended(short, {row: tokens for (owner, row), tokens in written.items() if owner == number})
+        index = [place for place, (owner, _, _) in enumerate(chosen) if owner == number]
+        rows = torch.tensor([chosen[place][1] for place in index], dtype=torch.int64)
+        columns = torch.tensor([chosen[place][2] for place in index], dtype=torch.int64)
+        length = lengths[number][rows]
+        following = batch.input_ids[rows, (columns + 1).clamp_max(batch.input_ids.shape[1] - 1)]
+        found.append(
+            ProbeBatch(
+                batch.input_ids,
+                batch.attention_mask,
+                rows,
+                columns,
+                greedy=columns >= length,
+                with_attention=torch.from_numpy(keep[index]),
+                next_token=torch.where(columns + 1 < length, following, -1),
+                probe=rows + int(first_probe[number]),
+            )
+        )
+    if not any(bool((batch.next_token >= 0).any()) for batch in found):
+        raise ProbeError(f"probe set {task!r}: no probe has 3 tokens or more, so there is no next token to compare")
+    return ProbeTokens(task, tuple(found))
+
+
+def continuation_key(base_digest: str, batch: TokenBatch, num_tokens: int) -> str:
+    """Name under which the base's continuation of a micro-batch is kept."""
+    ids = digest_bytes(batch.input_ids.numpy().tobytes(), batch.attention_mask.numpy().tobytes())
+    return digest_json(["continuation", 1, base_digest, ids, list(batch.input_ids.shape), num_tokens])
+
+
+def _extended(batch: TokenBatch, continuations: dict[int, Tensor]) -> TokenBatch:
+    """The rows, some with a continuation right behind their last token."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    width = max(length + len(continuations.get(row, ())) for row, length in enumerate(lengths))
+    ids = torch.zeros((len(lengths), width), dtype=torch.int64)
+    mask = torch.zeros((len(lengths), width), dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        added = continuations.get(row, torch.zeros(0, dtype=torch.int64))
+        ids[row, :length] = batch.input_ids[row, :length]
+        ids[row, length : length + len(added)] = added
+        mask[row, : length + len(added)] = 1
+    return TokenBatch(ids, mask)
+
+
+def _sample(places: list[Place], count: int, generator: np.random.Generator) -> list[Place]:
+    if len(places) <= count:
+        return list(places)
+    return [places[index] for index in generator.choice(len(places), count, replace=False)]
+
+
+def _seed(task: str, batches: Sequence[TokenBatch]) -> int:
+    """From the tokens, so that the sample is the same wherever and whenever it is drawn."""
+    state = hashlib.blake2b(task.encode(), digest_size=8)
+    for batch in batches:
+        state.update(batch.input_ids.numpy().tobytes())
+    return int.from_bytes(state.digest(), "little")
