@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER_FILE = "adapter_model.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
 _MAX_HEADER_BYTES = 100_000_000
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 # What must be equal for tensors of the same name to mean the same thing.
@@ -145,10 +147,16 @@ def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
     """All tensors of a checkpoint by name, in name order, from the headers alone.
 
     Raises:
-        CheckpointError: no such directory, no safetensors in it, a shard missing or damaged.
+        CheckpointError: no such directory, no safetensors in it, an adapter without its model, a shard missing or
+            damaged.
     """
     if not ref.path.is_dir():
         raise CheckpointError(f"checkpoint {ref.id!r}: {ref.path} is not a directory")
+    if (ref.path / _ADAPTER_CONFIG).exists() and not (ref.path / "config.json").exists():
+        raise CheckpointError(
+            f"checkpoint {ref.id!r}: {ref.path} holds an adapter without its model; give the model's directory as "
+            "`path` and this directory as `adapter`"
+        )
     if (ref.path / _INDEX_FILE).exists():
         try:
             weight_map = json.loads((ref.path / _INDEX_FILE).read_text())["weight_map"]
@@ -206,17 +214,31 @@ def tokenizer_digest(ref: CheckpointRef) -> str:
 def checkpoint_digest(ref: CheckpointRef) -> str:
     """Identity of a checkpoint: names, dtypes, shapes and bytes of its tensors, whatever the sharding.
 
-    A new upload under an old name has another digest. Reads every byte once.
+    With an adapter its tensors and its `adapter_config.json` count, too. A new upload under an old name has another
+    digest. Reads every byte once.
+
+    Raises:
+        CheckpointError: the checkpoint or its adapter is missing or unreadable.
     """
     state = hashlib.blake2b(digest_size=16)
-    specs = read_headers(ref)
+    _add_tensors(state, read_headers(ref))
+    if ref.adapter is not None:
+        try:
+            config = (ref.adapter / _ADAPTER_CONFIG).read_bytes()
+        except OSError:
+            raise CheckpointError(f"checkpoint {ref.id!r}: {ref.adapter} holds no {_ADAPTER_CONFIG}") from None
+        state.update(b"\0adapter\0" + len(config).to_bytes(8, "little") + config)
+        _add_tensors(state, dict(sorted(read_header(ref, ref.adapter / _ADAPTER_FILE).items())))
+    return state.hexdigest()
+
+
+def _add_tensors(state: hashlib.blake2b, specs: Mapping[str, TensorSpec]) -> None:
     for name, spec in specs.items():
         state.update(f"{name}\0{spec.dtype}\0{spec.shape}\0".encode())
         with open(spec.file, "rb") as stream:
             stream.seek(spec.begin)
             for start in range(spec.begin, spec.end, 1 << 24):
                 state.update(stream.read(min(1 << 24, spec.end - start)))
-    return state.hexdigest()
 
 
 def checkpoint_fingerprint(ref: CheckpointRef) -> str:
@@ -315,6 +337,11 @@ def check_compatible(refs: Sequence[CheckpointRef]) -> None:
     Raises:
         IncompatibleCheckpointsError: with every problem found, one a line.
     """
-    if problems := compatibility_problems(refs):
-        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+    refuse_problems(compatibility_problems(refs))
+
+
+def refuse_problems(problems: Sequence[str]) -> None:
+    """Raise `IncompatibleCheckpointsError` with the problems, one a line, where there are any."""
+    if problems:
+        shown = [*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])]
         raise IncompatibleCheckpointsError("\n  ".join(["these checkpoints cannot be merged:", *shown]))

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from simmerge_ray import __version__
+from simmerge_ray.catalogue_cli import catalogue_app
 from simmerge_ray.errors import InputError, SimmergeError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(catalogue_app, name="catalogue")
 
 CataloguePath = Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")]
 LogOption = Annotated[Path, typer.Option("--log", help="where the output of libraries goes")]

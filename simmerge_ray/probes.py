@@ -106,3 +106,14 @@ def load_probe_sets(directory: Path) -> dict[str, ProbeSet]:
     if not paths:
         raise ProbeError(f"{directory} holds no <task>.jsonl probe files")
     return {path.stem: load_probe_set(path) for path in paths}
+
+
+GENERAL = "general"
+
+
+def general_probe_set() -> ProbeSet:
+    """The probe set `general` that is shipped with the package, for when the task of a merge is unknown.
+
+    48 prompts: 12 each of mathematics, code, several languages, and questions about a given passage.
+    """
+    return load_probe_set(Path(__file__).parent / "data" / f"{GENERAL}.jsonl")
