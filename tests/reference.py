@@ -112,7 +112,17 @@ def trimmed(vector: np.ndarray, density: float) -> np.ndarray:
     return only(vector, by_magnitude(vector)[: min(vector.size, max(1, int(density * vector.size)))])
 
 
-def ties(base, tensors, weights, density=0.5, scale=1.0, normalize=True, thresholds=None):
+def trimmed_together(vectors: list[np.ndarray], density: float) -> list[np.ndarray]:
+    """`trimmed` of all tensors of a model as if they were one, in their order."""
+    together = trimmed(np.concatenate([vector.ravel() for vector in vectors]), density)
+    ends = np.cumsum([vector.size for vector in vectors])
+    parts = np.split(together, ends[:-1])
+    return [part.reshape(vector.shape) for part, vector in zip(parts, vectors, strict=True)]
+
+
+def ties(
+    base, tensors, weights, density=0.5, scale=1.0, normalize=True, thresholds=None, trim_scope="tensor", budgets=None
+):
     vectors = [x - base for x in tensors]
     if thresholds is None:
         kept = [trimmed(v, d) for v, d in zip(vectors, per_source(density, tensors), strict=True)]

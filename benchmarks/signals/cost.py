@@ -4,8 +4,8 @@
 directory of `benchmarks.merge.fixtures`. SmolLM2-135M is the base; its noisy copies are made under FIXTURES/copies when
 they are not there (0.27 GB each). The probes are the general set of the package.
 
-- ours: `compute_signals` with exact weights into an empty store, in this process, everything included: digests, loading,
-  the base's forward pass and its continuation, writing the signatures, all pairs.
+- ours: `compute_signals` with exact weights into an empty store, in this process, everything included: digests,
+  loading, the base's forward pass and its continuation, writing the signatures, all pairs.
 - floor: a bare forward pass of every checkpoint over the probes (its own attention kernel, all logits, the model
   already loaded) and one bare read of the files. `checkpoints` counts the base, which is run like the others.
 - pair by pair: `benchmarks.signals.pair_by_pair` on a few seeded pairs, times the number of pairs.
@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,42 @@ class PeakMemory:
         return 0
 
 
+def one_size(
+    base: Path, checkpoints: list[Path], probes: Any, spec: Any, num_batches: int, with_one_more: bool
+) -> dict[str, Any]:
+    """Ours on all but the last of the checkpoints, and, if asked, the last one added."""
+    from simmerge_ray.signals.bounds import bounds
+    from simmerge_ray.signals.compute import compute_signals
+    from simmerge_ray.signals.signature import SignatureStore
+
+    size = len(checkpoints) - 1
+    catalogue = catalogue_of(base, checkpoints[:size])
+    row: dict[str, Any] = {"size": size, "read_s": timed(partial(read_all, [base, *checkpoints[:size]]))}
+    with tempfile.TemporaryDirectory(prefix="simmerge-cost-") as scratch:
+        store = SignatureStore(scratch)
+        with PeakMemory() as memory:
+            row["ours_s"] = timed(partial(compute_signals, catalogue, probes, spec, store=store))
+        bound = bounds(catalogue, spec, [num_batches], None)
+        row |= {"peak_bytes": memory.above_start, "stated_bytes": bound.worker}
+        row["disk_bytes"] = sum(file.stat().st_size for file in Path(scratch).iterdir())
+        row["stated_disk_bytes"] = bound.signature * bound.num_checkpoints
+        if with_one_more:
+            compute_signals(catalogue, probes, spec, "sampled", store)
+            more = catalogue_of(base, checkpoints)
+            row["adding_one_s"] = timed(partial(compute_signals, more, probes, spec, "sampled", store))
+            row["own_read_s"] = timed(partial(read_all, checkpoints[size:]))
+    return row
+
+
 def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from benchmarks.signals.pair_by_pair import pair_signals
-    from simmerge_ray.checkpoints import read_config, read_headers
+    from simmerge_ray.checkpoints import read_headers
     from simmerge_ray.probes import GENERAL, general_probe_set
-    from simmerge_ray.signals.bounds import bounds
     from simmerge_ray.signals.compute import compute_signals
-    from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+    from simmerge_ray.signals.signature import SignatureSpec
 
     base, checkpoints = copies(root, max(sizes) + 1)
     probes = {GENERAL: general_probe_set()}
@@ -140,29 +167,14 @@ def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
     pairs: list[float] = []
     forwards: list[float] = []
     for size in sizes:
-        catalogue = catalogue_of(base, checkpoints[:size])
         forwards.append(timed(forward))
-        read_s = timed(lambda size=size: read_all([base, *checkpoints[:size]]))
-        store = SignatureStore(tempfile.mkdtemp(prefix="simmerge-cost-"))
-        with PeakMemory() as memory:
-            ours = timed(lambda: compute_signals(catalogue, probes, spec, store=store))  # noqa: B023
+        row = one_size(base, checkpoints[: size + 1], probes, spec, len(batches), with_one_more=size == max(sizes))
         forwards.append(timed(forward))
         for number in range(num_pairs):
             left, right = checkpoints[number % size], checkpoints[(number + 1) % size]
-            pairs.append(timed(lambda a=left, b=right: pair_signals(a, b, base, batches)))
-        bound = bounds(catalogue, spec, [len(batches)], None)
-        row: dict[str, Any] = {"size": size, "ours_s": ours, "read_s": read_s}
-        row |= {"peak_bytes": memory.above_start, "stated_bytes": bound.worker}
-        row["disk_bytes"] = sum(file.stat().st_size for file in Path(store.uri).iterdir())
-        row["stated_disk_bytes"] = bound.signature * bound.num_checkpoints
-        if size == max(sizes):
-            compute_signals(catalogue, probes, spec, "sampled", store)
-            more = catalogue_of(base, checkpoints[: size + 1])
-            row["adding_one_s"] = timed(lambda: compute_signals(more, probes, spec, "sampled", store))
-            row["own_read_s"] = timed(lambda: read_all([checkpoints[size]]))
-        shutil.rmtree(store.uri)
+            pairs.append(timed(partial(pair_signals, left, right, base, batches)))
         results["rows"].append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
+        print(json.dumps(row | {"pair_s": pairs[-1], "forward_s": forwards[-1]}), file=sys.stderr, flush=True)
     forward_s, pair_s = statistics.median(forwards), statistics.median(pairs)
     results |= {"forward_s": forward_s, "pair_s": pair_s, "forwards": forwards, "pairs": pairs}
     for row in results["rows"]:
@@ -182,7 +194,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         f"({results['num_padded_tokens']} with padding); bare forward pass {results['forward_s']:.1f} s, "
         f"one pair by hand {results['pair_s']:.1f} s",
         "",
-        "| checkpoints M | ours s | s / M | floor s | ours / floor | by pairs s | times faster | peak MB (stated) | disk MB (stated) |",
+        "| M | ours s | s / M | floor s | ours / floor | by pairs s | times faster | peak MB (stated) | disk MB (stated) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
@@ -196,7 +208,8 @@ def lines(results: dict[str, Any]) -> list[str]:
     if "adding_over_own" in last:
         shown += [
             "",
-            f"Adding one to {last['size']}: {last['adding_one_s']:.1f} s, {last['adding_over_own']:.2f} x its own pass and read.",
+            f"Adding one to {last['size']}: {last['adding_one_s']:.1f} s, {last['adding_over_own']:.2f} x its own "
+            "forward pass and read.",
         ]
     return shown
 

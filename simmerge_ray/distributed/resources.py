@@ -45,37 +45,95 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def drain_over_actors(
-    actors: Sequence[Any], method: str, take: Callable[[int], tuple[int, Any] | None]
-) -> Iterator[tuple[int, Any]]:
-    """Call `method` of each actor with what `take` gives for it; yields (index, result) as they end.
+class ActorPool:
+    """Actors of one kind that share work, for the time of a `with` block.
 
-    Two calls are in flight per actor, so that it never waits for the driver. The caller may make more work between two
-    results. An exception of a call is raised here as its own type, not as Ray's.
-
-    Args:
-        take: of the actor's number; `(index, payload)`, or None when nothing waits now.
+    An actor gets work once it has started, two calls at a time, so that it never waits for the driver; actors for which
+    the cluster has no room yet hold nothing up. The calls of an actor that died are made again by another, and a new
+    one takes its place.
     """
-    import ray
 
-    in_flight: dict[Any, tuple[int, int]] = {}
-    free = [*range(len(actors)), *range(len(actors))]
-    while True:
-        idle = []
-        for number in free:
-            taken = take(number)
-            if taken is None:
-                idle.append(number)
+    def __init__(self, spawn: Callable[[], Any], max_losses: int = 3) -> None:
+        """
+        Args:
+            spawn: starts one actor. max_losses: how often the actor of one call may die.
+        """
+        self._spawn, self._max_losses = spawn, max_losses
+        self._actors: dict[int, Any] = {}
+        self._ready: set[int] = set()
+        self._count = 0
+
+    def __enter__(self) -> ActorPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors.clear()
+
+    def drain(
+        self, method: str, take: Callable[[int], tuple[int, Any] | None], num_actors: int
+    ) -> Iterator[tuple[int, Any]]:
+        """Call `method` with what `take` gives; yields (index, result) as they end.
+
+        The caller may make more work between two results. An exception of a call is raised here as its own type, not as
+        Ray's.
+
+        Args:
+            take: of the actor's number; `(index, payload)`, or None when nothing waits now.
+            num_actors: grow to so many.
+
+        Raises:
+            ray.exceptions.RayActorError: the actors of one call died again and again.
+        """
+        import ray
+
+        while len(self._actors) < num_actors:
+            self._start()
+        starting = {self._actors[n].__ray_ready__.remote(): n for n in self._actors if n not in self._ready}
+        free = [number for number in self._ready for _ in range(2)]
+        in_flight: dict[Any, tuple[int, int, Any]] = {}
+        lost: list[tuple[int, Any]] = []
+        losses: dict[int, int] = {}
+        while True:
+            idle = []
+            for number in free:
+                taken = lost.pop() if lost else take(number)
+                if taken is None:
+                    idle.append(number)
+                    continue
+                in_flight[getattr(self._actors[number], method).remote(taken[1])] = (taken[0], number, taken[1])
+            if not in_flight and not lost and (idle or not starting):
+                return
+            done = ray.wait([*in_flight, *starting], num_returns=1)[0][0]
+            is_start = done in starting
+            index, number, payload = (-1, starting.pop(done), None) if is_start else in_flight.pop(done)
+            free = [*idle, *((number, number) if is_start else (number,))]
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            except ray.exceptions.RayActorError:
+                losses[index] = losses.get(index, 0) + 1
+                if losses[index] > self._max_losses:
+                    raise
+                if not is_start:
+                    lost.append((index, payload))
+                free = [other for other in free if other != number]
+                if number in self._actors:  # not yet replaced, for another of its calls
+                    del self._actors[number]
+                    self._ready.discard(number)
+                    replacement = self._start()
+                    starting[self._actors[replacement].__ray_ready__.remote()] = replacement
                 continue
-            index, payload = taken
-            in_flight[getattr(actors[number], method).remote(payload)] = (index, number)
-        if not in_flight:
-            return
-        done, _ = ray.wait(list(in_flight), num_returns=1)
-        index, number = in_flight.pop(done[0])
-        free = [*idle, number]
-        try:
-            result = ray.get(done[0])
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
-        yield index, result
+            if is_start:
+                self._ready.add(number)
+            else:
+                yield index, result
+
+    def _start(self) -> int:
+        self._actors[self._count] = self._spawn()
+        self._count += 1
+        return self._count - 1

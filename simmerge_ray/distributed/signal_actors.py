@@ -8,7 +8,7 @@ from typing import Any
 
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.config import SignalsConfig
-from simmerge_ray.distributed.resources import drain_over_actors, ray_session
+from simmerge_ray.distributed.resources import ActorPool, ray_session
 from simmerge_ray.probes import ProbeSet
 from simmerge_ray.progress import Report
 from simmerge_ray.signals.compute import compute_signals
@@ -23,7 +23,7 @@ def ray_executor(
 ) -> Iterator[Executor]:
     """An executor over actors of the current Ray cluster, for the time of a block.
 
-    A lost actor is started again and its units with it; they are functions of the files, so the numbers are the same.
+    The units of a lost actor are run again by another; they are functions of the files, so the numbers are the same.
 
     Args:
         gpus_per_worker: share of a GPU for each actor; 0 runs on the CPU, one core each.
@@ -33,25 +33,22 @@ def ray_executor(
     from simmerge_ray.signals.worker import SignalWorker
 
     device = "cuda" if gpus_per_worker > 0 else "cpu"
-    actor_class = ray.remote(SignalWorker).options(
-        num_cpus=1, num_gpus=gpus_per_worker, max_restarts=3, max_task_retries=3
-    )
-    actors: list[Any] = []
+    actor_class = ray.remote(SignalWorker).options(num_cpus=1, num_gpus=gpus_per_worker)
 
-    def run(queue: WorkQueue) -> Iterator[tuple[int, Any]]:
-        # Not before there is work: a run that finds all signatures in place starts no process.
-        while len(actors) < min(num_workers, len(queue)):
-            actors.append(actor_class.remote(catalogue.all_refs, catalogue.base, num_threads=1, device=device))
-        for done, (index, result) in enumerate(drain_over_actors(actors, "run_unit", queue.take), 1):
-            if report:
-                report(done, len(queue))
-            yield index, result
+    def spawn() -> Any:
+        return actor_class.remote(catalogue.all_refs, catalogue.base, num_threads=1, device=device)
 
-    try:
+    with ActorPool(spawn) as pool:
+
+        def run(queue: WorkQueue) -> Iterator[tuple[int, Any]]:
+            # Actors are started when there is work: a run that finds all signatures in place starts none.
+            num_actors = min(num_workers, len(queue))
+            for done, (index, result) in enumerate(pool.drain("run_unit", queue.take, num_actors), 1):
+                if report:
+                    report(done, len(queue))
+                yield index, result
+
         yield run
-    finally:
-        for actor in actors:
-            ray.kill(actor)
 
 
 def compute_signals_on_ray(

@@ -10,7 +10,7 @@ from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers
 from simmerge_ray.signals.pipeline import Stage, activation_bytes, model_bytes, plan_stages
 from simmerge_ray.signals.signature import SignatureSpec, outputs_bytes, weights_bytes
-from simmerge_ray.signals.tokens import NUM_GREEDY_TOKENS
+from simmerge_ray.signals.tokens import GREEDY_SHARE, NUM_GREEDY_TOKENS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None)
     """
     if memory_gb is None:
         return None
-    activations = _activations(ref, spec)
+    activations = working_bytes(ref, spec)
     stages = plan_stages(ref, int(memory_gb * 1e9), activations)
     return stages if len(stages) > 1 else None
 
@@ -66,7 +66,7 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     width = spec.max_tokens + NUM_GREEDY_TOKENS
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     return Bounds(
-        worker=int(memory_gb * 1e9) if stages and memory_gb else model_bytes(specs) + _activations(ref, spec),
+        worker=int(memory_gb * 1e9) if stages and memory_gb else model_bytes(specs) + working_bytes(ref, spec),
         signature=len(num_batches) * outputs_bytes(spec, config, width) + weights_bytes(spec, sizes),
         num_checkpoints=len(catalogue.all_refs),
         stages=len(stages) if stages else 1,
@@ -74,8 +74,10 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     )
 
 
-def _activations(ref: CheckpointRef, spec: SignatureSpec) -> int:
-    return activation_bytes(read_config(ref), spec.batch_size, spec.max_tokens + NUM_GREEDY_TOKENS)
+def working_bytes(ref: CheckpointRef, spec: SignatureSpec) -> int:
+    """What a worker needs beside the weights, at most."""
+    positions = spec.num_positions + math.ceil(spec.num_positions / GREEDY_SHARE)
+    return activation_bytes(read_config(ref), spec.batch_size, spec.max_tokens + NUM_GREEDY_TOKENS, positions)
 
 
 def _size(num_bytes: int) -> str:

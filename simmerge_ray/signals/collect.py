@@ -266,7 +266,7 @@ class ProbeModel:
 
         model = self.load(ref)
         # `generate` fills what is not given from the model, which may have come with another checkpoint's penalties.
-        model.generation_config = GenerationConfig(eos_token_id=_end_of_text(ref, model))
+        model.generation_config = GenerationConfig(eos_token_id=end_of_text(ref, model.config).tolist() or None)
         ids, mask = _left_padded(batch)
         settings = GenerationConfig(
             max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, num_beams=1, pad_token_id=0
@@ -275,13 +275,23 @@ class ProbeModel:
         return written[:, ids.shape[1] :].cpu()
 
 
-def _end_of_text(ref: CheckpointRef, model: Any) -> Any:
-    """The token ids that end a text: of `generation_config.json`, else of the model's configuration."""
+def end_of_text(ref: CheckpointRef, config: Any) -> Tensor:
+    """The tokens that end a text, int64: of `generation_config.json`, else of the model's configuration.
+
+    Raises:
+        CheckpointError: `generation_config.json` is damaged.
+    """
     from transformers import GenerationConfig
 
+    text = config.get_text_config()
+    found = text.eos_token_id
     if (ref.path / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(ref.path, local_files_only=True).eos_token_id
-    return model.config.get_text_config().eos_token_id
+        try:
+            found = GenerationConfig.from_pretrained(ref.path, local_files_only=True).eos_token_id
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {ref.id!r}: cannot read its generation_config.json: {error}") from error
+    ends = torch.tensor([] if found is None else found, dtype=torch.int64).reshape(-1)
+    return ends[ends < text.vocab_size]
 
 
 def _left_padded(batch: TokenBatch) -> tuple[Tensor, Tensor]:

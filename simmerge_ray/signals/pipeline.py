@@ -9,6 +9,7 @@ stage's additions lie is a table of families; each is checked against the whole 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,15 @@ from simmerge_ray.checkpoints import CheckpointRef, TensorSpec, read_config, rea
 from simmerge_ray.errors import CheckpointError, ConfigError, unknown_name
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.probes import TokenBatch
-from simmerge_ray.signals.collect import BatchOutputs, as_tensor, check_logits, config_key, model_outputs, recording
+from simmerge_ray.signals.collect import (
+    BatchOutputs,
+    as_tensor,
+    check_logits,
+    config_key,
+    end_of_text,
+    model_outputs,
+    recording,
+)
 from simmerge_ray.signals.samples import float_tensors_of
 from simmerge_ray.signals.signature import model_shape
 from simmerge_ray.signals.tokens import ProbeBatch
@@ -220,6 +229,8 @@ def staged_continuation(
 ) -> Tensor:
     """`ProbeModel.continuation` stage by stage, (B, num_tokens) int64; every stage is loaded for every token.
 
+    The tokens that end a text are left out here, too.
+
     Right-padded and without a cache, so that a token may differ where two logits are equal but for rounding.
     """
     lengths = batch.attention_mask.sum(1)
@@ -227,6 +238,7 @@ def staged_continuation(
     ids, mask = (nn.functional.pad(field, (0, num_tokens)) for field in (batch.input_ids, batch.attention_mask))
     nothing = torch.zeros(len(rows), dtype=torch.bool)
     written = torch.zeros((len(rows), num_tokens), dtype=torch.int64)
+    ends = end_of_text(ref, model.load(ref, stages[0]).config)
     for step in range(num_tokens):
         columns = lengths + step - 1
         at = ProbeBatch(ids, mask, rows, columns, nothing, nothing, rows, rows)
@@ -235,7 +247,7 @@ def staged_continuation(
             outputs = model.run(ref, stage, at, states)
             states = outputs.states
         assert outputs.logits is not None
-        written[:, step] = outputs.logits.argmax(-1)
+        written[:, step] = outputs.logits.index_fill(1, ends, -torch.inf).argmax(-1)
         ids[rows, columns + 1] = written[:, step]
         mask[rows, columns + 1] = 1
     return written
@@ -307,7 +319,7 @@ def plan_stages(ref: CheckpointRef, memory_bytes: int, activation_bytes: int, dt
     for by_last in reversed(cuts):
         bounds.append(by_last[bounds[-1]])
     bounds = [0, *reversed(bounds)]
-    return [Stage(first, last, count) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [Stage(first, last, count) for first, last in itertools.pairwise(bounds)]
 
 
 def activation_bytes(

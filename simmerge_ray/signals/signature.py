@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ class SignatureStore:
 def outputs_bytes(spec: SignatureSpec, config: Mapping[str, Any], num_tokens: int | None = None) -> int:
     """Size of one checkpoint's outputs on one task, from its `config.json`: what is said before it is computed."""
     shape = model_shape(config)
-    positions = spec.num_positions + spec.num_positions // 4
+    positions = spec.num_positions + math.ceil(spec.num_positions / 4)
     width = num_tokens or spec.max_tokens
     logits = positions * shape["vocabulary"]
     hidden = (shape["layers"] + 1) * positions * shape["hidden"]

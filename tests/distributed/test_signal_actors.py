@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simmerge_ray.config import SignalsConfig
-from simmerge_ray.distributed.resources import drain_over_actors
+from simmerge_ray.distributed.resources import ActorPool
 from simmerge_ray.distributed.signal_actors import compute_signals_on_ray, ray_executor, signature_spec
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.probes import load_probe_sets
@@ -89,26 +89,26 @@ def taking(numbers):
     return lambda _: waiting.pop(0) if waiting else None
 
 
-def test_a_killed_actor_is_restarted_and_no_result_is_missing_or_double(tmp_path):
+def pool_of(marker=""):
     import ray
 
-    actor = ray.remote(Square).options(num_cpus=1, max_restarts=2, max_task_retries=2)
-    actors = [actor.remote(str(tmp_path / "died")) for _ in range(2)]
-    results = list(drain_over_actors(actors, "run", taking(range(8))))
-    assert sorted(results) == [(n, n * n) for n in range(8)]
+    return ActorPool(lambda: ray.remote(Square).options(num_cpus=1).remote(marker))
+
+
+def test_a_killed_actor_is_replaced_and_no_result_is_missing_or_double(tmp_path):
+    with pool_of(str(tmp_path / "died")) as pool:  # the cluster has room for two of the three
+        assert sorted(pool.drain("run", taking(range(8)), 3)) == [(n, n * n) for n in range(8)]
     assert (tmp_path / "died").exists()
 
 
-def test_work_that_arrives_while_others_run_is_done_and_errors_keep_their_type(tmp_path):
-    import ray
-
-    actors = [ray.remote(Square).options(num_cpus=1).remote("")]
+def test_work_that_arrives_while_others_run_is_done_and_errors_keep_their_type():
     waiting = [(0, 5)]
     found = []
-    for index, result in drain_over_actors(actors, "run", lambda _: waiting.pop() if waiting else None):
-        found.append((index, result))
-        if index < 2:
-            waiting.append((index + 1, result))
-    assert found == [(0, 25), (1, 625), (2, 390625)]
-    with pytest.raises(CheckpointError, match="negative"):
-        list(drain_over_actors(actors, "run", taking([-1])))
+    with pool_of() as pool:
+        for index, result in pool.drain("run", lambda _: waiting.pop() if waiting else None, 1):
+            found.append((index, result))
+            if index < 2:
+                waiting.append((index + 1, result))
+        assert found == [(0, 25), (1, 625), (2, 390625)]
+        with pytest.raises(CheckpointError, match="negative"):
+            list(pool.drain("run", taking([-1]), 1))

@@ -23,7 +23,12 @@ WINDOW = 4  # shorter than the longest row, so that sliding attention hides some
 LAYERS = 3
 NUM_WRITTEN = 5
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gpt2", "gemma", "gemma2", "gemma3_text")
-ARCHITECTURES = [(family, tied) for family in FAMILIES for tied in (True, False)]
+ARCHITECTURES = [
+    (family, tied)
+    for family in FAMILIES
+    for tied in (True, False)
+    if (family, tied) not in (("phi3", True), ("smollm3", False))  # as they are never published
+]
 # Another batch shape makes other sums in matrix products; outputs are of the order of 1 to 10.
 ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
 
@@ -138,7 +143,7 @@ def test_outputs_and_continuation_equal_transformers_one_text_at_a_time(make_che
     ref, batch, tokens = make_checkpoint(family, tied), probe_batch(), token_batch()
     model = ProbeModel()
     found = model.outputs(ref, batch)
-    written = model.continuation(ref, tokens, NUM_WRITTEN) if tied else None  # slow, and the head is seen above
+    written = model.continuation(ref, tokens, NUM_WRITTEN) if tied else None  # slow; the head is compared anyway
     reference = AutoModelForCausalLM.from_pretrained(ref.path, attn_implementation="eager").eval()
     kept = batch.with_attention.nonzero()[:, 0].tolist()
     for row, length in enumerate(LENGTHS):
@@ -252,6 +257,13 @@ def test_an_end_of_text_is_no_part_of_a_continuation(make_checkpoint, tmp_path):
     first = int(usual[0, 0])
     (ended.path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, first]}))
     assert not (ProbeModel().continuation(ended, token_batch(), 8) == first).any()
+
+
+def test_generation_settings_that_are_not_json(make_checkpoint, tmp_path):
+    ref = copy_of(make_checkpoint("llama", True), tmp_path / "damaged")
+    (ref.path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="'damaged': cannot read its generation_config.json"):
+        ProbeModel().continuation(ref, token_batch(), 2)
 
 
 def write_adapter(path: Path, module: str, up: torch.Tensor, down: torch.Tensor, transposed: bool) -> Path:

@@ -14,10 +14,10 @@ from simmerge_ray.checkpoints import TensorReader, read_headers
 from simmerge_ray.errors import CheckpointError, ConfigError, PlanError, ProbeError
 from simmerge_ray.probes import load_probe_sets
 from simmerge_ray.signals import compute
-from simmerge_ray.signals.bounds import stages_for
+from simmerge_ray.signals.bounds import stages_for, working_bytes
 from simmerge_ray.signals.compute import compute_signals, local_executor, tokenize_probes
 from simmerge_ray.signals.features import SIGNALS, column_signal, feature_columns, scaled_features, swapped_features
-from simmerge_ray.signals.pipeline import Stage, activation_bytes, model_bytes
+from simmerge_ray.signals.pipeline import Stage, model_bytes
 from simmerge_ray.signals.queue import WorkQueue
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import read_signal_table
@@ -302,11 +302,8 @@ def test_one_checkpoint_is_no_pair_and_modes_are_named(tmp_path, catalogue, prob
 
 
 def test_in_stages_of_layers_the_table_has_the_same_bits(table, catalogue, probe_sets):
-    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 52}
-    beside = activation_bytes(config | {"intermediate_size": 96}, SPEC.batch_size, SPEC.max_tokens + NUM_GREEDY_TOKENS)
     ref = catalogue.checkpoints[0]
-    whole = model_bytes(read_headers(ref))
-    memory = (beside + 0.8 * whole) / 1e9
+    memory = (working_bytes(ref, SPEC) + 0.8 * model_bytes(read_headers(ref))) / 1e9
     assert len(stages_for(ref, SPEC, memory)) == 2
     seen: list[tuple[str, str]] = []
     staged = compute_signals(catalogue, probe_sets, SPEC, executor=counted(catalogue, seen), memory_per_worker=memory)
