@@ -16,7 +16,7 @@ import typer
 
 from simmerge_ray import __version__
 from simmerge_ray.catalogue_cli import catalogue_app
-from simmerge_ray.errors import InputError, SimmergeError
+from simmerge_ray.errors import InputError, PlanError, SimmergeError, unknown_name
 
 app = typer.Typer(
     name="simmerge",
@@ -85,24 +85,84 @@ def zoo(run: Annotated[Path, typer.Argument(help="directory of the run; the zoo 
 @app.command()
 def signals(
     catalogue: CataloguePath,
-    probes: Annotated[Path, typer.Option(help="directory of <task>.jsonl with a text per line")],
     out: Annotated[Path, typer.Option(help="Parquet file to write")],
+    probes: Annotated[
+        Path | None, typer.Option(help="directory of <task>.jsonl with a text per line; default: the general probe set")
+    ] = None,
+    signatures: Annotated[
+        str | None, typer.Option(help="directory or URI that keeps signatures; default: `signatures` beside OUT")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="weight signals from all weights (exact) or a sample (sampled)")
+    ] = "exact",
+    positions: Annotated[int, typer.Option(min=1, help="sampled token positions per task")] = 64,
+    attention_positions: Annotated[int, typer.Option(min=1, help="those that keep attention rows")] = 16,
+    coordinates: Annotated[int, typer.Option(min=1, help="sampled coordinates per tensor")] = 10_000,
     workers: Annotated[int, typer.Option(min=1, help="signal actors")] = 2,
+    memory_per_worker: Annotated[
+        float | None, typer.Option(help="GB; a checkpoint that needs more is run layer by layer")
+    ] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="share of a GPU for each actor; 0 is CPU cores")] = 0.0,
     batch_size: Annotated[int, typer.Option(min=1, help="probes per micro-batch")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=3, help="longest probe in tokens; a longer one is an error")] = 256,
+    explain: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="LEFT RIGHT", help="then say what the signals of this pair are, in numbers and words"),
+    ] = None,
+    figures: Annotated[bool, typer.Option(help="heat maps of every signal into OUT's name + _figures")] = True,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
-    """Compute the similarity signals of all pairs of a catalogue."""
-    from simmerge_ray.catalogue import load_catalogue
+    """Compute the similarity signals of all pairs of a catalogue; only what is missing is computed."""
     from simmerge_ray.config import SignalsConfig, check_config
+
+    values: dict[str, Any] = {
+        "num_workers": workers,
+        "gpus_per_worker": gpus_per_worker,
+        "memory_per_worker": memory_per_worker,
+        "weights": weights,
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "num_positions": positions,
+        "num_attention_positions": attention_positions,
+        "num_coordinates": coordinates,
+    }
+    config = check_config(SignalsConfig, values, "options")
+    if explain and explain[0] == explain[1]:
+        raise PlanError(f"--explain needs two different checkpoints, got {explain[0]!r} twice")
+    from simmerge_ray.catalogue import load_catalogue
     from simmerge_ray.probes import load_probe_sets
 
-    config = check_config(SignalsConfig, {"num_workers": workers, "batch_size": batch_size}, "options")
-    load_catalogue(catalogue)
-    load_probe_sets(probes)
+    ids = load_catalogue(catalogue).ids
+    for name in explain or ():
+        if name not in ids:
+            raise PlanError(unknown_name("checkpoint", name, ids))
+    if probes is not None:
+        load_probe_sets(probes)
     with _narrated(log) as narrator:
-        from simmerge_ray.distributed.stages import signals_stage
+        from simmerge_ray.distributed.stages import figures_stage, signals_stage
 
-        signals_stage(catalogue, probes, out, config, narrator)
+        table = signals_stage(catalogue, probes, out, config, narrator, signatures)
+        if figures:
+            figures_stage(table, out, narrator)
+        if explain:
+            _print_explanation(narrator.console, table, *explain)
+
+
+def _print_explanation(console: Any, table: Any, left: str, right: str) -> None:
+    """The signals of a pair in numbers and words: those of each task's probes, then those of the weights."""
+    from itertools import groupby
+
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from simmerge_ray.signals.explain import explain
+
+    for task, group in groupby(explain(table, left, right), key=lambda one: one.task):
+        about = f"on the probes of {task}" if task else f"weights ({table.provenance['weights']})"
+        console.print(Text(f"\n{left} (left) and {right} (right), {about}", "bold underline"))
+        for one in group:
+            console.print(Text.assemble((one.title, "bold"), "  ", one.numbers))
+            console.print(Padding(Text(one.sentence), (0, 0, 0, 4)))
 
 
 @app.command()

@@ -29,7 +29,7 @@ class SignalsConfig(_Config):
     memory_per_worker: float | None = Field(
         None, gt=0, description="GB for weights and activations; a checkpoint that needs more is run layer by layer"
     )
-    weights: str = Field("exact", pattern="^(exact|sampled)$", description="weight signals from all weights or a sample")
+    weights: str = Field("exact", pattern="^(exact|sampled)$", description="weight signals of all weights or a sample")
     batch_size: int = Field(16, ge=1, description="probes per micro-batch, the fixed unit of work")
     max_tokens: int = Field(256, ge=2, description="longest probe in tokens; a longer one is an error")
     num_positions: int = Field(64, ge=1, description="sampled token positions per task; a quarter more greedy ones")

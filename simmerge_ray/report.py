@@ -11,6 +11,7 @@ import numpy as np
 
 from simmerge_ray.catalogue import Catalogue, load_catalogue
 from simmerge_ray.errors import ConfigError
+from simmerge_ray.figures import legend_below, new_figure, save_figure
 from simmerge_ray.labels import LabeledPlan, LabelStore, single_items
 from simmerge_ray.runs import RunLayout
 from simmerge_ray.signals.table import SignalTable, read_signal_table
@@ -76,27 +77,6 @@ def _sign(interval: Sequence[float] | None) -> int:
     return 1 if interval[0] > 0 else -1 if interval[1] < 0 else 0
 
 
-def _save(figure: Any, directory: Path, name: str) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    write_once(directory / name, buffer.getvalue())
-
-
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
-    # The object interface: pyplot would keep global state and look for a display.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _legend_below(axis: Any) -> None:
-    """Below the axis, where it hides no data."""
-    axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
-
-
 def _pick_part(pick: Mapping[str, Any], directory: Path) -> list[str]:
     left, right = pick["pair"]
     tasks = sorted(pick["num_items"])
@@ -137,7 +117,7 @@ def _pick_part(pick: Mapping[str, Any], directory: Path) -> list[str]:
         + ".",
         "",
     ]
-    figure, axes = _figure(6.4, 3.2)
+    figure, axes = new_figure(6.4, 3.2)
     axis = axes[0][0]
     positions = np.arange(len(ranked))
     axis.errorbar(
@@ -153,8 +133,8 @@ def _pick_part(pick: Mapping[str, Any], directory: Path) -> list[str]:
     axis.set_xticks(positions, ranked, rotation=12)
     axis.set_ylabel("utility, both tasks")
     axis.set_title(items, fontsize=9)
-    _legend_below(axis)
-    _save(figure, directory, "pick.png")
+    legend_below(axis)
+    save_figure(figure, directory, "pick.png")
     return [*lines, "![Predicted and measured utility of the pick](pick.png)", ""]
 
 
@@ -185,7 +165,7 @@ def _selector_part(crossval: Mapping[str, Any], directory: Path) -> list[str]:
             f"- one arm {title}: selector minus best fixed {part['gain']:+.3f}, 95 % interval over checkpoints "
             f"{_interval(part['gain_interval'])}: {verdict}."
         ]
-    figure, axes = _figure(9.6, 3.4, columns=2)
+    figure, axes = new_figure(9.6, 3.4, columns=2)
     axis = axes[0][0]
     width = 0.38
     for offset, (title, part) in zip(
@@ -196,7 +176,7 @@ def _selector_part(crossval: Mapping[str, Any], directory: Path) -> list[str]:
     axis.set_ylabel("GapClosed")
     items = f"{crossval['num_defined']} contexts, at least {crossval['min_items']} items each"
     axis.set_title(f"unseen checkpoints: {items}", fontsize=9)
-    _legend_below(axis)
+    legend_below(axis)
     axis = axes[0][1]
     for index, arm in enumerate(crossval["arms"]):
         predicted = [row["predicted"][index] for row in crossval["predictions"]]
@@ -206,8 +186,8 @@ def _selector_part(crossval: Mapping[str, Any], directory: Path) -> list[str]:
     axis.set_title("each merge on each task, predicted without it", fontsize=9)
     axis.set_xlabel("predicted utility")
     axis.set_ylabel("measured utility")
-    _legend_below(axis)
-    _save(figure, directory, "selector.png")
+    legend_below(axis)
+    save_figure(figure, directory, "selector.png")
     return [*lines, "", "![Selector against best fixed and oracle](selector.png)", ""]
 
 
@@ -235,7 +215,7 @@ def _headroom_part(room: Mapping[str, Any], directory: Path) -> list[str]:
         ]
     tasks = list(context["tasks"])
     arms = list(room["arm_gap_closed"])
-    figure, axes = _figure(9.6, 3.4)
+    figure, axes = new_figure(9.6, 3.4)
     axis = axes[0][0]
     width = 0.8 / (len(arms) + 1)
     for index, arm in enumerate([*arms, "split-half oracle"]):
@@ -250,8 +230,8 @@ def _headroom_part(room: Mapping[str, Any], directory: Path) -> list[str]:
     axis.set_xticks(np.arange(len(tasks)), [f"{t}\n({context['tasks'][t]['num_contexts']} contexts)" for t in tasks])
     axis.set_ylabel("GapClosed")
     axis.set_title(f"at least {room['min_items']} items per task", fontsize=9)
-    _legend_below(axis)
-    _save(figure, directory, "operators.png")
+    legend_below(axis)
+    save_figure(figure, directory, "operators.png")
     return [*lines, "", "![GapClosed per operator and task](operators.png)", ""]
 
 
@@ -313,7 +293,7 @@ def _signals_part(table: SignalTable, catalogue: Catalogue | None, directory: Pa
     shown = [(column, title) for column, title in _HEAT_MAPS if column in table.columns]
     num_columns = 3
     num_rows = -(-len(shown) // num_columns)
-    figure, axes = _figure(4.4 * num_columns, 3.9 * num_rows, num_columns, num_rows)
+    figure, axes = new_figure(4.4 * num_columns, 3.9 * num_rows, num_columns, num_rows)
     for axis, (column, title) in zip(axes.flat, shown, strict=False):
         values = np.full((len(ids), len(ids)), np.nan)
         for i, left in enumerate(ids):
@@ -328,7 +308,7 @@ def _signals_part(table: SignalTable, catalogue: Catalogue | None, directory: Pa
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
     figure.tight_layout()
-    _save(figure, directory, "signals.png")
+    save_figure(figure, directory, "signals.png")
     return [
         "## Signals",
         "",

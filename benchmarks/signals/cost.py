@@ -10,7 +10,8 @@ they are not there (0.27 GB each). The probes are the general set of the package
   already loaded) and one bare read of the files. `checkpoints` counts the base, which is run like the others.
 - pair by pair: `benchmarks.signals.pair_by_pair` on a few seeded pairs, times the number of pairs.
 - adding one: `compute_signals` with `sampled` weights on M + 1 checkpoints, when M are in the store.
-- memory: the largest RssAnon while ours runs, above what it was after the imports, against the stated bound.
+- memory: the largest RssAnon while ours runs, above what it was after the imports, against the stated bound of a worker
+  and the driver, which are one process here.
 
 The order of the sides alternates; a figure is a median where a side runs more than once.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -116,12 +118,13 @@ def one_size(
     catalogue = catalogue_of(base, checkpoints[:size])
     row: dict[str, Any] = {"size": size, "read_s": timed(partial(read_all, [base, *checkpoints[:size]]))}
     with tempfile.TemporaryDirectory(prefix="simmerge-cost-") as scratch:
-        store = SignatureStore(scratch)
+        os.environ["HOME"] = f"{scratch}/home"  # where digests are remembered: none is known yet
+        store = SignatureStore(f"{scratch}/signatures")
         with PeakMemory() as memory:
             row["ours_s"] = timed(partial(compute_signals, catalogue, probes, spec, store=store))
         bound = bounds(catalogue, spec, [num_batches], None)
-        row |= {"peak_bytes": memory.above_start, "stated_bytes": bound.worker}
-        row["disk_bytes"] = sum(file.stat().st_size for file in Path(scratch).iterdir())
+        row |= {"peak_bytes": memory.above_start, "stated_bytes": bound.worker + bound.driver}
+        row["disk_bytes"] = sum(file.stat().st_size for file in Path(store.uri).iterdir())
         row["stated_disk_bytes"] = bound.signature * bound.num_checkpoints
         if with_one_more:
             compute_signals(catalogue, probes, spec, "sampled", store)
@@ -136,7 +139,7 @@ def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from benchmarks.signals.pair_by_pair import pair_signals
-    from simmerge_ray.checkpoints import read_headers
+    from simmerge_ray.checkpoints import CheckpointRef, read_headers
     from simmerge_ray.probes import GENERAL, general_probe_set
     from simmerge_ray.signals.compute import compute_signals
     from simmerge_ray.signals.signature import SignatureSpec
@@ -150,9 +153,7 @@ def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
     results: dict[str, Any] = {
         "num_tokens": int(sum(mask.sum() for _, mask in batches)),
         "num_padded_tokens": sum(mask.numel() for _, mask in batches),
-        "num_parameters": sum(spec_.end - spec_.begin for spec_ in read_headers(catalogue_of(base, []).base).values())
-        // 2,
-        "layers": read_config(catalogue_of(base, []).base)["num_hidden_layers"],
+        "num_parameters": sum(one.end - one.begin for one in read_headers(CheckpointRef("base", base)).values()) // 2,
         "rows": [],
     }
     bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -194,7 +195,8 @@ def lines(results: dict[str, Any]) -> list[str]:
         f"({results['num_padded_tokens']} with padding); bare forward pass {results['forward_s']:.1f} s, "
         f"one pair by hand {results['pair_s']:.1f} s",
         "",
-        "| M | ours s | s / M | floor s | ours / floor | by pairs s | times faster | peak MB (stated) | disk MB (stated) |",
+        "| M | ours s | s / M | floor s | ours / floor | by pairs s | times faster "
+        "| peak MB (stated) | disk MB (stated) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:

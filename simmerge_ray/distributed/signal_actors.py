@@ -11,7 +11,7 @@ from simmerge_ray.config import SignalsConfig
 from simmerge_ray.distributed.resources import ActorPool, ray_session
 from simmerge_ray.probes import ProbeSet
 from simmerge_ray.progress import Report
-from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.compute import compute_signals, tokenize_probes
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import SignalTable
@@ -59,6 +59,7 @@ def compute_signals_on_ray(
     store: SignatureStore | None = None,
 ) -> SignalTable:
     """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit."""
+    tokenize_probes(catalogue, probe_sets, signature_spec(config))  # a probe that does not fit, before Ray is started
     with ray_session(), ray_executor(catalogue, config.num_workers, config.gpus_per_worker, report) as executor:
         return compute_signals(
             catalogue,

@@ -74,6 +74,22 @@ def signals_stage(
         return table
 
 
+def figures_stage(table: SignalTable, out: Path, narrator: Narrator) -> None:
+    """Heat maps of the table in the Parquet file `out`, into the directory beside it with `_figures` in its name."""
+    directory = out.with_name(f"{out.stem}_figures")
+    with narrator.stage("figures") as stage:
+        manifest = Manifest("figures", {}, {"signals": digest_file(out)})
+        if manifest.is_current(directory / "figures.json"):
+            stage.result = UNCHANGED
+            return
+        from simmerge_ray.figures import write_heat_maps
+
+        started = time.monotonic()
+        paths = write_heat_maps(table, directory)
+        manifest.write(directory / "figures.json", time.monotonic() - started, {"files": [path.name for path in paths]})
+        stage.result = f"{len(paths)} heat maps -> {directory}"
+
+
 def search_stage(catalogue_path: Path, tasks_dir: Path, labels: Path, config: SearchConfig, narrator: Narrator) -> None:
     """Labels that are missing, into the store `labels`, with `search.json` and `headroom.json` beside them.
 

@@ -9,7 +9,11 @@ weights      Gram sums of weights and task vectors, blocks that add
 samples      reading weights block by block for signatures and sums
 pairs        signals of all pairs from the outputs of checkpoints
 features     the SIGNALS table: names, groups, transforms; the feature columns of an ordered pair
+pipeline     the same in stages of layers, for checkpoints that do not fit one worker
 worker       units of work and what runs them
+queue        units that wait for a worker
+bounds       memory and disk of a run, before it starts
 compute      which units are missing; from signatures to the table
 table        the table of pair signals, and its file
+explain      the signals of a pair in words and numbers
 """

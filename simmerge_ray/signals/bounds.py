@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers
+from simmerge_ray.signals.pairs import BLOCK_VALUES
 from simmerge_ray.signals.pipeline import Stage, activation_bytes, model_bytes, plan_stages
 from simmerge_ray.signals.signature import SignatureSpec, outputs_bytes, weights_bytes
 from simmerge_ray.signals.tokens import GREEDY_SHARE, NUM_GREEDY_TOKENS
@@ -17,11 +18,13 @@ from simmerge_ray.signals.tokens import GREEDY_SHARE, NUM_GREEDY_TOKENS
 class Bounds:
     """Bytes. worker: weights and activations of one worker, above the libraries. signature: one checkpoint, all tasks.
 
+    driver: what joins the signatures, a task at a time.
     stages: how often a checkpoint is cut; 1 when it is run whole. boundary: hidden states between stages that wait in
     the driver at a time.
     """
 
     worker: int
+    driver: int
     signature: int
     num_checkpoints: int
     stages: int
@@ -32,6 +35,7 @@ class Bounds:
         how = "whole" if self.stages == 1 else f"in {self.stages} stages of layers, {_size(self.boundary)} between them"
         return [
             f"memory of a worker: at most {_size(self.worker)} above the libraries, a checkpoint at a time, {how}",
+            f"memory of the driver: at most {_size(self.driver)}",
             f"signatures: {_size(self.signature)} a checkpoint, "
             f"at most {_size(self.signature * self.num_checkpoints)} on disk",
         ]
@@ -65,9 +69,12 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     sizes = [math.prod(one.shape) for one in specs.values()]
     width = spec.max_tokens + NUM_GREEDY_TOKENS
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    one_task, sample = outputs_bytes(spec, config, width), weights_bytes(spec, sizes)
     return Bounds(
         worker=int(memory_gb * 1e9) if stages and memory_gb else model_bytes(specs) + working_bytes(ref, spec),
-        signature=len(num_batches) * outputs_bytes(spec, config, width) + weights_bytes(spec, sizes),
+        # An object is read as bytes before it becomes arrays, and a pair's logits are float64 in blocks.
+        driver=(len(catalogue.all_refs) + 1) * (one_task + sample) + 6 * 8 * BLOCK_VALUES,
+        signature=len(num_batches) * one_task + sample,
         num_checkpoints=len(catalogue.all_refs),
         stages=len(stages) if stages else 1,
         boundary=4 * sum(num_batches) * spec.batch_size * width * hidden,

@@ -134,11 +134,6 @@ _SINGLES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def of_weights(signal: Signal) -> bool:
-    """Whether a signal comes from the weights alone, so that it is the same on every task."""
-    return signal.family in ("weights", "task vectors") or signal.name == "task_vector_norm"
-
-
 def explain(table: SignalTable, left: str, right: str, tasks: Sequence[str] | None = None) -> list[Explanation]:
     """What every signal says about a pair: first those of each task's probes, then those of the weights.
 
@@ -157,7 +152,7 @@ def explain(table: SignalTable, left: str, right: str, tasks: Sequence[str] | No
     for task in (*tasks, None):
         comparison = _Comparison(table, left, right, task or tasks[0], own[task or tasks[0]])
         for signal in shown:
-            if of_weights(signal) != (task is None):
+            if signal.of_weights != (task is None):
                 continue
             if signal.name in _PAIRS:
                 explanations.append(comparison.pair(signal, task))

@@ -12,7 +12,7 @@ from simmerge_ray.signals.divergence import log_softmax, pairwise_kl
 from simmerge_ray.signals.signature import TaskOutputs
 
 Array = np.ndarray
-_VALUES = 1 << 22  # elements of a block of logits over all checkpoints
+BLOCK_VALUES = 1 << 22  # elements of a block of logits over all checkpoints
 
 
 def output_matrices(
@@ -60,7 +60,7 @@ def _divergences(outputs: Sequence[TaskOutputs], chosen: Array) -> tuple[Array, 
     """KL (S', M, M), entropy (M, S') and loss (M, S', 0 where there is no next token) of the chosen positions."""
     positions = np.flatnonzero(chosen)
     num, vocabulary = len(outputs), outputs[0].logits.shape[1]
-    step = max(1, _VALUES // (num * vocabulary))
+    step = max(1, BLOCK_VALUES // (num * vocabulary))
     kl, entropies, losses = [], [], []
     for start in range(0, len(positions), step):
         block = positions[start : start + step]

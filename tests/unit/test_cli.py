@@ -133,3 +133,44 @@ def test_an_interrupted_command_cleans_up_and_ends_with_130(tmp_path, how):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 130 and "run the same command again to go on" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def signals(zoo: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return simmerge("signals", zoo / "catalogue.yaml", "--out", zoo / "s.parquet", *more, cwd=zoo.parent)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights", "all"], "'weights': String should match pattern '^(exact|sampled)$', got 'all'"),
+        (["--memory-per-worker", "0"], "'memory_per_worker': Input should be greater than 0"),
+        (["--gpus-per-worker", "-1"], "'gpus_per_worker': Input should be greater than or equal to 0"),
+        (["--positions", "0"], "--positions"),
+        (["--attention-positions", "many"], "--attention-positions"),
+        (["--coordinates", "0"], "--coordinates"),
+        (["--explain", "m0"], "--explain"),
+        (["--explain", "m0", "m0"], "two different checkpoints, got 'm0' twice"),
+        (["--explain", "m0", "m11"], "unknown checkpoint 'm11'"),
+        (["--explain", "base", "m0"], "unknown checkpoint 'base'"),
+        (["--probes", "absent"], "absent holds no <task>.jsonl probe files"),
+    ],
+)
+def test_bad_options_of_signals_end_with_code_two_and_leave_nothing(zoo, options, message):
+    before = sorted(path.name for path in (*zoo.iterdir(), *zoo.parent.iterdir()))
+    result = signals(zoo, *options)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert sorted(path.name for path in (*zoo.iterdir(), *zoo.parent.iterdir())) == before
+
+
+def test_options_of_signals_have_the_defaults_of_the_config():
+    from inspect import signature
+
+    from simmerge_ray import cli
+    from simmerge_ray.config import SignalsConfig
+
+    names = {"workers": "num_workers", "positions": "num_positions", "coordinates": "num_coordinates"}
+    names |= {"attention_positions": "num_attention_positions"}
+    names |= {name: name for name in ("weights", "memory_per_worker", "gpus_per_worker", "batch_size")}
+    defaults = {name: option.default for name, option in signature(cli.signals).parameters.items()}
+    assert {names[name]: defaults[name] for name in names} == SignalsConfig().model_dump(exclude={"max_tokens"})

@@ -16,7 +16,7 @@ ROOT = Path(simmerge_ray.__file__).parent
 # import each other's members (a package), or do not (alternatives, written apart).
 FLOW = (
     "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "digests", "catalogue", "probes",
-    "signals", "operators", "plans", "merge_graph", "mergekit_format", "merging", "evaluation",
+    "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
     "transformers_evaluator", "headroom", "labels", "selector", "service", "figures", "report", "demo", "distributed",
     "catalogue_cli", "cli",
 )  # fmt: skip
@@ -79,6 +79,7 @@ def loaded_modules(code: str) -> set[str]:
         "['simmerge', 'search', 'c.yaml', '--tasks', 't', '--out', 'o', '--arm', 'tise']",
         "['simmerge', 'search', 'c.yaml', '--tasks', 't', '--out', 'o', '--dtype', 'int8']",
         "['simmerge', 'signals', 'absent.yaml', '--probes', 'p', '--out', 'o']",
+        "['simmerge', 'signals', 'c.yaml', '--out', 'o', '--weights', 'all']",
         "['simmerge', 'merge', 'absent.json', 'out']",
     ],
 )
@@ -93,5 +94,6 @@ def test_importing_the_package_or_a_job_s_config_loads_neither_torch_nor_ray():
         "import simmerge_ray.config",
         "import simmerge_ray.operators.specs",
         "import simmerge_ray.plans",
+        "import simmerge_ray.signals.explain",
     ):
         assert not loaded_modules(code) & {"torch", "ray", "transformers"}, code

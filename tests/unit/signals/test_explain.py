@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simmerge_ray.errors import PlanError
-from simmerge_ray.signals.explain import Explanation, Rank, explain, of_weights
+from simmerge_ray.signals.explain import Explanation, Rank, explain
 from simmerge_ray.signals.features import SIGNALS, feature_columns
 from simmerge_ray.signals.table import PairSignals, SignalTable
 
@@ -33,7 +33,7 @@ def synthetic_table(num: int = 5, with_base: bool = True, tasks: Sequence[str] =
                 if signal.family == "single":
                     features[column] = single[signal.name][left if column.endswith("left") else right]
                 else:
-                    features[column] = of_pair[left, right][column] * (1 if of_weights(signal) else generator.random())
+                    features[column] = of_pair[left, right][column] * (1 if signal.of_weights else generator.random())
             row = PairSignals(left, right, task, {column: float(value) for column, value in features.items()})
             rows[left, right, task], rows[right, left, task] = row, row.swap()
     provenance = {"base": "base" if with_base else None, "own_task": {"c00": "math"}, "weights": "exact"}
@@ -61,7 +61,7 @@ def test_every_signal_is_told_once_per_task_and_those_of_weights_once(with_base)
     names = [(one.signal, one.task) for one in explanations]
     reverse = {"kl_rl", "kl_greedy_rl"}  # told with the other direction
     signals = [s for s in SIGNALS.values() if s.name not in reverse and (with_base or not s.needs_base)]
-    expected = [(s.name, task) for s in signals for task in ((None,) if of_weights(s) else TASKS)]
+    expected = [(s.name, task) for s in signals for task in ((None,) if s.of_weights else TASKS)]
     assert sorted(names, key=str) == sorted(expected, key=str)
     for one in explanations:
         assert one.numbers and one.sentence and "  " not in one.sentence
