@@ -47,7 +47,7 @@ class Signal:
     @property
     def of_weights(self) -> bool:
         """Whether it is the same for every task."""
-        return self.family in ("weights", "task vectors")
+        return self.family in ("weights", "task vectors") or self.name == "task_vector_norm"
 
     @property
     def columns(self) -> tuple[str, ...]:
