@@ -361,21 +361,21 @@ def thirds_of(num_layers):
 def _weight_signals(base, left, right, members, weights, density):
     """Weight signals of concatenated tensors; trimming is per tensor."""
     a, b = left - base, right - base
-    signs = [(x, y) for x, y in zip(np.sign(a), np.sign(b), strict=True) if x != 0 and y != 0]
+    both_moved = (a != 0) & (b != 0)
     kept = []
     for w in weights[1:]:
         chosen = []
         for name in members:
             vector = (w[name] - weights[0][name]).ravel()
-            low = sorted(abs(vector))[-max(1, int(density * vector.size))]
-            chosen += [abs(x) >= low and x != 0 for x in vector]
-        kept.append(np.array(chosen))
+            low = np.sort(abs(vector))[-max(1, int(density * vector.size))]
+            chosen.append((abs(vector) >= low) & (vector != 0))
+        kept.append(np.concatenate(chosen))
     both = math.sqrt(max(1, kept[0].sum())) * math.sqrt(max(1, kept[1].sum()))
     return {
         "weight_cosine": cosine(left, right),
         "weight_l2": np.linalg.norm(left - right) / np.linalg.norm(base),
         "task_vector_cosine": cosine(a, b) if np.any(a) and np.any(b) else 0.0,
         "task_vector_norm_ratio": math.log(np.linalg.norm(a) / np.linalg.norm(b)),
-        "sign_conflict": np.mean([x != y for x, y in signs]) if signs else 0.0,
+        "sign_conflict": np.mean(a[both_moved] * b[both_moved] < 0) if both_moved.any() else 0.0,
         "trimmed_overlap": (kept[0] & kept[1]).sum() / both,
     }

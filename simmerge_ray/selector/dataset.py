@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class SelectionDataset:
 
     features: (N, 2, F), scaled features of (left, right) and of (right, left).
     utilities: (N, K), mean over the items of the merge by each arm.
+    weights: whether weight signals are `exact` or `sampled`; a selector is not asked about tables of the other kind.
     """
 
     contexts: tuple[Context, ...]
@@ -27,12 +28,13 @@ class SelectionDataset:
     columns: tuple[str, ...]
     features: np.ndarray
     utilities: np.ndarray
+    weights: str = "exact"
 
     def subset(self, rows: Sequence[int]) -> SelectionDataset:
         """The contexts at the given rows."""
         index = np.asarray(rows, dtype=np.int64)
         contexts = tuple(self.contexts[row] for row in rows)
-        return SelectionDataset(contexts, self.arms, self.columns, self.features[index], self.utilities[index])
+        return replace(self, contexts=contexts, features=self.features[index], utilities=self.utilities[index])
 
 
 def build_dataset(
@@ -54,7 +56,8 @@ def build_dataset(
         raise LabelError(f"no pair was measured with all of the arms {', '.join(chosen) or '(none)'} and both parents")
     features = np.array([pair_features(table, c.left, c.right, c.task) for c in contexts])
     utilities = np.array([[context.arms[arm].mean() for arm in chosen] for context in contexts])
-    return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities)
+    mode = table.provenance["weights"]
+    return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities, mode)
 
 
 def pair_features(table: SignalTable, left: str, right: str, task: str) -> np.ndarray:

@@ -99,6 +99,12 @@ class Selector:
                 f"the signal table and the selector have different features, e.g. {missing[0]!r}; "
                 "compute the signals as for training (with or without a base)"
             )
+        trained, given = self.provenance.get("weights", "exact"), table.provenance.get("weights", "exact")
+        if trained != given:
+            raise SelectorError(
+                f"the selector was trained with {trained} weight signals, the table has {given} ones; "
+                f"compute it with --weights {trained}"
+            )
         utility, sd = self.predict(np.array([pair_features(table, left, right, task) for task in tasks]))
         return {task: Prediction(self.arms, utility[i], sd[i]) for i, task in enumerate(tasks)}
 

@@ -53,6 +53,7 @@ def train_selector(dataset: SelectionDataset, config: TrainConfig) -> Selector:
         "tasks": sorted({context.task for context in dataset.contexts}),
         "checkpoints": sorted({name for pair in pairs for name in pair}),
         "pairs": [list(pair) for pair in pairs],
+        "weights": dataset.weights,
         "data_digest": digest_bytes(dataset.features.tobytes(), dataset.utilities.tobytes()),
     }
     return Selector(dataset.arms, dataset.columns, centre, scale, tuple(members), best_fixed_arm(dataset), provenance)

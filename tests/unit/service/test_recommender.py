@@ -108,6 +108,12 @@ def test_a_table_with_other_features_is_refused(recommender, table):
         recommender._selector.predict_pair(other, "m0", "m1", ["add"])
 
 
+def test_a_selector_of_exact_weight_signals_is_not_asked_about_sampled_ones(recommender, table):
+    other = SignalTable(table.columns, table.rows, table.provenance | {"weights": "sampled"})
+    with pytest.raises(SelectorError, match="trained with exact weight signals, the table has sampled"):
+        recommender._selector.predict_pair(other, "m0", "m1", ["add"])
+
+
 def test_signals_and_labels_of_different_contents_are_not_joined(table, labels):
     changed = SignalTable(table.columns, table.rows, table.provenance | {"checkpoints": {"m1": "another upload"}})
     with pytest.raises(LabelError, match="'m1' has changed"):
