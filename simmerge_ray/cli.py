@@ -162,7 +162,8 @@ def _print_explanation(console: Any, table: Any, left: str, right: str) -> None:
         console.print(Text(f"\n{left} (left) and {right} (right), {about}", "bold underline"))
         for one in group:
             console.print(Text.assemble((one.title, "bold"), "  ", one.numbers))
-            console.print(Padding(Text(one.sentence), (0, 0, 0, 4)))
+            if one.sentence:
+                console.print(Padding(Text(one.sentence), (0, 0, 0, 4)))
 
 
 @app.command()

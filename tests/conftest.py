@@ -34,15 +34,16 @@ os.environ.update(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`pytest -n 2`: what starts processes of Ray or vLLM runs first and on one worker, with one cluster; the other
-    takes the unit tests file by file. (`--dist loadgroup` says the same, but xdist 3.8 loses groups with pytest 9.2.)
+    """`pytest -n 2`: what needs the cluster runs first and on one worker; the other takes the rest file by file, first
+    the engines in its own process. (`--dist loadgroup` says the same, but xdist 3.8 loses groups with pytest 9.2.)
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "processes" if file.startswith(("tests/distributed", "tests/e2e")) else file
+            alone = file.endswith("test_vllm_evaluator.py")
+            return "cluster" if file.startswith(("tests/distributed", "tests/e2e")) and not alone else file
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
