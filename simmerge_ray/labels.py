@@ -31,7 +31,7 @@ _ARROW_SCHEMA = pa.schema(
         ("task", pa.string()), ("task_digest", pa.string()), ("utility", pa.float64()), ("se", pa.float64()),
         ("items", pa.list_(pa.float32())), ("infeasible", pa.string()), ("seconds", pa.float64()),
         ("evaluator", pa.string()), ("settings", pa.string()), ("checkpoints", pa.string()), ("versions", pa.string()),
-        ("schema", pa.int64()),
+        ("schema", pa.int64()), ("same_as", pa.string()),
     ]
 )  # fmt: skip
 
@@ -75,7 +75,8 @@ class EvaluationSettings:
 class LabeledPlan:
     """One (plan, task) with its outcome and all it was made from.
 
-    checkpoints: content digest of every checkpoint that was read, by id. seconds: merge and evaluation.
+    checkpoints: content digest of every checkpoint that was read, by id. seconds: merge and evaluation. same_as: label
+    of the plan that was evaluated in its place, because both are one merge.
     """
 
     plan: MergePlan
@@ -86,6 +87,7 @@ class LabeledPlan:
     checkpoints: Mapping[str, str]
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
+    same_as: str | None = None
 
     @property
     def key(self) -> str:
@@ -162,6 +164,7 @@ def _to_row(label: LabeledPlan) -> dict[str, Any]:
         "checkpoints": json.dumps(dict(label.checkpoints), sort_keys=True),
         "versions": json.dumps(dict(label.versions), sort_keys=True),
         "schema": LABEL_SCHEMA,
+        "same_as": label.same_as,
     }
 
 
@@ -189,6 +192,7 @@ def _read_file(name: str) -> list[LabeledPlan]:
                 checkpoints=json.loads(row["checkpoints"]),
                 seconds=row["seconds"],
                 versions=json.loads(row["versions"]),
+                same_as=row.get("same_as"),  # files of before do not have it
             )
         )
     return labels

@@ -21,7 +21,7 @@ DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16
 
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
-Number = float | int | bool
+Number = float | int | bool | str
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Read:
 class Apply:
     """An operator on the results of `sources`, one weight each.
 
-    weights: as the n-ary operator takes them. params: by name; a tuple holds one number for each source.
+    weights: as the n-ary operator takes them. params: by name; a tuple holds one number for each source. TIES trimmed
+    over the whole model gets `thresholds` and `budgets` (see `operators.ties`) when they have been found.
     round_to: dtype to which the result is rounded when it is an input of another step; None keeps float32.
     step: number of the step in the plan, part of the seed of random operators.
     """
@@ -134,6 +135,14 @@ def promoted(dtypes: list[str]) -> str:
     if not floats:
         return dtypes[0]
     return "F32" if floats[:2] == ["F16", "BF16"] and len(floats) == 2 else floats[-1]
+
+
+def applies(node: Node) -> Iterator[Apply]:
+    """Every operator of a tree, sources before what is made of them."""
+    if isinstance(node, Apply):
+        for source in (*((node.base,) if node.base is not None else ()), *node.sources):
+            yield from applies(source)
+        yield node
 
 
 def _node_json(node: Node) -> Any:

@@ -102,9 +102,9 @@ def smollm2(target: Path, python: Path) -> None:
     subprocess.run([python, "-c", _DEQUANTISE, str(target)], check=True, env=offline())
 
 
-def random_llama(target: Path, num_params: float, seed: int = 0) -> None:
-    """A Llama of about `num_params` parameters, hidden size 2048, normal weights, in shards of 0.5 GB."""
-    hidden, intermediate, vocab, kv = 2048, 5632, 32000, 512
+def random_llama(target: Path, num_params: float, hidden: int = 2048, vocab: int = 32000, seed: int = 0) -> None:
+    """A Llama of about `num_params` parameters with heads of 64, normal weights, in shards of 0.5 GB."""
+    intermediate, kv = hidden * 11 // 4, hidden // 4
     per_layer = 2 * hidden * hidden + 2 * kv * hidden + 3 * hidden * intermediate + 2 * hidden
     num_layers = max(1, round((num_params - vocab * hidden) / per_layer))
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
@@ -139,8 +139,8 @@ def random_llama(target: Path, num_params: float, seed: int = 0) -> None:
     target.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": num_layers, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": vocab, "max_position_embeddings": 2048,
+        "intermediate_size": intermediate, "num_hidden_layers": num_layers, "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 256, "head_dim": 64, "vocab_size": vocab, "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": True,
     }  # fmt: skip
     (target / "config.json").write_text(json.dumps(config, indent=2))
@@ -212,14 +212,16 @@ def _make(target: Path, make: Callable[[Path], None]) -> None:
 
 
 def make_fixture(root: Path, size: str, venv: Path = DEFAULT_DIRECTORY) -> dict[str, Path]:
-    """Checkpoints `base`, `a`, `b` of size `134m` or `1b` under `root`, made when they are not there."""
+    """Checkpoints `base`, `a`, `b` of size `134m`, `1b` or `tiny` under `root`, made when they are not there."""
     base = root / size / "base"
     if size == "134m":
         _make(base, lambda target: smollm2(target, mergekit_python(venv)))
     elif size == "1b":
         _make(base, lambda target: random_llama(target, 1e9))
+    elif size == "tiny":
+        _make(base, lambda target: random_llama(target, 1e6, hidden=256, vocab=512))
     else:
-        raise ValueError(f"unknown size {size!r}; known: 134m, 1b")
+        raise ValueError(f"unknown size {size!r}; known: 134m, 1b, tiny")
     for seed, (name, relative) in enumerate(COPIES.items(), 1):
         _make(root / size / name, lambda target, r=relative, s=seed: noisy_copy(base, target, r, s))
     return {name: root / size / name for name in ("base", *COPIES)}

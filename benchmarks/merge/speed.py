@@ -3,12 +3,17 @@
 `python -m benchmarks.merge.speed FIXTURES [--sizes 134m,1b] [--operators linear,slerp,ties] [--rounds 5] ...`, where
 FIXTURES is the directory of `benchmarks.merge.fixtures` (made when it is not there). For each size and operator:
 
-- in process: one worker process a side, which imports first; then rounds of ours, copy, mergekit, one after the other,
-  after one round that is not counted (compiled kernels, warm page cache). A figure is the median over the rounds. The
+- in process: one worker process a side, which imports first and merges a tiny model; then rounds of ours, copy,
+  mergekit, one after the other, after one round that is not counted. A figure is the median over the rounds. The
   copy reads the bytes of all inputs in 8 MiB chunks into one buffer and writes as many bytes as the merge does.
-- memory: the largest RssAnon seen in that worker, sampled every 5 ms, minus what it was after the imports.
+- memory: the largest RssAnon seen in that worker, sampled every 5 ms, minus what it was after the imports and the tiny
+  merge of the same operator (which loads the compiled kernels).
 - command (134m only): `simmerge merge plan.json out` and `mergekit-yaml config.yml out`, alternating, from start to
   exit.
+
+Just before every timed run, of every side alike, all dirty pages are written back, all input files are read to their
+ends, and a file as large as the output is written and removed: the host of a virtual machine takes idle pages back, and
+one side would else wait for the disk or for memory and another not.
 
 `--threads N` (default 1) gives every side the same: N threads to each math library, and N cores, by affinity, since
 our engine takes its threads from the cores it may use. The copy is one stream whatever N is, so a speed relative to the
@@ -33,15 +38,24 @@ from typing import Any
 
 from benchmarks.merge.fixtures import make_fixture
 from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
-from benchmarks.merge.sides import Worker, check_complete, job, on_cores, our_python, pinned
+from benchmarks.merge.sides import Worker, check_complete, job, on_cores, our_python, pinned, warm_memory
 
 
 def in_process(
-    work: dict[str, Any], scratch: Path, venv: Path, num_rounds: int, num_threads: int, sides: list[str]
+    work: dict[str, Any],
+    tiny: dict[str, Any],
+    scratch: Path,
+    venv: Path,
+    num_rounds: int,
+    num_threads: int,
+    sides: list[str],
 ) -> dict[str, Any]:
-    """Alternate the sides; returns for each the seconds of every round, their medians, and the peak memory."""
+    """Alternate the sides; returns for each the seconds of every round, their medians, and the peak memory.
+
+    tiny: the job that warms a worker up.
+    """
     pythons = {"ours": our_python(), "copy": our_python(), "mergekit": mergekit_python(venv)}
-    workers = [Worker(side, pythons[side], num_threads) for side in sides]
+    workers = [Worker(side, pythons[side], num_threads, (tiny, scratch / side)) for side in sides]
     rounds: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     try:
         for number in range(num_rounds + 1):
@@ -78,6 +92,7 @@ def commands(work: dict[str, Any], scratch: Path, venv: Path, num_rounds: int, n
         for side, command in command_of.items():
             out = scratch / f"command-{side}"
             os.sync()
+            warm_memory(work, scratch)
             seconds = _timed([*map(str, command), str(out)], num_threads, scratch)
             check_complete(work, out)
             shutil.rmtree(out)
@@ -131,7 +146,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{where['cpu']}, {where['num_cpus']} cores, load {where['load']:.1f} at start, {where['date']}, "
         f"{result['num_threads']} thread(s) and core(s) a side, medians of {result['num_rounds']} alternating rounds",
         "",
-        "| size | operator | GB in + out | ours s (CPU s) | copy s | mergekit s (CPU s) | ours / copy speed "
+        "| size | operator | GB in + out | ours s (CPU s) | copy s (CPU s) | mergekit s (CPU s) "
+        "| ours / copy speed (CPU) "
         "| mergekit / ours wall | mergekit / ours CPU | ours peak MB | mergekit peak MB |",
         "|" + "---|" * 11,
     ]
@@ -142,9 +158,9 @@ def markdown(result: dict[str, Any]) -> str:
             row["operator"],
             f"{row['num_bytes'] / 1e9:.2f}",
             _seconds(ours),
-            f"{copy['wall_s']:.2f}" if copy else "-",
+            _seconds(copy),
             _seconds(peer),
-            f"{copy['wall_s'] / ours['wall_s']:.0%}" if ours and copy else "-",
+            f"{copy['wall_s'] / ours['wall_s']:.0%} ({copy['cpu_s'] / ours['cpu_s']:.0%})" if ours and copy else "-",
             f"{peer['wall_s'] / ours['wall_s']:.1f}" if ours and peer else "-",
             f"{peer['cpu_s'] / ours['cpu_s']:.1f}" if ours and peer else "-",
             *(f"{side['peak_anonymous_bytes_above_imports'] / 1e6:.0f}" if side else "-" for side in (ours, peer)),
@@ -191,13 +207,16 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="speed-", dir=root) as name:
         scratch = Path(name)
+        tiny = make_fixture(root, "tiny", venv)
         for size in arguments.sizes.split(","):
             checkpoints = make_fixture(root, size, venv)
             for operator in arguments.operators.split(","):
                 print(f"{size} {operator}", file=sys.stderr, flush=True)
                 work = job(operator, checkpoints, scratch / size)
                 num_bytes = sum(Path(file).stat().st_size for file in work["inputs"]) + work["out_bytes"]
-                sides = in_process(work, scratch, venv, arguments.rounds, arguments.threads, arguments.sides.split(","))
+                warm_up = job(operator, tiny, scratch / "tiny")
+                chosen = arguments.sides.split(",")
+                sides = in_process(work, warm_up, scratch, venv, arguments.rounds, arguments.threads, chosen)
                 row = {"size": size, "operator": operator, "num_bytes": num_bytes, "sides": sides}
                 result["in_process"].append(row)
                 if size == "134m" and arguments.command_rounds:

@@ -3,6 +3,9 @@
 A trial is one plan with the tasks it is still to be evaluated on. Trial actors are reused, so an engine is started once
 per actor; each writes its labels itself as soon as it has them. The label store is the only state: the next run of the
 same search is a new Tuner over the keys that are missing.
+
+Arms may make the same merge: SLERP between close checkpoints is the linear average. A trial that finds itself equal to
+another plan of the search is not evaluated; its labels are copies of that plan's, and say so.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from simmerge_ray.labels import (
     label_key,
     used_digests,
 )
+from simmerge_ray.merging.fallbacks import SPHERICAL, all_linear, linear_form
 from simmerge_ray.operators.specs import parse_arms
 from simmerge_ray.plans import MergePlan, ResolvedPlan, pair_plans, resolve_plan, unmerged
 from simmerge_ray.progress import Report
@@ -47,10 +51,21 @@ _MAX_MODEL_LEN = 4096
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan, and the tasks whose labels are missing."""
+    """A plan, and the tasks whose labels are missing.
+
+    rivals: plans that may turn out to be the same merge, with labels (there, or made by this search) for these tasks.
+    """
 
     resolved: ResolvedPlan
     tasks: tuple[str, ...]
+    rivals: tuple[MergePlan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A trial was found to be the same merge as one of its rivals, whose labels are not there yet."""
+
+    rival: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,14 @@ class Study:
     digests: Mapping[str, str]
     labels_uri: str
 
-    def label(self, trial: Trial, task: str, outcome: Outcome, seconds: float) -> LabeledPlan:
+    def key(self, plan: MergePlan, task: str, base: CheckpointRef | None) -> str:
+        """Key of the label of a plan of this search."""
+        used = used_digests(plan, self.digests, base.id if base else None)
+        return label_key(plan, self.tasks[task].digest, self.settings, used)
+
+    def label(
+        self, trial: Trial, task: str, outcome: Outcome, seconds: float, same_as: MergePlan | None = None
+    ) -> LabeledPlan:
         """A label with everything that it depends on."""
         plan, base = trial.resolved.plan, trial.resolved.base
         return LabeledPlan(
@@ -77,6 +99,7 @@ class Study:
             checkpoints=used_digests(plan, self.digests, base.id if base else None),
             seconds=seconds,
             versions=versions(),
+            same_as=same_as.label if same_as else None,
         )
 
 
@@ -92,14 +115,32 @@ class TrialRunner:
         self._store = LabelStore(study.labels_uri)
         self._evaluator: Evaluator | None = None
 
-    def run(self, trial: Trial) -> float | None:
-        """Evaluate, write the labels, and return the mean utility, or None for an infeasible merge."""
+    def run(self, trial: Trial) -> float | Deferred | None:
+        """Write the labels, and return the mean utility, or None for an infeasible merge.
+
+        A trial that is the same merge as a rival is not evaluated: its labels are copied, if the rival has them.
+        """
         started = time.monotonic()
+        if (number := self._same_merge(trial)) is not None:
+            copied = copy_labels(self._study, self._store, trial, trial.rivals[number], time.monotonic() - started)
+            return Deferred(number) if copied is None else _mean_utility(copied)
         outcomes = self._outcomes(trial)
         seconds = (time.monotonic() - started) / len(trial.tasks)
         self._store.append([self._study.label(trial, task, outcomes[task], seconds) for task in trial.tasks])
-        utilities = [outcome.utility for outcome in outcomes.values() if isinstance(outcome, Measured)]
-        return sum(utilities) / len(utilities) if utilities else None
+        return _mean_utility(outcomes.values())
+
+    def _same_merge(self, trial: Trial) -> int | None:
+        """Number of the first rival that makes the same merge."""
+        if not trial.rivals:
+            return None
+        try:
+            own = linear_form(trial.resolved)
+            for number, rival in enumerate(trial.rivals):
+                if own != trial.resolved.plan and linear_form(replace(trial.resolved, plan=rival)).id == own.id:
+                    return number
+        except CheckpointError:
+            pass  # the evaluation will say what is wrong
+        return None
 
     def _outcomes(self, trial: Trial) -> dict[str, Outcome]:
         for attempt in (1, 2):
@@ -129,6 +170,26 @@ class TrialRunner:
         self._evaluator = None
         if close:
             close()
+
+
+def copy_labels(
+    study: Study, store: LabelStore, trial: Trial, rival: MergePlan, seconds: float
+) -> list[Outcome] | None:
+    """Label a trial with the outcomes of a rival that is the same merge; None if one of them is not there yet."""
+    known = {label.key: label.outcome for label in store.read()}
+    keys = [study.key(rival, task, trial.resolved.base) for task in trial.tasks]
+    if any(key not in known for key in keys):
+        return None
+    outcomes = [known[key] for key in keys]
+    share = seconds / len(trial.tasks)
+    pairs = zip(trial.tasks, outcomes, strict=True)
+    store.append([study.label(trial, task, outcome, share, same_as=rival) for task, outcome in pairs])
+    return outcomes
+
+
+def _mean_utility(outcomes: Iterable[Outcome]) -> float | None:
+    utilities = [outcome.utility for outcome in outcomes if isinstance(outcome, Measured)]
+    return sum(utilities) / len(utilities) if utilities else None
 
 
 def start_evaluator(study: Study) -> Evaluator:
@@ -168,6 +229,8 @@ class MergeTrial(tune.Trainable):
             utility = self._runner.run(self._study.trials[self._index])
         except EvaluatorStartError as error:
             return {"fatal": str(error), "done": True}
+        if isinstance(utility, Deferred):
+            return {"utility": -1.0, "rival": utility.rival, "done": True}
         return {"utility": -1.0 if utility is None else utility, "infeasible": utility is None, "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -260,14 +323,34 @@ def plan_study(
         needed += [(MergePlan(source=member), names) for member, names in parents]
     base_id = catalogue.base.id if catalogue.base else None
     trials = []
+    rivals = _rivals(needed)
     for plan, task_names in needed:
         used = used_digests(plan, digests, base_id)
         missing = tuple(t for t in task_names if label_key(plan, tasks[t].digest, settings, used) not in known)
         if missing:
-            trials.append(Trial(resolve_plan(plan, catalogue), missing))
+            trials.append(Trial(resolve_plan(plan, catalogue), missing, rivals.get(plan.id, ())))
     if trials:
         _check_lengths(tasks, template, settings.max_model_len)
     return Study(tuple(trials), dict(tasks), template, catalogue.checkpoints[-1], settings, digests, labels_uri)
+
+
+def _rivals(needed: Sequence[tuple[MergePlan, Sequence[str]]]) -> dict[str, tuple[MergePlan, ...]]:
+    """By the id of a plan with spherical steps: those that it may equal if they fall back, with labels for its tasks.
+
+    Those with fewer spherical steps come first, then those that stand before it, so that no two wait for each other.
+    """
+    groups: dict[str, list[tuple[int, int, MergePlan, set[str]]]] = {}
+    for number, (plan, names) in enumerate(needed):
+        if plan.steps:
+            spherical = sum(step.arm.operator in SPHERICAL for step in plan.steps)
+            groups.setdefault(all_linear(plan).id, []).append((spherical, number, plan, set(names)))
+    found = {}
+    for group in groups.values():
+        group.sort(key=lambda one: one[:2])
+        for place, (_, _, plan, tasks) in enumerate(group):
+            before = [other for _, _, other, theirs in group[:place] if tasks <= theirs and other.id != plan.id]
+            found[plan.id] = tuple(before)
+    return found
 
 
 def _context_limit(template: CheckpointRef, requested: int | None) -> int:
@@ -349,6 +432,7 @@ def _run_trials(study: Study, concurrency: int) -> None:
         )
         grid = tuner.fit()
     store = LabelStore(study.labels_uri)
+    deferred = {}
     for result in grid:
         if fatal := (result.metrics or {}).get("fatal"):
             raise EvaluatorStartError(f"the {study.settings.evaluator} evaluator did not start: {fatal}")
@@ -360,6 +444,10 @@ def _run_trials(study: Study, concurrency: int) -> None:
             trial = study.trials[int(result.config["trial"])]
             reason = f"the trial's actor failed three times: {_last_line(result.error)}"
             store.append([study.label(trial, task, Infeasible(reason), 0.0) for task in trial.tasks])
+        elif (rival := (result.metrics or {}).get("rival")) is not None:
+            deferred[int(result.config["trial"])] = int(rival)
+    for number, rival in sorted(deferred.items(), key=lambda one: (one[1], one[0])):
+        copy_labels(study, store, study.trials[number], study.trials[number].rivals[rival], 0.0)
 
 
 def _last_line(error: BaseException) -> str:

@@ -82,8 +82,16 @@ def compile_mergekit(
         members=tuple(dict.fromkeys(compiler.members)),
         title="; ".join(_title(document) for document in compiler.used_documents()),
         description={"mergekit": text},
-        mergekit=text,
+        mergekit=None if any(_has_ours(document) for document in compiler.used_documents()) else text,
         seed=seed,
+    )
+
+
+def _has_ours(document: MergekitDocument) -> bool:
+    """Whether it sets a parameter that mergekit does not have."""
+    ours = {name for name, parameter in METHODS[document.method].parameters.items() if parameter.is_ours}
+    return any(
+        ours & parameters.keys() for parameters in (document.parameters, *(p.parameters for p in document.slices))
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-Scalar = float | int | bool
+Scalar = float | int | bool | str
 
 # mergekit's names of dtypes, and how safetensors names them.
 DTYPE_NAMES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -84,17 +84,19 @@ Parameters = Mapping[str, Setting]
 def value_at(setting: Setting, tensor: str, position: float) -> Scalar | None:
     """The value for a tensor at `position` in [0, 1] of the slice, or None: the first rule that matches decides.
 
-    Numbers are interpolated linearly between their neighbours; of booleans the one before the position is taken.
+    Numbers are interpolated linearly between their neighbours; of booleans and words the one before the position is
+    taken.
     """
     rule = next((rule for rule in setting if rule.matches(tensor)), None)
     if rule is None or not rule.values:
         return None
     scaled = position * (len(rule.values) - 1)
     low = int(scaled)
-    if isinstance(rule.values[low], bool) or len(rule.values) == 1:
-        return rule.values[low]
-    high, part = min(len(rule.values) - 1, low + 1), scaled - low
-    return (1 - part) * rule.values[low] + part * rule.values[high]
+    below, above = rule.values[low], rule.values[min(len(rule.values) - 1, low + 1)]
+    if isinstance(below, bool | str) or isinstance(above, str) or len(rule.values) == 1:
+        return below
+    part = scaled - low
+    return (1 - part) * below + part * above
 
 
 def resolve(scopes: Iterable[Parameters], name: str, tensor: str, position: float) -> Scalar | None:

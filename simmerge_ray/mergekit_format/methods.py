@@ -12,7 +12,7 @@ from typing import Literal
 
 from simmerge_ray.mergekit_format.documents import Scalar
 
-Kind = Literal["float", "int", "bool"]
+Kind = Literal["float", "int", "bool", "choice"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class MethodParameter:
     operator_name: our parameter; None where it is the weight, or has no effect on the result.
     per_source: may differ between the models; else it stands at the top level or in a slice.
     default: when the file has none; None is "not given" (which `required` refuses).
+    is_ours: mergekit has no such parameter; with another value than the default it cannot make the merge.
     """
 
     kind: Kind = "float"
@@ -29,6 +30,7 @@ class MethodParameter:
     per_source: bool = False
     default: Scalar | None = None
     required: bool = False
+    is_ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def _task_vectors(normalize: bool, rescale: bool, sparse: bool = True, **more: M
 
 _GAMMA = MethodParameter("float", "gamma", per_source=True, default=0.01)
 _EPSILON = MethodParameter("float", "epsilon", per_source=True, default=0.15)
+_TRIM_SCOPE = MethodParameter("choice", "trim_scope", default="tensor", is_ours=True)
 
 METHODS: Mapping[str, Method] = {
     "linear": Method("none", {"weight": _WEIGHT, "normalize": MethodParameter("bool", "normalize", default=True)}),
@@ -85,7 +88,7 @@ METHODS: Mapping[str, Method] = {
         max_sources=2,
     ),
     "task_arithmetic": _task_vectors(normalize=False, rescale=False, sparse=False),
-    "ties": _task_vectors(normalize=True, rescale=False),
+    "ties": _task_vectors(normalize=True, rescale=False, trim_scope=_TRIM_SCOPE),
     "dare_linear": _task_vectors(normalize=False, rescale=True),
     "dare_ties": _task_vectors(normalize=False, rescale=True),
     "breadcrumbs": _task_vectors(normalize=False, rescale=False, gamma=_GAMMA),

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers, tokenizer_digest, unsupported_problems
+from simmerge_ray.checkpoints import (
+    CheckpointRef,
+    read_config,
+    read_headers,
+    tokenizer_files,
+    tokenizer_problems,
+    unsupported_problems,
+)
 from simmerge_ray.errors import InputError
 from simmerge_ray.merge_graph import Node, Read
 from simmerge_ray.mergekit_format.documents import ModelName
@@ -56,7 +63,7 @@ class LoadedModel:
     tensors: Mapping[str, TensorValue]
     config: Mapping[str, Any]
     ref: CheckpointRef | None = None
-    tokenizer: str | None = None
+    has_tokenizer: bool = False
     problems: tuple[str, ...] = field(default=())
 
     @cached_property
@@ -91,10 +98,10 @@ def load_model(name: ModelName, locate: Callable[[ModelName], CheckpointRef]) ->
     except (InputError, OSError) as error:
         return LoadedModel(name.id, {}, {}, problems=(f"model {name.id!r}: {error}",))
     specs, config = attempt(read_headers, ref, {}), attempt(read_config, ref, {})
-    tokenizer = attempt(tokenizer_digest, ref, None)
+    has_tokenizer = bool(attempt(tokenizer_files, ref, []))
     problems += unsupported_problems(ref, specs, config)
     tensors = {key: TensorValue(Read(ref.id, key), spec.shape, spec.dtype) for key, spec in specs.items()}
-    return LoadedModel(name.id, tensors, config, ref, tokenizer, tuple(problems))
+    return LoadedModel(name.id, tensors, config, ref, has_tokenizer, tuple(problems))
 
 
 def architecture_problems(models: Sequence[LoadedModel]) -> list[str]:
@@ -113,8 +120,6 @@ def architecture_problems(models: Sequence[LoadedModel]) -> list[str]:
             problems.append(
                 f"vocab_size: {model.id!r} has {sizes[0]!r}, {first.id!r} has {sizes[1]!r}; {_VOCABULARY_REMEDY}"
             )
-        elif model.tokenizer and first.tokenizer and model.tokenizer != first.tokenizer:
-            problems.append(
-                f"tokenizer: {model.id!r} and {first.id!r} have different vocabularies; {_VOCABULARY_REMEDY}"
-            )
+        elif model.ref and first.ref and model.has_tokenizer and first.has_tokenizer:
+            problems += tokenizer_problems(first.ref, model.ref)
     return problems

@@ -82,7 +82,7 @@ class Numbers:
                 self.report(self.tensor, f"epsilon: density {density:g} +- epsilon {epsilon:g} leaves (0, 1)")
 
     def _spread(self, value: Number | tuple[float, ...]) -> tuple[float, ...]:
-        return value if isinstance(value, tuple) else (value,) * len(self.sources)
+        return value if isinstance(value, tuple) else (float(value),) * len(self.sources)
 
     def _shared(self, name: str, parameter: MethodParameter) -> Scalar | None:
         scopes = (self.slice_parameters, self.document.parameters)

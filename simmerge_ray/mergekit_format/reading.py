@@ -367,9 +367,14 @@ class _Reader:
         return tuple(scalar for scalar in scalars if scalar is not None)
 
     def _scalar(self, value: object, place: str, kind: Kind | None) -> Scalar | None:
-        """A number, also as text (YAML reads `1e-5` as text), or a boolean, also as 0 or 1."""
+        """A number, also as text (YAML reads `1e-5` as text), a boolean, also as 0 or 1, or a word."""
         if kind is None:
             return 0.0  # the method is unknown, and reported
+        if kind == "choice":
+            if isinstance(value, str):
+                return value
+            self._report(place, f"a word is needed, got {_shown(value)}")
+            return None
         if kind == "bool":
             if value in ("true", "false", "True", "False"):
                 return str(value).lower() == "true"

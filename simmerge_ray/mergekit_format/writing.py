@@ -105,7 +105,11 @@ def _scalar(value: Scalar) -> tuple[Rule, ...]:
 
 def _parameters(arm: Arm, method: Method, number: int) -> Parameters:
     """The parameters of an arm under mergekit's names, defaults written out: mergekit's may be others."""
-    theirs = {parameter.operator_name: name for name, parameter in method.parameters.items() if parameter.operator_name}
+    theirs = {
+        parameter.operator_name: name
+        for name, parameter in method.parameters.items()
+        if parameter.operator_name and not parameter.is_ours
+    }
     parameters = {}
     for name, value in arm.param_dict().items():
         if name in theirs:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,18 @@ from simmerge_ray.checkpoints import TensorSpec, checkpoint_digest
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.merge_graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, reads
 from simmerge_ray.merging import kernels
+from simmerge_ray.merging.raw_blocks import KEPT_ELEMENTS, RawBlocks
 from simmerge_ray.merging.sources import NUMPY_DTYPES, TensorSource
+from simmerge_ray.merging.trims import (
+    NOT_FINITE,
+    Tops,
+    Trim,
+    densities,
+    exact_thresholds,
+    high_counts,
+    low_counts,
+    top_bins,
+)
 from simmerge_ray.operators.shares import (
     SLERP_THRESHOLD,
     cosine_of,
@@ -35,7 +47,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCKWISE_DTYPES = ("F32", "BF16", "F16")
-_KEPT_ELEMENTS = 1 << 20  # base and two task vectors of so many entries are 12 MB
+_PER_SOURCE = ("density", "thresholds", "budgets")
+_KEPT_VECTORS = 1 << 20  # base and two task vectors of so many entries are 12 MB
 Emit = Callable[[int, np.ndarray], None]
 
 
@@ -52,22 +65,6 @@ class TensorReport:
     fell_back: tuple[int, ...] = ()
 
 
-@dataclass
-class _Trim:
-    """Bits of the threshold's magnitude for each source, and how many entries equal to it are kept.
-
-    kept: base and task vectors of a small tensor's blocks, by offset, so that later passes need not read again.
-    """
-
-    thresholds: tuple[np.uint32, ...]
-    budgets: tuple[int, ...]
-    left: tuple[np.ndarray, ...] = ()
-    kept: dict[int, tuple[np.ndarray, ...]] = field(default_factory=dict)
-
-    def restart(self) -> None:
-        self.left = tuple(np.array([budget], dtype=np.int64) for budget in self.budgets)
-
-
 class Computer:
     """Computes tensors of one graph; one object a thread (the sources may be shared)."""
 
@@ -77,12 +74,11 @@ class Computer:
         self._seeds = seeds
         self._raw = np.empty(kernels.BLOCK * 8, dtype=np.uint8)
         self._out = np.empty(kernels.BLOCK * 8, dtype=np.uint8)
-        self._pair_rooms = [np.empty(kernels.PAIR_BLOCK * 2, dtype=np.uint8) for _ in range(2)]
-        self._pair_kept: tuple[tuple[Read, Read], np.ndarray, np.ndarray] | None = None
-        self._pair_out = np.empty(kernels.PAIR_BLOCK, dtype=np.uint16)
+        self._raw_blocks = RawBlocks(sources)
+        self._raw_out = np.empty(kernels.PAIR_BLOCK, dtype=np.uint16)
         self._free: list[np.ndarray] = []
         self._angles: dict[int, tuple[float, float]] = {}
-        self._trims: dict[int, _Trim] = {}
+        self._trims: dict[int, Trim] = {}
         self._output: OutputTensor | None = None
         self._fell_back: list[int] = []
         self._bad_input = False  # where the operator may drop it from the result
@@ -93,30 +89,53 @@ class Computer:
         Raises:
             CheckpointError: an input cannot be read, or integer tensors differ. OperatorError: see the operator.
         """
-        self._output = output
-        self._angles, self._trims, self._fell_back, self._pair_kept = {}, {}, [], None
-        self._bad_input = False
+        self._restart(output)
         if output.dtype not in FLOAT_DTYPES:
             self._copy_equal(output, emit)
             return TensorReport(output.name)
         if not self._is_blockwise(output):
             return self._compute_whole(output, emit)
         self._prepare(output.node)
-        if (pair := self._bf16_pair(output.node)) and output.dtype == "BF16" and output.input_dtype in (None, "BF16"):
-            not_finite = self._blend_pair(output, pair, emit)
-            return TensorReport(output.name, not_finite, tuple(sorted(self._fell_back)))
         not_finite = False
+        if (stored := self._stored_bf16(output.node)) and output.dtype == "BF16":
+            not_finite = self._emit_bf16(output, stored, emit)
+            return TensorReport(output.name, not_finite or self._bad_input, tuple(sorted(self._fell_back)))
         for start, values in self._blocks(output.node):
             not_finite |= self._emit_float32(values, output.dtype, start, emit)
         return TensorReport(output.name, not_finite or self._bad_input, tuple(sorted(self._fell_back)))
 
     def fallbacks(self, output: OutputTensor) -> tuple[int, ...]:
         """Numbers of the steps whose SLERP is linear on this tensor, without making it."""
-        self._output = output
-        self._angles, self._trims, self._fell_back, self._pair_kept = {}, {}, [], None
+        self._restart(output)
         if output.dtype in FLOAT_DTYPES and self._is_blockwise(output):
             self._prepare(output.node)
         return tuple(sorted(self._fell_back))
+
+    def count_magnitudes(self, output: OutputTensor, node: Apply, counts: np.ndarray, tops: Tops | None) -> None:
+        """Add the magnitudes of the task vectors of a TIES step, one of those that make a tensor, to `counts`.
+
+        Args:
+            counts: (num_sources, 32768) by the upper bits, or, where `tops` are given, (num_sources, 65536) by the
+                lower bits of those whose upper bits are in `tops`.
+        """
+        self._restart(output)
+        if self._is_blockwise(output):
+            for source in (*node.sources, *((node.base,) if node.base is not None else ())):
+                self._prepare(source)
+            self._count(node, counts, tops, None)
+            return
+        from simmerge_ray.operators.task_vectors import task_vectors
+
+        base = self._whole(node.base, output) if node.base is not None else None
+        tensors = [self._whole(source, output) for source in node.sources]
+        _, vectors = task_vectors(node.operator, base, tensors, node.weights)
+        _count_vectors([vector.reshape(-1).numpy() for vector in vectors], counts, tops)
+
+    def _restart(self, output: OutputTensor) -> None:
+        self._output = output
+        self._angles, self._trims, self._fell_back = {}, {}, []
+        self._bad_input = False
+        self._raw_blocks.forget()
 
     # Block by block
 
@@ -206,9 +225,9 @@ class Computer:
         trim = self._trims[id(node)]
         base, *vectors = trim.kept.pop(start, None) or self._task_vectors(node, start)
         for number, vector in enumerate(vectors):
-            if trim.thresholds[number] == 0:  # nothing was counted; else NaN and infinity are the topmost bins
+            if not trim.counted:
                 self._bad_input |= kernels.not_finite(vector)
-            kernels.trim_block(vector, trim.thresholds[number], trim.left[number])
+            kernels.trim_block(vector, trim.thresholds[number], trim.left[number : number + 1])
         left, right = vectors
         normalize = bool(dict(node.params).get("normalize", True))
         weights = (np.float32(node.weights[0]), np.float32(node.weights[1]))
@@ -217,58 +236,62 @@ class Computer:
         return left
 
     def _task_vectors(self, node: Apply, start: int) -> tuple[np.ndarray, ...]:
-        """(base, left - base, right - base) of a block."""
+        """(base, source - base, ...) of a block."""
         assert node.base is not None
-        base, left, right = (self._block(source, start) for source in (node.base, *node.sources))
-        kernels.subtract(left, base)
-        kernels.subtract(right, base)
-        return base, left, right
+        base, *vectors = (self._block(source, start) for source in (node.base, *node.sources))
+        for vector in vectors:
+            kernels.subtract(vector, base)
+        return base, *vectors
 
     # What operators must know of the whole tensor
 
-    def _bf16_pair(self, node: Node) -> tuple[Read, Read] | None:
-        """The two reads of a weighted sum of two stored bfloat16 tensors: the case that deserves its own loop."""
-        if not isinstance(node, Apply) or node.operator not in ("linear", "slerp") or len(node.sources) != 2:
-            return None
-        left, right = node.sources
-        if not (isinstance(left, Read) and isinstance(right, Read)):
-            return None
-        if node.operator == "linear" and math.frexp(_linear_divisor(node))[0] != 0.5:
-            return None  # only a division by a power of two may be done before the sum
-        stored = [self._sources[read.checkpoint].specs[read.tensor].dtype for read in (left, right)]
-        if any(self._sources[read.checkpoint].is_adapted(read.tensor) for read in (left, right)):
-            return None
-        return (left, right) if stored == ["BF16", "BF16"] else None
+    def _stored_bf16(self, node: Node) -> tuple[Read, ...]:
+        """The two tensors of a weighted sum, or base and two tensors of TIES, if all are stored as bfloat16.
 
-    def _raw_pairs(self, pair: tuple[Read, Read]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(offset, bits of left, bits of right) of all blocks, valid until the next."""
+        The cases that deserve loops of their own; empty for any other.
+        """
         assert self._output is not None
-        if self._pair_kept is not None and self._pair_kept[0] == pair:
-            yield 0, self._pair_kept[1], self._pair_kept[2]
-            return
-        for start in range(0, self._output.num_elements, kernels.PAIR_BLOCK):
-            stop = min(start + kernels.PAIR_BLOCK, self._output.num_elements)
-            left, right = (
-                self._sources[read.checkpoint].read_raw(read.tensor, start, stop, room)
-                for read, room in zip(pair, self._pair_rooms, strict=True)
-            )
-            if stop == self._output.num_elements and start == 0:
-                self._pair_kept = pair, left, right  # for the second pass of SLERP
-            yield start, left, right
+        if not isinstance(node, Apply) or node.operator not in ("linear", "slerp", "ties") or len(node.sources) != 2:
+            return ()
+        if node.operator == "linear" and math.frexp(_linear_divisor(node))[0] != 0.5:
+            return ()  # only a division by a power of two may be done before the sum
+        inputs = (node.base, *node.sources) if node.operator == "ties" else node.sources
+        stored = tuple(one for one in inputs if isinstance(one, Read) and self._is_stored_bf16(one))
+        return stored if len(stored) == len(inputs) and self._output.input_dtype in (None, "BF16") else ()
 
-    def _blend_pair(self, output: OutputTensor, pair: tuple[Read, Read], emit: Emit) -> bool:
+    def _is_stored_bf16(self, read: Read) -> bool:
+        source = self._sources[read.checkpoint]
+        return source.specs[read.tensor].dtype == "BF16" and not source.is_adapted(read.tensor)
+
+    def _raw_pass(self, stored: tuple[Read, ...]) -> Iterator[tuple[int, list[np.ndarray]]]:
+        assert self._output is not None
+        for trim in self._trims.values():
+            trim.restart()
+        return self._raw_blocks.blocks(stored, self._output.num_elements)
+
+    def _emit_bf16(self, output: OutputTensor, stored: tuple[Read, ...], emit: Emit) -> bool:
         node = output.node
         assert isinstance(node, Apply)
-        if node.operator == "linear":
-            weights = [weight / _linear_divisor(node) for weight in node.weights]
-        else:
-            weights = list(self._angles[id(node)])
-        left_weight, right_weight = (np.float32(weight) for weight in weights)
-        fused = node.operator == "linear"
         not_finite = False
-        for start, left, right in self._raw_pairs(pair):
-            out = self._pair_out[: left.size]
-            not_finite |= kernels.blend_bf16(left, right, left_weight, right_weight, fused, out)
+        if node.operator == "ties":
+            trim, params = self._trims[id(node)], dict(node.params)
+            scale, normalize = np.float32(_number(params.get("scale", 1.0))), bool(params.get("normalize", True))
+            left_weight, right_weight = (np.float32(weight) for weight in node.weights)
+            for start, bits in self._raw_pass(stored):
+                out = self._raw_out[: bits[0].size]
+                if not trim.counted:
+                    self._bad_input |= any(kernels.not_finite_bf16(bits[0], values) for values in bits[1:])
+                not_finite |= kernels.ties_bf16(
+                    *bits, trim.thresholds, trim.left, left_weight, right_weight, scale, normalize, out
+                )
+                emit(start, out)
+            return not_finite
+        linear = node.operator == "linear"
+        weights = [w / _linear_divisor(node) for w in node.weights] if linear else list(self._angles[id(node)])
+        left_weight, right_weight = (np.float32(weight) for weight in weights)
+        for start, (left, right) in self._raw_pass(stored):
+            out = self._raw_out[: left.size]
+            not_finite |= kernels.blend_bf16(left, right, left_weight, right_weight, linear, out)
             emit(start, out)
         return not_finite
 
@@ -294,9 +317,9 @@ class Computer:
     def _interpolation(self, node: Apply) -> tuple[float, float]:
         """Weights of left and right on the arc between them; the plain weights where there is no arc."""
         sums = np.zeros(3)
-        if (pair := self._bf16_pair(node)) and self._output is not None and self._output.input_dtype in (None, "BF16"):
-            for _, bits_left, bits_right in self._raw_pairs(pair):
-                kernels.dots_bf16(bits_left, bits_right, sums)
+        if stored := self._stored_bf16(node):
+            for _, bits in self._raw_pass(stored):
+                kernels.dots_bf16(*bits, sums)
         else:
             for start in self._starts():
                 left, right = self._vectors(node, start)
@@ -310,40 +333,48 @@ class Computer:
             return 1.0 - t, t
         return interpolation_weights(cosine, t)
 
-    def _thresholds(self, node: Apply) -> _Trim:
-        """Exact thresholds by two histograms of magnitudes, never a sort."""
+    def _thresholds(self, node: Apply) -> Trim:
         assert self._output is not None
-        num = self._output.num_elements
-        density = dict(node.params).get("density", 0.5)
-        densities = density if isinstance(density, tuple) else (density, density)
-        keep = [kept_count(value, num) for value in densities]
+        params, num = dict(node.params), self._output.num_elements
+        if "thresholds" in params:
+            thresholds, budgets = (params[name] for name in ("thresholds", "budgets"))
+            return Trim(
+                np.array(thresholds, dtype=np.float32).view(np.uint32), np.array(budgets, dtype=np.int64), False
+            )
+        assert params.get("trim_scope", "tensor") == "tensor", "see global_trims.resolve_global_trims"
+        keep = [kept_count(density, num) for density in densities(node)]
         if all(count == num for count in keep):
-            return _Trim((np.uint32(0), np.uint32(0)), (num, num))
+            return Trim(np.zeros(len(keep), dtype=np.uint32), np.full(len(keep), num), False)
         kept: dict[int, tuple[np.ndarray, ...]] = {}
-        high = np.zeros((2, 1 << 15), dtype=np.int64)
+        high, low = high_counts(len(keep)), low_counts(len(keep))
+        self._count(node, high, None, kept)
+        self._bad_input |= bool(high[:, NOT_FINITE:].any())
+        tops = top_bins(high, keep)
+        self._count(node, low, tops, kept)
+        return Trim(*exact_thresholds(tops, low, keep), True, kept)
+
+    def _count(self, node: Apply, counts: np.ndarray, tops: Tops | None, kept: dict[int, Any] | None) -> None:
+        """Add the magnitudes of the task vectors to (num_sources, bins): by their upper bits, or below `tops`.
+
+        kept: the blocks of a small tensor are put there, and taken from there the second time.
+        """
+        if stored := self._stored_bf16(node):
+            for _, (base, *others) in self._raw_pass(stored):
+                for number, values in enumerate(others):
+                    if tops is None:
+                        kernels.count_high_bf16(base, values, counts[number])
+                    else:
+                        kernels.count_low_bf16(base, values, np.uint32(tops[number][0]), counts[number])
+            return
+        assert self._output is not None
+        is_small = kept is not None and self._output.num_elements <= _KEPT_VECTORS
         for start in self._starts():
-            blocks = self._task_vectors(node, start)
-            for number, vector in enumerate(blocks[1:]):
-                kernels.count_high(vector, high[number])
-            if num <= _KEPT_ELEMENTS:
+            blocks = (kept or {}).get(start) or self._task_vectors(node, start)
+            _count_vectors(blocks[1:], counts, tops)
+            if is_small and kept is not None:
                 kept[start] = blocks
             else:
                 self._give(*blocks)
-        self._bad_input |= bool(high[:, 0x7F80:].any())
-        tops = [kernels.bin_of(high[number], keep[number]) for number in (0, 1)]
-        low = np.zeros((2, (1 << 16) + 64), dtype=np.int64)
-        for start in self._starts():
-            blocks = kept.get(start) or self._task_vectors(node, start)
-            for number, vector in enumerate(blocks[1:]):
-                kernels.count_low(vector, np.uint32(tops[number][0]), low[number])
-            if start not in kept:
-                self._give(*blocks)
-        thresholds, budgets = [], []
-        for number, (top, above) in enumerate(tops):
-            bits, above_low = kernels.bin_of(low[number, : 1 << 16], keep[number] - above)
-            thresholds.append(np.uint32((top << 16) | bits))
-            budgets.append(keep[number] - above - above_low)
-        return _Trim(tuple(thresholds), tuple(budgets), kept=kept)
 
     # Results
 
@@ -431,14 +462,14 @@ def is_blockwise(output: OutputTensor, specs: Mapping[str, Mapping[str, TensorSp
         if isinstance(node, Read):
             return specs[node.checkpoint][node.tensor].dtype in _BLOCKWISE_DTYPES
         params = dict(node.params)
-        plain = all(isinstance(value, int | float) for key, value in node.params if key != "density")
+        plain = all(isinstance(value, int | float | str) for key, value in node.params if key not in _PER_SOURCE)
         operator_fits = {
             "linear": plain,
             "passthrough": plain,
             "task_arithmetic": plain and not params.get("normalize", False),
             "slerp": len(node.sources) == 2,
             "nuslerp": len(node.sources) == 2 and params.get("flatten", True),
-            "ties": len(node.sources) == 2 and plain and "thresholds" not in params,
+            "ties": len(node.sources) == 2 and plain,
         }.get(node.operator, False)
         inner = (*node.sources, *((node.base,) if node.base is not None else ()))
         if OPERATOR_SPECS[node.operator].needs_base and node.base is None:
@@ -452,7 +483,8 @@ def is_blockwise(output: OutputTensor, specs: Mapping[str, Mapping[str, TensorSp
 def memory_per_thread(graph: MergeGraph, specs: Mapping[str, Mapping[str, TensorSpec]]) -> int:
     """Upper bound of the bytes that one thread holds: blocks, or the float32 copies of its largest whole tensor."""
     widest = max((len(list(reads(output.node))) for output in graph.outputs), default=1)
-    blocks = kernels.BLOCK * (16 + 4 * (widest + 2)) + kernels.PAIR_BLOCK * 6 + 12 * _KEPT_ELEMENTS + (3 << 19)
+    stored = kernels.PAIR_BLOCK * 2 + 6 * max(KEPT_ELEMENTS, kernels.PAIR_BLOCK)
+    blocks = kernels.BLOCK * (16 + 4 * (widest + 2)) + stored + 12 * _KEPT_VECTORS + (3 << 19)
     whole = [
         output.num_elements * 4 * (2 * len(list(reads(output.node))) + 2)
         for output in graph.outputs
@@ -483,8 +515,21 @@ class Seeds:
         return self._digests[checkpoint]
 
 
+def _count_vectors(vectors: Sequence[np.ndarray], counts: np.ndarray, tops: Tops | None) -> None:
+    for number, vector in enumerate(vectors):
+        if tops is None:
+            kernels.count_high(vector, counts[number])
+        else:
+            kernels.count_low(vector, np.uint32(tops[number][0]), counts[number])
+
+
 def _linear_divisor(node: Apply) -> float:
-    return sum_of_weights("linear", node.weights) if dict(node.params).get("normalize", True) else 1.0
+    return _sum_of_linear(node.weights) if dict(node.params).get("normalize", True) else 1.0
+
+
+@lru_cache
+def _sum_of_linear(weights: tuple[float, ...]) -> float:
+    return sum_of_weights("linear", weights)
 
 
 def _number(value: Any) -> float:

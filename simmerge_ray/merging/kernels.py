@@ -2,6 +2,9 @@
 
 A block is at most `BLOCK` elements. Inputs are widened to float32, all arithmetic is float32, and the result is rounded
 once. Compiled code is kept on disk by numba, so only the first merge on a machine waits for the compiler.
+
+numba adds uint32 numbers as uint64, and a loop with 64-bit values is vectorised at half the width or not at all: every
+operation on bits is cast back by `U32`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,11 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 BLOCK = 1 << 16
-PAIR_BLOCK = 1 << 19  # where no float32 copies of a block are needed, larger ones are worth it
+PAIR_BLOCK = 1 << 19  # of stored bfloat16, where no float32 copies of a block are needed: larger reads are worth it
+U32 = np.uint32
+_CHUNK = 64
+_UPPER = np.uint32(0xFFFF0000)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 @intrinsic
@@ -42,33 +49,56 @@ def _fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:  # float32 x * y +
 
 
 @njit(cache=True, nogil=True)
+def _wide(bits: np.uint16) -> np.float32:  # bfloat16 bits, also the lower half of a word of two
+    return _float_of(U32(U32(bits) << U32(16)))
+
+
+@njit(cache=True, nogil=True)
+def _rounded(value: np.float32) -> np.uint32:  # bits whose upper half is the bfloat16, ties to even; not for any NaN
+    bits = _bits_of(value)
+    return U32(U32(bits + U32(0x7FFF)) + U32(U32(bits >> U32(16)) & U32(1)))
+
+
+@njit(cache=True, nogil=True)
 def widen_bf16(raw: np.ndarray, out: np.ndarray) -> None:
     """bfloat16 bits (uint16) as float32."""
     for i in range(raw.size):
-        out[i] = _float_of(np.uint32(raw[i]) << np.uint32(16))
+        out[i] = _wide(raw[i])
 
 
 @njit(cache=True, nogil=True)
 def narrow_bf16(values: np.ndarray, out: np.ndarray) -> bool:
     """float32 rounded to bfloat16 bits, ties to even; returns whether an entry is NaN or infinite."""
-    largest = np.uint32(0)
+    largest = U32(0)
     for i in range(values.size):
         bits = _bits_of(values[i])
-        magnitude = bits & np.uint32(0x7FFFFFFF)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         # Rounding could carry a NaN's payload away into infinity.
-        out[i] = np.uint16((bits >> np.uint32(16)) | np.uint32(64) if magnitude > np.uint32(0x7F800000) else rounded)
-        largest = max(largest, np.uint32(out[i]) & np.uint32(0x7FFF))
-    return bool(largest >= np.uint32(0x7F80))
+        is_nan = U32(bits & _MAGNITUDE) > U32(0x7F800000)
+        rounded = U32(U32(bits >> U32(16)) | U32(64)) if is_nan else U32(_rounded(values[i]) >> U32(16))
+        out[i] = np.uint16(rounded)
+        magnitude = U32(rounded & U32(0x7FFF))
+        largest = magnitude if magnitude > largest else largest
+    return bool(largest >= U32(0x7F80))
 
 
 @njit(cache=True, nogil=True)
 def not_finite(values: np.ndarray) -> bool:
     """Whether a float32 block holds NaN or infinity."""
-    largest = np.uint32(0)
+    largest = U32(0)
     for i in range(values.size):
-        largest = max(largest, _bits_of(values[i]) & np.uint32(0x7FFFFFFF))
-    return bool(largest >= np.uint32(0x7F800000))
+        magnitude = U32(_bits_of(values[i]) & _MAGNITUDE)
+        largest = magnitude if magnitude > largest else largest
+    return bool(largest >= U32(0x7F800000))
+
+
+@njit(cache=True, nogil=True)
+def not_finite_bf16(base: np.ndarray, values: np.ndarray) -> bool:
+    """`not_finite` of `values - base`, from bfloat16 bits."""
+    largest = U32(0)
+    for i in range(values.size):
+        magnitude = U32(_bits_of(_wide(values[i]) - _wide(base[i])) & _MAGNITUDE)
+        largest = magnitude if magnitude > largest else largest
+    return bool(largest >= U32(0x7F800000))
 
 
 @njit(cache=True, nogil=True)
@@ -91,33 +121,56 @@ def blend_bf16(
     fused: bool,
     out: np.ndarray,
 ) -> bool:
-    """`blend` from bfloat16 bits to bfloat16 bits in one pass; returns whether an entry is NaN or infinite."""
-    carry = np.uint32(0)
-    for i in range(left.size):
-        x = _float_of(np.uint32(left[i]) << np.uint32(16))
-        y = _float_of(np.uint32(right[i]) << np.uint32(16))
-        product = left_weight * x
-        bits = _bits_of(_fma(right_weight, y, product) if fused else product + right_weight * y)
+    """`blend` from bfloat16 bits to bfloat16 bits in one pass; returns whether an entry is NaN or infinite.
+
+    Two entries at a time, as halves of a word: widening and narrowing vectors costs more than the arithmetic.
+    """
+    even = left.size & -2
+    lefts, rights, outs = left[:even].view(U32), right[:even].view(U32), out[:even].view(U32)
+    carry = U32(0)
+    for i in range(lefts.size):
+        first = left_weight * _wide(lefts[i])
+        second = left_weight * _float_of(U32(lefts[i] & _UPPER))
+        x, y = _wide(rights[i]), _float_of(U32(rights[i] & _UPPER))
+        first = _fma(right_weight, x, first) if fused else first + right_weight * x
+        second = _fma(right_weight, y, second) if fused else second + right_weight * y
         # A NaN made from bfloat16 inputs has its payload in the upper half: rounding cannot carry it away.
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        out[i] = np.uint16(rounded)
-        carry |= (rounded & np.uint32(0x7F80)) + np.uint32(0x80)
-    return bool(carry & np.uint32(0x8000))
+        word = U32(U32(_rounded(first) >> U32(16)) | U32(_rounded(second) & _UPPER))
+        outs[i] = word
+        carry = U32(carry | U32(U32(word & U32(0x7F807F80)) + U32(0x00800080)))
+    if even < left.size:
+        last = left_weight * _wide(left[even])
+        x = _wide(right[even])
+        word = U32(_rounded(_fma(right_weight, x, last) if fused else last + right_weight * x) >> U32(16))
+        out[even] = np.uint16(word)
+        carry = U32(carry | U32(U32(word & U32(0x7F80)) + U32(0x80)))
+    return bool(U32(carry & U32(0x80008000)))
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def dots_bf16(left: np.ndarray, right: np.ndarray, sums: np.ndarray) -> None:
     """`dots` from bfloat16 bits."""
+    even = left.size & -2
+    lefts, rights = left[:even].view(U32), right[:even].view(U32)
     a, b, c = 0.0, 0.0, 0.0
-    for i in range(left.size):
-        x = np.float64(_float_of(np.uint32(left[i]) << np.uint32(16)))
-        y = np.float64(_float_of(np.uint32(right[i]) << np.uint32(16)))
+    d, e, f = 0.0, 0.0, 0.0
+    for i in range(lefts.size):
+        x, y = np.float64(_wide(lefts[i])), np.float64(_wide(rights[i]))
         a += x * x
         b += x * y
         c += y * y
-    sums[0] += a
-    sums[1] += b
-    sums[2] += c
+        x, y = np.float64(_float_of(U32(lefts[i] & _UPPER))), np.float64(_float_of(U32(rights[i] & _UPPER)))
+        d += x * x
+        e += x * y
+        f += y * y
+    if even < left.size:
+        x, y = np.float64(_wide(left[even])), np.float64(_wide(right[even]))
+        a += x * x
+        b += x * y
+        c += y * y
+    sums[0] += a + d
+    sums[1] += b + e
+    sums[2] += c + f
 
 
 @njit(cache=True, nogil=True)
@@ -157,55 +210,126 @@ def subtract(values: np.ndarray, base: np.ndarray) -> None:
 def count_high(vector: np.ndarray, counts: np.ndarray) -> None:
     """Add a block's magnitudes to `counts` (32768,): by the upper 15 bits below the sign, which order them."""
     for i in range(vector.size):
-        counts[(_bits_of(vector[i]) >> np.uint32(16)) & np.uint32(0x7FFF)] += 1
+        counts[U32(_bits_of(vector[i]) >> U32(16)) & U32(0x7FFF)] += 1
+
+
+@njit(cache=True, nogil=True)
+def count_high_bf16(base: np.ndarray, values: np.ndarray, counts: np.ndarray) -> None:
+    """`count_high` of `values - base`, from bfloat16 bits. The bins are found first, in a loop that is vectorised."""
+    bins = np.empty(1024, dtype=np.uint16)
+    for start in range(0, values.size, bins.size):
+        chunk, chunk_base = values[start : start + bins.size], base[start : start + bins.size]
+        for i in range(chunk.size):
+            bins[i] = np.uint16(U32(_bits_of(_wide(chunk[i]) - _wide(chunk_base[i])) >> U32(16)) & U32(0x7FFF))
+        for i in range(chunk.size):
+            counts[bins[i]] += 1
 
 
 @njit(cache=True, nogil=True)
 def count_low(vector: np.ndarray, high: np.uint32, counts: np.ndarray) -> None:
-    """Of the magnitudes whose upper bits are `high`, add the lower 16 bits to `counts[:65536]`.
+    """Of the magnitudes whose upper bits are `high`, add the lower 16 bits to `counts` (65536 or more,).
 
-    The others are counted in the 64 entries behind: a branch would be mispredicted too often, and one such entry would
-    make every step wait for the one before.
+    These are few, and between bfloat16 checkpoints most of them have no lower bits: only chunks with others are looked
+    at entry by entry, the rest is vectorised.
     """
-    for i in range(vector.size):
-        bits = _bits_of(vector[i])
-        same = ((bits >> np.uint32(16)) & np.uint32(0x7FFF)) == high
-        counts[np.int64(bits & np.uint32(0xFFFF)) if same else 65536 + (i & 63)] += 1
+    num_bare = U32(0)
+    for start in range(0, vector.size, _CHUNK):
+        chunk = vector[start : start + _CHUNK]
+        found = U32(0)
+        for i in range(chunk.size):
+            bits = U32(_bits_of(chunk[i]) & _MAGNITUDE)
+            same = U32(bits >> U32(16)) == high
+            found = U32(found | (U32(bits & U32(0xFFFF)) if same else U32(0)))
+            num_bare = U32(num_bare + (U32(1) if bits == U32(high << U32(16)) else U32(0)))
+        if found != U32(0):
+            for i in range(chunk.size):
+                bits = U32(_bits_of(chunk[i]) & _MAGNITUDE)
+                if U32(bits >> U32(16)) == high and U32(bits & U32(0xFFFF)) != U32(0):
+                    counts[bits & U32(0xFFFF)] += 1
+    counts[0] += num_bare
+
+
+@njit(cache=True, nogil=True)
+def count_low_bf16(base: np.ndarray, values: np.ndarray, high: np.uint32, counts: np.ndarray) -> None:
+    """`count_low` of `values - base`, from bfloat16 bits."""
+    num_bare = U32(0)
+    for start in range(0, values.size, _CHUNK):
+        chunk, chunk_base = values[start : start + _CHUNK], base[start : start + _CHUNK]
+        found = U32(0)
+        for i in range(chunk.size):
+            bits = U32(_bits_of(_wide(chunk[i]) - _wide(chunk_base[i])) & _MAGNITUDE)
+            same = U32(bits >> U32(16)) == high
+            found = U32(found | (U32(bits & U32(0xFFFF)) if same else U32(0)))
+            num_bare = U32(num_bare + (U32(1) if bits == U32(high << U32(16)) else U32(0)))
+        if found != U32(0):
+            for i in range(chunk.size):
+                bits = U32(_bits_of(_wide(chunk[i]) - _wide(chunk_base[i])) & _MAGNITUDE)
+                if U32(bits >> U32(16)) == high and U32(bits & U32(0xFFFF)) != U32(0):
+                    counts[bits & U32(0xFFFF)] += 1
+    counts[0] += num_bare
 
 
 @njit(cache=True, nogil=True)
 def bin_of(counts: np.ndarray, keep: int) -> tuple[int, int]:
     """(index of the bin that holds the `keep`-th largest, how many are in the bins above it)."""
     above = 0
-    for i in range(counts.size - 1, -1, -1):
-        if above + counts[i] >= keep:
-            return i, above
-        above += counts[i]
+    stop = counts.size
+    while stop > 0:
+        start = max(0, stop - _CHUNK)
+        total = 0
+        for i in range(start, stop):
+            total += counts[i]
+        if above + total >= keep:
+            for i in range(stop - 1, start - 1, -1):
+                if above + counts[i] >= keep:
+                    return i, above
+                above += counts[i]
+        above += total
+        stop = start
     return 0, above
 
 
 @njit(cache=True, nogil=True)
 def trim_block(vector: np.ndarray, threshold: np.uint32, budget: np.ndarray) -> None:
     """Zero what is smaller than the threshold (bits of a magnitude); of what equals it, keep the first budget[0]."""
-    num_equal = np.int32(0)
-    smallest = threshold if budget[0] > 0 else threshold + np.uint32(1)
+    num_equal = U32(0)
+    smallest = threshold if budget[0] > 0 else U32(threshold + U32(1))
     for i in range(vector.size):  # without branches, so that it is vectorised
-        magnitude = _bits_of(vector[i]) & np.uint32(0x7FFFFFFF)
-        num_equal += np.int32(magnitude == threshold)
+        magnitude = U32(_bits_of(vector[i]) & _MAGNITUDE)
+        num_equal = U32(num_equal + (U32(1) if magnitude == threshold else U32(0)))
         vector[i] = vector[i] if magnitude >= smallest else np.float32(0.0)
     if budget[0] == 0:
         return
     if num_equal > budget[0]:
         left = budget[0]
         for i in range(vector.size):
-            if (_bits_of(vector[i]) & np.uint32(0x7FFFFFFF)) == threshold:
+            if U32(_bits_of(vector[i]) & _MAGNITUDE) == threshold:
                 if left > 0:
                     left -= 1
                 else:
                     vector[i] = np.float32(0.0)
         budget[0] = 0
     else:
-        budget[0] -= num_equal
+        budget[0] -= int(num_equal)
+
+
+@njit(cache=True, nogil=True)
+def _elected(
+    base: np.float32,
+    x: np.float32,
+    y: np.float32,
+    left_weight: np.float32,
+    right_weight: np.float32,
+    scale: np.float32,
+    normalize: bool,
+) -> np.float32:  # `base + scale * sum_agreeing [/ sum_agreeing(w)]` of two weighted, trimmed entries
+    zero, one = np.float32(0.0), np.float32(1.0)
+    sign = one if x + y >= zero else -one
+    keep_x, keep_y = x * sign > zero, y * sign > zero
+    total = (x if keep_x else zero) + (y if keep_y else zero)
+    divisor = (left_weight if keep_x else zero) + (right_weight if keep_y else zero)
+    divisor = divisor if normalize and divisor != zero else one
+    return base + scale * (total / divisor)
 
 
 @njit(cache=True, nogil=True)
@@ -219,14 +343,87 @@ def elect(
     normalize: bool,
 ) -> None:
     """TIES of two trimmed task vectors: `left <- base + scale * sum_agreeing(w v) [/ sum_agreeing(w)]`."""
-    zero = np.float32(0.0)
     for i in range(left.size):
         x, y = left_weight * left[i], right_weight * right[i]
-        positive = (x + y) >= zero
-        keep_x = x > zero if positive else x < zero
-        keep_y = y > zero if positive else y < zero
-        total = (x if keep_x else zero) + (y if keep_y else zero)
-        divisor = (left_weight if keep_x else zero) + (right_weight if keep_y else zero)
-        if normalize and divisor != zero:
-            total = total / divisor
-        left[i] = base[i] + scale * total
+        left[i] = _elected(base[i], x, y, left_weight, right_weight, scale, normalize)
+
+
+@njit(cache=True, nogil=True)
+def _ties_run(
+    base: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    thresholds: np.ndarray,
+    budgets: np.ndarray,
+    left_weight: np.float32,
+    right_weight: np.float32,
+    scale: np.float32,
+    normalize: bool,
+    out: np.ndarray,
+) -> tuple[bool, int, int]:  # with all or none of what equals a threshold; (not finite, how many equal it: left, right)
+    left_low, right_low = thresholds[0], thresholds[1]
+    left_least = left_low if budgets[0] > 0 else U32(left_low + U32(1))
+    right_least = right_low if budgets[1] > 0 else U32(right_low + U32(1))
+    zero = np.float32(0.0)
+    num_left, num_right, carry = U32(0), U32(0), U32(0)
+    for i in range(base.size):
+        origin = _wide(base[i])
+        x, y = _wide(left[i]) - origin, _wide(right[i]) - origin
+        size_x, size_y = U32(_bits_of(x) & _MAGNITUDE), U32(_bits_of(y) & _MAGNITUDE)
+        num_left = U32(num_left + (U32(1) if size_x == left_low else U32(0)))
+        num_right = U32(num_right + (U32(1) if size_y == right_low else U32(0)))
+        x = left_weight * (x if size_x >= left_least else zero)
+        y = right_weight * (y if size_y >= right_least else zero)
+        merged = _elected(origin, x, y, left_weight, right_weight, scale, normalize)
+        word = U32(_rounded(merged) >> U32(16))
+        out[i] = np.uint16(word)
+        carry = U32(carry | U32(U32(word & U32(0x7F80)) + U32(0x80)))
+    return bool(U32(carry & U32(0x8000))), int(num_left), int(num_right)
+
+
+@njit(cache=True, nogil=True)
+def _end_of_budget(base: np.ndarray, values: np.ndarray, threshold: np.uint32, budget: int) -> int:
+    """Behind the entry with which so many entries of `values - base` have a magnitude equal to the threshold."""
+    for i in range(base.size):
+        budget -= int(U32(_bits_of(_wide(values[i]) - _wide(base[i])) & _MAGNITUDE) == threshold)
+        if budget == 0:
+            return i + 1
+    return base.size
+
+
+@njit(cache=True, nogil=True)
+def ties_bf16(
+    base: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    thresholds: np.ndarray,
+    budgets: np.ndarray,
+    left_weight: np.float32,
+    right_weight: np.float32,
+    scale: np.float32,
+    normalize: bool,
+    out: np.ndarray,
+) -> bool:
+    """`trim_block` and `elect` from bfloat16 bits to bfloat16 bits; returns whether an entry is NaN or infinite.
+
+    thresholds: (2,) uint32, budgets: (2,) int64, of left and right; the budgets are reduced by what was kept.
+    """
+    found, start, stop = False, 0, base.size
+    while start < base.size:
+        part, x, y = base[start:stop], left[start:stop], right[start:stop]
+        flag, num_left, num_right = _ties_run(
+            part, x, y, thresholds, budgets, left_weight, right_weight, scale, normalize, out[start:stop]
+        )
+        end = part.size
+        if 0 < budgets[0] < num_left:
+            end = _end_of_budget(part, x, thresholds[0], budgets[0])
+        if 0 < budgets[1] < num_right:
+            end = min(end, _end_of_budget(part, y, thresholds[1], budgets[1]))
+        if end < part.size:
+            stop = start + end  # again, up to where a budget is spent
+            continue
+        found |= flag
+        budgets[0] = max(0, budgets[0] - num_left)
+        budgets[1] = max(0, budgets[1] - num_right)
+        start, stop = stop, base.size
+    return found

@@ -14,6 +14,7 @@ from simmerge_ray.merge_graph import MergeGraph, reads
 from simmerge_ray.mergekit_format import ModelName, compile_mergekit, read_mergekit
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.compute import is_blockwise, memory_per_thread
+from simmerge_ray.merging.global_trims import global_steps
 from simmerge_ray.merging.layout import plan_layout
 from simmerge_ray.merging.write import MergeResult, Progress, Runner, check_target, default_threads, write_graph
 from simmerge_ray.plans import ResolvedPlan, read_plan, write_plan
@@ -70,6 +71,11 @@ class MergeRequest:
             f"read     {read_bytes / 1e9:.3f} GB",
             f"write    {layout.num_bytes / 1e9:.3f} GB in {len(layout.shards)} file(s) -> {self.out}",
             f"memory   at most {memory / 1e6:.0f} MB for {threads} thread(s)",
+            *(
+                [f"trim     step {', '.join(map(str, steps))} over the whole model: its inputs are read twice before"]
+                if (steps := global_steps(graph))
+                else []
+            ),
             f"mergekit {'can make the same merge' if graph.mergekit else 'has no words for this plan'}",
             "no problem was found",
         ]
@@ -95,6 +101,7 @@ def read_request(file: Path, out: Path) -> MergeRequest:
     else:
         resolved, predicted = read_plan(file)
         request = MergeRequest(compile_plan(resolved), out, resolved, predicted)
+    global_steps(request.graph)  # it raises what cannot be trimmed so
     for ref in request.graph.checkpoints.values():
         if ref.adapter is not None:
             LoraAdapter(ref, read_headers(ref))  # it raises what does not fit

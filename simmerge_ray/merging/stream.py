@@ -11,6 +11,7 @@ from simmerge_ray.errors import CheckpointError
 from simmerge_ray.merge_graph import OutputTensor
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.compute import Computer, Seeds, TensorReport
+from simmerge_ray.merging.global_trims import resolve_global_trims
 from simmerge_ray.merging.sources import NUMPY_DTYPES, TensorSource
 from simmerge_ray.plans import ResolvedPlan
 
@@ -23,8 +24,11 @@ def merged_tensors(resolved: ResolvedPlan, reports: list[TensorReport] | None = 
 
     Args:
         reports: gets one entry a tensor. Inputs are taken as checked (`check_compatible`).
+
+    Raises:
+        PlanError: see `global_trims.global_steps`. CheckpointError: see `Computer.compute`.
     """
-    graph = compile_plan(resolved, check=False)
+    graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=1)
     sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
     try:
         computer = Computer(graph, sources, Seeds(graph))

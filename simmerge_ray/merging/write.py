@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from simmerge_ray.merge_graph import MergeGraph
 from simmerge_ray.merging.card import model_card
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.compute import Computer, Seeds, TensorReport
+from simmerge_ray.merging.global_trims import global_steps, resolve_global_trims
 from simmerge_ray.merging.layout import MAX_SHARD_BYTES, Layout, Placement, plan_layout, preallocate
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.plans import ResolvedPlan, write_plan
@@ -124,23 +125,30 @@ def write_graph(
 
     Raises:
         OutputError: the target is something else, cannot be written, or has too little space.
+        PlanError: see `global_trims.global_steps`.
         CheckpointError: an input ends early, integer tensors differ, or (strict) the result is not finite.
     """
     check_target(out)
+    global_steps(graph)
     started = time.monotonic()
     layout = plan_layout(graph.outputs, max_shard_bytes)
-    with _partial_directory(graph, out, layout) as partial:
+    inputs = {key: checkpoint_fingerprint(ref) for key, ref in graph.checkpoints.items()}
+    with _partial_directory(graph, out, layout, inputs) as partial:
         done = read_journals(partial)
         num_resumed = len(done)
         missing = [p for p in layout.placements if p.output.name not in done]
-        if missing and runner:
-            runner(graph, partial, missing, progress, graph.num_bytes)
-        elif missing:
-            write_tensors(graph, partial, missing, JOURNAL, progress, num_threads, graph.num_bytes)
+        if missing:
+            trimmed = resolve_global_trims(graph, num_threads or default_threads())
+            made = {output.name: output for output in trimmed.outputs}
+            missing = [replace(placement, output=made[placement.output.name]) for placement in missing]
+            if runner:
+                runner(trimmed, partial, missing, progress, graph.num_bytes)
+            else:
+                write_tensors(trimmed, partial, missing, JOURNAL, progress, num_threads, graph.num_bytes)
         result = _result(out, layout, read_journals(partial), num_resumed)
         if strict and result.not_finite:
             raise CheckpointError(f"the merge holds NaN or infinity in {', '.join(result.not_finite[:5])}")
-        _finish(graph, partial, layout, result, predicted, time.monotonic() - started)
+        _finish(graph, partial, layout, result, inputs, predicted, time.monotonic() - started)
         if finish:
             finish(partial)
         _publish(partial, out)
@@ -297,12 +305,15 @@ def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 @contextmanager
-def _partial_directory(graph: MergeGraph, out: Path, layout: Layout) -> Iterator[Path]:
-    """The hidden sibling that is filled: an earlier one of the same merge, or a new one with preallocated files."""
+def _partial_directory(graph: MergeGraph, out: Path, layout: Layout, inputs: Mapping[str, str]) -> Iterator[Path]:
+    """The hidden sibling that is filled: an earlier one of the same merge, or a new one with preallocated files.
+
+    inputs: fingerprint of every checkpoint.
+    """
     partial = out.absolute().with_name(f".{out.name}.partial")
     state = {
         "graph": graph.digest(),
-        "inputs": {key: checkpoint_fingerprint(ref) for key, ref in graph.checkpoints.items()},
+        "inputs": dict(inputs),
         "files": {shard.file: shard.num_bytes for shard in layout.shards},
         # After a crash of the machine the journal could know more than the disk.
         "boot": _boot_id(),
@@ -384,6 +395,7 @@ def _finish(
     partial: Path,
     layout: Layout,
     result: MergeResult,
+    fingerprints: Mapping[str, str],
     predicted: Mapping[str, Any] | None,
     seconds: float,
 ) -> None:
@@ -398,7 +410,7 @@ def _finish(
     (partial / "README.md").write_text(model_card(graph, predicted, result.not_finite))
     if graph.mergekit is not None:
         (partial / "mergekit_config.yml").write_text(graph.mergekit)
-    inputs = {f"checkpoint {key}": checkpoint_fingerprint(ref) for key, ref in graph.checkpoints.items()}
+    inputs = {f"checkpoint {key}": fingerprint for key, fingerprint in fingerprints.items()}
     found = {
         "num_bytes": result.num_bytes,
         "not_finite": list(result.not_finite),

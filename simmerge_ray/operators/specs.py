@@ -14,26 +14,29 @@ from typing import Any, Literal
 
 from simmerge_ray.errors import OperatorError, unknown_name
 
-Parameter = float | int | bool
+Parameter = float | int | bool | str
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
     """One parameter of an operator: `low <= value <= high`, with `low` itself excluded when `open_low`.
 
-    kind: "float", "int" (a whole number), or "bool", which has no range.
+    kind: "float", "int" (a whole number), "bool" or "choice" (one of `choices`), which have no range.
     """
 
     default: Parameter
     low: float = 0.0
     high: float = 1.0
     open_low: bool = False
-    kind: Literal["float", "int", "bool"] = "float"
+    kind: Literal["float", "int", "bool", "choice"] = "float"
+    choices: tuple[str, ...] = ()
 
     def problem(self, value: object) -> str | None:
         """What is wrong with `value`, or None."""
         if self.kind == "bool":
             return None if isinstance(value, bool) else f"{value!r} is not true or false"
+        if self.kind == "choice":
+            return None if value in self.choices else f"{value!r} is not one of {', '.join(self.choices)}"
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return f"{value!r} is not a finite number"
         if self.kind == "int" and value != int(value):
@@ -44,7 +47,7 @@ class ParameterSpec:
 
     def canonical(self, value: Parameter) -> Parameter:
         """A value without problems as the Python type of its kind."""
-        return {"float": float, "int": int, "bool": bool}[self.kind](value)
+        return {"float": float, "int": int, "bool": bool, "choice": str}[self.kind](value)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,15 @@ OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
             "nuslerp", needs_base=False, uses_base=True, symmetric=True, parameters={"flatten": _ON, "row_wise": _OFF}
         ),
         _on_task_vectors("task_arithmetic", {"scale": _SCALE, "normalize": _OFF}, elementwise=True),
-        _on_task_vectors("ties", {"density": _DENSITY, "scale": _SCALE, "normalize": _ON}),
+        _on_task_vectors(
+            "ties",
+            {
+                "density": _DENSITY,
+                "scale": _SCALE,
+                "normalize": _ON,
+                "trim_scope": ParameterSpec(default="tensor", kind="choice", choices=("tensor", "global")),
+            },
+        ),
         _on_task_vectors("dare_linear", _dare(_OFF), symmetric=False, random=True),
         _on_task_vectors("dare_ties", _dare(_OFF), symmetric=False, random=True),
         _on_task_vectors("della", _della(_ON), symmetric=False, random=True),
@@ -186,11 +197,15 @@ def _parameter_text(value: Parameter) -> str:
     """Shortest text that `_parse_parameter` reads as the same value."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, str):
+        return value
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
-def _parse_parameter(text: str) -> Parameter:
+def _parse_parameter(text: str, spec: ParameterSpec | None) -> Parameter:
+    if spec is not None and spec.kind == "choice":
+        return text
     return text == "true" if text in ("true", "false") else float(text)
 
 
@@ -224,10 +239,11 @@ def parse_arm(text: str) -> Arm:
     if match is None:
         raise OperatorError(f"arm {text!r} is not of the form operator or operator(name=number, ...)")
     params: dict[str, Parameter] = {}
+    specs = OPERATOR_SPECS[match[1]].parameters if match[1] in OPERATOR_SPECS else {}
     for part in filter(None, (piece.strip() for piece in (match[2] or "").split(","))):
         name, equals, value = part.partition("=")
         try:
-            params[name.strip()] = _parse_parameter(value.strip())
+            params[name.strip()] = _parse_parameter(value.strip(), specs.get(name.strip()))
         except ValueError:
             raise OperatorError(
                 f"arm {text!r}: {part!r} is not of the form name=number, name=true or name=false"

@@ -10,10 +10,12 @@ import torch
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SearchConfig
 from simmerge_ray.distributed.merge_search import (
+    Deferred,
     EvaluatorStartError,
     Study,
     Trial,
     TrialRunner,
+    copy_labels,
     plan_study,
     run_search,
 )
@@ -156,6 +158,61 @@ def test_a_merge_that_is_not_finite_is_infeasible(catalogue, tasks, tmp_path, ca
     assert TrialRunner(study).run(Trial(trial.resolved, trial.tasks)) is None
     (label, *_) = LabelStore(tmp_path / "labels").read()
     assert isinstance(label.outcome, Infeasible) and "model.norm.weight holds NaN" in label.outcome.reason
+
+
+# Between these checkpoints SLERP is the linear average below its first threshold, and has an arc below the second.
+CLOSE, APART = "slerp(threshold=0.5)", "slerp(threshold=1)"
+
+
+def run_arms(monkeypatch, catalogue, tasks, path, arms) -> tuple[Study, list, FakeEvaluator]:
+    """Run the trials of some arms in this process; returns what each gave and the evaluator."""
+    evaluator = FakeEvaluator({})
+    monkeypatch.setattr("simmerge_ray.distributed.merge_search.start_evaluator", lambda study: evaluator)
+    study = plan_study(catalogue, tasks, LOCAL.model_copy(update={"arms": arms}), str(path))
+    runner = TrialRunner(study)
+    return study, [runner.run(trial) for trial in study.trials], evaluator
+
+
+def test_an_arm_that_is_the_same_merge_is_not_evaluated_and_its_label_says_so(monkeypatch, catalogue, tasks, tmp_path):
+    study, results, evaluator = run_arms(monkeypatch, catalogue, tasks, tmp_path, ("linear", CLOSE, APART))
+    num_pairs, num_singles = 2, 4
+    assert evaluator.num_loads == num_singles + 2 * num_pairs and len(study.trials) == num_singles + 3 * num_pairs
+    assert not any(isinstance(result, Deferred) for result in results)
+    labels = {(label.plan.label, label.task): label for label in LabelStore(tmp_path).read()}
+    assert len(labels) == 2 * len(study.trials)
+    for (plan, task), label in labels.items():
+        if plan.startswith(CLOSE):
+            other = labels[plan.replace(CLOSE, "linear"), task]
+            assert label.same_as == other.plan.label and label.outcome.items.tolist() == other.outcome.items.tolist()
+        else:
+            assert label.same_as is None
+    assert (
+        plan_study(catalogue, tasks, LOCAL.model_copy(update={"arms": ("linear", CLOSE)}), str(tmp_path)).trials == ()
+    )
+
+
+def test_a_trial_waits_for_the_labels_of_the_same_merge(monkeypatch, catalogue, tasks, tmp_path):
+    study, results, evaluator = run_arms(monkeypatch, catalogue, tasks, tmp_path, (CLOSE, "linear"))
+    waiting = [t for t, result in zip(study.trials, results, strict=True) if isinstance(result, Deferred)]
+    assert [trial.resolved.plan.steps[0].arm.label for trial in waiting] == [CLOSE] * 2
+    assert evaluator.num_loads == len(study.trials) - 2
+    store = LabelStore(tmp_path)
+    for trial in waiting:
+        outcomes = copy_labels(study, store, trial, trial.rivals[0], 0.0)
+        assert outcomes is not None and len(outcomes) == 2
+    assert len(store.read()) == 2 * len(study.trials)
+    lonely = (tmp_path / "other", ("slerp(threshold=0.6)", CLOSE))  # no linear arm: the first is evaluated
+    study, results, evaluator = run_arms(monkeypatch, catalogue, tasks, *lonely)
+    assert evaluator.num_loads == len(study.trials) - 2 and not any(isinstance(r, Deferred) for r in results)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_copies_the_labels_of_the_same_merge_when_they_are_there(catalogue, tasks, tmp_path):
+    config = LOCAL.model_copy(update={"arms": (CLOSE, "linear"), "concurrency": 1})
+    labels = run_search(catalogue, tasks, config, tmp_path / "labels").store.read()
+    assert len(labels) == 16 and sum(label.same_as is not None for label in labels) == 4
+    assert run_search(catalogue, tasks, config, tmp_path / "labels").num_trials_run == 0
 
 
 def test_what_cannot_be_searched_is_refused_before_ray_starts(catalogue, tasks, tmp_path):

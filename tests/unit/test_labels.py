@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from simmerge_ray.errors import LabelError
@@ -46,6 +47,7 @@ def test_labels_are_read_back_as_written(store):
     store.append(labels[2:])
     again = {found.key: found for found in store.read()}
     assert set(again) == {one.key for one in labels} == store.keys()
+    assert all(one.same_as is None for one in again.values())
     for one in labels:
         found = again[one.key]
         assert (found.plan, found.task, found.settings, found.checkpoints) == (
@@ -117,3 +119,14 @@ def test_files_that_are_no_labels_are_refused(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"junk")
     with pytest.raises(LabelError, match=r"x.parquet is not a label file"):
         LabelStore(tmp_path).read()
+
+
+def test_a_copied_label_names_the_plan_that_was_evaluated_and_files_of_before_are_read(tmp_path):
+    store = LabelStore(tmp_path)
+    store.append([label(pair_plan("a", "b", make_arm("slerp")), same_as="linear: a + b")])
+    (found,) = store.read()
+    assert found.same_as == "linear: a + b"
+    (file,) = tmp_path.glob("*.parquet")
+    pq.write_table(pq.read_table(file).drop_columns(["same_as"]), file)
+    (found,) = store.read()
+    assert found.same_as is None and found.outcome.utility == 0.75

@@ -478,7 +478,8 @@ def test_parameters_are_checked_for_the_method():
         "models[0].parameters.normalize: is one value for all models; "
         "it stands under the parameters of the slice or file",
         "models[1].parameters.density: 1.5 is outside (0, 1]",
-        "models[2].parameters.gamma: unknown key; known: density, int8_mask, lambda, normalize, rescale, weight",
+        "models[2].parameters.gamma: unknown key; "
+        "known: density, int8_mask, lambda, normalize, rescale, trim_scope, weight",
         "models[2].parameters.weight: a finite number is needed, got nan",
         "models[2].model: 'b' is given twice",
         "parameters.rescale: true or false is needed, got 'maybe'",

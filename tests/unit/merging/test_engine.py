@@ -19,6 +19,7 @@ from simmerge_ray.errors import CheckpointError, IncompatibleCheckpointsError, O
 from simmerge_ray.merge_graph import Read
 from simmerge_ray.merging import MergeResult, compile_plan, kernels, merged_tensors, write_graph, write_merge
 from simmerge_ray.merging.compute import Computer, Seeds
+from simmerge_ray.merging.fallbacks import linear_form
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.merging.write import JOURNAL, write_tensors
 from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm
@@ -284,6 +285,20 @@ def test_fallbacks_of_slerp_are_reported_without_and_with_a_merge(catalogue, tmp
     graph = compile_plan(close)
     computer = Computer(graph, {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}, Seeds(graph))
     assert {output.name for output in graph.outputs if computer.fallbacks(output)} == names
+
+
+def test_a_plan_whose_spherical_steps_fall_back_everywhere_has_the_form_of_a_linear_one(catalogue):
+    close, apart = make_arm("slerp", {"threshold": 0.5}), make_arm("slerp", {"threshold": 1.0})
+
+    def form(*steps: MergeStep) -> MergePlan:
+        return linear_form(resolve_plan(MergePlan(steps), catalogue))
+
+    assert form(MergeStep("m0", "m1", close, 0.3)) == pair_plan("m0", "m1", LINEAR, 0.3)
+    for arm in (apart, make_arm("nuslerp"), LINEAR, make_arm("ties")):
+        assert form(MergeStep("m0", "m1", arm)) == pair_plan("m0", "m1", arm)
+    ties = make_arm("ties", {"trim_scope": "global"})
+    steps = (MergeStep("m0", "m1", ties), MergeStep("#1", "m2", close), MergeStep("#2", "m1", apart))
+    assert form(*steps).steps == (steps[0], MergeStep("#1", "m2", LINEAR), steps[2])
 
 
 def test_the_number_of_threads_and_shards_changes_no_weight(catalogue, tmp_path):

@@ -17,6 +17,7 @@ from simmerge_ray.errors import InputError
 from simmerge_ray.merge_graph import Apply, MergeGraph, Node, OutputTensor, Read, promoted
 from simmerge_ray.merging import kernels
 from simmerge_ray.merging.compute import Computer, Seeds
+from simmerge_ray.merging.global_trims import resolve_global_trims
 from simmerge_ray.merging.sources import NUMPY_DTYPES, TensorSource
 from simmerge_ray.operators.specs import OPERATOR_SPECS
 
@@ -34,7 +35,8 @@ def nodes(draw, depth: int = 2) -> Node:
     params = {}
     for name, parameter in spec.parameters.items():
         if draw(st.booleans()):
-            values = {"bool": [True, False], "int": [1, 3]}.get(parameter.kind, [parameter.default, 0.2, 0.9, 1.0])
+            known = {"bool": [True, False], "int": [1, 3], "choice": list(parameter.choices)}
+            values = known.get(parameter.kind, [parameter.default, 0.2, 0.9, 1.0])
             params[name] = draw(st.sampled_from(values))
     weights = tuple(draw(st.sampled_from([0.0, 0.5, 1.0, -1.0, 0.3])) for _ in range(count))
     base = draw(nodes(depth=0)) if spec.uses_base and draw(st.integers(0, 4)) else None
@@ -78,7 +80,8 @@ def test_a_tensor_or_a_documented_error(node, shape, dtypes, out, cast, values):
             found[start : start + block.size] = block
 
         try:
-            report = Computer(graph, sources, Seeds(graph)).compute(output, keep)
+            graph = resolve_global_trims(graph, num_threads=1)
+            report = Computer(graph, sources, Seeds(graph)).compute(graph.outputs[0], keep)
         except InputError as error:
             assert str(error)
         else:

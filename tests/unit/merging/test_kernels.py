@@ -94,6 +94,84 @@ def test_trimming_in_blocks_is_trimming_at_once(values, density, block):
     np.testing.assert_array_equal(vector, expected)
 
 
+FEW = st.lists(st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.0078125, 3.0]), min_size=1, max_size=200)
+
+
+def bits_of(values) -> np.ndarray:
+    return torch.tensor(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+@given(FEW, st.integers(0, 1000))
+def test_counting_by_upper_then_lower_bits_finds_the_exact_threshold(values, keep):
+    base = np.resize(np.array([0.0, 1e-3, 3e-3], dtype=np.float32), len(values))
+    low_base, wide = bits_of(base.tolist()), np.empty(len(values), dtype=np.float32)
+    kernels.widen_bf16(low_base, wide)
+    vector = np.array(values, dtype=np.float32) - wide
+    keep = min(len(values), 1 + keep)
+    for count_high, count_low, inputs in (
+        (kernels.count_high, kernels.count_low, (vector,)),
+        (kernels.count_high_bf16, kernels.count_low_bf16, (low_base, bits_of(values))),
+    ):
+        high, low = np.zeros(1 << 15, dtype=np.int64), np.zeros(1 << 16, dtype=np.int64)
+        count_high(*inputs, high)
+        top, above = kernels.bin_of(high, keep)
+        count_low(*inputs, np.uint32(top), low)
+        bits, above_low = kernels.bin_of(low, keep - above)
+        threshold = np.uint32((top << 16) | bits).view(np.float32)
+        assert high.sum() == len(values) and low.sum() == high[top]
+        assert threshold == np.sort(np.abs(vector))[-keep]
+        assert above + above_low == (np.abs(vector) > threshold).sum()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    FEW,
+    st.tuples(st.integers(0, 60), st.integers(0, 60)),
+    st.tuples(st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([0.0, 0.5, 1.0])),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_ties_of_bfloat16_bits_is_the_separate_one(values, budgets, thresholds, weight, normalize):
+    size = len(values) // 3 or 1
+    base, left, right = (bits_of(np.resize(values[i * size :] or values, size).tolist()) for i in range(3))
+    lows = np.array(thresholds, dtype=np.float32).view(np.uint32)
+    weights = np.float32(2 * (1 - weight)), np.float32(2 * weight)
+    out, left_budgets = np.empty(size, dtype=np.uint16), np.array(budgets, dtype=np.int64)
+    flagged = kernels.ties_bf16(base, left, right, lows, left_budgets, *weights, np.float32(0.7), normalize, out)
+    wide = [np.empty(size, dtype=np.float32) for _ in range(3)]
+    expected, separate = np.empty(size, dtype=np.uint16), np.array(budgets, dtype=np.int64)
+    for bits, block in zip((base, left, right), wide, strict=True):
+        kernels.widen_bf16(bits, block)
+    for number in (0, 1):
+        kernels.subtract(wide[number + 1], wide[0])
+        kernels.trim_block(wide[number + 1], lows[number], separate[number : number + 1])
+    kernels.elect(*wide, *weights, np.float32(0.7), normalize)
+    assert kernels.narrow_bf16(wide[1], expected) == flagged
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(left_budgets, separate)
+
+
+@given(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=2, max_size=41))
+def test_dots_of_bfloat16_bits_are_those_of_their_values(values):
+    half = len(values) // 2
+    left, right = (bits_of(values[i * half : (i + 1) * half]) for i in (0, 1))
+    wide = [np.empty(half, dtype=np.float32) for _ in range(2)]
+    for bits, block in zip((left, right), wide, strict=True):
+        kernels.widen_bf16(bits, block)
+    sums = np.zeros(3)
+    kernels.dots_bf16(left, right, sums)
+    exact = [block.astype(np.float64) for block in wide]
+    scale = np.sqrt((exact[0] @ exact[0]) * (exact[1] @ exact[1]))
+    np.testing.assert_allclose(sums[[0, 2]], [exact[0] @ exact[0], exact[1] @ exact[1]], rtol=1e-14)
+    assert abs(sums[1] - exact[0] @ exact[1]) <= 1e-14 * scale
+
+
+def test_a_difference_that_is_not_finite_is_seen():
+    zero, huge, bad = bits_of([0.0] * 70), bits_of([3e38] * 70), bits_of([1.0] * 69 + [float("inf")])
+    assert kernels.not_finite_bf16(zero, bad) and kernels.not_finite_bf16(bits_of([-3e38] * 70), huge)
+    assert not kernels.not_finite_bf16(zero, huge)
+
+
 def test_a_fused_blend_rounds_once():
     weights = np.float32(0.6), np.float32(0.4)
     left, right = np.float32(0.3), np.float32(-0.45)

@@ -481,6 +481,13 @@ def test_ties_with_thresholds_keeps_what_reaches_them():
     assert_same(apply("ties", base, sources, thresholds=thresholds), apply("ties", base, sources, density=0.2))
     with pytest.raises(OperatorError, match="1 thresholds for 2"):
         apply("ties", base, sources, thresholds=(0.1,))
+    equal = torch.tensor([[1.0, -1.0, 0.5], [1.0, 2.0, -1.0]])
+    merged = apply("ties", torch.zeros(2, 3), [equal, 0 * equal], thresholds=(1.0, 1.0), budgets=(2, 0))
+    assert merged.tolist() == [[1.0, -1.0, 0.0], [0.0, 2.0, 0.0]]
+    with pytest.raises(OperatorError, match="3 budgets for 2"):
+        apply("ties", base, sources, thresholds=(0.1, 0.1), budgets=(1, 1, 1))
+    with pytest.raises(OperatorError, match="'trim_scope': 'model' is not one of tensor, global"):
+        apply("ties", base, sources, trim_scope="model")
 
 
 @pytest.mark.parametrize("name", ["della", "della_linear"])

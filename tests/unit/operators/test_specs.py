@@ -13,6 +13,7 @@ VALUES = {
     "float": lambda spec: [spec.high, spec.high / 4, 0.1234567 * spec.high, spec.high / 3],
     "int": lambda spec: [spec.low, 7, 123],
     "bool": lambda spec: [True, False],
+    "choice": lambda spec: list(spec.choices),
 }
 
 
@@ -38,7 +39,10 @@ def test_defaults_are_left_out_so_that_one_arm_has_one_label():
     ("text", "message"),
     [
         ("tise", r"unknown operator 'tise' \(did you mean 'ties'\?\); known: breadcrumbs, .*linear"),
-        ("ties(dens=0.2)", r"unknown parameter 'dens' .*known: density, normalize, scale"),
+        ("ties(dens=0.2)", r"unknown parameter 'dens' .*known: density, normalize, scale, trim_scope"),
+        ("ties(trim_scope=model)", "'trim_scope': 'model' is not one of tensor, global"),
+        ("ties(trim_scope=1)", "'trim_scope': '1' is not one of tensor, global"),
+        ("ties(density=global)", "not of the form name=number"),
         ("ties(density=0)", r"'density': 0.0 is outside \(0, 1\]"),
         ("ties(density=nan)", "not a finite number"),
         ("ties(density)", "not of the form name=number"),
@@ -64,6 +68,14 @@ def test_switches_and_counts_have_their_own_types_and_text():
     count = parse_arm("karcher(max_iter=20)").param_dict()["max_iter"]
     assert count == 20 and isinstance(count, int)
     assert parse_arm("karcher(max_iter=10)").label == "karcher"
+
+
+def test_a_choice_is_a_word_and_its_default_is_left_out():
+    arm = parse_arm("ties(trim_scope = global, density=0.2)")
+    assert arm.label == "ties(density=0.2, trim_scope=global)"
+    assert make_arm("ties", {"trim_scope": "tensor"}) == make_arm("ties") and make_arm("ties").params == ()
+    with pytest.raises(OperatorError, match="True is not one of tensor, global"):
+        make_arm("ties", {"trim_scope": True})
 
 
 def test_arms_that_differ_a_little_have_different_labels():
