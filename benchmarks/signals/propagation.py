@@ -1,0 +1,416 @@
+"""Propagated signals against the audit, on a finished demo run.
+
+    python -m benchmarks.signals.propagation RUN [--out DIR] [--store DIR] [--plans 60]
+
+Plans are left folds of five checkpoints with equal weighting; depth d is the step whose left source is the result of d
+steps. Relative RMSE is RMSE over the mean of |exact| of the same points; Kendall's tau is taken within each task and
+averaged. Intervals (95 %) resample the checkpoints: a plan counts as often as all its members were drawn. Writes
+`propagation.json`, `propagation.md` and `propagation.png`, and all features of all points as `rows.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from scipy.stats import kendalltau
+
+from simmerge_ray.catalogue import Catalogue, load_catalogue
+from simmerge_ray.operators.specs import parse_arm
+from simmerge_ray.plans import MergePlan, fold_plan
+from simmerge_ray.probes import load_probe_sets
+from simmerge_ray.propagation.evidence import Evidence, read_evidence
+from simmerge_ray.propagation.exact import Exact
+from simmerge_ray.propagation.interface import plan_sources
+from simmerge_ray.propagation.merged import merged_steps
+from simmerge_ray.propagation.table import PROPAGATORS
+from simmerge_ray.propagation.virtual import Virtual
+from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.samples import TensorBlocks
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+
+OPERATORS = ("linear", "slerp", "nuslerp", "ties")
+PREDICTED = ("bound", "second_order", "virtual", "curved")
+DEPTHS = (1, 2, 3)
+SIGNALS = {
+    "KL mean": "kl_lr_mean",
+    "activation cosine mean": "activation_cosine_mean",
+    "weight cosine global": "weight_cosine_global",
+    "weight l2 global": "weight_l2_global",
+    "task vector cosine global": "task_vector_cosine_global",
+}
+NUM_RESAMPLES = 500
+SEED = 0
+REDUCED_COORDINATES = 2457  # a tenth of the MLP tensors of the demo's model
+Rows = list[dict[str, Any]]
+
+
+def sample_plans(catalogue: Catalogue, operator: str, count: int) -> list[MergePlan]:
+    """The same members for every operator."""
+    generator = random.Random(SEED)
+    arm = parse_arm(operator)
+    return [fold_plan(generator.sample(catalogue.ids, len(DEPTHS) + 2), [arm]) for _ in range(count)]
+
+
+def measure(evidence: Evidence, plans: Sequence[MergePlan], operator: str) -> tuple[Rows, dict[str, float]]:
+    """A row for every plan, depth and task, with all features of every propagator; seconds a plan and task."""
+    propagators = {name: build(evidence) for name, build in PROPAGATORS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in propagators}
+    rows = []
+    for number, plan in enumerate(plans):
+        for task in evidence.table.tasks:
+            found = {}
+            for name, propagator in propagators.items():
+                started = time.perf_counter()
+                found[name] = propagator.steps(plan, task)
+                seconds[name].append(time.perf_counter() - started)
+            for depth in DEPTHS:
+                features = {name: dict(steps[depth].features) for name, steps in found.items()}
+                members = [source for step in plan.steps[: depth + 1] for source in (step.left, step.right)]
+                rows.append(
+                    {
+                        "operator": operator, "plan": number, "depth": depth, "task": task, "features": features,
+                        "members": [member for member in members if not member.startswith("#")],
+                    }
+                )  # fmt: skip
+    return rows, {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def multiplicities(rows: Rows, ids: Sequence[str]) -> np.ndarray:
+    """(resamples + 1, rows): how often each row counts; the first is the sample itself."""
+    generator = np.random.default_rng(SEED)
+    place = {name: index for index, name in enumerate(ids)}
+    draws = generator.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=NUM_RESAMPLES)
+    members = np.array([[place[name] for name in row["members"]] for row in rows])
+    return np.concatenate((np.ones((1, len(rows))), draws[:, members].prod(2)))
+
+
+def relative_rmse(predicted: np.ndarray, exact: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(resamples + 1,)"""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        totals = counts.sum(1)
+        error = np.sqrt(counts @ (predicted - exact) ** 2 / totals)
+        return error / (counts @ np.abs(exact) / totals)
+
+
+def weighted_tau(predicted: np.ndarray, exact: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Kendall's tau-b of every resample, pairs weighted by the product of their counts."""
+    a, b = (np.sign(values[:, None] - values[None, :]) for values in (predicted, exact))
+
+    def quadratic(matrix: np.ndarray) -> np.ndarray:
+        return ((counts @ matrix) * counts).sum(1)
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return quadratic(a * b) / np.sqrt(quadratic(a * a) * quadratic(b * b))
+
+
+def summary(rows: Rows, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry for every operator, depth, propagator and signal."""
+    entries = []
+    for operator in OPERATORS:
+        for depth in DEPTHS:
+            chosen = [row for row in rows if row["operator"] == operator and row["depth"] == depth]
+            counts = multiplicities(chosen, ids)
+            tasks = np.array([row["task"] for row in chosen])
+            for name in PREDICTED:
+                for signal, column in SIGNALS.items():
+                    exact, predicted = (
+                        np.array([row["features"][which][column] for row in chosen]) for which in ("exact", name)
+                    )
+                    rmse = relative_rmse(predicted, exact, counts)
+                    parts = [tasks == task for task in sorted(set(tasks))]
+                    tau = np.mean([weighted_tau(predicted[p], exact[p], counts[:, p]) for p in parts], axis=0)
+                    check = np.mean([kendalltau(predicted[p], exact[p]).statistic for p in parts])
+                    assert math.isclose(tau[0], check, abs_tol=1e-9)
+                    entries.append(
+                        {
+                            "operator": operator, "depth": depth, "propagator": name, "signal": signal,
+                            "relative_rmse": rmse[0], "relative_rmse_interval": interval(rmse[1:]),
+                            "bias": float(np.mean(predicted - exact) / np.mean(np.abs(exact))),
+                            "tau": tau[0], "tau_interval": interval(tau[1:]), "points": len(chosen),
+                        }
+                    )  # fmt: skip
+    return entries
+
+
+def interval(values: np.ndarray) -> list[float]:
+    return np.quantile(values[np.isfinite(values)], [0.025, 0.975]).tolist()
+
+
+def every_column(rows: Rows, name: str) -> dict[str, float]:
+    """RMSE over the standard deviation of the exact values, all operators and depths together, by column."""
+    found = {}
+    for column in rows[0]["features"][name]:
+        exact, predicted = (np.array([row["features"][which][column] for row in rows]) for which in ("exact", name))
+        found[column] = float(np.sqrt(np.mean((predicted - exact) ** 2)) / np.std(exact))
+    return found
+
+
+def weight_errors(rows: Rows, operator: str) -> dict[str, float]:
+    """Largest relative error of `virtual` in l2 and norm, largest absolute in cosines, over all plans and depths."""
+    columns = [
+        f"{signal}_{group}"
+        for signal in ("weight_cosine", "weight_l2", "task_vector_cosine")
+        for group in ("global", "attention", "mlp", "embedding", "norm", "mean")
+    ] + ["task_vector_norm_left"]
+    worst: dict[str, float] = {}
+    for row in rows:
+        if row["operator"] == operator:
+            exact, found = row["features"]["exact"], row["features"]["virtual"]
+            for column in columns:
+                size = 1.0 if "cosine" in column else abs(exact[column])
+                if size < 1e-6:  # what neither has moved, up to the rounding of float32
+                    continue
+                worst[column] = max(worst.get(column, 0.0), abs(found[column] - exact[column]) / size)
+    return worst
+
+
+def sampled_tensor_errors(evidence: Evidence, plans: Sequence[MergePlan], calibrated: bool) -> dict[str, Any]:
+    """Errors of norm, l2 and cosine of single tensors of at least 10 times the sample, relative (cosine: absolute)."""
+    catalogue = evidence.catalogue
+    virtual = Virtual(evidence.table, evidence.ids, evidence.outputs, evidence.weights, evidence.sums, evidence.digests)
+    blocks = {ref.id: TensorBlocks(ref) for ref in catalogue.all_refs}
+    names = [name for name, space in virtual._spaces.items() if space.scale >= 10.0]
+    if not calibrated:
+        for name in names:
+            space = virtual._spaces[name]
+            space.weights = lambda _, space=space: np.full(len(space.centre), space.scale)
+    errors: dict[int, list[list[float]]] = {depth: [] for depth in DEPTHS}
+    whole = {(one, name): blocks[one].read(name, 0, blocks[one].num_elements(name)) for one in blocks for name in names}
+    assert catalogue.base is not None
+    for plan in plans:
+        merges = list(merged_steps(plan, catalogue))
+        for depth in DEPTHS:
+            left, right = plan_sources(plan)[depth]
+            for name in names:
+                space = virtual._spaces[name]
+                base = whole[catalogue.base.id, name]
+                truth = [merges[depth - 1][name].numpy().reshape(-1) - base, whole[right, name] - base]
+                truth = [vector.astype(np.float64) for vector in truth]
+                (a, ab), (_, b) = space.products([virtual._checkpoint(s)[name] for s in (left, right)])
+                norms = [float(np.linalg.norm(vector)) for vector in truth]
+                distance = float(np.linalg.norm(truth[0] - truth[1]))
+                errors[depth].append(
+                    [
+                        math.sqrt(max(a, 0.0)) / norms[0] - 1.0,
+                        math.sqrt(max(a + b - 2 * ab, 0.0)) / distance - 1.0,
+                        ab / math.sqrt(max(a * b, 1e-30)) - float(truth[0] @ truth[1]) / (norms[0] * norms[1]),
+                    ]
+                )
+    return {
+        "tensors": len(names),
+        "coordinates": len(virtual._spaces[names[0]].centre),
+        **{
+            f"depth {depth}": {
+                label: {"rms": float(np.sqrt(np.mean(values**2))), "max": float(np.abs(values).max())}
+                for label, values in zip(("norm", "l2", "cosine"), np.array(found).T, strict=True)
+            }
+            for depth, found in errors.items()
+        },
+    }
+
+
+def cast_effect(evidence: Evidence, plans: Sequence[MergePlan]) -> dict[str, float]:
+    """Relative RMSE that rounding intermediates to bfloat16 makes, over all depths and tasks."""
+    exact = [
+        Exact(evidence.table, evidence.catalogue, evidence.tokens, evidence.outputs, evidence.weights, dtype)
+        for dtype in ("F32", "BF16")
+    ]
+    values: dict[str, list[tuple[float, float]]] = {signal: [] for signal in SIGNALS}
+    for plan in plans:
+        for task in evidence.table.tasks:
+            for kept, rounded in zip(*(one.steps(plan, task)[1:] for one in exact), strict=True):
+                for signal, column in SIGNALS.items():
+                    values[signal].append((kept.features[column], rounded.features[column]))
+    arrays = {signal: np.array(pairs) for signal, pairs in values.items()}
+    return {
+        signal: float(np.sqrt(np.mean((a[:, 1] - a[:, 0]) ** 2)) / np.mean(np.abs(a[:, 0])))
+        for signal, a in arrays.items()
+    }
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Predicted against exact KL, one panel for each depth and propagator."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(DEPTHS), len(PREDICTED), figsize=(12, 9), sharex=True, sharey=True)
+    values = [row["features"]["exact"]["kl_lr_mean"] for row in rows]
+    low, high = min(values) / 1.5, max(values) * 1.5
+    for i, depth in enumerate(DEPTHS):
+        for j, name in enumerate(PREDICTED):
+            panel = axes[i, j]
+            panel.plot([low, high], [low, high], color="black", linewidth=0.8)
+            for operator in OPERATORS:
+                chosen = [row for row in rows if row["depth"] == depth and row["operator"] == operator]
+                x, y = ([row["features"][which]["kl_lr_mean"] for row in chosen] for which in ("exact", name))
+                panel.scatter(x, np.maximum(y, low), s=5, alpha=0.5, linewidths=0, label=operator)
+            panel.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+            panel.grid(color="0.9", linewidth=0.5)
+            if i == 0:
+                panel.set_title(name)
+            if j == 0:
+                panel.set_ylabel(f"depth {depth}: predicted")
+            if i == len(DEPTHS) - 1:
+                panel.set_xlabel("exact")
+    axes[0, 0].legend(fontsize=8, markerscale=2)
+    figure.suptitle("KL(intermediate || checkpoint), mean over prompt tokens, nats")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def with_interval(value: float, bounds: Sequence[float], digits: int) -> str:
+    return f"{value:.{digits}f} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+
+
+def find(entries: list[dict[str, Any]], *key: str | int) -> dict[str, Any]:
+    return next(e for e in entries if (e["operator"], e["depth"], e["propagator"], e["signal"]) == key)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = ["# Propagated signals against `exact`", "", result["about"], ""]
+    lines += ["Rounded intermediates, relative RMSE: "]
+    lines += [", ".join(f"{signal} {value:.2g}" for signal, value in result["cast_to_bfloat16"].items()) + ".", ""]
+    lines += ["Seconds a plan and task (median, 4 steps): "]
+    lines += [
+        "; ".join(
+            f"{operator} " + ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
+            for operator, seconds in result["seconds"].items()
+        ),
+        "",
+    ]
+    lines += ["## Targets: KL at depth 1 and 2, relative RMSE <= .06, tau >= .88 (ties .83)", ""]
+    lines += [
+        "| operator | depth | " + " | ".join(f"{name} RMSE | {name} tau" for name in ("virtual", "curved")) + " |"
+    ]
+    lines += ["|---" * 6 + "|"]
+    for operator in OPERATORS:
+        for depth in DEPTHS[:2]:
+            cells = []
+            for name in ("virtual", "curved"):
+                entry = find(result["summary"], operator, depth, name, "KL mean")
+                low = entry["relative_rmse"] <= 0.06
+                high = entry["tau"] >= (0.83 if operator == "ties" else 0.88)
+                cells += [f"{entry['relative_rmse']:.3f} {'met' if low else 'missed'}"]
+                cells += [f"{entry['tau']:.3f} {'met' if high else 'missed'}"]
+            lines.append(f"| {operator} | {depth} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for signal in SIGNALS:
+        lines += [f"## {signal}", "", "| operator | depth | " + " | ".join(PREDICTED) + " |"]
+        lines += ["|---" * (len(PREDICTED) + 2) + "|"]
+        for operator in OPERATORS:
+            for depth in DEPTHS:
+                cells = []
+                for name in PREDICTED:
+                    entry = find(result["summary"], operator, depth, name, signal)
+                    digits = 3 if entry["relative_rmse"] >= 0.001 else 6
+                    rmse = with_interval(entry["relative_rmse"], entry["relative_rmse_interval"], digits)
+                    cells.append(f"{rmse}; tau {with_interval(entry['tau'], entry['tau_interval'], 2)}")
+                lines.append(f"| {operator} | {depth} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [
+        "## Weights of `virtual`",
+        "",
+        "Largest error over all plans and depths (cosines absolute, else relative):",
+        "",
+    ]
+    for operator, errors in result["weights"].items():
+        column, worst = max(errors.items(), key=lambda item: item[1])
+        lines.append(f"- {operator}: {worst:.2g} ({column}); l2 global {errors['weight_l2_global']:.2g}")
+    lines += [
+        "",
+        "TIES, single tensors of 10 times the sample or more:",
+        "",
+        "| sample | depth | norm rms / max | l2 | cosine |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    for label, found in result["sampled_ties"].items():
+        for depth in DEPTHS:
+            cells = [f"{v['rms']:.4f} / {v['max']:.4f}" for v in found[f"depth {depth}"].values()]
+            lines.append(f"| {label}, {found['coordinates']} coordinates, {found['tensors']} tensors | {depth} | ")
+            lines[-1] += " | ".join(cells) + " |"
+    return "\n".join(lines) + "\n"
+
+
+@lru_cache(2)
+def evidence_of(run: Path, store: Path, num_coordinates: int = 10_000) -> Evidence:
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    catalogue = load_catalogue(run / "zoo" / "catalogue.yaml")
+    probe_sets = load_probe_sets(run / "zoo" / "probes")
+    spec = SignatureSpec(num_positions=512, num_attention_positions=128, num_coordinates=num_coordinates)
+    signatures = SignatureStore(store)
+    return read_evidence(
+        compute_signals(catalogue, probe_sets, spec, store=signatures), catalogue, probe_sets, signatures
+    )
+
+
+def measured(run: Path, store: Path, operator: str, count: int) -> tuple[Rows, dict[str, float]]:
+    evidence = evidence_of(run, store)
+    return measure(evidence, sample_plans(evidence.catalogue, operator, count), operator)
+
+
+def sampled_ties(run: Path, store: Path) -> dict[str, Any]:
+    evidence = evidence_of(run, store, REDUCED_COORDINATES)
+    plans = sample_plans(evidence.catalogue, "ties", 20)
+    return {
+        "calibrated": sampled_tensor_errors(evidence, plans, calibrated=True),
+        "plain n/S": sampled_tensor_errors(evidence, plans, calibrated=False),
+    }
+
+
+def cast(run: Path, store: Path) -> dict[str, float]:
+    evidence = evidence_of(run, store)
+    return cast_effect(evidence, [p for o in OPERATORS for p in sample_plans(evidence.catalogue, o, 5)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("propagation"))
+    parser.add_argument("--store", type=Path, default=None)
+    parser.add_argument("--plans", type=int, default=60)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    where = arguments.run, arguments.store or arguments.out / "signatures"
+    evidence = evidence_of(*where)  # signatures are there before two processes look for them
+    ids, tasks = evidence.catalogue.ids, evidence.table.tasks
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {name: pool.submit(measured, *where, name, arguments.plans) for name in reversed(OPERATORS)}
+        sampled, rounded = pool.submit(sampled_ties, *where), pool.submit(cast, *where)
+        found = {name: running[name].result() for name in OPERATORS}
+        rows = [row for one, _ in found.values() for row in one]
+        (arguments.out / "rows.json").write_text(json.dumps(rows))
+        points = len(rows) // len(OPERATORS) // len(DEPTHS)
+        result = {
+            "about": f"{arguments.run.name}: {len(ids)} checkpoints, {len(tasks)} tasks; {arguments.plans} plans of 5 "
+            f"checkpoints an operator (seed {SEED}), {points} points an operator and depth.",
+            "summary": summary(rows, ids),
+            "columns": {name: every_column(rows, name) for name in PREDICTED},
+            "weights": {operator: weight_errors(rows, operator) for operator in OPERATORS},
+            "sampled_ties": sampled.result(),
+            "cast_to_bfloat16": rounded.result(),
+            "seconds": {operator: seconds for operator, (_, seconds) in found.items()},
+        }
+    (arguments.out / "propagation.json").write_text(json.dumps(result, indent=1))
+    (arguments.out / "propagation.md").write_text(markdown(result))
+    draw(rows, arguments.out / "propagation.png")
+    print(arguments.out / "propagation.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What propagators work from, and reading it for a catalogue whose signatures are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from simmerge_ray.catalogue import Catalogue
+from simmerge_ray.probes import ProbeSet
+from simmerge_ray.propagation.halfway import HalfwayOutputs
+from simmerge_ray.signals.compute import Signatures, local_executor, tokenize_probes
+from simmerge_ray.signals.queue import Executor
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore, TaskOutputs, Weights
+from simmerge_ray.signals.table import SignalTable
+from simmerge_ray.signals.tokens import ProbeTokens
+from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums
+
+_KEPT_OUTPUTS = 32  # checkpoints' outputs on a task, in memory
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The pair table and the signatures it was made from.
+
+    tokens: of every task. outputs: of a checkpoint on a task. weights: the samples, by id. sums: by tensor over all
+    coordinates of [base, checkpoints...], where the table's weights are exact. digests: of the checkpoints. halfway:
+    outputs half of the way from the base, None without one.
+    """
+
+    table: SignalTable
+    catalogue: Catalogue
+    tokens: Mapping[str, ProbeTokens]
+    outputs: Callable[[str, str], TaskOutputs]
+    weights: Mapping[str, Weights]
+    sums: Mapping[str, WeightSums] | None
+    digests: Mapping[str, str]
+    halfway: Callable[[str, str], TaskOutputs] | None
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of the base, if any, then of the checkpoints, in the order of `sums`."""
+        return tuple(ref.id for ref in self.catalogue.all_refs)
+
+
+def read_evidence(
+    table: SignalTable,
+    catalogue: Catalogue,
+    probe_sets: Mapping[str, ProbeSet],
+    store: SignatureStore,
+    executor: Executor | None = None,
+) -> Evidence:
+    """Evidence from a store of signatures; what is missing there is computed and kept.
+
+    Args:
+        executor: where it is computed; None computes it here.
+
+    Raises:
+        CheckpointError, ProbeError: see `compute_signals`.
+    """
+    spec = SignatureSpec(**table.provenance["spec"])
+    digests = catalogue.digests()
+    signatures = Signatures(catalogue, digests, spec, store, executor or local_executor(catalogue))
+    tokens = signatures.tokens(tokenize_probes(catalogue, probe_sets, spec))
+    signatures.complete(tokens)
+    exact = table.provenance["weights"] == "exact"
+    return Evidence(
+        table,
+        catalogue,
+        tokens,
+        lru_cache(_KEPT_OUTPUTS)(lambda checkpoint, task: signatures.outputs(checkpoint, tokens[task])),
+        {ref.id: signatures.weights(ref.id) for ref in catalogue.all_refs},
+        signatures.weight_sums("exact", BLOCK_ELEMENTS) if exact else None,
+        digests,
+        HalfwayOutputs(catalogue, digests, tokens, store) if catalogue.base else None,
+    )

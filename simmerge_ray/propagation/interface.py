@@ -1,0 +1,125 @@
+"""What a propagator is, and the intermediates of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from simmerge_ray.errors import OperatorError, PlanError, unknown_name
+from simmerge_ray.operators.specs import Arm
+from simmerge_ray.plans import MergePlan
+from simmerge_ray.signals.features import column_signal, feature_columns
+from simmerge_ray.signals.table import PairSignals, SignalTable
+
+
+class Propagator(Protocol):
+    """Signals of the steps of any plan: folds and DAGs of two-way steps, every operator that a step can have.
+
+    columns: the feature columns that it delivers, in the order of `feature_columns`.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+
+    def steps(self, plan: MergePlan, task: str) -> list[PairSignals]:
+        """Signals of (left, right) of every step, in order; sources are named as in the plan, `#n` for results.
+
+        A step of two checkpoints has the table's own values.
+
+        Raises:
+            PlanError: a checkpoint or the task is not in the table. OperatorError: an operator needs a base and the
+                table has none; see also the operator.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """A step with all the steps under it: the same in every plan that merges so, whatever its number there.
+
+    step, seed: number of the step and seed of the plan where the operator is random, else 0.
+    """
+
+    arm: Arm
+    weight: float
+    left: Source
+    right: Source
+    step: int = 0
+    seed: int = 0
+
+
+Source = str | Intermediate
+
+
+def plan_results(plan: MergePlan) -> list[Intermediate]:
+    """The result of every step; commuting sources are sorted, so that plans share it."""
+    results: list[Intermediate] = []
+    for number, step in enumerate(plan.steps, 1):
+        left, right = (_resolved(source, results) for source in (step.left, step.right))
+        random = step.arm.spec.random
+        if step.arm.spec.symmetric and step.weight == 0.5 and _order(right) < _order(left):
+            left, right = right, left
+        results.append(
+            Intermediate(step.arm, step.weight, left, right, number if random else 0, plan.seed if random else 0)
+        )
+    return results
+
+
+def plan_sources(plan: MergePlan) -> list[tuple[Source, Source]]:
+    """(left, right) of every step."""
+    results = plan_results(plan)
+    return [(_resolved(step.left, results), _resolved(step.right, results)) for step in plan.steps]
+
+
+def _resolved(source: str, results: Sequence[Intermediate]) -> Source:
+    return results[int(source[1:]) - 1] if source.startswith("#") else source
+
+
+def _order(source: Source) -> tuple[bool, str]:
+    return isinstance(source, Intermediate), str(source)
+
+
+def members(source: Source) -> tuple[str, ...]:
+    """Ids of the checkpoints under a source, sorted."""
+    if isinstance(source, str):
+        return (source,)
+    return tuple(sorted({*members(source.left), *members(source.right)}))
+
+
+def propagated(
+    plan: MergePlan,
+    task: str,
+    table: SignalTable,
+    columns: tuple[str, ...],
+    features: Callable[[Source, Source], Mapping[str, float]],
+) -> list[PairSignals]:
+    """`Propagator.steps` by a function that knows the features of two sources, not both checkpoints.
+
+    Raises:
+        PlanError, OperatorError: see `Propagator.steps`.
+    """
+    for member in plan.members:
+        if member not in table.checkpoint_ids:
+            raise PlanError(unknown_name("checkpoint", member, table.checkpoint_ids))
+    if task not in table.tasks:
+        raise PlanError(unknown_name("task", task, table.tasks))
+    if plan.needs_base and table.provenance.get("base") is None:
+        names = sorted({step.arm.operator for step in plan.steps if step.arm.spec.needs_base})
+        raise OperatorError(f"operator {', '.join(names)} needs a base checkpoint; the signal table was made without")
+    signals = []
+    for step, (left, right) in zip(plan.steps, plan_sources(plan), strict=True):
+        both = isinstance(left, str) and isinstance(right, str)
+        found = table.get(step.left, step.right, task).features if both else features(left, right)
+        signals.append(PairSignals(step.left, step.right, task, {column: found[column] for column in columns}))
+    return signals
+
+
+def mean_columns(with_base: bool, without: tuple[str, ...]) -> tuple[str, ...]:
+    """Columns that follow from a table of means: no quantiles, minima or spreads, and not the signals named."""
+    beyond = ("median", "q10", "q90", "min", "sd")
+    return tuple(
+        column
+        for column in feature_columns(with_base)
+        if not column.endswith(beyond) and column_signal(column).name not in without
+    )

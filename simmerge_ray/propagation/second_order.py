@@ -1,0 +1,175 @@
+"""Quadratic forms of the pair table in barycentric weights over [base, checkpoints].
+
+A source m is `sum_i a_i w_i` with `sum_i a_i = 1`: exact for averages and sums of task vectors, and for SLERP where one
+angle holds for the whole model. Squared distances, and KL to second order, are then quadratic forms of the table's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+
+from simmerge_ray.operators.specs import Arm, make_arm
+from simmerge_ray.plans import MergePlan
+from simmerge_ray.propagation.interface import Intermediate, Source, mean_columns, propagated
+from simmerge_ray.propagation.span import SPAN_OPERATORS, Products, blend, blend_shares
+from simmerge_ray.signals.features import column_signal
+from simmerge_ray.signals.table import PairSignals, SignalTable
+
+Array = np.ndarray
+_TINY = float(np.finfo(np.float64).tiny)
+_SUMS = ("dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties")
+_NORM_KEEPING = ("ties", "sce", "multislerp")
+_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
+
+
+def quadratic_divergence(divergence: Array, left: Array, right: Array) -> float:
+    """`KL(m || n) ~ sum_ij a_i b_j KL_ij - a^T J a / 4 - b^T J b / 4`, `J_ij = KL_ij + KL_ji`, clamped at 0.
+
+    Exact where KL is half a squared distance of points that mix linearly, whose Hessian is the same everywhere.
+
+    Args:
+        divergence: (K, K). left, right: (K,), each of sum 1.
+    """
+    both = divergence + divergence.T
+    return max(0.0, float(left @ divergence @ right - 0.25 * (left @ both @ left) - 0.25 * (right @ both @ right)))
+
+
+def mixed_distance(distance: Array, left: Array, right: Array) -> float:
+    """`|m - n|^2 = a^T D b - a^T D a / 2 - b^T D b / 2`, D = distance^2.
+
+    Args:
+        distance: (K, K). left, right: (K,), each of sum 1.
+    """
+    squares = distance * distance
+    return math.sqrt(2.0 * quadratic_divergence(0.5 * squares, left, right))
+
+
+def centred_gram(distance: Array) -> Array:
+    """`<d_i, d_j> = (|d_i|^2 + |d_j|^2 - |d_i - d_j|^2) / 2`, d from the first point; (K, K)."""
+    squares = distance * distance
+    gram: Array = 0.5 * (squares[:1] + squares[:, :1] - squares)
+    return gram
+
+
+def closed_cosine(cosine: Array, left: Array, right: Array) -> float:
+    """`a^T C b / sqrt(a^T C a  b^T C b)`: the cosine of two sums of vectors, exact where their norms are equal."""
+    norms = max(float(left @ cosine @ left), 0.0) * max(float(right @ cosine @ right), 0.0)
+    return min(1.0, max(-1.0, float(left @ cosine @ right) / math.sqrt(norms))) if norms > _TINY else 0.0
+
+
+def blend_like(arm: Arm) -> Arm:
+    """The blend of `SPAN_OPERATORS` that stands for an operator: its expectation, or what has about its norm."""
+    if arm.operator in SPAN_OPERATORS:
+        return arm
+    params = arm.param_dict()
+    if arm.operator in _SUMS and not params["normalize"]:
+        return make_arm("task_arithmetic", {"scale": params["scale"]})
+    return make_arm("nuslerp" if arm.operator in _NORM_KEEPING else "linear")
+
+
+class SecondOrder:
+    """Formulas above, one matrix of the table at a time; operators that are no blend count as one (`blend_like`).
+
+    Entropy and loss are weighted means, which are approximate (clamped at 0: a sum of task vectors extrapolates).
+    """
+
+    name = "second_order"
+
+    def __init__(self, table: SignalTable) -> None:
+        self._table = table
+        self._base = table.provenance.get("base")
+        self._ids = (*((self._base,) if self._base is not None else ()), *table.checkpoint_ids)
+        columns = mean_columns(self._base is not None, without=("sign_conflict", "trimmed_overlap"))
+        # Means over tensors of a logarithm do not follow from means of norms.
+        ratio = "task_vector_norm_ratio_"
+        self.columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in _GROUPS)
+        self._matrices: dict[tuple[str, str], Array] = {}
+        self._weights: dict[Source, Array] = {}
+
+    def steps(self, plan: MergePlan, task: str) -> list[PairSignals]:
+        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task))
+
+    def barycentric(self, source: Source) -> Array:
+        """Weights over [base, checkpoints], or over the checkpoints where there is no base; sum 1."""
+        if source not in self._weights:
+            self._weights[source] = self._blended(source) if isinstance(source, Intermediate) else self._one_hot(source)
+        return self._weights[source]
+
+    def _one_hot(self, name: str) -> Array:
+        return (np.array(self._ids) == name).astype(np.float64)
+
+    def _blended(self, source: Intermediate) -> Array:
+        left, right = self.barycentric(source.left), self.barycentric(source.right)
+        with_base = self._base is not None
+        shares = blend_shares(blend_like(source.arm), source.weight, self._products(left, right), with_base)
+        merged = blend(left, right, shares) if with_base else shares[0] * left + shares[1] * right
+        if with_base:
+            merged[0] += 1.0 - merged.sum()  # SLERP also lengthens the base, which no weights of sum 1 can say
+            return merged
+        weights: Array = merged / merged.sum()
+        return weights
+
+    def _products(self, left: Array, right: Array) -> Products:
+        def products(centred: bool) -> tuple[float, float, float]:
+            if not centred:
+                return 1.0, closed_cosine(self._matrix("weight_cosine_global", self._any_task), left, right), 1.0
+            gram = centred_gram(self._matrix("weight_l2_global", self._any_task))
+            return float(left @ gram @ left), float(left @ gram @ right), float(right @ gram @ right)
+
+        return products
+
+    @cached_property
+    def _any_task(self) -> str:
+        return self._table.tasks[0]
+
+    def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:
+        a, b = self.barycentric(left), self.barycentric(right)
+        return {column: self._value(column, a, b, task) for column in self.columns}
+
+    def _value(self, column: str, left: Array, right: Array, task: str) -> float:
+        signal = column_signal(column)
+        statistic = column.removeprefix(f"{signal.name}_")
+        if signal.family == "divergence":
+            return quadratic_divergence(self._matrix(column, task), left, right)
+        if signal.family == "single":
+            weights = left if statistic == "left" else right
+            if signal.name == "task_vector_norm":
+                return self._norm("weight_l2_global", weights)
+            return max(0.0, float(self._matrix(f"{signal.name}_left", task)[:, 0] @ weights))
+        if signal.name == "weight_l2":
+            return mixed_distance(self._matrix(column, task), left, right)
+        if signal.name == "task_vector_norm_ratio":
+            norms = [max(self._norm(f"weight_l2_{statistic}", weights), _TINY) for weights in (left, right)]
+            return math.log(norms[0]) - math.log(norms[1])
+        if signal.name == "task_vector_cosine" and statistic in _GROUPS:
+            return closed_cosine(centred_gram(self._matrix(f"weight_l2_{statistic}", task)), left, right)
+        return closed_cosine(self._matrix(column, task), left, right)
+
+    def _norm(self, column: str, weights: Array) -> float:
+        """Norm of the task vector over the base's, from distances."""
+        return mixed_distance(self._matrix(column, self._any_task), weights, self._one_hot(str(self._base)))
+
+    def _matrix(self, column: str, task: str) -> Array:
+        """(K, K) of a column over [base, checkpoints]; a checkpoint with itself has cosine 1 and no distance.
+
+        Task vectors have no row of the base: its cosines are 0, as if there were nothing of it. A value of a single
+        checkpoint stands in its whole row.
+        """
+        if (column, task) not in self._matrices:
+            signal, size = column_signal(column), len(self._ids)
+            matrix = np.diag(np.full(size, float("cosine" in column)))
+            for i, left in enumerate(self._ids):
+                for j, right in enumerate(self._ids):
+                    if i != j and (value := self._table.rows[left, right, task].features.get(column)) is not None:
+                        matrix[i, j] = value
+            if signal.family == "single":
+                np.fill_diagonal(matrix, matrix[:, 0])
+                matrix[0, 0] = matrix[0, 1]
+            if signal.family == "task vectors" and self._base is not None:
+                matrix[0, 0] = 0.0
+            self._matrices[column, task] = matrix
+        return self._matrices[column, task]
