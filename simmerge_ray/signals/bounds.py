@@ -72,8 +72,9 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     one_task, sample = outputs_bytes(spec, config, width), weights_bytes(spec, sizes)
     return Bounds(
         worker=int(memory_gb * 1e9) if stages and memory_gb else model_bytes(specs) + working_bytes(ref, spec),
-        # An object is read as bytes before it becomes arrays, and a pair's logits are float64 in blocks.
-        driver=(len(catalogue.all_refs) + 1) * (one_task + sample) + 6 * 8 * BLOCK_VALUES,
+        # An object is bytes before it becomes arrays, and the heap keeps what small arrays leave: measured is a little
+        # less than twice their size. A pair's logits are float64 in blocks.
+        driver=2 * (len(catalogue.all_refs) + 1) * (one_task + sample) + 6 * 8 * BLOCK_VALUES,
         signature=len(num_batches) * one_task + sample,
         num_checkpoints=len(catalogue.all_refs),
         stages=len(stages) if stages else 1,
