@@ -18,6 +18,7 @@ from simmerge_ray.propagation.interface import Intermediate, Source, mean_column
 from simmerge_ray.propagation.span import SPAN_OPERATORS, Products, blend, blend_shares
 from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.weights import NORM_FLOOR
 
 Array = np.ndarray
 _TINY = float(np.finfo(np.float64).tiny)
@@ -143,7 +144,7 @@ class SecondOrder:
         if signal.name == "weight_l2":
             return mixed_distance(self._matrix(column, task), left, right)
         if signal.name == "task_vector_norm_ratio":
-            norms = [max(self._norm(f"weight_l2_{statistic}", weights), _TINY) for weights in (left, right)]
+            norms = [max(self._norm(f"weight_l2_{statistic}", weights), NORM_FLOOR) for weights in (left, right)]
             return math.log(norms[0]) - math.log(norms[1])
         if signal.name == "task_vector_cosine" and statistic in _GROUPS:
             return closed_cosine(centred_gram(self._matrix(f"weight_l2_{statistic}", task)), left, right)

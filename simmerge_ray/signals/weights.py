@@ -29,6 +29,7 @@ _KIND_PATTERNS = (
     ("attention", r"attn|attention"),
     ("mlp", r"mlp|feed_forward|ffn|fc"),
 )
+NORM_FLOOR = 1e-6  # of the centre's norm: task vectors below count as not moved in the log ratio
 _TINY = float(np.finfo(np.float64).tiny)
 
 Array = np.ndarray
@@ -103,7 +104,8 @@ class WeightSums:
         `task_vector_norm_ratio` (log of left over right), `sign_conflict` (share of the coordinates moved by both that
         are moved in opposite directions; 0 where there is none), `trimmed_overlap` (coordinates kept of both over the
         geometric mean of those kept of each) and `task_vector_norm` (of checkpoint i in row i, relative).
-        A zero vector has cosine 0 with all; the log ratio puts the smallest float64 in the place of a zero norm.
+        A zero vector has cosine 0 with all. The log ratio takes norms as at least 1e-6 of the centre's: a LoRA leaves
+        whole tensors as they are, and the logarithm of zero would drown every other value.
         """
         centre, cross, gram = self.gram[0, 0], self.gram[0, 1:], self.gram[1:, 1:]
         raw = centre + cross[:, None] + cross[None, :] + gram
@@ -119,7 +121,7 @@ class WeightSums:
         if with_base:
             norms = np.sqrt(squares)
             products = norms[:, None] * norms[None, :]
-            logs = np.log(np.maximum(norms, _TINY))
+            logs = np.log(np.maximum(norms, NORM_FLOOR * centre_norm))
             kept = np.sqrt(np.maximum(np.diagonal(self.overlap), 1.0))
             conflicts = 0.5 * (self.sign_support - self.sign_product)
             signals |= {

@@ -146,6 +146,7 @@ def test_a_checkpoint_equal_to_the_base_gives_finite_signals():
     signals = sums_of([base, base + np.float32(0.5), base], base).signals(True)
     assert all(np.isfinite(value).all() for value in signals.values())
     assert signals["task_vector_cosine"][0, 1] == 0.0
+    assert np.abs(signals["task_vector_norm_ratio"]).max() < 20  # not the logarithm of zero
     assert signals["l2"][0, 2] == 0.0
     assert signals["trimmed_overlap"][0, 1] == 0.0
 
