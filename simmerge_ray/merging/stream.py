@@ -49,12 +49,16 @@ def merged_tensors(resolved: ResolvedPlan, reports: list[TensorReport] | None = 
 
 def as_tensor(array: np.ndarray, output: OutputTensor) -> Tensor:
     """A flat array of an output's elements as a tensor of its shape, without a copy."""
+    return flat_tensor(array).reshape(output.shape)
+
+
+def flat_tensor(array: np.ndarray) -> Tensor:
+    """A flat array as a tensor, without a copy; uint16 holds the bits of bfloat16."""
     import torch
 
-    flat = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if output.dtype == "BF16" else (
-        torch.from_numpy(array)
-    )  # fmt: skip
-    return flat.reshape(output.shape)
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 class FiniteStream:

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from simmerge_ray.checkpoints import CheckpointRef, read_config
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.merging.sources import TensorSource
+from simmerge_ray.merging.stream import flat_tensor
 from simmerge_ray.probes import TokenBatch
 from simmerge_ray.signals.tokens import ProbeBatch
 
@@ -108,7 +108,7 @@ def put_weights(model: Any, ref: CheckpointRef) -> bool:
                 continue
             if tuple(target.shape) != spec.shape:
                 return False
-            values = as_tensor(source.read_whole(name)).reshape(spec.shape)
+            values = flat_tensor(source.read_whole(name)).reshape(spec.shape)
             if id(target) in filled and not torch.equal(target, values.to(target)):
                 return False  # tied in the model, yet stored twice with other values: transformers does not tie these
             target.copy_(values)
@@ -116,13 +116,6 @@ def put_weights(model: Any, ref: CheckpointRef) -> bool:
     finally:
         source.close()
     return all(id(parameter) in filled for parameter in parameters.values())
-
-
-def as_tensor(raw: np.ndarray) -> Tensor:
-    """Flat numpy elements, bfloat16 as uint16, without a copy."""
-    return (
-        torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16) if raw.dtype == np.uint16 else torch.from_numpy(raw)
-    )
 
 
 def config_key(ref: CheckpointRef) -> str:
@@ -256,7 +249,7 @@ class ProbeModel:
             CheckpointError: see `load`; or its logits are not finite.
         """
         outputs = model_outputs(self.load(ref), batch, self._device)
-        check_outputs(ref, outputs)
+        check_logits(ref, outputs.logits)
         return outputs
 
     @torch.no_grad()
@@ -301,11 +294,6 @@ def _left_padded(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     source = torch.arange(width)[None, :] - shift  # negative in the padding
     ids = batch.input_ids.gather(1, source.clamp_min(0))
     return torch.where(source >= 0, ids, 0), (source >= 0).to(torch.int64)
-
-
-def check_outputs(ref: CheckpointRef, outputs: BatchOutputs) -> None:
-    """Raises CheckpointError where the logits are not finite."""
-    check_logits(ref, outputs.logits)
 
 
 def check_logits(ref: CheckpointRef, logits: Tensor) -> None:

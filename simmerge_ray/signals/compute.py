@@ -215,12 +215,12 @@ class Signatures:
             if unit.kind == "stage":
                 stages = self._stages[job.checkpoint]
                 assert stages is not None
+                queue.forget(index)
                 parts = job.parts.setdefault(number, [])
                 parts.append(result)
                 if len(parts) < len(stages):
                     following = (stages[len(parts)], unit.payload[1], result.states)
                     parts[-1] = replace(result, states=None)
-                    queue.forget(index)
                     add(job, number, Unit("stage", job.checkpoint, following))
                     continue
                 result = as_arrays(join_stages(job.parts.pop(number)))

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from simmerge_ray.checkpoints import CheckpointRef, TensorSpec, read_config, read_headers
 from simmerge_ray.errors import CheckpointError, ConfigError, unknown_name
 from simmerge_ray.merging.sources import TensorSource
+from simmerge_ray.merging.stream import flat_tensor
 from simmerge_ray.probes import TokenBatch
 from simmerge_ray.signals.collect import (
     BatchOutputs,
-    as_tensor,
     check_logits,
     config_key,
     end_of_text,
@@ -457,7 +457,7 @@ def _read(ref: CheckpointRef, source: TensorSource, stored: str, target: Tensor)
         )
     flat = target.view(-1)
     # The last bits of an adapter's product depend on how many rows are taken at once: all, as for the whole model.
-    whole = as_tensor(source.read_whole(stored)) if source.is_adapted(stored) else None
+    whole = flat_tensor(source.read_whole(stored)) if source.is_adapted(stored) else None
     size = max(1, min(_READ_ELEMENTS, flat.numel()))
     raw, values = np.empty(8 * size, dtype=np.uint8), np.empty(size, dtype=np.float32)
     for start in range(0, flat.numel(), size):

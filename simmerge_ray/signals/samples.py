@@ -9,6 +9,7 @@ import numpy as np
 
 from simmerge_ray.checkpoints import CheckpointRef, TensorSpec
 from simmerge_ray.errors import CheckpointError
+from simmerge_ray.merge_graph import FLOAT_DTYPES
 from simmerge_ray.merging import kernels
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.operators.shares import kept_count
@@ -47,7 +48,7 @@ class TensorBlocks:
 
 def float_tensors_of(specs: Mapping[str, TensorSpec]) -> list[str]:
     """Names of the tensors that signals are computed of; integer and bool buffers are not."""
-    return [name for name, spec in specs.items() if spec.dtype in ("F64", "F32", "BF16", "F16")]
+    return [name for name, spec in specs.items() if spec.dtype in FLOAT_DTYPES]
 
 
 def tensor_sample(name: str, tensors: TensorBlocks, base: TensorBlocks | None, count: int) -> TensorSample:
@@ -164,8 +165,3 @@ def sampled_weight_sums(weights: Sequence[Weights], base: Weights | None) -> dic
         name: sampled_sums([one[name] for one in weights], None if base is None else base[name])
         for name in sorted(weights[0])
     }
-
-
-def num_elements(weights: Weights) -> Mapping[str, int]:
-    """Elements of every tensor."""
-    return {name: sample.num_elements for name, sample in weights.items()}

@@ -22,6 +22,7 @@ from simmerge_ray.errors import ConfigError
 from simmerge_ray.storage import digest_json, read_bytes, write_once
 
 SCHEMA = 1
+GREEDY_SHARE = 4  # one sampled greedy position for so many sampled prompt positions
 DENSITIES = (0.1, 0.2, 0.5)  # of the arms; trim thresholds are exact for these
 
 Array = np.ndarray
@@ -58,10 +59,6 @@ class TaskOutputs:
     next_token: Array
     probe: Array
     attention_probe: Array
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(array.nbytes for array in vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def weights_key(checkpoint_digest: str, base_digest: str | None, spec: Signature
 
 
 class SignatureStore:
-    """Signatures under one URI. Objects are written once and whole; a damaged one counts as absent."""
+    """Signatures under one URI. Objects are written once and whole; a damaged one is an error that names it."""
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri).rstrip("/")
@@ -174,7 +171,7 @@ class SignatureStore:
 def outputs_bytes(spec: SignatureSpec, config: Mapping[str, Any], num_tokens: int | None = None) -> int:
     """Size of one checkpoint's outputs on one task, from its `config.json`: what is said before it is computed."""
     shape = model_shape(config)
-    positions = spec.num_positions + math.ceil(spec.num_positions / 4)
+    positions = spec.num_positions + math.ceil(spec.num_positions / GREEDY_SHARE)
     width = num_tokens or spec.max_tokens
     logits = positions * shape["vocabulary"]
     hidden = (shape["layers"] + 1) * positions * shape["hidden"]

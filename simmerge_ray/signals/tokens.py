@@ -18,10 +18,10 @@ from torch import Tensor
 
 from simmerge_ray.errors import ProbeError
 from simmerge_ray.probes import TokenBatch
+from simmerge_ray.signals.signature import GREEDY_SHARE
 from simmerge_ray.storage import digest_bytes, digest_json
 
 NUM_GREEDY_TOKENS = 8
-GREEDY_SHARE = 4  # one sampled greedy position for so many sampled prompt positions
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ coordinates that signatures hold, scaled by n/S, with the exact norms; the absol
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,11 +290,3 @@ def _thirds(layers: Sequence[int | None]) -> dict[str, list[int]]:
         for name, third in zip(("early", "middle", "late"), thirds, strict=True)
     }
     return {name: index or list(range(len(layers))) for name, index in chosen.items()}
-
-
-def total(sums: Iterable[WeightSums]) -> WeightSums:
-    """Sum in the given order."""
-    first, *rest = sums
-    for one in rest:
-        first = first + one
-    return first
