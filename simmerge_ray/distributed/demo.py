@@ -13,7 +13,7 @@ from simmerge_ray.demo.recipe import ARMS, EXPERT_RECIPES, ExpertRecipe
 from simmerge_ray.distributed.resources import ray_session
 from simmerge_ray.distributed.stages import UNCHANGED, search_stage, signals_stage, train_stage
 from simmerge_ray.errors import EngineError
-from simmerge_ray.evaluation import Task, evaluate, load_tasks
+from simmerge_ray.evaluation import Task, load_tasks
 from simmerge_ray.labels import LabelStore, Measured
 from simmerge_ray.operators.specs import make_arm, parse_arm
 from simmerge_ray.plans import pair_plan, read_plan, resolve_plan, write_plan
@@ -188,7 +188,7 @@ def load_and_evaluate(path: str, tasks: dict[str, Task], evaluator: str) -> dict
 
         evaluators.append(VllmEvaluator(ref, max_model_len=128))
     return {
-        name: {engine.name: float(evaluate(engine, task).mean()) for engine in evaluators}
+        name: {engine.name: float(task.evaluate(engine).mean()) for engine in evaluators}
         for name, task in tasks.items()
     }
 

@@ -27,7 +27,8 @@ from simmerge_ray.checkpoints import CheckpointRef, read_config
 from simmerge_ray.config import SearchConfig
 from simmerge_ray.distributed.resources import ray_session
 from simmerge_ray.errors import CheckpointError, ConfigError, EngineError, LabelError, TaskError, unknown_name
-from simmerge_ray.evaluation import Evaluator, Task, evaluate
+from simmerge_ray.evaluation import Evaluator, Task
+from simmerge_ray.evaluation.prompts import encode_prompts
 from simmerge_ray.labels import (
     EvaluationSettings,
     Infeasible,
@@ -147,7 +148,7 @@ class TrialRunner:
             evaluator = self._ready_evaluator()
             try:
                 evaluator.load(trial.resolved)
-                return {name: Measured(evaluate(evaluator, self._study.tasks[name])) for name in trial.tasks}
+                return {name: Measured(self._study.tasks[name].evaluate(evaluator)) for name in trial.tasks}
             except CheckpointError as error:
                 return dict.fromkeys(trial.tasks, Infeasible(str(error)))
             except (EngineError, RuntimeError, ValueError) as error:
@@ -206,7 +207,8 @@ def start_evaluator(study: Study) -> Evaluator:
     from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
 
     engine = VllmEvaluator(study.template, settings.dtype, settings.max_model_len)
-    prompts = [item.prompt for item in study.tasks[study.trials[0].tasks[0]].items[:_NUM_CHECK_PROMPTS]]
+    task = study.tasks[study.trials[0].tasks[0]]
+    prompts = encode_prompts(task, task.items[:_NUM_CHECK_PROMPTS], engine.tokenizer)
     engine.check_swap(unmerged(study.other), prompts)
     return engine
 
@@ -366,13 +368,12 @@ def _check_lengths(tasks: Mapping[str, Task], template: CheckpointRef, max_model
 
     tokenizer = AutoTokenizer.from_pretrained(template.path, local_files_only=True)
     for name, task in tasks.items():
-        for number, item in enumerate(task.items, 1):
-            num_tokens = len(tokenizer(item.prompt)["input_ids"]) + task.max_new_tokens
-            if num_tokens > max_model_len:
-                raise TaskError(
-                    f"task {name!r}, item {number}: prompt and answer take {num_tokens} tokens, "
-                    f"the engine holds {max_model_len} (max_model_len)"
-                )
+        num_tokens, number = task.longest(tokenizer)
+        if num_tokens > max_model_len:
+            raise TaskError(
+                f"task {name!r}, item {number}: prompt and answer take {num_tokens} tokens, "
+                f"the engine holds {max_model_len} (max_model_len)"
+            )
 
 
 def plan_tasks(plan: MergePlan, catalogue: Catalogue) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from simmerge_ray.checkpoints import CheckpointRef
 from simmerge_ray.errors import CheckpointError, EngineError
+from simmerge_ray.evaluation import LogLikelihood, TokenPair, cut
 from simmerge_ray.plans import ResolvedPlan
 
 # Read by vLLM when it is imported or when an engine starts.
@@ -62,6 +63,7 @@ class VllmEvaluator:
 
         _make_llvmlite_plain()
         self._dtype = dtype
+        self.max_model_len = max_model_len
         self._engine: Any = LLM(
             model=str(template.path),
             dtype=dtype,
@@ -75,7 +77,7 @@ class VllmEvaluator:
             trust_remote_code=False,
             seed=0,
         )
-        self._tokenizer: Any = self._engine.get_tokenizer()
+        self.tokenizer: Any = self._engine.get_tokenizer()
 
     def load(self, resolved: ResolvedPlan) -> None:
         """Swap the weights of a merge in.
@@ -92,13 +94,28 @@ class VllmEvaluator:
         except Exception as error:  # vLLM raises what it likes; whatever it is, the engine cannot be trusted
             raise EngineError(f"swapping in {resolved.plan.label!r} failed: {error}") from error
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy answers, special tokens removed."""
-        outputs = self._run(prompts, max_tokens=max_new_tokens, detokenize=False)
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """Greedy answers to prompts of token ids, special tokens removed, cut before the first stop string."""
+        # Stop strings are looked for in text that vLLM puts together itself; without them it need not.
+        ends: dict[str, Any] = {"stop": list(stop)} if stop else {"detokenize": False}
+        outputs = self._run(prompts, max_tokens=max_new_tokens, **ends)
         tokens = [output.outputs[0].token_ids for output in outputs]
-        return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        answers = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [cut(answer, stop) for answer in answers]
 
-    def check_swap(self, resolved: ResolvedPlan, prompts: Sequence[str]) -> None:
+    def log_likelihoods(self, pairs: Sequence[TokenPair]) -> list[LogLikelihood]:
+        """Of the second part of each pair of token ids after the first."""
+        wholes = [[*before, *after] for before, after in pairs]
+        outputs = self._run(wholes, max_tokens=1, detokenize=False, prompt_logprobs=0)
+        found = []
+        for (before, after), output in zip(pairs, outputs, strict=True):
+            places = output.prompt_logprobs[len(before) :]
+            entries = [place[token] for place, token in zip(places, after, strict=True)]
+            total = float(np.sum([entry.logprob for entry in entries], dtype=np.float64))
+            found.append(LogLikelihood(total, len(after), all(entry.rank == 1 for entry in entries)))
+        return found
+
+    def check_swap(self, resolved: ResolvedPlan, prompts: Sequence[Sequence[int]]) -> None:
         """Swap `resolved` in and compare next-token log-probabilities with transformers on the same weights.
 
         Run once per engine before the first label: an engine that keeps an old tensor raises nothing by itself.
@@ -137,10 +154,10 @@ class VllmEvaluator:
         self._engine = None
         gc.collect()
 
-    def _run(self, prompts: Sequence[str], **sampling: Any) -> list[Any]:
+    def _run(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Any]:
         from vllm import SamplingParams
 
-        tokens = [{"prompt_token_ids": self._tokenizer(prompt)["input_ids"]} for prompt in prompts]
+        tokens = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         return list(self._engine.generate(tokens, SamplingParams(temperature=0.0, **sampling), use_tqdm=False))
 
 

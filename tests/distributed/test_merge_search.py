@@ -20,7 +20,7 @@ from simmerge_ray.distributed.merge_search import (
     run_search,
 )
 from simmerge_ray.errors import ConfigError, EngineError, LabelError, PlanError, TaskError
-from simmerge_ray.evaluation import evaluate, load_tasks
+from simmerge_ray.evaluation import load_tasks
 from simmerge_ray.labels import Infeasible, LabelStore, Measured
 from simmerge_ray.plans import resolve_plan
 from simmerge_ray.transformers_evaluator import TransformersEvaluator
@@ -51,7 +51,7 @@ def test_labels_of_vllm_trials_equal_transformers_and_nothing_is_evaluated_twice
     for label in labels:
         reference.load(resolve_plan(label.plan, catalogue))
         assert isinstance(label.outcome, Measured) and label.settings.evaluator == "vllm"
-        assert label.outcome.items.tolist() == evaluate(reference, tasks[label.task]).tolist(), label.plan.label
+        assert label.outcome.items.tolist() == tasks[label.task].evaluate(reference).tolist(), label.plan.label
     assert run_search(catalogue, tasks, config, tmp_path / "labels").num_trials_run == 0
 
 
@@ -99,13 +99,14 @@ class FakeEvaluator:
 
     def __init__(self, failures: dict[int, Exception]) -> None:
         self.num_loads, self.failures = 0, failures
+        self.tokenizer = lambda texts, add_special_tokens: {"input_ids": [[0]] * len(texts)}
 
     def load(self, resolved) -> None:
         self.num_loads += 1
         if error := self.failures.get(self.num_loads):
             raise error
 
-    def generate(self, prompts, max_new_tokens):
+    def generate(self, prompts, max_new_tokens, stop=()):
         return ["a"] * len(prompts)
 
 
@@ -224,4 +225,4 @@ def test_what_cannot_be_searched_is_refused_before_ray_starts(catalogue, tasks, 
     refuse(PlanError, "unknown checkpoint 'm9'", exclude=(("m0", "m9"),))
     refuse(LabelError, "no cross-task pairs", exclude=(("m0", "m1"), ("m2", "m1")))
     refuse(ConfigError, "max_model_len is 200; the checkpoints' own limit is 128", max_model_len=200)
-    refuse(TaskError, r"task 'add', item 1: prompt and answer take \d+ tokens, the engine holds 8", max_model_len=8)
+    refuse(TaskError, r"task 'add', item 3: prompt and answer take \d+ tokens, the engine holds 8", max_model_len=8)

@@ -17,7 +17,8 @@ from tests import tiny
 
 pytestmark = pytest.mark.vllm
 TWO_WAY = ("linear", "slerp", "nuslerp", "task_arithmetic", "ties", "dare_ties", "breadcrumbs", "model_stock")
-PROMPTS = [f"{a}+{b}=" + "=" * (b % 4) for a in "abc" for b in range(12)]
+# Token ids of prompts of many lengths.
+PROMPTS = [[5 + (3 * a + b) % 40, 6, 7 + b, *([8] * (b % 4))] for a in range(3) for b in range(12)]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
