@@ -17,7 +17,16 @@ from typing import Any
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.checkpoints import CheckpointRef
 from simmerge_ray.errors import OperatorError, PlanError, unknown_name
-from simmerge_ray.operators.specs import Arm, check_weight, make_arm
+from simmerge_ray.operators.gradients import gradient_value
+from simmerge_ray.operators.specs import (
+    MAX_ANCHORS,
+    OPERATOR_SPECS,
+    Arm,
+    Weight,
+    check_weight,
+    make_arm,
+    parameter_text,
+)
 from simmerge_ray.storage import digest_json, versions, write_json
 
 INTERMEDIATE_DTYPES = ("float32", "out")
@@ -26,12 +35,48 @@ WEIGHTINGS = ("equal", "halving")
 
 @dataclass(frozen=True)
 class MergeStep:
-    """`arm(base, left, right)` with weight `1 - weight` on left and `weight` on right."""
+    """`arm(base, left, right)` with weight `1 - weight` on left and `weight` on right.
+
+    weight: a number, or anchors of a gradient over the depth of the model (see `operators.gradients`); equal anchors
+    are the number, so that one merge has one id.
+    """
 
     left: str
     right: str
     arm: Arm
-    weight: float = 0.5
+    weight: Weight = 0.5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, list | tuple):
+            first, *others = self.weight or (None,)
+            constant = 0 < len(others) < MAX_ANCHORS and all(anchor == first for anchor in others)
+            object.__setattr__(self, "weight", first if constant else tuple(self.weight))
+
+    @property
+    def anchors(self) -> tuple[float, ...]:
+        """The weight of right as anchors, a number as one."""
+        return self.weight if isinstance(self.weight, tuple) else (self.weight,)
+
+    @property
+    def source_anchors(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Anchors of the n-ary weights of left and of right, as a mergekit file has them."""
+        left, right = zip(*(step_weights(self.arm.operator, anchor) for anchor in self.anchors), strict=True)
+        return left, right
+
+    def weight_at(self, position: float) -> float:
+        """The weight of right at a position in [0, 1] of the layers."""
+        return float(gradient_value(self.anchors, position))
+
+    def source_weights(self, position: float) -> tuple[float, float]:
+        """n-ary weights of left and right at a position, to the bit those of the step's mergekit file.
+
+        There each source has a gradient of its own, and what they give adds up to 1 only before rounding; slerp has one
+        number, the place on the arc.
+        """
+        if self.arm.operator == "slerp":
+            return step_weights("slerp", self.weight_at(position))
+        left, right = self.source_anchors
+        return float(gradient_value(left, position)), float(gradient_value(right, position))
 
     def canonical(self) -> MergeStep:
         """The same step with commuting sources sorted."""
@@ -100,12 +145,18 @@ class MergePlan:
 
     @property
     def label(self) -> str:
-        """Short text, e.g. `ties(density=0.2): math-strong + code-weak`."""
+        """Short text, e.g. `ties(density=0.2): math-strong + code-weak`.
+
+        Weights are shown where they change with depth only: labels of numbers are kept in files of before.
+        """
         if self.source is not None:
             return self.source
         if len(self.steps) == 1:
-            return f"{self.steps[0].arm.label}: {self.steps[0].left} + {self.steps[0].right}"
-        return "; ".join(f"#{n} = {s.arm.label}({s.left}, {s.right})" for n, s in enumerate(self.steps, 1))
+            step = self.steps[0]
+            return f"{step.arm.label}: {step.left} + {step.right}{_gradient_text(step)}"
+        return "; ".join(
+            f"#{n} = {s.arm.label}({s.left}, {s.right}{_gradient_text(s)})" for n, s in enumerate(self.steps, 1)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """JSON value that `plan_from_json` reads."""
@@ -122,7 +173,8 @@ class MergePlan:
                     "left": step.left,
                     "right": step.right,
                     "operator": step.arm.operator,
-                    "weight": step.weight,
+                    # 0 and 0.0 are one anchor, so they have one id.
+                    "weight": [float(a) for a in step.weight] if isinstance(step.weight, tuple) else step.weight,
                     "parameters": dict(step.arm.params),
                 }
                 for step in self.steps
@@ -130,7 +182,24 @@ class MergePlan:
         }
 
 
-def pair_plan(left: str, right: str, arm: Arm, weight: float = 0.5) -> MergePlan:
+def step_weights(operator: str, weight: float) -> tuple[float, float]:
+    """n-ary weights of a two-way step: (1-w, w), doubled for sums of task vectors, so that 0.5 is the usual sum."""
+    factor = 2.0 if OPERATOR_SPECS[operator].needs_base else 1.0
+    return factor * (1.0 - weight), factor * weight
+
+
+def weight_text(weight: Weight) -> str:
+    """`0.3`, or `[0, 0.5, 1]`."""
+    if isinstance(weight, tuple):
+        return f"[{', '.join(parameter_text(float(anchor)) for anchor in weight)}]"
+    return parameter_text(weight)
+
+
+def _gradient_text(step: MergeStep) -> str:
+    return f", weight={weight_text(step.weight)}" if isinstance(step.weight, tuple) else ""
+
+
+def pair_plan(left: str, right: str, arm: Arm, weight: Weight = 0.5) -> MergePlan:
     """The plan of one two-way step, commuting sources sorted."""
     return MergePlan((MergeStep(left, right, arm, weight).canonical(),))
 

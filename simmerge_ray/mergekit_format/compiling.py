@@ -29,10 +29,10 @@ from simmerge_ray.mergekit_format.models import (
     architecture_problems,
     exact_in,
     load_model,
-    split_layer,
 )
 from simmerge_ray.mergekit_format.numbers import Numbers
 from simmerge_ray.mergekit_format.reading import raise_problems
+from simmerge_ray.operators.gradients import OUTSIDE_LAYERS, layer_position, split_layer
 
 Locate = Callable[[ModelName], CheckpointRef]
 
@@ -296,19 +296,18 @@ class _Compiler:
                     continue
                 if tied and name.endswith("lm_head.weight") and any(name not in o.model.tensors for o in piece.inputs):
                     continue
-                add(name, piece, [name] * len(piece.inputs), 0.0)
+                add(name, piece, [name] * len(piece.inputs), OUTSIDE_LAYERS)
         offset = 0
         for piece in pieces:
             for prefix in dict.fromkeys(prefix for one in piece.inputs for prefix in one.model.stacks):
                 stacks = [one.model.stacks.get(prefix, {}) for one in piece.inputs]
-                length = piece.inputs[0].num_layers if document.slices else max(len(stack) for stack in stacks)
+                length = piece.inputs[0].num_layers if document.slices else max(max(s, default=-1) + 1 for s in stacks)
                 for layer in range(length):
-                    position = layer / (length - 1) if length > 1 else 1.0
                     own = [one.begin + layer for one in piece.inputs]
                     present = [stack.get(i, ()) for stack, i in zip(stacks, own, strict=True)]
                     for suffix in dict.fromkeys(suffix for suffixes in present for suffix in suffixes):
                         names = [f"{prefix}{i}{suffix}" for i in own]
-                        add(f"{prefix}{offset + layer}{suffix}", piece, names, position)
+                        add(f"{prefix}{offset + layer}{suffix}", piece, names, layer_position(layer, length))
             offset += piece.inputs[0].num_layers
         return tensors
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-Scalar = float | int | bool | str
+from simmerge_ray.operators.gradients import Scalar, gradient_value
 
 # mergekit's names of dtypes, and how safetensors names them.
 DTYPE_NAMES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -82,21 +82,11 @@ Parameters = Mapping[str, Setting]
 
 
 def value_at(setting: Setting, tensor: str, position: float) -> Scalar | None:
-    """The value for a tensor at `position` in [0, 1] of the slice, or None: the first rule that matches decides.
-
-    Numbers are interpolated linearly between their neighbours; of booleans and words the one before the position is
-    taken.
-    """
+    """The value for a tensor at `position` in [0, 1] of the slice, or None: the first rule that matches decides."""
     rule = next((rule for rule in setting if rule.matches(tensor)), None)
     if rule is None or not rule.values:
         return None
-    scaled = position * (len(rule.values) - 1)
-    low = int(scaled)
-    below, above = rule.values[low], rule.values[min(len(rule.values) - 1, low + 1)]
-    if isinstance(below, bool | str) or isinstance(above, str) or len(rule.values) == 1:
-        return below
-    part = scaled - low
-    return (1 - part) * below + part * above
+    return gradient_value(rule.values, position)
 
 
 def resolve(scopes: Iterable[Parameters], name: str, tensor: str, position: float) -> Scalar | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from simmerge_ray.mergekit_format.documents import Scalar
+from simmerge_ray.operators.gradients import Scalar
 
 Kind = Literal["float", "int", "bool", "choice"]
 

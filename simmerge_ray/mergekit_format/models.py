@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,8 +18,8 @@ from simmerge_ray.checkpoints import (
 from simmerge_ray.errors import InputError
 from simmerge_ray.merge_graph import Node, Read
 from simmerge_ray.mergekit_format.documents import ModelName
+from simmerge_ray.operators.gradients import split_layer
 
-_LAYER = re.compile(r"^(.*\b(?:layers|h|blocks)\.)(\d+)(\..*)$")
 # What must be equal for tensors to mean the same thing, whatever the number of layers.
 _ARCHITECTURE_KEYS = (
     "model_type", "architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -34,12 +33,6 @@ _EXACT = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F3
 def exact_in(stored: str, dtype: str) -> bool:
     """Whether a cast changes no value."""
     return stored == dtype or (stored, dtype) in _EXACT
-
-
-def split_layer(name: str) -> tuple[str, int, str] | None:
-    """`model.layers.7.mlp.up.weight` -> (`model.layers.`, 7, `.mlp.up.weight`); None outside the layers."""
-    match = _LAYER.match(name)
-    return (match[1], int(match[2]), match[3]) if match else None
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simmerge_ray.merge_graph import Number
-from simmerge_ray.mergekit_format.documents import MergekitDocument, Parameters, Scalar, Source, resolve
+from simmerge_ray.mergekit_format.documents import MergekitDocument, Parameters, Source, resolve
 from simmerge_ray.mergekit_format.methods import METHODS, MethodParameter
+from simmerge_ray.operators.gradients import Scalar
 from simmerge_ray.operators.specs import OPERATOR_SPECS
 
 _MIN_SUM = 1e-8

@@ -11,13 +11,13 @@ from simmerge_ray.mergekit_format.documents import (
     ModelName,
     Parameters,
     Rule,
-    Scalar,
     Source,
     documents_text,
 )
 from simmerge_ray.mergekit_format.methods import METHODS, Method
+from simmerge_ray.operators.gradients import Scalar
 from simmerge_ray.operators.specs import Arm
-from simmerge_ray.plans import MergeStep, ResolvedPlan
+from simmerge_ray.plans import MergeStep, ResolvedPlan, weight_text
 
 
 def write_mergekit(plan: ResolvedPlan) -> str:
@@ -79,7 +79,7 @@ def _step(
         raise PlanError(f"step {number}: {step.left!r} and {step.right!r} lie in one directory, mergekit refuses that")
     parameters = _parameters(step.arm, method, number)
     if method.base == "first":
-        return (Source(left), Source(right)), left, {"t": _scalar(step.weight), **parameters}
+        return (Source(left), Source(right)), left, {"t": _setting(*step.anchors), **parameters}
     base_name = _name(base) if base is not None and step.arm.spec.uses_base else None
     if not method.base_is_apart:
         base_name = None  # mergekit would merge it with the others
@@ -87,20 +87,19 @@ def _step(
         raise PlanError(f"step {number}: the base is one of the two models, and mergekit's {operator} leaves it out")
     if "weight" not in method.parameters:
         if step.weight != 0.5:
-            raise PlanError(f"step {number}: mergekit's {operator} has no weights; {step.weight:g} cannot be expressed")
+            raise PlanError(
+                f"step {number}: mergekit's {operator} has no weights; {weight_text(step.weight)} cannot be expressed"
+            )
         return (Source(left), Source(right)), base_name, parameters
-    # A two-way step sums task vectors with doubled weights, so that 0.5 is the usual sum.
-    factor = 2.0 if step.arm.spec.needs_base else 1.0
-    weights = factor * (1.0 - step.weight), factor * step.weight
     models = tuple(
-        Source(name, parameters={"weight": _scalar(weight)})
-        for name, weight in zip((left, right), weights, strict=True)
+        Source(name, parameters={"weight": _setting(*anchors)})
+        for name, anchors in zip((left, right), step.source_anchors, strict=True)
     )
     return models, base_name, parameters
 
 
-def _scalar(value: Scalar) -> tuple[Rule, ...]:
-    return (Rule((value,)),)
+def _setting(*values: Scalar) -> tuple[Rule, ...]:
+    return (Rule(values),)
 
 
 def _parameters(arm: Arm, method: Method, number: int) -> Parameters:
@@ -113,7 +112,7 @@ def _parameters(arm: Arm, method: Method, number: int) -> Parameters:
     parameters = {}
     for name, value in arm.param_dict().items():
         if name in theirs:
-            parameters[theirs[name]] = _scalar(value)
+            parameters[theirs[name]] = _setting(value)
         elif value != arm.spec.parameters[name].default:
             raise PlanError(
                 f"step {number}: mergekit's {arm.operator} has no {name!r}; "

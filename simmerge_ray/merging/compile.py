@@ -6,7 +6,7 @@ from simmerge_ray.checkpoints import CheckpointRef, check_compatible, read_confi
 from simmerge_ray.errors import CheckpointError, PlanError
 from simmerge_ray.merge_graph import DTYPE_BYTES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
 from simmerge_ray.mergekit_format import write_mergekit
-from simmerge_ray.operators.specs import OPERATOR_SPECS
+from simmerge_ray.operators.gradients import tensor_positions
 from simmerge_ray.plans import ResolvedPlan
 
 
@@ -24,6 +24,7 @@ def compile_plan(resolved: ResolvedPlan, check: bool = True) -> MergeGraph:
     plan, base = resolved.plan, resolved.base if resolved.plan.uses_base else None
     refs: dict[str, CheckpointRef] = {ref.id: ref for ref in resolved.used_refs}
     specs = {ref.id: read_headers(ref) for ref in refs.values()}
+    positions = tensor_positions(specs[plan.members[0]])
     outputs = []
     for name, first in specs[plan.members[0]].items():
         dtypes = [specs[member][name].dtype for member in plan.members]
@@ -34,7 +35,7 @@ def compile_plan(resolved: ResolvedPlan, check: bool = True) -> MergeGraph:
                     "dequantise the checkpoint first"
                 )
         dtype = promoted(dtypes)
-        node = _node(resolved, name, base, dtype if plan.intermediate_dtype == "out" else None)
+        node = _node(resolved, name, positions[name], base, dtype if plan.intermediate_dtype == "out" else None)
         outputs.append(OutputTensor(name, first.shape, dtype, node))
     return MergeGraph(
         outputs=tuple(outputs),
@@ -58,13 +59,7 @@ def _mergekit_text(resolved: ResolvedPlan) -> str | None:
         return None  # mergekit has no words for it; our own plan file has
 
 
-def step_weights(operator: str, weight: float) -> tuple[float, float]:
-    """n-ary weights of a two-way step: (1-w, w), doubled for sums of task vectors, so that 0.5 is the usual sum."""
-    factor = 2.0 if OPERATOR_SPECS[operator].needs_base else 1.0
-    return factor * (1.0 - weight), factor * weight
-
-
-def _node(resolved: ResolvedPlan, name: str, base: CheckpointRef | None, round_to: str | None) -> Node:
+def _node(resolved: ResolvedPlan, name: str, position: float, base: CheckpointRef | None, round_to: str | None) -> Node:
     plan = resolved.plan
     if plan.source is not None:
         return Read(plan.source, name)
@@ -78,7 +73,7 @@ def _node(resolved: ResolvedPlan, name: str, base: CheckpointRef | None, round_t
         results[f"#{number}"] = Apply(
             operator=step.arm.operator,
             sources=(source(step.left), source(step.right)),
-            weights=step_weights(step.arm.operator, step.weight),
+            weights=step.source_weights(position),
             params=tuple(sorted(step.arm.param_dict().items())),
             base=Read(base.id, name) if base is not None and spec.uses_base else None,
             step=number,

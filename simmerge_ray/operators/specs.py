@@ -15,6 +15,8 @@ from typing import Any, Literal
 from simmerge_ray.errors import OperatorError, unknown_name
 
 Parameter = float | int | bool | str
+Weight = float | tuple[float, ...]  # several are anchors of a gradient over the layers (see `gradients`)
+MAX_ANCHORS = 64
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class Arm:
     @property
     def label(self) -> str:
         """Canonical text form, e.g. `linear` or `ties(density=0.2)`."""
-        inner = ", ".join(f"{key}={_parameter_text(value)}" for key, value in self.params)
+        inner = ", ".join(f"{key}={parameter_text(value)}" for key, value in self.params)
         return f"{self.operator}({inner})" if inner else self.operator
 
     @property
@@ -193,7 +195,7 @@ class Arm:
         return {name: spec.default for name, spec in self.spec.parameters.items()} | dict(self.params)
 
 
-def _parameter_text(value: Parameter) -> str:
+def parameter_text(value: Parameter) -> str:
     """Shortest text that `_parse_parameter` reads as the same value."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -264,7 +266,20 @@ def parse_arms(texts: list[str] | tuple[str, ...]) -> tuple[Arm, ...]:
     return arms
 
 
-def check_weight(weight: float) -> None:
-    """Refuse a step weight outside [0, 1]."""
-    if problem := _WEIGHT_RANGE.problem(weight):
-        raise OperatorError(f"weight of the right checkpoint: {problem}")
+def check_weight(weight: Weight) -> None:
+    """Refuse a step weight outside [0, 1], or one with such an anchor.
+
+    Raises:
+        OperatorError: naming the anchor, or how many there may be.
+    """
+    if not isinstance(weight, tuple):
+        if problem := _WEIGHT_RANGE.problem(weight):
+            raise OperatorError(f"weight of the right checkpoint: {problem}")
+        return
+    if not 2 <= len(weight) <= MAX_ANCHORS:
+        raise OperatorError(
+            f"weight of the right checkpoint: a list needs 2 to {MAX_ANCHORS} anchors, got {len(weight)}"
+        )
+    for number, anchor in enumerate(weight, 1):
+        if problem := _WEIGHT_RANGE.problem(anchor):
+            raise OperatorError(f"weight of the right checkpoint: anchor {number}: {problem}")

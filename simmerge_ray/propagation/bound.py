@@ -15,7 +15,7 @@ def member_shares(source: Source) -> dict[str, float]:
     if isinstance(source, str):
         return {source: 1.0}
     shares: dict[str, float] = {}
-    for part, weight in ((source.left, 1.0 - source.weight), (source.right, source.weight)):
+    for part, weight in ((source.left, 1.0 - source.constant_weight), (source.right, source.constant_weight)):
         for member, share in member_shares(part).items():
             shares[member] = shares.get(member, 0.0) + weight * share
     return shares

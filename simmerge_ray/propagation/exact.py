@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,8 @@ class Exact:
         self._weight_signals = lru_cache(8)(self._compare_weights)
 
     def steps(self, plan: MergePlan, task: str) -> list[PairSignals]:
-        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(plan, a, b, task))
+        features = partial(self._between, plan, task=task)
+        return propagated(plan, task, self._table, self.columns, features, gradients=True)
 
     def _between(self, plan: MergePlan, left: Source, right: Source, task: str) -> Mapping[str, float]:
         outputs = [self._run(plan, source, task) for source in (left, right)]

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from simmerge_ray.errors import OperatorError, PlanError, unknown_name
-from simmerge_ray.operators.specs import Arm
+from simmerge_ray.operators.specs import Arm, Weight
 from simmerge_ray.plans import MergePlan
 from simmerge_ray.signals.features import column_signal, feature_columns
 from simmerge_ray.signals.table import PairSignals, SignalTable
+
+_NO_GRADIENTS = "a weight that changes with depth cannot be propagated; give one number, or take propagator 'exact'"
 
 
 class Propagator(Protocol):
@@ -28,8 +30,8 @@ class Propagator(Protocol):
         A step of two checkpoints has the table's own values.
 
         Raises:
-            PlanError: a checkpoint or the task is not in the table. OperatorError: an operator needs a base and the
-                table has none; see also the operator.
+            PlanError: a checkpoint or the task is not in the table, or a weight changes with depth (which `exact`
+                takes). OperatorError: an operator needs a base and the table has none; see also the operator.
         """
         ...
 
@@ -42,11 +44,22 @@ class Intermediate:
     """
 
     arm: Arm
-    weight: float
+    weight: Weight
     left: Source
     right: Source
     step: int = 0
     seed: int = 0
+
+    @property
+    def constant_weight(self) -> float:
+        """The weight, for propagators that know numbers only.
+
+        Raises:
+            PlanError: it changes with depth.
+        """
+        if isinstance(self.weight, tuple):
+            raise PlanError(_NO_GRADIENTS)
+        return self.weight
 
 
 Source = str | Intermediate
@@ -93,8 +106,12 @@ def propagated(
     table: SignalTable,
     columns: tuple[str, ...],
     features: Callable[[Source, Source], Mapping[str, float]],
+    gradients: bool = False,
 ) -> list[PairSignals]:
     """`Propagator.steps` by a function that knows the features of two sources, not both checkpoints.
+
+    Args:
+        gradients: whether it knows those of steps whose weight changes with depth.
 
     Raises:
         PlanError, OperatorError: see `Propagator.steps`.
@@ -107,6 +124,9 @@ def propagated(
     if plan.needs_base and table.provenance.get("base") is None:
         names = sorted({step.arm.operator for step in plan.steps if step.arm.spec.needs_base})
         raise OperatorError(f"operator {', '.join(names)} needs a base checkpoint; the signal table was made without")
+    for number, step in enumerate(plan.steps, 1):
+        if isinstance(step.weight, tuple) and not gradients:
+            raise PlanError(f"step {number}: {_NO_GRADIENTS}")
     signals = []
     for step, (left, right) in zip(plan.steps, plan_sources(plan), strict=True):
         both = isinstance(left, str) and isinstance(right, str)

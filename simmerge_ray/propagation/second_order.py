@@ -106,7 +106,7 @@ class SecondOrder:
     def _blended(self, source: Intermediate) -> Array:
         left, right = self.barycentric(source.left), self.barycentric(source.right)
         with_base = self._base is not None
-        shares = blend_shares(blend_like(source.arm), source.weight, self._products(left, right), with_base)
+        shares = blend_shares(blend_like(source.arm), source.constant_weight, self._products(left, right), with_base)
         merged = blend(left, right, shares) if with_base else shares[0] * left + shares[1] * right
         if with_base:
             merged[0] += 1.0 - merged.sum()  # SLERP also lengthens the base, which no weights of sum 1 can say

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from simmerge_ray.merging.compile import step_weights
 from simmerge_ray.operators.shares import (
     SLERP_THRESHOLD,
     cosine_of,
@@ -20,6 +19,7 @@ from simmerge_ray.operators.shares import (
     right_share,
 )
 from simmerge_ray.operators.specs import Arm
+from simmerge_ray.plans import step_weights
 
 Array = np.ndarray
 

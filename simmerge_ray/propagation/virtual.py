@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from simmerge_ray.merging.compile import step_weights
 from simmerge_ray.operators.shares import MIN_NORM
 from simmerge_ray.operators.table import OPERATORS
-from simmerge_ray.plans import MergePlan
+from simmerge_ray.plans import MergePlan, step_weights
 from simmerge_ray.propagation.halfway import curve_shares
 from simmerge_ray.propagation.interface import Intermediate, Source, members, propagated
 from simmerge_ray.propagation.mixture import mixed_outputs
@@ -110,7 +109,7 @@ class Virtual:
             gram = space.products([tensor if centred else space.with_base(tensor) for tensor in (left, right)])
             return float(gram[0, 0]), float(gram[0, 1]), float(gram[1, 1])
 
-        shares = blend_shares(source.arm, source.weight, products, self._base is not None)
+        shares = blend_shares(source.arm, source.constant_weight, products, self._base is not None)
         return space.blended(left, right, shares)
 
     def _on_sample(self, name: str, source: Intermediate, left: Array, right: Array) -> VirtualTensor:
@@ -129,7 +128,7 @@ class Virtual:
             params["seeds"] = [self._seed(source, part, name) for part in parts]
         base = torch.from_numpy(space.centre).double()
         tensors = [base + torch.from_numpy(vector) for vector in (left, right)]
-        weights = step_weights(operator, source.weight)
+        weights = step_weights(operator, source.constant_weight)
         merged = OPERATORS[operator](base if self._base is not None else None, tensors, weights, **params)
         index = [1 + self._ids.index(member) for member in members(source)]
         vectors, origin = np.eye(len(space.gram))[index], np.eye(1, len(space.gram))

@@ -25,19 +25,62 @@ from simmerge_ray.plans import (
 )
 
 LINEAR, TIES = make_arm("linear"), make_arm("ties", {"density": 0.2})
+WEIGHTS = st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.lists(st.floats(0, 1), min_size=2, max_size=64).map(tuple)
 STEPS = st.builds(
     MergeStep,
     st.sampled_from(["a", "b"]),
     st.sampled_from(["c", "d"]),
     st.sampled_from([LINEAR, TIES, make_arm("task_arithmetic", {"scale": 0.7})]),
-    st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    WEIGHTS,
 )
 
 
 @given(STEPS)
 def test_plans_survive_json(step):
     plan = MergePlan((step,))
-    assert plan_from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    again = plan_from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan and (again.id, again.label) == (plan.id, plan.label)
+
+
+@given(STEPS, st.integers(2, 64))
+def test_equal_anchors_are_the_number(step, count):
+    number = pair_plan(step.left, step.right, step.arm, step.anchors[0])
+    for anchors in ((step.anchors[0],) * count, [step.anchors[0]] * count):
+        plan = pair_plan(step.left, step.right, step.arm, anchors)
+        assert plan == number and (plan.id, plan.label) == (number.id, number.label)
+
+
+@given(STEPS, WEIGHTS)
+def test_two_gradients_are_two_plans_with_two_labels(step, weight):
+    one, other = MergePlan((step,)), MergePlan((MergeStep(step.left, step.right, step.arm, weight),))
+    assert (one == other) == (one.id == other.id)
+    if isinstance(step.weight, tuple) or isinstance(other.steps[0].weight, tuple):
+        assert (one.label == other.label) == (one == other)
+
+
+def test_labels_show_gradients_and_no_numbers():
+    assert pair_plan("a", "b", TIES, 0.3).label == "ties(density=0.2): a + b"
+    assert pair_plan("a", "b", TIES, (0, 0.5, 1.0)).label == "ties(density=0.2): a + b, weight=[0, 0.5, 1]"
+    fold = MergePlan((MergeStep("a", "b", LINEAR, 0.3), MergeStep("#1", "c", LINEAR, (1 / 3, 0.5))))
+    assert fold.label == "#1 = linear(a, b); #2 = linear(#1, c, weight=[0.3333333333333333, 0.5])"
+
+
+def test_whole_numbers_as_anchors_have_the_id_of_their_floats():
+    assert pair_plan("a", "b", LINEAR, (0, 1)).id == pair_plan("a", "b", LINEAR, (0.0, 1.0)).id
+
+
+def test_a_step_knows_its_weight_at_a_depth():
+    step = MergeStep("a", "b", TIES, (0.0, 0.5, 0.25))
+    assert [step.weight_at(position) for position in (0.0, 0.25, 0.5, 0.75, 1.0)] == [0.0, 0.25, 0.5, 0.375, 0.25]
+    assert step.source_weights(0.75) == (1.25, 0.75) and step.anchors == (0.0, 0.5, 0.25)
+    assert MergeStep("a", "b", TIES, 0.3).weight_at(0.7) == 0.3
+
+
+@given(STEPS, st.floats(0, 1))
+def test_weights_of_both_sources_add_up_to_that_of_a_number(step, position):
+    left, right = step.source_weights(position)
+    factor = 2.0 if step.arm.spec.needs_base else 1.0
+    assert left + right == pytest.approx(factor) and right == pytest.approx(factor * step.weight_at(position))
 
 
 @given(STEPS)
@@ -62,6 +105,16 @@ def test_a_plan_of_two_steps_knows_its_members_and_needs():
         ({"steps": [{"left": "a", "right": "b", "operator": "liner"}]}, "unknown operator 'liner'"),
         ({"steps": [{"left": "a", "right": "b", "operator": "linear", "wieght": 1}]}, "did you mean 'weight'"),
         ({"steps": [{"left": "a", "right": "b", "operator": "linear", "weight": 2}]}, "step 1: weight"),
+        (
+            {"steps": [{"left": "a", "right": "b", "operator": "linear", "weight": [0.1, 2]}]},
+            r"step 1: weight of the right checkpoint: anchor 2: 2 is outside \[0, 1\]",
+        ),
+        ({"steps": [{"left": "a", "right": "b", "operator": "linear", "weight": [[0], 1]}]}, "step 1: .*anchor 1"),
+        ({"steps": [{"left": "a", "right": "b", "operator": "linear", "weight": [0.5, True]}]}, "step 1: .*anchor 2"),
+        ({"steps": [{"left": "a", "right": "b", "operator": "linear", "weight": [0.5]}]}, "2 to 64 anchors, got 1"),
+        ({"steps": [{"left": "a", "right": "b", "operator": "linear", "weight": []}]}, "2 to 64 anchors, got 0"),
+        ({"steps": [{"left": "a", "right": "b", "operator": "linear", "weight": [0.5] * 65}]}, "anchors, got 65"),
+        ({"steps": [{"left": "a", "right": "b", "operator": "linear", "weight": ["x", "x"]}]}, "step 1: weight.*'x'"),
         ({"steps": [{"left": "a", "right": "a", "operator": "linear"}]}, "both 'a'"),
         ({"steps": [{"left": "#1", "right": "a", "operator": "linear"}]}, "'#1' is not an earlier step"),
         ({"steps": [{"left": "a", "right": "b", "operator": "linear"}] * 2}, "result of step #1 is not used"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.errors import ConfigError, OperatorError, PlanError
@@ -14,7 +15,7 @@ from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.compute import Seeds
 from simmerge_ray.merging.stream import merged_tensors
 from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm, parse_arm
-from simmerge_ray.plans import MergePlan, MergeStep, fold_plan, resolve_plan
+from simmerge_ray.plans import MergePlan, MergeStep, fold_plan, resolve_plan, unmerged
 from simmerge_ray.probes import load_probe_sets
 from simmerge_ray.propagation.evidence import read_evidence
 from simmerge_ray.propagation.exact import Exact
@@ -349,6 +350,46 @@ def test_errors_name_what_is_wrong(propagator):
     with pytest.raises(PlanError, match="operator 'passthrough' takes 1 source"):  # what stacks layers is no step
         propagator.steps(fold("passthrough"), "add")
     assert propagator.steps(MergePlan(source="m0"), "add") == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("name", [name for name in PROPAGATORS if name != "exact"])
+def test_a_weight_that_changes_with_depth_is_refused_with_its_step(propagators, name, number):
+    weights = [(0.25, 0.75) if number == step else 0.5 for step in (1, 2)]
+    plan = MergePlan(
+        (MergeStep("m0", "m1", make_arm("linear"), weights[0]), MergeStep("#1", "m2", make_arm("ties"), weights[1]))
+    )
+    with pytest.raises(PlanError, match=f"step {number}: a weight that changes with depth cannot be propagated; .*"):
+        propagators[name].steps(plan, "add")
+
+
+def test_the_source_of_a_refused_step_has_no_number():
+    found = plan_results(MergePlan((MergeStep("m1", "m0", make_arm("linear"), (0.25, 0.75)),)))[0]
+    assert (found.left, found.right) == ("m1", "m0")
+    with pytest.raises(PlanError, match="changes with depth"):
+        found.constant_weight  # noqa: B018
+
+
+@pytest.mark.parametrize("text", ["linear", "slerp", "ties"])
+def test_exact_takes_weights_that_change_with_depth(propagators, catalogue, evidence, text):
+    plan = MergePlan(
+        (MergeStep("m0", "m1", parse_arm(text), (0.0, 1.0)), MergeStep("#1", "m2", make_arm("linear"), (0.1, 0.2)))
+    )
+    signals = propagators["exact"].steps(plan, "add")
+    assert [tuple(one.features) for one in signals] == [propagators["exact"].columns] * 2
+    table = evidence.table.get("m0", "m1", "add").features
+    assert signals[0].features == {column: table[column] for column in propagators["exact"].columns}
+    if text == "linear":
+        # The first layer and what stands outside are m0's, the last one is m1's.
+        tensors = next(merged_steps(plan, catalogue))
+        sides = [dict(merged_tensors(unmerged(catalogue.ref(name)))) for name in ("m0", "m1")]
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, sides["layers.1." in name][name].float())
+        # What is m0's own is as far from m2 as m0 is.
+        column = "weight_l2_embedding"
+        assert signals[1].features[column] == evidence.table.get("m0", "m2", "add").features[column]
+    numbers = propagators["exact"].steps(MergePlan((replace(plan.steps[0], weight=0.5), plan.steps[1])), "add")
+    assert signals[1].features != numbers[1].features
 
 
 def test_plans_share_intermediates(propagators):
