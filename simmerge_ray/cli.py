@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,8 @@ import typer
 from simmerge_ray import __version__
 from simmerge_ray.catalogue_cli import catalogue_app
 from simmerge_ray.errors import InputError, PlanError, SimmergeError, unknown_name
+from simmerge_ray.labels_cli import labels_app
+from simmerge_ray.search_cli import search
 
 app = typer.Typer(
     name="simmerge",
@@ -26,21 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(catalogue_app, name="catalogue")
+app.add_typer(labels_app, name="labels")
 
 CataloguePath = Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")]
 LogOption = Annotated[Path, typer.Option("--log", help="where the output of libraries goes")]
 DEFAULT_LOG = Path("simmerge.log")
-
-
-@contextmanager
-def _narrated(log: Path) -> Iterator[Any]:
-    """A narrator on the terminal; what libraries print goes to the log file."""
-    from simmerge_ray.progress import Narrator, redirected_output
-
-    with redirected_output(log) as console:
-        narrator = Narrator(console)
-        narrator.say(f"[dim]log of libraries: {log}[/dim]")
-        yield narrator
 
 
 def _version(value: bool) -> None:
@@ -62,7 +53,9 @@ def demo(
     from simmerge_ray.runs import RunLayout
 
     layout = RunLayout(run)
-    with _narrated(layout.log) as narrator:
+    from simmerge_ray.progress import narrated
+
+    with narrated(layout.log) as narrator:
         from simmerge_ray.distributed.demo import closing_lines, run_demo
 
         run_demo(layout, narrator)
@@ -76,7 +69,9 @@ def zoo(run: Annotated[Path, typer.Argument(help="directory of the run; the zoo 
     from simmerge_ray.runs import RunLayout
 
     layout = RunLayout(run)
-    with _narrated(layout.log) as narrator:
+    from simmerge_ray.progress import narrated
+
+    with narrated(layout.log) as narrator:
         from simmerge_ray.distributed.demo import zoo_stage
 
         zoo_stage(layout, narrator)
@@ -138,7 +133,9 @@ def signals(
             raise PlanError(unknown_name("checkpoint", name, ids))
     if probes is not None:
         load_probe_sets(probes)
-    with _narrated(log) as narrator:
+    from simmerge_ray.progress import narrated
+
+    with narrated(log) as narrator:
         from simmerge_ray.distributed.stages import figures_stage, signals_stage
 
         table = signals_stage(catalogue, probes, out, config, narrator, signatures)
@@ -166,43 +163,7 @@ def _print_explanation(console: Any, table: Any, left: str, right: str) -> None:
                 console.print(Padding(Text(one.sentence), (0, 0, 0, 4)))
 
 
-@app.command()
-def search(
-    catalogue: CataloguePath,
-    tasks: Annotated[Path, typer.Option(help="directory of <task>.jsonl with prompt and target per line")],
-    out: Annotated[Path, typer.Option(help="directory of the label store")],
-    arm: Annotated[list[str] | None, typer.Option(help="e.g. linear or 'ties(density=0.2)'; repeatable")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="LEFT,RIGHT: a pair to leave out; repeatable")] = None,
-    pairs: Annotated[str, typer.Option(help="cross-task or all")] = "cross-task",
-    evaluator: Annotated[str, typer.Option(help="vllm or transformers")] = "vllm",
-    concurrency: Annotated[int, typer.Option(min=1, help="engines at the same time")] = 2,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    max_model_len: Annotated[int | None, typer.Option(min=8, help="longest prompt + answer in tokens")] = None,
-    log: LogOption = DEFAULT_LOG,
-) -> None:
-    """Merge and evaluate every pair with every arm; what is already labelled is not evaluated again."""
-    from simmerge_ray.config import SearchConfig, check_config
-    from simmerge_ray.operators.specs import parse_arms
-
-    values: dict[str, Any] = {
-        "pairs": pairs,
-        "exclude": [tuple(pair.split(",")) for pair in exclude or ()],
-        "evaluator": evaluator,
-        "concurrency": concurrency,
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-    }
-    config = check_config(SearchConfig, values | ({"arms": arm} if arm else {}), "options")
-    parse_arms(config.arms)
-    from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.evaluation import load_tasks
-
-    load_catalogue(catalogue)
-    load_tasks(tasks)
-    with _narrated(log) as narrator:
-        from simmerge_ray.distributed.stages import search_stage
-
-        search_stage(catalogue, tasks, out, config, narrator)
+app.command()(search)
 
 
 @app.command()
@@ -218,7 +179,9 @@ def train(
     from simmerge_ray.config import TrainConfig, check_config
 
     config = check_config(TrainConfig, {"seed": seed}, "options")
-    with _narrated(log) as narrator:
+    from simmerge_ray.progress import narrated
+
+    with narrated(log) as narrator:
         from simmerge_ray.distributed.stages import train_stage
 
         train_stage(signals, labels, out, config, narrator, crossval=crossval)
@@ -326,7 +289,9 @@ def serve(
     for path in (layout.selector / "selector.json", layout.signals):
         if not path.exists():
             raise ConfigError(f"{path} is missing; {run} is no finished run (`simmerge demo {run}` makes one)")
-    with _narrated(layout.log) as narrator:
+    from simmerge_ray.progress import narrated
+
+    with narrated(layout.log) as narrator:
         from simmerge_ray.distributed.serve_app import run_service
 
         run_service(config, narrator)

@@ -38,19 +38,60 @@ class SignalsConfig(_Config):
 
 
 class SearchConfig(_Config):
-    """Ground-truth merge-and-evaluate search."""
+    """Ground-truth merge-and-evaluate search: pairs x arms, or with a `budget` the best merge that can be found."""
 
     arms: tuple[str, ...] = Field(
         ("linear", "nuslerp", "task_arithmetic", "ties(density=0.2)"), min_length=1, description="arms to try on a pair"
     )
     pairs: str = Field("cross-task", pattern="^(cross-task|all)$", description="which pairs of checkpoints to merge")
     exclude: tuple[tuple[str, str], ...] = Field((), description="pairs to leave out, e.g. to test on")
+
     evaluator: str = Field("vllm", pattern="^(vllm|transformers)$", description="what evaluates; said in every label")
-    concurrency: int = Field(2, ge=1, description="trial actors at the same time, one engine each")
     dtype: str = Field("float32", pattern="^(float32|bfloat16)$", description="dtype of the engine")
     max_model_len: int | None = Field(
         None, ge=8, description="longest prompt + answer in tokens; None takes the model's own limit, at most 4096"
     )
+    max_items: int | None = Field(
+        None, ge=1, description="items of each task, a sample by `seed`; None takes all"
+    )
+    seed: int = Field(0, description="of the sample of items and of the search's proposals")
+    lm_eval: tuple[str, ...] = Field((), description="tasks of lm-evaluation-harness by name")
+    lm_eval_include: Path | None = Field(None, description="directory of lm-evaluation-harness task YAML files")
+    lm_eval_fewshot: int | None = Field(None, ge=0, description="examples before each prompt; None: as the task says")
+
+    concurrency: int | None = Field(
+        None, ge=1, description="engines at the same time; None: as many as fit"
+    )
+    cpus_per_trial: float = Field(1.0, ge=0, description="CPU cores of an engine")
+    gpus_per_trial: float = Field(0.0, ge=0, description="GPUs of an engine; a fraction for small models")
+    tensor_parallel: int = Field(1, ge=1, description="ranks that a model is split over")
+    executor: str = Field("mp", pattern="^(mp|ray)$", description="ranks on one node (mp) or over several (ray)")
+
+    max_trials: int | None = Field(None, ge=1, description="stop after so many trials")
+    max_hours: float | None = Field(None, gt=0, description="stop after so long")
+    max_gpu_hours: float | None = Field(None, gt=0, description="stop when engines have held GPUs for so long")
+    retry_infeasible: bool = Field(False, description="evaluate merges again that could not be measured")
+
+    budget: int | None = Field(None, ge=1, description="merges to try in a search for the best one; None: pairs x arms")
+    objectives: tuple[str, ...] = Field(
+        ("mean",), min_length=1, description="mean, worst, a task, or math=2,code=1; several keep the Pareto front"
+    )
+    sampler: str = Field("tpe", pattern="^(tpe|cmaes|random)$", description="what proposes merges")
+    members: tuple[str, ...] = Field((), description="checkpoints to merge; none named: all")
+    ways: tuple[int, int] = Field((2, 2), description="fewest and most checkpoints of a merge")
+    layer_groups: int = Field(1, ge=1, le=16, description="anchors of a step's weight over the depth of the model")
+    shards: int | None = Field(None, ge=1, description="parts of the items; a bad trial stops after some (None: 4)")
+    reduction_factor: int = Field(3, ge=2, description="one trial of so many goes on after a part of the items")
+
+    @property
+    def num_shards(self) -> int:
+        """Parts of the items of a proposed trial; several objectives cannot be compared part by part."""
+        return 1 if self.budget is None or len(self.objectives) > 1 else self.shards or 4
+
+    def content(self) -> dict[str, Any]:
+        """What the labels depend on: everything but how much is run where, and when it stops."""
+        resources = {"concurrency", "cpus_per_trial", "gpus_per_trial", "tensor_parallel", "executor"}
+        return self.model_dump(mode="json", exclude=resources | {"max_trials", "max_hours", "max_gpu_hours"})
 
 
 class TrainConfig(_Config):
@@ -68,8 +109,10 @@ class StudyConfig(_Config):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 
     catalogue: Path
-    probes: Path = Field(description="directory of <task>.jsonl files with a `text` per line")
-    tasks: Path = Field(description="directory of <task>.jsonl files with a `prompt` and a `target` per line")
+    probes: Path | None = Field(
+        None, description="directory of <task>.jsonl, a `text` per line; None: general ones"
+    )
+    tasks: Path | None = Field(None, description="directory of <task>.jsonl files, `prompt` and `target` per line")
     out: Path
     signals: SignalsConfig = SignalsConfig()
     search: SearchConfig = SearchConfig()
@@ -125,6 +168,42 @@ def load_yaml(path: Path, model: type[ConfigType]) -> ConfigType:
     Raises:
         ConfigError: no such file, not YAML, or not this config, with every problem.
     """
+    return _with_paths_from(check_config(model, _read_mapping(path, model), f"config {path}"), path.parent)
+
+
+def load_yaml_leniently(path: Path, model: type[ConfigType]) -> tuple[ConfigType | None, list[str]]:
+    """`load_yaml`, but what is wrong with single values is returned, and the config goes without these values, so that
+    the rest can be checked as well; None where it cannot.
+
+    Raises:
+        ConfigError: no such file, or not a YAML mapping.
+    """
+    values = _read_mapping(path, model)
+    try:
+        return _with_paths_from(model(**values), path.parent), []
+    except ValidationError as error:
+        problems = _problem_lines(error, model)
+        for problem in error.errors():
+            _remove(values, problem["loc"])
+    try:
+        return _with_paths_from(model(**values), path.parent), problems
+    except ValidationError:
+        return None, problems
+
+
+def _remove(values: Any, where: tuple[int | str, ...]) -> None:
+    """Take a value out of nested mappings; of a list, which a part may make invalid, all of it."""
+    for part in where[:-1]:
+        if not isinstance(values, dict) or not isinstance(values.get(part), dict):
+            break
+        values = values[part]
+    else:
+        part = where[-1]
+    if isinstance(values, dict):
+        values.pop(part, None)
+
+
+def _read_mapping(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -133,10 +212,16 @@ def load_yaml(path: Path, model: type[ConfigType]) -> ConfigType:
         raise ConfigError(f"config {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} must be a mapping with the keys {', '.join(sorted(model.model_fields))}")
-    config = check_config(model, values, f"config {path}")
-    paths = {
-        name: (path.parent / value).resolve()
-        for name in type(config).model_fields
-        if isinstance(value := getattr(config, name), Path)
-    }
-    return config.model_copy(update=paths)
+    return values
+
+
+def _with_paths_from(config: ConfigType, directory: Path) -> ConfigType:
+    """The config with its relative paths, those of the configs in it too, taken from a directory."""
+    update: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Path):
+            update[name] = (directory / value).resolve()
+        elif isinstance(value, BaseModel):
+            update[name] = _with_paths_from(value, directory)
+    return config.model_copy(update=update)

@@ -29,6 +29,8 @@ from rich.progress import (
 )
 
 Report = Callable[[int, int], None]
+StatusReport = Callable[[int, int, str], None]
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 class Narrator:
@@ -80,10 +82,39 @@ class Narrator:
             yield report
 
     @contextmanager
+    def status_bar(self, what: str) -> Iterator[StatusReport]:
+        """`bar` with a line about how it goes. Away from a terminal that line is printed once a minute."""
+        columns = (
+            TextColumn("           {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[line]}"),
+        )  # fmt: skip
+        said = time.monotonic()
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(what, total=None, line="")
+
+            def report(done: int, total: int, line: str) -> None:
+                nonlocal said
+                progress.update(task, completed=done, total=total, line=line)
+                if not self.console.is_terminal and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    self.console.print(f"           {what}: {done}/{total}, {line}", markup=False, highlight=False)
+
+            yield report
+
+    @contextmanager
     def _progress(self, columns: tuple[ProgressColumn, ...], what: str) -> Iterator[Report]:
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(what, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def narrated(log: Path) -> Iterator[Narrator]:
+    """A narrator on the terminal; what libraries print goes to the log file."""
+    with redirected_output(log) as console:
+        narrator = Narrator(console)
+        narrator.say(f"[dim]log of libraries: {log}[/dim]")
+        yield narrator
 
 
 class Stage:

@@ -11,7 +11,8 @@ from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SearchConfig, SignalsConfig, TrainConfig
 from simmerge_ray.demo.recipe import ARMS, EXPERT_RECIPES, ExpertRecipe
 from simmerge_ray.distributed.resources import ray_session
-from simmerge_ray.distributed.stages import UNCHANGED, search_stage, signals_stage, train_stage
+from simmerge_ray.distributed.search_stage import UNCHANGED, search_bar, search_stage
+from simmerge_ray.distributed.stages import signals_stage, train_stage
 from simmerge_ray.errors import EngineError
 from simmerge_ray.evaluation import Task, load_tasks
 from simmerge_ray.labels import LabelStore, Measured
@@ -89,7 +90,7 @@ def pick_stage(layout: RunLayout, narrator: Narrator, pair: tuple[str, str], sea
     from simmerge_ray.service.recommender import Recommender
 
     with narrator.stage("pick") as stage:
-        config = {"pair": list(pair), "search": search.model_dump(mode="json", exclude={"concurrency"})}
+        config = {"pair": list(pair), "search": search.content()}
         inputs = {"signals": digest_file(layout.signals), "selector": digest_file(layout.selector / "selector.json")}
         manifest = Manifest("pick", config, inputs)
         if manifest.is_current(layout.pick / "manifest.json"):
@@ -151,7 +152,7 @@ def measure_pick(
     store = (layout.pick / "labels").resolve()
     with ray_session():
         check = ray.remote(load_and_evaluate).options(num_cpus=1).remote(str(merged.resolve()), tasks, search.evaluator)
-        with narrator.bar("merges evaluated") as report:
+        with search_bar(narrator) as report:
             run_search(catalogue, every_task, config, store, plans, report)
         loaded = ray.get(check)
     arms: dict[str, dict[str, float]] = {}

@@ -1,11 +1,8 @@
-"""Ground-truth search on Ray Tune: merge, swap into a live engine, evaluate, write the label.
+"""The ground-truth search on Ray Tune: merge, swap into a live engine, evaluate, write the label.
 
 A trial is one plan with the tasks it is still to be evaluated on. Trial actors are reused, so an engine is started once
-per actor; each writes its labels itself as soon as it has them. The label store is the only state: the next run of the
-same search is a new Tuner over the keys that are missing.
-
-Arms may make the same merge: SLERP between close checkpoints is the linear average. A trial that finds itself equal to
-another plan of the search is not evaluated; its labels are copies of that plan's, and say so.
+per actor, and no trial waits for another; each writes its labels itself as soon as it has them. The label store is the
+only state: the next run of the same search is a new Tuner over what is missing, and Tune's own state is thrown away.
 """
 
 from __future__ import annotations
@@ -14,183 +11,35 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
+from ray.util import metrics
 
 from simmerge_ray.catalogue import Catalogue
-from simmerge_ray.checkpoints import CheckpointRef, read_config
 from simmerge_ray.config import SearchConfig
 from simmerge_ray.distributed.resources import ray_session
-from simmerge_ray.errors import CheckpointError, ConfigError, EngineError, LabelError, TaskError, unknown_name
-from simmerge_ray.evaluation import Evaluator, Task
-from simmerge_ray.evaluation.prompts import encode_prompts
-from simmerge_ray.labels import (
-    EvaluationSettings,
-    Infeasible,
-    LabeledPlan,
-    LabelStore,
-    Measured,
-    Outcome,
-    label_key,
-    used_digests,
-)
-from simmerge_ray.merging.fallbacks import SPHERICAL, all_linear, linear_form
-from simmerge_ray.operators.specs import parse_arms
-from simmerge_ray.plans import MergePlan, ResolvedPlan, pair_plans, resolve_plan, unmerged
-from simmerge_ray.progress import Report
-from simmerge_ray.storage import versions
+from simmerge_ray.errors import EngineError
+from simmerge_ray.evaluation import EvaluationTask, Evaluator
+from simmerge_ray.labels import Infeasible, LabelStore, Stopped
+from simmerge_ray.plans import MergePlan, unmerged
+from simmerge_ray.search.proposers import GridProposer, OptunaProposer, Proposer
+from simmerge_ray.search.runner import EvaluatorStartError, TrialProgress, TrialRunner, copy_labels
+from simmerge_ray.search.status import SearchStatus
+from simmerge_ray.search.study import Study, Trial, grid_trials, prepare_study
 
 _log = logging.getLogger(__name__)
-_NUM_CHECK_PROMPTS = 16
-_MAX_MODEL_LEN = 4096
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A plan, and the tasks whose labels are missing.
-
-    rivals: plans that may turn out to be the same merge, with labels (there, or made by this search) for these tasks.
-    """
-
-    resolved: ResolvedPlan
-    tasks: tuple[str, ...]
-    rivals: tuple[MergePlan, ...] = ()
-
-
-@dataclass(frozen=True)
-class Deferred:
-    """A trial was found to be the same merge as one of its rivals, whose labels are not there yet."""
-
-    rival: int
-
-
-@dataclass(frozen=True)
-class Study:
-    """What all trials of a search share. An engine is started on `template` and checked by a swap to `other`."""
-
-    trials: tuple[Trial, ...]
-    tasks: Mapping[str, Task]
-    template: CheckpointRef
-    other: CheckpointRef
-    settings: EvaluationSettings
-    digests: Mapping[str, str]
-    labels_uri: str
-
-    def key(self, plan: MergePlan, task: str, base: CheckpointRef | None) -> str:
-        """Key of the label of a plan of this search."""
-        used = used_digests(plan, self.digests, base.id if base else None)
-        return label_key(plan, self.tasks[task].digest, self.settings, used)
-
-    def label(
-        self, trial: Trial, task: str, outcome: Outcome, seconds: float, same_as: MergePlan | None = None
-    ) -> LabeledPlan:
-        """A label with everything that it depends on."""
-        plan, base = trial.resolved.plan, trial.resolved.base
-        return LabeledPlan(
-            plan=plan,
-            task=task,
-            task_digest=self.tasks[task].digest,
-            outcome=outcome,
-            settings=self.settings,
-            checkpoints=used_digests(plan, self.digests, base.id if base else None),
-            seconds=seconds,
-            versions=versions(),
-            same_as=same_as.label if same_as else None,
-        )
-
-
-class EvaluatorStartError(EngineError):
-    """The evaluator did not start, so no trial can be measured: the search ends, and no label is written for it."""
-
-
-class TrialRunner:
-    """Evaluates trials one after the other with one evaluator. Plain class: `MergeTrial` puts it into Ray Tune."""
-
-    def __init__(self, study: Study) -> None:
-        self._study = study
-        self._store = LabelStore(study.labels_uri)
-        self._evaluator: Evaluator | None = None
-
-    def run(self, trial: Trial) -> float | Deferred | None:
-        """Write the labels, and return the mean utility, or None for an infeasible merge.
-
-        A trial that is the same merge as a rival is not evaluated: its labels are copied, if the rival has them.
-        """
-        started = time.monotonic()
-        if (number := self._same_merge(trial)) is not None:
-            copied = copy_labels(self._study, self._store, trial, trial.rivals[number], time.monotonic() - started)
-            return Deferred(number) if copied is None else _mean_utility(copied)
-        outcomes = self._outcomes(trial)
-        seconds = (time.monotonic() - started) / len(trial.tasks)
-        self._store.append([self._study.label(trial, task, outcomes[task], seconds) for task in trial.tasks])
-        return _mean_utility(outcomes.values())
-
-    def _same_merge(self, trial: Trial) -> int | None:
-        """Number of the first rival that makes the same merge."""
-        if not trial.rivals:
-            return None
-        try:
-            own = linear_form(trial.resolved)
-            for number, rival in enumerate(trial.rivals):
-                if own != trial.resolved.plan and linear_form(replace(trial.resolved, plan=rival)).id == own.id:
-                    return number
-        except CheckpointError:
-            pass  # the evaluation will say what is wrong
-        return None
-
-    def _outcomes(self, trial: Trial) -> dict[str, Outcome]:
-        for attempt in (1, 2):
-            evaluator = self._ready_evaluator()
-            try:
-                evaluator.load(trial.resolved)
-                return {name: Measured(self._study.tasks[name].evaluate(evaluator)) for name in trial.tasks}
-            except CheckpointError as error:
-                return dict.fromkeys(trial.tasks, Infeasible(str(error)))
-            except (EngineError, RuntimeError, ValueError) as error:
-                _log.exception("attempt %d at %s failed", attempt, trial.resolved.plan.label)
-                self._discard_evaluator()
-                reason = f"{type(error).__name__}: {error}"
-        return dict.fromkeys(trial.tasks, Infeasible(reason))
-
-    def _ready_evaluator(self) -> Evaluator:
-        if self._evaluator is None:
-            try:
-                self._evaluator = start_evaluator(self._study)
-            except Exception as error:  # whatever the engine raises: without it no trial can be measured
-                _log.exception("the evaluator did not start")
-                raise EvaluatorStartError(f"{type(error).__name__}: {error}") from error
-        return self._evaluator
-
-    def _discard_evaluator(self) -> None:
-        close = getattr(self._evaluator, "close", None)
-        self._evaluator = None
-        if close:
-            close()
-
-
-def copy_labels(
-    study: Study, store: LabelStore, trial: Trial, rival: MergePlan, seconds: float
-) -> list[Outcome] | None:
-    """Label a trial with the outcomes of a rival that is the same merge; None if one of them is not there yet."""
-    known = {label.key: label.outcome for label in store.read()}
-    keys = [study.key(rival, task, trial.resolved.base) for task in trial.tasks]
-    if any(key not in known for key in keys):
-        return None
-    outcomes = [known[key] for key in keys]
-    share = seconds / len(trial.tasks)
-    pairs = zip(trial.tasks, outcomes, strict=True)
-    store.append([study.label(trial, task, outcome, share, same_as=rival) for task, outcome in pairs])
-    return outcomes
-
-
-def _mean_utility(outcomes: Iterable[Outcome]) -> float | None:
-    utilities = [outcome.utility for outcome in outcomes if isinstance(outcome, Measured)]
-    return sum(utilities) / len(utilities) if utilities else None
+_NO_UTILITY = -1.0  # what Tune is told of a merge without one
+_MAX_FAILURES = 3  # actors that one trial may lose before it counts as infeasible
+# The cluster's fault, not the merge's: no label is written, so that the next run tries again.
+_CLUSTER_FAULTS = ("RuntimeEnvSetupError", "NodeDiedError", "node was terminated", "node has died", "preempted")
 
 
 def start_evaluator(study: Study) -> Evaluator:
@@ -199,41 +48,71 @@ def start_evaluator(study: Study) -> Evaluator:
     Raises:
         EngineError: the check failed.
     """
-    settings = study.settings
+    config, settings = study.config, study.settings
     if settings.evaluator == "transformers":
         from simmerge_ray.transformers_evaluator import TransformersEvaluator
 
-        return TransformersEvaluator(study.template, settings.dtype)
+        device = "cuda" if config.gpus_per_trial > 0 else "cpu"
+        return TransformersEvaluator(
+            study.template, settings.dtype, device=device, max_model_len=settings.max_model_len
+        )
     from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
 
-    engine = VllmEvaluator(study.template, settings.dtype, settings.max_model_len)
-    task = study.tasks[study.trials[0].tasks[0]]
-    prompts = encode_prompts(task, task.items[:_NUM_CHECK_PROMPTS], engine.tokenizer)
-    engine.check_swap(unmerged(study.other), prompts)
+    engine = VllmEvaluator(
+        study.template,
+        settings.dtype,
+        settings.max_model_len,
+        tensor_parallel_size=config.tensor_parallel,
+        distributed_executor_backend=config.executor if config.tensor_parallel > 1 else None,
+        gpu_memory_utilization=0.9 * config.gpus_per_trial if 0 < config.gpus_per_trial < 1 else None,
+    )
+    engine.check_swap(unmerged(study.other), check_prompts(study, engine.tokenizer))
     return engine
 
 
+def check_prompts(study: Study, tokenizer: Any, count: int = 16) -> list[list[int]]:
+    """Token ids on which an engine is checked: the first prompts of the first task of our own, or plain tokens."""
+    from simmerge_ray.evaluation import Task
+    from simmerge_ray.evaluation.prompts import encode_prompts
+
+    for _, task in sorted(study.tasks.items()):
+        if isinstance(task, Task):
+            return encode_prompts(task, task.items[:count], tokenizer)
+    return [[(7 * place + number) % len(tokenizer) for place in range(1, 9)] for number in range(count)]
+
+
 class MergeTrial(tune.Trainable):
-    """One trial of the search; `config["trial"]` is its index in the study."""
+    """One trial of the search, a step a shard; `config["trial"]` is its text."""
 
     def setup(self, config: dict[str, Any], study: Study) -> None:
         self._study = study
-        self._runner = TrialRunner(study)
-        self._index = int(config["trial"])
+        self._runner = TrialRunner(study, start_evaluator)
+        self._runner.begin(Trial.from_text(config["trial"]))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial with the same engine."""
-        self._index = int(new_config["trial"])
+        self._runner.begin(Trial.from_text(new_config["trial"]))
         return True
 
     def step(self) -> dict[str, Any]:
         try:
-            utility = self._runner.run(self._study.trials[self._index])
+            progress = self._runner.step()
         except EvaluatorStartError as error:
-            return {"fatal": str(error), "done": True}
-        if isinstance(utility, Deferred):
-            return {"utility": -1.0, "rival": utility.rival, "done": True}
-        return {"utility": -1.0 if utility is None else utility, "infeasible": utility is None, "done": True}
+            return {"fatal": str(error), "utility": _NO_UTILITY, "done": True}
+        utilities = progress.utilities
+        return {
+            "utility": self._study.values(utilities)[0] if utilities else _NO_UTILITY,
+            "items": {} if progress.finished else {task: items.tolist() for task, items in progress.items.items()},
+            "utilities": utilities,
+            "num_new": progress.num_new,
+            "finished": progress.finished,
+            "infeasible": progress.infeasible,
+            "rival": progress.rival,
+            "done": progress.finished,
+        }
+
+    def cleanup(self) -> None:
+        self._runner.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: labels are the only state."""
@@ -242,213 +121,325 @@ class MergeTrial(tune.Trainable):
         """Nothing."""
 
 
+class _Metrics:
+    """The status as Prometheus metrics of the cluster."""
+
+    def __init__(self) -> None:
+        self._trials = metrics.Counter("simmerge_search_trials_total", "Trials that ended", tag_keys=("outcome",))
+        self._items = metrics.Counter("simmerge_search_items_total", "Items evaluated")
+        self._left = metrics.Gauge("simmerge_search_trials_left", "Trials that have not ended")
+        self._best = metrics.Gauge("simmerge_search_best_utility", "Best utility of a merge so far")
+        self._seconds = metrics.Histogram(
+            "simmerge_search_trial_seconds", "Seconds of a trial", boundaries=[0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+        )
+
+    def items(self, count: int) -> None:
+        if count:
+            self._items.inc(count)
+
+    def ended(self, outcome: str, seconds: float, status: SearchStatus) -> None:
+        self._trials.inc(1, tags={"outcome": outcome})
+        self._seconds.observe(seconds)
+        self._left.set(status.total - status.done)
+        if status.best:
+            self._best.set(status.best[1])
+
+
+class _Limits(tune.Stopper):
+    """Ends the whole search: at the first trial that says that no other can succeed, or when its time is over."""
+
+    def __init__(self, max_seconds: float | None) -> None:
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self.fatal: str | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self.fatal = self.fatal or result.get("fatal")
+        return self.fatal is not None
+
+    @property
+    def out_of_time(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def stop_all(self) -> bool:
+        return self.fatal is not None or self.out_of_time
+
+
+class _Proposals(Searcher):
+    """Hands a proposer's trials to Tune and their results back, and keeps count.
+
+    Tune copies and pickles what it is given; this object stays one and is never restored: the label store is the state.
+    """
+
+    def __init__(
+        self, study: Study, proposer: Proposer, limits: _Limits, report: Callable[[SearchStatus], None] | None
+    ) -> None:
+        super().__init__(metric="utility", mode="max")
+        self._study, self._proposer, self._limits, self._report = study, proposer, limits, report
+        self._store = LabelStore(study.labels_uri)
+        self._trials: dict[str, tuple[Trial, float]] = {}
+        self._metrics = _Metrics()
+        self._started = time.monotonic()
+        self._num_given_out = 0
+        self._max_trials = study.config.max_trials or float("inf")
+        self.status = SearchStatus(int(min(proposer.total, self._max_trials)))
+        self.deferred: list[tuple[Trial, int]] = []
+
+    def __deepcopy__(self, memo: Any) -> _Proposals:
+        return self
+
+    def __reduce__(self) -> Any:
+        return (str, ())  # Tune keeps a pickle of its arguments that nothing reads
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._num_given_out >= self._max_trials or self._limits.stop_all():
+            return Searcher.FINISHED
+        trial = self._proposer.propose(trial_id)
+        if trial is None:
+            return Searcher.FINISHED
+        self._num_given_out += 1
+        self._trials[trial_id] = (trial, time.monotonic())
+        return {"trial": trial.to_text(), "single": trial.plan.source is not None}
+
+    def trial_of(self, trial_id: str) -> Trial:
+        """The trial that was given out under a name."""
+        return self._trials[trial_id][0]
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._count_items(result)
+        if result.get("utilities") and not result["finished"]:
+            self._proposer.report(trial_id, result["training_iteration"], result["utilities"])
+            self._tell()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        trial, started = self._trials[trial_id]
+        if error or not result or "fatal" in result:
+            self._proposer.finish(trial_id, None)
+            self._end("failed", started)
+            return
+        result = _unflattened(result)
+        self._count_items(result)
+        progress = _progress_of(result)
+        if not progress.finished and self._limits.stop_all():
+            self._proposer.finish(trial_id, None)  # cut off, not judged: the next run evaluates it
+            return
+        if not progress.finished:
+            outcomes = {task: Stopped(items) for task, items in progress.items.items()}
+            share = (time.monotonic() - started) / len(outcomes)
+            self._store.append([self._study.label(trial.plan, task, one, share) for task, one in outcomes.items()])
+        if progress.rival is not None:
+            self.deferred.append((trial, progress.rival))
+        self._proposer.finish(trial_id, progress)
+        if progress.finished and progress.items and trial.plan.steps:
+            value = self._study.values(progress.utilities)[0]
+            if self.status.best is None or value > self.status.best[1]:
+                self.status.best = (trial.plan.label, value)
+        kind = "infeasible" if progress.infeasible else "measured" if progress.finished else "stopped"
+        self._end(kind, started)
+
+    def _count_items(self, result: Mapping[str, Any]) -> None:
+        # Tune passes the last result of a trial only to `on_trial_complete`.
+        self.status.num_items += int(result.get("num_new") or 0)
+        self._metrics.items(int(result.get("num_new") or 0))
+
+    def _end(self, outcome: str, started: float) -> None:
+        self.status.done += 1
+        self.status.failed += outcome in ("failed", "infeasible")
+        self.status.total = int(min(self._proposer.total, self._max_trials))
+        self._metrics.ended(outcome, time.monotonic() - started, self.status)
+        self._tell()
+
+    def _tell(self) -> None:
+        self.status.seconds = time.monotonic() - self._started
+        if self._report:
+            self._report(self.status)
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_bytes(b"")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: see the class."""
+
+
+def _unflattened(result: dict[str, Any]) -> dict[str, Any]:
+    from ray.tune.utils.util import unflatten_dict
+
+    return unflatten_dict(result)
+
+
+def _progress_of(result: Mapping[str, Any]) -> TrialProgress:
+    kept = result.get("items") or {}
+    items = {task: np.array(values, dtype=np.float64) for task, values in kept.items()}
+    if result["finished"]:  # the labels hold the items; their means are enough here
+        items = {task: np.array([mean], dtype=np.float64) for task, mean in (result.get("utilities") or {}).items()}
+    return TrialProgress(items, result["finished"], 0, result.get("infeasible"), result.get("rival"))
+
+
+class _EarlyStopping(ASHAScheduler):
+    """ASHA on the shards of proposed merges; unmerged checkpoints are evaluated whole and do not count as rivals."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        if not trial.config["single"]:
+            super().on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self.CONTINUE if trial.config["single"] else super().on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if not trial.config["single"]:
+            super().on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        if not trial.config["single"]:
+            super().on_trial_remove(tune_controller, trial)
+
+
 @dataclass(frozen=True)
 class SearchResult:
-    """How a search ended: labels in the store, trials run now, and reasons of the infeasible ones by plan label."""
+    """How a search ended: labels in the store, trials run now, and reasons of the infeasible ones by plan label.
+
+    unfinished: trials that were to be run and were not, because a limit was reached.
+    """
 
     store: LabelStore
+    study: Study
     num_labels: int
     num_trials_run: int
     infeasible: Mapping[str, str]
+    status: SearchStatus
+
+    @property
+    def num_left(self) -> int:
+        return self.status.total - self.status.done
 
 
-# Set by `run_search` for the time of a search: Tune pickles its callbacks, so they cannot hold a progress bar.
-_report: Report | None = None
-
-
-class _ProgressCallback(tune.Callback):
-    def __init__(self, total: int) -> None:
-        self._done = 0
-        self._total = total
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._count()
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._count()
-
-    def _count(self) -> None:
-        self._done += 1
-        if _report:
-            _report(self._done, self._total)
-
-
-class _StopWhenFatal(tune.Stopper):
-    """Ends the whole search at the first trial that says no other can succeed."""
-
-    def __init__(self) -> None:
-        self._fatal = False
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self._fatal = self._fatal or "fatal" in result
-        return self._fatal
-
-    def stop_all(self) -> bool:
-        return self._fatal
-
-
-def plan_study(
-    catalogue: Catalogue,
-    tasks: Mapping[str, Task],
-    config: SearchConfig,
-    labels_uri: str,
-    plans: Sequence[MergePlan] | None = None,
-) -> Study:
-    """All trials whose labels are missing: every checkpoint and the base on every task, then pairs x arms on their
-    parents' own tasks. With `plans`: these and their parents, on the parents' own tasks.
-
-    Raises:
-        OperatorError, TaskError, PlanError, LabelError: an input that cannot be used, before anything is started.
-    """
-    arms = parse_arms(config.arms)
-    own_tasks = {task for task in catalogue.own_task.values() if task}
-    if absent := sorted(own_tasks - set(tasks)):
-        raise TaskError(unknown_name("task", absent[0], tasks))
-    for pair in config.exclude:
-        for checkpoint_id in pair:
-            catalogue.ref(checkpoint_id)
-    excluded = {frozenset(pair) for pair in config.exclude}
-    pairs = [pair for pair in catalogue.pairs(config.pairs) if frozenset(pair) not in excluded]
-    if plans is None and not pairs:
-        raise LabelError(f"the catalogue has no {config.pairs} pairs; give its checkpoints a 'task', or use pairs: all")
-    template = catalogue.base or catalogue.checkpoints[0]
-    settings = EvaluationSettings(config.evaluator, config.dtype, _context_limit(template, config.max_model_len))
-    digests = catalogue.digests()
-    known = LabelStore(labels_uri).keys()
-    every_task = tuple(sorted(tasks))
-    if plans is None:
-        needed = [(MergePlan(source=ref.id), every_task) for ref in catalogue.all_refs]
-        needed += [(plan, plan_tasks(plan, catalogue) or every_task) for plan in pair_plans(pairs, arms)]
-    else:
-        needed = [(plan, plan_tasks(plan, catalogue) or every_task) for plan in plans]
-        parents = dict.fromkeys((member, names) for plan, names in needed for member in plan.members)
-        needed += [(MergePlan(source=member), names) for member, names in parents]
-    base_id = catalogue.base.id if catalogue.base else None
-    trials = []
-    rivals = _rivals(needed)
-    for plan, task_names in needed:
-        used = used_digests(plan, digests, base_id)
-        missing = tuple(t for t in task_names if label_key(plan, tasks[t].digest, settings, used) not in known)
-        if missing:
-            trials.append(Trial(resolve_plan(plan, catalogue), missing, rivals.get(plan.id, ())))
-    if trials:
-        _check_lengths(tasks, template, settings.max_model_len)
-    return Study(tuple(trials), dict(tasks), template, catalogue.checkpoints[-1], settings, digests, labels_uri)
-
-
-def _rivals(needed: Sequence[tuple[MergePlan, Sequence[str]]]) -> dict[str, tuple[MergePlan, ...]]:
-    """By the id of a plan with spherical steps: those that it may equal if they fall back, with labels for its tasks.
-
-    Those with fewer spherical steps come first, then those that stand before it, so that no two wait for each other.
-    """
-    groups: dict[str, list[tuple[int, int, MergePlan, set[str]]]] = {}
-    for number, (plan, names) in enumerate(needed):
-        if plan.steps:
-            spherical = sum(step.arm.operator in SPHERICAL for step in plan.steps)
-            groups.setdefault(all_linear(plan).id, []).append((spherical, number, plan, set(names)))
-    found = {}
-    for group in groups.values():
-        group.sort(key=lambda one: one[:2])
-        for place, (_, _, plan, tasks) in enumerate(group):
-            before = [other for _, _, other, theirs in group[:place] if tasks <= theirs and other.id != plan.id]
-            found[plan.id] = tuple(before)
-    return found
-
-
-def _context_limit(template: CheckpointRef, requested: int | None) -> int:
-    own = int(read_config(template).get("max_position_embeddings", _MAX_MODEL_LEN))
-    if requested is not None and requested > own:
-        raise ConfigError(f"max_model_len is {requested}; the checkpoints' own limit is {own} tokens")
-    return requested or min(own, _MAX_MODEL_LEN)
-
-
-def _check_lengths(tasks: Mapping[str, Task], template: CheckpointRef, max_model_len: int) -> None:
-    """Refuse an item whose prompt and answer do not fit the engine, before an engine exists."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(template.path, local_files_only=True)
-    for name, task in tasks.items():
-        num_tokens, number = task.longest(tokenizer)
-        if num_tokens > max_model_len:
-            raise TaskError(
-                f"task {name!r}, item {number}: prompt and answer take {num_tokens} tokens, "
-                f"the engine holds {max_model_len} (max_model_len)"
-            )
-
-
-def plan_tasks(plan: MergePlan, catalogue: Catalogue) -> tuple[str, ...]:
-    """The own tasks of a plan's members, sorted."""
-    return tuple(sorted({task for member in plan.members if (task := catalogue.own_task.get(member))}))
+def make_proposer(study: Study, plans: Sequence[MergePlan] | None = None) -> Proposer:
+    """All missing trials in order; with a budget, unmerged checkpoints first and then Optuna's proposals."""
+    if study.space is None or plans is not None:
+        return GridProposer(grid_trials(study, plans))
+    singles = dict.fromkeys(member for subset in study.space.subsets for member in subset)
+    names = [*([study.catalogue.base.id] if study.catalogue.base else []), *singles]
+    return OptunaProposer(study, grid_trials(study, [MergePlan(source=name) for name in dict.fromkeys(names)]))
 
 
 def run_search(
     catalogue: Catalogue,
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, EvaluationTask],
     config: SearchConfig,
     labels_uri: str | Path,
     plans: Sequence[MergePlan] | None = None,
-    report: Report | None = None,
+    report: Callable[[SearchStatus], None] | None = None,
 ) -> SearchResult:
     """Measure what is missing from the label store. Starts Ray only if something is.
 
     Raises:
-        InputError: see `plan_study`.
+        InputError: see `search.study.prepare_study`.
+        EvaluatorStartError: no engine could be started. EngineError: the cluster could not set up an actor.
     """
-    global _report
     store = LabelStore(labels_uri)
-    study = plan_study(catalogue, tasks, config, store.uri, plans)
-    if study.trials:
-        _report = report
-        try:
-            with ray_session():
-                _run_trials(study, config.concurrency)
-        finally:
-            _report = None
+    study = prepare_study(catalogue, tasks, config, store.uri)
+    proposer = make_proposer(study, plans)
+    status = SearchStatus(proposer.total)
+    if proposer.total:
+        with ray_session():
+            status = _run_trials(study, proposer, report)
     labels = store.read()
     infeasible = {
         f"{label.plan.label} on {label.task}": label.outcome.reason
         for label in labels
         if isinstance(label.outcome, Infeasible)
     }
-    return SearchResult(store, len(labels), len(study.trials), infeasible)
+    return SearchResult(store, study, len(labels), status.done, infeasible, status)
 
 
-def _run_trials(study: Study, concurrency: int) -> None:
-    concurrency = min(concurrency, int(ray.cluster_resources().get("CPU", 1)), len(study.trials))
+def trial_resources(config: SearchConfig) -> Any:
+    """What Tune reserves for an engine: one bundle on one node, or with `executor: ray` a bundle for every rank."""
+    if config.executor == "ray" and config.tensor_parallel > 1:
+        share = {"GPU": config.gpus_per_trial} if config.gpus_per_trial else {"CPU": config.cpus_per_trial}
+        return tune.PlacementGroupFactory([{"CPU": 1}, *[share] * config.tensor_parallel])
+    whole = {"cpu": config.cpus_per_trial * config.tensor_parallel}
+    return whole | ({"gpu": config.gpus_per_trial * config.tensor_parallel} if config.gpus_per_trial else {})
+
+
+def engines_that_fit(config: SearchConfig, resources: Mapping[str, float]) -> int:
+    """How many engines a cluster has room for; at least one, which then waits for its node to come up."""
+    per_engine = {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}
+    room = [
+        int(resources.get(kind, 0.0) / (need * config.tensor_parallel) + 1e-9)
+        for kind, need in per_engine.items()
+        if need
+    ]
+    return max(1, min([*room, config.concurrency or max(room, default=1)]))
+
+
+def _run_trials(study: Study, proposer: Proposer, report: Callable[[SearchStatus], None] | None) -> SearchStatus:
+    config = study.config
+    concurrency = min(engines_that_fit(config, ray.cluster_resources()), proposer.total)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    limits = _Limits(_max_seconds(config, concurrency))
+    proposals = _Proposals(study, proposer, limits, report)
+    scheduler = None
+    if config.num_shards > 1:
+        scheduler = _EarlyStopping(
+            time_attr="training_iteration",
+            metric="utility",
+            mode="max",
+            max_t=config.num_shards,
+            grace_period=1,
+            reduction_factor=config.reduction_factor,
+        )
     with tempfile.TemporaryDirectory(prefix="simmerge-tune-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(MergeTrial, study=study), {"cpu": 1}),
-            param_space={"trial": tune.grid_search(list(range(len(study.trials))))},
-            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=concurrency),
+            tune.with_resources(tune.with_parameters(MergeTrial, study=study), trial_resources(config)),
+            tune_config=tune.TuneConfig(
+                search_alg=proposals,
+                scheduler=scheduler,
+                num_samples=-1,
+                reuse_actors=True,
+                max_concurrent_trials=concurrency,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
             run_config=tune.RunConfig(
                 name="search",
                 storage_path=scratch,
                 verbose=0,
-                stop=_StopWhenFatal(),
+                stop=limits,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=2),
-                callbacks=[_ProgressCallback(len(study.trials))],
+                failure_config=tune.FailureConfig(max_failures=_MAX_FAILURES),
             ),
         )
         grid = tuner.fit()
+    if limits.fatal:
+        raise EvaluatorStartError(f"the {study.settings.evaluator} evaluator did not start: {limits.fatal}")
+    _label_failures(study, grid)
     store = LabelStore(study.labels_uri)
-    deferred = {}
-    for result in grid:
-        if fatal := (result.metrics or {}).get("fatal"):
-            raise EvaluatorStartError(f"the {study.settings.evaluator} evaluator did not start: {fatal}")
-    for result in grid:
-        if result.error is not None:
-            if "RuntimeEnvSetupError" in f"{type(result.error).__name__} {result.error}":
-                # The cluster's fault, not the merge's: no label, the next run tries again.
-                raise EngineError(f"the cluster could not set up a trial's actor: {_last_line(result.error)}")
-            trial = study.trials[int(result.config["trial"])]
-            reason = f"the trial's actor failed three times: {_last_line(result.error)}"
-            store.append([study.label(trial, task, Infeasible(reason), 0.0) for task in trial.tasks])
-        elif (rival := (result.metrics or {}).get("rival")) is not None:
-            deferred[int(result.config["trial"])] = int(rival)
-    for number, rival in sorted(deferred.items(), key=lambda one: (one[1], one[0])):
-        copy_labels(study, store, study.trials[number], study.trials[number].rivals[rival], 0.0)
+    for trial, rival in sorted(proposals.deferred, key=lambda one: one[1]):
+        copy_labels(study, store, trial, trial.rivals[rival], 0.0)
+    return proposals.status
+
+
+def _max_seconds(config: SearchConfig, concurrency: int) -> float | None:
+    hours = [config.max_hours] if config.max_hours else []
+    gpus = concurrency * config.gpus_per_trial * config.tensor_parallel
+    if config.max_gpu_hours and gpus:
+        hours.append(config.max_gpu_hours / gpus)
+    return 3600 * min(hours) if hours else None
+
+
+def _label_failures(study: Study, results: Any) -> None:
+    """Trials that lost one actor after another become infeasible; where the cluster was at fault they stay missing."""
+    store, faults = LabelStore(study.labels_uri), []
+    for result in results:
+        if result.error is None:
+            continue
+        if any(fault in f"{type(result.error).__name__} {result.error}" for fault in _CLUSTER_FAULTS):
+            faults.append(_last_line(result.error))
+            continue
+        trial = Trial.from_text(result.config["trial"])
+        reason = f"the trial's actor failed {_MAX_FAILURES + 1} times: {_last_line(result.error)}"
+        store.append([study.label(trial.plan, task, Infeasible(reason), 0.0) for task in trial.tasks])
+    if faults:
+        raise EngineError(f"the cluster lost {len(faults)} trials, which have no label: {faults[0]}")
 
 
 def _last_line(error: BaseException) -> str:

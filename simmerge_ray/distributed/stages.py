@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from simmerge_ray.catalogue import load_catalogue
-from simmerge_ray.config import SearchConfig, SignalsConfig, StudyConfig, TrainConfig
-from simmerge_ray.errors import InputError, LabelError
-from simmerge_ray.evaluation import load_tasks
-from simmerge_ray.headroom import headroom
-from simmerge_ray.labels import LabelStore, pair_contexts
-from simmerge_ray.operators.specs import parse_arms
-from simmerge_ray.probes import GENERAL, general_probe_set, load_probe_sets
+from simmerge_ray.config import SignalsConfig, StudyConfig, TrainConfig, load_yaml_leniently
+from simmerge_ray.distributed.search_stage import UNCHANGED, plan_search, search_stage
+from simmerge_ray.errors import ConfigError, InputError, LabelError
+from simmerge_ray.labels import LabelStore
+from simmerge_ray.probes import GENERAL, ProbeSet, general_probe_set, load_probe_sets
 from simmerge_ray.progress import Narrator
+from simmerge_ray.search.estimate import SearchEstimate
+from simmerge_ray.search.study import Study
 from simmerge_ray.signals.bounds import bounds
+from simmerge_ray.signals.compute import tokenize_probes
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.signature import SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 from simmerge_ray.storage import Manifest, digest_file, write_json
-
-UNCHANGED = "unchanged since the last run"
 
 
 def signals_stage(
@@ -43,7 +42,7 @@ def signals_stage(
         InputError: whatever cannot be used, before Ray is started where headers and files show it.
     """
     catalogue = load_catalogue(catalogue_path)
-    probe_sets = load_probe_sets(probes) if probes else {GENERAL: general_probe_set()}
+    probe_sets = _probe_sets(probes)
     with narrator.stage("signals") as stage:
         # The table has the same bits for any number of workers, in memory or layer by layer.
         kept = config.model_dump(exclude={"num_workers", "memory_per_worker"})
@@ -74,6 +73,10 @@ def signals_stage(
         return table
 
 
+def _probe_sets(probes: Path | None) -> dict[str, ProbeSet]:
+    return load_probe_sets(probes) if probes else {GENERAL: general_probe_set()}
+
+
 def figures_stage(table: SignalTable, out: Path, narrator: Narrator) -> None:
     """Heat maps of the table in the Parquet file `out`, into the directory beside it with `_figures` in its name."""
     directory = out.with_name(f"{out.stem}_figures")
@@ -88,50 +91,6 @@ def figures_stage(table: SignalTable, out: Path, narrator: Narrator) -> None:
         paths = write_heat_maps(table, directory)
         manifest.write(directory / "figures.json", time.monotonic() - started, {"files": [path.name for path in paths]})
         stage.result = f"{len(paths)} heat maps -> {directory}"
-
-
-def search_stage(catalogue_path: Path, tasks_dir: Path, labels: Path, config: SearchConfig, narrator: Narrator) -> None:
-    """Labels that are missing, into the store `labels`, with `search.json` and `headroom.json` beside them.
-
-    Raises:
-        InputError: whatever cannot be used, before Ray is started. EngineError: the evaluator did not start.
-    """
-    arms = parse_arms(config.arms)
-    catalogue = load_catalogue(catalogue_path)
-    tasks = load_tasks(tasks_dir)
-    with narrator.stage("search") as stage:
-        inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
-        inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
-        manifest = Manifest("search", config.model_dump(mode="json", exclude={"concurrency"}), inputs)
-        if manifest.is_current(labels / "search.json"):
-            stage.result = UNCHANGED
-            return
-        from simmerge_ray.distributed.merge_search import run_search
-
-        started = time.monotonic()
-        with narrator.bar("merges evaluated") as report:
-            # Absolute: trial actors write the labels, and may run in another working directory.
-            result = run_search(catalogue, tasks, config, labels.resolve(), report=report)
-        for name, reason in sorted(result.infeasible.items()):
-            narrator.say(f"           infeasible: {name}: {reason}")
-        write_headroom(labels, [arm.label for arm in arms], labels / "headroom.json")
-        results = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
-        manifest.write(labels / "search.json", time.monotonic() - started, results)
-        stage.result = (
-            f"{result.num_trials_run} trials run, {result.num_labels} labels "
-            f"({len(result.infeasible)} infeasible) by {config.evaluator} -> {labels}"
-        )
-
-
-def write_headroom(labels: Path, arms: Sequence[str], out: Path) -> None:
-    """Headroom report of a label store as JSON; where GapClosed is nowhere defined, the reason instead."""
-    contexts = pair_contexts(LabelStore(labels).read(), arms)
-    content: dict[str, Any]
-    try:
-        content = headroom(contexts).to_json()
-    except InputError as error:
-        content = {"undefined": str(error)}
-    write_json(out, content)
 
 
 def train_stage(
@@ -187,16 +146,51 @@ def _shown_gain(crossval: dict[str, Any]) -> str:
     return f"GapClosed {per_merge['selector']:.3f}, best fixed {per_merge['best_fixed']:.3f}"
 
 
-def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> Path:
-    """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`. Returns the output directory.
+def check_study(config: StudyConfig) -> tuple[Study, SearchEstimate]:
+    """Read and check every input of a study; what its search will take.
 
     Raises:
-        InputError: every input is checked before either stage starts.
+        ConfigError: with the problems of all inputs, before anything is computed.
     """
-    parse_arms(config.search.arms)
-    load_tasks(config.tasks)
-    load_probe_sets(config.probes)
-    load_catalogue(config.catalogue)
+    from simmerge_ray.distributed.signal_actors import signature_spec
+
+    problems: dict[str, None] = {}
+    planned = None
+    try:
+        planned = plan_search(config.catalogue, config.tasks, config.out / "labels", config.search)
+    except InputError as error:
+        problems[str(error)] = None
+    try:
+        probe_sets = _probe_sets(config.probes)
+        tokenize_probes(load_catalogue(config.catalogue), probe_sets, signature_spec(config.signals))
+    except InputError as error:
+        if str(error) not in "".join(problems):  # the catalogue's problems, a second time
+            problems[str(error)] = None
+    if planned is None or problems:
+        raise ConfigError("\n".join(problems))
+    return planned
+
+
+def load_study(path: Path) -> tuple[StudyConfig, Study, SearchEstimate]:
+    """Read a study file and check it and everything that it names.
+
+    Raises:
+        ConfigError: with all problems, of the file and of what it names.
+    """
+    config, problems = load_yaml_leniently(path, StudyConfig)
+    planned = None
+    if config is not None:
+        try:
+            planned = check_study(config)
+        except ConfigError as error:
+            problems += str(error).split("\n")
+    if config is None or planned is None or problems:
+        raise ConfigError("\n  ".join([f"study {path}:", *problems]))
+    return config, *planned
+
+
+def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> Path:
+    """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`. Returns the output directory."""
     signals_stage(config.catalogue, config.probes, config.out / "signals" / "pairs.parquet", config.signals, narrator)
     search_stage(config.catalogue, config.tasks, config.out / "labels", config.search, narrator)
     return config.out

@@ -9,20 +9,13 @@ import torch
 
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SearchConfig
-from simmerge_ray.distributed.merge_search import (
-    Deferred,
-    EvaluatorStartError,
-    Study,
-    Trial,
-    TrialRunner,
-    copy_labels,
-    plan_study,
-    run_search,
-)
-from simmerge_ray.errors import ConfigError, EngineError, LabelError, PlanError, TaskError
+from simmerge_ray.distributed.merge_search import run_search, start_evaluator
+from simmerge_ray.errors import EngineError, InputError
 from simmerge_ray.evaluation import load_tasks
 from simmerge_ray.labels import Infeasible, LabelStore, Measured
 from simmerge_ray.plans import resolve_plan
+from simmerge_ray.search.runner import EvaluatorStartError, TrialRunner, copy_labels
+from simmerge_ray.search.study import Study, Trial, grid_trials, prepare_study
 from simmerge_ray.transformers_evaluator import TransformersEvaluator
 from tests import tiny
 
@@ -41,7 +34,9 @@ def tasks(catalogue_path):
 def test_labels_of_vllm_trials_equal_transformers_and_nothing_is_evaluated_twice(catalogue, tasks, tmp_path):
     config = SearchConfig(arms=ARMS, concurrency=1)
     seen: list[tuple[int, int]] = []
-    result = run_search(catalogue, tasks, config, tmp_path / "labels", report=lambda *x: seen.append(x))
+    result = run_search(
+        catalogue, tasks, config, tmp_path / "labels", report=lambda one: seen.append((one.done, one.total))
+    )
     num_singles, num_merges = 4, 2 * len(ARMS)
     assert result.num_trials_run == num_singles + num_merges == len(seen) == seen[-1][0]
     assert result.infeasible == {}
@@ -55,13 +50,18 @@ def test_labels_of_vllm_trials_equal_transformers_and_nothing_is_evaluated_twice
     assert run_search(catalogue, tasks, config, tmp_path / "labels").num_trials_run == 0
 
 
+def grid(catalogue, tasks, uri, **changes) -> tuple[Study, list[Trial]]:
+    study = prepare_study(catalogue, tasks, LOCAL.model_copy(update=changes), str(uri))
+    return study, grid_trials(study)
+
+
 def run_here(catalogue, tasks, uri) -> list:
     """Run what is missing, in this process; returns the trials that were run."""
-    study = plan_study(catalogue, tasks, LOCAL, str(uri))
-    runner = TrialRunner(study)
-    for trial in study.trials:
+    study, trials = grid(catalogue, tasks, str(uri))
+    runner = TrialRunner(study, start_evaluator)
+    for trial in trials:
         runner.run(trial)
-    return list(study.trials)
+    return trials
 
 
 def test_a_search_goes_on_from_the_labels_that_are_there(catalogue, tasks, tmp_path):
@@ -110,7 +110,7 @@ class FakeEvaluator:
         return ["a"] * len(prompts)
 
 
-def run_trials(monkeypatch, catalogue, tasks, path, failures) -> tuple[list, int]:
+def run_trials(catalogue, tasks, path, failures) -> tuple[list, int]:
     """Run all trials in this process; returns the labels and how many evaluators were started."""
     started: list[FakeEvaluator] = []
 
@@ -118,31 +118,29 @@ def run_trials(monkeypatch, catalogue, tasks, path, failures) -> tuple[list, int
         started.append(FakeEvaluator(failures if not started else {}))
         return started[-1]
 
-    monkeypatch.setattr("simmerge_ray.distributed.merge_search.start_evaluator", start)
-    study = plan_study(catalogue, tasks, LOCAL, str(path))
-    runner = TrialRunner(study)
-    for trial in study.trials:
+    study, trials = grid(catalogue, tasks, path)
+    runner = TrialRunner(study, start)
+    for trial in trials:
         runner.run(trial)
     return LabelStore(path).read(), len(started)
 
 
-def test_a_failed_swap_discards_the_engine_and_the_trial_is_tried_once_more(monkeypatch, catalogue, tasks, tmp_path):
-    labels, num_started = run_trials(monkeypatch, catalogue, tasks, tmp_path, {3: EngineError("half-loaded")})
+def test_a_failed_swap_discards_the_engine_and_the_trial_is_tried_once_more(catalogue, tasks, tmp_path):
+    labels, num_started = run_trials(catalogue, tasks, tmp_path, {3: EngineError("half-loaded")})
     assert num_started == 2
     assert all(isinstance(label.outcome, Measured) for label in labels) and len(labels) == 16
 
 
-def test_a_trial_that_fails_twice_is_infeasible_with_its_reason(catalogue, tasks, tmp_path, monkeypatch):
+def test_a_trial_that_fails_twice_is_infeasible_with_its_reason(catalogue, tasks, tmp_path):
     class Failing(FakeEvaluator):
         def load(self, resolved) -> None:
             if resolved.plan.label.startswith("ties"):
                 raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("simmerge_ray.distributed.merge_search.start_evaluator", lambda study: Failing({}))
-    study = plan_study(catalogue, tasks, LOCAL, str(tmp_path))
-    runner = TrialRunner(study)
-    results = [runner.run(trial) for trial in study.trials]
-    assert results.count(None) == 2
+    study, trials = grid(catalogue, tasks, tmp_path)
+    runner = TrialRunner(study, lambda study: Failing({}))
+    results = [runner.run(trial).infeasible for trial in trials]
+    assert results.count("RuntimeError: out of memory") == 2 and results.count(None) == len(trials) - 2
     reasons = {label.outcome.reason for label in LabelStore(tmp_path).read() if isinstance(label.outcome, Infeasible)}
     assert reasons == {"RuntimeError: out of memory"}
 
@@ -154,9 +152,9 @@ def test_a_merge_that_is_not_finite_is_infeasible(catalogue, tasks, tmp_path, ca
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     tiny.save(model, root / "m1")
-    study = plan_study(load_catalogue(root / "catalogue.yaml"), tasks, LOCAL, str(tmp_path / "labels"))
-    trial = next(t for t in study.trials if t.resolved.plan.label == "linear: m0 + m1")
-    assert TrialRunner(study).run(Trial(trial.resolved, trial.tasks)) is None
+    study, trials = grid(load_catalogue(root / "catalogue.yaml"), tasks, tmp_path / "labels")
+    trial = next(trial for trial in trials if trial.plan.label == "linear: m0 + m1")
+    assert "holds NaN" in (TrialRunner(study, start_evaluator).run(trial).infeasible or "")
     (label, *_) = LabelStore(tmp_path / "labels").read()
     assert isinstance(label.outcome, Infeasible) and "model.norm.weight holds NaN" in label.outcome.reason
 
@@ -165,46 +163,43 @@ def test_a_merge_that_is_not_finite_is_infeasible(catalogue, tasks, tmp_path, ca
 CLOSE, APART = "slerp(threshold=0.5)", "slerp(threshold=1)"
 
 
-def run_arms(monkeypatch, catalogue, tasks, path, arms) -> tuple[Study, list, FakeEvaluator]:
-    """Run the trials of some arms in this process; returns what each gave and the evaluator."""
+def run_arms(catalogue, tasks, path, arms) -> tuple[Study, list, list, FakeEvaluator]:
+    """Run the trials of some arms in this process; returns the trials, how each ended, and the evaluator."""
     evaluator = FakeEvaluator({})
-    monkeypatch.setattr("simmerge_ray.distributed.merge_search.start_evaluator", lambda study: evaluator)
-    study = plan_study(catalogue, tasks, LOCAL.model_copy(update={"arms": arms}), str(path))
-    runner = TrialRunner(study)
-    return study, [runner.run(trial) for trial in study.trials], evaluator
+    study, trials = grid(catalogue, tasks, path, arms=arms)
+    runner = TrialRunner(study, lambda study: evaluator)
+    return study, trials, [runner.run(trial) for trial in trials], evaluator
 
 
-def test_an_arm_that_is_the_same_merge_is_not_evaluated_and_its_label_says_so(monkeypatch, catalogue, tasks, tmp_path):
-    study, results, evaluator = run_arms(monkeypatch, catalogue, tasks, tmp_path, ("linear", CLOSE, APART))
+def test_an_arm_that_is_the_same_merge_is_not_evaluated_and_its_label_says_so(catalogue, tasks, tmp_path):
+    _, trials, results, evaluator = run_arms(catalogue, tasks, tmp_path, ("linear", CLOSE, APART))
     num_pairs, num_singles = 2, 4
-    assert evaluator.num_loads == num_singles + 2 * num_pairs and len(study.trials) == num_singles + 3 * num_pairs
-    assert not any(isinstance(result, Deferred) for result in results)
+    assert evaluator.num_loads == num_singles + 2 * num_pairs and len(trials) == num_singles + 3 * num_pairs
+    assert all(result.rival is None for result in results)
     labels = {(label.plan.label, label.task): label for label in LabelStore(tmp_path).read()}
-    assert len(labels) == 2 * len(study.trials)
+    assert len(labels) == 2 * len(trials)
     for (plan, task), label in labels.items():
         if plan.startswith(CLOSE):
             other = labels[plan.replace(CLOSE, "linear"), task]
             assert label.same_as == other.plan.label and label.outcome.items.tolist() == other.outcome.items.tolist()
         else:
             assert label.same_as is None
-    assert (
-        plan_study(catalogue, tasks, LOCAL.model_copy(update={"arms": ("linear", CLOSE)}), str(tmp_path)).trials == ()
-    )
+    assert grid(catalogue, tasks, tmp_path, arms=("linear", CLOSE))[1] == []
 
 
-def test_a_trial_waits_for_the_labels_of_the_same_merge(monkeypatch, catalogue, tasks, tmp_path):
-    study, results, evaluator = run_arms(monkeypatch, catalogue, tasks, tmp_path, (CLOSE, "linear"))
-    waiting = [t for t, result in zip(study.trials, results, strict=True) if isinstance(result, Deferred)]
-    assert [trial.resolved.plan.steps[0].arm.label for trial in waiting] == [CLOSE] * 2
-    assert evaluator.num_loads == len(study.trials) - 2
+def test_a_trial_waits_for_the_labels_of_the_same_merge(catalogue, tasks, tmp_path):
+    study, trials, results, evaluator = run_arms(catalogue, tasks, tmp_path, (CLOSE, "linear"))
+    waiting = [trial for trial, result in zip(trials, results, strict=True) if result.rival is not None]
+    assert [trial.plan.steps[0].arm.label for trial in waiting] == [CLOSE] * 2
+    assert evaluator.num_loads == len(trials) - 2
     store = LabelStore(tmp_path)
     for trial in waiting:
         outcomes = copy_labels(study, store, trial, trial.rivals[0], 0.0)
         assert outcomes is not None and len(outcomes) == 2
-    assert len(store.read()) == 2 * len(study.trials)
+    assert len(store.read()) == 2 * len(trials)
     lonely = (tmp_path / "other", ("slerp(threshold=0.6)", CLOSE))  # no linear arm: the first is evaluated
-    study, results, evaluator = run_arms(monkeypatch, catalogue, tasks, *lonely)
-    assert evaluator.num_loads == len(study.trials) - 2 and not any(isinstance(r, Deferred) for r in results)
+    _, trials, results, evaluator = run_arms(catalogue, tasks, *lonely)
+    assert evaluator.num_loads == len(trials) - 2 and all(result.rival is None for result in results)
 
 
 @pytest.mark.ray
@@ -217,12 +212,14 @@ def test_a_search_copies_the_labels_of_the_same_merge_when_they_are_there(catalo
 
 
 def test_what_cannot_be_searched_is_refused_before_ray_starts(catalogue, tasks, tmp_path):
-    def refuse(error, message, tasks=tasks, **changes):
-        with pytest.raises(error, match=message):
-            plan_study(catalogue, tasks, LOCAL.model_copy(update=changes), str(tmp_path))
+    def refuse(message, tasks=tasks, **changes):
+        with pytest.raises(InputError, match=message):
+            grid(catalogue, tasks, tmp_path, **changes)
 
-    refuse(TaskError, "unknown task 'copy'.*known: add", tasks={"add": tasks["add"]})
-    refuse(PlanError, "unknown checkpoint 'm9'", exclude=(("m0", "m9"),))
-    refuse(LabelError, "no cross-task pairs", exclude=(("m0", "m1"), ("m2", "m1")))
-    refuse(ConfigError, "max_model_len is 200; the checkpoints' own limit is 128", max_model_len=200)
-    refuse(TaskError, r"task 'add', item 3: prompt and answer take \d+ tokens, the engine holds 8", max_model_len=8)
+    refuse("unknown task 'copy'.*known: add", tasks={"add": tasks["add"]})
+    refuse("unknown checkpoint 'm9'", exclude=(("m0", "m9"),))
+    refuse("no cross-task pairs", exclude=(("m0", "m1"), ("m2", "m1")))
+    refuse("max_model_len is 200; the checkpoints' own limit is 128", max_model_len=200)
+    refuse(r"task 'add', item 3: prompt and answer take \d+ tokens, the engine holds 8", max_model_len=8)
+    refuse(r"(?s)objective 'add=x'.*unknown operator 'tise'.*the engine holds 8",
+           max_model_len=8, objectives=("add=x",), arms=("tise",))  # fmt: skip

@@ -12,9 +12,11 @@ import yaml
 from jobs import build_dataset
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SearchConfig
-from simmerge_ray.distributed.merge_search import TrialRunner, plan_study
+from simmerge_ray.distributed.merge_search import start_evaluator
 from simmerge_ray.evaluation import load_tasks
 from simmerge_ray.labels import LabelStore, Measured
+from simmerge_ray.search.runner import TrialRunner
+from simmerge_ray.search.study import grid_trials, prepare_study
 
 ROOT = Path(__file__).parents[2]
 ARMS = ("linear", "slerp", "ties(density=0.2)")
@@ -48,9 +50,9 @@ def test_a_submitted_job_makes_the_labels_of_a_local_run(catalogue_path, tmp_pat
 
     # The same labels without Ray, in this process.
     catalogue, tasks = load_catalogue(catalogue_path), load_tasks(root / "tasks")
-    undisturbed = plan_study(catalogue, tasks, SearchConfig.model_validate(study["search"]), str(tmp_path / "local"))
-    runner = TrialRunner(undisturbed)
-    for trial in undisturbed.trials:
+    undisturbed = prepare_study(catalogue, tasks, SearchConfig.model_validate(study["search"]), str(tmp_path / "local"))
+    runner = TrialRunner(undisturbed, start_evaluator)
+    for trial in grid_trials(undisturbed):
         runner.run(trial)
     found, expected = LabelStore(out / "labels").read(), LabelStore(tmp_path / "local").read()
     assert all(isinstance(label.outcome, Measured) for label in found) and len(found) == 4 * 2 + 2 * 3 * 2

@@ -17,8 +17,8 @@ ROOT = Path(simmerge_ray.__file__).parent
 FLOW = (
     "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "digests", "catalogue", "probes",
     "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
-    "transformers_evaluator", "headroom", "labels", "selector", "service", "figures", "report", "demo", "distributed",
-    "catalogue_cli", "cli",
+    "transformers_evaluator", "headroom", "labels", "search", "selector", "service", "figures", "report", "demo",
+    "distributed", "search_cli", "catalogue_cli", "labels_cli", "cli",
 )  # fmt: skip
 
 

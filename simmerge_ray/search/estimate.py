@@ -1,0 +1,80 @@
+"""What a search will take, said before it starts: trials, engines, memory, hours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmerge_ray.checkpoints import CheckpointRef, read_headers
+from simmerge_ray.labels import LabelStore, Measured
+from simmerge_ray.search.study import Study
+
+# Measured on CPU with vLLM 0.32 (benchmarks/README.md): what an engine's process holds besides weights. Its libraries
+# and compiled loops, and the key-value cache that the engine is given.
+_PROCESS_BYTES = {"vllm": 1_300_000_000, "transformers": 700_000_000}
+_CACHE_BYTES = {"vllm": 1 << 30, "transformers": 0}
+_START_SECONDS = {"vllm": 30.0, "transformers": 12.0}
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class SearchEstimate:
+    """trials: to be run. engines: at the same time. engine_bytes: of each, all its ranks together.
+
+    seconds: of the whole search from what stored labels of the same settings took, None where there are none.
+    """
+
+    trials: int
+    labels: int
+    engines: int
+    engine_bytes: int
+    seconds: float | None
+
+    def lines(self) -> list[str]:
+        """For people."""
+        hours = "unknown until the first labels are there (run with --max-trials 20 to learn it)"
+        if self.seconds is not None:
+            hours = f"about {_duration(self.seconds)}, from what the labels in the store took"
+        return [
+            f"trials   {self.trials} to run, {self.labels} labels in the store",
+            f"engines  {self.engines} at the same time, {self.engine_bytes / 1e9:.1f} GB each, "
+            f"{self.engines * self.engine_bytes / 1e9:.1f} GB together",
+            f"time     {hours if self.trials else 'nothing to do'}",
+        ]
+
+
+def engine_bytes(template: CheckpointRef, evaluator: str, dtype: str) -> int:
+    """Memory of one engine: its process, key-value cache, and the weights twice (a swap holds a merged tensor, and the
+    CPU engine its packed matrices beside what they were packed from while it loads)."""
+    elements = sum(math.prod(spec.shape) for spec in read_headers(template).values())
+    return _PROCESS_BYTES[evaluator] + _CACHE_BYTES[evaluator] + 2 * elements * _DTYPE_BYTES[dtype]
+
+
+def estimate(study: Study, num_trials: int, engines: int) -> SearchEstimate:
+    """Of a search that is about to start."""
+    labels = [one for one in LabelStore(study.labels_uri).read() if one.settings == study.settings]
+    taken: dict[str, float] = {}
+    for label in labels:
+        if isinstance(label.outcome, Measured) and label.same_as is None:
+            taken[label.plan.id] = taken.get(label.plan.id, 0.0) + label.seconds
+    engines = max(1, min(engines, num_trials))
+    seconds = None
+    if taken and num_trials:
+        seconds = _START_SECONDS[study.settings.evaluator] + _typical(list(taken.values())) * num_trials / engines
+    size = engine_bytes(study.template, study.settings.evaluator, study.settings.dtype)
+    return SearchEstimate(num_trials, len(labels), engines, size, seconds)
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The mean without the slowest tenth: the first trial of an engine compiles its loops."""
+    ordered = np.sort(np.asarray(seconds))
+    return float(ordered[: max(1, math.ceil(0.9 * len(ordered)))].mean())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

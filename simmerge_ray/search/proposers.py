@@ -1,0 +1,193 @@
+"""What is measured next: every missing trial in order, or what Optuna proposes from what was found."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from simmerge_ray.errors import ConfigError, unknown_name
+from simmerge_ray.labels import Infeasible, LabeledPlan, Stopped
+from simmerge_ray.plans import MergePlan
+from simmerge_ray.search.runner import TrialProgress
+from simmerge_ray.search.space import STEP, Range
+from simmerge_ray.search.study import Study, Trial
+
+SAMPLERS = ("tpe", "cmaes", "random")
+_MAX_REPEATS = 200  # proposals in a row that were made before, after which the space counts as exhausted
+
+
+class Proposer(Protocol):
+    """Gives trials out and is told how they went. `number` is the caller's name of a trial."""
+
+    @property
+    def total(self) -> int:
+        """How many trials it will give out."""
+        ...
+
+    def propose(self, number: str) -> Trial | None:
+        """The next trial; None when there are no more."""
+        ...
+
+    def report(self, number: str, step: int, utilities: Mapping[str, float]) -> None:
+        """Utilities of what was evaluated of a trial after `step` shards."""
+        ...
+
+    def finish(self, number: str, progress: TrialProgress | None) -> None:
+        """A trial ended; None when it failed or was given up."""
+        ...
+
+
+class GridProposer:
+    """Trials in the given order."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        self._trials = list(trials)
+        self._next = 0
+
+    @property
+    def total(self) -> int:
+        return len(self._trials)
+
+    def propose(self, number: str) -> Trial | None:
+        if self._next == len(self._trials):
+            return None
+        self._next += 1
+        return self._trials[self._next - 1]
+
+    def report(self, number: str, step: int, utilities: Mapping[str, float]) -> None:
+        """Nothing: the order is fixed."""
+
+    def finish(self, number: str, progress: TrialProgress | None) -> None:
+        """Nothing."""
+
+
+class OptunaProposer:
+    """First the given trials, then what Optuna's sampler proposes, until `budget` merges have labels.
+
+    Labels that are in the store count: they are told to Optuna first, so that a search goes on where it stopped. A plan
+    that is proposed again is told its value again and costs nothing.
+
+    Args:
+        first: trials of unmerged checkpoints.
+    """
+
+    def __init__(self, study: Study, first: Sequence[Trial]) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        assert study.space is not None and study.config.budget is not None
+        self._states = optuna.trial.TrialState
+        self._study, self._space = study, study.space
+        self._search = optuna.create_study(
+            directions=["maximize"] * len(study.objectives),
+            sampler=make_sampler(study.config.sampler, study.config.seed),
+        )
+        self._first = list(first)
+        self._num_first = len(self._first)
+        self._running: dict[str, tuple[Any, MergePlan]] = {}
+        self._known: dict[str, list[float] | None] = {}
+        for plan, labels in study.labels().items():
+            self._tell_stored(plan, labels)
+        self._num_merges = max(0, study.config.budget - len(self._known))
+        self._num_proposed = 0
+
+    @property
+    def total(self) -> int:
+        return self._num_first + self._num_merges
+
+    def propose(self, number: str) -> Trial | None:
+        if self._first:
+            return self._first.pop(0)
+        for _ in range(_MAX_REPEATS if self._num_proposed < self._num_merges else 0):
+            trial = self._search.ask()
+            plan = self._space.plan(partial(_suggest, trial))
+            if plan.id not in self._known:
+                self._known[plan.id] = None
+                self._running[number] = (trial, plan)
+                self._num_proposed += 1
+                return Trial(plan, self._study.tasks_of(plan), num_shards=self._study.config.num_shards)
+            values = self._known[plan.id]
+            self._search.tell(trial, values, state=self._states.COMPLETE if values else self._states.FAIL)
+        self._num_merges = self._num_proposed  # nothing new is left
+        return None
+
+    def report(self, number: str, step: int, utilities: Mapping[str, float]) -> None:
+        if number in self._running and len(self._study.objectives) == 1:
+            self._running[number][0].report(self._study.values(utilities)[0], step)
+
+    def finish(self, number: str, progress: TrialProgress | None) -> None:
+        if number not in self._running:
+            return
+        trial, plan = self._running.pop(number)
+        if progress is None or progress.infeasible is not None or not progress.items:
+            self._search.tell(trial, state=self._states.FAIL)
+        elif not progress.finished:
+            self._search.tell(trial, state=self._states.PRUNED)
+        else:
+            values = list(self._study.values(progress.utilities))
+            self._known[plan.id] = values
+            self._search.tell(trial, values)
+
+    def _tell_stored(self, plan: MergePlan, labels: Mapping[str, LabeledPlan]) -> None:
+        """Add a finished trial to Optuna's, if the plan is one of the space and has all labels."""
+        found = self._space.parameters(plan) if plan.steps else None
+        if found is None or set(labels) != set(self._study.tasks_of(plan)):
+            return
+        from optuna.trial import create_trial
+
+        outcomes = {task: label.outcome for task, label in labels.items()}
+        utilities = {task: one.utility for task, one in outcomes.items() if not isinstance(one, Infeasible)}
+        state, values, reported = self._states.FAIL, None, {}
+        if len(utilities) == len(outcomes):
+            values = list(self._study.values(utilities))
+            state = self._states.COMPLETE
+            if any(isinstance(one, Stopped) for one in outcomes.values()):
+                if len(values) > 1:
+                    return  # stopped by a search with one objective; this one does not stop trials
+                state, reported, values = self._states.PRUNED, {1: values[0]}, None
+        self._known[plan.id] = values
+        self._search.add_trial(
+            create_trial(
+                state=state,
+                values=values,
+                params={name: value for name, (value, _) in found.items()},
+                distributions={name: _distribution(where) for name, (_, where) in found.items()},
+                intermediate_values=reported,
+            )
+        )
+
+
+def make_sampler(name: str, seed: int) -> Any:
+    """Optuna's sampler of that name: `tpe` (multivariate), `cmaes`, or `random`.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    import optuna
+
+    if name not in SAMPLERS:
+        raise ConfigError(unknown_name("sampler", name, SAMPLERS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "tpe":
+            # Several trials run at once: the liar keeps their proposals apart.
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+        if name == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _suggest(trial: Any, name: str, where: Range) -> Any:
+    if where.choices:
+        return trial.suggest_categorical(name, where.choices)
+    return trial.suggest_float(name, where.low, where.high, step=STEP)
+
+
+def _distribution(where: Range) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    return (
+        CategoricalDistribution(where.choices) if where.choices else FloatDistribution(where.low, where.high, step=STEP)
+    )

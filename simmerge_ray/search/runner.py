@@ -1,0 +1,180 @@
+"""One trial after the other with one evaluator: load the merge, evaluate it shard by shard, write the label."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simmerge_ray.errors import CheckpointError, EngineError
+from simmerge_ray.evaluation import Evaluator, shards
+from simmerge_ray.labels import Infeasible, LabelStore, Measured, Outcome
+from simmerge_ray.merging.fallbacks import linear_form
+from simmerge_ray.plans import MergePlan, resolve_plan
+from simmerge_ray.search.study import Study, Trial
+
+_log = logging.getLogger(__name__)
+
+
+class EvaluatorStartError(EngineError):
+    """The evaluator did not start, so no trial can be measured: the search ends, and no label is written for it."""
+
+
+@dataclass(frozen=True)
+class TrialProgress:
+    """Where a trial stands after a shard.
+
+    items: utilities of the items evaluated so far, by task; empty for a merge that cannot be measured, or that was not
+    evaluated. finished: the labels are written (or, `rival` set, are to be copied from that rival once it has them).
+    num_new: items evaluated in this step.
+    """
+
+    items: Mapping[str, np.ndarray]
+    finished: bool
+    num_new: int = 0
+    infeasible: str | None = None
+    rival: int | None = None
+
+    @property
+    def utilities(self) -> dict[str, float]:
+        """Mean utility by task of what was evaluated."""
+        return {task: float(items.mean()) for task, items in self.items.items()}
+
+
+class TrialRunner:
+    """Runs trials of a study. A plain class: `distributed.merge_search.MergeTrial` puts it into Ray Tune.
+
+    Args:
+        start: starts an evaluator; called when there is none, and again after a failed swap.
+    """
+
+    def __init__(self, study: Study, start: Callable[[Study], Evaluator]) -> None:
+        self._study, self._start = study, start
+        self._store = LabelStore(study.labels_uri)
+        self._evaluator: Evaluator | None = None
+        self._trial: Trial | None = None
+
+    def begin(self, trial: Trial) -> None:
+        """Take the next trial; what the last one had evaluated, if it did not finish, is forgotten."""
+        self._trial = trial
+        self._resolved = resolve_plan(trial.plan, self._study.catalogue)
+        self._started = time.monotonic()
+        self._loaded, self._failures, self._shard = False, 0, 0
+        sizes = {task: self._study.tasks[task].num_items for task in trial.tasks}
+        self._parts = {task: shards(size, trial.num_shards) for task, size in sizes.items()}
+        self._items = {task: np.full(size, np.nan) for task, size in sizes.items()}
+
+    def run(self, trial: Trial) -> TrialProgress:
+        """All shards of a trial."""
+        self.begin(trial)
+        while not (progress := self.step()).finished:
+            pass
+        return progress
+
+    def step(self) -> TrialProgress:
+        """Evaluate the next shard; the last one writes the labels.
+
+        A trial that is the same merge as a rival is not evaluated: its labels are copied, if the rival has them. A
+        trial that fails is tried once more with a new evaluator.
+
+        Raises:
+            EvaluatorStartError: the evaluator does not start.
+        """
+        trial = self._trial
+        assert trial is not None
+        if not self._loaded and self._failures == 0 and (number := self._same_merge(trial)) is not None:
+            seconds = time.monotonic() - self._started
+            copied = copy_labels(self._study, self._store, trial, trial.rivals[number], seconds)
+            return TrialProgress({}, True, rival=number) if copied is None else _finished(copied)
+        while True:
+            evaluator = self._ready_evaluator()
+            try:
+                if not self._loaded:
+                    evaluator.load(self._resolved)
+                    self._loaded = True
+                return self._evaluate(evaluator, trial)
+            except CheckpointError as error:
+                return self._infeasible(trial, str(error))
+            except (EngineError, RuntimeError, ValueError, MemoryError) as error:
+                _log.exception("attempt %d at %s failed", self._failures + 1, trial.plan.label)
+                self.close()
+                self._loaded = False
+                self._failures += 1
+                if self._failures == 2:
+                    return self._infeasible(trial, f"{type(error).__name__}: {error}")
+
+    def _evaluate(self, evaluator: Evaluator, trial: Trial) -> TrialProgress:
+        num_new = 0
+        for task in trial.tasks:
+            if self._shard < len(self._parts[task]):
+                part = self._parts[task][self._shard]
+                self._items[task][part] = self._study.tasks[task].evaluate(evaluator, part)
+                num_new += len(part)
+        self._shard += 1
+        if self._shard < max(len(parts) for parts in self._parts.values()):
+            evaluated = {task: items[~np.isnan(items)] for task, items in self._items.items()}
+            return TrialProgress(evaluated, False, num_new)
+        outcomes: dict[str, Outcome] = {task: Measured(items) for task, items in self._items.items()}
+        self._write(trial, outcomes)
+        return replace(_finished(outcomes), num_new=num_new)
+
+    def _infeasible(self, trial: Trial, reason: str) -> TrialProgress:
+        outcomes: dict[str, Outcome] = dict.fromkeys(trial.tasks, Infeasible(reason))
+        self._write(trial, outcomes)
+        return _finished(outcomes)
+
+    def _write(self, trial: Trial, outcomes: Mapping[str, Outcome]) -> None:
+        seconds = (time.monotonic() - self._started) / len(outcomes)
+        self._store.append([self._study.label(trial.plan, task, one, seconds) for task, one in outcomes.items()])
+
+    def _same_merge(self, trial: Trial) -> int | None:
+        """Number of the first rival that makes the same merge."""
+        if not trial.rivals:
+            return None
+        try:
+            own = linear_form(self._resolved)
+            for number, rival in enumerate(trial.rivals):
+                if own != trial.plan and linear_form(replace(self._resolved, plan=rival)).id == own.id:
+                    return number
+        except CheckpointError:
+            pass  # the evaluation will say what is wrong
+        return None
+
+    def _ready_evaluator(self) -> Evaluator:
+        if self._evaluator is None:
+            try:
+                self._evaluator = self._start(self._study)
+            except Exception as error:  # whatever the engine raises: without it no trial can be measured
+                _log.exception("the evaluator did not start")
+                raise EvaluatorStartError(f"{type(error).__name__}: {error}") from error
+        return self._evaluator
+
+    def close(self) -> None:
+        """Let the evaluator go."""
+        close = getattr(self._evaluator, "close", None)
+        self._evaluator = None
+        if close:
+            close()
+
+
+def _finished(outcomes: Mapping[str, Outcome]) -> TrialProgress:
+    items = {task: one.items for task, one in outcomes.items() if isinstance(one, Measured)}
+    reasons = [one.reason for one in outcomes.values() if isinstance(one, Infeasible)]
+    return TrialProgress(items, True, infeasible=reasons[0] if reasons else None)
+
+
+def copy_labels(
+    study: Study, store: LabelStore, trial: Trial, rival: MergePlan, seconds: float
+) -> dict[str, Outcome] | None:
+    """Label a trial with the outcomes of a rival that is the same merge; None if one of them is not there yet."""
+    known = {label.key: label.outcome for label in store.read()}
+    keys = {task: study.key(rival, task) for task in trial.tasks}
+    if any(not isinstance(known.get(key), Measured | Infeasible) for key in keys.values()):
+        return None
+    outcomes = {task: known[key] for task, key in keys.items()}
+    share = seconds / len(trial.tasks)
+    store.append([study.label(trial.plan, task, one, share, same_as=rival) for task, one in outcomes.items()])
+    return outcomes

@@ -1,0 +1,39 @@
+"""How far a search is, in numbers and in one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class SearchStatus:
+    """How far a search is; `best` has the label of a merge and its utility.
+
+    failed: trials without a utility. num_items: evaluated in this run.
+    """
+
+    total: int
+    done: int = 0
+    failed: int = 0
+    num_items: int = 0
+    best: tuple[str, float] | None = None
+    seconds: float = 0.0
+
+    @property
+    def items_per_second(self) -> float:
+        return self.num_items / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """From the trials done so far; None before the first."""
+        return self.seconds / self.done * (self.total - self.done) if self.done else None
+
+    @property
+    def line(self) -> str:
+        """Failed trials, items per second and the best merge so far."""
+        parts = [f"{self.items_per_second:.0f} items/s"]
+        if self.failed:
+            parts.insert(0, f"{self.failed} failed")
+        if self.best:
+            parts.append(f"best {self.best[1]:.3f} {self.best[0]}")
+        return ", ".join(parts)

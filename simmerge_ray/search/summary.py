@@ -1,0 +1,51 @@
+"""What a search found, from its labels: merges in the order of its objective, beside the unmerged checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from simmerge_ray.labels import Measured
+from simmerge_ray.plans import MergePlan
+from simmerge_ray.search.objectives import pareto_front
+from simmerge_ray.search.study import Study
+
+
+@dataclass(frozen=True)
+class Found:
+    """A merge or a checkpoint with its utility and standard error by task, and the value of every objective.
+
+    best: the first by the first objective, or with several objectives one of the Pareto front, among its kind.
+    """
+
+    plan: MergePlan
+    utilities: Mapping[str, tuple[float, float]]
+    values: tuple[float, ...]
+    best: bool = False
+
+
+def found(study: Study) -> tuple[list[Found], list[Found]]:
+    """(merges, unmerged checkpoints) that were measured on all tasks that the objectives need, best first.
+
+    In a grid, where a merge is measured on its members' tasks, the objectives are those of its own tasks.
+    """
+    kinds: tuple[list[Found], list[Found]] = ([], [])
+    for plan, labels in study.labels().items():
+        outcomes = {task: labels[task].outcome for task in study.tasks_of(plan) if task in labels}
+        measured = {task: one for task, one in outcomes.items() if isinstance(one, Measured)}
+        if len(measured) == len(study.tasks_of(plan)):
+            utilities = {task: (one.utility, one.standard_error) for task, one in measured.items()}
+            values = study.values({task: one.utility for task, one in measured.items()})
+            kinds[plan.source is not None].append(Found(plan, utilities, values))
+    merges, singles = (_ranked(kind) for kind in kinds)
+    return merges, singles
+
+
+def _ranked(kind: list[Found]) -> list[Found]:
+    if not kind:
+        return []
+    front = set(pareto_front([one.values for one in kind]))
+    if len(kind[0].values) == 1:
+        front = {min(front)}
+    marked = [Found(one.plan, one.utilities, one.values, index in front) for index, one in enumerate(kind)]
+    return sorted(marked, key=lambda one: (*(-value for value in one.values), one.plan.id))

@@ -1,0 +1,115 @@
+"""`simmerge search`: label every pair with every arm, or look for the best merge that a budget allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_COST, _MODEL, _BEST = "Resources and limits", "Evaluation", "Search for the best merge (with --budget)"
+
+
+def search(
+    catalogue: Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")],
+    out: Annotated[Path, typer.Option(help="directory of the label store")],
+    tasks: Annotated[
+        Path | None, typer.Option(help="directory of <task>.jsonl with prompt and target per line")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="e.g. linear or 'ties(density=0.2)'; repeatable")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="LEFT,RIGHT: a pair to leave out; repeatable")] = None,
+    pairs: Annotated[str, typer.Option(help="cross-task or all")] = "cross-task",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, say what it takes, and stop")] = False,
+    retry_infeasible: Annotated[
+        bool, typer.Option("--retry-infeasible", help="try merges again that could not be measured")
+    ] = False,
+    evaluator: Annotated[str, typer.Option(help="vllm or transformers", rich_help_panel=_MODEL)] = "vllm",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16", rich_help_panel=_MODEL)] = "float32",
+    max_model_len: Annotated[
+        int | None, typer.Option(min=8, help="longest prompt + answer in tokens", rich_help_panel=_MODEL)
+    ] = None,
+    max_items: Annotated[
+        int | None, typer.Option(min=1, help="items of each task, drawn by --seed", rich_help_panel=_MODEL)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the items drawn, and of proposals", rich_help_panel=_MODEL)] = 0,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option(help="task of lm-evaluation-harness; repeatable", rich_help_panel=_MODEL)
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option(help="directory of its task YAML files", rich_help_panel=_MODEL)
+    ] = None,
+    lm_eval_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="examples before a prompt", rich_help_panel=_MODEL)
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="engines at once; default: as many as fit", rich_help_panel=_COST)
+    ] = None,
+    cpus_per_trial: Annotated[float, typer.Option(help="CPU cores of an engine", rich_help_panel=_COST)] = 1.0,
+    gpus_per_trial: Annotated[float, typer.Option(help="GPUs of an engine, or a share", rich_help_panel=_COST)] = 0.0,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks of an engine", rich_help_panel=_COST)] = 1,
+    executor: Annotated[str, typer.Option(help="ranks: mp, one node; ray, several", rich_help_panel=_COST)] = "mp",
+    max_trials: Annotated[int | None, typer.Option(min=1, help="stop after so many", rich_help_panel=_COST)] = None,
+    max_hours: Annotated[float | None, typer.Option(help="stop after so long", rich_help_panel=_COST)] = None,
+    max_gpu_hours: Annotated[float | None, typer.Option(help="GPU hours of all engines", rich_help_panel=_COST)] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="merges to try", rich_help_panel=_BEST)] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(help="mean, worst, a task, math=2,code=1; several: Pareto front", rich_help_panel=_BEST),
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="tpe, cmaes or random", rich_help_panel=_BEST)] = "tpe",
+    member: Annotated[
+        list[str] | None, typer.Option(help="checkpoint to merge; repeatable; default: all", rich_help_panel=_BEST)
+    ] = None,
+    ways: Annotated[str, typer.Option(help="checkpoints of a merge: 2, or 2-4", rich_help_panel=_BEST)] = "2",
+    layer_groups: Annotated[
+        int, typer.Option(min=1, help="anchors of a weight over the model's depth", rich_help_panel=_BEST)
+    ] = 1,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="parts of the items after which a bad trial stops", rich_help_panel=_BEST),
+    ] = None,
+    log: Annotated[Path, typer.Option("--log", help="where the output of libraries goes")] = Path("simmerge.log"),
+) -> None:
+    """Merge and evaluate every pair with every arm, or search for the best merge; labels that are there are kept.
+
+    An interrupted search goes on with the same command.
+    """
+    from simmerge_ray.config import SearchConfig, check_config
+    from simmerge_ray.errors import ConfigError
+
+    low, _, high = ways.partition("-")
+    if not low.isdigit() or not (high or low).isdigit():
+        raise ConfigError(f"--ways takes a number or a range, 2 or 2-4, got {ways!r}")
+    names = (
+        "pairs", "retry_infeasible", "evaluator", "dtype", "max_model_len", "max_items", "seed", "lm_eval_include",
+        "lm_eval_fewshot", "concurrency", "cpus_per_trial", "gpus_per_trial", "tensor_parallel", "executor",
+        "max_trials", "max_hours", "max_gpu_hours", "budget", "sampler", "layer_groups", "shards",
+    )  # fmt: skip
+    given = locals()
+    values: dict[str, Any] = {name: given[name] for name in names}
+    values |= {"exclude": [tuple(pair.split(",")) for pair in exclude or ()], "ways": (int(low), int(high or low))}
+    values |= {"lm_eval": lm_eval or (), "members": member or ()}
+    values |= {key: value for key, value in (("arms", arm), ("objectives", objective)) if value}
+    config = check_config(SearchConfig, values, "options")
+    if lm_eval_include is not None:
+        config = config.model_copy(update={"lm_eval_include": lm_eval_include.resolve()})
+    # Names and files first: what is wrong with them is said before any library is loaded.
+    from simmerge_ray.catalogue import load_catalogue
+    from simmerge_ray.evaluation import load_tasks
+    from simmerge_ray.operators.specs import parse_arms
+
+    parse_arms(config.arms)
+    load_catalogue(catalogue)
+    if tasks is not None:
+        load_tasks(tasks)
+    from simmerge_ray.progress import narrated
+
+    with narrated(log) as narrator:
+        from simmerge_ray.distributed.search_stage import plan_search, search_stage
+
+        if dry_run:
+            _, estimate = plan_search(catalogue, tasks, out, config)
+            for line in estimate.lines():
+                narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)
+            return
+        search_stage(catalogue, tasks, out, config, narrator)
