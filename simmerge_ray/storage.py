@@ -11,9 +11,10 @@ import json
 import os
 import platform
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -92,12 +93,41 @@ def read_json(uri: str | Path) -> Any:
 
 def list_objects(uri: str | Path, suffix: str) -> list[str]:
     """Full names of the objects in a directory that end in `suffix`, sorted; none if there is no directory."""
-    filesystem, path = fsspec.core.url_to_fs(str(uri))
-    if not filesystem.exists(path):
-        return []
-    names = (entry["name"] for entry in filesystem.ls(path, detail=True) if entry["type"] == "file")
-    wanted = (n for n in names if n.endswith(suffix) and not n.rsplit("/", 1)[-1].startswith("."))
+    filesystem, entries = _list_files(uri)
+    wanted = (name for name in entries if name.endswith(suffix) and not name.rsplit("/", 1)[-1].startswith("."))
     return sorted(filesystem.unstrip_protocol(name) for name in wanted)
+
+
+def list_leftovers(uri: str | Path, older_than_s: float = 60.0) -> list[str]:
+    """Full names of temporary files that a killed `write_once` left in a directory, sorted; other stores have none.
+
+    A younger one may belong to a writer that is at work.
+    """
+    filesystem, entries = _list_files(uri)
+    if "file" not in filesystem.protocol:
+        return []
+    old = (name for name, entry in entries.items() if time.time() - entry["mtime"] > older_than_s)
+    wanted = (name for name in old if name.rsplit("/", 1)[-1].startswith(".") and name.endswith(".partial"))
+    return sorted(filesystem.unstrip_protocol(name) for name in wanted)
+
+
+def _list_files(uri: str | Path) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """The filesystem and its entries of the files in a directory, by name."""
+    filesystem, path = fsspec.core.url_to_fs(str(uri))
+    filesystem.invalidate_cache(path)  # object stores remember listings; other processes write and delete
+    try:
+        entries = filesystem.ls(path, detail=True)
+    except FileNotFoundError:
+        return filesystem, {}
+    return filesystem, {entry["name"]: entry for entry in entries if entry["type"] == "file"}
+
+
+def delete_objects(uris: Iterable[str]) -> None:
+    """Delete objects one by one; one that is gone already is as wanted."""
+    for uri in uris:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        with suppress(FileNotFoundError):
+            filesystem.rm_file(path)
 
 
 def read_jsonl(path: Path, error: type[InputError]) -> Iterator[tuple[int, dict[str, Any]]]:
