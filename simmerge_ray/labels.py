@@ -448,6 +448,8 @@ def single_items(labels: Iterable[LabeledPlan]) -> dict[tuple[str, str], np.ndar
 def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Context]:
     """Contexts (pair, task) in which every one of `arms` and both parents were measured, sorted.
 
+    An arm is measured by its plan with equal weights; what a search tries beside that does not stand for it.
+
     Raises:
         LabelError: two labels disagree on the items, evaluator or settings, so they must not be compared.
     """
@@ -457,6 +459,8 @@ def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Co
     for label in labels:
         if len(label.plan.steps) == 1 and isinstance(label.outcome, Measured):
             step = label.plan.steps[0]
+            if step.weight != 0.5 or label.plan.seed:
+                continue
             left, right = sorted((step.left, step.right))
             found.setdefault((left, right, label.task), {})[step.arm.label] = label.outcome.items
     contexts = []

@@ -118,6 +118,21 @@ def test_contexts_need_every_arm_and_both_parents():
     assert pair_contexts(labels[:3], ["linear"]) == []
 
 
+def test_other_weights_and_seeds_do_not_stand_for_an_arm():
+    (linear,) = pair_plan("a", "b", make_arm("linear")).steps
+    others = [
+        MergePlan((dataclasses.replace(linear, weight=0.3),)),
+        MergePlan((dataclasses.replace(linear, weight=(0.5, 0.2)),)),
+        MergePlan((linear,), seed=1),
+    ]
+    others = [label(plan, outcome=Measured(np.zeros(4))) for plan in others]
+    labels = pair_labels()
+    for order in ([*labels, *others], [*others, *labels]):
+        (context,) = pair_contexts(order, ["linear"])
+        assert context.arms["linear"].mean() == 0.75
+    assert pair_contexts([*labels[1:], *others], ["linear"]) == []
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"task_digest": "x"}, {"settings": EvaluationSettings("y", "float32", 128)}, {"checkpoints": {"a": "z"}}],
