@@ -375,7 +375,8 @@ def _run_trials(study: Study, proposer: Proposer, report: Callable[[SearchStatus
     config = study.config
     concurrency = min(engines_that_fit(config, ray.cluster_resources()), proposer.total)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files a trial that nothing reads,
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # and complaints without them
     limits = _Limits(_max_seconds(config, concurrency))
     proposals = _Proposals(study, proposer, limits, report)
     scheduler = None

@@ -196,6 +196,7 @@ def grid_trials(study: Study, plans: Sequence[MergePlan] | None = None) -> list[
         needed = [(plan, study.tasks_of(plan)) for plan in plans]
         parents = dict.fromkeys((member, names) for plan, names in needed for member in plan.members)
         needed += [(MergePlan(source=member), names) for member, names in parents]
+        needed = list(dict.fromkeys(needed))
     for plan, _ in needed:
         resolve_plan(plan, catalogue)
     rivals = _rivals(needed)

@@ -12,10 +12,11 @@ from simmerge_ray.config import SearchConfig
 from simmerge_ray.distributed.merge_search import run_search, start_evaluator
 from simmerge_ray.errors import EngineError, InputError
 from simmerge_ray.evaluation import load_tasks
-from simmerge_ray.labels import Infeasible, LabelStore, Measured
+from simmerge_ray.labels import Infeasible, LabelStore, Measured, Stopped
 from simmerge_ray.plans import resolve_plan
 from simmerge_ray.search.runner import EvaluatorStartError, TrialRunner, copy_labels
 from simmerge_ray.search.study import Study, Trial, grid_trials, prepare_study
+from simmerge_ray.search.summary import found
 from simmerge_ray.transformers_evaluator import TransformersEvaluator
 from tests import tiny
 
@@ -223,3 +224,41 @@ def test_what_cannot_be_searched_is_refused_before_ray_starts(catalogue, tasks, 
     refuse(r"task 'add', item 3: prompt and answer take \d+ tokens, the engine holds 8", max_model_len=8)
     refuse(r"(?s)objective 'add=x'.*unknown operator 'tise'.*the engine holds 8",
            max_model_len=8, objectives=("add=x",), arms=("tise",))  # fmt: skip
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labels(catalogue, tasks, tmp_path):
+    config = LOCAL.model_copy(update={"arms": ("linear", "ties"), "budget": 10, "concurrency": 1, "shards": 3})
+    limited = config.model_copy(update={"max_trials": 9})
+    seen: list[tuple[int, int, int]] = []
+    first = run_search(
+        catalogue, tasks, limited, tmp_path, report=lambda s: seen.append((s.done, s.total, s.num_items))
+    )
+    num_singles = 4
+    assert first.num_trials_run == 9 == seen[-1][0] and seen[-1][2] > 0 and first.status.best is not None
+    assert first.num_left == 0 and first.status.items_per_second > 0
+    merges = {label.plan.id for label in LabelStore(tmp_path).read() if label.plan.steps}
+    assert len(merges) == 9 - num_singles
+    second = run_search(catalogue, tasks, config, tmp_path)
+    assert second.num_trials_run == 10 - len(merges)
+    by_kind: dict[type, int] = {}
+    for label in LabelStore(tmp_path).read():
+        if label.plan.steps and label.task == "add":
+            by_kind[type(label.outcome)] = by_kind.get(type(label.outcome), 0) + 1
+            assert len(label.outcome.items) <= len(tasks["add"].items)
+            assert (len(label.outcome.items) < len(tasks["add"].items)) == isinstance(label.outcome, Stopped)
+    assert by_kind[Measured] + by_kind[Stopped] == 10
+    assert run_search(catalogue, tasks, config, tmp_path).num_trials_run == 0
+    merged, singles = found(second.study)
+    assert len(merged) == by_kind[Measured] and len(singles) == num_singles and merged[0].best
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_that_is_out_of_time_ends_cleanly_and_is_continued(catalogue, tasks, tmp_path):
+    config = LOCAL.model_copy(update={"concurrency": 1})
+    cut_off = run_search(catalogue, tasks, config.model_copy(update={"max_hours": 1e-6}), tmp_path)
+    assert cut_off.num_left > 0 and cut_off.num_trials_run + cut_off.num_left == 8
+    assert run_search(catalogue, tasks, config, tmp_path).num_trials_run == cut_off.num_left
+    assert len(LabelStore(tmp_path).read()) == 16
