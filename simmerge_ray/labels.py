@@ -445,6 +445,14 @@ def single_items(labels: Iterable[LabeledPlan]) -> dict[tuple[str, str], np.ndar
     }
 
 
+def measures_arm(label: LabeledPlan) -> bool:
+    """Whether it measures an arm on a pair: one step with equal weights, as arms are defined."""
+    plan = label.plan
+    return (
+        len(plan.steps) == 1 and plan.steps[0].weight == 0.5 and not plan.seed and isinstance(label.outcome, Measured)
+    )
+
+
 def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Context]:
     """Contexts (pair, task) in which every one of `arms` and both parents were measured, sorted.
 
@@ -457,10 +465,8 @@ def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Co
     singles = single_items(labels)
     found: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
     for label in labels:
-        if len(label.plan.steps) == 1 and isinstance(label.outcome, Measured):
+        if measures_arm(label) and isinstance(label.outcome, Measured):
             step = label.plan.steps[0]
-            if step.weight != 0.5 or label.plan.seed:
-                continue
             left, right = sorted((step.left, step.right))
             found.setdefault((left, right, label.task), {})[step.arm.label] = label.outcome.items
     contexts = []

@@ -41,8 +41,13 @@ class RunLayout:
         return self.root / "labels"
 
     @property
+    def found(self) -> Path:
+        """What the search found, beside its labels."""
+        return self.labels / "_search"
+
+    @property
     def headroom(self) -> Path:
-        return self.labels / "headroom.json"
+        return self.found / "headroom.json"
 
     @property
     def selector(self) -> Path:

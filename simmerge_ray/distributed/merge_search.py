@@ -28,7 +28,7 @@ from simmerge_ray.config import SearchConfig
 from simmerge_ray.distributed.resources import ray_session
 from simmerge_ray.errors import EngineError
 from simmerge_ray.evaluation import EvaluationTask, Evaluator
-from simmerge_ray.labels import Infeasible, LabelStore, Stopped
+from simmerge_ray.labels import Infeasible, LabelStore, Measured, Outcome, Stopped
 from simmerge_ray.plans import MergePlan, unmerged
 from simmerge_ray.search.proposers import GridProposer, OptunaProposer, Proposer
 from simmerge_ray.search.runner import EvaluatorStartError, TrialProgress, TrialRunner, copy_labels
@@ -223,7 +223,10 @@ class _Proposals(Searcher):
             self._proposer.finish(trial_id, None)  # cut off, not judged: the next run evaluates it
             return
         if not progress.finished:
-            outcomes = {task: Stopped(items) for task, items in progress.items.items()}
+            outcomes: dict[str, Outcome] = {}
+            for task, items in progress.items.items():  # a short task may be through already
+                whole = len(items) == self._study.tasks[task].num_items
+                outcomes[task] = Measured(items) if whole else Stopped(items)
             share = (time.monotonic() - started) / len(outcomes)
             self._store.append([self._study.label(trial.plan, task, one, share) for task, one in outcomes.items()])
         if progress.rival is not None:

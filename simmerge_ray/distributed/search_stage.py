@@ -27,6 +27,7 @@ from simmerge_ray.search.summary import Found, found
 from simmerge_ray.storage import Manifest, write_json
 
 UNCHANGED = "unchanged since the last run"
+FOUND = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
 _NUM_SHOWN = 10
 
 
@@ -69,9 +70,8 @@ def load_search_tasks(tasks_dir: Path | None, config: SearchConfig) -> dict[str,
 def search_stage(
     catalogue_path: Path, tasks_dir: Path | None, labels: Path, config: SearchConfig, narrator: Narrator
 ) -> None:
-    """Labels that are missing, into the store `labels`, with `search.json` and what was found beside them.
-
-    Pairs x arms give `headroom.json`; a search with a budget gives `best.json`, and the best merge as a plan file.
+    """Labels that are missing, into the store `labels`, and into its directory `_search` the manifest `search.json`
+    and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file.
 
     Raises:
         InputError: whatever cannot be used, before Ray is started. EngineError: the evaluator did not start.
@@ -82,7 +82,8 @@ def search_stage(
         inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
         inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
         manifest = Manifest("search", config.content(), inputs)
-        if manifest.is_current(labels / "search.json"):
+        found_dir = labels / FOUND
+        if manifest.is_current(found_dir / "search.json"):
             stage.result = UNCHANGED
             return
         from simmerge_ray.distributed.merge_search import run_search
@@ -94,14 +95,14 @@ def search_stage(
         for name, reason in sorted(result.infeasible.items()):
             narrator.say(f"           infeasible: {name}: {reason}")
         if config.budget is None:
-            write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], labels / "headroom.json")
-        _write_found(result.study, labels, narrator)
+            write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], found_dir / "headroom.json")
+        _write_found(result.study, found_dir, narrator)
         results = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
         left = ""
         if result.num_left:
             left = f", {result.num_left} not run (limit reached; run the same command again to go on)"
         else:
-            manifest.write(labels / "search.json", time.monotonic() - started, results)
+            manifest.write(found_dir / "search.json", time.monotonic() - started, results)
         stage.result = (
             f"{result.num_trials_run} trials run{left}, {result.num_labels} labels "
             f"({len(result.infeasible)} infeasible) by {config.evaluator} -> {labels}"
@@ -126,19 +127,17 @@ def write_headroom(labels: Path, arms: Sequence[str], out: Path) -> None:
     write_json(out, content)
 
 
-def _write_found(study: Study, labels: Path, narrator: Narrator) -> None:
+def _write_found(study: Study, out: Path, narrator: Narrator) -> None:
     """`best.json`, the best merge's plan file, and a table of the best merges and checkpoints."""
     merges, singles = found(study)
     if study.space is not None:
-        write_json(
-            labels / "best.json", {"merges": [_row(one) for one in merges], "singles": [_row(o) for o in singles]}
-        )
+        write_json(out / "best.json", {"merges": [_row(one) for one in merges], "singles": [_row(o) for o in singles]})
         for number, one in enumerate([one for one in merges if one.best], 1):
             predicted = {task: {"utility": utility, "se": se} for task, (utility, se) in one.utilities.items()}
             name = "best.plan.json" if len(study.objectives) == 1 else f"front-{number}.plan.json"
-            write_plan(labels / name, resolve_plan(one.plan, study.catalogue), predicted)
+            write_plan(out / name, resolve_plan(one.plan, study.catalogue), predicted)
             if number == 1:
-                narrator.say(f"           make it with: simmerge merge {labels / name} OUT")
+                narrator.say(f"           make it with: simmerge merge {out / name} OUT")
     if merges and narrator.console.is_terminal:
         narrator.console.print(_table(study, merges, singles))
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from simmerge_ray.checkpoints import check_compatible
 from simmerge_ray.errors import CheckpointError, EngineError
 from simmerge_ray.evaluation import Evaluator, shards
 from simmerge_ray.labels import Infeasible, LabelStore, Measured, Outcome
 from simmerge_ray.merging.fallbacks import linear_form
-from simmerge_ray.plans import MergePlan, resolve_plan
+from simmerge_ray.plans import MergePlan, ResolvedPlan, resolve_plan
 from simmerge_ray.search.study import Study, Trial
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class TrialRunner:
         self._store = LabelStore(study.labels_uri)
         self._evaluator: Evaluator | None = None
         self._trial: Trial | None = None
+        self._fitting: set[frozenset[str]] = set()
 
     def begin(self, trial: Trial) -> None:
         """Take the next trial; what the last one had evaluated, if it did not finish, is forgotten."""
@@ -93,6 +95,7 @@ class TrialRunner:
             evaluator = self._ready_evaluator()
             try:
                 if not self._loaded:
+                    self._check_fit(self._resolved)
                     evaluator.load(self._resolved)
                     self._loaded = True
                 return self._evaluate(evaluator, trial)
@@ -129,6 +132,13 @@ class TrialRunner:
     def _write(self, trial: Trial, outcomes: Mapping[str, Outcome]) -> None:
         seconds = (time.monotonic() - self._started) / len(outcomes)
         self._store.append([self._study.label(trial.plan, task, one, seconds) for task, one in outcomes.items()])
+
+    def _check_fit(self, resolved: ResolvedPlan) -> None:
+        """Refuse checkpoints that do not fit each other (any more); each set of them is looked at once."""
+        ids = frozenset(ref.id for ref in resolved.used_refs)
+        if ids not in self._fitting:
+            check_compatible(resolved.used_refs)
+            self._fitting.add(ids)
 
     def _same_merge(self, trial: Trial) -> int | None:
         """Number of the first rival that makes the same merge."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from simmerge_ray.errors import LabelError
 from simmerge_ray.headroom import Context
-from simmerge_ray.labels import LabeledPlan, pair_contexts
+from simmerge_ray.labels import LabeledPlan, measures_arm, pair_contexts
 from simmerge_ray.signals.features import scaled_features
 from simmerge_ray.signals.table import SignalTable
 
@@ -67,10 +67,10 @@ def pair_features(table: SignalTable, left: str, right: str, task: str) -> np.nd
 
 
 def common_arms(labels: Sequence[LabeledPlan]) -> tuple[str, ...]:
-    """Arms that were tried on every pair that was merged at all, sorted."""
+    """Arms that were measured on every pair of which some arm was, sorted."""
     by_pair: dict[tuple[str, ...], set[str]] = {}
     for label in labels:
-        if len(label.plan.steps) == 1:
+        if measures_arm(label):
             by_pair.setdefault(tuple(sorted(label.plan.members)), set()).add(label.plan.steps[0].arm.label)
     return tuple(sorted(set.intersection(*by_pair.values()))) if by_pair else ()
 

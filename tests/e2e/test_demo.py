@@ -50,7 +50,7 @@ def test_the_demo_leaves_what_it_promises_and_the_next_run_computes_nothing(tmp_
         assert (layout.report / figure).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     report = (layout.report / "report.md").read_text()
     assert f"The pick: {pick['arm']} for math-few + rag-few" in report and "20 items of math" in report
-    for manifest in (layout.zoo / "zoo.json", layout.signals.with_suffix(".json"), layout.labels / "search.json"):
+    for manifest in (layout.zoo / "zoo.json", layout.signals.with_suffix(".json"), layout.found / "search.json"):
         assert {"config", "inputs", "versions", "seconds"} <= set(read_json(manifest))
 
     # A run that finds everything in place computes nothing.
