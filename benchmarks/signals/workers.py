@@ -23,8 +23,8 @@ from simmerge_ray.distributed.signal_actors import compute_signals_on_ray, signa
 from simmerge_ray.probes import load_probe_sets
 from simmerge_ray.runs import RunLayout
 from simmerge_ray.signals.bounds import working_bytes
-from simmerge_ray.signals.pipeline import model_bytes
 from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.stages import model_bytes
 from simmerge_ray.signals.table import SignalTable
 
 CONFIG = {"num_positions": 512, "num_attention_positions": 128}

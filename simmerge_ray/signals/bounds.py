@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers
 from simmerge_ray.signals.pairs import BLOCK_VALUES
-from simmerge_ray.signals.pipeline import Stage, activation_bytes, model_bytes, plan_stages
 from simmerge_ray.signals.signature import GREEDY_SHARE, SignatureSpec, outputs_bytes, weights_bytes
+from simmerge_ray.signals.stages import Stage, activation_bytes, model_bytes, plan_stages
 from simmerge_ray.signals.tokens import NUM_GREEDY_TOKENS
 
 

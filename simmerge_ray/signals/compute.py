@@ -24,7 +24,7 @@ from simmerge_ray.probes import ProbeSet, TokenBatch
 from simmerge_ray.signals.bounds import stages_for
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
-from simmerge_ray.signals.pipeline import Stage, StageOutputs, join_stages
+from simmerge_ray.signals.pipeline import StageOutputs, join_stages
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.samples import float_tensors_of, sampled_weight_sums, thresholds_of
 from simmerge_ray.signals.signature import (
@@ -35,6 +35,7 @@ from simmerge_ray.signals.signature import (
     outputs_key,
     weights_key,
 )
+from simmerge_ray.signals.stages import Stage
 from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.tokens import (
     NUM_GREEDY_TOKENS,

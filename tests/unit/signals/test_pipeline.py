@@ -18,17 +18,8 @@ from simmerge_ray.errors import CheckpointError, ConfigError
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.signals import pipeline
 from simmerge_ray.signals.collect import ProbeModel
-from simmerge_ray.signals.pipeline import (
-    FAMILIES,
-    Stage,
-    StageModel,
-    activation_bytes,
-    join_stages,
-    model_bytes,
-    plan_stages,
-    stage_bytes,
-    staged_continuation,
-)
+from simmerge_ray.signals.pipeline import StageModel, join_stages, staged_continuation
+from simmerge_ray.signals.stages import FAMILIES, Stage, activation_bytes, model_bytes, plan_stages, stage_bytes
 from tests.unit.signals.test_architectures import (
     ADAPTED,
     ARCHITECTURES,
