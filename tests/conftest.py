@@ -91,6 +91,7 @@ def ray_cluster() -> Iterator[str]:
         log_to_driver=False,
         logging_level="warning",
         object_store_memory=400_000_000,
+        _system_config={"metrics_report_interval_ms": 1000},  # ten seconds otherwise
     )
     yield f"http://{context.dashboard_url}"
     ray.shutdown()

@@ -138,8 +138,20 @@ def _write_found(study: Study, out: Path, narrator: Narrator) -> None:
             write_plan(out / name, resolve_plan(one.plan, study.catalogue), predicted)
             if number == 1:
                 narrator.say(f"           make it with: simmerge merge {out / name} OUT")
-    if merges and narrator.console.is_terminal:
+    if merges and not narrator.console.is_terminal:
+        for one in (merges[0], *singles[:1]):
+            narrator.say(f"           best {'merge' if one.plan.steps else 'checkpoint'}: {_text(one)}")
+    elif merges:
         narrator.console.print(_table(study, merges, singles))
+
+
+def _text(one: Found) -> str:
+    values = ", ".join(f"{value:.3f}" for value in one.values)
+    return f"{values} {one.plan.label} ({_by_task(one)})"
+
+
+def _by_task(one: Found) -> str:
+    return ", ".join(f"{task} {utility:.3f}±{se:.3f}" for task, (utility, se) in one.utilities.items())
 
 
 def _row(one: Found) -> dict[str, Any]:
@@ -156,9 +168,8 @@ def _table(study: Study, merges: Sequence[Found], singles: Sequence[Found]) -> T
         table.add_column(column, justify="right" if column in names else "left")
     shown = merges[:_NUM_SHOWN] if len(names) == 1 else [one for one in merges if one.best]
     for one in [*shown, *singles[:3]]:
-        by_task = ", ".join(f"{task} {utility:.3f}±{se:.3f}" for task, (utility, se) in one.utilities.items())
         values = (f"{value:.3f}" for value in one.values)
-        table.add_row("*" if one.best and one.plan.steps else "", one.plan.label, *values, by_task)
+        table.add_row("*" if one.best and one.plan.steps else "", one.plan.label, *values, _by_task(one))
     return table
 
 

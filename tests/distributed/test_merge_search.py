@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import time
+import urllib.request
 
 import pytest
 import torch
@@ -226,6 +229,25 @@ def test_what_cannot_be_searched_is_refused_before_ray_starts(catalogue, tasks, 
            max_model_len=8, objectives=("add=x",), arms=("tise",))  # fmt: skip
 
 
+def prometheus_samples(name: str) -> dict[str, float]:
+    """Values of a metric that the cluster exports, summed by the `outcome` label; waits until there are some."""
+    import ray
+
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(url) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line.startswith(f"{name}{{")]
+        if lines:
+            found: dict[str, float] = {}
+            for line in lines:
+                label = next(part for part in re.split("[{},]", line) if part.startswith("outcome="))
+                found[label] = found.get(label, 0.0) + float(line.rsplit(" ", 1)[1])
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"{url} has no {name}")
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labels(catalogue, tasks, tmp_path):
@@ -250,6 +272,8 @@ def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labe
             assert (len(label.outcome.items) < len(tasks["add"].items)) == isinstance(label.outcome, Stopped)
     assert by_kind[Measured] + by_kind[Stopped] == 10
     assert run_search(catalogue, tasks, config, tmp_path).num_trials_run == 0
+    samples = prometheus_samples("ray_simmerge_search_trials_total")
+    assert samples['outcome="measured"'] >= num_singles + by_kind[Measured]
     merged, singles = found(second.study)
     assert len(merged) == by_kind[Measured] and len(singles) == num_singles and merged[0].best
 
