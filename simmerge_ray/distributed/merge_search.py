@@ -30,6 +30,7 @@ from simmerge_ray.errors import EngineError
 from simmerge_ray.evaluation import EvaluationTask, Evaluator
 from simmerge_ray.labels import Infeasible, LabelStore, Measured, Outcome, Stopped
 from simmerge_ray.plans import MergePlan, unmerged
+from simmerge_ray.search.estimate import engine_bytes
 from simmerge_ray.search.proposers import GridProposer, OptunaProposer, Proposer
 from simmerge_ray.search.runner import EvaluatorStartError, TrialProgress, TrialRunner, copy_labels
 from simmerge_ray.search.status import SearchStatus
@@ -363,20 +364,26 @@ def trial_resources(config: SearchConfig) -> Any:
     return whole | ({"gpu": config.gpus_per_trial * config.tensor_parallel} if config.gpus_per_trial else {})
 
 
-def engines_that_fit(config: SearchConfig, resources: Mapping[str, float]) -> int:
-    """How many engines a cluster has room for; at least one, which then waits for its node to come up."""
-    per_engine = {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}
-    room = [
-        int(resources.get(kind, 0.0) / (need * config.tensor_parallel) + 1e-9)
-        for kind, need in per_engine.items()
-        if need
-    ]
+def engines_that_fit(study: Study, resources: Mapping[str, float]) -> int:
+    """How many engines a cluster has room for; at least one, which then waits for its node to come up.
+
+    Args:
+        resources: CPU, GPU and memory (bytes) as Ray names them; memory counts where the engines run on CPUs.
+    """
+    config = study.config
+    needs = {
+        "CPU": config.cpus_per_trial * config.tensor_parallel,
+        "GPU": config.gpus_per_trial * config.tensor_parallel,
+    }
+    if not config.gpus_per_trial and "memory" in resources:
+        needs["memory"] = engine_bytes(study.template, study.settings.evaluator, study.settings.dtype)
+    room = [int(resources.get(kind, 0.0) / need + 1e-9) for kind, need in needs.items() if need]
     return max(1, min([*room, config.concurrency or max(room, default=1)]))
 
 
 def _run_trials(study: Study, proposer: Proposer, report: Callable[[SearchStatus], None] | None) -> SearchStatus:
     config = study.config
-    concurrency = min(engines_that_fit(config, ray.cluster_resources()), proposer.total)
+    concurrency = min(engines_that_fit(study, ray.cluster_resources()), proposer.total)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files a trial that nothing reads,
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # and complaints without them

@@ -196,8 +196,9 @@ def plan_search(
     from simmerge_ray.distributed.merge_search import engines_that_fit, make_proposer
 
     study = prepare_study(catalogue, tasks, config, str(labels.resolve()))
-    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(_num_gpus())}
-    return study, estimate(study, make_proposer(study).total, engines_that_fit(config, here))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(_num_gpus()), "memory": 0.7 * memory}  # as Ray counts it
+    return study, estimate(study, make_proposer(study).total, engines_that_fit(study, here))
 
 
 def _num_gpus() -> int:

@@ -182,3 +182,15 @@ def test_an_engine_takes_its_weights_twice_and_what_it_holds_besides(catalogue):
     sizes = {dtype: engine_bytes(catalogue.base, "transformers", dtype) for dtype in ("float32", "bfloat16")}
     elements = (sizes["float32"] - sizes["bfloat16"]) / 4
     assert elements == sum(parameter.numel() for parameter in tiny.make_model().parameters())
+
+
+def test_engines_are_as_many_as_cores_gpus_or_memory_allow(root):
+    from simmerge_ray.distributed.merge_search import engines_that_fit
+
+    size = engine_bytes(load_catalogue(root / "catalogue.yaml").base, "transformers", "float32")
+    assert engines_that_fit(make_study(root), {"CPU": 8.0, "memory": 5.5 * size}) == 5
+    assert engines_that_fit(make_study(root, concurrency=2), {"CPU": 8.0, "memory": 5.5 * size}) == 2
+    assert engines_that_fit(make_study(root, cpus_per_trial=3.0), {"CPU": 8.0, "memory": 5.5 * size}) == 2
+    on_gpus = {"gpus_per_trial": 0.5, "tensor_parallel": 2, "cpus_per_trial": 1.0}
+    assert engines_that_fit(make_study(root, **on_gpus), {"CPU": 16.0, "GPU": 4.0, "memory": size}) == 4
+    assert engines_that_fit(make_study(root, **on_gpus), {"CPU": 16.0}) == 1  # waits for its node
