@@ -1,0 +1,70 @@
+"""A grid of about 200 trials on the demo zoo by `simmerge search`, and the same command again.
+
+`python -m benchmarks.search.grid200 --run RUN --out DIR`: 47 of the 54 pairs of two tasks with the four default arms
+and the 13 checkpoints as they are, 201 trials, all 400 items of each task (a merge has two tasks, a checkpoint all
+four), as many engines as the machine has cores. Timed from outside, as commands:
+
+- the first run, into an empty label store;
+- the same command again (its manifest says that nothing has changed);
+- again without the manifest, so that it looks for missing labels.
+
+The last two must leave the files of the store as they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+from benchmarks.search.setting import make_private, markdown, parser_of, write_result
+
+EXCLUDED = tuple(",".join(pair) for pair in product(("math-lora", "code-lora"), ("rag-weak", "rag-lora"))) + tuple(
+    f"{left},multilingual-lora" for left in ("math-lora", "code-lora", "math-weak")
+)
+
+
+def search(run: Path, labels: Path, log: Path) -> float:
+    """Seconds of the command."""
+    command = [sys.executable, "-m", "simmerge_ray.cli", "search", str(run / "zoo" / "catalogue.yaml")]
+    command += ["--tasks", str(run / "zoo" / "tasks"), "--out", str(labels), "--log", str(log)]
+    started = time.perf_counter()
+    subprocess.run([*command, *(part for pair in EXCLUDED for part in ("--exclude", pair))], check=True)
+    return time.perf_counter() - started
+
+
+def files(labels: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in labels.glob("*.parquet")}
+
+
+def main() -> None:
+    arguments = parser_of(__doc__).parse_args()
+    make_private()
+    with tempfile.TemporaryDirectory(prefix="simmerge-grid200-") as scratch:
+        labels, log = Path(scratch, "labels"), arguments.out / "grid200.log"
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        seconds = [search(arguments.run, labels, log)]
+        written = files(labels)
+        for without_manifest in (False, True):
+            if without_manifest:
+                shutil.rmtree(labels / "_search")
+            seconds.append(search(arguments.run, labels, log))
+            if files(labels) != written:
+                raise SystemExit("labels were written again")
+        from simmerge_ray.labels import LabelStore
+
+        found = LabelStore(labels).read()
+        num_items = sum(len(label.outcome.items) for label in found)
+        num_trials = len({label.plan.id for label in found})
+    write_result(arguments.out, "grid200", {"seconds": seconds, "trials": num_trials, "items": num_items})
+    names = (f"{num_trials} trials, {num_items} items", "the same command again", "again, without its manifest")
+    asked = ("<= 360", "<= 30", "<= 30")
+    print(markdown(("run", "s", "asked"), list(zip(names, seconds, asked, strict=True))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Seconds of a trial: weights swapped into a live engine, against an engine started for each merge, and the floor.
+
+`python -m benchmarks.search.speed --run RUN --out DIR [--fixtures DIR] [--parts zoo,large,tune]`, where RUN is a
+finished demo run and FIXTURES the directory of `benchmarks.merge.fixtures` (SmolLM2-135M, and the noisy copies that
+`benchmarks.signals.cost` makes of it). float32, one thread; every pair of the zoo of two tasks is evaluated on 32 items
+of each, 64 short generations.
+
+- zoo: one process. First a live engine: trials of different merges as a search runs them (`TrialRunner.run`: merge,
+  swap, generate, write the label), after some that are not counted. After each, the same 64 answers once more with the
+  weights as they are: the floor. Then, for merges that the live engine has evaluated, the merge is written to disk and
+  a new engine started on it, in this process (after one that is not counted) and in a process of its own. Their answers
+  must have the same utilities, item by item. At the end the live engine again.
+- large: trial and floor, alternating, on SmolLM2-135M and noisy copies (64 chats, answers of at most 8 and 16 tokens).
+- tune: `run_search` with one engine. The time from label to label is a whole trial, the label's seconds are the step.
+
+Figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.search.setting import make_private, markdown, parser_of, write_result
+
+ITEMS = 32  # of each of two tasks
+ARMS = ("linear", "nuslerp", "task_arithmetic", "ties(density=0.2)")
+WARM_UP = 4
+
+
+def zoo_study(run: Path, labels: Path, arms: tuple[str, ...] = ARMS) -> Any:
+    from simmerge_ray.catalogue import load_catalogue
+    from simmerge_ray.config import SearchConfig
+    from simmerge_ray.distributed.search_stage import load_search_tasks
+    from simmerge_ray.search.study import prepare_study
+
+    config = SearchConfig(arms=arms, max_items=ITEMS)
+    tasks = load_search_tasks(run / "zoo" / "tasks", config)
+    return prepare_study(load_catalogue(run / "zoo" / "catalogue.yaml"), tasks, config, str(labels))
+
+
+def merges(study: Any) -> list[Any]:
+    """Its trials that merge a pair, in an order that mixes pairs and arms."""
+    from simmerge_ray.search.study import grid_trials
+
+    found = [trial for trial in grid_trials(study) if trial.plan.steps]
+    return [found[(number * 37) % len(found)] for number in range(len(found))]
+
+
+def evaluate(study: Any, trial: Any, evaluator: Any) -> dict[str, list[float]]:
+    return {task: study.tasks[task].evaluate(evaluator).tolist() for task in trial.tasks}
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+class Live:
+    """A live engine under a `TrialRunner`; keeps what its evaluator is."""
+
+    def __init__(self, study: Any) -> None:
+        from simmerge_ray.distributed.merge_search import start_evaluator
+        from simmerge_ray.search.runner import TrialRunner
+
+        def start(study: Any) -> Any:
+            self.evaluator = start_evaluator(study)
+            return self.evaluator
+
+        self.study, self.runner = study, TrialRunner(study, start)
+
+    def pairs(self, trials: list[Any]) -> tuple[list[float], list[float], list[dict[str, list[float]]]]:
+        """Seconds of every trial, of the same generations without a merge, and the utilities; alternating."""
+        steps, floors, utilities = [], [], []
+        for trial in trials:
+            seconds, progress = timed(lambda trial=trial: self.runner.run(trial))
+            assert progress.finished and progress.infeasible is None, progress.infeasible
+            floor, again = timed(lambda trial=trial: evaluate(self.study, trial, self.evaluator))
+            assert again == {task: items.tolist() for task, items in progress.items.items()}
+            steps.append(seconds)
+            floors.append(floor)
+            utilities.append(again)
+        return steps, floors, utilities
+
+
+def merged_on_disk(run: Path, plan: Any) -> dict[str, list[float]]:
+    """The way without a live engine: write the merge, start an engine on it, evaluate, end it, delete the merge."""
+    from simmerge_ray.catalogue import load_catalogue
+    from simmerge_ray.checkpoints import CheckpointRef
+    from simmerge_ray.config import SearchConfig
+    from simmerge_ray.distributed.search_stage import load_search_tasks
+    from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
+    from simmerge_ray.merging import write_merge
+    from simmerge_ray.plans import plan_from_json, resolve_plan
+
+    catalogue = load_catalogue(run / "zoo" / "catalogue.yaml")
+    tasks = load_search_tasks(run / "zoo" / "tasks", SearchConfig(max_items=ITEMS))
+    plan = plan_from_json(plan)
+    with tempfile.TemporaryDirectory(prefix="simmerge-merged-") as scratch:
+        out = Path(scratch, "merged")
+        write_merge(resolve_plan(plan, catalogue), out)
+        engine = VllmEvaluator(CheckpointRef("merged", out), "float32", 128)
+        names = sorted({catalogue.own_task[member] for member in plan.members})
+        found = {name: tasks[name].evaluate(engine).tolist() for name in names}
+        engine.close()
+    return found
+
+
+def in_new_process(run: Path, plan: Any) -> dict[str, list[float]]:
+    command = [sys.executable, "-m", "benchmarks.search.speed", "--run", str(run), "--out", "-"]
+    answer = subprocess.run([*command, "--plan", json.dumps(plan)], capture_output=True, text=True, check=True).stdout
+    return json.loads(answer.splitlines()[-1])
+
+
+def zoo(run: Path, num_live: int, num_same: int, num_new: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="simmerge-speed-") as scratch:
+        study = zoo_study(run, Path(scratch, "labels"))
+        trials = merges(study)
+        live = Live(study)
+        live.pairs(trials[:WARM_UP])
+        chosen = trials[WARM_UP : WARM_UP + num_live]
+        steps, floors, utilities = live.pairs(chosen)
+        live.runner.close()
+        sides: dict[str, list[float]] = {"same process": [], "new process": []}
+        merged_on_disk(run, trials[0].plan.to_json())
+        for name, count, way in (("same process", num_same, merged_on_disk), ("new process", num_new, in_new_process)):
+            for number in range(count):
+                seconds, found = timed(lambda number=number, way=way: way(run, chosen[number].plan.to_json()))
+                assert found == utilities[number], f"{name}, {chosen[number].plan.label}: other utilities"
+                sides[name].append(seconds)
+        live = Live(study)
+        later = trials[WARM_UP + num_live :]
+        live.pairs(later[:WARM_UP])
+        again, _, _ = live.pairs(later[WARM_UP : WARM_UP + num_live // 2])
+        live.runner.close()
+    return {"live": steps, "floor": floors, "live again": again} | sides
+
+
+def large(fixtures: Path, num_trials: int, max_new_tokens: int) -> dict[str, Any]:
+    from benchmarks.signals.cost import catalogue_of, copies
+    from simmerge_ray.config import SearchConfig
+    from simmerge_ray.evaluation import Task
+    from simmerge_ray.evaluation.tasks import Item
+    from simmerge_ray.search.study import prepare_study
+
+    base, checkpoints = copies(fixtures, 4)
+    catalogue = catalogue_of(base, checkpoints)
+    catalogue = replace(catalogue, own_task=dict.fromkeys(catalogue.own_task, "sums"))
+    items = tuple(Item(f"What is {3 + i % 17} plus {2 + i // 3}?", str(5 + i % 17 + i // 3)) for i in range(2 * ITEMS))
+    task = Task("sums", items, "contains", max_new_tokens, chat=True)
+    with tempfile.TemporaryDirectory(prefix="simmerge-speed-") as scratch:
+        config = SearchConfig(arms=("linear", "slerp", "ties"), pairs="all", max_model_len=128)
+        study = prepare_study(catalogue, {"sums": task}, config, scratch)
+        trials = merges(study)
+        live = Live(study)
+        live.pairs(trials[:2])
+        chosen = trials[2 : 2 + num_trials]
+        steps, floors, _ = live.pairs(chosen)
+        live.runner.close()
+    return {"live": steps, "floor": floors, "arms": [trial.plan.steps[0].arm.label for trial in chosen]}
+
+
+def tune(run: Path, num_trials: int) -> dict[str, Any]:
+    """Whole trials and steps of a search under Ray Tune with one engine, from the files of its labels."""
+    import pyarrow.parquet as pq
+
+    from simmerge_ray.distributed.merge_search import run_search
+
+    with tempfile.TemporaryDirectory(prefix="simmerge-speed-") as scratch:
+        study = zoo_study(run, Path(scratch, "labels"))
+        plans = [trial.plan for trial in merges(study)[:num_trials]]
+        config = study.config.model_copy(update={"concurrency": 1, "max_trials": num_trials})
+        run_search(study.catalogue, study.tasks, config, Path(scratch, "labels"), plans)
+        files = sorted(Path(scratch, "labels").glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)
+        ends = [path.stat().st_mtime_ns / 1e9 for path in files]
+        steps = [sum(pq.ParquetFile(path).read(["seconds"])["seconds"].to_pylist()) for path in files]
+    whole = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    return {"whole": whole[WARM_UP:], "step": steps[1 + WARM_UP :]}
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--fixtures", type=Path, help="directory of benchmarks.merge.fixtures")
+    parser.add_argument("--parts", default="zoo,large,tune")
+    parser.add_argument("--counts", default="24,5,3,40,9", help="live, same process, new process, tune, large")
+    parser.add_argument("--plan", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    make_private()
+    if arguments.plan:
+        print(json.dumps(merged_on_disk(arguments.run, json.loads(arguments.plan))))
+        return
+    num_live, num_same, num_new, num_tune, num_large = map(int, arguments.counts.split(","))
+    parts = arguments.parts.split(",")
+    result: dict[str, Any] = {}
+    rows: list[list[Any]] = []
+    if "zoo" in parts:
+        result["zoo"] = found = zoo(arguments.run, num_live, num_same, num_new)
+        step = median(found["live"])
+        rows.append(["trial with the live engine", num_live, step, "", ""])
+        rows.append(["the same, at the end of the run", num_live // 2, median(found["live again"]), "", ""])
+        for name, asked in (("same process", 8), ("new process", 20)):
+            seconds = median(found[name])
+            rows.append(
+                [f"a new engine, {name}", len(found[name]), seconds, f"{seconds / step:.1f} x", f">= {asked} x"]
+            )
+        floor = median(found["floor"])
+        rows.append(["generation alone (the floor)", num_live, floor, f"trial / floor {step / floor:.2f}", "<= 1.5"])
+    for max_new_tokens in (8, 16) if "large" in parts else ():
+        result[f"large {max_new_tokens}"] = found = large(arguments.fixtures, num_large, max_new_tokens)
+        step, floor = median(found["live"]), median(found["floor"])
+        for arm in sorted(set(found["arms"])):
+            own = median(seconds for seconds, of in zip(found["live"], found["arms"], strict=True) if of == arm)
+            rows.append([f"SmolLM2-135M, {arm}, {max_new_tokens} tokens", found["arms"].count(arm), own, "", ""])
+        rows.append(["all of these", num_large, step, f"trial / floor {step / floor:.2f}", "<= 2"])
+        rows.append(["their generation alone", num_large, floor, "", ""])
+    if "tune" in parts:
+        result["tune"] = found = tune(arguments.run, num_tune)
+        step, whole = median(found["step"]), median(found["whole"])
+        rows.append(["step inside the actor, under Tune", len(found["step"]), step, "", ""])
+        rows.append(["whole trial, under Tune", len(found["whole"]), whole, f"+ {whole - step:.2f} s", "<= + 0.35 s"])
+    write_result(arguments.out, "speed", result)
+    print(markdown(("what", "n", "s (median)", "ratio", "asked"), rows))
+
+
+if __name__ == "__main__":
+    main()
