@@ -75,7 +75,7 @@ def search(
     An interrupted search goes on with the same command.
     """
     from simmerge_ray.config import SearchConfig, check_config
-    from simmerge_ray.errors import ConfigError
+    from simmerge_ray.errors import ConfigError, TaskError
 
     low, _, high = ways.partition("-")
     if not low.isdigit() or not (high or low).isdigit():
@@ -97,11 +97,18 @@ def search(
     from simmerge_ray.catalogue import load_catalogue
     from simmerge_ray.evaluation import load_tasks
     from simmerge_ray.operators.specs import parse_arms
+    from simmerge_ray.search.objectives import parse_objective
+    from simmerge_ray.search.space import make_space
 
     parse_arms(config.arms)
-    load_catalogue(catalogue)
-    if tasks is not None:
-        load_tasks(tasks)
+    checkpoints = load_catalogue(catalogue)
+    files = load_tasks(tasks) if tasks is not None else {}
+    if not files and not lm_eval:
+        raise TaskError("no tasks: name a directory with --tasks, or tasks of lm-evaluation-harness with --lm-eval")
+    if budget is not None:
+        make_space(checkpoints, config)
+        for text in () if lm_eval else config.objectives:  # a group of lm-eval is several tasks: checked later
+            parse_objective(text, files)
     from simmerge_ray.progress import narrated
 
     with narrated(log) as narrator:

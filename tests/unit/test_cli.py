@@ -47,6 +47,10 @@ def search(zoo: Path, *more: str) -> subprocess.CompletedProcess[str]:
         (["--arm", "linear", "--arm", "linear"], "'linear' is given twice"),
         (["--evaluator", "vlm"], "'evaluator'"),
         (["--exclude", "m0"], "'exclude.0"),
+        (["--budget", "5", "--objective", "ad"], "objective 'ad': unknown task 'ad' (did you mean 'add'?)"),
+        (["--budget", "5", "--ways", "2-4"], "a merge takes from 2 to 3 checkpoints"),
+        (["--budget", "5", "--member", "m9"], "unknown checkpoint 'm9'"),
+        (["--sampler", "tpa"], "'sampler'"),
     ],
 )
 def test_bad_options_end_with_code_two_and_leave_nothing(zoo, options, message):
