@@ -24,9 +24,12 @@ test: setup
 unit: setup
 	@$(BIN)/python -m pytest tests/unit
 
-# Campaigns that take long and are not part of the tests: kills in every stage. Figures: benchmarks/README.md
+# Campaigns that take long and are not part of the tests: kills in every stage, drivers, actors and nodes killed in
+# a search. Figures: benchmarks/README.md
 soak: setup
 	@$(BIN)/python -m benchmarks.soak_demo
+	@$(BIN)/simmerge demo runs/demo
+	@$(BIN)/python -m benchmarks.search.soak_search --run runs/demo --out runs/soak
 
 lint: setup
 	@$(BIN)/ruff check .
