@@ -97,10 +97,14 @@ class TransformersEvaluator:
         return [one for one in found if one is not None]
 
     @torch.no_grad()
+    def log_probs(self, ids: Sequence[int]) -> Tensor:
+        """Log-probabilities (T, vocabulary) float32 of what follows each of a sequence of token ids (T,)."""
+        input_ids = torch.tensor([list(ids)], device=self._device)
+        return torch.log_softmax(self._model(input_ids=input_ids).logits[0].float(), dim=-1).cpu()
+
     def next_token_log_probs(self, prompt: Sequence[int]) -> Tensor:
         """Log-probabilities (vocabulary,) float32 of the token after a prompt of token ids."""
-        input_ids = torch.tensor([list(prompt)], device=self._device)
-        return torch.log_softmax(self._model(input_ids=input_ids).logits[0, -1].float(), dim=-1).cpu()
+        return self.log_probs(prompt)[-1]
 
 
 def _likelihood(log_probs: Tensor, ids: Tensor, num_before: int) -> LogLikelihood:

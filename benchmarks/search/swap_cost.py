@@ -1,0 +1,62 @@
+"""What the comparison after a swap costs: swaps with and without it, alternating, in one engine.
+
+`python -m benchmarks.search.swap_cost DIR [--dtype float32] [--rounds 8]`, where DIR holds checkpoints `base`, `a`, `b`
+(the fixtures of `benchmarks.merge.fixtures`). A swap is the linear merge of a and b streamed into the engine. Prints
+medians in CPU seconds; run with OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=8)
+    options = parser.parse_args()
+
+    from simmerge_ray.checkpoints import CheckpointRef
+    from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
+    from simmerge_ray.operators.specs import make_arm
+    from simmerge_ray.plans import ResolvedPlan, pair_plan
+
+    a, b = (CheckpointRef(name, options.directory / name) for name in "ab")
+    resolved = ResolvedPlan(pair_plan("a", "b", make_arm("linear")), (a, b), None)
+    evaluator = VllmEvaluator(CheckpointRef("base", options.directory / "base"), options.dtype, 64)
+
+    from simmerge_ray.distributed import vllm_worker
+
+    def swap() -> float:
+        started = time.process_time()  # of one thread: what else the machine does counts less
+        evaluator.load(resolved)
+        return time.process_time() - started
+
+    def untouched(sample: Any, stream: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        for name, tensor in stream:
+            sample.tensors[name] = tensor[:0]
+            yield name, tensor
+
+    def bare_swap() -> float:
+        with (
+            mock.patch.object(vllm_worker, "differences", lambda *_: ()),
+            mock.patch.object(vllm_worker.StreamSample, "taken", untouched),
+        ):
+            return swap()
+
+    swap(), bare_swap()
+    found = [(swap(), bare_swap()) for _ in range(options.rounds)]
+    evaluator.close()
+    checked, bare = (statistics.median(side) for side in zip(*found, strict=True))
+    print(f"swap {checked:.4f} s, without the comparison {bare:.4f} s: {checked / bare - 1:+.1%}")
+
+
+if __name__ == "__main__":
+    main()
