@@ -104,6 +104,10 @@ def train_stage(
 ) -> None:
     """Selector artifact `out` from a signal table and a label store; out-of-fold results as JSON `crossval`.
 
+    Beside the artifact, in `out`: `shortlist`, a second one from the same labels that knows only the features which
+    propagator `second_order` delivers (a selector is trained with exactly the features that its scorer will use), and
+    `parents.json`, the measured utilities of the checkpoints as they are.
+
     Raises:
         InputError: signals and labels that do not fit each other, or too few labels.
     """
@@ -116,18 +120,22 @@ def train_stage(
         raise LabelError(f"no labels at {labels}; `simmerge search` makes them")
     with narrator.stage("train") as stage:
         inputs = {"signals": digest_file(signals), "labels": store.digest()}
-        manifest = Manifest("train", config.model_dump(mode="json") | {"arms": list(arms or ())}, inputs)
+        kept = config.model_dump(mode="json") | {"arms": list(arms or ()), "shortlist": "second_order"}
+        manifest = Manifest("train", kept, inputs)
         manifest_path = out / "manifest.json"
         if manifest.is_current(manifest_path) and (crossval is None or crossval.exists()):
             stage.result = UNCHANGED
             return
+        from simmerge_ray.propagation.second_order import SecondOrder
         from simmerge_ray.selector.crossval import crossval_report
-        from simmerge_ray.selector.dataset import build_dataset
+        from simmerge_ray.selector.dataset import build_dataset, parent_utilities
+        from simmerge_ray.selector.plan_files import PARENTS, SHORTLIST
         from simmerge_ray.selector.train import train_selector
 
         started = time.monotonic()
         dataset = build_dataset(table, read, arms)
         selector = train_selector(dataset, config)
+        shortlist = train_selector(dataset.restricted(SecondOrder(table).columns), config)
         shown = ""
         if crossval is not None:
             with narrator.bar("checkpoints left out") as report:
@@ -135,6 +143,8 @@ def train_stage(
             write_json(crossval, content)
             shown = f", unseen checkpoints: {_shown_gain(content)}"
         selector.write(out)
+        shortlist.write(out / SHORTLIST)
+        write_json(out / PARENTS, parent_utilities(dataset))
         manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
         stage.result = f"{len(dataset.contexts)} contexts, {len(dataset.arms)} arms{shown} -> {out}"
 

@@ -5,6 +5,7 @@ span          coefficient vectors over [base, task vectors]: merges that lie in 
 mixture       outputs of an intermediate from those of the checkpoints
 bound         the paper's convexity bounds, from the pair table
 second_order  quadratic forms of the pair table
+batch         the same for many plans at once
 tensor_space  one tensor of all checkpoints: Gram matrix and coordinate sample
 virtual       coefficient vectors and the coordinate sample, from signatures
 halfway       one more pass for each checkpoint: the curve of its outputs (propagator `curved`)

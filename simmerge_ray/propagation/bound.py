@@ -39,8 +39,8 @@ class Bound:
             without=("task_vector_norm_ratio", "sign_conflict", "trimmed_overlap"),
         )
 
-    def steps(self, plan: MergePlan, task: str) -> list[PairSignals]:
-        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task))
+    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
+        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
 
     def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:
         left_shares, right_shares = member_shares(left), member_shares(right)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from simmerge_ray.catalogue import Catalogue
+from simmerge_ray.errors import ConfigError
 from simmerge_ray.probes import ProbeSet
 from simmerge_ray.propagation.halfway import HalfwayOutputs
 from simmerge_ray.signals.compute import Signatures, local_executor, tokenize_probes
-from simmerge_ray.signals.queue import Executor
-from simmerge_ray.signals.signature import SignatureSpec, SignatureStore, TaskOutputs, Weights
+from simmerge_ray.signals.queue import Executor, WorkQueue
+from simmerge_ray.signals.signature import (
+    SignatureSpec,
+    SignatureStore,
+    TaskOutputs,
+    Weights,
+    outputs_key,
+    weights_key,
+)
 from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.tokens import ProbeTokens
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums
@@ -41,6 +50,54 @@ class Evidence:
     def ids(self) -> tuple[str, ...]:
         """Of the base, if any, then of the checkpoints, in the order of `sums`."""
         return tuple(ref.id for ref in self.catalogue.all_refs)
+
+
+def stored_evidence(table: SignalTable, catalogue: Catalogue, store: SignatureStore) -> Evidence:
+    """Evidence from what `simmerge signals` has left, for `virtual`: nothing is run and no weights are read.
+
+    The probes are not needed: the table knows the digests of their tokens.
+
+    Raises:
+        ConfigError: a signature is not in the store, or the catalogue is not the table's.
+    """
+    known: Mapping[str, str] = table.provenance["checkpoints"]
+    spec, tokens = SignatureSpec(**table.provenance["spec"]), table.provenance["tokens"]
+    if set(known) != {ref.id for ref in catalogue.all_refs}:
+        differing = sorted(set(known) ^ {ref.id for ref in catalogue.all_refs})
+        raise ConfigError(
+            f"the signal table and the catalogue have different checkpoints, e.g. {differing[0]!r}; "
+            "run `simmerge signals` on this catalogue"
+        )
+    # In the table's order, which the sums have, whatever the catalogue's is now.
+    ordered = replace(catalogue, checkpoints=tuple(catalogue.ref(i) for i in known if i != table.provenance["base"]))
+
+    def missing(queue: WorkQueue) -> Iterator[tuple[int, Any]]:
+        raise ConfigError(
+            f"{store.uri} lacks signatures of this table; `simmerge signals` with the same --signatures makes them"
+        )
+
+    signatures = Signatures(ordered, known, spec, store, missing)
+    for ref in ordered.all_refs:
+        keys = [("outputs", outputs_key(known[ref.id], digest)) for digest in tokens.values()]
+        base_digest = known[ordered.base.id] if ordered.base else None
+        for kind, key in (*keys, ("weights", weights_key(known[ref.id], base_digest, spec))):
+            if not store.has(kind, key):
+                missing(WorkQueue())
+
+    def outputs(checkpoint: str, task: str) -> TaskOutputs:
+        return store.read_outputs(outputs_key(known[checkpoint], tokens[task]))
+
+    exact = table.provenance["weights"] == "exact"
+    return Evidence(
+        table,
+        ordered,
+        {},
+        lru_cache(_KEPT_OUTPUTS)(outputs),
+        {ref.id: signatures.weights(ref.id) for ref in ordered.all_refs},
+        signatures.weight_sums("exact", BLOCK_ELEMENTS) if exact else None,
+        known,
+        None,
+    )
 
 
 def read_evidence(

@@ -55,9 +55,9 @@ class Exact:
         self._run = lru_cache(8)(self._run_probes)
         self._weight_signals = lru_cache(8)(self._compare_weights)
 
-    def steps(self, plan: MergePlan, task: str) -> list[PairSignals]:
+    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
         features = partial(self._between, plan, task=task)
-        return propagated(plan, task, self._table, self.columns, features, gradients=True)
+        return propagated(plan, task, self._table, self.columns, features, gradients=True, first=first)
 
     def _between(self, plan: MergePlan, left: Source, right: Source, task: str) -> Mapping[str, float]:
         outputs = [self._run(plan, source, task) for source in (left, right)]

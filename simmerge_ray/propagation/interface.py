@@ -12,6 +12,7 @@ from simmerge_ray.plans import MergePlan
 from simmerge_ray.signals.features import column_signal, feature_columns
 from simmerge_ray.signals.table import PairSignals, SignalTable
 
+NAMES = ("bound", "second_order", "virtual", "curved", "exact")  # of `table.PROPAGATORS`, without its imports
 _NO_GRADIENTS = "a weight that changes with depth cannot be propagated; give one number, or take propagator 'exact'"
 
 
@@ -24,8 +25,10 @@ class Propagator(Protocol):
     name: str
     columns: tuple[str, ...]
 
-    def steps(self, plan: MergePlan, task: str) -> list[PairSignals]:
+    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
         """Signals of (left, right) of every step, in order; sources are named as in the plan, `#n` for results.
+
+        The first so many steps are left out (-1: all but the last step).
 
         A step of two checkpoints has the table's own values.
 
@@ -107,11 +110,12 @@ def propagated(
     columns: tuple[str, ...],
     features: Callable[[Source, Source], Mapping[str, float]],
     gradients: bool = False,
+    first: int = 0,
 ) -> list[PairSignals]:
     """`Propagator.steps` by a function that knows the features of two sources, not both checkpoints.
 
     Args:
-        gradients: whether it knows those of steps whose weight changes with depth.
+        gradients: whether it knows those of steps whose weight changes with depth. first: see `Propagator.steps`.
 
     Raises:
         PlanError, OperatorError: see `Propagator.steps`.
@@ -128,7 +132,7 @@ def propagated(
         if isinstance(step.weight, tuple) and not gradients:
             raise PlanError(f"step {number}: {_NO_GRADIENTS}")
     signals = []
-    for step, (left, right) in zip(plan.steps, plan_sources(plan), strict=True):
+    for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
         both = isinstance(left, str) and isinstance(right, str)
         found = table.get(step.left, step.right, task).features if both else features(left, right)
         signals.append(PairSignals(step.left, step.right, task, {column: found[column] for column in columns}))

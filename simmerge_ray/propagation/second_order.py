@@ -21,10 +21,10 @@ from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.weights import NORM_FLOOR
 
 Array = np.ndarray
-_TINY = float(np.finfo(np.float64).tiny)
+TINY = float(np.finfo(np.float64).tiny)
 _SUMS = ("dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties")
 _NORM_KEEPING = ("ties", "sce", "multislerp")
-_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
+EXACT_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
 
 
 def quadratic_divergence(divergence: Array, left: Array, right: Array) -> float:
@@ -59,7 +59,7 @@ def centred_gram(distance: Array) -> Array:
 def closed_cosine(cosine: Array, left: Array, right: Array) -> float:
     """`a^T C b / sqrt(a^T C a  b^T C b)`: the cosine of two sums of vectors, exact where their norms are equal."""
     norms = max(float(left @ cosine @ left), 0.0) * max(float(right @ cosine @ right), 0.0)
-    return min(1.0, max(-1.0, float(left @ cosine @ right) / math.sqrt(norms))) if norms > _TINY else 0.0
+    return min(1.0, max(-1.0, float(left @ cosine @ right) / math.sqrt(norms))) if norms > TINY else 0.0
 
 
 def blend_like(arm: Arm) -> Arm:
@@ -82,17 +82,17 @@ class SecondOrder:
 
     def __init__(self, table: SignalTable) -> None:
         self._table = table
-        self._base = table.provenance.get("base")
-        self._ids = (*((self._base,) if self._base is not None else ()), *table.checkpoint_ids)
-        columns = mean_columns(self._base is not None, without=("sign_conflict", "trimmed_overlap"))
+        self.base = table.provenance.get("base")
+        self.ids = (*((self.base,) if self.base is not None else ()), *table.checkpoint_ids)
+        columns = mean_columns(self.base is not None, without=("sign_conflict", "trimmed_overlap"))
         # Means over tensors of a logarithm do not follow from means of norms.
         ratio = "task_vector_norm_ratio_"
-        self.columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in _GROUPS)
+        self.columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in EXACT_GROUPS)
         self._matrices: dict[tuple[str, str], Array] = {}
         self._weights: dict[Source, Array] = {}
 
-    def steps(self, plan: MergePlan, task: str) -> list[PairSignals]:
-        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task))
+    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
+        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
 
     def barycentric(self, source: Source) -> Array:
         """Weights over [base, checkpoints], or over the checkpoints where there is no base; sum 1."""
@@ -101,11 +101,11 @@ class SecondOrder:
         return self._weights[source]
 
     def _one_hot(self, name: str) -> Array:
-        return (np.array(self._ids) == name).astype(np.float64)
+        return (np.array(self.ids) == name).astype(np.float64)
 
     def _blended(self, source: Intermediate) -> Array:
         left, right = self.barycentric(source.left), self.barycentric(source.right)
-        with_base = self._base is not None
+        with_base = self.base is not None
         shares = blend_shares(blend_like(source.arm), source.constant_weight, self._products(left, right), with_base)
         merged = blend(left, right, shares) if with_base else shares[0] * left + shares[1] * right
         if with_base:
@@ -117,14 +117,14 @@ class SecondOrder:
     def _products(self, left: Array, right: Array) -> Products:
         def products(centred: bool) -> tuple[float, float, float]:
             if not centred:
-                return 1.0, closed_cosine(self._matrix("weight_cosine_global", self._any_task), left, right), 1.0
-            gram = centred_gram(self._matrix("weight_l2_global", self._any_task))
+                return 1.0, closed_cosine(self.matrix("weight_cosine_global", self.any_task), left, right), 1.0
+            gram = centred_gram(self.matrix("weight_l2_global", self.any_task))
             return float(left @ gram @ left), float(left @ gram @ right), float(right @ gram @ right)
 
         return products
 
     @cached_property
-    def _any_task(self) -> str:
+    def any_task(self) -> str:
         return self._table.tasks[0]
 
     def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:
@@ -135,42 +135,42 @@ class SecondOrder:
         signal = column_signal(column)
         statistic = column.removeprefix(f"{signal.name}_")
         if signal.family == "divergence":
-            return quadratic_divergence(self._matrix(column, task), left, right)
+            return quadratic_divergence(self.matrix(column, task), left, right)
         if signal.family == "single":
             weights = left if statistic == "left" else right
             if signal.name == "task_vector_norm":
                 return self._norm("weight_l2_global", weights)
-            return max(0.0, float(self._matrix(f"{signal.name}_left", task)[:, 0] @ weights))
+            return max(0.0, float(self.matrix(f"{signal.name}_left", task)[:, 0] @ weights))
         if signal.name == "weight_l2":
-            return mixed_distance(self._matrix(column, task), left, right)
+            return mixed_distance(self.matrix(column, task), left, right)
         if signal.name == "task_vector_norm_ratio":
             norms = [max(self._norm(f"weight_l2_{statistic}", weights), NORM_FLOOR) for weights in (left, right)]
             return math.log(norms[0]) - math.log(norms[1])
-        if signal.name == "task_vector_cosine" and statistic in _GROUPS:
-            return closed_cosine(centred_gram(self._matrix(f"weight_l2_{statistic}", task)), left, right)
-        return closed_cosine(self._matrix(column, task), left, right)
+        if signal.name == "task_vector_cosine" and statistic in EXACT_GROUPS:
+            return closed_cosine(centred_gram(self.matrix(f"weight_l2_{statistic}", task)), left, right)
+        return closed_cosine(self.matrix(column, task), left, right)
 
     def _norm(self, column: str, weights: Array) -> float:
         """Norm of the task vector over the base's, from distances."""
-        return mixed_distance(self._matrix(column, self._any_task), weights, self._one_hot(str(self._base)))
+        return mixed_distance(self.matrix(column, self.any_task), weights, self._one_hot(str(self.base)))
 
-    def _matrix(self, column: str, task: str) -> Array:
+    def matrix(self, column: str, task: str) -> Array:
         """(K, K) of a column over [base, checkpoints]; a checkpoint with itself has cosine 1 and no distance.
 
         Task vectors have no row of the base: its cosines are 0, as if there were nothing of it. A value of a single
         checkpoint stands in its whole row.
         """
         if (column, task) not in self._matrices:
-            signal, size = column_signal(column), len(self._ids)
+            signal, size = column_signal(column), len(self.ids)
             matrix = np.diag(np.full(size, float("cosine" in column)))
-            for i, left in enumerate(self._ids):
-                for j, right in enumerate(self._ids):
+            for i, left in enumerate(self.ids):
+                for j, right in enumerate(self.ids):
                     if i != j and (value := self._table.rows[left, right, task].features.get(column)) is not None:
                         matrix[i, j] = value
             if signal.family == "single":
                 np.fill_diagonal(matrix, matrix[:, 0])
                 matrix[0, 0] = matrix[0, 1]
-            if signal.family == "task vectors" and self._base is not None:
+            if signal.family == "task vectors" and self.base is not None:
                 matrix[0, 0] = 0.0
             self._matrices[column, task] = matrix
         return self._matrices[column, task]

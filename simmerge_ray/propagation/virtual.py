@@ -80,16 +80,22 @@ class Virtual:
         # Caches of this object's lifetime: a step of one plan is a step of many others.
         self._checkpoint = lru_cache(_KEPT + len(self._ids))(self._make_checkpoint)
         self._mixture = lru_cache(_KEPT_OUTPUTS)(self._make_mixture)
-        self._sampled_vectors = lru_cache(_KEPT_OUTPUTS)(self._make_sampled_vectors)
+        self._sampled_vectors = lru_cache(_KEPT + len(self._ids))(self._make_sampled_vectors)
+        self._weight_signals = lru_cache(_KEPT)(self._compare_weights)
 
-    def steps(self, plan: MergePlan, task: str) -> list[PairSignals]:
-        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task))
+    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
+        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
 
     def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:
         with_base = self._base is not None
         matrices = output_matrices([self._mixture(left, task), self._mixture(right, task)], with_base)
-        matrices |= weight_matrices({name: self._pair_sums(name, left, right) for name in self._spaces}, with_base)
+        matrices |= self._weight_signals(left, right)
         return {column: matrix_entry(matrices, column, 0, 1) for column in self.columns}
+
+    def _compare_weights(self, left: Source, right: Source) -> dict[str, Array]:
+        """The same for every task."""
+        sums = {name: self._pair_sums(name, left, right) for name in self._spaces}
+        return weight_matrices(sums, self._base is not None)
 
     # Weights
 

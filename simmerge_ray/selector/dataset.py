@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simmerge_ray.errors import LabelError
+from simmerge_ray.errors import LabelError, unknown_name
 from simmerge_ray.headroom import Context
 from simmerge_ray.labels import LabeledPlan, measures_arm, pair_contexts
 from simmerge_ray.signals.features import scaled_features
@@ -35,6 +35,18 @@ class SelectionDataset:
         index = np.asarray(rows, dtype=np.int64)
         contexts = tuple(self.contexts[row] for row in rows)
         return replace(self, contexts=contexts, features=self.features[index], utilities=self.utilities[index])
+
+    def restricted(self, columns: Sequence[str]) -> SelectionDataset:
+        """The same contexts with these feature columns only, e.g. those that a propagator delivers.
+
+        Raises:
+            LabelError: a column that the dataset does not have.
+        """
+        for column in columns:
+            if column not in self.columns:
+                raise LabelError(unknown_name("feature column", column, self.columns))
+        kept = [index for index, column in enumerate(self.columns) if column in set(columns)]
+        return replace(self, columns=tuple(self.columns[i] for i in kept), features=self.features[..., kept])
 
 
 def build_dataset(
@@ -64,6 +76,15 @@ def pair_features(table: SignalTable, left: str, right: str, task: str) -> np.nd
     """(2, F) scaled features of both orders of a pair."""
     row = table.get(left, right, task)
     return np.array([scaled_features(side.features, table.columns) for side in (row, row.swap())])
+
+
+def parent_utilities(dataset: SelectionDataset) -> dict[str, dict[str, float]]:
+    """Measured utility of the checkpoints as they are, by task and id."""
+    found: dict[str, dict[str, float]] = {}
+    for context in dataset.contexts:
+        for name, items in ((context.left, context.left_items), (context.right, context.right_items)):
+            found.setdefault(context.task, {})[name] = float(items.mean())
+    return found
 
 
 def common_arms(labels: Sequence[LabeledPlan]) -> tuple[str, ...]:

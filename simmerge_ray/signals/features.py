@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 FEATURE_SCHEMA = 2
 
@@ -18,8 +21,11 @@ _WEIGHTS = ("global", "attention", "mlp", "embedding", "norm", *_LAYERS)
 _RATIOS = tuple(statistic for statistic in _WEIGHTS if statistic != "min")  # swapped, it would be the maximum
 
 
+_LOG_FLOOR = 1e-6
+
+
 def _log(value: float) -> float:
-    return math.log(value + 1e-6)
+    return math.log(value + _LOG_FLOOR)
 
 
 def _identity(value: float) -> float:
@@ -95,6 +101,7 @@ def feature_columns(with_base: bool, base_pair: bool = False) -> tuple[str, ...]
     )
 
 
+@lru_cache(1024)
 def column_signal(column: str) -> Signal:
     """The signal that a column belongs to."""
     return next(signal for signal in SIGNALS.values() if column in signal.columns)
@@ -115,3 +122,29 @@ def swapped_features(features: Mapping[str, float]) -> dict[str, float]:
 def scaled_features(features: Mapping[str, float], columns: Sequence[str]) -> list[float]:
     """Values of the columns in order, each on the scale its signal declares (KL and distances as logarithms)."""
     return [column_signal(column).scale(features[column]) for column in columns]
+
+
+def both_orders(values: np.ndarray, columns: Sequence[str]) -> np.ndarray:
+    """Scaled features of (left, right) and of (right, left): `scaled_features` of many pairs at once.
+
+    Args:
+        values: (F, N), unscaled, a row for each column.
+
+    Returns:
+        (N, 2, F), as a selector takes them.
+    """
+    both = np.empty((2, *values.shape))
+    for index, column in enumerate(columns):
+        logarithmic = column_signal(column).scale is _log
+        both[0, index] = np.log(values[index] + _LOG_FLOOR) if logarithmic else values[index]
+    for index, (source, sign) in enumerate(_swaps(tuple(columns))):
+        np.multiply(both[0, source], sign, out=both[1, index])
+    return np.ascontiguousarray(both.transpose(2, 0, 1))
+
+
+@lru_cache(16)
+def _swaps(columns: tuple[str, ...]) -> list[tuple[int, float]]:
+    """For each column, the place of the one that takes its place when left and right are swapped, and its sign."""
+    signs = swapped_features(dict.fromkeys(columns, 1.0))
+    places = swapped_features({column: float(place) for place, column in enumerate(columns)})
+    return [(int(abs(places[column])), signs[column]) for column in columns]
