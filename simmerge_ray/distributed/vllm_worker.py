@@ -1,8 +1,10 @@
 """What runs inside every worker of a vLLM engine: swap the weights of a merge in, and check that the model holds them.
 
 The check after a swap compares a few columns of every matrix, other ones after every swap, and all other tensors as a
-whole, bit by bit: what was streamed, cut to this rank's share, against what the model computes with. A matrix that was
-packed away (CPU) is asked by its own product with unit vectors, which gives columns without rounding in any dtype.
+whole, bit by bit: what was streamed, cut to this rank's share, against what the model holds. On CPU matrices are packed
+away: their columns are taken when they are packed, and one that was not packed again is noticed. The packed output
+layer, and at the start of an engine every matrix, is asked by its own product with unit vectors, which gives columns
+without rounding in any dtype; the product of all reads the whole model, a tenth of a swap.
 vLLM reports nothing by itself when a tensor was not loaded, or when its pack still is the old one.
 """
 
@@ -10,12 +12,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
@@ -80,7 +84,7 @@ class MergeExtension:
             pass
         self._simmerge_names = frozenset(sample.tensors)
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
-        unknown = {place for place, _ in differences(model, sample, ())}
+        unknown = {place for place, _ in differences(model, sample, (), by_product=True)}
         self._simmerge_unknown = frozenset(unknown)
         modules = dict(model.named_modules(remove_duplicate=False))
         return sorted(f"{place} ({type(modules[place.rpartition('.')[0]]).__name__})" for place in unknown)
@@ -89,7 +93,8 @@ class MergeExtension:
         """Replace the weights by the merge and compare what the model then holds with it."""
         stream = FiniteStream(resolved)
         sample = self._sample()
-        self.reload_weights(weights_iterator=sample.taken(stream))  # type: ignore[attr-defined]
+        with sample.of_packs():
+            self.reload_weights(weights_iterator=sample.taken(stream))  # type: ignore[attr-defined]
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         repack_head(model)
         try:
@@ -130,6 +135,7 @@ class StreamSample:
 
     def __init__(self, number: int, dtype: torch.dtype, num_ranks: int) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.packed: dict[nn.Module, Tensor] = {}
         self._number, self._dtype, self._count = number, dtype, max(_NUM_COLUMNS, num_ranks)
 
     def columns(self, width: int) -> range:
@@ -148,9 +154,46 @@ class StreamSample:
             self.tensors[name] = kept.to(self._dtype, copy=True)
             yield name, tensor
 
+    @contextmanager
+    def of_packs(self) -> Iterator[None]:
+        """Take the columns of every matrix that vLLM packs meanwhile, just before it does (CPU)."""
+        pack = utils.dispatch_cpu_unquantized_gemm
 
-def differences(model: Any, sample: StreamSample, skip: Collection[str]) -> Iterator[tuple[str, str]]:
-    """(`module.parameter`, what is wrong) of every parameter that is not this rank's share of what was streamed."""
+        def taking(layer: Any, remove_weight: bool) -> None:
+            weight = layer.weight.detach()
+            if weight.dim() == 2 and not weight.is_meta:
+                self.packed[layer] = weight[:, local_columns(layer, self.columns(width_of(layer, weight)))[1]]
+            pack(layer, remove_weight)
+
+        utils.dispatch_cpu_unquantized_gemm = taking
+        try:
+            yield
+        finally:
+            utils.dispatch_cpu_unquantized_gemm = pack
+
+
+def width_of(module: nn.Module, weight: Tensor) -> int:
+    """Columns of the whole matrix, over all ranks; one that was packed has no shape any more."""
+    return int(getattr(module, "input_size", None) or weight.shape[1])
+
+
+def local_columns(module: nn.Module, columns: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Those of some columns of the whole matrix that this rank holds: places in `columns`, columns of its share."""
+    if not isinstance(module, RowParallelLinear):
+        return list(range(len(columns))), list(columns)
+    first, width = module.tp_rank * module.input_size_per_partition, module.input_size_per_partition
+    mine = [index for index, column in enumerate(columns) if first <= column < first + width]
+    return mine, [columns[index] - first for index in mine]
+
+
+def differences(
+    model: Any, sample: StreamSample, skip: Collection[str], by_product: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(`module.parameter`, what is wrong) of every parameter that is not this rank's share of what was streamed.
+
+    Args:
+        by_product: ask every packed matrix by its product; else the output layer only.
+    """
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     owners: dict[int, str] = {}  # a tied parameter has the name of the one that owns it
     for path, module in model.named_modules():
@@ -162,7 +205,7 @@ def differences(model: Any, sample: StreamSample, skip: Collection[str]) -> Iter
             parts = _parts(tied, packed, sample.tensors)
             if isinstance(parts, str):
                 yield place, f"{parts} was not streamed"
-            elif problem := _difference(module, name, parameter.detach(), torch.cat(parts), sample):
+            elif problem := _difference(module, name, parameter.detach(), torch.cat(parts), sample, by_product):
                 yield place, problem
 
 
@@ -177,20 +220,26 @@ def _parts(place: str, packed: Mapping[str, list[str]], streamed: Mapping[str, T
     return missing[0] if missing else [streamed[one] for one in names]
 
 
-def _difference(module: nn.Module, name: str, parameter: Tensor, whole: Tensor, sample: StreamSample) -> str | None:
+def _difference(
+    module: nn.Module, name: str, parameter: Tensor, whole: Tensor, sample: StreamSample, by_product: bool
+) -> str | None:
     """What is wrong with a parameter of a module whose sampled checkpoint tensor is `whole`, or None."""
     matrix = name == "weight" and whole.dim() == 2
-    columns = list(sample.columns(getattr(module, "input_size", None) or parameter.shape[1])) if matrix else []
-    if matrix and isinstance(module, RowParallelLinear):
-        first = module.tp_rank * module.input_size_per_partition
-        mine = [index for index, one in enumerate(columns) if first <= one < first + module.input_size_per_partition]
-        whole, columns = whole[:, mine], [columns[index] - first for index in mine]
+    columns: list[int] = []
+    if matrix:
+        mine, columns = local_columns(module, sample.columns(width_of(module, parameter)))
+        whole = whole[:, mine]
+    is_packed = matrix and hasattr(module, "cpu_linear")
     try:
         expected = whole if (rows := _rows(module)) is None else torch.cat([whole[start:end] for start, end in rows])
         found = []
         if parameter.numel():
             found.append(parameter[:, columns] if matrix else parameter)
-        if matrix and hasattr(module, "cpu_linear") and (not parameter.numel() or isinstance(module, ParallelLMHead)):
+        elif is_packed and not by_product:
+            if module not in sample.packed:
+                return "was not packed again"
+            found.append(sample.packed[module])
+        if is_packed and (isinstance(module, ParallelLMHead) or (by_product and not parameter.numel())):
             found.append(_columns_by_product(module, columns, expected.dtype))
     except (IndexError, RuntimeError) as error:
         return f"cannot be compared: {error}"
