@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from simmerge_ray.errors import ConfigError
 
@@ -97,12 +97,33 @@ class SearchConfig(_Config):
 class TrainConfig(_Config):
     """Selector training."""
 
-    hidden_sizes: tuple[int, ...] = Field((32, 16), min_length=1)
-    num_members: int = Field(5, ge=1, description="networks in the ensemble")
-    num_epochs: int = Field(300, ge=1)
-    learning_rate: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(1e-2, ge=0)
+    model: str = Field("mlp", pattern="^(mlp|ridge|knn|forest)$", description="what predicts utilities from signals")
+    task_encoding: str = Field(
+        "none", pattern="^(none|onehot|probe_stats)$", description="what is said about the task beside the signals"
+    )
+    hidden_sizes: tuple[int, ...] = Field((32, 16), min_length=1, description="mlp: layers of the encoder")
+    num_members: int = Field(5, ge=1, description="mlp: networks in the ensemble")
+    num_epochs: int = Field(300, ge=1, description="mlp: steps on all contexts")
+    learning_rate: float = Field(3e-3, gt=0, description="mlp: of AdamW, decaying to 0")
+    weight_decay: float = Field(1e-2, ge=0, description="mlp: of AdamW")
+    penalties: tuple[float, ...] = Field(
+        (1.0, 10.0, 100.0, 1000.0, 10000.0), min_length=1, description="ridge: penalties to choose from"
+    )
+    neighbours: tuple[int, ...] = Field((4, 8, 16, 32), min_length=1, description="knn: numbers to choose from")
+    num_trees: int = Field(60, ge=1, description="forest: trees for the level, and as many for the contrasts")
+    min_samples_leaf: int = Field(3, ge=1, description="forest: fewest rows in a leaf; a context has two rows")
+    num_folds: int = Field(12, ge=2, description="at most so many groups of checkpoints are left out in turn")
+    novelty_quantile: float = Field(
+        0.99, gt=0, le=1, description="of the training distances; what lies beyond is not answered"
+    )
     seed: int = 0
+
+    @field_validator("penalties", "neighbours")
+    @classmethod
+    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(value <= 0 for value in values):
+            raise ValueError("every value must be above 0")
+        return values
 
 
 class StudyConfig(_Config):

@@ -143,6 +143,30 @@ def gap_closed(contexts: Sequence[Context], chosen_arms: Sequence[str]) -> float
 
 
 @dataclass(frozen=True)
+class DefinedGaps:
+    """The D defined ones of a set of contexts.
+
+    rows: (D,) their indices. tasks: (D,). closed: (D, K) numerators of GapClosed per arm. gap: (D,) denominators.
+    """
+
+    rows: np.ndarray
+    tasks: tuple[str, ...]
+    closed: np.ndarray
+    gap: np.ndarray
+
+
+def defined_gaps(contexts: Sequence[Context], arms: Sequence[str]) -> DefinedGaps:
+    """Numerators and denominators of GapClosed for all arms, from which that of any policy follows; D may be 0."""
+    found = [(row, gap) for row, gap in enumerate(_gap(context, arms) for context in contexts) if gap is not None]
+    return DefinedGaps(
+        rows=np.array([row for row, _ in found], dtype=np.int64),
+        tasks=tuple(gap.task for _, gap in found),
+        closed=np.array([gap.closed for _, gap in found]).reshape(len(found), len(arms)),
+        gap=np.array([gap.gap for _, gap in found]),
+    )
+
+
+@dataclass(frozen=True)
 class PolicyGain:
     """GapClosed of a policy beside a reference policy, their difference, and its 95 % interval over checkpoints."""
 

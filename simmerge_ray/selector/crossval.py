@@ -1,8 +1,14 @@
-"""Predictions for checkpoints that a selector has not seen: one fold per checkpoint, all its pairs left out."""
+"""A selector beside its baselines on checkpoints that it was not trained on: the report of `simmerge train`.
+
+One split at a time: *one model unseen* (a group of checkpoints left out, with all its pairs) is that of the report; any
+other folds of `splits` can be given. Predictions of a pair that is tested in several folds are averaged, then one
+choice is made. What the safe override and the intervals need is chosen inside the training part of each fold: its
+checkpoints are left out in turn once more, so nothing is chosen on what it is scored on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +16,19 @@ import numpy as np
 
 from simmerge_ray.config import TrainConfig
 from simmerge_ray.errors import InputError
-from simmerge_ray.headroom import headroom, policy_gain
-from simmerge_ray.selector.baselines import best_fixed_arm, uniform_gap_closed
+from simmerge_ray.headroom import headroom
+from simmerge_ray.selector.baselines import uniform_gap_closed
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.train import train_selector
+from simmerge_ray.selector.encoding import TaskStatistics
+from simmerge_ray.selector.evaluation import Bench, NoiseSets, shares_of, units_of
+from simmerge_ray.selector.predictors import PREDICTORS
+from simmerge_ray.selector.splits import Fold, fold_mean, pairs_of, resampled_weights
+from simmerge_ray.selector.trial import OBJECTIVES, SafeResults, Trial, safe_results
+
+ONE_MODEL_UNSEEN = "one model unseen"
+NUM_RESAMPLES = 2000
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -29,27 +44,22 @@ class UnseenPredictions:
 
 
 def predict_unseen(
-    dataset: SelectionDataset, config: TrainConfig, report: Callable[[int, int], None] | None = None
+    dataset: SelectionDataset,
+    config: TrainConfig,
+    report: Progress | None = None,
+    statistics: TaskStatistics | None = None,
+    folds: Sequence[Fold] | None = None,
 ) -> UnseenPredictions:
-    """Leave each checkpoint out in turn, train on the pairs without it, predict the pairs with it.
+    """Leave each checkpoint (or group of them) out in turn, train on the pairs without it, predict the pairs with it.
 
     Raises:
         LabelError: a fold is too small to train on.
     """
-    checkpoints = sorted({name for context in dataset.contexts for name in (context.left, context.right)})
-    total = np.zeros_like(dataset.utilities)
-    fixed: list[str | None] = [None] * len(dataset.contexts)
-    for done, left_out in enumerate(checkpoints, 1):
-        tested = [i for i, c in enumerate(dataset.contexts) if left_out in (c.left, c.right)]
-        training = dataset.subset([i for i in range(len(dataset.contexts)) if i not in set(tested)])
-        selector = train_selector(training, config)
-        total[tested] += selector.predict(dataset.features[tested])[0]
-        fold_fixed = best_fixed_arm(training)
-        for row in tested:
-            fixed[row] = fixed[row] or fold_fixed
-        if report:
-            report(done, len(checkpoints))
-    return UnseenPredictions(total / 2.0, tuple(arm or dataset.arms[0] for arm in fixed))
+    trial = Trial.start(dataset, config, statistics, folds)
+    predicted = trial.predictions(trial.models(dataset, config))
+    if report:
+        report(1, 1)
+    return UnseenPredictions(fold_mean(trial.folds, predicted, len(dataset.contexts)), trial.best_fixed())
 
 
 def picks_per_context(dataset: SelectionDataset, utility: np.ndarray) -> list[str]:
@@ -59,11 +69,8 @@ def picks_per_context(dataset: SelectionDataset, utility: np.ndarray) -> list[st
 
 def picks_per_merge(dataset: SelectionDataset, utility: np.ndarray) -> list[str]:
     """One arm per pair: the best by predicted utility averaged over the pair's tasks. The headline objective."""
-    rows_of: dict[tuple[str, str], list[int]] = {}
-    for row, context in enumerate(dataset.contexts):
-        rows_of.setdefault((context.left, context.right), []).append(row)
     picks = [""] * len(dataset.contexts)
-    for rows in rows_of.values():
+    for rows in units_of(dataset.contexts, per_merge=True):
         arm = dataset.arms[int(utility[rows].mean(0).argmax())]
         for row in rows:
             picks[row] = arm
@@ -71,27 +78,49 @@ def picks_per_merge(dataset: SelectionDataset, utility: np.ndarray) -> list[str]
 
 
 def crossval_report(
-    dataset: SelectionDataset, config: TrainConfig, report: Callable[[int, int], None] | None = None
+    dataset: SelectionDataset,
+    config: TrainConfig,
+    report: Progress | None = None,
+    statistics: TaskStatistics | None = None,
+    folds: Sequence[Fold] | None = None,
+    split: str = ONE_MODEL_UNSEEN,
+    base_of: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """GapClosed of selector, best fixed, uniform and split-half oracle on checkpoints not trained on, as plain JSON.
+    """Selector, all models and baselines on checkpoints not trained on, as plain JSON.
 
-    `per_merge` (the headline: one arm per pair for both parents' tasks) and `per_context` (an arm per task);
-    `predictions` has one row per context. A `reason` instead where there are too few labels for the folds, or
-    GapClosed is nowhere defined.
+    Args:
+        report: called with (steps done, steps). statistics: for the task encoding `probe_stats`. folds, split: another
+            split of `splits` and its name; None leaves checkpoints out. base_of: base of each checkpoint, for the
+            intervals; None resamples checkpoints alone.
+
+    Returns:
+        `per_merge` (the headline: one arm per pair for both parents' tasks) and `per_context` (an arm per task):
+        GapClosed of selector, best fixed, uniform and split-half oracle. `policies`: for both objectives the figures of
+        `Bench.measure` of every policy, `majority_in_noise_set` and `arm_accuracy` of the selector. `missing`: policies
+        without figures, and why. `override`, `intervals`, `abstained`: of the safe policy. `predictions`: a row per
+        context. A `reason` instead where there are too few labels for the folds, or GapClosed is nowhere defined.
     """
-    result: dict[str, Any] = {"arms": list(dataset.arms), "num_contexts": len(dataset.contexts)}
+    result: dict[str, Any] = {"arms": list(dataset.arms), "num_contexts": len(dataset.contexts), "split": split}
+    known = np.flatnonzero(~np.isnan(dataset.utilities).any(1)).tolist()
+    if folds is None and len(known) < len(dataset.contexts):
+        dataset = dataset.subset(known)
     try:
         room = headroom(dataset.contexts)
-        unseen = predict_unseen(dataset, config, report)
+        trial = Trial.start(dataset, config, statistics, folds)
     except InputError as error:
         return result | {"reason": str(error)}
-    for name, picks in {"per_merge": picks_per_merge, "per_context": picks_per_context}.items():
-        gain = policy_gain(dataset.contexts, picks(dataset, unseen.utility), unseen.best_fixed)
+    scores, missing, safe, predicted = _all_scores(trial, report or (lambda done, steps: None))
+    best_fixed = trial.best_fixed()
+    policies = {}
+    for name in OBJECTIVES:
+        bench = _bench(trial, name == "per_merge", base_of)
+        policies[name] = _measured(bench, trial, scores | {"selector, safe": trial.with_parents(safe.scores[name])})
+        figures = policies[name]["policies"]
         result[name] = {
-            "selector": gain.policy,
-            "best_fixed": gain.reference,
-            "gain": gain.gain,
-            "gain_interval": list(gain.gain_interval) if gain.gain_interval else None,
+            "selector": figures["selector"]["gap_closed"],
+            "best_fixed": figures["best fixed"]["gap_closed"],
+            "gain": figures["selector"]["gain"],
+            "gain_interval": figures["selector"]["gain_interval"],
             "uniform": uniform_gap_closed(dataset),
             "oracle": getattr(room, name).split_half_oracle,
         }
@@ -100,10 +129,64 @@ def crossval_report(
             "left": context.left,
             "right": context.right,
             "task": context.task,
-            "predicted": unseen.utility[row].tolist(),
+            "predicted": predicted[row].tolist(),
             "measured": dataset.utilities[row].tolist(),
-            "best_fixed": unseen.best_fixed[row],
+            "best_fixed": best_fixed[row],
         }
         for row, context in enumerate(dataset.contexts)
+        if not np.isnan(predicted[row]).any()
     ]
-    return result | {"num_defined": room.num_defined, "min_items": room.min_items}
+    return result | {
+        "num_defined": room.num_defined,
+        "min_items": room.min_items,
+        "model": config.model,
+        "folds": [fold.name for fold in trial.folds],
+        "policies": policies,
+        "missing": missing,
+        "override": {"thresholds": safe.thresholds},
+        "abstained": safe.abstained,
+        "intervals": {
+            level: {"coverage": safe.covered[level], "half_width": safe.width[level]} for level in safe.covered
+        },
+    }
+
+
+def _all_scores(
+    trial: Trial, report: Progress
+) -> tuple[dict[str, np.ndarray], dict[str, str], SafeResults, np.ndarray]:
+    """Scores (N, K + 2) by policy, reasons for missing ones, the safe policy, and the selector's predictions (N, K)."""
+    others = [kind for kind in PREDICTORS if kind != trial.config.model]
+    steps = 4 + len(others)
+    models = trial.models(trial.dataset, trial.config)
+    by_fold = trial.predictions(models)
+    predicted = trial.averaged(by_fold)
+    scores = {"selector": trial.with_parents(predicted)}
+    report(1, steps)
+    safe = safe_results(trial, models, by_fold)
+    report(2, steps)
+    for done, kind in enumerate(others, 3):
+        config = trial.config.model_copy(update={"model": kind})
+        scores[kind] = trial.with_parents(trial.averaged(trial.predictions(trial.models(trial.dataset, config))))
+        report(done, steps)
+    found, missing = trial.baseline_scores()
+    report(steps - 1, steps)
+    controls, also_missing = trial.control_scores()
+    report(steps, steps)
+    return scores | found | controls, missing | also_missing, safe, predicted
+
+
+def _bench(trial: Trial, per_merge: bool, base_of: Mapping[str, str] | None) -> Bench:
+    contexts = trial.dataset.contexts
+    units = units_of(contexts, per_merge)
+    pairs = pairs_of(contexts)
+    samples = resampled_weights([pairs[row] for row in trial.scoring.rows], base_of, NUM_RESAMPLES, trial.config.seed)
+    return Bench(trial.scoring, units, NoiseSets.of(contexts, trial.dataset.arms, units), samples)
+
+
+def _measured(bench: Bench, trial: Trial, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    shares = {name: shares_of(values, bench.units) for name, values in scores.items()}
+    return {
+        "policies": {name: bench.measure(values, shares["best fixed"]) for name, values in shares.items()},
+        "majority_in_noise_set": bench.noise.majority_share,
+        "arm_accuracy": bench.arm_accuracy(shares["selector"], trial.dataset.arms),
+    }

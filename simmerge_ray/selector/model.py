@@ -1,15 +1,15 @@
-"""The selector: an ensemble of small networks, evaluated with numpy, stored as safetensors and JSON.
+"""The selector: signals of a pair in, utilities of the arms and a choice out. numpy; stored as safetensors and JSON.
 
-One network is an encoder z = relu(... relu(x W + b)) and two heads on it: a level (what any merge of this pair reaches)
-and a contrast per arm. `U_o(x) = level(z) + contrast_o(z)` with contrasts that sum to zero over the arms: the contrast
-chooses the arm within a merge, level plus contrast ranks merges.
+What predicts is a row of `predictors.PREDICTORS`. Around it: the scaling of the features, what is said about the task,
+when to leave the best fixed arm, which pairs are too far from the training data to be answered, and intervals.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +17,22 @@ import numpy as np
 
 from simmerge_ray.errors import SelectorError
 from simmerge_ray.selector.dataset import pair_features
+from simmerge_ray.selector.encoding import TaskEncoding, TaskStatistics, base_statistics
+from simmerge_ray.selector.novelty import Novelty
+from simmerge_ray.selector.policy import Choice, Intervals, SafeOverride, explain
+from simmerge_ray.selector.predictors import PREDICTORS, MlpPredictor, Network, Predictor
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.storage import new_directory, versions, write_json
 
-SELECTOR_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Network:
-    """Weights of one member of the ensemble.
-
-    layers: encoder layers (weight (in, out), bias (out,)). level: (hidden, 1), (1,). contrast: (hidden, K), (K,).
-    """
-
-    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
-    level: tuple[np.ndarray, np.ndarray]
-    contrast: tuple[np.ndarray, np.ndarray]
-
-    def encode(self, inputs: np.ndarray) -> np.ndarray:
-        """(..., F) standardised features -> (..., hidden)."""
-        for weight, bias in self.layers:
-            inputs = np.maximum(inputs @ weight + bias, 0.0)
-        return inputs
-
-    def utilities(self, inputs: np.ndarray) -> np.ndarray:
-        """(..., F) standardised features -> (..., K)."""
-        encoded = self.encode(inputs)
-        contrast = encoded @ self.contrast[0] + self.contrast[1]
-        return encoded @ self.level[0] + self.level[1] + contrast - contrast.mean(-1, keepdims=True)
+SELECTOR_SCHEMA = 2
+_WEIGHTS = "selector.safetensors"
+_DESCRIPTION = "selector.json"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted utilities of the arms, in the selector's order. utility, sd: (K,); sd is the spread of the ensemble."""
+    """Predicted utilities of the arms, in the selector's order. utility, sd: (K,)."""
 
     arms: tuple[str, ...]
     utility: np.ndarray
@@ -58,33 +40,137 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Selector:
-    """Predicts utilities of arms from the signals of a pair on a task.
+class FittedModel:
+    """A predictor with the scaling of its inputs. centre, scale: (F,), of the features over both orders."""
 
-    centre, scale: (F,) standardisation. best_fixed: the arm with the highest mean utility in the training data.
-    provenance: digest of the training data, config, metrics.
+    centre: np.ndarray
+    scale: np.ndarray
+    encoding: TaskEncoding
+    predictor: Predictor
+
+    def standardised(self, features: np.ndarray) -> np.ndarray:
+        """(N, 2, F) -> (N, 2, F).
+
+        Raises:
+            SelectorError: features of another number, or one that is not finite.
+        """
+        if features.ndim != 3 or features.shape[1:] != (2, len(self.centre)):
+            raise SelectorError(
+                f"features have the shape {features.shape}; the selector takes (N, 2, {len(self.centre)}): "
+                "both orders of each pair"
+            )
+        if not np.isfinite(features.sum()):  # without a second array of that size
+            raise SelectorError("a feature is missing or not a finite number; compute the signals again")
+        return (features - self.centre) / self.scale
+
+    def inputs(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+    ) -> np.ndarray:
+        """(N, 2, F) features and the tasks -> (N, 2, D): standardised, the task's code appended to both orders."""
+        codes = self.encoding.codes(len(features), tasks, statistics)
+        inputs = self.standardised(features)
+        return np.concatenate([inputs, np.repeat(codes[:, None], 2, axis=1)], axis=2) if codes.shape[1] else inputs
+
+    def predict(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(N, 2, F) -> utility (N, K) and sd (N, K)."""
+        if not len(features):
+            # Of one made-up row, for the number of arms.
+            utility, _ = self.predictor.predict(np.zeros((1, 2, len(self.centre) + self.encoding.width)))
+            return np.zeros((0, utility.shape[1])), np.zeros((0, utility.shape[1]))
+        return self.predictor.predict(self.inputs(features, tasks, statistics))
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Predicts utilities of arms from the signals of a pair on a task, and chooses an arm.
+
+    reference: the arms over which contrasts sum to zero; any other arm is a contrast to their mean. intervals: None
+    where there were too few checkpoints to leave some out. provenance: digest of the training data, config, metrics.
     """
 
     arms: tuple[str, ...]
+    reference: tuple[str, ...]
     columns: tuple[str, ...]
-    centre: np.ndarray
-    scale: np.ndarray
-    members: tuple[Network, ...]
-    best_fixed: str
+    fitted: FittedModel
+    override: SafeOverride
+    novelty: Novelty
+    intervals: Intervals | None
     provenance: Mapping[str, Any]
 
-    def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and spread of the ensemble, averaged over both orders of each pair (all arms here are symmetric).
+    @property
+    def best_fixed(self) -> str:
+        """The arm with the best headline in the training data."""
+        return self.override.best_fixed
+
+    @property
+    def members(self) -> tuple[Network, ...]:
+        """Networks of an `mlp` selector."""
+        return self._mlp().members
+
+    def _mlp(self) -> MlpPredictor:
+        predictor = self.fitted.predictor
+        if not isinstance(predictor, MlpPredictor):
+            raise SelectorError(f"a {predictor.kind} selector has no encoder; train one with model: mlp")
+        return predictor
+
+    def predict(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Utilities, averaged over both orders of each pair (all arms here are symmetric).
 
         Args:
-            features: (N, 2, F) scaled features, as in `SelectionDataset`.
+            features: (N, 2, F) scaled features, as in `SelectionDataset`. tasks: of each context; needed by the
+                encoding `probe_stats`, with the base's `statistics` on them, and unknown to `onehot` when left out.
 
         Returns:
             utility (N, K) and sd (N, K).
+
+        Raises:
+            SelectorError: features of another number, missing ones, or a task that cannot be encoded.
         """
-        inputs = (features - self.centre) / self.scale
-        outputs = np.stack([member.utilities(inputs).mean(1) for member in self.members])
-        return outputs.mean(0), outputs.std(0)
+        return self.fitted.predict(features, tasks, statistics)
+
+    def encode(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+    ) -> np.ndarray:
+        """(N, 2, F) -> (N, E, hidden): outputs of the encoders of the E networks, averaged over both orders.
+
+        Raises:
+            SelectorError: not an `mlp` selector, or as in `predict`.
+        """
+        return self._mlp().encode(self.fitted.inputs(features, tasks, statistics))
+
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """(N, 2, F) -> (N,): distance of each context to the training data; beyond `novelty.limit` it is not known."""
+        return self.novelty.distances(self.fitted.standardised(features))
+
+    def half_widths(self, level: float) -> np.ndarray:
+        """(K,): utility plus and minus this covers the measured one with probability `level`, for unseen checkpoints.
+
+        Raises:
+            SelectorError: another level than those of the artifact, or none were computed.
+        """
+        if self.intervals is None:
+            raise SelectorError("this selector has no intervals: there were too few checkpoints to leave some out")
+        if level not in self.intervals.levels:
+            raise SelectorError(f"no interval of level {level}; known: {', '.join(map(str, self.intervals.levels))}")
+        return self.intervals.half_widths[self.intervals.levels.index(level)]
+
+    def choose(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+    ) -> Choice:
+        """One arm for one pair on T tasks together: the default policy.
+
+        Args:
+            features: (T, 2, F), the pair's features on each task.
+        """
+        if not len(features):
+            raise SelectorError("a choice needs the features of one task at least")
+        utility, _ = self.predict(features, tasks, statistics)
+        distance = float(self.distances(features).max())
+        return explain(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
 
     def predict_pair(self, table: SignalTable, left: str, right: str, tasks: Sequence[str]) -> dict[str, Prediction]:
         """Predictions for one pair, per task.
@@ -92,6 +178,27 @@ class Selector:
         Raises:
             SelectorError: the table does not have the features that this selector was trained with.
             PlanError: the pair or a task is not in the table.
+        """
+        utility, sd = self.predict(*self._from_table(table, left, right, tasks))
+        return {task: Prediction(self.arms, utility[i], sd[i]) for i, task in enumerate(tasks)}
+
+    def choose_pair(self, table: SignalTable, left: str, right: str, tasks: Sequence[str]) -> Choice:
+        """`choose` for a pair of a table; raises as `predict_pair`."""
+        return self.choose(*self._from_table(table, left, right, tasks))
+
+    def _from_table(
+        self, table: SignalTable, left: str, right: str, tasks: Sequence[str]
+    ) -> tuple[np.ndarray, Sequence[str], TaskStatistics | None]:
+        self.check_table(table)
+        features = np.array([pair_features(table, left, right, task) for task in tasks])
+        statistics = base_statistics(table) if self.fitted.encoding.kind == "probe_stats" else None
+        return features.reshape(len(tasks), 2, len(self.columns)), tasks, statistics
+
+    def check_table(self, table: SignalTable) -> None:
+        """Refuse a table of other features, or of weight signals of another kind, than this selector was trained with.
+
+        Raises:
+            SelectorError: saying what differs.
         """
         if self.columns != table.columns:
             missing = sorted(set(self.columns) - set(table.columns)) or sorted(set(table.columns) - set(self.columns))
@@ -105,17 +212,17 @@ class Selector:
                 f"the selector was trained with {trained} weight signals, the table has {given} ones; "
                 f"compute it with --weights {trained}"
             )
-        utility, sd = self.predict(np.array([pair_features(table, left, right, task) for task in tasks]))
-        return {task: Prediction(self.arms, utility[i], sd[i]) for i, task in enumerate(tasks)}
 
     def write(self, path: Path) -> None:
         """Write the artifact directory, whole or not at all."""
         from safetensors.numpy import save_file
 
-        tensors = {"centre": self.centre, "scale": self.scale}
-        for index, member in enumerate(self.members):
-            for number, pair in enumerate((*member.layers, member.level, member.contrast)):
-                tensors[f"member{index}.layer{number}.weight"], tensors[f"member{index}.layer{number}.bias"] = pair
+        tensors = {"centre": self.fitted.centre, "scale": self.fitted.scale, "novelty": self.novelty.rows}
+        tensors |= {f"model.{name}": value for name, value in self.fitted.predictor.tensors().items()}
+        if self.intervals is not None:
+            tensors["half_widths"] = self.intervals.half_widths
+        threshold = self.override.threshold
+        override = asdict(self.override) | {"threshold": None if math.isinf(threshold) else threshold}
         with new_directory(path) as target:
             save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, str(target / _WEIGHTS))
             write_json(
@@ -123,19 +230,19 @@ class Selector:
                 {
                     "schema": SELECTOR_SCHEMA,
                     "feature_schema": FEATURE_SCHEMA,
+                    "model": self.fitted.predictor.kind,
                     "arms": self.arms,
+                    "reference": self.reference,
                     "columns": self.columns,
-                    "num_members": len(self.members),
-                    "num_layers": len(self.members[0].layers),
+                    "encoding": asdict(self.fitted.encoding),
                     "best_fixed": self.best_fixed,
+                    "override": override,
+                    "novelty_limit": self.novelty.limit,
+                    "interval_levels": self.intervals.levels if self.intervals else [],
                     "provenance": self.provenance,
                     "versions": versions(),
                 },
             )
-
-
-_WEIGHTS = "selector.safetensors"
-_DESCRIPTION = "selector.json"
 
 
 def read_selector(path: Path) -> Selector:
@@ -153,28 +260,60 @@ def read_selector(path: Path) -> Selector:
         raise SelectorError(f"no selector at {path}; `simmerge train` makes one") from None
     except ValueError:
         raise SelectorError(f"{path / _DESCRIPTION} is not JSON") from None
+    if not isinstance(description, dict):
+        raise SelectorError(f"{path / _DESCRIPTION} is not a JSON object")
     for key, expected in (("schema", SELECTOR_SCHEMA), ("feature_schema", FEATURE_SCHEMA)):
         if description.get(key) != expected:
             raise SelectorError(
                 f"selector {path}: {key} is {description.get(key)}, this version reads {expected}; train it again"
             )
+    if description.get("model") not in PREDICTORS:
+        raise SelectorError(f"selector {path}: model is {description.get('model')}; known: {', '.join(PREDICTORS)}")
     try:
-        tensors = load_file(str(path / _WEIGHTS))
-        members = []
-        for index in range(description["num_members"]):
-            pairs = [
-                (tensors[f"member{index}.layer{n}.weight"], tensors[f"member{index}.layer{n}.bias"])
-                for n in range(description["num_layers"] + 2)
-            ]
-            members.append(Network(tuple(pairs[:-2]), pairs[-2], pairs[-1]))
-        return Selector(
-            arms=tuple(description["arms"]),
-            columns=tuple(description["columns"]),
-            centre=tensors["centre"],
-            scale=tensors["scale"],
-            members=tuple(members),
-            best_fixed=description["best_fixed"],
-            provenance=description["provenance"],
-        )
-    except (OSError, KeyError, SafetensorError) as error:
-        raise SelectorError(f"selector {path} is damaged: {error}") from None
+        return _checked(_from_artifact(description, load_file(str(path / _WEIGHTS))))
+    except (OSError, KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
+        raise SelectorError(f"selector {path} is damaged: {error}; train it again") from None
+
+
+def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Selector:
+    of_model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    encoding = description["encoding"]
+    told = TaskEncoding(encoding["kind"], *(tuple(encoding[name]) for name in ("tasks", "centre", "scale")))
+    override = dict(description["override"])
+    if override["threshold"] is None:
+        override["threshold"] = math.inf
+    levels = tuple(description["interval_levels"])
+    return Selector(
+        arms=tuple(description["arms"]),
+        reference=tuple(description["reference"]),
+        columns=tuple(description["columns"]),
+        fitted=FittedModel(
+            tensors["centre"],
+            tensors["scale"],
+            told,
+            PREDICTORS[description["model"]].from_tensors(of_model),
+        ),
+        override=SafeOverride(**override),
+        novelty=Novelty(tensors["novelty"], float(description["novelty_limit"])),
+        intervals=Intervals(levels, tensors["half_widths"]) if levels else None,
+        provenance=description["provenance"],
+    )
+
+
+def _checked(selector: Selector) -> Selector:
+    """A selector whose parts fit each other; raises ValueError otherwise."""
+    num_features, num_arms = len(selector.columns), len(selector.arms)
+    fitted = selector.fitted
+    if fitted.centre.shape != (num_features,) or fitted.scale.shape != (num_features,):
+        raise ValueError(f"it scales {len(fitted.centre)} features, {num_features} are named")
+    if selector.novelty.rows.shape[1:] != (num_features,):
+        raise ValueError(f"its training rows are not of {num_features} features")
+    if selector.best_fixed not in selector.arms or not set(selector.reference) <= set(selector.arms):
+        raise ValueError("the best fixed arm or a reference arm is not among the arms")
+    if selector.intervals and selector.intervals.half_widths.shape != (len(selector.intervals.levels), num_arms):
+        raise ValueError("its intervals are not of its arms")
+    width = num_features + fitted.encoding.width
+    utility, _ = fitted.predictor.predict(np.zeros((1, 2, width)))
+    if utility.shape != (1, num_arms):
+        raise ValueError(f"the model predicts {utility.shape[1]} arms, {num_arms} are named")
+    return selector

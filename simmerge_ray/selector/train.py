@@ -1,112 +1,217 @@
-"""Fit the selector's ensemble. Seeded; a few hundred contexts take seconds on one core."""
+"""Fit a selector and calibrate it on checkpoints that are left out. Seeded; seconds for a few hundred contexts."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from simmerge_ray.config import TrainConfig
-from simmerge_ray.errors import LabelError
-from simmerge_ray.selector.baselines import best_fixed_arm
+from simmerge_ray.errors import LabelError, unknown_name
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.model import Network, Selector
+from simmerge_ray.selector.encoding import TaskEncoding, TaskStatistics
+from simmerge_ray.selector.evaluation import Scoring, units_of
+from simmerge_ray.selector.fit_mlp import fit_mlps
+from simmerge_ray.selector.fit_sklearn import fit_forest, fit_knn, fit_ridge
+from simmerge_ray.selector.model import FittedModel, Selector
+from simmerge_ray.selector.novelty import fit_novelty
+from simmerge_ray.selector.policy import Intervals, SafeOverride, fit_intervals, fit_override
+from simmerge_ray.selector.predictors import Predictor
+from simmerge_ray.selector.splits import Fold, checkpoint_folds, fold_mean, pairs_of
+from simmerge_ray.selector.targets import TrainingSet, level_and_contrasts
 from simmerge_ray.storage import digest_bytes
 
 MIN_CONTEXTS = 8
-# The contrast chooses the arm and is small beside the level: with equal weight the level takes the network.
-_CONTRAST_WEIGHT = 4.0
+
+Rows = Sequence[int]
 
 
-def train_selector(dataset: SelectionDataset, config: TrainConfig) -> Selector:
-    """Fit an ensemble on the contexts of a dataset.
-
-    Every context enters with both orders of its pair, so nothing depends on which checkpoint is called left. Members
-    differ by their initial weights and by a bootstrap of the pairs (both tasks and orders of a pair stay together).
-
-    Raises:
-        LabelError: fewer than `MIN_CONTEXTS` contexts, or fewer than two arms.
-    """
-    num_contexts, num_arms = dataset.utilities.shape
-    if num_contexts < MIN_CONTEXTS or num_arms < 2:
-        raise LabelError(
-            f"{num_contexts} contexts with {num_arms} arms are too few to train on; at least {MIN_CONTEXTS} contexts "
-            "and 2 arms are needed: search more pairs"
-        )
-    flat = dataset.features.reshape(-1, dataset.features.shape[-1])
-    centre, scale = flat.mean(0), flat.std(0)
-    scale = np.where(scale > 1e-9, scale, 1.0)
-    inputs = (dataset.features - centre) / scale
-    pairs = sorted({(c.left, c.right) for c in dataset.contexts})
-    rows_of = {pair: [i for i, c in enumerate(dataset.contexts) if (c.left, c.right) == pair] for pair in pairs}
-    draws = []
-    for index in range(config.num_members):
-        generator = np.random.default_rng([config.seed, index])
-        drawn = generator.integers(len(pairs), size=len(pairs))
-        draws.append(np.bincount([row for choice in drawn for row in rows_of[pairs[choice]]], minlength=num_contexts))
-    members = _fit_members(inputs, dataset.utilities, np.array(draws, dtype=np.float64), config)
-    provenance: dict[str, Any] = {
-        "config": config.model_dump(),
-        "num_contexts": num_contexts,
-        "num_pairs": len(pairs),
-        "tasks": sorted({context.task for context in dataset.contexts}),
-        "checkpoints": sorted({name for pair in pairs for name in pair}),
-        "pairs": [list(pair) for pair in pairs],
-        "weights": dataset.weights,
-        "data_digest": digest_bytes(dataset.features.tobytes(), dataset.utilities.tobytes()),
-    }
-    return Selector(dataset.arms, dataset.columns, centre, scale, tuple(members), best_fixed_arm(dataset), provenance)
+def _each(fit: Callable[[TrainingSet, TrainConfig], Predictor]) -> Callable[..., list[Predictor]]:
+    return lambda sets, config: [fit(one, config) for one in sets]
 
 
-def _fit_members(inputs: np.ndarray, utilities: np.ndarray, weights: np.ndarray, config: TrainConfig) -> list[Network]:
-    """All networks of the ensemble at once, by full-batch AdamW on the squared errors of level and contrasts.
+_FITTERS: Mapping[str, Callable[[Sequence[TrainingSet], TrainConfig], Sequence[Predictor]]] = {
+    "mlp": fit_mlps,
+    "ridge": _each(fit_ridge),
+    "knn": _each(fit_knn),
+    "forest": _each(fit_forest),
+}
+
+
+def train_selector(
+    dataset: SelectionDataset,
+    config: TrainConfig,
+    statistics: TaskStatistics | None = None,
+    reference: Sequence[str] | None = None,
+) -> Selector:
+    """Fit a model on all contexts, and calibrate it on models that were fitted without some of the checkpoints.
+
+    Every context enters with both orders of its pair, so nothing depends on which checkpoint is called left, nor on the
+    order of the contexts. With too few checkpoints to leave some out the selector never leaves the best fixed arm and
+    has no intervals.
 
     Args:
-        inputs: (N, 2, F) standardised. utilities: (N, K). weights: (E, N), how often each context counts for a member.
+        statistics: `base_statistics(table)`, for the task encoding `probe_stats`. reference: arms whose contrasts sum
+            to zero; None takes all. Contexts in which one of them was not measured (NaN) are dropped; another arm is a
+            contrast to their mean, learned from the contexts that have it.
+
+    Raises:
+        LabelError: fewer than `MIN_CONTEXTS` contexts, or fewer than two reference arms.
+        SelectorError: the task encoding needs statistics that were not given.
     """
-    num_members, num_arms = weights.shape[0], utilities.shape[1]
-    sizes = (inputs.shape[-1], *config.hidden_sizes)
-    shapes = [*zip(sizes[:-1], sizes[1:], strict=True), (sizes[-1], 1), (sizes[-1], num_arms)]
-    generator = torch.Generator().manual_seed(config.seed)
-    matrices, biases = [], []
-    for fan_in, fan_out in shapes:
-        bound = fan_in**-0.5
-        matrices.append((2 * torch.rand(num_members, fan_in, fan_out, generator=generator) - 1) * bound)
-        biases.append(torch.zeros(num_members, 1, fan_out))
-    x = torch.tensor(inputs.reshape(-1, inputs.shape[-1]), dtype=torch.float32)
-    u = torch.tensor(np.repeat(utilities, 2, axis=0), dtype=torch.float32)
-    w = torch.tensor(np.repeat(weights / weights.sum(1, keepdims=True), 2, axis=1) / 2, dtype=torch.float32)[..., None]
-    mean = u.mean(1, keepdim=True)
-    contrasts = u - mean
-    biases[-2] += (w * mean).sum(1, keepdim=True)
-    parameters = [p.requires_grad_() for p in (*matrices, *biases)]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_epochs)
-    for _ in range(config.num_epochs):
-        z = x.expand(num_members, -1, -1)
-        for matrix, bias in zip(matrices[:-2], biases[:-2], strict=True):
-            z = torch.relu(z @ matrix + bias)
-        level = z @ matrices[-2] + biases[-2]
-        c = z @ matrices[-1] + biases[-1]
-        errors = (level - mean).square() + _CONTRAST_WEIGHT * (c - c.mean(-1, keepdim=True) - contrasts).square().mean(
-            -1, keepdim=True
+    names = tuple(reference) if reference is not None else dataset.arms
+    columns = _reference_columns(dataset, names)
+    dataset = dataset.subset(_known_rows(dataset, columns))
+    check_enough(dataset, len(columns))
+    fitted = fit_models(dataset, [range(len(dataset.contexts))], config, statistics, columns)[0]
+    pairs = pairs_of(dataset.contexts)
+    override, intervals = _calibrated(dataset, config, statistics, columns)
+    unique = sorted({(min(pair), max(pair)) for pair in pairs})
+    order = _canonical(dataset, range(len(pairs)))
+    provenance: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "num_contexts": len(pairs),
+        "num_pairs": len(unique),
+        "tasks": sorted({context.task for context in dataset.contexts}),
+        "checkpoints": sorted({name for pair in pairs for name in pair}),
+        "pairs": [list(pair) for pair in unique],
+        "weights": dataset.weights,
+        "data_digest": digest_bytes(dataset.features[order].tobytes(), dataset.utilities[order].tobytes()),
+    }
+    novelty = fit_novelty(
+        fitted.standardised(dataset.features[order]), [pairs[row] for row in order], config.novelty_quantile
+    )
+    return Selector(dataset.arms, names, dataset.columns, fitted, override, novelty, intervals, provenance)
+
+
+def check_enough(dataset: SelectionDataset, num_reference: int) -> None:
+    """Refuse data that is too little to train on.
+
+    Raises:
+        LabelError: saying what is needed.
+    """
+    if len(dataset.contexts) < MIN_CONTEXTS or num_reference < 2:
+        raise LabelError(
+            f"{len(dataset.contexts)} contexts with {num_reference} arms are too few to train on; at least "
+            f"{MIN_CONTEXTS} contexts and 2 arms are needed: search more pairs"
         )
-        loss = (w * errors).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    if not np.isfinite(dataset.features).all():
+        row, _, column = np.argwhere(~np.isfinite(dataset.features))[0]
+        context = dataset.contexts[row]
+        raise LabelError(
+            f"the feature {dataset.columns[column]!r} of {context.left} + {context.right} on {context.task} is "
+            "missing; compute the signals again"
+        )
 
-    def layer(number: int, member: int) -> tuple[np.ndarray, np.ndarray]:
-        matrix, bias = matrices[number][member].detach(), biases[number][member, 0].detach()
-        return matrix.double().numpy().copy(), bias.double().numpy().copy()
 
+def _reference_columns(dataset: SelectionDataset, names: Sequence[str]) -> tuple[int, ...]:
+    for name in names:
+        if name not in dataset.arms:
+            raise LabelError(unknown_name("reference arm", name, dataset.arms))
+    return tuple(dataset.arms.index(name) for name in names)
+
+
+def _known_rows(dataset: SelectionDataset, reference: Sequence[int]) -> list[int]:
+    return np.flatnonzero(~np.isnan(dataset.utilities[:, list(reference)]).any(1)).tolist()
+
+
+def _canonical(dataset: SelectionDataset, rows: Rows) -> list[int]:
+    """The rows in the order of their pairs and tasks, so that the order in which labels came plays no part."""
+    keys = {row: (dataset.contexts[row].left, dataset.contexts[row].right, dataset.contexts[row].task) for row in rows}
+    return sorted(rows, key=lambda row: keys[row])
+
+
+def fit_models(
+    dataset: SelectionDataset,
+    parts: Sequence[Rows],
+    config: TrainConfig,
+    statistics: TaskStatistics | None = None,
+    reference: Sequence[int] | None = None,
+) -> list[FittedModel]:
+    """One model for each set of rows; scaling and encoding are those of its rows. Networks are trained side by side.
+
+    Args:
+        reference: columns of the reference arms; None takes all.
+    """
+    columns = tuple(range(len(dataset.arms))) if reference is None else tuple(reference)
+    level, contrasts = level_and_contrasts(dataset.utilities, columns)
+    pairs = pairs_of(dataset.contexts)
+    prepared, sets = [], []
+    for part in parts:
+        rows = _canonical(dataset, part)
+        features = dataset.features[rows]
+        flat = features.reshape(-1, features.shape[-1])
+        centre, scale = flat.mean(0), flat.std(0)
+        scale = np.where(scale > 1e-9, scale, 1.0)
+        tasks = [dataset.contexts[row].task for row in rows]
+        encoding = TaskEncoding.fit(config.task_encoding, tasks, statistics)
+        codes = np.repeat(encoding.codes(len(rows), tasks, statistics)[:, None], 2, axis=1)
+        inputs = np.concatenate([(features - centre) / scale, codes], axis=2)
+        prepared.append((centre, scale, encoding))
+        sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, tuple(pairs[row] for row in rows)))
+    # Codes of the task are of another width where a part has other tasks; these cannot be trained side by side.
+    fitted: list[FittedModel | None] = [None] * len(sets)
+    for width in sorted({one.inputs.shape[-1] for one in sets}):
+        index = [i for i, one in enumerate(sets) if one.inputs.shape[-1] == width]
+        for i, predictor in zip(index, _FITTERS[config.model]([sets[i] for i in index], config), strict=True):
+            fitted[i] = FittedModel(*prepared[i], predictor)
+    return [model for model in fitted if model is not None]
+
+
+def predict_folds(
+    dataset: SelectionDataset, folds: Sequence[Fold], models: Sequence[FittedModel], statistics: TaskStatistics | None
+) -> list[np.ndarray]:
+    """Per fold (num tested, K): predictions of its model for what it tests."""
     return [
-        Network(
-            tuple(layer(number, member) for number in range(len(shapes) - 2)),
-            layer(len(shapes) - 2, member),
-            layer(len(shapes) - 1, member),
-        )
-        for member in range(num_members)
+        model.predict(
+            dataset.features[list(fold.tested)], [dataset.contexts[row].task for row in fold.tested], statistics
+        )[0]
+        for fold, model in zip(folds, models, strict=True)
     ]
+
+
+def calibrate(
+    dataset: SelectionDataset, folds: Sequence[Fold], predicted: Sequence[np.ndarray], scoring: Scoring | None = None
+) -> tuple[SafeOverride, Intervals | None]:
+    """When to leave the best fixed arm, and intervals, from the predictions of folds.
+
+    Args:
+        folds: their tested rows may leave out some of the data set, which then counts for the best fixed arm alone.
+    """
+    scoring = scoring or Scoring.of(dataset.contexts, dataset.arms)
+    mean = fold_mean(folds, predicted, len(dataset.contexts))
+    pairs = pairs_of(dataset.contexts)
+    override = fit_override(scoring, dataset.arms, units_of(dataset.contexts, per_merge=True), pairs, mean)
+    return override, fit_intervals(*fold_errors(dataset, folds, predicted))
+
+
+def fold_errors(
+    dataset: SelectionDataset, folds: Sequence[Fold], predicted: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], int]:
+    """Per fold (num tested, K) predicted minus measured utility, and how many contexts these are of."""
+    errors = [value - dataset.utilities[list(fold.tested)] for fold, value in zip(folds, predicted, strict=True)]
+    return errors, len({row for fold in folds for row in fold.tested})
+
+
+def usable_folds(folds: Sequence[Fold]) -> list[Fold]:
+    """Those that test something and have enough to train on."""
+    return [fold for fold in folds if fold.tested and len(fold.training) >= MIN_CONTEXTS]
+
+
+def _calibrated(
+    dataset: SelectionDataset, config: TrainConfig, statistics: TaskStatistics | None, reference: tuple[int, ...]
+) -> tuple[SafeOverride, Intervals | None]:
+    # Labels of later arms are too few for a fixed choice or a threshold: these come from the reference arms.
+    arms = tuple(dataset.arms[k] for k in reference)
+    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, list(reference)])
+    folds = usable_folds(checkpoint_folds(pairs_of(dataset.contexts), config.num_folds, config.seed))
+    if not folds:
+        scoring = Scoring.of(known.contexts, arms)
+        return SafeOverride(arms[scoring.best_fixed(len(arms))], math.inf, None, None, 0.0, scoring.unit), None
+    models = fit_models(dataset, [fold.training for fold in folds], config, statistics, reference)
+    predicted = predict_folds(dataset, folds, models, statistics)
+    override, _ = calibrate(known, folds, [value[:, list(reference)] for value in predicted])
+    return override, fit_intervals(*fold_errors(dataset, folds, predicted))

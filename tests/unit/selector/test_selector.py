@@ -113,7 +113,11 @@ def test_damaged_missing_and_other_schema_artifacts_say_what_differs(tmp_path):
     for change, message in (
         ({"schema": 99}, "schema is 99"),
         ({"feature_schema": 0}, "feature_schema is 0"),
-        ({"num_members": 9}, "damaged"),
+        ({"model": "oracle"}, "model is oracle"),
+        ({"arms": ["linear"]}, "damaged"),
+        ({"best_fixed": None, "override": {}}, "damaged"),
+        ({"encoding": {"kind": "onehot"}}, "damaged"),
+        ({"schema": 1}, "train it again"),
     ):
         bad = tmp_path / "bad"
         shutil.copytree(tmp_path / "good", bad, dirs_exist_ok=True)
