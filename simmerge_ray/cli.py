@@ -17,6 +17,7 @@ from simmerge_ray import __version__
 from simmerge_ray.catalogue_cli import catalogue_app
 from simmerge_ray.errors import InputError, PlanError, SimmergeError, unknown_name
 from simmerge_ray.labels_cli import labels_app
+from simmerge_ray.plan_cli import plan
 from simmerge_ray.search_cli import search
 
 app = typer.Typer(
@@ -187,40 +188,7 @@ def train(
         train_stage(signals, labels, out, config, narrator, crossval=crossval)
 
 
-@app.command()
-def plan(
-    selector: Annotated[Path, typer.Option(help="directory of the selector")],
-    signals: Annotated[Path, typer.Option(help="signal table (Parquet)")],
-    catalogue: Annotated[Path, typer.Option(help="catalogue YAML, for the paths in the plan")],
-    left: Annotated[str, typer.Option(help="checkpoint id")],
-    right: Annotated[str, typer.Option(help="checkpoint id")],
-    task: Annotated[list[str] | None, typer.Option(help="choose for these tasks; default: both parents' own")] = None,
-    out: Annotated[Path | None, typer.Option(help="write the best plan here, for `simmerge merge`")] = None,
-) -> None:
-    """Rank the arms for a pair, without merging or evaluating anything."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.operators.specs import parse_arm
-    from simmerge_ray.plans import pair_plan, resolve_plan, write_plan
-    from simmerge_ray.service.recommender import Recommender
-
-    checkpoints = load_catalogue(catalogue)
-    recommender = Recommender.load(selector, signals)
-    ranked = recommender.rank(left, right, task or ())
-    table = Table(title=f"{left} + {right}", title_justify="left")
-    for column in ("arm", "predicted utility", "sd", *ranked[0].by_task):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    for row in ranked:
-        name = f"{row.arm} (best fixed)" if row.arm == recommender.best_fixed else row.arm
-        table.add_row(name, f"{row.utility:.3f}", f"{row.sd:.3f}", *(f"{u:.3f}" for u, _ in row.by_task.values()))
-    Console().print(table)
-    if out is not None:
-        resolved = resolve_plan(pair_plan(left, right, parse_arm(ranked[0].arm)), checkpoints)
-        predicted = {name: {"utility": u, "sd": sd} for name, (u, sd) in ranked[0].by_task.items()}
-        write_plan(out, resolved, predicted)
-        typer.echo(f"plan written to {out}; make it with: simmerge merge {out} OUT")
+app.command()(plan)
 
 
 @app.command()

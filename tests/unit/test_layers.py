@@ -18,7 +18,7 @@ FLOW = (
     "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "digests", "catalogue", "probes",
     "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
     "transformers_evaluator", "headroom", "labels", "search", "selector", "service", "figures", "report", "demo",
-    "distributed", "search_cli", "catalogue_cli", "labels_cli", "cli",
+    "distributed", "search_cli", "catalogue_cli", "labels_cli", "plan_cli", "cli",
 )  # fmt: skip
 
 
@@ -81,6 +81,9 @@ def loaded_modules(code: str) -> set[str]:
         "['simmerge', 'signals', 'absent.yaml', '--probes', 'p', '--out', 'o']",
         "['simmerge', 'signals', 'c.yaml', '--out', 'o', '--weights', 'all']",
         "['simmerge', 'merge', 'absent.json', 'out']",
+        "['simmerge', 'plan', '--help']",
+        "['simmerge', 'plan', 'absent.yaml', '--selector', 's', '--signals', 't']",
+        "['simmerge', 'plan', 'c.yaml', '--selector', 's', '--signals', 't', '--propagator', 'virtul']",
     ],
 )
 def test_help_and_typos_load_no_heavy_library(arguments):
