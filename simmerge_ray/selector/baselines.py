@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from simmerge_ray.errors import LabelError, PlanError, unknown_name
+from simmerge_ray.errors import LabelError, PlanError
 from simmerge_ray.operators.specs import Arm
 from simmerge_ray.plans import MergePlan, fold_plan
 from simmerge_ray.selector.dataset import SelectionDataset
@@ -152,14 +152,3 @@ def expert_plan(
         raise PlanError(f"a merge needs two checkpoints or more, got {sorted(utilities) or 'none'}")
     order = sorted(utilities, key=lambda name: (utilities[name], name), reverse=not expert_last)
     return fold_plan(order, [arm] * (len(order) - 1), weighting)
-
-
-def baseline(name: str) -> Policy:
-    """A row of `BASELINES`.
-
-    Raises:
-        LabelError: unknown name.
-    """
-    if name not in BASELINES:
-        raise LabelError(unknown_name("baseline", name, BASELINES))
-    return BASELINES[name]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from simmerge_ray.config import TrainConfig
-from simmerge_ray.errors import LabelError, PlanError
+from simmerge_ray.errors import PlanError
 from simmerge_ray.operators.specs import make_arm
-from simmerge_ray.selector.baselines import BASELINES, baseline, expert_plan, permuted_signals, signal_stump
+from simmerge_ray.selector.baselines import BASELINES, expert_plan, permuted_signals, signal_stump
 from simmerge_ray.selector.crossval import crossval_report
 from simmerge_ray.selector.evaluation import NoiseSets, Scoring, option_utilities, shares_of, units_of
 from simmerge_ray.selector.splits import base_folds, pairs_of, random_pair_folds
@@ -126,8 +126,3 @@ def test_expert_plans_are_folds_with_the_expert_at_one_end():
     assert "b" in (first[0].left, first[0].right) and first[-1].right == "c"
     with pytest.raises(PlanError, match="two checkpoints"):
         expert_plan({"a": 1.0}, arm)
-
-
-def test_an_unknown_baseline_names_the_known_ones():
-    with pytest.raises(LabelError, match="unknown baseline 'unifrm' .did you mean 'uniform'"):
-        baseline("unifrm")
