@@ -168,7 +168,7 @@ class PlanSearch:
         valid = np.repeat(allowed[..., None], len(self._arms), axis=2)
         if number == 1:
             valid &= ~self._symmetric | (np.arange(num)[None] > prefixes.members)[..., None]
-            allowed = valid.any(2)
+            allowed &= valid.any(2)
         both = np.concatenate(
             (np.repeat(prefixes.members[:, None], num, 1), np.tile(np.arange(num)[:, None], (size, 1, 1))), axis=2
         )
