@@ -15,13 +15,18 @@ from typing import Any
 
 def make_private() -> None:
     """One thread a process, and a home of our own for Ray's token; call before any library is imported."""
+    # What vLLM keeps of model classes stays, as on any machine where it has run before.
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(Path.home() / ".cache" / "vllm"))
     home = tempfile.mkdtemp(prefix="simmerge-bench-home-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     os.environ.update(
         HF_HUB_OFFLINE="1",
         OMP_NUM_THREADS="1",
+        VLLM_LOGGING_STREAM="ext://sys.stderr",
+        VLLM_LOGGING_LEVEL="ERROR",
         RAY_USAGE_STATS_ENABLED="0",
         RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+        RAY_worker_niceness="0",  # the default is 15: workers would wait for whatever else the machine does
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN="simmerge-ray-bench-0123456789abcdef",
         HOME=home,

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.search.soak_search --run RUN --out DIR [--seed 0] [--drivers 10] [--actors 10] [--nodes 3]` with
 the zoo of a finished demo run: five checkpoints, 9 pairs of two tasks with four arms and 6 unmerged checkpoints, 42
-trials, 100 items a task, float32, vLLM, two engines. One run is left in peace. Then, at moments drawn by the seed:
+trials, 100 items a task, float32, two engines. One run is left in peace. Then, at moments drawn by the seed:
 
 - drivers: `simmerge search` is killed, every second time after its first label of that start, else at any time; then
   the same command again, until the grid is done and a new one begins;
@@ -97,7 +97,8 @@ class Campaign:
         self.compare(labels, what)
 
     def note(self, what: str, after: float, labels: Path) -> None:
-        self.rows.append([len(self.rows) + 1, what, f"{after:.1f}", num_files(labels), labels.name])
+        number = 1 + sum(row[0] != "" for row in self.rows)
+        self.rows.append([number, what, f"{after:.1f}", num_files(labels), labels.name])
         print(f"{time.monotonic() - self._began:.0f} s: {what} after {after:.1f} s", file=sys.stderr, flush=True)
 
     def compare(self, labels: Path, what: str) -> None:
