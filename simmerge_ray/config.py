@@ -51,17 +51,13 @@ class SearchConfig(_Config):
     max_model_len: int | None = Field(
         None, ge=8, description="longest prompt + answer in tokens; None takes the model's own limit, at most 4096"
     )
-    max_items: int | None = Field(
-        None, ge=1, description="items of each task, a sample by `seed`; None takes all"
-    )
+    max_items: int | None = Field(None, ge=1, description="items of each task, a sample by `seed`; None takes all")
     seed: int = Field(0, description="of the sample of items and of the search's proposals")
     lm_eval: tuple[str, ...] = Field((), description="tasks of lm-evaluation-harness by name")
     lm_eval_include: Path | None = Field(None, description="directory of lm-evaluation-harness task YAML files")
     lm_eval_fewshot: int | None = Field(None, ge=0, description="examples before each prompt; None: as the task says")
 
-    concurrency: int | None = Field(
-        None, ge=1, description="engines at the same time; None: as many as fit"
-    )
+    concurrency: int | None = Field(None, ge=1, description="engines at the same time; None: as many as fit")
     cpus_per_trial: float = Field(1.0, ge=0, description="CPU cores of an engine")
     gpus_per_trial: float = Field(0.0, ge=0, description="GPUs of an engine; a fraction for small models")
     tensor_parallel: int = Field(1, ge=1, description="ranks that a model is split over")
@@ -130,9 +126,7 @@ class StudyConfig(_Config):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 
     catalogue: Path
-    probes: Path | None = Field(
-        None, description="directory of <task>.jsonl, a `text` per line; None: general ones"
-    )
+    probes: Path | None = Field(None, description="directory of <task>.jsonl, a `text` per line; None: general ones")
     tasks: Path | None = Field(None, description="directory of <task>.jsonl files, `prompt` and `target` per line")
     out: Path
     signals: SignalsConfig = SignalsConfig()

@@ -42,7 +42,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            alone = file.endswith("test_vllm_evaluator.py")
+            alone = file.endswith(("test_vllm_evaluator.py", "test_vllm_engines.py", "test_vllm_harness.py"))
             return "cluster" if file.startswith(("tests/distributed", "tests/e2e")) and not alone else file
 
     config.option.loadscopereorder = False
