@@ -118,6 +118,7 @@ class Campaign:
             differing = sum(plain.get(key) != value for key, value in self.expected.items())
             problems.append(f"{differing} of {len(self.expected)} labels differ, {len(plain)} are there")
         self.problems += [f"{what}, {labels.name}: {problem}" for problem in problems]
+        print(f"{what}: {'; '.join(problems) or 'the same labels'}", file=sys.stderr, flush=True)
         evaluated = f"{report.num_labels} labels, {report.num_duplicates} rows twice"
         self.rows.append(["", f"{what}: grid finished", "", "same" if not problems else "; ".join(problems), evaluated])
 
