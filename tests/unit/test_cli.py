@@ -128,6 +128,7 @@ def test_an_interrupted_command_cleans_up_and_ends_with_130(tmp_path, how):
         "from pathlib import Path\n"
         "from simmerge_ray.cli import run_command\n"
         "from simmerge_ray.storage import new_directory\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "def command():\n"
         f"    with new_directory(Path({str(tmp_path / 'out')!r})):\n"
         f"        os.kill(os.getpid(), signal.{how})\n"
