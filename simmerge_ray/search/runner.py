@@ -63,7 +63,7 @@ class TrialRunner:
         """Take the next trial; what the last one had evaluated, if it did not finish, is forgotten."""
         self._trial = trial
         self._resolved = resolve_plan(trial.plan, self._study.catalogue)
-        self._started = time.monotonic()
+        self._started = 0.0
         self._loaded, self._failures, self._shard = False, 0, 0
         sizes = {task: self._study.tasks[task].num_items for task in trial.tasks}
         self._parts = {task: shards(size, trial.num_shards) for task, size in sizes.items()}
@@ -87,6 +87,8 @@ class TrialRunner:
         """
         trial = self._trial
         assert trial is not None
+        if self._shard == 0:  # not in `begin`: Tune may take its time between the two
+            self._started = time.monotonic()
         if not self._loaded and self._failures == 0 and (number := self._same_merge(trial)) is not None:
             seconds = time.monotonic() - self._started
             copied = copy_labels(self._study, self._store, trial, trial.rivals[number], seconds)

@@ -159,6 +159,11 @@ def make_space(catalogue: Catalogue, config: SearchConfig) -> SearchSpace:
         raise ConfigError(
             f"ways {low}-{high}: a merge takes from 2 to {len(members)} checkpoints of {', '.join(members)}"
         )
+    if config.sampler == "cmaes" and (low < high or len(config.arms) > 1):
+        raise ConfigError(
+            "sampler 'cmaes' learns only from numbers that every merge has, and would draw at random here: give one "
+            f"arm and one number of checkpoints, not {len(config.arms)} arms and {low}-{high}; or take 'tpe'"
+        )
     excluded = [set(pair) for pair in config.exclude]
     subsets = [one for size in range(low, high + 1) for one in combinations(members, size)]
     subsets = [one for one in subsets if not any(pair <= set(one) for pair in excluded)]

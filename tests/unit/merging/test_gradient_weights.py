@@ -117,7 +117,9 @@ def test_a_trim_over_the_whole_model_has_the_thresholds_of_any_weight(zoo, tmp_p
     text = "ties(density=0.2, trim_scope=global)"
     resolved = resolve_plan(pair_plan("m0", "m1", parse_arm(text), (0.25, 0.75)), zoo)
     if read_headers(zoo.ref("m0"))["model.norm.weight"].dtype == "F64":
-        pytest.skip("trims over the whole model compare in float32")
+        with pytest.raises(PlanError, match="is computed in float64; use trim_scope: tensor"):
+            ours(resolved, tmp_path / "out")
+        return
     ours(resolved, tmp_path / "out")
     check_streamed(resolved, tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")

@@ -49,7 +49,8 @@ def test_the_grid_is_proposed_in_order(catalogue, tasks, tmp_path):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_search_goes_on_from_labels_without_repeating_itself(catalogue, tasks, tmp_path, sampler):
-    study = make_study(catalogue, tasks, tmp_path, sampler=sampler)
+    arms = ("ties",) if sampler == "cmaes" else ("linear", "ties")
+    study = make_study(catalogue, tasks, tmp_path, sampler=sampler, arms=arms)
     first = run(study, OptunaProposer(study, []), limit=5)
     again = OptunaProposer(study, [])
     assert again.total == 12 - 5
@@ -60,6 +61,12 @@ def test_a_search_goes_on_from_labels_without_repeating_itself(catalogue, tasks,
 
 def test_the_sampler_learns(catalogue, tasks, tmp_path):
     study = make_study(catalogue, tasks, tmp_path, budget=60, arms=("linear",), members=("m0", "m1"))
+    values = [value_of(trial.plan) for trial in run(study, OptunaProposer(study, []))]
+    assert np.mean(values[-20:]) > np.mean(values[:10]) and max(values) > 0.95
+
+
+def test_cmaes_learns_where_every_merge_has_the_same_numbers(catalogue, tasks, tmp_path):
+    study = make_study(catalogue, tasks, tmp_path, budget=60, arms=("ties",), members=("m0", "m1"), sampler="cmaes")
     values = [value_of(trial.plan) for trial in run(study, OptunaProposer(study, []))]
     assert np.mean(values[-20:]) > np.mean(values[:10]) and max(values) > 0.95
 

@@ -79,6 +79,8 @@ def test_a_space_that_cannot_be_searched_is_refused(catalogue):
     refuse("members must differ", members=("m0", "m0"))
     refuse("ways 2-4: a merge takes from 2 to 3", ways=(2, 4))
     refuse("ways 1-2", ways=(1, 2))
+    refuse("one arm and one number of checkpoints, not 4 arms and 2-2", sampler="cmaes")
+    refuse("not 1 arms and 2-3", sampler="cmaes", arms=("ties",), ways=(2, 3))
     refuse(f"there are 0 subsets.*takes 1 to {MAX_SUBSETS}", members=("m0", "m1"), exclude=(("m1", "m0"),))
     space = make_space(catalogue, SearchConfig(budget=5, ways=(2, 3), exclude=(("m0", "m1"),)))
     assert space.subsets == (("m0", "m2"), ("m1", "m2"))
