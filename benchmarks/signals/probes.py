@@ -21,8 +21,6 @@ checkpoints (a pair weighs the product of how often its two were drawn), each wi
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.signals.command import figure_command
 
 Array = np.ndarray
 
@@ -374,17 +374,5 @@ def draw(results: Mapping[str, Any], directory: Path) -> Path:
     return save_figure(figure, directory, "signals-probes.png")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs"))
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    results = measure(arguments.run, arguments.seed)
-    print("\n".join(lines(results)))
-    print(draw(results, arguments.out / "figures"))
-    (arguments.out / "figures" / "signals-probes.json").write_text(json.dumps(results) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    figure_command(__doc__, "signals-probes.json", measure, lines, draw)

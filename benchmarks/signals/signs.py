@@ -17,8 +17,6 @@ one table. Leave-one-out is the range of the correlation when any one checkpoint
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.signals.command import figure_command
 from benchmarks.signals.probes import resampled, weighted_spearman
 
 Array = np.ndarray
@@ -277,17 +276,5 @@ def draw(results: Mapping[str, Any], directory: Path) -> Path:
     return save_figure(figure, directory, "signals-operators.png")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs"))
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    results = measure(arguments.run, arguments.seed)
-    print("\n".join(lines(results)))
-    print(draw(results, arguments.out / "figures"))
-    (arguments.out / "figures" / "signals-operators.json").write_text(json.dumps(results) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    figure_command(__doc__, "signals-operators.json", measure, lines, draw)

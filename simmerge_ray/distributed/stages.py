@@ -129,17 +129,19 @@ def train_stage(
         from simmerge_ray.propagation.second_order import SecondOrder
         from simmerge_ray.selector.crossval import crossval_report
         from simmerge_ray.selector.dataset import build_dataset, parent_utilities
+        from simmerge_ray.selector.encoding import base_statistics
         from simmerge_ray.selector.plan_files import PARENTS, SHORTLIST
         from simmerge_ray.selector.train import train_selector
 
         started = time.monotonic()
         dataset = build_dataset(table, read, arms)
-        selector = train_selector(dataset, config)
-        shortlist = train_selector(dataset.restricted(SecondOrder(table).columns), config)
+        statistics = base_statistics(table) if config.task_encoding == "probe_stats" else None
+        selector = train_selector(dataset, config, statistics)
+        shortlist = train_selector(dataset.restricted(SecondOrder(table).columns), config, statistics)
         shown = ""
         if crossval is not None:
             with narrator.bar("checkpoints left out") as report:
-                content = crossval_report(dataset, config, report)
+                content = crossval_report(dataset, config, report, statistics)
             write_json(crossval, content)
             shown = f", unseen checkpoints: {_shown_gain(content)}"
         selector.write(out)
