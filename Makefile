@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test unit soak lint clean
+.PHONY: setup demo test unit study soak lint clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ test: setup
 
 unit: setup
 	@$(BIN)/python -m pytest tests/unit
+
+# The study of docs/study-plan.md: hours on two cores; the same command goes on where it stopped.
+study: setup
+	@$(BIN)/python jobs/study.py --out runs/study
 
 # Campaigns that take long and are not part of the tests: kills in every stage, drivers, actors and nodes killed in
 # a search. Figures: benchmarks/README.md

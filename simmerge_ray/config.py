@@ -133,6 +133,25 @@ class StudyConfig(_Config):
     search: SearchConfig = SearchConfig()
 
 
+class ZooStudyConfig(_Config):
+    """The study that says whether selection works: a zoo of its own, trained and labelled. `jobs/study.py` runs it."""
+
+    num_bases: int = Field(12, ge=1, description="bases of different seeds")
+    num_per_domain: int = Field(3, ge=1, description="experts of each base and domain, with recipes drawn at random")
+    num_large_per_domain: int = Field(2, ge=0, description="the same for the large base; 0 leaves it out")
+    num_items: int = Field(400, ge=4, description="evaluation items of each task")
+    num_probes: int = Field(64, ge=1, description="probes of each task")
+    num_subsets: dict[int, int] = Field(
+        {3: 4, 4: 4, 5: 2, 6: 1}, description="of each base: how many subsets of so many checkpoints are merged"
+    )
+    num_orders: int = Field(1, ge=1, description="random orders of each arm and subset, beside the expert last")
+    num_mixed: int = Field(4, ge=0, description="plans of each subset and weighting with an arm drawn for each step")
+    step_share: float = Field(1.0, gt=0, le=1, description="of the training steps; below 1 for a trial run")
+    num_full: int = Field(6, ge=0, description="checkpoints of the first base of which every subset is merged")
+    evaluator: str = Field("vllm", pattern="^(vllm|transformers)$", description="what evaluates")
+    concurrency: int | None = Field(None, ge=1, description="engines at the same time; None: as many as fit")
+
+
 class ServeConfig(_Config):
     """HTTP endpoint of a selector."""
 

@@ -259,6 +259,14 @@ def sce(base, tensors, weights, select_topk=1.0):
     return base + majority_sum(vectors, weights, [1.0] * len(vectors), normalize=True)
 
 
+def scale_matched_linear(base, tensors, weights):
+    vectors, weights = [x - base for x in tensors], shares(weights)
+    norms = [np.linalg.norm(v) for v in vectors]
+    units = [v / norm if norm > 0 else 0 * v for v, norm in zip(vectors, norms, strict=True)]
+    norm = sum(w * n for w, n in zip(weights, norms, strict=True))
+    return base + norm * sum(w * u for w, u in zip(weights, units, strict=True))
+
+
 def multislerp(base, tensors, weights, normalize=True, eps=1e-8):
     origin = 0.0 if base is None else base
     vectors, weights = [x - origin for x in tensors], shares(weights) if normalize else weights
@@ -296,6 +304,7 @@ OPERATORS = {
         karcher,
         sce,
         multislerp,
+        scale_matched_linear,
         passthrough,
     )
 }

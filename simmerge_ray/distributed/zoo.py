@@ -1,4 +1,4 @@
-"""The demo zoo on Ray: the shipped base, its experts fine-tuned in parallel, their probes and tasks."""
+"""Small zoos on Ray: bases and their experts trained in parallel, their probes and tasks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 from simmerge_ray.catalogue import Catalogue, write_catalogue
 from simmerge_ray.checkpoints import CheckpointRef
-from simmerge_ray.demo.recipe import EXPERT_RECIPES, ExpertRecipe
+from simmerge_ray.demo.recipe import EXPERT_RECIPES, BaseRecipe, ExpertRecipe
 from simmerge_ray.distributed.resources import ray_session
 from simmerge_ray.progress import Report
 from simmerge_ray.storage import jsonl_bytes, new_directory, read_json, write_once
+from simmerge_ray.study.zoo import ZooPart
 
 NUM_ITEMS = 400
 NUM_PROBES = 64
@@ -29,10 +30,9 @@ def make_zoo(
 ) -> int:
     """Fill `out` with checkpoints, `probes/`, `tasks/` and `catalogue.yaml`; returns how many experts were trained.
 
-    An expert whose directory was made by the same recipe is kept, so an interrupted call goes on where it stopped.
+    The base is the one that is shipped. An expert whose directory was made by the same recipe is kept, so an
+    interrupted call goes on where it stopped.
     """
-    from simmerge_ray.demo.domains import DOMAINS, evaluation_items, probe_texts
-
     out = out.resolve()  # tasks of Ray may run in another working directory
     if not (out / BASE_ID / "model.safetensors").exists():
         with (
@@ -40,6 +40,34 @@ def make_zoo(
             new_directory(out / BASE_ID) as target,
         ):
             shutil.copytree(shipped, target, dirs_exist_ok=True)
+    write_questions(out, num_items, num_probes)
+    num_trained = _train([(recipe, out / BASE_ID, out / recipe.name) for recipe in recipes], [], report)
+    _write_catalogue(out, BASE_ID, recipes)
+    return num_trained
+
+
+def make_zoo_parts(out: Path, parts: Sequence[ZooPart], report: Report | None = None) -> int:
+    """Train the bases and experts of several catalogues, each in a directory of its name below `out`.
+
+    Returns how many checkpoints were trained; those made by the same recipe are kept.
+    """
+    out = out.resolve()
+    bases = [(part.base, out / part.name / part.base_id) for part in parts]
+    experts = [
+        (expert, out / part.name / part.base_id, out / part.name / expert.name)
+        for part in parts
+        for expert in part.experts
+    ]
+    num_trained = _train(experts, bases, report)
+    for part in parts:
+        _write_catalogue(out / part.name, part.base_id, part.experts)
+    return num_trained
+
+
+def write_questions(out: Path, num_items: int = NUM_ITEMS, num_probes: int = NUM_PROBES) -> None:
+    """Write `probes/` and `tasks/`: texts and items of every domain, the same in every zoo."""
+    from simmerge_ray.demo.domains import DOMAINS, evaluation_items, probe_texts
+
     for domain in DOMAINS:
         probes = [{"text": text} for text in probe_texts(domain, num_probes)]
         write_once(out / "probes" / f"{domain}.jsonl", jsonl_bytes(probes))
@@ -48,32 +76,48 @@ def make_zoo(
             for item in evaluation_items(domain, num_items)
         ]
         write_once(out / "tasks" / f"{domain}.jsonl", jsonl_bytes(items))
-    missing = [recipe for recipe in recipes if not _is_trained(out / recipe.name, recipe)]
-    if missing:
-        with ray_session():
-            _train(missing, out, report)
-    refs = tuple(CheckpointRef(recipe.name, out / recipe.name, BASE_ID) for recipe in recipes)
+
+
+def _write_catalogue(directory: Path, base_id: str, recipes: Sequence[ExpertRecipe]) -> None:
+    refs = tuple(CheckpointRef(recipe.name, directory / recipe.name, base_id) for recipe in recipes)
     own_task = {recipe.name: recipe.domain for recipe in recipes}
-    write_catalogue(out / "catalogue.yaml", Catalogue(refs, own_task, CheckpointRef(BASE_ID, out / BASE_ID)))
-    return len(missing)
+    catalogue = Catalogue(refs, own_task, CheckpointRef(base_id, directory / base_id))
+    write_catalogue(directory / "catalogue.yaml", catalogue)
 
 
-def _is_trained(directory: Path, recipe: ExpertRecipe) -> bool:
+def _is_trained(directory: Path, recipe: BaseRecipe | ExpertRecipe) -> bool:
     try:
         return bool(read_json(directory / "recipe.json")["digest"] == recipe.digest())
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _train(recipes: Sequence[ExpertRecipe], out: Path, report: Report | None) -> None:
+def _train(
+    experts: Sequence[tuple[ExpertRecipe, Path, Path]], bases: Sequence[tuple[BaseRecipe, Path]], report: Report | None
+) -> int:
+    """Train what is missing, an expert (recipe, base, directory) as soon as its base (recipe, directory) is there."""
+    missing_bases = [(recipe, path) for recipe, path in bases if not _is_trained(path, recipe)]
+    anew = {path for _, path in missing_bases}
+    missing = [(recipe, base, path) for recipe, base, path in experts if base in anew or not _is_trained(path, recipe)]
+    total = len(missing_bases) + len(missing)
+    if not total:
+        return 0
     import ray
 
-    from simmerge_ray.demo.training import train_expert
+    from simmerge_ray.demo.training import train_base, train_expert
 
-    remote = ray.remote(train_expert).options(num_cpus=1, max_retries=2)
-    pending = [remote.remote(recipe, str(out / BASE_ID), str(out / recipe.name)) for recipe in recipes]
-    for done in range(len(recipes)):
-        finished, pending = ray.wait(pending, num_returns=1)
-        ray.get(finished[0])
-        if report:
-            report(done + 1, len(recipes))
+    with ray_session():
+        options = {"num_cpus": 1, "max_retries": 2}
+        made = {
+            path: ray.remote(train_base).options(**options).remote(recipe, str(path)) for recipe, path in missing_bases
+        }
+        remote = ray.remote(train_expert).options(**options)
+        # The result of a base's task is its path: Ray starts an expert when that is there.
+        pending = [remote.remote(recipe, made.get(base, str(base)), str(path)) for recipe, base, path in missing]
+        pending += made.values()
+        for done in range(total):
+            finished, pending = ray.wait(pending, num_returns=1)
+            ray.get(finished[0])
+            if report:
+                report(done + 1, total)
+    return total

@@ -160,6 +160,7 @@ OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
             uses_weights=False,
         ),
         _free("multislerp", {"normalize": _ON, "eps": _GUARD}, uses_base=True),
+        _on_task_vectors("scale_matched_linear", {}),
         _free(
             "passthrough",
             {"scale": _SCALE},

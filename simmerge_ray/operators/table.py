@@ -17,6 +17,7 @@ from simmerge_ray.operators.model_stock import model_stock
 from simmerge_ray.operators.multislerp import multislerp
 from simmerge_ray.operators.nuslerp import nuslerp, nuslerp_fell_back
 from simmerge_ray.operators.passthrough import passthrough
+from simmerge_ray.operators.scale_matched_linear import scale_matched_linear
 from simmerge_ray.operators.sce import sce
 from simmerge_ray.operators.slerp import slerp, slerp_fell_back
 from simmerge_ray.operators.specs import OPERATOR_SPECS
@@ -43,6 +44,7 @@ OPERATORS: Mapping[str, MergeOperator] = {
     "karcher": karcher,
     "sce": sce,
     "multislerp": multislerp,
+    "scale_matched_linear": scale_matched_linear,
     "passthrough": passthrough,
 }
 

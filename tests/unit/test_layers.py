@@ -18,7 +18,7 @@ FLOW = (
     "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "digests", "catalogue", "probes",
     "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
     "transformers_evaluator", "headroom", "labels", "search", "selector", "service", "figures", "report", "demo",
-    "distributed", "search_cli", "catalogue_cli", "labels_cli", "plan_cli", "cli",
+    "study", "distributed", "search_cli", "catalogue_cli", "labels_cli", "plan_cli", "cli",
 )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ PARAMS: dict[str, list[dict[str, object]]] = {
     "karcher": [{}, {"max_iter": 1}, {"tol": 0.3}],
     "sce": [{}, {"select_topk": 0.3}],
     "multislerp": [{}, {"eps": 1e-3}, {"normalize": False}],
+    "scale_matched_linear": [{}],
     "passthrough": [{}, {"scale": 0.5}],
 }
 CASES = [(name, params) for name in OPERATORS for params in PARAMS[name]]

@@ -1,0 +1,160 @@
+"""The stages of the study on Ray: its zoo, signals of every base, labels of pairs and of longer plans.
+
+Every stage keeps what is there, so an interrupted study goes on with the same command. Labels of each base lie in a
+store of their own, and are folded into one file when its stage is complete.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simmerge_ray.catalogue import load_catalogue
+from simmerge_ray.config import SearchConfig, ZooStudyConfig
+from simmerge_ray.distributed.demo import SIGNALS
+from simmerge_ray.distributed.resources import ray_session
+from simmerge_ray.distributed.search_stage import UNCHANGED, search_bar
+from simmerge_ray.distributed.stages import signals_stage
+from simmerge_ray.distributed.zoo import make_zoo_parts, write_questions
+from simmerge_ray.evaluation import load_tasks
+from simmerge_ray.labels import LabelStore, single_items
+from simmerge_ray.plans import MergePlan
+from simmerge_ray.progress import Narrator
+from simmerge_ray.storage import Manifest, digest_json
+from simmerge_ray.study.merges import draw_subsets, every_subset, labelled_pairs, plans_of
+from simmerge_ray.study.zoo import ZooPart, zoo_part
+
+STAGES = ("zoo", "signals", "pairs", "plans")
+FULL_PLANS = 4  # of every subset of the fully labelled catalogue
+FIRST_SEED = 1  # seed 0 is the demo's, which was looked at while the selector was built
+
+
+@dataclass(frozen=True)
+class StudyLayout:
+    """Paths below the directory of a study."""
+
+    root: Path
+
+    @property
+    def zoo(self) -> Path:
+        return self.root / "zoo"
+
+    def catalogue(self, part: str) -> Path:
+        return self.zoo / part / "catalogue.yaml"
+
+    def signals(self, part: str) -> Path:
+        return self.root / "signals" / part / "pairs.parquet"
+
+    def labels(self, part: str) -> Path:
+        return self.root / "labels" / part
+
+
+def study_parts(config: ZooStudyConfig) -> list[ZooPart]:
+    """The catalogues of a study: one for each base, the large one last."""
+    seeds = range(FIRST_SEED, FIRST_SEED + config.num_bases)
+    parts = [zoo_part(seed, config.num_per_domain, step_share=config.step_share) for seed in seeds]
+    if config.num_large_per_domain:
+        parts.append(zoo_part(FIRST_SEED, config.num_large_per_domain, large=True, step_share=config.step_share))
+    return parts
+
+
+def run_study(root: Path, config: ZooStudyConfig, narrator: Narrator, stages: Sequence[str] = STAGES) -> None:
+    """Run stages of a study in `root`; what is current is not computed again.
+
+    Raises:
+        SimmergeError: a stage failed; the next call goes on from there.
+    """
+    layout, parts = StudyLayout(root.resolve()), study_parts(config)
+    with ray_session():
+        for stage in (stage for stage in STAGES if stage in stages):
+            _RUN[stage](layout, config, parts, narrator)
+
+
+def _zoo(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+    with narrator.stage("zoo") as stage, narrator.status_bar("checkpoints trained") as report:
+        write_questions(layout.zoo, config.num_items, config.num_probes)
+        num_trained = make_zoo_parts(layout.zoo, parts, lambda done, total: report(done, total, ""))
+        num_all = sum(1 + len(part.experts) for part in parts)
+        stage.result = f"{num_trained} checkpoints trained, {num_all} in all -> {layout.zoo}"
+
+
+def _signals(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+    for part in parts:
+        signals_stage(layout.catalogue(part.name), layout.zoo / "probes", layout.signals(part.name), SIGNALS, narrator)
+
+
+def _pairs(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+    for part in parts:
+        catalogue = load_catalogue(layout.catalogue(part.name))
+        singles = [MergePlan(source=ref.id) for ref in catalogue.all_refs]
+        _label("pairs", layout, config, part, [*singles, *labelled_pairs(catalogue)], narrator)
+
+
+def _plans(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+    for number, part in enumerate(parts):
+        _label("plans", layout, config, part, list(_longer_plans(layout, config, part, number == 0)), narrator)
+
+
+def _longer_plans(layout: StudyLayout, config: ZooStudyConfig, part: ZooPart, with_full: bool) -> Iterator[MergePlan]:
+    catalogue = load_catalogue(layout.catalogue(part.name))
+    utilities = unmerged_utilities(layout.labels(part.name))
+    seed = part.base.seed
+    for size, num in sorted(config.num_subsets.items()):
+        for subset in draw_subsets(catalogue, size, num, seed):
+            yield from plans_of(subset, catalogue, utilities, config.num_orders, config.num_mixed, seed)
+    if with_full and config.num_full:
+        ids = sorted(catalogue.ids)
+        members = ids[:: max(1, len(ids) // config.num_full)][: config.num_full]
+        yield from every_subset(members, FULL_PLANS, seed)
+
+
+def unmerged_utilities(labels: Path) -> dict[str, dict[str, float]]:
+    """Utility of every checkpoint as it is, by task and id."""
+    found: dict[str, dict[str, float]] = {}
+    for (name, task), items in single_items(LabelStore(labels).read()).items():
+        found.setdefault(task, {})[name] = float(items.mean())
+    return found
+
+
+def _label(
+    what: str,
+    layout: StudyLayout,
+    config: ZooStudyConfig,
+    part: ZooPart,
+    plans: Sequence[MergePlan],
+    narrator: Narrator,
+) -> None:
+    """Labels of plans of one base, and a manifest when none is missing."""
+    catalogue = load_catalogue(layout.catalogue(part.name))
+    with narrator.stage(f"{what} {part.name}") as stage:
+        tasks = load_tasks(layout.zoo / "tasks")
+        search = SearchConfig(evaluator=config.evaluator, concurrency=config.concurrency)
+        kept = {"evaluator": config.evaluator, "plans": digest_json([plan.id for plan in plans])}
+        inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
+        inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
+        manifest = Manifest(what, kept, inputs)
+        path = layout.labels(part.name) / "_study" / f"{what}.json"
+        if manifest.is_current(path):
+            stage.result = UNCHANGED
+            return
+        from simmerge_ray.distributed.merge_search import run_search
+
+        started = time.monotonic()
+        with search_bar(narrator) as report:
+            result = run_search(catalogue, tasks, search, layout.labels(part.name), plans, report)
+        result.store.compact()
+        manifest.write(path, time.monotonic() - started, {"num_labels": result.num_labels})
+        stage.result = (
+            f"{result.num_trials_run} merges evaluated, {result.num_labels} labels "
+            f"({len(result.infeasible)} infeasible) -> {layout.labels(part.name)}"
+        )
+
+
+_RUN: Mapping[str, Callable[[StudyLayout, ZooStudyConfig, Sequence[ZooPart], Narrator], None]] = {
+    "zoo": _zoo,
+    "signals": _signals,
+    "pairs": _pairs,
+    "plans": _plans,
+}

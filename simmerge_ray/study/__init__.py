@@ -1,0 +1,1 @@
+"""The study that says whether selection works: its zoo, the merges it labels, its power and its analysis."""
