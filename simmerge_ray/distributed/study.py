@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from simmerge_ray.catalogue import load_catalogue
@@ -23,32 +22,13 @@ from simmerge_ray.labels import LabelStore, single_items
 from simmerge_ray.plans import MergePlan
 from simmerge_ray.progress import Narrator
 from simmerge_ray.storage import Manifest, digest_json
+from simmerge_ray.study.layout import StudyLayout
 from simmerge_ray.study.merges import draw_subsets, every_subset, labelled_pairs, plans_of
 from simmerge_ray.study.zoo import ZooPart, zoo_part
 
 STAGES = ("zoo", "signals", "pairs", "plans")
 FULL_PLANS = 4  # of every subset of the fully labelled catalogue
 FIRST_SEED = 1  # seed 0 is the demo's, which was looked at while the selector was built
-
-
-@dataclass(frozen=True)
-class StudyLayout:
-    """Paths below the directory of a study."""
-
-    root: Path
-
-    @property
-    def zoo(self) -> Path:
-        return self.root / "zoo"
-
-    def catalogue(self, part: str) -> Path:
-        return self.zoo / part / "catalogue.yaml"
-
-    def signals(self, part: str) -> Path:
-        return self.root / "signals" / part / "pairs.parquet"
-
-    def labels(self, part: str) -> Path:
-        return self.root / "labels" / part
 
 
 def study_parts(config: ZooStudyConfig) -> list[ZooPart]:

@@ -209,12 +209,13 @@ def resampled_interval(
     for value, (base, subset) in zip(values, units, strict=True):
         by_base.setdefault(base, {}).setdefault(subset, []).append(float(value))
     sums = [np.array([(sum(v), len(v)) for v in subsets.values()]) for _, subsets in sorted(by_base.items())]
-    means = []
-    for _ in range(NUM_RESAMPLES):
-        total = np.zeros(2)
-        for index in generator.integers(len(sums), size=len(sums)):
-            total += sums[index][generator.integers(len(sums[index]), size=len(sums[index]))].sum(0)
-        means.append(total[0] / total[1])
+    drawn = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=NUM_RESAMPLES)
+    total = np.zeros((NUM_RESAMPLES, 2))
+    for index, of_base in enumerate(sums):
+        # A base that is drawn twice has its subsets drawn twice.
+        shares = np.full(len(of_base), 1 / len(of_base))
+        total += generator.multinomial(drawn[:, index] * len(of_base), shares) @ of_base
+    means = total[:, 0] / total[:, 1]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

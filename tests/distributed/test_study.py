@@ -9,10 +9,11 @@ from rich.console import Console
 
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import ZooStudyConfig
-from simmerge_ray.distributed.study import StudyLayout, run_study
+from simmerge_ray.distributed.study import run_study
 from simmerge_ray.labels import LabelStore, Measured
 from simmerge_ray.progress import Narrator
 from simmerge_ray.signals.table import read_signal_table
+from simmerge_ray.study.layout import StudyLayout
 
 TINY = ZooStudyConfig(
     num_bases=1,

@@ -1,0 +1,59 @@
+"""Where things lie in the directory of a study, and reading what is complete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simmerge_ray.catalogue import Catalogue, load_catalogue
+from simmerge_ray.labels import LabeledPlan, LabelStore
+from simmerge_ray.signals.table import SignalTable, read_signal_table
+
+
+@dataclass(frozen=True)
+class StudyLayout:
+    """Paths below the directory of a study."""
+
+    root: Path
+
+    @property
+    def zoo(self) -> Path:
+        return self.root / "zoo"
+
+    def catalogue(self, part: str) -> Path:
+        return self.zoo / part / "catalogue.yaml"
+
+    def signals(self, part: str) -> Path:
+        return self.root / "signals" / part / "pairs.parquet"
+
+    def labels(self, part: str) -> Path:
+        return self.root / "labels" / part
+
+    def parts(self) -> list[str]:
+        """Names of the catalogues that have labels, sorted by kind and seed."""
+        names = [path.name for path in (self.root / "labels").iterdir() if self.signals(path.name).exists()]
+        return sorted(names, key=lambda name: (name[0] != "s", int(name[1:])))
+
+
+@dataclass(frozen=True)
+class LoadedPart:
+    """Everything that is known of one base and its experts."""
+
+    name: str
+    catalogue: Catalogue
+    table: SignalTable
+    labels: tuple[LabeledPlan, ...]
+    signatures: str
+
+
+def load_part(layout: StudyLayout, name: str) -> LoadedPart:
+    """Read a part.
+
+    Raises:
+        InputError: a file is missing or broken.
+    """
+    table = read_signal_table(layout.signals(name))
+    labels = tuple(LabelStore(layout.labels(name)).read())
+    return LoadedPart(
+        name, load_catalogue(layout.catalogue(name)), table, labels, str(layout.signals(name).parent / "signatures")
+    )
