@@ -1,0 +1,149 @@
+"""Which checkpoints to merge: in a small catalogue of which every subset is labelled, regret of the first choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.catalogue import Catalogue
+from simmerge_ray.errors import LabelError
+from simmerge_ray.labels import LabeledPlan, Measured
+from simmerge_ray.plans import MergePlan
+from simmerge_ray.signals.table import SignalTable
+from simmerge_ray.study.longer import MIN_RANGE, Utilities, pooled_utility, unmerged
+
+SIMILARITY = "task_vector_cosine_global"
+ANY_SIZE = "any"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A labelled plan of the small catalogue. pooled: measured, see `longer.pooled_utility`."""
+
+    plan: MergePlan
+    pooled: float
+
+    @property
+    def subset(self) -> tuple[str, ...]:
+        return tuple(sorted(self.plan.members))
+
+    @property
+    def arm(self) -> str | None:
+        labels = {step.arm.label for step in self.plan.steps}
+        return labels.pop() if len(labels) == 1 else None
+
+
+def labelled_choices(labels: Sequence[LabeledPlan], catalogue: Catalogue, members: Sequence[str]) -> list[Choice]:
+    """The merges among `members` that were measured on all of their own tasks.
+
+    Raises:
+        LabelError: a subset of two or more has no label.
+    """
+    utilities = unmerged(labels)
+    measured: dict[MergePlan, dict[str, float]] = {}
+    for label in labels:
+        if label.plan.steps and set(label.plan.members) <= set(members) and isinstance(label.outcome, Measured):
+            measured.setdefault(label.plan, {})[label.task] = label.outcome.utility
+    found = []
+    for plan, by_task in sorted(measured.items(), key=lambda item: item[0].id):
+        if {catalogue.own_task[member] for member in plan.members} <= set(by_task):
+            pooled = pooled_utility(by_task, utilities, catalogue)
+            if not np.isnan(pooled):
+                found.append(Choice(plan, pooled))
+    known = {choice.subset for choice in found}
+    for size in range(2, len(members) + 1):
+        for subset in combinations(sorted(members), size):
+            if subset not in known:
+                raise LabelError(f"no merge of {' + '.join(subset)} was measured on all of their tasks")
+    return found
+
+
+def pooled_prediction(
+    by_task: Mapping[str, tuple[float, float]], utilities: Utilities, catalogue: Catalogue, caution: float = 1.0
+) -> float:
+    """Predicted utilities (value, spread) less `caution` spreads, pooled like measured ones; -inf where none counts.
+
+    What subsets of different tasks reach is not comparable before: the base and the best checkpoint of each task are.
+    """
+    assert catalogue.base is not None
+    shares = []
+    for task, (utility, sd) in by_task.items():
+        low = utilities[task][catalogue.base.id]
+        room = max(utilities[task][name] for name in catalogue.ids) - low
+        if room >= MIN_RANGE:
+            shares.append((utility - caution * sd - low) / room)
+    return float(np.mean(shares)) if shares else -np.inf
+
+
+def compare_subsets(
+    choices: Sequence[Choice],
+    predicted: Mapping[str, float],
+    best_fixed: str,
+    table: SignalTable,
+    utilities: Utilities,
+    catalogue: Catalogue,
+) -> list[dict[str, Any]]:
+    """Regret at 1 of every policy, for each size and for any size.
+
+    Policies: the plan with the highest prediction; its subset by the best fixed arm; any plan (the mean); the subset
+    that is most similar (mean cosine of the task vectors of its pairs) and the checkpoints that are individually best
+    (mean pooled utility on all tasks), both by the best fixed arm.
+
+    Args:
+        predicted: pooled prediction by plan id. table: signals of the pairs.
+
+    Returns:
+        rows: size, policy, chosen (the subset), pooled, regret.
+    """
+    rows = []
+    sizes = sorted({len(choice.subset) for choice in choices})
+    individually = _individual(choices, utilities, catalogue)
+    for size in [*sizes, None]:
+        some = [choice for choice in choices if size is None or len(choice.subset) == size]
+        best = max(choice.pooled for choice in some)
+        first = max(some, key=lambda one: (predicted[one.plan.id], one.plan.id))
+        subsets = sorted({choice.subset for choice in some})
+        similar = max(subsets, key=lambda subset: (_similarity(table, subset), subset))
+        top = max(subsets, key=lambda subset: (np.mean([individually[name] for name in subset]), len(subset), subset))
+        policies = {
+            "predicted": (first.subset, [first]),
+            "predicted subset, best fixed arm": (first.subset, _by_arm(some, first.subset, best_fixed)),
+            "any": ((), some),
+            "most similar": (similar, _by_arm(some, similar, best_fixed)),
+            "individually best": (top, _by_arm(some, top, best_fixed)),
+        }
+        for name, (subset, taken) in policies.items():
+            pooled = float(np.mean([choice.pooled for choice in taken]))
+            rows.append(
+                {
+                    "size": ANY_SIZE if size is None else size,
+                    "policy": name,
+                    "chosen": list(subset),
+                    "pooled": pooled,
+                    "regret": best - pooled,
+                }
+            )
+    return rows
+
+
+def _by_arm(choices: Sequence[Choice], subset: tuple[str, ...], arm: str) -> list[Choice]:
+    """The merges of a subset by one arm; all of its merges where that one was not labelled."""
+    of_subset = [choice for choice in choices if choice.subset == subset]
+    return [choice for choice in of_subset if choice.arm == arm] or of_subset
+
+
+def _similarity(table: SignalTable, subset: tuple[str, ...]) -> float:
+    task = table.tasks[0]  # weights are the same for every task
+    return float(np.mean([table.get(a, b, task).features[SIMILARITY] for a, b in combinations(subset, 2)]))
+
+
+def _individual(choices: Sequence[Choice], utilities: Utilities, catalogue: Catalogue) -> dict[str, float]:
+    names = sorted({name for choice in choices for name in choice.subset})
+    return {
+        name: pooled_utility({task: utilities[task][name] for task in utilities}, utilities, catalogue)
+        for name in names
+    }
