@@ -11,7 +11,8 @@
     │   ├── OutputError                          where the result should go cannot take it
     │   ├── TaskError                            an evaluation task
     │   ├── LabelError                           a label store, or too few labels in it
-    │   └── SelectorError                        a selector artifact, or features that do not fit it
+    │   ├── SelectorError                        a selector artifact, or features that do not fit it
+    │   └── BanditError                          an arm, context or reward that a posterior cannot take
     └── EngineError (a RuntimeError; exit code 1)  an inference engine does not hold the weights it was given
 
 A trial that fails is not an error but a value: `labels.Infeasible`.
@@ -69,6 +70,10 @@ class LabelError(InputError):
 
 class SelectorError(InputError):
     """A selector artifact cannot be loaded, or the features given do not fit it."""
+
+
+class BanditError(InputError):
+    """An arm, a context or a reward that the bandit cannot take."""
 
 
 class EngineError(SimmergeError, RuntimeError):
