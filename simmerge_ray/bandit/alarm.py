@@ -1,0 +1,64 @@
+"""Does cumulative regret still flatten? A policy that does not learn has a straight line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+MIN_ROUNDS = 30
+NUM_RESAMPLES = 500
+_BLOCK = 5
+
+
+@dataclass(frozen=True)
+class RegretSlope:
+    """Slope of log cumulative regret in log rounds, with a 95 % interval; about 1/2 for a policy that learns.
+
+    linear: the interval contains 1 (or lies above): the alarm.
+    """
+
+    slope: float
+    low: float
+    high: float
+
+    @property
+    def linear(self) -> bool:
+        return self.high >= 1.0
+
+
+def regret_slope(regret: Array, seed: int = 0) -> RegretSlope | None:
+    """Of the regret (T,) against best fixed or the oracle, round by round.
+
+    None below `MIN_ROUNDS`, or where there is no regret in sum (nothing to be alarmed about). The interval is by giving
+    blocks of rounds random weights in their place: regret of neighbours is not independent.
+    """
+    if len(regret) < MIN_ROUNDS or regret.sum() <= 0:
+        return None
+    generator = np.random.default_rng(seed)
+    num_blocks = len(regret) // _BLOCK
+    blocks = regret[: num_blocks * _BLOCK].reshape(num_blocks, _BLOCK).sum(1)
+    slope = _slope(blocks)
+    if slope is None:
+        return None
+    drawn = []
+    for _ in range(NUM_RESAMPLES):
+        # Poisson weights keep every block in its place, so the shape of the curve is that of the sample.
+        found = _slope(blocks * generator.poisson(1.0, num_blocks))
+        if found is not None:
+            drawn.append(found)
+    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (-np.inf, np.inf)
+    return RegretSlope(slope, float(low), float(high))
+
+
+def _slope(blocks: Array) -> float | None:
+    """Least squares over the curve without its first third, which says how fast a policy starts."""
+    total = np.cumsum(blocks)
+    rounds = np.arange(1, len(blocks) + 1)
+    used = (rounds >= len(blocks) // 3) & (total > 0)
+    if used.sum() < 3:
+        return None
+    x, y = np.log(rounds[used]), np.log(total[used])
+    return float(np.polyfit(x, y, 1)[0])
