@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from simmerge_ray import __version__
+from simmerge_ray.auto_cli import auto
 from simmerge_ray.catalogue_cli import catalogue_app
 from simmerge_ray.errors import InputError, PlanError, SimmergeError, unknown_name
 from simmerge_ray.labels_cli import labels_app
@@ -189,6 +190,7 @@ def train(
 
 
 app.command()(plan)
+app.command()(auto)
 
 
 @app.command()

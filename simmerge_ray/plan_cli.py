@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,62 +13,71 @@ from simmerge_ray.errors import ConfigError, PlanError, SelectorError, unknown_n
 
 if TYPE_CHECKING:
     from simmerge_ray.catalogue import Catalogue
-    from simmerge_ray.plans import MergePlan
     from simmerge_ray.propagation.interface import Propagator
+    from simmerge_ray.selector.plan_space import PlanSpace
     from simmerge_ray.selector.plan_tasks import TaskPool
-    from simmerge_ray.selector.scorer import RankedPlan, Ranking
+    from simmerge_ray.selector.scorer import PlanScorer, RankedPlan, Ranking
+    from simmerge_ray.service.recommender import Recommendation
     from simmerge_ray.signals.table import SignalTable
 
 _SPACE, _SCORING, _PAIR = "Which plans", "How they are scored", "Arms for one pair"
 
 
+# Options that `simmerge auto` has, too.
+SelectorOption = Annotated[Path, typer.Option(help="directory that `simmerge train` wrote")]
+SignalsOption = Annotated[Path, typer.Option(help="signal table (Parquet)")]
+WaysOption = Annotated[str, typer.Option(help="checkpoints of a merge: 2, or 2-4", rich_help_panel=_SPACE)]
+MustContainOption = Annotated[list[str] | None, typer.Option(help="checkpoint id; repeatable", rich_help_panel=_SPACE)]
+ExcludeOption = Annotated[list[str] | None, typer.Option(help="checkpoint id; repeatable", rich_help_panel=_SPACE)]
+ArmOption = Annotated[
+    list[str] | None,
+    typer.Option(help="choose from these, e.g. 'ties(density=0.2)'; default: all known", rich_help_panel=_SPACE),
+]
+WeightingOption = Annotated[
+    str, typer.Option(help="equal: every member counts the same; halving", rich_help_panel=_SPACE)
+]
+ObjectiveOption = Annotated[str, typer.Option(help="mean, worst, a task, or math=2,code=1", rich_help_panel=_SCORING)]
+PropagatorOption = Annotated[
+    str, typer.Option(help="ranks the shortlist: second_order, virtual, curved, exact", rich_help_panel=_SCORING)
+]
+SignaturesOption = Annotated[
+    str | None, typer.Option(help="default: `signatures` beside the table", rich_help_panel=_SCORING)
+]
+ProbesOption = Annotated[Path | None, typer.Option(help="probe files, for curved and exact", rich_help_panel=_SCORING)]
+BudgetOption = Annotated[
+    int, typer.Option(min=1, help="plans; if there are more, a beam of about so many", rich_help_panel=_SCORING)
+]
+ShortlistOption = Annotated[int, typer.Option(min=1, help="plans that the propagator ranks", rich_help_panel=_SCORING)]
+CautionOption = Annotated[
+    float, typer.Option(min=0, help="rank by the prediction less so many spreads", rich_help_panel=_SCORING)
+]
+AggregateOption = Annotated[str, typer.Option(help="last step, mean or sum over steps", rich_help_panel=_SCORING)]
+
+
 def plan(
-    selector: Annotated[Path, typer.Option(help="directory that `simmerge train` wrote")],
-    signals: Annotated[Path, typer.Option(help="signal table (Parquet)")],
+    selector: SelectorOption,
+    signals: SignalsOption,
     catalogue: Annotated[Path | None, typer.Argument(metavar="CATALOGUE", help="catalogue YAML")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="count on these tasks; default: the members' own; repeatable")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="directory for plan-1.json, ...; of a pair: the file for the best plan")
+        Path | None, typer.Option(help="directory for plan-1.json, ...; of a pair: the file for the safe choice")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="plans to show and to write")] = 10,
-    ways: Annotated[str, typer.Option(help="checkpoints of a merge: 2, or 2-4", rich_help_panel=_SPACE)] = "2-3",
-    must_contain: Annotated[
-        list[str] | None, typer.Option(help="checkpoint id; repeatable", rich_help_panel=_SPACE)
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="checkpoint id; repeatable", rich_help_panel=_SPACE)] = None,
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(help="choose from these, e.g. 'ties(density=0.2)'; default: all known", rich_help_panel=_SPACE),
-    ] = None,
-    weighting: Annotated[
-        str, typer.Option(help="equal: every member counts the same; halving", rich_help_panel=_SPACE)
-    ] = "equal",
-    objective: Annotated[
-        str, typer.Option(help="mean, worst, a task, or math=2,code=1", rich_help_panel=_SCORING)
-    ] = "mean",
-    propagator: Annotated[
-        str, typer.Option(help="ranks the shortlist: second_order, virtual, curved, exact", rich_help_panel=_SCORING)
-    ] = "virtual",
-    signatures: Annotated[
-        str | None, typer.Option(help="default: `signatures` beside the table", rich_help_panel=_SCORING)
-    ] = None,
-    probes: Annotated[
-        Path | None, typer.Option(help="probe files, for curved and exact", rich_help_panel=_SCORING)
-    ] = None,
-    budget: Annotated[
-        int, typer.Option(min=1, help="plans; if there are more, a beam of about so many", rich_help_panel=_SCORING)
-    ] = 1_000_000,
-    shortlist: Annotated[
-        int, typer.Option(min=1, help="plans that the propagator ranks", rich_help_panel=_SCORING)
-    ] = 500,
-    caution: Annotated[
-        float, typer.Option(min=0, help="rank by the prediction less so many spreads", rich_help_panel=_SCORING)
-    ] = 1.0,
-    aggregate: Annotated[
-        str, typer.Option(help="last step, mean or sum over steps", rich_help_panel=_SCORING)
-    ] = "last",
+    ways: WaysOption = "2-3",
+    must_contain: MustContainOption = None,
+    exclude: ExcludeOption = None,
+    arm: ArmOption = None,
+    weighting: WeightingOption = "equal",
+    objective: ObjectiveOption = "mean",
+    propagator: PropagatorOption = "virtual",
+    signatures: SignaturesOption = None,
+    probes: ProbesOption = None,
+    budget: BudgetOption = 1_000_000,
+    shortlist: ShortlistOption = 500,
+    caution: CautionOption = 1.0,
+    aggregate: AggregateOption = "last",
     left: Annotated[str | None, typer.Option(help="checkpoint id", rich_help_panel=_PAIR)] = None,
     right: Annotated[str | None, typer.Option(help="checkpoint id", rich_help_panel=_PAIR)] = None,
     catalogue_option: Annotated[
@@ -85,22 +95,80 @@ def plan(
         plan_pair(path, selector, signals, left, right, task or (), out)
         return
     from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.propagation.interface import NAMES
-    from simmerge_ray.selector.model import read_selector
-    from simmerge_ray.selector.plan_files import SHORTLIST
-    from simmerge_ray.selector.plan_space import parse_ways, plan_space, scorable_arms
-    from simmerge_ray.selector.plan_tasks import task_pool
-    from simmerge_ray.signals.table import read_signal_table
 
     # Names first, then files, from small to large: what is wrong is said before anything is computed.
+    chosen_ways = check_names(ways, propagator, probes)
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; plans go into a directory")
+    request = plan_request(
+        load_catalogue(path), selector, signals, task or (), chosen_ways, must_contain or (), exclude or (), arm or (),
+        weighting, objective, propagator, signatures, probes,
+    )  # fmt: skip
+    ranking = request.scorer.rank(request.space, request.pool, top, budget, shortlist, aggregate, caution)
+    _print_ranking(ranking, request.table, request.pool, selector, request.space.num_plans(), caution)
+    if out is not None:
+        from simmerge_ray.selector.plan_files import write_plans
+
+        paths = write_plans(out, ranking, request.checkpoints)
+        typer.echo(f"{len(paths)} plans written to {out}; make the first with: simmerge merge {paths[0]} OUT")
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Plans to be ranked, checked against the artifacts that they need."""
+
+    checkpoints: Catalogue
+    table: SignalTable
+    space: PlanSpace
+    pool: TaskPool
+    scorer: PlanScorer
+
+
+def check_names(ways: str, propagator: str, probes: Path | None) -> tuple[int, int]:
+    """What can be checked of the options before any file is read; the fewest and most checkpoints of a merge.
+
+    Raises:
+        ConfigError: saying which option.
+    """
+    from simmerge_ray.propagation.interface import NAMES
+    from simmerge_ray.selector.plan_space import parse_ways
+
     chosen_ways = parse_ways(ways)
     if propagator not in NAMES:
         raise ConfigError(unknown_name("propagator", propagator, NAMES))
     if propagator in ("curved", "exact") and probes is None:
         raise ConfigError(f"propagator {propagator!r} runs the probes; give --probes, the directory of the signals'")
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; plans go into a directory")
-    checkpoints = load_catalogue(path)
+    return chosen_ways
+
+
+def plan_request(
+    checkpoints: Catalogue,
+    selector: Path,
+    signals: Path,
+    tasks: Sequence[str],
+    ways: tuple[int, int],
+    must_contain: Sequence[str],
+    exclude: Sequence[str],
+    arms: Sequence[str],
+    weighting: str,
+    objective: str,
+    propagator: str,
+    signatures: str | None,
+    probes: Path | None,
+) -> PlanRequest:
+    """Read what a ranking needs.
+
+    Raises:
+        InputError: an artifact is missing or does not fit, or a name is unknown; nothing has been computed.
+    """
+    from simmerge_ray.selector.model import read_selector
+    from simmerge_ray.selector.plan_files import SHORTLIST
+    from simmerge_ray.selector.plan_space import plan_space, scorable_arms
+    from simmerge_ray.selector.plan_tasks import task_pool
+    from simmerge_ray.signals.table import read_signal_table
+
+    if not selector.exists():
+        read_selector(selector)  # it raises, and says what makes one
     first = _shortlist(selector / SHORTLIST)
     second = first if propagator == "second_order" else read_selector(selector)
     table = read_signal_table(signals)
@@ -111,20 +179,14 @@ def plan(
             f"compute it with --weights {trained}"
         )
     _check_catalogue(checkpoints, table)
-    arms = scorable_arms(arm or (), second.arms, checkpoints.base is not None)
-    space = plan_space(checkpoints.ids, arms, chosen_ways, weighting, must_contain or (), exclude or ())
-    pool = task_pool(objective, task or (), table.tasks, table.checkpoint_ids, checkpoints.own_task)
+    chosen = scorable_arms(arms, second.arms, checkpoints.base is not None)
+    space = plan_space(checkpoints.ids, chosen, ways, weighting, must_contain, exclude)
+    pool = task_pool(objective, tasks, table.tasks, table.checkpoint_ids, checkpoints.own_task)
 
     from simmerge_ray.selector.scorer import PlanScorer
 
     scorer = PlanScorer(table, _propagator(propagator, table, checkpoints, probes, signatures, signals), second, first)
-    ranking = scorer.rank(space, pool, top, budget, shortlist, aggregate, caution)
-    _print_ranking(ranking, table, pool, selector, space.num_plans(), caution)
-    if out is not None:
-        from simmerge_ray.selector.plan_files import write_plans
-
-        paths = write_plans(out, ranking, checkpoints)
-        typer.echo(f"{len(paths)} plans written to {out}; make the first with: simmerge merge {paths[0]} OUT")
+    return PlanRequest(checkpoints, table, space, pool, scorer)
 
 
 def _shortlist(path: Path) -> Any:
@@ -190,7 +252,7 @@ def _print_ranking(
     from rich.table import Table
 
     console = Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
-    shown = Table(title=f"predicted utility, {_tasks_text(pool)}", title_justify="left")
+    shown = Table(title=f"predicted utility, {tasks_text(pool)}", title_justify="left")
     for column in ("", "plan", "predicted", "interval", "why"):
         numeric = column in ("", "predicted", "interval")
         shown.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
@@ -215,7 +277,7 @@ def _print_ranking(
         console.print(line, soft_wrap=True)
 
 
-def _tasks_text(pool: TaskPool) -> str:
+def tasks_text(pool: TaskPool) -> str:
     if pool.own is not None:
         return (
             "worst of the members' own tasks" if pool.objective.name == "worst" else "mean over the members' own tasks"
@@ -226,18 +288,11 @@ def _tasks_text(pool: TaskPool) -> str:
 
 
 def _row(one: RankedPlan, prefix: str = "") -> tuple[str, str, str, str]:
+    from simmerge_ray.plans import fold_text
+
     low, high = one.interval
     why = ", ".join(f"{group} {change:+.3f}" for group, change in one.why)
     return prefix + fold_text(one.plan), f"{one.utility:.3f}", f"{low:.3f}-{high:.3f}", why
-
-
-def fold_text(plan: MergePlan) -> str:
-    """A fold in one line: `linear: a + b + c`, or `a + b (linear) + c (ties)` where the arms differ."""
-    arms = [step.arm.label for step in plan.steps]
-    members = [plan.steps[0].left, *(step.right for step in plan.steps)]
-    if len(set(arms)) == 1:
-        return f"{arms[0]}: {' + '.join(members)}"
-    return members[0] + "".join(f" + {name} ({arm})" for name, arm in zip(members[1:], arms, strict=True))
 
 
 def best_single(task: str, table: SignalTable, parents: Mapping[str, Mapping[str, float]]) -> str:
@@ -272,9 +327,8 @@ def _parents(selector: Path) -> Mapping[str, Mapping[str, float]]:
 def plan_pair(
     catalogue: Path, selector: Path, signals: Path, left: str, right: str, tasks: Sequence[str], out: Path | None
 ) -> None:
-    """Rank the arms for one pair, and write the plan of the best one."""
+    """Rank the arms for one pair, say which to take and why, and write the plan of that one."""
     from rich.console import Console
-    from rich.table import Table
 
     from simmerge_ray.catalogue import load_catalogue
     from simmerge_ray.operators.specs import parse_arm
@@ -283,16 +337,41 @@ def plan_pair(
 
     checkpoints = load_catalogue(catalogue)
     recommender = Recommender.load(selector, signals)
-    ranked = recommender.rank(left, right, tasks)
-    table = Table(title=f"{left} + {right}", title_justify="left")
-    for column in ("arm", "predicted utility", "sd", *ranked[0].by_task):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    for row in ranked:
-        name = f"{row.arm} (best fixed)" if row.arm == recommender.best_fixed else row.arm
-        table.add_row(name, f"{row.utility:.3f}", f"{row.sd:.3f}", *(f"{u:.3f}" for u, _ in row.by_task.values()))
-    Console().print(table)
+    answer = recommender.recommend(left, right, tasks)
+    console = Console(markup=False, highlight=False, emoji=False)
+    console.print(_pair_table(answer, recommender.best_fixed, f"{left} + {right}"))
+    for line in _pair_lines(answer):
+        console.print(line, soft_wrap=True)
     if out is not None:
-        resolved = resolve_plan(pair_plan(left, right, parse_arm(ranked[0].arm)), checkpoints)
-        predicted = {name: {"utility": u, "sd": sd} for name, (u, sd) in ranked[0].by_task.items()}
-        write_plan(out, resolved, predicted)
+        resolved = resolve_plan(pair_plan(left, right, parse_arm(answer.choice.arm)), checkpoints)
+        write_plan(out, resolved, answer.chosen.predicted)
         typer.echo(f"plan written to {out}; make it with: simmerge merge {out} OUT")
+
+
+def _pair_table(answer: Recommendation, best_fixed: str, title: str) -> Any:
+    """Predictions, best first; `*` marks the safe choice, which need not be the first."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    intervals = any(row.interval for row in answer.ranked)
+    columns = ("", "arm", "predicted utility", "sd", *(["interval"] if intervals else []), *answer.ranked[0].by_task)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("", "arm") else "right")
+    for row in answer.ranked:
+        name = f"{row.arm} (best fixed)" if row.arm == best_fixed else row.arm
+        interval = ["{:.3f}-{:.3f}".format(*row.interval)] if row.interval else []
+        by_task = [f"{u:.3f}" for u, _ in row.by_task.values()]
+        mark = "*" if row.arm == answer.choice.arm else ""
+        table.add_row(mark, name, f"{row.utility:.3f}", f"{row.sd:.3f}", *interval, *by_task)
+    return table
+
+
+def _pair_lines(answer: Recommendation) -> list[str]:
+    lines = [f"* take {answer.choice.arm}: {answer.choice.reason}"]
+    if answer.ranked[0].interval:
+        known = answer.choice.distance <= answer.limit
+        lines.append(
+            f"interval: {100 * answer.level:g} % of the merges of checkpoints that were left out of the training "
+            f"measured within it{'' if known else '; that says nothing of checkpoints unlike those'}"
+        )
+    return lines

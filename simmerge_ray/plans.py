@@ -249,6 +249,15 @@ def enumerate_plans(
                     yield plan
 
 
+def fold_text(plan: MergePlan) -> str:
+    """A fold in one line: `linear: a + b + c`, or `a + b (linear) + c (ties)` where the arms differ."""
+    arms = [step.arm.label for step in plan.steps]
+    members = [plan.steps[0].left, *(step.right for step in plan.steps)]
+    if len(set(arms)) == 1:
+        return f"{arms[0]}: {' + '.join(members)}"
+    return members[0] + "".join(f" + {name} ({arm})" for name, arm in zip(members[1:], arms, strict=True))
+
+
 def plan_from_json(value: Any) -> MergePlan:
     """Parse the JSON form.
 

@@ -86,11 +86,14 @@ def zoo_stage(
 
 
 def pick_stage(layout: RunLayout, narrator: Narrator, pair: tuple[str, str], search: SearchConfig) -> None:
-    """Choose an arm for a pair that has no label, write the merge, and only then measure it and the other arms."""
+    """Choose an arm for a pair that has no label, write the merge, and only then measure it and the other arms.
+
+    The pick is the selector's safe choice, what `simmerge plan --left --right` says, not the best prediction.
+    """
     from simmerge_ray.service.recommender import Recommender
 
     with narrator.stage("pick") as stage:
-        config = {"pair": list(pair), "search": search.content()}
+        config = {"pair": list(pair), "search": search.content(), "policy": "safe"}
         inputs = {"signals": digest_file(layout.signals), "selector": digest_file(layout.selector / "selector.json")}
         manifest = Manifest("pick", config, inputs)
         if manifest.is_current(layout.pick / "manifest.json"):
@@ -101,31 +104,31 @@ def pick_stage(layout: RunLayout, narrator: Narrator, pair: tuple[str, str], sea
         started = time.monotonic()
         catalogue, tasks = load_catalogue(layout.catalogue), load_tasks(layout.tasks)
         recommender = Recommender.load(layout.selector, layout.signals)
-        ranked = recommender.rank(*pair)
-        predicted = {t: {"utility": u, "sd": sd} for t, (u, sd) in ranked[0].by_task.items()}
-        write_plan(
-            layout.pick / "plan.json", resolve_plan(pair_plan(*pair, parse_arm(ranked[0].arm)), catalogue), predicted
-        )
+        answer = recommender.recommend(*pair)
+        arm, predicted = answer.choice.arm, answer.chosen.predicted
+        write_plan(layout.pick / "plan.json", resolve_plan(pair_plan(*pair, parse_arm(arm)), catalogue), predicted)
         resolved, _ = read_plan(layout.pick / "plan.json")
         merged = write_merge(resolved, layout.pick / "merged", predicted).path
         pair_tasks = {task: tasks[task] for task in catalogue.pair_tasks(*pair)}
-        plans = [pair_plan(*pair, parse_arm(r.arm)) for r in ranked]
-        measured, loaded = measure_pick(layout, search, plans, merged, pair_tasks, narrator)
+        plans = [pair_plan(*pair, parse_arm(r.arm)) for r in answer.ranked]
+        measured, loaded = measure_pick(layout, search, plans, arm, merged, pair_tasks, narrator)
         result = {
             "pair": list(pair),
-            "arm": ranked[0].arm,
+            "arm": arm,
+            "reason": answer.choice.reason,
+            "overrode": answer.choice.overrode,
             "best_fixed": recommender.best_fixed,
-            "predicted": {r.arm: {"utility": r.utility, "sd": r.sd} for r in ranked},
+            "predicted": {r.arm: {"utility": r.utility, "sd": r.sd} for r in answer.ranked},
             "measured": measured,
             "loaded": loaded,
             "num_items": {name: len(task.items) for name, task in pair_tasks.items()},
         }
         write_json(layout.pick / "pick.json", result)
-        manifest.write(layout.pick / "manifest.json", time.monotonic() - started, {"arm": ranked[0].arm})
+        manifest.write(layout.pick / "manifest.json", time.monotonic() - started, {"arm": arm})
         means = {arm: sum(by_task.values()) / len(by_task) for arm, by_task in measured["arms"].items()}
         stage.result = (
-            f"{ranked[0].arm} for {pair[0]} + {pair[1]} (predicted {ranked[0].utility:.3f}, "
-            f"measured {means[ranked[0].arm]:.3f}, best of all arms {max(means.values()):.3f}) -> {merged}"
+            f"{arm} for {pair[0]} + {pair[1]} (predicted {answer.chosen.utility:.3f}, "
+            f"measured {means[arm]:.3f}, best of all arms {max(means.values()):.3f}) -> {merged}"
         )
 
 
@@ -133,11 +136,15 @@ def measure_pick(
     layout: RunLayout,
     search: SearchConfig,
     plans: Sequence[Any],
+    picked: str,
     merged: Path,
     tasks: dict[str, Task],
     narrator: Narrator,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Utilities of the pair by every arm and of its parents, and of the written checkpoint as each library loads it.
+
+    Args:
+        picked: arm of the written checkpoint.
 
     Raises:
         EngineError: the written checkpoint does not answer like the merge that was measured in memory.
@@ -162,7 +169,6 @@ def measure_pick(
             source = label.plan.source
             name, rows = (source, parents) if source else (label.plan.steps[0].arm.label, arms)
             rows.setdefault(name, {})[label.task] = label.outcome.utility
-    picked = plans[0].steps[0].arm.label
     for task, values in loaded.items():
         if abs(values[search.evaluator] - arms[picked][task]) > 2.0 / len(tasks[task].items):
             raise EngineError(

@@ -196,12 +196,12 @@ def plan_search(
     from simmerge_ray.distributed.merge_search import engines_that_fit, make_proposer
 
     study = prepare_study(catalogue, tasks, config, str(labels.resolve()))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(_num_gpus()), "memory": 0.7 * memory}  # as Ray counts it
-    return study, estimate(study, make_proposer(study).total, engines_that_fit(study, here))
+    return study, estimate(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
 
 
-def _num_gpus() -> int:
+def local_resources() -> dict[str, float]:
+    """What Ray would count on this machine."""
     import torch
 
-    return torch.cuda.device_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": 0.7 * memory}

@@ -10,18 +10,50 @@ from pathlib import Path
 import numpy as np
 
 from simmerge_ray.selector.model import Prediction, Selector, read_selector
+from simmerge_ray.selector.policy import Choice
 from simmerge_ray.service.schemas import ArmPrediction, CatalogueAnswer, Decision, DecisionRequest
 from simmerge_ray.signals.table import SignalTable, read_signal_table
+
+INTERVAL_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class RankedArm:
-    """One arm for a pair. utility, sd: averaged over the tasks. by_task: the prediction for each."""
+    """One arm for a pair. utility, sd: averaged over the tasks. by_task: the prediction for each.
+
+    interval: utility plus and minus the selector's half-width of one task, within [0, 1]; None where it has none.
+    """
 
     arm: str
     utility: float
     sd: float
     by_task: Mapping[str, tuple[float, float]]
+    interval: tuple[float, float] | None = None
+
+    @property
+    def predicted(self) -> dict[str, dict[str, float]]:
+        """By task, as plan files and model cards have it."""
+        return {task: {"utility": utility, "sd": sd} for task, (utility, sd) in self.by_task.items()}
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do with a pair.
+
+    choice: the arm to take, by the selector's safe policy, and why; it need not be the first of `ranked`. ranked: every
+    arm from best to worst predicted. limit: distance to the training data beyond which no prediction is acted on.
+    level: of the intervals.
+    """
+
+    choice: Choice
+    ranked: tuple[RankedArm, ...]
+    limit: float
+    level: float = INTERVAL_LEVEL
+
+    @property
+    def chosen(self) -> RankedArm:
+        """The prediction for the arm to take."""
+        return next(one for one in self.ranked if one.arm == self.choice.arm)
 
 
 class Recommender:
@@ -63,24 +95,42 @@ class Recommender:
 
     def _ranked(self, index: int, predictions: Mapping[str, Prediction]) -> RankedArm:
         by_task = {t: (float(np.clip(p.utility[index], 0.0, 1.0)), float(p.sd[index])) for t, p in predictions.items()}
-        utility, sd = np.mean(list(by_task.values()), axis=0)
-        return RankedArm(self._selector.arms[index], float(utility), float(sd), by_task)
+        utility, sd = (float(value) for value in np.mean(list(by_task.values()), axis=0))
+        interval = None
+        if self._selector.intervals is not None:
+            half_width = float(self._selector.half_widths(INTERVAL_LEVEL)[index])
+            interval = (max(0.0, utility - half_width), min(1.0, utility + half_width))
+        return RankedArm(self._selector.arms[index], utility, sd, by_task, interval)
+
+    def recommend(self, left: str, right: str, tasks: Sequence[str] = ()) -> Recommendation:
+        """The arm to take for all given tasks together, and all that was predicted; tasks and errors as in `rank`.
+
+        The best fixed arm, unless another is predicted to be better by more than what has paid, and never for
+        checkpoints that are unlike those of the training.
+        """
+        names = list(tasks) or list(self._table.pair_tasks(left, right))
+        choice = self._selector.choose_pair(self._table, left, right, names)
+        return Recommendation(choice, tuple(self.rank(left, right, names)), self._selector.novelty.limit)
 
     def decide(self, request: DecisionRequest) -> Decision:
-        """The best arm for a request.
+        """The arm to take for a request.
 
         Raises:
             PlanError: an unknown checkpoint or task.
         """
         tasks = [request.task] if request.task else list(self._table.pair_tasks(request.left, request.right))
-        ranked = self.rank(request.left, request.right, tasks)
+        answer = self.recommend(request.left, request.right, tasks)
         return Decision(
             decision_id=uuid.uuid4().hex,
             left=request.left,
             right=request.right,
             tasks=tasks,
-            arm=ranked[0].arm,
-            arms=[ArmPrediction(arm=r.arm, utility=r.utility, sd=r.sd) for r in ranked],
+            arm=answer.choice.arm,
+            reason=answer.choice.reason,
+            overrode=answer.choice.overrode,
+            distance=answer.choice.distance,
+            limit=answer.limit,
+            arms=[ArmPrediction(arm=r.arm, utility=r.utility, sd=r.sd, interval=r.interval) for r in answer.ranked],
             best_fixed=self.best_fixed,
             model_version=self.model_version,
         )

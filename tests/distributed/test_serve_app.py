@@ -73,7 +73,9 @@ def test_a_decision_ranks_the_arms(service):
     answer = httpx.post(f"{url}/v1/decisions", json={"left": "m0", "right": "m1"})
     assert answer.status_code == 200
     body = answer.json()
-    assert body["arm"] == body["arms"][0]["arm"] and body["tasks"] == ["add", "copy"]
+    assert body["arm"] in [one["arm"] for one in body["arms"]] and body["tasks"] == ["add", "copy"]
+    assert body["reason"] and body["overrode"] == (body["arm"] != body["best_fixed"])
+    assert body["distance"] >= 0 and body["limit"] > 0
     assert body["arms"][0]["utility"] >= body["arms"][1]["utility"]
     assert httpx.get(f"{url}/v1/catalogue").json()["checkpoints"] == ["m0", "m1", "m2"]
 

@@ -13,6 +13,7 @@ from simmerge_ray.demo.recipe import ARMS
 from simmerge_ray.labels import LabelStore
 from simmerge_ray.progress import Narrator
 from simmerge_ray.runs import RunLayout
+from simmerge_ray.service.recommender import Recommender
 from simmerge_ray.storage import read_json
 from tests.e2e.tiny_demo import HELD_OUT, run_tiny_demo
 
@@ -44,6 +45,8 @@ def test_the_demo_leaves_what_it_promises_and_the_next_run_computes_nothing(tmp_
     pick = read_json(layout.pick / "pick.json")
     assert pick["arm"] in pick["measured"]["arms"] and len(pick["measured"]["arms"]) == len(ARMS)
     assert set(pick["pair"]) == set(HELD_OUT)
+    choice = Recommender.load(layout.selector, layout.signals).recommend(*HELD_OUT).choice
+    assert (pick["arm"], pick["reason"]) == (choice.arm, choice.reason)  # what `simmerge plan --left --right` says
     assert {*HELD_OUT} not in [set(label.plan.members) for label in labels]
     read_headers(CheckpointRef("merged", layout.pick / "merged"))
     for figure in ("signals.png", "pick.png"):

@@ -29,7 +29,7 @@ def zoo(catalogue_path, tmp_path) -> Path:
 def test_help_names_every_stage():
     result = simmerge("--help")
     assert result.returncode == 0
-    for command in ("demo", "zoo", "signals", "search", "train", "plan", "merge", "serve", "report"):
+    for command in ("demo", "zoo", "signals", "search", "train", "plan", "auto", "merge", "serve", "report"):
         assert command in result.stdout
     assert simmerge("--version").stdout.strip() == "0.1.0"
 

@@ -17,8 +17,8 @@ ROOT = Path(simmerge_ray.__file__).parent
 FLOW = (
     "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "digests", "catalogue", "probes",
     "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
-    "transformers_evaluator", "headroom", "labels", "search", "selector", "service", "figures", "report", "demo",
-    "study", "distributed", "search_cli", "catalogue_cli", "labels_cli", "plan_cli", "cli",
+    "transformers_evaluator", "headroom", "labels", "search", "selector", "bandit", "service", "figures", "report",
+    "demo", "study", "distributed", "search_cli", "catalogue_cli", "labels_cli", "plan_cli", "auto_cli", "cli",
 )  # fmt: skip
 
 
@@ -84,6 +84,8 @@ def loaded_modules(code: str) -> set[str]:
         "['simmerge', 'plan', '--help']",
         "['simmerge', 'plan', 'absent.yaml', '--selector', 's', '--signals', 't']",
         "['simmerge', 'plan', 'c.yaml', '--selector', 's', '--signals', 't', '--propagator', 'virtul']",
+        "['simmerge', 'auto', '--help']",
+        "['simmerge', 'auto', 'absent.yaml', '--selector', 's', '--signals', 't', '--tasks', 'd', '--out', 'o']",
     ],
 )
 def test_help_and_typos_load_no_heavy_library(arguments):

@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from typer.testing import CliRunner
 
 from simmerge_ray.cli import app
-from simmerge_ray.config import TrainConfig
 from simmerge_ray.errors import ConfigError, PlanError, SelectorError
-from simmerge_ray.headroom import Context
-from simmerge_ray.plan_cli import best_single, fold_text
-from simmerge_ray.plans import fold_plan, read_plan
-from simmerge_ray.propagation.second_order import SecondOrder
-from simmerge_ray.selector.dataset import SelectionDataset, pair_features
-from simmerge_ray.selector.plan_files import SHORTLIST
-from simmerge_ray.selector.train import train_selector
-from simmerge_ray.signals.compute import compute_signals
-from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+from simmerge_ray.plan_cli import best_single
+from simmerge_ray.plans import fold_plan, fold_text, read_plan
+from simmerge_ray.selector.model import read_selector
+from simmerge_ray.service.recommender import Recommender
+from tests.artifacts import write_artifacts
 from tests.tables import synthetic_table
 
 
 @pytest.fixture(scope="module")
-def run(catalogue_path, catalogue, tmp_path_factory):
-    """Signals, signatures and both selectors, trained on made-up utilities."""
-    import numpy as np
-
-    from simmerge_ray.probes import load_probe_sets
-
-    root = tmp_path_factory.mktemp("run")
-    spec = SignatureSpec(batch_size=8, num_positions=20, num_attention_positions=6, num_coordinates=500)
-    probes = load_probe_sets(catalogue_path.parent / "probes")
-    table = compute_signals(catalogue, probes, spec, store=SignatureStore(root / "signatures"))
-    table.write(root / "pairs.parquet")
-    generator = np.random.default_rng(0)
-    contexts, features = [], []
-    for left, right in (("m0", "m1"), ("m0", "m2"), ("m1", "m2")):
-        for task in table.tasks:
-            for _ in range(2):
-                items = {arm: generator.random(20) for arm in ("linear", "ties")}
-                contexts.append(Context(left, right, task, items, generator.random(20), generator.random(20)))
-                features.append(pair_features(table, left, right, task))
-    utilities = np.array([[c.arms[arm].mean() for arm in ("linear", "ties")] for c in contexts])
-    dataset = SelectionDataset(tuple(contexts), ("linear", "ties"), table.columns, np.array(features), utilities)
-    config = TrainConfig(num_members=2, num_epochs=5)
-    train_selector(dataset, config).write(root / "selector")
-    restricted = dataset.restricted(SecondOrder(table).columns)
-    assert restricted.columns == SecondOrder(table).columns
-    train_selector(restricted, config).write(root / "selector" / SHORTLIST)
-    return root
+def run(catalogue_path, tmp_path_factory):
+    return write_artifacts(tmp_path_factory.mktemp("run"), catalogue_path)
 
 
 def invoke(run, catalogue_path, *options: str):
@@ -97,3 +69,37 @@ def test_the_best_single_checkpoint_is_a_measured_one_where_there_is_any():
     table = synthetic_table(3)
     assert "c01, measured 0.700" in best_single("s", table, {"s": {"c00": 0.2, "c01": 0.7, "gone": 0.9}})
     assert "no checkpoint was measured alone" in best_single("s", table, {})
+
+
+def pair(run, catalogue_path, selector, out):
+    options = ("--left", "m0", "--right", "m1", "--out", str(out))
+    fixed = ["plan", str(catalogue_path), "--selector", str(selector), "--signals", str(run / "pairs.parquet")]
+    return CliRunner().invoke(app, [*fixed, *options], env={"COLUMNS": "200"})
+
+
+def test_for_a_pair_the_plan_of_the_safe_choice_is_written_with_its_reason(run, catalogue_path, tmp_path):
+    result = pair(run, catalogue_path, run / "selector", tmp_path / "plan.json")
+    assert result.exit_code == 0, result.output
+    answer = Recommender.load(run / "selector", run / "pairs.parquet").recommend("m0", "m1")
+    resolved, predicted = read_plan(tmp_path / "plan.json")
+    assert resolved.plan.steps[0].arm.label == answer.choice.arm and predicted == answer.chosen.predicted
+    assert f"* take {answer.choice.arm}: {answer.choice.reason}" in result.output
+    (marked,) = [line for line in result.output.splitlines() if line.startswith("│ *")]
+    assert answer.choice.arm in marked and all(one.arm in result.output for one in answer.ranked)
+
+
+def test_a_pair_unlike_those_of_the_training_gets_the_best_fixed_arm(run, catalogue_path, tmp_path):
+    selector = read_selector(run / "selector")
+    eager = replace(selector.override, threshold=-1.0)
+    replace(selector, override=eager, novelty=replace(selector.novelty, limit=0.0)).write(tmp_path / "selector")
+    result = pair(run, catalogue_path, tmp_path / "selector", tmp_path / "plan.json")
+    assert "not trained for such checkpoints" in result.output
+    assert read_plan(tmp_path / "plan.json")[0].plan.steps[0].arm.label == selector.best_fixed
+
+
+def test_missing_artifacts_say_which_command_makes_them(run, catalogue_path, tmp_path):
+    for place, message in (("selector", "simmerge train"), ("signals", "simmerge signals")):
+        given = {"selector": run / "selector", "signals": run / "pairs.parquet"} | {place: tmp_path / "absent"}
+        options = [f"--{name}={path}" for name, path in given.items()]
+        result = CliRunner().invoke(app, ["plan", str(catalogue_path), *options])
+        assert message in str(result.exception) and "no s" in str(result.exception)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -13,6 +15,7 @@ from simmerge_ray.operators.specs import make_arm
 from simmerge_ray.plans import MergePlan, pair_plans
 from simmerge_ray.probes import load_probe_sets
 from simmerge_ray.selector.dataset import build_dataset
+from simmerge_ray.selector.policy import INTERVAL_LEVELS, Intervals
 from simmerge_ray.selector.train import train_selector
 from simmerge_ray.service.recommender import Recommender
 from simmerge_ray.service.schemas import DecisionRequest
@@ -81,11 +84,51 @@ def test_arms_are_ranked_for_the_parents_own_tasks(recommender):
 
 def test_a_decision_carries_all_that_was_predicted(recommender):
     decision = recommender.decide(DecisionRequest(left="m0", right="m1", task="add"))
-    assert decision.tasks == ["add"] and decision.arm == decision.arms[0].arm
+    answer = recommender.recommend("m0", "m1", ["add"])
+    assert decision.tasks == ["add"] and decision.arm == answer.choice.arm == answer.chosen.arm
+    assert decision.reason == answer.choice.reason and decision.overrode == (decision.arm != decision.best_fixed)
+    assert decision.distance == answer.choice.distance and decision.limit == answer.limit > 0
     assert decision.best_fixed in {arm.arm for arm in decision.arms} and len(decision.model_version) == 12
     again = recommender.decide(DecisionRequest(left="m0", right="m1", task="add"))
     assert again.decision_id != decision.decision_id and again.arms == decision.arms
     assert recommender.catalogue().checkpoints == ["m0", "m1", "m2", "m3"]
+
+
+def with_override(recommender, threshold: float, **changes) -> Recommender:
+    """The same predictions, the arm that is predicted to be the worse one taken for the best fixed one."""
+    selector = recommender._selector
+    worse = recommender.rank("m0", "m1")[-1].arm
+    override = replace(selector.override, best_fixed=worse, threshold=threshold)
+    return Recommender(replace(selector, override=override, **changes), recommender._table)
+
+
+def test_the_best_fixed_arm_is_left_where_that_has_paid(recommender):
+    best = recommender.rank("m0", "m1")[0].arm
+    bold, careful = with_override(recommender, 0.0), with_override(recommender, np.inf)
+    assert bold.recommend("m0", "m1").choice.arm == best and bold.recommend("m0", "m1").choice.overrode
+    for one in (bold, careful):  # what is predicted does not depend on the policy
+        assert [row.arm for row in one.recommend("m0", "m1").ranked][0] == best
+    decision = careful.decide(DecisionRequest(left="m0", right="m1"))
+    assert decision.arm == careful.best_fixed != decision.arms[0].arm and not decision.overrode
+    assert "has not paid" in decision.reason
+
+
+def test_checkpoints_unlike_those_of_the_training_get_the_best_fixed_arm(recommender):
+    near = replace(recommender._selector.novelty, limit=0.0)
+    decision = with_override(recommender, 0.0, novelty=near).decide(DecisionRequest(left="m0", right="m1"))
+    assert decision.reason.startswith("not trained for such checkpoints") and decision.distance > decision.limit
+    assert decision.arm == decision.best_fixed and not decision.overrode
+
+
+def test_intervals_are_those_of_the_selector_or_none(recommender):
+    def ranked(intervals) -> list:
+        return Recommender(replace(recommender._selector, intervals=intervals), recommender._table).rank("m0", "m1")
+
+    assert all(row.interval is None for row in ranked(None))
+    widths = np.tile([[0.01, 0.02]], (len(INTERVAL_LEVELS), 1))
+    for row in ranked(Intervals(INTERVAL_LEVELS, widths)):
+        half = dict(zip(recommender._selector.arms, (0.01, 0.02), strict=True))[row.arm]
+        assert row.interval == pytest.approx((max(0.0, row.utility - half), min(1.0, row.utility + half)))
 
 
 def test_unknown_names_are_refused_with_the_choices(recommender):

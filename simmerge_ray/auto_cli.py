@@ -1,0 +1,164 @@
+"""`simmerge auto`: from a catalogue to the best of the merges that are predicted to be good, or to "keep this one"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simmerge_ray.errors import ConfigError, TaskError
+from simmerge_ray.plan_cli import (
+    AggregateOption,
+    ArmOption,
+    BudgetOption,
+    CautionOption,
+    ExcludeOption,
+    MustContainOption,
+    ObjectiveOption,
+    ProbesOption,
+    PropagatorOption,
+    SelectorOption,
+    ShortlistOption,
+    SignalsOption,
+    SignaturesOption,
+    WaysOption,
+    WeightingOption,
+    check_names,
+    plan_request,
+)
+
+if TYPE_CHECKING:
+    from simmerge_ray.catalogue import Catalogue
+
+_EVALUATION, _COST = "Evaluation", "Resources"
+
+
+def auto(
+    catalogue: Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")],
+    selector: SelectorOption,
+    signals: SignalsOption,
+    tasks: Annotated[Path, typer.Option(help="directory of <task>.jsonl with prompt and target per line")],
+    out: Annotated[Path, typer.Option(help="directory for labels, plans, the answer and the merge")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="count on these tasks; default: all own tasks; repeatable")
+    ] = None,
+    evaluate: Annotated[int, typer.Option(min=1, help="merges to measure, those predicted to be best")] = 5,
+    write: Annotated[bool, typer.Option(help="write a merge that is the answer to OUT/merged")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="rank, say what would be measured, and stop")] = False,
+    ways: WaysOption = "2-3",
+    must_contain: MustContainOption = None,
+    exclude: ExcludeOption = None,
+    arm: ArmOption = None,
+    weighting: WeightingOption = "equal",
+    objective: ObjectiveOption = "mean",
+    propagator: PropagatorOption = "virtual",
+    signatures: SignaturesOption = None,
+    probes: ProbesOption = None,
+    budget: BudgetOption = 1_000_000,
+    shortlist: ShortlistOption = 500,
+    caution: CautionOption = 1.0,
+    aggregate: AggregateOption = "last",
+    evaluator: Annotated[str, typer.Option(help="vllm or transformers", rich_help_panel=_EVALUATION)] = "vllm",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16", rich_help_panel=_EVALUATION)] = "float32",
+    max_model_len: Annotated[
+        int | None, typer.Option(min=8, help="longest prompt + answer in tokens", rich_help_panel=_EVALUATION)
+    ] = None,
+    max_items: Annotated[
+        int | None, typer.Option(min=1, help="items of each task, drawn by --seed", rich_help_panel=_EVALUATION)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the items drawn", rich_help_panel=_EVALUATION)] = 0,
+    retry_infeasible: Annotated[
+        bool,
+        typer.Option(
+            "--retry-infeasible", help="try merges again that could not be measured", rich_help_panel=_EVALUATION
+        ),
+    ] = False,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="engines at once; default: as many as fit", rich_help_panel=_COST)
+    ] = None,
+    cpus_per_trial: Annotated[float, typer.Option(help="CPU cores of an engine", rich_help_panel=_COST)] = 1.0,
+    gpus_per_trial: Annotated[float, typer.Option(help="GPUs of an engine, or a share", rich_help_panel=_COST)] = 0.0,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks of an engine", rich_help_panel=_COST)] = 1,
+    executor: Annotated[str, typer.Option(help="ranks: mp, one node; ray, several", rich_help_panel=_COST)] = "mp",
+    log: Annotated[Path, typer.Option("--log", help="where the output of libraries goes")] = Path("simmerge.log"),
+) -> None:
+    """Rank the merges of a catalogue, measure the first few beside the checkpoints, and make the best, if it is better.
+
+    An interrupted run goes on with the same command.
+    """
+    from simmerge_ray.config import SearchConfig, check_config
+
+    names = (
+        "evaluator", "dtype", "max_model_len", "max_items", "seed", "retry_infeasible", "concurrency",
+        "cpus_per_trial", "gpus_per_trial", "tensor_parallel", "executor",
+    )  # fmt: skip
+    ranked_names = (
+        "task", "evaluate", "ways", "must_contain", "exclude", "arm", "weighting", "objective", "propagator", "budget",
+        "shortlist", "caution", "aggregate",
+    )  # fmt: skip
+    given = locals()
+    values: dict[str, Any] = {name: given[name] for name in names}
+    ranked_by = {name: given[name] for name in ranked_names}
+    config = check_config(SearchConfig, values | {"pairs": "all"}, "options")
+    chosen_ways = check_names(ways, propagator, probes)
+    from simmerge_ray.catalogue import load_catalogue
+    from simmerge_ray.evaluation import load_tasks
+
+    checkpoints = load_catalogue(catalogue)
+    files = load_tasks(tasks)
+    request = plan_request(
+        checkpoints, selector, signals, counted_tasks(checkpoints, task or (), objective), chosen_ways,
+        must_contain or (), exclude or (), arm or (), weighting, objective, propagator, signatures, probes,
+    )  # fmt: skip
+    for name in request.pool.tasks:
+        if name not in files:
+            raise TaskError(
+                f"{tasks} has no {name}.jsonl, which says what is measured on {name!r}; known: {_list(files)}"
+            )
+    counted = {name: files[name].sampled(config.max_items, config.seed) for name in request.pool.tasks}
+    from simmerge_ray.progress import narrated
+    from simmerge_ray.storage import Manifest, digest_file
+
+    with narrated(log) as narrator:
+        from simmerge_ray.distributed.auto import auto_stage, check_auto, dry_run_lines
+
+        study = check_auto(checkpoints, counted, config, out, write)
+        with narrator.stage("rank") as stage:
+            ranking = request.scorer.rank(request.space, request.pool, evaluate, budget, shortlist, aggregate, caution)
+            stage.result = f"{ranking.num_scored} merges scored, {len(ranking.plans)} to be measured"
+        if dry_run:
+            for line in dry_run_lines(study, ranking, checkpoints.own_task, out):
+                narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)
+            return
+        inputs = {f"checkpoint {key}": value for key, value in checkpoints.digests().items()}
+        inputs |= {f"task {key}": one.digest for key, one in counted.items()} | {"signals": digest_file(signals)}
+        inputs |= {
+            f"selector {path.relative_to(selector)}": digest_file(path) for path in selector.rglob("*.safetensors")
+        }
+        manifest = Manifest("auto", {"ranking": ranked_by, "search": config.content()}, inputs)
+        auto_stage(checkpoints, counted, request.pool.objective, ranking, config, out, narrator, manifest, write)
+
+
+def counted_tasks(checkpoints: Catalogue, tasks: Sequence[str], objective: str) -> tuple[str, ...]:
+    """The tasks that everything is measured on: those named, those of the objective, or all own tasks.
+
+    Merges of different checkpoints are compared with each other and with checkpoints, so the members' own tasks, as
+    `simmerge plan` counts them, will not do.
+
+    Raises:
+        ConfigError: no checkpoint has a task of its own.
+    """
+    from simmerge_ray.search.objectives import MEAN, WORST
+
+    if tasks or objective not in (MEAN, WORST):
+        return tuple(tasks)
+    own = sorted({name for name in checkpoints.own_task.values() if name})
+    if not own:
+        raise ConfigError("the checkpoints of the catalogue have no 'task'; name the tasks that count with --task")
+    return tuple(own)
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names))

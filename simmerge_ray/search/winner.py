@@ -1,0 +1,138 @@
+"""Which of the measured merges is the best, and is it better than the best checkpoint as it is?
+
+The first half of the items (the even ones) chooses, the other half says what the choice is worth: the best of several
+measured values is too high on the items that it was the best on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmerge_ray.errors import LabelError, TaskError
+from simmerge_ray.headroom import NUM_STANDARD_ERRORS
+from simmerge_ray.plans import MergePlan
+from simmerge_ray.search.objectives import WORST, Objective
+
+MIN_ITEMS = 4  # two in each half, or there is no standard error
+_CHOOSING, _REPORTING = slice(0, None, 2), slice(1, None, 2)
+
+Items = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value of the objective, or a difference of two, with its standard error."""
+
+    value: float
+    se: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Further from 0 than two standard errors."""
+        return abs(self.value) > NUM_STANDARD_ERRORS * self.se
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A merge, or a checkpoint as it is, with the utility of every item by task; the same items for all candidates."""
+
+    plan: MergePlan
+    items: Items
+
+    @property
+    def choosing(self) -> Items:
+        return {task: items[_CHOOSING] for task, items in self.items.items()}
+
+    @property
+    def reporting(self) -> Items:
+        return {task: items[_REPORTING] for task, items in self.items.items()}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to take.
+
+    winner: the best merge if it beats the best single checkpoint on the choosing half, else that checkpoint.
+    best_merge, best_single: of their kind on the choosing half; None where none was measured. utility: of the winner,
+    on the reporting half. advantage: the merge minus the checkpoint, paired by item, on the reporting half;
+    chosen_by: on the choosing half. Both are None without one of the two.
+    """
+
+    winner: Candidate
+    best_merge: Candidate | None
+    best_single: Candidate | None
+    utility: Estimate
+    advantage: Estimate | None
+    chosen_by: Estimate | None
+
+    @property
+    def keeps_checkpoint(self) -> bool:
+        return self.winner.plan.source is not None
+
+
+def check_items(task: str, num_items: int) -> None:
+    """Refuse a task whose items cannot be split.
+
+    Raises:
+        TaskError: it has too few.
+    """
+    if num_items < MIN_ITEMS:
+        raise TaskError(
+            f"task {task!r} has {num_items} items; {MIN_ITEMS} are the least, since one half chooses and the other "
+            "measures"
+        )
+
+
+def decide(candidates: Sequence[Candidate], objective: Objective) -> Verdict:
+    """The verdict; among equally good merges (checkpoints) the first, and a checkpoint before an equally good merge.
+
+    Raises:
+        LabelError: there is no candidate.
+    """
+    if not candidates:
+        raise LabelError("nothing was measured, so nothing can be chosen")
+    merges = [one for one in candidates if one.plan.steps]
+    singles = [one for one in candidates if not one.plan.steps]
+    best_merge, best_single = _best(merges, objective), _best(singles, objective)
+    if best_merge is None or best_single is None:
+        winner = best_merge or best_single
+        assert winner is not None
+        return Verdict(winner, best_merge, best_single, estimate(winner.reporting, objective), None, None)
+    chosen_by = difference(best_merge.choosing, best_single.choosing, objective)
+    winner = best_merge if chosen_by.value > 0 else best_single
+    advantage = difference(best_merge.reporting, best_single.reporting, objective)
+    return Verdict(winner, best_merge, best_single, estimate(winner.reporting, objective), advantage, chosen_by)
+
+
+def _best(candidates: Sequence[Candidate], objective: Objective) -> Candidate | None:
+    return max(candidates, key=lambda one: estimate(one.choosing, objective).value, default=None)
+
+
+def estimate(items: Items, objective: Objective) -> Estimate:
+    """The objective of measured items. Items of one task, and tasks, are taken to be independent."""
+    return difference(items, {task: np.zeros(len(values)) for task, values in items.items()}, objective)
+
+
+def difference(left: Items, right: Items, objective: Objective) -> Estimate:
+    """Objective of `left` minus that of `right`, sum_t (a_t x_t - b_t y_t), its error from the pairs of items.
+
+    a and b are the shares of the tasks: those of the objective, or for `worst` all of it on each side's worst task.
+    """
+    shares = [task_shares(objective, {task: float(side[task].mean()) for task in side}) for side in (left, right)]
+    value = variance = 0.0
+    for task in left:
+        pairs = shares[0].get(task, 0.0) * left[task] - shares[1].get(task, 0.0) * right[task]
+        value += float(pairs.mean())
+        variance += float(pairs.var(ddof=1)) / len(pairs)
+    return Estimate(value, float(np.sqrt(variance)))
+
+
+def task_shares(objective: Objective, utilities: Mapping[str, float]) -> dict[str, float]:
+    """How much each task counts for the objective; its value is the sum of share times utility."""
+    if objective.name == WORST:
+        return {min(sorted(utilities), key=lambda task: utilities[task]): 1.0}
+    weights = dict(objective.weights) or dict.fromkeys(utilities, 1.0)
+    return {task: weight / sum(weights.values()) for task, weight in weights.items()}

@@ -1,0 +1,42 @@
+"""What a ranking of the tiny catalogue needs: signals, signatures, and selectors trained on made-up utilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from simmerge_ray.catalogue import load_catalogue
+from simmerge_ray.config import TrainConfig
+from simmerge_ray.headroom import Context
+from simmerge_ray.probes import load_probe_sets
+from simmerge_ray.propagation.second_order import SecondOrder
+from simmerge_ray.selector.dataset import SelectionDataset, pair_features
+from simmerge_ray.selector.plan_files import SHORTLIST
+from simmerge_ray.selector.train import train_selector
+from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+
+
+def write_artifacts(root: Path, catalogue_path: Path) -> Path:
+    """`pairs.parquet`, `signatures` and `selector` below `root`, which is returned."""
+    spec = SignatureSpec(batch_size=8, num_positions=20, num_attention_positions=6, num_coordinates=500)
+    probes = load_probe_sets(catalogue_path.parent / "probes")
+    table = compute_signals(load_catalogue(catalogue_path), probes, spec, store=SignatureStore(root / "signatures"))
+    table.write(root / "pairs.parquet")
+    generator = np.random.default_rng(0)
+    contexts, features = [], []
+    for left, right in (("m0", "m1"), ("m0", "m2"), ("m1", "m2")):
+        for task in table.tasks:
+            for _ in range(2):
+                items = {arm: generator.random(20) for arm in ("linear", "ties")}
+                contexts.append(Context(left, right, task, items, generator.random(20), generator.random(20)))
+                features.append(pair_features(table, left, right, task))
+    utilities = np.array([[c.arms[arm].mean() for arm in ("linear", "ties")] for c in contexts])
+    dataset = SelectionDataset(tuple(contexts), ("linear", "ties"), table.columns, np.array(features), utilities)
+    config = TrainConfig(num_members=2, num_epochs=5)
+    train_selector(dataset, config).write(root / "selector")
+    restricted = dataset.restricted(SecondOrder(table).columns)
+    assert restricted.columns == SecondOrder(table).columns
+    train_selector(restricted, config).write(root / "selector" / SHORTLIST)
+    return root
