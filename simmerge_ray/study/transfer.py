@@ -1,0 +1,85 @@
+"""Does a selector that was trained on small models choose well on a larger one, without being trained again?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.config import TrainConfig
+from simmerge_ray.errors import LabelError
+from simmerge_ray.selector.crossval import predict_unseen
+from simmerge_ray.selector.dataset import SelectionDataset
+from simmerge_ray.selector.evaluation import GAP_CLOSED, Scoring, shares_of, units_of
+from simmerge_ray.selector.splits import pairs_of, resampled_weights
+from simmerge_ray.selector.train import fit_models
+
+NUM_RESAMPLES = 2000
+
+Array = np.ndarray
+
+
+def transfer(
+    small: SelectionDataset, large: SelectionDataset, config: TrainConfig, base_of: Mapping[str, str]
+) -> dict[str, Any]:
+    """GapClosed on the large base, one arm per merge.
+
+    `transferred` was trained on all pairs of the small bases. `own` was trained on the large base, each checkpoint left
+    out in turn. The best fixed arm is chosen on the small bases, or on the large one; the latter on the very merges
+    that it is scored on, which is an advantage.
+
+    Returns:
+        gap_closed by policy; gains (policy minus best fixed) with 95 % intervals by resampling checkpoints; share of
+        own's gain over the small bases' fixed arm that the transferred selector has, None where own gains nothing.
+
+    Raises:
+        LabelError: other arms or features, or GapClosed is nowhere defined on the large base.
+    """
+    if small.arms != large.arms or small.columns != large.columns:
+        raise LabelError("the small and the large bases were labelled with other arms, or have other features")
+    scoring = Scoring.of(large.contexts, large.arms)
+    if scoring.unit != GAP_CLOSED:
+        raise LabelError("the checkpoints of the large base differ on no task by enough to measure GapClosed")
+    units, pairs = units_of(large.contexts, per_merge=True), pairs_of(large.contexts)
+    weights = resampled_weights([pairs[row] for row in scoring.rows], base_of, NUM_RESAMPLES, config.seed)
+    (model,) = fit_models(small, [range(len(small.contexts))], config)
+    tasks = [context.task for context in large.contexts]
+    num_arms = len(large.arms)
+    scores = {
+        "transferred": model.predict(large.features, tasks)[0],
+        "own": predict_unseen(large, config).utility,
+        "best fixed of the small bases": _one_arm(
+            Scoring.of(small.contexts, small.arms).best_fixed(num_arms), large.utilities.shape
+        ),
+        "best fixed of the large base": _one_arm(scoring.best_fixed(num_arms), large.utilities.shape),
+    }
+    taken = {name: scoring.taken(_shares(values, units)) for name, values in scores.items()}
+    gains: dict[str, Any] = {}
+    for policy in ("transferred", "own"):
+        for fixed in ("best fixed of the small bases", "best fixed of the large base"):
+            gained = taken[policy] - taken[fixed]
+            low, high = np.nanquantile(scoring.headline(gained, weights), [0.025, 0.975])
+            gains[f"{policy} - {fixed}"] = {
+                "gain": float(scoring.headline(gained)),
+                "interval": [float(low), float(high)],
+            }
+    own = gains["own - best fixed of the small bases"]["gain"]
+    transferred = gains["transferred - best fixed of the small bases"]["gain"]
+    return {
+        "gap_closed": {name: float(scoring.headline(values)) for name, values in taken.items()},
+        "arms": {name: large.arms[int(scores[name][0].argmax())] for name in scores if name.startswith("best fixed")},
+        "gains": gains,
+        "share": transferred / own if own > 0 else None,
+        "num_merges": len(units),
+        "num_defined": len(scoring.rows),
+    }
+
+
+def _one_arm(column: int, shape: tuple[int, ...]) -> Array:
+    return np.tile(np.eye(shape[1])[column], (shape[0], 1))
+
+
+def _shares(scores: Array, units: list[list[int]]) -> Array:
+    """(N, K) -> (N, K + 2): never a parent."""
+    return shares_of(np.hstack([scores, np.full((len(scores), 2), -np.inf)]), units)
