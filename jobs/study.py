@@ -18,7 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the study")
     parser.add_argument("--config", type=Path, help="YAML file with sizes that differ from the study's")
-    parser.add_argument("--stage", action="append", help="zoo, signals, pairs or plans; repeatable; default: all")
+    parser.add_argument("--stage", action="append", help="zoo, signals, pairs, plans or probes; repeatable")
     arguments = parser.parse_args()
 
     from simmerge_ray.errors import ConfigError, InputError, SimmergeError, unknown_name

@@ -21,12 +21,14 @@ from simmerge_ray.evaluation import load_tasks
 from simmerge_ray.labels import LabelStore, single_items
 from simmerge_ray.plans import MergePlan
 from simmerge_ray.progress import Narrator
-from simmerge_ray.storage import Manifest, digest_json
+from simmerge_ray.storage import Manifest, digest_json, write_once
 from simmerge_ray.study.layout import StudyLayout
 from simmerge_ray.study.merges import draw_subsets, every_subset, labelled_pairs, plans_of
 from simmerge_ray.study.zoo import ZooPart, zoo_part
 
-STAGES = ("zoo", "signals", "pairs", "plans")
+STAGES = ("zoo", "signals", "pairs", "plans", "probes")
+NUM_PROBES_TRIED = (4, 16)  # beside all of them
+WRONG_DOMAIN = "wrong"
 FULL_PLANS = 4  # of every subset of the fully labelled catalogue
 FIRST_SEED = 1  # seed 0 is the demo's, which was looked at while the selector was built
 
@@ -62,7 +64,26 @@ def _zoo(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], 
 
 def _signals(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
     for part in parts:
-        signals_stage(layout.catalogue(part.name), layout.zoo / "probes", layout.signals(part.name), SIGNALS, narrator)
+        signals_stage(layout.catalogue(part.name), layout.probes(), layout.signals(part.name), SIGNALS, narrator)
+
+
+def _probes(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+    """Signals from fewer probes, and from those of another domain: what the final gain owes to them."""
+    for variant, files in probe_variants(layout.probes()).items():
+        for name, data in files.items():
+            write_once(layout.probes(variant) / name, data)
+        for part in parts:
+            out = layout.signals(part.name, variant)
+            signals_stage(layout.catalogue(part.name), layout.probes(variant), out, SIGNALS, narrator)
+
+
+def probe_variants(probes: Path) -> dict[str, dict[str, bytes]]:
+    """Contents of probe files by variant and name: the first 4 and 16 of each task, and those of the next task."""
+    names = sorted(path.name for path in probes.glob("*.jsonl"))
+    lines = {name: (probes / name).read_bytes().splitlines(keepends=True) for name in names}
+    found = {str(count): {name: b"".join(lines[name][:count]) for name in names} for count in NUM_PROBES_TRIED}
+    following = dict(zip(names, [*names[1:], *names[:1]], strict=True))
+    return found | {WRONG_DOMAIN: {name: b"".join(lines[following[name]]) for name in names}}
 
 
 def _pairs(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
@@ -137,4 +158,5 @@ _RUN: Mapping[str, Callable[[StudyLayout, ZooStudyConfig, Sequence[ZooPart], Nar
     "signals": _signals,
     "pairs": _pairs,
     "plans": _plans,
+    "probes": _probes,
 }

@@ -23,8 +23,12 @@ class StudyLayout:
     def catalogue(self, part: str) -> Path:
         return self.zoo / part / "catalogue.yaml"
 
-    def signals(self, part: str) -> Path:
-        return self.root / "signals" / part / "pairs.parquet"
+    def probes(self, variant: str = "") -> Path:
+        return self.zoo / f"probes{variant and '-'}{variant}"
+
+    def signals(self, part: str, variant: str = "") -> Path:
+        """Table of a part; `variant`: with other probes than the study's own."""
+        return self.root / f"signals{variant and '-'}{variant}" / part / "pairs.parquet"
 
     def labels(self, part: str) -> Path:
         return self.root / "labels" / part
