@@ -86,7 +86,7 @@ def out_of_fold_level(dataset: SelectionDataset, folds: Sequence[Fold], config: 
 
 
 def warm_posteriors(
-    merges: Merges, arms: Sequence[str], level: Array, ridge: float = 1.0, power: float = 0.1
+    merges: Merges, arms: Sequence[str], level: Array, ridge: float = 1.0, power: float = 1.0
 ) -> tuple[dict[str, GaussianPosterior], Noise]:
     """Posteriors of the arms from merges of which all arms were measured, and the noise that is left.
 
