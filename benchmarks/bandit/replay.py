@@ -28,6 +28,7 @@ def play_domain(dataset: Any, fold: Any, config: Any, num_rounds: int, num_order
         Always,
         Bandit,
         Highest,
+        Player,
         expected_uniform,
         obtained,
         oracle,
@@ -66,7 +67,7 @@ def play_domain(dataset: Any, fold: Any, config: Any, num_rounds: int, num_order
             order = np.concatenate([generator.permutation(len(asked.rows)) for _ in range(times)])[:num_rounds]
             rounds, key = whole.ordered(order), f"{fold.name}/{number}/{first_half}"
             safe = SafeRule(dataset.arms[fixed], THRESHOLD)
-            players = {
+            players: dict[str, Player] = {
                 "best fixed": Always(fixed),
                 "static selector": Highest(static[order]),
                 "greedy": Bandit(NeuralLinearTS(warm, noise), key, explore=False),
@@ -123,7 +124,7 @@ def draw(results: Mapping[str, Mapping[str, np.ndarray]], out: Path) -> Path:
     axis.set_xlabel("round")
     axis.set_ylabel("cumulative regret (utility)")
     axis.legend()
-    return save_figure(figure, out, "bandit-replay")
+    return save_figure(figure, out, "bandit-replay.png")
 
 
 def main() -> None:

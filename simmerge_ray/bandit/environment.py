@@ -42,7 +42,7 @@ class Rounds:
         if not self.available.any(1).all():
             raise BanditError("a round has no arm that may be played")
 
-    def ordered(self, order: Sequence[int]) -> Rounds:
+    def ordered(self, order: Sequence[int] | Array) -> Rounds:
         """The same rounds in another order; an index may be left out or occur twice."""
         index = np.asarray(order, dtype=np.int64)
         return Rounds(self.arms, *(getattr(self, name)[index] for name in _ARRAYS))
