@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,58 @@ POWER, RIDGE, COLD_SPREAD, THRESHOLD = 1.0, 1.0, 0.1, 0.02
 NUM_RESAMPLES = 2000
 
 
-def play_domain(dataset: Any, fold: Any, config: Any, num_rounds: int, num_orders: int) -> dict[str, np.ndarray]:
-    """Regret (orders x halves, rounds, 2) by policy: in utility, and in GapClosed (NaN where that is not defined)."""
-    from simmerge_ray.bandit.environment import (
-        Always,
-        Bandit,
-        Highest,
-        Player,
-        expected_uniform,
-        obtained,
-        oracle,
-        regret,
-        replay,
-        rounds_of,
-    )
-    from simmerge_ray.bandit.policy import NeuralLinearTS, Noise, SafeRule
+@dataclass(frozen=True)
+class Start:
+    """What policies know before the first round of an unseen domain, and the merges that they are asked about.
+
+    warm, prior: posteriors by arm, and one that knows nothing but how far arms usually differ. fixed: column of the
+    best fixed arm. static: (M, K) predictions. gaps: by row of the dataset.
+    """
+
+    dataset: Any
+    asked: Any
+    warm: Mapping[str, Any]
+    prior: Any
+    noise: Any
+    fixed: int
+    static: np.ndarray
+    gaps: Mapping[int, float]
+
+    def rounds(self, first_half: bool) -> Any:
+        from simmerge_ray.bandit.environment import rounds_of
+
+        asked = self.asked
+        return rounds_of(self.dataset, asked.rows, asked.z, asked.level, self.gaps, first_half)
+
+    def order(self, number: int, num_rounds: int) -> np.ndarray:
+        """Merges in random order, and again from the start where there are fewer than the rounds."""
+        generator = np.random.default_rng([number, len(self.asked.rows)])
+        times = -(-num_rounds // len(self.asked.rows))
+        return np.concatenate([generator.permutation(len(self.asked.rows)) for _ in range(times)])[:num_rounds]
+
+
+def starts(run: Path) -> dict[str, Start]:
+    """By the domain that was left out of a finished demo run."""
+    from simmerge_ray.config import TrainConfig
+    from simmerge_ray.labels import LabelStore
+    from simmerge_ray.runs import RunLayout
+    from simmerge_ray.selector.dataset import build_dataset
+    from simmerge_ray.selector.splits import Fold
+    from simmerge_ray.signals.table import read_signal_table
+
+    layout = RunLayout(run)
+    dataset = build_dataset(read_signal_table(layout.signals), LabelStore(layout.labels).read())
+    found = {}
+    for task in sorted({context.task for context in dataset.contexts}):
+        touching = {tuple(sorted((c.left, c.right))) for c in dataset.contexts if c.task == task}
+        unseen = [tuple(sorted((c.left, c.right))) in touching for c in dataset.contexts]
+        rows = range(len(unseen))
+        fold = Fold(task, tuple(i for i in rows if not unseen[i]), tuple(i for i in rows if unseen[i]))
+        found[task] = start_of(dataset, fold, TrainConfig())
+    return found
+
+
+def start_of(dataset: Any, fold: Any, config: Any) -> Start:
     from simmerge_ray.bandit.posterior import GaussianPosterior
     from simmerge_ray.bandit.warm_start import merge_values, merges_of, out_of_fold_level, warm_posteriors
     from simmerge_ray.selector.evaluation import Scoring
@@ -49,39 +87,57 @@ def play_domain(dataset: Any, fold: Any, config: Any, num_rounds: int, num_order
     known = merges_of(training, model, range(len(training.contexts)))
     level = merge_values(out_of_fold_level(training, inner, config), known)
     warm, noise = warm_posteriors(known, dataset.arms, level, RIDGE, POWER)
-    scoring = Scoring.of(training.contexts, dataset.arms)
-    fixed = scoring.best_fixed(len(dataset.arms))
     every = Scoring.of(dataset.contexts, dataset.arms)
-    gaps = dict(zip(every.rows.tolist(), every.gap.tolist(), strict=True))
     asked = merges_of(dataset, model, fold.tested)
     predicted = model.predict(dataset.features, [context.task for context in dataset.contexts])[0]
-    static = np.array([predicted[list(rows)].mean(0) for rows in asked.rows])
-    # Nothing is known, but for how far arms usually differ.
-    prior = GaussianPosterior.prior(asked.z.shape[1], noise.variance / COLD_SPREAD**2)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in POLICIES}
+    return Start(
+        dataset,
+        asked,
+        warm,
+        GaussianPosterior.prior(asked.z.shape[1], noise.variance / COLD_SPREAD**2),
+        noise,
+        Scoring.of(training.contexts, dataset.arms).best_fixed(len(dataset.arms)),
+        np.array([predicted[list(rows)].mean(0) for rows in asked.rows]),
+        dict(zip(every.rows.tolist(), every.gap.tolist(), strict=True)),
+    )
+
+
+def play_domain(name: str, start: Start, num_rounds: int, num_orders: int) -> dict[str, np.ndarray]:
+    """Regret (orders x halves, rounds, 2) by policy: in utility, and in GapClosed (NaN where that is not defined)."""
+    from simmerge_ray.bandit.environment import (
+        Always,
+        Bandit,
+        Highest,
+        Player,
+        expected_uniform,
+        obtained,
+        oracle,
+        regret,
+        replay,
+    )
+    from simmerge_ray.bandit.policy import NeuralLinearTS, SafeRule
+
+    arms, warm, noise = start.dataset.arms, start.warm, start.noise
+    found: dict[str, list[np.ndarray]] = {policy: [] for policy in POLICIES}
     for first_half in (True, False):
-        whole = rounds_of(dataset, asked.rows, asked.z, asked.level, gaps, first_half)
+        whole = start.rounds(first_half)
         for number in range(num_orders):
-            generator = np.random.default_rng([number, len(asked.rows)])
-            times = -(-num_rounds // len(asked.rows))
-            order = np.concatenate([generator.permutation(len(asked.rows)) for _ in range(times)])[:num_rounds]
-            rounds, key = whole.ordered(order), f"{fold.name}/{number}/{first_half}"
-            safe = SafeRule(dataset.arms[fixed], THRESHOLD)
+            order = start.order(number, num_rounds)
+            rounds, key = whole.ordered(order), f"{name}/{number}/{first_half}"
             players: dict[str, Player] = {
-                "best fixed": Always(fixed),
-                "static selector": Highest(static[order]),
+                "best fixed": Always(start.fixed),
+                "static selector": Highest(start.static[order]),
                 "greedy": Bandit(NeuralLinearTS(warm, noise), key, explore=False),
-                "cold": Bandit(NeuralLinearTS(dict.fromkeys(dataset.arms, prior), Noise(noise.variance)), key),
+                "cold": Bandit(NeuralLinearTS(dict.fromkeys(arms, start.prior), noise), key),
                 "warm": Bandit(NeuralLinearTS(warm, noise), key),
-                "warm, safe": Bandit(NeuralLinearTS(warm, noise, safe), key),
+                "warm, safe": Bandit(NeuralLinearTS(warm, noise, SafeRule(arms[start.fixed], THRESHOLD)), key),
             }
-            values = {name: obtained(replay(player, rounds), rounds) for name, player in players.items()}
+            values = {policy: obtained(replay(player, rounds), rounds) for policy, player in players.items()}
             values |= {"uniform": expected_uniform(rounds), "oracle": oracle(rounds)}
-            for name, value in values.items():
-                found[name].append(
-                    np.stack([regret(value, rounds), regret(value, rounds, as_gap_closed=True)], axis=-1)
-                )
-    return {name: np.array(values) for name, values in found.items()}
+            for policy, value in values.items():
+                both = np.stack([regret(value, rounds), regret(value, rounds, as_gap_closed=True)], axis=-1)
+                found[policy].append(both)
+    return {policy: np.array(values) for policy, values in found.items()}
 
 
 def table(results: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
@@ -135,23 +191,10 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=40)
     arguments = parser.parse_args()
 
-    from simmerge_ray.config import TrainConfig
-    from simmerge_ray.labels import LabelStore
-    from simmerge_ray.runs import RunLayout
-    from simmerge_ray.selector.dataset import build_dataset
-    from simmerge_ray.selector.splits import Fold
-    from simmerge_ray.signals.table import read_signal_table
-
-    layout = RunLayout(arguments.run)
-    dataset = build_dataset(read_signal_table(layout.signals), LabelStore(layout.labels).read())
     results = {}
-    for task in sorted({context.task for context in dataset.contexts}):
-        touching = {tuple(sorted((c.left, c.right))) for c in dataset.contexts if c.task == task}
-        unseen = [tuple(sorted((c.left, c.right))) in touching for c in dataset.contexts]
-        rows = range(len(unseen))
-        fold = Fold(task, tuple(i for i in rows if not unseen[i]), tuple(i for i in rows if unseen[i]))
-        results[task] = play_domain(dataset, fold, TrainConfig(), arguments.rounds, arguments.orders)
-        print(f"{task}: {len(fold.tested)} contexts", flush=True)
+    for task, start in starts(arguments.run).items():
+        results[task] = play_domain(task, start, arguments.rounds, arguments.orders)
+        print(f"{task}: {len(start.asked.rows)} merges", flush=True)
     rows_out = table(results)
     print("| policy | regret, utility | regret, GapClosed | of uniform | a round against best fixed, GapClosed |")
     print("|---|---|---|---|---|")
