@@ -54,7 +54,7 @@ class Noise:
 
     @property
     def rate(self) -> float:
-        """So that the prior expects `variance` (its mode's neighbour for small shapes): `rate = shape * variance`."""
+        """`shape * variance`: the scale of the marginals, `rate / shape`, starts at `variance`."""
         return (self.shape or 0.0) * self.variance
 
 
