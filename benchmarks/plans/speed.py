@@ -1,6 +1,6 @@
 """How fast plans are scored, on made-up checkpoints of the demo's shape.
 
-    python -m benchmarks.plans.speed [--out plans-speed.json] [--threads 2]
+    python -m benchmarks.plans.speed [--out plans-speed.json] [--threads 2] [--arm 'ties(density=0.1)']
 
 Tables are random, consistent with points in a space; signatures have the shapes of the demo's (logits 640 x 148, four
 hidden states of 96, attention 3 x 3 x 128 x 35, 29 tensors of at most 10,000 coordinates) and random contents; the
@@ -8,7 +8,8 @@ selectors are the demo's networks (five, of 32 and 16 units) with random weights
 
 Rows: three-way plans a second by `second_order` with the model call; all ordered three-way plans of 50 checkpoints with
 3 arms, shortlist of 500 and `virtual`; a beam of eight-way plans of 100 checkpoints, likewise. CPU seconds are of all
-threads, so that a busy machine can be told from a slow program.
+threads, so that a busy machine can be told from a slow program. What `virtual` costs depends on the plans of the
+shortlist: steps by TIES work on coordinates, those by linear and nuslerp on a few numbers; `--arm` leaves only some.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ def pool_over(table: SignalTable, objective: str = "mean") -> TaskPool:
     return task_pool(objective, (), table.tasks, table.checkpoint_ids, table.provenance["own_task"])
 
 
-def space_over(table: SignalTable, ways: tuple[int, int]) -> PlanSpace:
-    return PlanSpace(table.checkpoint_ids, parse_arms(ARMS), ways)
+def space_over(table: SignalTable, ways: tuple[int, int], arms: Sequence[str] = ARMS) -> PlanSpace:
+    return PlanSpace(table.checkpoint_ids, parse_arms(arms), ways)
 
 
 def main() -> None:
@@ -128,11 +129,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=int, default=500_000, help="of the beam search")
+    parser.add_argument("--arm", action="append", choices=ARMS, help="only plans by these (all)")
     options = parser.parse_args()
+    arms = tuple(options.arm or ARMS)
     rows: dict[str, dict[str, Any]] = {}
     table = synthetic_table(50, TASKS)
     batch = SecondOrderBatch(table)
-    model, space = networks(batch.columns), space_over(table, (3, 3))
+    model, space = networks(batch.columns), space_over(table, (3, 3), arms)
     for name, objective in (("second_order, one task", "code"), ("second_order, members' own tasks", "mean")):
         search = PlanSearch(batch, model, space, pool_over(table, objective), "last", 1.0, options.threads)
         search.run(None, 500)  # matrices of the table are made once
@@ -147,7 +150,7 @@ def main() -> None:
         propagator = virtual_of(table)
         shortlist = networks(SecondOrderBatch(table).columns)
         scorer = PlanScorer(table, propagator, networks(propagator.columns), shortlist, options.threads)
-        space = space_over(table, ways)
+        space = space_over(table, ways, arms)
         search = PlanSearch(SecondOrderBatch(table), shortlist, space, pool_over(table), "last", 1.0, options.threads)
         _, first = timed(lambda search=search, space=space, b=budget: search.run(space.beam_width(b), 500))
         found, cost = timed(lambda s=scorer, space=space, t=table, b=budget: s.rank(space, pool_over(t), budget=b))
@@ -156,7 +159,7 @@ def main() -> None:
             "first_stage_cpu_seconds": first["cpu_seconds"],
         }  # fmt: skip
         print(name, rows[name], flush=True)
-    content = {"rows": rows, "threads": options.threads, "cores": os.cpu_count(), "load": os.getloadavg()}
+    content = {"rows": rows, "arms": arms, "threads": options.threads, "cores": os.cpu_count(), "load": os.getloadavg()}
     if options.out:
         options.out.write_text(json.dumps(content, indent=2) + "\n")
 

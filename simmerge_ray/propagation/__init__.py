@@ -7,6 +7,9 @@ bound         the paper's convexity bounds, from the pair table
 second_order  quadratic forms of the pair table
 batch         the same for many plans at once
 tensor_space  one tensor of all checkpoints: Gram matrix and coordinate sample
+tensor_merges what merges make of one tensor, and the sums that weight signals are computed from
+compare       outputs of many pairs of checkpoints, real or virtual, on one task
+kernels       loops over samples and outputs
 virtual       coefficient vectors and the coordinate sample, from signatures
 halfway       one more pass for each checkpoint: the curve of its outputs (propagator `curved`)
 merged        merges in memory, and what they do on the probes

@@ -10,7 +10,7 @@ import numpy as np
 
 from simmerge_ray.operators.shares import COLLINEAR_SINE, MIN_NORM, SLERP_THRESHOLD
 from simmerge_ray.operators.specs import Arm
-from simmerge_ray.propagation.second_order import EXACT_GROUPS, TINY, SecondOrder, blend_like, centred_gram
+from simmerge_ray.propagation.second_order import EXACT_GROUPS, TINY, SecondOrder, blend_like
 from simmerge_ray.propagation.span import blend_shares
 from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.table import SignalTable
@@ -32,7 +32,7 @@ class SecondOrderBatch:
     """
 
     def __init__(self, table: SignalTable) -> None:
-        self._single, self._table = SecondOrder(table), table
+        self._single = SecondOrder(table)
         self.ids = table.checkpoint_ids
         self.columns = self._single.columns
         self._first = len(self._single.ids) - len(self.ids)  # 1 with a base, 0 without one
@@ -67,7 +67,7 @@ class SecondOrderBatch:
         """Shares of left and right of SLERP, as `blend_shares` has them; (P,) each."""
         task, place = self._single.any_task, right + self._first
         if arm.operator == "nuslerp" and self._first:
-            gram = centred_gram(self._single.matrix("weight_l2_global", task))
+            gram = self._single.gram("weight_l2_global", task)
             guarded = [np.maximum(v, MIN_NORM**2) for v in (quadratic(gram, left), np.diagonal(gram)[place])]
             dot = np.einsum("pk,kp->p", left, gram[:, place])
             cosine = (dot / np.sqrt(guarded[0] * guarded[1])).clip(-1.0, 1.0)
@@ -83,12 +83,8 @@ class SecondOrderBatch:
 
     def pairs(self, task: str) -> Array:
         """The table's own values of all ordered pairs, (F, n, n); 0 for a checkpoint with itself."""
-        values = np.zeros((len(self.columns), len(self.ids), len(self.ids)))
-        for i, left in enumerate(self.ids):
-            for j, right in enumerate(self.ids):
-                if i != j:
-                    found = self._table.get(left, right, task).features
-                    values[:, i, j] = [found[column] for column in self.columns]
+        values = self._single.table_values(task)[:, self._first :, self._first :].copy()
+        np.einsum("fii->fi", values)[:] = 0.0
         return values
 
     def features(self, left: Array, task: str) -> Array:
@@ -125,7 +121,7 @@ class SecondOrderBatch:
             ratio: Array = own[:, None] - others[None]
             return ratio
         if signal.name == "task_vector_cosine" and statistic in EXACT_GROUPS:
-            return _cosines(centred_gram(self._single.matrix(f"weight_l2_{statistic}", task)), left)[:, first:]
+            return _cosines(self._single.gram(f"weight_l2_{statistic}", task), left)[:, first:]
         return _cosines(self._single.matrix(column, task), left)[:, first:]
 
     def _norms(self, column: str, left: Array) -> tuple[Array, Array]:

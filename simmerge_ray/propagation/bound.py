@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from simmerge_ray.plans import MergePlan
-from simmerge_ray.propagation.interface import Source, mean_columns, propagated
+from simmerge_ray.propagation.interface import PlanStep, Source, mean_columns, one_by_one, propagated
 from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.table import PairSignals, SignalTable
+
+Array = np.ndarray
 
 
 def member_shares(source: Source) -> dict[str, float]:
@@ -41,6 +45,9 @@ class Bound:
 
     def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
         return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
+
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+        return one_by_one(self, steps, columns, num_threads)
 
     def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:
         left_shares, right_shares = member_shares(left), member_shares(right)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.plans import MergePlan
-from simmerge_ray.propagation.interface import Source, plan_results, propagated
+from simmerge_ray.propagation.interface import PlanStep, Source, one_by_one, plan_results, propagated
 from simmerge_ray.propagation.merged import Tensors, merged_steps, model_of, run_probes
 from simmerge_ray.propagation.span import kth_largest
 from simmerge_ray.signals.compute import matrix_entry
@@ -58,6 +58,9 @@ class Exact:
     def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
         features = partial(self._between, plan, task=task)
         return propagated(plan, task, self._table, self.columns, features, gradients=True, first=first)
+
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+        return one_by_one(self, steps, columns, 1)  # two threads cannot load models at the same time
 
     def _between(self, plan: MergePlan, left: Source, right: Source, task: str) -> Mapping[str, float]:
         outputs = [self._run(plan, source, task) for source in (left, right)]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Protocol
+
+import numpy as np
 
 from simmerge_ray.errors import OperatorError, PlanError, unknown_name
 from simmerge_ray.operators.specs import Arm, Weight
@@ -12,6 +16,7 @@ from simmerge_ray.plans import MergePlan
 from simmerge_ray.signals.features import column_signal, feature_columns
 from simmerge_ray.signals.table import PairSignals, SignalTable
 
+Array = np.ndarray
 NAMES = ("bound", "second_order", "virtual", "curved", "exact")  # of `table.PROPAGATORS`, without its imports
 _NO_GRADIENTS = "a weight that changes with depth cannot be propagated; give one number, or take propagator 'exact'"
 
@@ -37,6 +42,26 @@ class Propagator(Protocol):
                 takes). OperatorError: an operator needs a base and the table has none; see also the operator.
         """
         ...
+
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+        """Some of its columns for many steps at once, of any plans and tasks: the numbers of `steps`, to rounding.
+
+        Returns:
+            (F, N), a row for each column.
+
+        Raises:
+            PlanError, OperatorError: see `steps`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One step of a plan, on one task. number: of the step, from 0."""
+
+    plan: MergePlan
+    number: int
+    task: str
 
 
 @dataclass(frozen=True)
@@ -64,11 +89,19 @@ class Intermediate:
             raise PlanError(_NO_GRADIENTS)
         return self.weight
 
+    def __hash__(self) -> int:
+        return self._hash  # of the whole fold, so it is computed once
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.arm, self.weight, self.left, self.right, self.step, self.seed))
+
 
 Source = str | Intermediate
 
 
-def plan_results(plan: MergePlan) -> list[Intermediate]:
+@lru_cache(1024)
+def plan_results(plan: MergePlan) -> tuple[Intermediate, ...]:
     """The result of every step; commuting sources are sorted, so that plans share it."""
     results: list[Intermediate] = []
     for number, step in enumerate(plan.steps, 1):
@@ -79,7 +112,7 @@ def plan_results(plan: MergePlan) -> list[Intermediate]:
         results.append(
             Intermediate(step.arm, step.weight, left, right, number if random else 0, plan.seed if random else 0)
         )
-    return results
+    return tuple(results)
 
 
 def plan_sources(plan: MergePlan) -> list[tuple[Source, Source]]:
@@ -103,6 +136,32 @@ def members(source: Source) -> tuple[str, ...]:
     return tuple(sorted({*members(source.left), *members(source.right)}))
 
 
+def fold_path(source: Source) -> tuple[str, ...]:
+    """A key that sorts sources so that those which begin alike stand together."""
+    if isinstance(source, str):
+        return (source,)
+    right = "\0".join(fold_path(source.right))
+    return (*fold_path(source.left), f"{right}\0{source.arm.label}\0{source.weight}\0{source.step}\0{source.seed}")
+
+
+def one_by_one(propagator: Propagator, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+    """`Propagator.batch` by `Propagator.steps`; steps with the same left source are asked for one after the other."""
+    groups: dict[Source, list[int]] = {}
+    for place, step in enumerate(steps):
+        groups.setdefault(plan_sources(step.plan)[step.number][0], []).append(place)
+    values = np.empty((len(columns), len(steps)))
+
+    def fill(places: Sequence[int]) -> None:
+        for place in places:
+            step = steps[place]
+            found = propagator.steps(step.plan, step.task, step.number - len(step.plan.steps))[0].features
+            values[:, place] = [found[column] for column in columns]
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(fill, (groups[left] for left in sorted(groups, key=fold_path))))
+    return values
+
+
 def propagated(
     plan: MergePlan,
     task: str,
@@ -120,6 +179,21 @@ def propagated(
     Raises:
         PlanError, OperatorError: see `Propagator.steps`.
     """
+    check_plan(plan, task, table, gradients)
+    signals = []
+    for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
+        both = isinstance(left, str) and isinstance(right, str)
+        found = table.get(step.left, step.right, task).features if both else features(left, right)
+        signals.append(PairSignals(step.left, step.right, task, {column: found[column] for column in columns}))
+    return signals
+
+
+def check_plan(plan: MergePlan, task: str, table: SignalTable, gradients: bool = False) -> None:
+    """Refuse what a propagator cannot know.
+
+    Raises:
+        PlanError, OperatorError: see `Propagator.steps`.
+    """
     for member in plan.members:
         if member not in table.checkpoint_ids:
             raise PlanError(unknown_name("checkpoint", member, table.checkpoint_ids))
@@ -131,12 +205,6 @@ def propagated(
     for number, step in enumerate(plan.steps, 1):
         if isinstance(step.weight, tuple) and not gradients:
             raise PlanError(f"step {number}: {_NO_GRADIENTS}")
-    signals = []
-    for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
-        both = isinstance(left, str) and isinstance(right, str)
-        found = table.get(step.left, step.right, task).features if both else features(left, right)
-        signals.append(PairSignals(step.left, step.right, task, {column: found[column] for column in columns}))
-    return signals
 
 
 def mean_columns(with_base: bool, without: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from simmerge_ray.propagation.kernels import add_scaled
 from simmerge_ray.signals.signature import TaskOutputs
 
 Array = np.ndarray
+_BLOCK = 1 << 15  # elements whose sums stay in the cache while every source is added
 
 
 def mixed_outputs(outputs: Sequence[TaskOutputs], shares: Sequence[float]) -> TaskOutputs:
@@ -20,8 +22,11 @@ def mixed_outputs(outputs: Sequence[TaskOutputs], shares: Sequence[float]) -> Ta
 
     def mixed(arrays: Sequence[Array]) -> Array:
         total = np.zeros(arrays[0].shape)
-        for share, array in zip(shares, arrays, strict=True):
-            total += share * array.astype(np.float64)
+        sums, values = total.reshape(-1), [np.ascontiguousarray(array).reshape(-1) for array in arrays]
+        for start in range(0, len(sums), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            for share, one in zip(shares, values, strict=True):
+                add_scaled(sums[block], share, one[block])
         return total
 
     attention = mixed([one.attention for one in outputs])

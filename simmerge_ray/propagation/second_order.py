@@ -7,14 +7,14 @@ angle holds for the whole model. Squared distances, and KL to second order, are 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 
 from simmerge_ray.operators.specs import Arm, make_arm
 from simmerge_ray.plans import MergePlan
-from simmerge_ray.propagation.interface import Intermediate, Source, mean_columns, propagated
+from simmerge_ray.propagation.interface import Intermediate, PlanStep, Source, mean_columns, one_by_one, propagated
 from simmerge_ray.propagation.span import SPAN_OPERATORS, Products, blend, blend_shares
 from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.table import PairSignals, SignalTable
@@ -88,11 +88,16 @@ class SecondOrder:
         # Means over tensors of a logarithm do not follow from means of norms.
         ratio = "task_vector_norm_ratio_"
         self.columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in EXACT_GROUPS)
+        self._values: dict[str, Array] = {}
         self._matrices: dict[tuple[str, str], Array] = {}
+        self._grams: dict[tuple[str, str], Array] = {}
         self._weights: dict[Source, Array] = {}
 
     def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
         return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
+
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+        return one_by_one(self, steps, columns, num_threads)
 
     def barycentric(self, source: Source) -> Array:
         """Weights over [base, checkpoints], or over the checkpoints where there is no base; sum 1."""
@@ -118,7 +123,7 @@ class SecondOrder:
         def products(centred: bool) -> tuple[float, float, float]:
             if not centred:
                 return 1.0, closed_cosine(self.matrix("weight_cosine_global", self.any_task), left, right), 1.0
-            gram = centred_gram(self.matrix("weight_l2_global", self.any_task))
+            gram = self.gram("weight_l2_global", self.any_task)
             return float(left @ gram @ left), float(left @ gram @ right), float(right @ gram @ right)
 
         return products
@@ -147,7 +152,7 @@ class SecondOrder:
             norms = [max(self._norm(f"weight_l2_{statistic}", weights), NORM_FLOOR) for weights in (left, right)]
             return math.log(norms[0]) - math.log(norms[1])
         if signal.name == "task_vector_cosine" and statistic in EXACT_GROUPS:
-            return closed_cosine(centred_gram(self.matrix(f"weight_l2_{statistic}", task)), left, right)
+            return closed_cosine(self.gram(f"weight_l2_{statistic}", task), left, right)
         return closed_cosine(self.matrix(column, task), left, right)
 
     def _norm(self, column: str, weights: Array) -> float:
@@ -161,12 +166,8 @@ class SecondOrder:
         checkpoint stands in its whole row.
         """
         if (column, task) not in self._matrices:
-            signal, size = column_signal(column), len(self.ids)
-            matrix = np.diag(np.full(size, float("cosine" in column)))
-            for i, left in enumerate(self.ids):
-                for j, right in enumerate(self.ids):
-                    if i != j and (value := self._table.rows[left, right, task].features.get(column)) is not None:
-                        matrix[i, j] = value
+            signal, found = column_signal(column), self.table_values(task)[self.columns.index(column)]
+            matrix = np.where(np.isnan(found), np.diag(np.full(len(found), float("cosine" in column))), found)
             if signal.family == "single":
                 np.fill_diagonal(matrix, matrix[:, 0])
                 matrix[0, 0] = matrix[0, 1]
@@ -174,3 +175,21 @@ class SecondOrder:
                 matrix[0, 0] = 0.0
             self._matrices[column, task] = matrix
         return self._matrices[column, task]
+
+    def gram(self, column: str, task: str) -> Array:
+        """`centred_gram` of a column of distances."""
+        if (column, task) not in self._grams:
+            self._grams[column, task] = centred_gram(self.matrix(column, task))
+        return self._grams[column, task]
+
+    def table_values(self, task: str) -> Array:
+        """(F, K, K), the table's own values over [base, checkpoints]; NaN where it has none."""
+        if task not in self._values:
+            values, rows = np.full((len(self.ids), len(self.ids), len(self.columns)), np.nan), self._table.rows
+            for i, left in enumerate(self.ids):
+                for j, right in enumerate(self.ids):
+                    if i != j:
+                        found = rows[left, right, task].features
+                        values[i, j] = [found.get(column, np.nan) for column in self.columns]
+            self._values[task] = np.ascontiguousarray(values.transpose(2, 0, 1))
+        return self._values[task]

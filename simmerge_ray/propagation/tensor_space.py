@@ -14,12 +14,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from simmerge_ray.propagation.kernels import add_scaled, add_scaled_difference
 from simmerge_ray.propagation.span import blend
 from simmerge_ray.signals.signature import DENSITIES, TensorSample
 
 Array = np.ndarray
 _NEGLIGIBLE = 1e-9  # beyond the span by this share of the length is rounding
 _ROUNDING = 1e-12  # of coefficients
+_KEPT = 16  # sampled vectors of checkpoints in memory: those that the merges at hand are made of
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class TensorSpace:
         self.gram, self.centre, self.num_elements = gram, centre, num_elements
         self._values, self._thresholds = values, thresholds
         self.weights = lru_cache(4)(self._calibrated)
+        self._vector = lru_cache(_KEPT)(lambda index: self._sum([index], np.ones(len(gram))))
 
     @property
     def scale(self) -> float:
@@ -68,14 +71,21 @@ class TensorSpace:
         return VirtualTensor(tensor.coefficients + self.vector(0).coefficients, values)
 
     def sampled(self, tensor: VirtualTensor) -> Array:
-        """Values at the sampled coordinates, (S,) float64."""
+        """Values at the sampled coordinates, (S,) float64, not to be written to."""
         if tensor.values is not None:
             return tensor.values
+        used = tensor.coefficients.nonzero()[0].tolist()
+        if len(used) == 1 and tensor.coefficients[used[0]] == 1.0:
+            return self._vector(used[0])
+        return self._sum(used, tensor.coefficients)
+
+    def _sum(self, used: Sequence[int], coefficients: Array) -> Array:
         total = np.zeros(len(self.centre))
-        for index in np.flatnonzero(tensor.coefficients):
-            # Subtracted in float32, as for the Gram matrix.
-            vector = self.centre if index == 0 else self._values[index - 1] - self.centre
-            total += tensor.coefficients[index] * vector.astype(np.float64)
+        for index in used:
+            if index == 0:
+                add_scaled(total, coefficients[0], self.centre)
+            else:  # subtracted in float32, as for the Gram matrix
+                add_scaled_difference(total, coefficients[index], self._values[index - 1], self.centre)
         return total
 
     def blended(self, left: VirtualTensor, right: VirtualTensor, shares: tuple[float, float, float]) -> VirtualTensor:
@@ -93,14 +103,28 @@ class TensorSpace:
 
     def products(self, tensors: Sequence[VirtualTensor]) -> Array:
         """Inner products of all pairs, (T, T): `c^T G d`, and `sum_k w_k x_k y_k` where either is beyond the span."""
-        coefficients = np.stack([tensor.coefficients for tensor in tensors])
-        exact: Array = coefficients @ self.gram @ coefficients.T
-        beyond = np.array([tensor.values is not None for tensor in tensors])
-        if not beyond.any():
-            return exact
-        values = np.stack([self.sampled(tensor) for tensor in tensors])
-        weights = self.weights(tuple(np.flatnonzero((coefficients != 0).any(0)).tolist()))
-        return np.where(beyond[:, None] | beyond[None, :], (values * weights) @ values.T, exact)
+        found: Array = self.products_of([tensors])[0]
+        return found
+
+    def products_of(self, groups: Sequence[Sequence[VirtualTensor]]) -> Array:
+        """`products` of N groups of T tensors each, (N, T, T).
+
+        Weights of the sample are those for the checkpoints in a group, whatever the other groups hold. They are made
+        once where groups of the same checkpoints follow each other.
+        """
+        coefficients = np.array([[tensor.coefficients for tensor in group] for group in groups])  # (N, T, K)
+        num, size, width = coefficients.shape
+        along = (coefficients.reshape(-1, width) @ self.gram).reshape(num, size, width)
+        products = along @ coefficients.transpose(0, 2, 1)
+        used = (coefficients != 0).any(1)
+        for number, group in enumerate(groups):
+            beyond = np.array([tensor.values is not None for tensor in group])
+            if beyond.any():
+                values = np.stack([self.sampled(tensor) for tensor in group])
+                weights = self.weights(tuple(np.flatnonzero(used[number]).tolist()))
+                by_sample = (values * weights) @ values.T
+                products[number] = np.where(beyond[:, None] | beyond[None, :], by_sample, products[number])
+        return products
 
     def _calibrated(self, used: tuple[int, ...]) -> Array:
         """Weights of the sampled coordinates under which products of some of the span's vectors are exact.
@@ -110,16 +134,19 @@ class TensorSpace:
         """
         if self.is_whole:
             return np.ones(len(self.centre))
-        vectors = [self.sampled(self.vector(index)) for index in used]
-        pairs = [(i, j) for i in range(len(used)) for j in range(i + 1)]
-        rows = np.stack([vectors[i] * vectors[j] for i, j in pairs])
-        missing = np.array([self.gram[used[i], used[j]] for i, j in pairs]) - self.scale * rows.sum(1)
-        norms = np.linalg.norm(rows, axis=1)
+        vectors = np.stack([self.sampled(self.vector(index)) for index in used])
+        first, second = np.tril_indices(len(used))
+        rows = np.empty((len(first), vectors.shape[1]))
+        for index, vector in enumerate(vectors):
+            start = index * (index + 1) // 2
+            np.multiply(vector, vectors[: index + 1], out=rows[start : start + index + 1])
+        missing = (self.gram[np.ix_(used, used)] - self.scale * (vectors @ vectors.T))[first, second]
+        products = rows @ rows.T
+        norms = np.sqrt(np.diagonal(products))
         norms = np.where(norms > 0, norms, 1.0)
-        rows /= norms[:, None]
         # The least change is a combination of the rows; a product that follows from others adds nothing to it.
-        shares = np.linalg.lstsq(rows @ rows.T, missing / norms, rcond=1e-12)[0]
-        weights: Array = self.scale + shares @ rows
+        shares = np.linalg.lstsq(products / np.outer(norms, norms), missing / norms, rcond=1e-12)[0]
+        weights: Array = self.scale + (shares / norms) @ rows
         return weights
 
     def threshold(self, index: int, density: float) -> float | None:
@@ -133,11 +160,14 @@ class TensorSpace:
         Args:
             values: (S,) float64. regressors: (R, K), coefficients of each.
         """
-        vectors = np.stack([self.sampled(VirtualTensor(row)) for row in regressors], axis=1)
+        columns = np.stack([*(self.sampled(VirtualTensor(row)) for row in regressors), values])
+        # The triangle has the lengths and angles of the columns in as many rows as there are columns.
+        triangle = np.asarray(np.linalg.qr(columns.T, mode="r"))
+        vectors, target = triangle[:, :-1], triangle[:, -1]
         norms = np.linalg.norm(vectors, axis=0)
         norms = np.where(norms > 0, norms, 1.0)
-        found = np.linalg.lstsq(vectors / norms, values, rcond=1e-12)[0] / norms
-        beyond = np.linalg.norm(values - vectors @ found) > _NEGLIGIBLE * np.linalg.norm(values)
+        found = np.linalg.lstsq(vectors / norms, target, rcond=1e-12)[0] / norms
+        beyond = np.linalg.norm(target - vectors @ found) > _NEGLIGIBLE * np.linalg.norm(target)
         return VirtualTensor(found @ regressors, values if beyond else None)
 
 

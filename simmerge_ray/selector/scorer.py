@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +26,7 @@ from simmerge_ray.errors import ConfigError, SelectorError, unknown_name
 from simmerge_ray.operators.specs import parse_arm
 from simmerge_ray.plans import MergePlan
 from simmerge_ray.propagation.batch import SecondOrderBatch
-from simmerge_ray.propagation.interface import Propagator, Source, plan_sources
+from simmerge_ray.propagation.interface import PlanStep, Propagator, Source, plan_sources
 from simmerge_ray.propagation.second_order import blend_like
 from simmerge_ray.selector.plan_search import AGGREGATES, Model, PlanSearch, aggregated, best_first
 from simmerge_ray.selector.plan_space import PlanSpace, scorable_arms
@@ -219,33 +218,17 @@ class PlanScorer:
         return np.flatnonzero(pool.counted(members)).tolist()
 
     def _steps(self, plans: Sequence[MergePlan], pool: TaskPool, aggregate: str) -> _Steps:
-        """Features of the steps that count, each computed once however many plans share it.
-
-        Plans with a common left side are computed together, so that the propagator makes that intermediate once.
-        """
-        first = -1 if aggregate == "last" else 0
-        wanted: dict[Source, dict[tuple[Source, Source, int], tuple[MergePlan, int]]] = {}
+        """Features of the steps that count, each computed once however many plans share it."""
+        wanted: dict[tuple[Source, Source, str], PlanStep] = {}
         for plan in plans:
-            sources = plan_sources(plan)
-            for number in range(len(sources) + first if first else 0, len(sources)):
-                left, right = sources[number]
-                for task in self._plan_tasks(plan, pool):
-                    wanted.setdefault(left, {}).setdefault((left, right, task), (plan, number - len(sources)))
-        groups = [wanted[left] for left in sorted(wanted, key=str)]
-
-        def values_of(group: dict[tuple[Source, Source, int], tuple[MergePlan, int]]) -> list[list[float]]:
-            found = []
-            for (_, _, task), (plan, number) in group.items():
-                features = self._propagator.steps(plan, pool.tasks[task], first=number)[0].features
-                found.append([features[column] for column in self._selector.columns])
-            return found
-
-        with ThreadPoolExecutor(self._num_threads) as threads:
-            values = [row for part in threads.map(values_of, groups) for row in part]
-        keys = [key for group in groups for key in group]
-        place = {(left, right, pool.tasks[task]): row for row, (left, right, task) in enumerate(keys)}
-        inputs = both_orders(np.array(values).T, self._selector.columns)
-        return _Steps(place, inputs, np.array([task for _, _, task in keys]))
+            sources, counted = plan_sources(plan), [pool.tasks[task] for task in self._plan_tasks(plan, pool)]
+            for number in range(len(sources) - 1 if aggregate == "last" else 0, len(sources)):
+                for task in counted:
+                    wanted.setdefault((*sources[number], task), PlanStep(plan, number, task))
+        values = self._propagator.batch(list(wanted.values()), self._selector.columns, self._num_threads)
+        place = {key: row for row, key in enumerate(wanted)}
+        tasks = np.array([pool.tasks.index(task) for *_, task in wanted])
+        return _Steps(place, both_orders(values, self._selector.columns), tasks)
 
     def _scored(
         self, plans: Sequence[MergePlan], pool: TaskPool, steps: _Steps, aggregate: str, caution: float

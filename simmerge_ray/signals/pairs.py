@@ -34,9 +34,9 @@ def output_matrices(
     shown = np.ones(len(first.attention_probe), bool) if probes is None else np.isin(first.attention_probe, probes)
     kl, entropy, loss = _divergences(outputs, chosen)
     greedy = first.greedy[chosen]
-    matrices = _kl_statistics("kl_lr", kl[~greedy])
+    matrices = kl_statistics("kl_lr", kl[~greedy])
     if with_base:
-        matrices |= _kl_statistics("kl_greedy_lr", kl[greedy])
+        matrices |= kl_statistics("kl_greedy_lr", kl[greedy])
     labelled = (first.next_token[chosen] >= 0) & ~greedy
     for name, values in (("entropy", entropy[:, ~greedy]), ("loss", loss[:, labelled])):
         matrices[name] = np.repeat(values.mean(1)[:, None], len(outputs), axis=1)
@@ -73,7 +73,8 @@ def _divergences(outputs: Sequence[TaskOutputs], chosen: Array) -> tuple[Array, 
     return np.concatenate(kl), np.concatenate(entropies, axis=1), np.concatenate(losses, axis=1)
 
 
-def _kl_statistics(name: str, kl: Array) -> dict[str, Array]:
+def kl_statistics(name: str, kl: Array) -> dict[str, Array]:
+    """Mean and quantiles over the positions, the first axis of `kl`; by name of the statistic."""
     matrices = {f"{name}_mean": kl.mean(0)}
     for statistic, level in (("q10", 0.1), ("median", 0.5), ("q90", 0.9)):
         matrices[f"{name}_{statistic}"] = np.quantile(kl, level, axis=0)

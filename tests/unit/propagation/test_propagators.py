@@ -202,7 +202,7 @@ def test_random_operators_draw_the_masks_of_the_merge(evidence, catalogue, propa
     node = next(output for output in graph.outputs if output.name == name).node
     last = plan_results(plan)[1]
     for part, source in zip((last.left, last.right), node.sources, strict=True):
-        assert virtual._seed(last, part, name) == seeds.of(source, 2, name)
+        assert virtual._merges[name].seed(last, part) == seeds.of(source, 2, name)
 
 
 def heavy_tailed(generator, shape):
@@ -398,6 +398,7 @@ def test_plans_share_intermediates(propagators):
     assert plan_results(plans[0]) == plan_results(plans[1])
     virtual = propagators["virtual"]
     virtual.steps(plans[0], "add")
-    before = virtual._checkpoint.cache_info().misses
+    (merges, *_) = virtual._merges.values()
+    before = merges.of.cache_info().misses
     virtual.steps(plans[1], "copy")
-    assert virtual._checkpoint.cache_info().misses == before
+    assert merges.of.cache_info().misses == before
