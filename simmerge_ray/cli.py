@@ -16,7 +16,7 @@ import typer
 from simmerge_ray import __version__
 from simmerge_ray.auto_cli import auto
 from simmerge_ray.catalogue_cli import catalogue_app
-from simmerge_ray.errors import InputError, PlanError, SimmergeError, unknown_name
+from simmerge_ray.errors import ConfigError, InputError, PlanError, SimmergeError, unknown_name
 from simmerge_ray.labels_cli import labels_app
 from simmerge_ray.plan_cli import plan
 from simmerge_ray.search_cli import search
@@ -170,23 +170,41 @@ app.command()(search)
 
 @app.command()
 def train(
-    signals: Annotated[Path, typer.Option(help="signal table (Parquet)")],
-    labels: Annotated[Path, typer.Option(help="directory of the label store")],
     out: Annotated[Path, typer.Option(help="directory of the selector")],
-    crossval: Annotated[Path | None, typer.Option(help="JSON file for results on unseen checkpoints")] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Argument(help="directory with signals/ and labels/, or labels.parquet with signals/ beside it"),
+    ] = None,
+    signals: Annotated[Path | None, typer.Option(help="signal table (Parquet), instead of DATASET")] = None,
+    labels: Annotated[Path | None, typer.Option(help="directory of the label store, instead of DATASET")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="an arm to choose from; default: all measured on every pair")
+    ] = None,
+    model: Annotated[str, typer.Option(help="mlp, ridge, knn or forest")] = "mlp",
+    task_encoding: Annotated[str, typer.Option(help="none, onehot or probe_stats")] = "none",
+    crossval: Annotated[
+        Path | None, typer.Option(help="JSON file for results on unseen checkpoints, with --signals and --labels")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
-    """Train a selector from signals and labels."""
+    """Train a selector from signals and labels; for a DATASET with report.md on what it can do."""
     from simmerge_ray.config import TrainConfig, check_config
 
-    config = check_config(TrainConfig, {"seed": seed}, "options")
+    config = check_config(TrainConfig, {"seed": seed, "model": model, "task_encoding": task_encoding}, "options")
+    if dataset is not None and not (signals is labels is crossval is None):
+        raise ConfigError("give DATASET alone, without --signals, --labels and --crossval")
+    if dataset is None and (signals is None or labels is None):
+        raise ConfigError("give DATASET, or both --signals and --labels")
     from simmerge_ray.progress import narrated
 
     with narrated(log) as narrator:
-        from simmerge_ray.distributed.stages import train_stage
+        from simmerge_ray.distributed.stages import train_dataset_stage, train_stage
 
-        train_stage(signals, labels, out, config, narrator, crossval=crossval)
+        if dataset is not None:
+            train_dataset_stage(dataset, out, config, narrator, arm)
+        elif signals is not None and labels is not None:
+            train_stage(signals, labels, out, config, narrator, arm, crossval)
 
 
 app.command()(plan)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SignalsConfig, StudyConfig, TrainConfig, load_yaml_leniently
 from simmerge_ray.distributed.search_stage import UNCHANGED, plan_search, search_stage
-from simmerge_ray.errors import ConfigError, InputError, LabelError
+from simmerge_ray.errors import ConfigError, InputError, LabelError, SelectorError
 from simmerge_ray.labels import LabelStore
 from simmerge_ray.probes import GENERAL, ProbeSet, general_probe_set, load_probe_sets
 from simmerge_ray.progress import Narrator
@@ -22,6 +22,8 @@ from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.signature import SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 from simmerge_ray.storage import Manifest, digest_file, write_json
+
+_ASSESSMENT_SCHEMA = 2  # changes with what a training writes beside the artifact
 
 
 def signals_stage(
@@ -149,6 +151,90 @@ def train_stage(
         write_json(out / PARENTS, parent_utilities(dataset))
         manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
         stage.result = f"{len(dataset.contexts)} contexts, {len(dataset.arms)} arms{shown} -> {out}"
+
+
+def train_dataset_stage(
+    path: Path, out: Path, config: TrainConfig, narrator: Narrator, arms: Sequence[str] | None = None
+) -> None:
+    """Selector artifact `out` from a data set of one base or several (`selector.files`), with its report.
+
+    Beside what `train_stage` writes: `assessment.json`, and from it `report.md` and `figures/`.
+
+    Args:
+        arms: reference arms; None takes those that were measured on all pairs.
+
+    Raises:
+        InputError: no data set, signals and labels that do not fit each other, or too few labels.
+    """
+    from simmerge_ray.selector.files import find_dataset, read_dataset
+
+    files = find_dataset(path)
+    with narrator.stage("train") as stage:
+        inputs = {f"signals {one.relative_to(_root(path))}": digest_file(one) for one in files.signals}
+        inputs |= {f"labels {one.relative_to(_root(path))}": LabelStore(one).digest() for one in files.labels}
+        kept = config.model_dump(mode="json") | {"arms": sorted(set(arms or ())), "shortlist": "second_order"}
+        manifest = Manifest("train", kept, inputs, _ASSESSMENT_SCHEMA)
+        manifest_path = out / "manifest.json"
+        if manifest.is_current(manifest_path) and (out / "report.md").exists():
+            stage.result = UNCHANGED
+            return
+        from simmerge_ray.propagation.bound import Bound
+        from simmerge_ray.propagation.second_order import SecondOrder
+        from simmerge_ray.selector.assessment import assess
+        from simmerge_ray.selector.dataset import parent_utilities
+        from simmerge_ray.selector.plan_files import PARENTS, SHORTLIST
+        from simmerge_ray.selector.train import train_selector
+        from simmerge_ray.selector_report import write_selector_report
+
+        started = time.monotonic()
+        loaded = read_dataset(files, sorted(set(arms or ())) or None)
+        dataset, table = loaded.dataset, loaded.tables[0]
+        statistics = _statistics(loaded.tables, config)
+        selector = train_selector(dataset, config, statistics)
+        columns = {one.name: one.columns for one in (Bound(table), SecondOrder(table))}
+        shortlist = train_selector(dataset.restricted(columns[SecondOrder.name]), config, statistics)
+        with narrator.bar("splits and ablations") as report:
+            content = assess(dataset, config, statistics, loaded.base_of, report, columns)
+        content["unused"] = list(loaded.unused)
+        selector.write(out)
+        shortlist.write(out / SHORTLIST)
+        write_json(out / PARENTS, parent_utilities(dataset))
+        write_json(out / "assessment.json", content)
+        report_path = write_selector_report(content, out)
+        manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
+        main = content["splits"][content["headline"]]
+        stage.result = (
+            f"{len(dataset.contexts)} contexts, {len(content['bases'])} bases, {len(dataset.arms)} arms, "
+            f"{content['headline']}: {_shown_gain(main)} -> {report_path}"
+        )
+
+
+def _root(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _statistics(tables: Sequence[SignalTable], config: TrainConfig) -> Mapping[str, Sequence[float]] | None:
+    """Of the base on each task; None where tables cannot give them, unless the task encoding needs them.
+
+    Raises:
+        InputError: then.
+    """
+    from simmerge_ray.selector.encoding import base_statistics
+
+    needed = config.task_encoding == "probe_stats"
+    if len(tables) > 1:
+        if needed:
+            raise LabelError(
+                f"the task encoding probe_stats describes a task by one base, the labels are of {len(tables)}; use "
+                "none or onehot"
+            )
+        return None
+    try:
+        return base_statistics(tables[0])
+    except SelectorError:
+        if needed:
+            raise
+        return None
 
 
 def _shown_gain(crossval: dict[str, Any]) -> str:

@@ -96,8 +96,9 @@ def crossval_report(
     Returns:
         `per_merge` (the headline: one arm per pair for both parents' tasks) and `per_context` (an arm per task):
         GapClosed of selector, best fixed, uniform and split-half oracle. `policies`: for both objectives the figures of
-        `Bench.measure` of every policy, `majority_in_noise_set` and `arm_accuracy` of the selector. `missing`: policies
-        without figures, and why. `override`, `intervals`, `abstained`: of the safe policy. `predictions`: a row per
+        `Bench.measure` of every policy, `lead` of the selector over each of the others, `majority_in_noise_set` and
+        `arm_accuracy` of the selector. `missing`: policies without figures, and why. `override`, `intervals`,
+        `abstained`: of the safe policy. `predictions`: a row per
         context. A `reason` instead where there are too few labels for the folds, or GapClosed is nowhere defined.
     """
     result: dict[str, Any] = {"arms": list(dataset.arms), "num_contexts": len(dataset.contexts), "split": split}
@@ -113,7 +114,7 @@ def crossval_report(
     best_fixed = trial.best_fixed()
     policies = {}
     for name in OBJECTIVES:
-        bench = _bench(trial, name == "per_merge", base_of)
+        bench = bench_of(trial, name == "per_merge", base_of)
         policies[name] = _measured(bench, trial, scores | {"selector, safe": trial.with_parents(safe.scores[name])})
         figures = policies[name]["policies"]
         result[name] = {
@@ -175,7 +176,7 @@ def _all_scores(
     return scores | found | controls, missing | also_missing, safe, predicted
 
 
-def _bench(trial: Trial, per_merge: bool, base_of: Mapping[str, str] | None) -> Bench:
+def bench_of(trial: Trial, per_merge: bool, base_of: Mapping[str, str] | None) -> Bench:
     contexts = trial.dataset.contexts
     units = units_of(contexts, per_merge)
     pairs = pairs_of(contexts)
@@ -185,8 +186,10 @@ def _bench(trial: Trial, per_merge: bool, base_of: Mapping[str, str] | None) -> 
 
 def _measured(bench: Bench, trial: Trial, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     shares = {name: shares_of(values, bench.units) for name, values in scores.items()}
+    leads = {name: bench.measure(shares["selector"], values) for name, values in shares.items() if name != "selector"}
     return {
         "policies": {name: bench.measure(values, shares["best fixed"]) for name, values in shares.items()},
+        "lead": {name: {key: one[key] for key in ("gain", "gain_interval")} for name, one in leads.items()},
         "majority_in_noise_set": bench.noise.majority_share,
         "arm_accuracy": bench.arm_accuracy(shares["selector"], trial.dataset.arms),
     }

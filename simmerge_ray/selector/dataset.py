@@ -72,6 +72,41 @@ def build_dataset(
     return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities, mode)
 
 
+def join_datasets(parts: Sequence[SelectionDataset]) -> SelectionDataset:
+    """The contexts of several data sets, of other checkpoints each.
+
+    Raises:
+        LabelError: there is none, or they differ in arms, feature columns or kind of weight signals.
+    """
+    if not parts:
+        raise LabelError("there is no data set to join")
+    first = parts[0]
+    for other in parts[1:]:
+        where = f"{first.contexts[0].left} and {other.contexts[0].left}"
+        if other.arms != first.arms:
+            raise LabelError(
+                f"the data sets of {where} have other arms ({', '.join(first.arms)}; {', '.join(other.arms)}): choose "
+                "arms that were measured for both"
+            )
+        if other.columns != first.columns:
+            different = ", ".join(sorted(set(first.columns) ^ set(other.columns))[:4]) or "their order"
+            raise LabelError(
+                f"the signals of {where} have other columns ({different}): compute both with the same options, all "
+                "with a base or all without"
+            )
+        if other.weights != first.weights:
+            raise LabelError(
+                f"the weight signals of {where} are {first.weights} and {other.weights}: compute both with the same "
+                "--weights"
+            )
+    return replace(
+        first,
+        contexts=tuple(context for part in parts for context in part.contexts),
+        features=np.concatenate([part.features for part in parts]),
+        utilities=np.concatenate([part.utilities for part in parts]),
+    )
+
+
 def pair_features(table: SignalTable, left: str, right: str, task: str) -> np.ndarray:
     """(2, F) scaled features of both orders of a pair."""
     row = table.get(left, right, task)

@@ -179,7 +179,8 @@ class Bench:
         Returns:
             gap_closed (per `Scoring.unit`), gain, their intervals; mean_regret, worst_decile_regret (the mean of the
             tenth of the units with the largest), in utility; in_noise_set, share of units; negative, share of the
-            defined contexts whose GapClosed is below 0; num_units. None where nothing of the kind is defined.
+            defined contexts whose GapClosed is below 0; num_units; tasks: gap_closed, its interval and the number of
+            defined contexts of each task. None where nothing of the kind is defined.
         """
         tested = ~np.isnan(shares).any(1) & ~np.isnan(reference).any(1)
         part = self.scoring.among(np.flatnonzero(tested).tolist())
@@ -201,6 +202,17 @@ class Bench:
             "in_noise_set": _number((shares[rows] * self.noise.within[index]).sum(1).mean()) if rows else None,
             "negative": _number((taken < 0).mean()) if len(taken) else None,
             "num_units": len(units),
+            "tasks": {str(task): bench._of_task(taken, task) for task in np.unique(part.tasks)},
+        }
+
+    def _of_task(self, taken: np.ndarray, task: str) -> dict[str, Any]:
+        kept = self.scoring.tasks == task
+        scoring = self.scoring.among(self.scoring.rows[kept].tolist())
+        bench = replace(self, scoring=scoring, samples=self.samples[:, kept])
+        return {
+            "gap_closed": _number(scoring.headline(taken[kept])),
+            "interval": bench.interval(taken[kept]),
+            "num_contexts": int(kept.sum()),
         }
 
     def arm_accuracy(self, shares: np.ndarray, arms: Sequence[str]) -> dict[str, dict[str, float]]:

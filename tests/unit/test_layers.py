@@ -18,7 +18,8 @@ FLOW = (
     "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "digests", "catalogue", "probes",
     "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
     "transformers_evaluator", "headroom", "labels", "search", "selector", "bandit", "service", "figures", "report",
-    "demo", "study", "distributed", "search_cli", "catalogue_cli", "labels_cli", "plan_cli", "auto_cli", "cli",
+    "selector_report", "demo", "study", "distributed", "search_cli", "catalogue_cli", "labels_cli", "plan_cli",
+    "auto_cli", "cli",
 )  # fmt: skip
 
 
