@@ -13,7 +13,8 @@
     │   ├── LabelError                           a label store, or too few labels in it
     │   ├── SelectorError                        a selector artifact, or features that do not fit it
     │   └── BanditError                          an arm, context or reward that a posterior cannot take
-    └── EngineError (a RuntimeError; exit code 1)  an inference engine does not hold the weights it was given
+    ├── EngineError (a RuntimeError; exit code 1)  an inference engine does not hold the weights it was given
+    └── StoreError (a RuntimeError; exit code 1)   the event log's database cannot be used now (HTTP 503)
 
 A trial that fails is not an error but a value: `labels.Infeasible`.
 """
@@ -78,6 +79,10 @@ class BanditError(InputError):
 
 class EngineError(SimmergeError, RuntimeError):
     """An inference engine does not hold the weights that it was given; its results cannot be trusted."""
+
+
+class StoreError(SimmergeError, RuntimeError):
+    """The event log cannot be read or written now: nothing was acknowledged, and the message says why."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

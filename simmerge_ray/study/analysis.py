@@ -17,7 +17,7 @@ from simmerge_ray.propagation.interface import Propagator
 from simmerge_ray.propagation.second_order import SecondOrder
 from simmerge_ray.propagation.table import PROPAGATORS
 from simmerge_ray.selector.crossval import predict_unseen
-from simmerge_ray.selector.dataset import SelectionDataset, build_dataset
+from simmerge_ray.selector.dataset import SelectionDataset, build_dataset, join_datasets
 from simmerge_ray.selector.plan_tasks import task_pool
 from simmerge_ray.selector.scorer import PlanScorer
 from simmerge_ray.selector.splits import base_folds, pairs_of
@@ -40,19 +40,11 @@ def joined(parts: Sequence[LoadedPart], arms: Sequence[str]) -> SelectionDataset
     """The pairs of all parts as one dataset.
 
     Raises:
-        LabelError: no parts, or parts with other features or weight signals.
+        LabelError: no parts, or parts that do not fit each other.
     """
-    built = [build_dataset(part.table, part.labels, arms) for part in parts]
-    if not built:
+    if not parts:
         raise LabelError("the study has no labels yet; `jobs/study.py` makes them")
-    if len({(one.columns, one.weights) for one in built}) > 1:
-        raise LabelError("the parts of the study have signals of different kinds; compute them again")
-    return replace(
-        built[0],
-        contexts=tuple(context for one in built for context in one.contexts),
-        features=np.concatenate([one.features for one in built]),
-        utilities=np.concatenate([one.utilities for one in built]),
-    )
+    return join_datasets([build_dataset(part.table, part.labels, arms) for part in parts])
 
 
 def bases_of(parts: Sequence[LoadedPart]) -> dict[str, str]:
