@@ -61,8 +61,8 @@ def curves(pools: Sequence[Pool], num_evaluations: Sequence[int], seed: int = 0)
     """Mean utility of what is chosen, by strategy and cost.
 
     Returns:
-        rows: strategy (`predicted`, `random`, `few items`), evaluations (in full ones; few items for everyone cost
-        their share), items (of each task, for `few items`), utility, interval (95 %), regret against the best candidate
+        rows: strategy (`predicted`, `random`, `few items`), evaluations (in full ones; none where there is nothing to
+        compare; few items for everyone cost their share), items (of each task, for `few items`), utility, interval (95 %), regret against the best candidate
         on the scored half (which is itself inflated by noise: the same for all strategies).
 
     Raises:
@@ -75,7 +75,7 @@ def curves(pools: Sequence[Pool], num_evaluations: Sequence[int], seed: int = 0)
     for count in num_evaluations:
         for strategy in ("predicted", "random"):
             values = [_mean_of(pool, strategy, count, generator) for pool in pools]
-            rows.append(_row(strategy, float(count), None, values, pools))
+            rows.append(_row(strategy, float(count) if count > 1 else 0.0, None, values, pools))
     for items in FEW_ITEMS:
         values = [_few_items(pool, items, generator) for pool in pools]
         share = np.mean([len(p.predicted) * items / (p.items[0].shape[1] // 2) for p in pools])
@@ -89,7 +89,7 @@ def break_even(rows: Sequence[dict[str, Any]], costs: Costs) -> dict[str, Any]:
     Random search needs `random_evaluations` full ones to be as good as the first prediction; the signals of a merge are
     charged against that. None where no count that was tried is as good, or where nothing is saved.
     """
-    first = next(row["utility"] for row in rows if row["strategy"] == "predicted" and row["evaluations"] == 1)
+    first = next(row["utility"] for row in rows if row["strategy"] == "predicted" and row["evaluations"] == 0)
     as_good = [row["evaluations"] for row in rows if row["strategy"] == "random" and row["utility"] >= first]
     needed = min(as_good) if as_good else None
     saved = None if needed is None else needed * costs.evaluation - costs.signals

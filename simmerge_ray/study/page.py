@@ -98,7 +98,8 @@ def budget_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
         axis.errorbar(x, y, yerr=[low, high], marker=marker, capsize=3, label=strategy)
         for row in some:
             if row["items"]:
-                axis.annotate(f"{row['items']} items", (row["evaluations"], row["utility"]), fontsize=8)
+                where, offset = (row["evaluations"], row["utility"]), (8, -4)
+                axis.annotate(f"{row['items']} items", where, offset, textcoords="offset points", fontsize=8)
     axis.set_xlabel("evaluations of a merge (full ones)")
     axis.set_ylabel("utility of what is chosen")
     legend_below(axis)

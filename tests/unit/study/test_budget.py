@@ -26,17 +26,17 @@ def by(rows, strategy):
 def test_a_good_prediction_needs_no_evaluation_and_random_search_gets_there():
     rows = curves(pools(), (1, 2, 4))
     predicted, drawn = by(rows, "predicted"), by(rows, "random")
-    assert predicted[1]["utility"] == pytest.approx(0.8, abs=0.03)
-    assert drawn[1]["utility"] == pytest.approx(0.5, abs=0.03)
+    assert predicted[0]["utility"] == pytest.approx(0.8, abs=0.03)
+    assert drawn[0]["utility"] == pytest.approx(0.5, abs=0.03)
     # The best of two of four: 0.8 in half of the draws, 0.6 in a third, 0.4 in the rest.
     assert drawn[2]["utility"] == pytest.approx(0.8 / 2 + 0.6 / 3 + 0.4 / 6, abs=0.03)
     assert drawn[4]["utility"] == pytest.approx(predicted[4]["utility"])
-    assert predicted[1]["interval"][0] <= predicted[1]["utility"] <= predicted[1]["interval"][1]
+    assert predicted[0]["interval"][0] <= predicted[0]["utility"] <= predicted[0]["interval"][1]
 
 
 def test_a_bad_prediction_is_made_good_by_evaluations():
     predicted = by(curves(pools(good=False), (1, 4)), "predicted")
-    assert predicted[1]["utility"] == pytest.approx(0.2, abs=0.03)
+    assert predicted[0]["utility"] == pytest.approx(0.2, abs=0.03)
     assert predicted[4]["utility"] == pytest.approx(0.8, abs=0.03)
 
 
