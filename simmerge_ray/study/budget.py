@@ -62,8 +62,9 @@ def curves(pools: Sequence[Pool], num_evaluations: Sequence[int], seed: int = 0)
 
     Returns:
         rows: strategy (`predicted`, `random`, `few items`), evaluations (in full ones; none where there is nothing to
-        compare; few items for everyone cost their share), items (of each task, for `few items`), utility, interval (95 %), regret against the best candidate
-        on the scored half (which is itself inflated by noise: the same for all strategies).
+        compare; few items for everyone cost their share), items (of each task, for `few items`), utility, interval
+        (95 %), regret against the best candidate on the scored half (which is itself inflated by noise: the same for
+        all strategies).
 
     Raises:
         LabelError: no pools.
