@@ -1,0 +1,1 @@
+"""Alembic's migrations of the event log; `database.upgrade_database` runs them."""

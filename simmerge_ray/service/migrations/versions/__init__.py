@@ -1,0 +1,1 @@
+"""One module for each version of the schema. A migration is never changed once it is released."""

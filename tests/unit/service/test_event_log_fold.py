@@ -1,0 +1,308 @@
+"""The state is the fold of the log: to the bit, wherever it was interrupted, whatever was voided or encoded anew."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy import select, text, update
+
+from simmerge_ray.bandit.policy import NeuralLinearTS, Noise
+from simmerge_ray.errors import StoreError
+from simmerge_ray.service.database import snapshots, upgrade_database, writing
+from simmerge_ray.service.events import (
+    Activation,
+    ArmAdded,
+    DecisionClosed,
+    Discounted,
+    EncoderEpoch,
+    RewardGiven,
+    RewardVoided,
+    WarmStart,
+)
+from simmerge_ray.service.fold import Basis, State, basis_of, fold
+from simmerge_ray.service.outcomes import Known, Outcome, Status, entry_of, row_of
+from simmerge_ray.service.replica import Replica
+from simmerge_ray.service.snapshots import KEPT, dump, load, newest_snapshot
+from tests.unit.service.event_logs import (
+    ARMS,
+    DIMENSIONS,
+    all_rows,
+    bits,
+    decision,
+    encode,
+    folded_bits,
+    opened,
+    prior,
+)
+
+NOISE = Noise(0.04)
+
+
+@st.composite
+def histories(draw):
+    """Events of a service's life, most of which are accepted; None: a replica looks (and may take a snapshot)."""
+    events, epoch, decided = [ArmAdded("linear", prior()), WarmStart({"ties": prior()}, NOISE)], 0, 0
+    for step in range(draw(st.integers(1, 40))):
+        what = draw(st.sampled_from("ddddrrrrrrvvcaxxewm...s"))
+        target = f"d{draw(st.integers(0, max(0, decided - 1)))}"
+        if what == "d":
+            late = draw(st.integers(0, epoch))  # a replica that had not seen the newest epoch
+            learns = draw(st.sampled_from([("linear",), ("ties",), ("linear", "ties"), ()]))
+            events.append(decision(f"d{decided}", epoch=late, seed=decided, learns=learns))
+            decided += 1
+        elif what == "r":
+            events.append(RewardGiven(target, draw(st.floats(0, 1))))
+        elif what == "v":
+            events.append(RewardVoided(target, f"wrong {step}"))
+        elif what == "c":
+            events.append(DecisionClosed(target, "infeasible"))
+        elif what == "a":
+            events.append(ArmAdded(draw(st.sampled_from(ARMS)), prior(epoch, 2.0), epoch))
+        elif what == "x":
+            events.append(Discounted(draw(st.floats(0.01, 1))))
+        elif what == "e" and epoch < 2:
+            epoch += 1
+            events.append(EncoderEpoch(epoch, DIMENSIONS[epoch], 0.5, {"ties": prior(epoch, 3.0)}, NOISE, f"m{epoch}"))
+        elif what == "w":
+            events.append(WarmStart({"ties": prior(epoch, draw(st.floats(0.5, 2)))}, Noise(0.02), epoch))
+        elif what == "m":
+            events.append(Activation(f"m{step}"))
+        else:
+            events.append(what)
+    return events
+
+
+def rows_of(events):
+    """The rows of a log of these events, without a database."""
+    known, rows = Known(), []
+    for event in events:
+        if isinstance(event, str):
+            continue
+        entry = entry_of(event, 0.0)
+        verdict = known.judge(entry)
+        if not isinstance(verdict, Outcome):
+            rows.append(row_of(entry, *verdict, len(rows) + 1))
+            known.add(rows[-1])
+    return rows
+
+
+def slow_posteriors(rows):
+    """By the words of the definition, with `GaussianPosterior` alone."""
+    events = [(row.seq, row.event) for row in rows]
+    voided = {event.reward_seq for _, event in events if isinstance(event, RewardVoided)}
+    epochs = [event for _, event in events if isinstance(event, EncoderEpoch)]
+    now = epochs[-1].epoch if epochs else 0
+    made = {event.decision_id: event for _, event in events if event.kind == "decision"}
+    priors, posteriors = {}, {}
+
+    def start(arm, own, epoch):
+        if epoch != now:
+            own = epochs[-1].priors.get(arm) or type(own).prior(epochs[-1].num_dimensions, epochs[-1].ridge)
+        priors[arm] = posteriors[arm] = own
+
+    for seq, event in events:
+        if isinstance(event, ArmAdded) and event.arm not in posteriors:
+            start(event.arm, event.prior, event.epoch)
+        elif isinstance(event, WarmStart):
+            for arm, own in event.priors.items():
+                start(arm, own, event.epoch)
+        elif isinstance(event, EncoderEpoch):
+            for arm, own in event.priors.items():
+                if arm not in posteriors:
+                    start(arm, own, event.epoch)
+        elif isinstance(event, Discounted):
+            posteriors = {arm: one.discounted(event.factor, priors[arm]) for arm, one in posteriors.items()}
+        elif isinstance(event, RewardGiven) and seq not in voided:
+            decided = made[event.decision_id]
+            z, level = (decided.z, decided.level) if decided.epoch == now else encode(now, decided.features)
+            for arm in decided.learns:
+                posteriors[arm] = posteriors[arm].updated(z, event.utility - level)
+    return posteriors
+
+
+@settings(max_examples=150)
+@given(histories())
+def test_the_fold_is_its_definition_and_a_snapshot_anywhere_changes_nothing(events):
+    rows = rows_of(events)
+    whole = fold(rows, encode)
+    expected = bits(slow_posteriors(rows))
+    assert bits(dict(whole.view().posteriors)) == expected
+    basis = basis_of(rows)
+    for cut in range(0, len(rows), 3):
+        state = State(basis, encode)
+        for row in rows[:cut]:
+            assert state.apply(row)
+        state = load(dump(state), basis, encode)
+        for row in rows[cut:]:
+            assert state.apply(row)
+        assert dump(state) == dump(whole)
+
+
+@settings(max_examples=25)
+@given(histories(), st.integers(1, 5))
+def test_replicas_that_look_at_any_time_agree_to_the_bit(events, page):
+    """One follows the log and takes snapshots, one starts at the end from a snapshot; both equal the whole fold."""
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{folder}/log.db"
+        upgrade_database(url)
+        with opened(url) as log:
+            follower = Replica(log, encode, page)
+            futures = []
+            for event in events:
+                if not isinstance(event, str):
+                    futures.append(log.submit(event))
+                    continue
+                for future in futures:
+                    future.result(60)
+                view = follower.catch_up()
+                assert bits(dict(view.posteriors)) == folded_bits(all_rows(log))
+                if event == "s":
+                    follower.save_snapshot()
+            for future in futures:
+                future.result(60)
+            rows = all_rows(log)
+            late, followed = Replica(log, encode, page).catch_up(), follower.catch_up()
+            expected = fold(rows, encode).view()
+            for view in (late, followed):
+                assert bits(dict(view.posteriors)) == bits(dict(expected.posteriors))
+                assert bits(dict(view.priors)) == bits(dict(expected.priors))
+                assert replace(view, posteriors={}, priors={}) == replace(expected, posteriors={}, priors={})
+
+
+def test_a_void_is_as_if_the_reward_had_never_been():
+    start = [ArmAdded("linear", prior()), *(decision(f"d{i}", seed=i) for i in range(5))]
+    rewards = [RewardGiven(f"d{i}", 0.1 + 0.2 * i) for i in range(5)]
+    voided = rows_of([*start, *rewards, Discounted(0.5), RewardVoided("d1", "typo"), RewardGiven("d1", 0.9)])
+    never = rows_of([*start, *(one for one in rewards if one.decision_id != "d1"), Discounted(0.5)])
+    again = rows_of(
+        [
+            *start,
+            *(one for one in rewards if one.decision_id != "d1"),
+            Discounted(0.5),
+            RewardGiven("d1", 0.9),
+        ]
+    )
+    assert folded_bits(voided[:-1]) == folded_bits(never)
+    assert folded_bits(voided) == folded_bits(again) != folded_bits(never)
+
+
+def test_a_damaged_log_is_not_folded_over():
+    rows = rows_of([ArmAdded("linear", prior()), decision("d0"), RewardGiven("d0", 0.5), decision("d1")])
+    with pytest.raises(StoreError, match="event 3 follows event 1"):
+        fold([rows[0], *rows[2:]], encode)
+    with pytest.raises(StoreError, match="another version"):
+        fold([rows[0]._replace(version=9)], encode)
+    with pytest.raises(StoreError, match="'linear', which was not added"):
+        fold([row._replace(seq=i) for i, row in enumerate(rows[1:3], 1)], encode)
+    with pytest.raises(StoreError, match="not open"):
+        fold([rows[0], rows[1], rows[2], rows[2]._replace(seq=4)], encode)
+
+
+def test_a_state_that_failed_in_the_middle_is_folded_again(database):
+    broken = [True]
+
+    def fragile(epoch, features):
+        if broken[0]:
+            raise OSError("the encoder's file is away")
+        return encode(epoch, features)
+
+    with opened(database) as log:
+        for one in (ArmAdded("linear", prior()), decision("d0")):
+            log.append(one)
+        replica = Replica(log, fragile)
+        assert replica.catch_up().num_open == 1
+        log.append(RewardGiven("d0", 0.5))
+        log.append(EncoderEpoch(1, 4, 1.0, {}, NOISE, "m1"))
+        for _ in range(2):
+            with pytest.raises(OSError):
+                replica.catch_up()
+        broken[0] = False
+        assert bits(dict(replica.catch_up().posteriors)) == folded_bits(all_rows(log))
+        broken[0] = True
+        log.append(decision("d1", epoch=0))  # by a replica that had not seen the new epoch: encoded when it is rewarded
+        log.append(RewardGiven("d1", 0.25))
+        for _ in range(2):
+            with pytest.raises(OSError):
+                replica.catch_up()
+        broken[0] = False
+        assert bits(dict(replica.catch_up().posteriors)) == folded_bits(all_rows(log))
+
+
+def test_a_view_stays_while_the_state_goes_on_and_makes_a_policy(database):
+    with opened(database, clock=lambda: 1.0) as log:
+        for one in (WarmStart({arm: prior() for arm in ARMS}, NOISE), decision("d0", expires_at=5.0)):
+            log.append(one)
+        replica = Replica(log, encode)
+        before = replica.catch_up()
+        kept = bits(dict(before.posteriors))
+        assert replica.catch_up() is before and replica.expired(10.0) == ["d0"] and replica.expired(4.0) == []
+        log.append(RewardGiven("d0", 0.5))
+        after = replica.catch_up()
+        assert bits(dict(before.posteriors)) == kept != bits(dict(after.posteriors)) and replica.expired(10.0) == []
+        assert (after.num_decisions, after.num_rewards, after.num_open) == (1, 1, 0)
+        assert after.posteriors["ties"] is before.posteriors["ties"]  # its factor is not computed again
+        policy = NeuralLinearTS(after.posteriors, after.noise, priors=after.priors)
+        assert policy.suggest(np.ones(3), "d1").arm in ARMS
+
+
+def test_snapshots_that_are_damaged_or_too_new_are_passed_over(database):
+    with opened(database) as log:
+        replica = Replica(log, encode)
+        replica.save_snapshot()  # nothing yet
+        log.append(ArmAdded("linear", prior()))
+        for i in range(12):
+            log.append(decision(f"d{i}", seed=i))
+            log.append(RewardGiven(f"d{i}", 0.5))
+            replica.catch_up()
+            replica.save_snapshot()
+            replica.save_snapshot()  # a second replica at the same event
+
+        def start(last=10**9):
+            past = log.changes_of_the_past(last)
+            voids = [row for row in past if row.kind == "reward_voided"]
+            return newest_snapshot(log.engine, "default", basis_of(past), voids, last, encode).seq
+
+        with log.engine.connect() as connection:
+            kept = sorted(connection.execute(select(snapshots.c.seq)).scalars())
+        assert kept == list(range(25 - 2 * (KEPT - 1), 26, 2))
+        assert (start(), start(24), start(5)) == (25, 23, 0)
+        with writing(log.engine) as connection:
+            content = connection.execute(select(snapshots.c.data).where(snapshots.c.seq == 25)).scalar_one()
+            flipped = content[:-1] + bytes([content[-1] ^ 1])
+            connection.execute(update(snapshots).where(snapshots.c.seq == 25).values(data=flipped))
+        assert start() == 23
+        log.append(RewardVoided("d9", "wrong"))  # its reward is event 21
+        assert start() == 19
+        assert bits(dict(Replica(log, encode).catch_up().posteriors)) == folded_bits(all_rows(log))
+        replica.catch_up()
+        replica.save_snapshot()
+        assert start() == 26
+        log.append(EncoderEpoch(1, 4, 1.0, {}, NOISE, "m1"))
+        assert start() == 0
+        assert bits(dict(Replica(log, encode).catch_up().posteriors)) == folded_bits(all_rows(log))
+    with pytest.raises(StoreError, match="format"):
+        load(dump(State(Basis(), encode)).replace(b'"format":1', b'"format":2'), Basis(), encode)
+
+
+def test_voids_and_epochs_are_found_by_their_index(tmp_path):
+    url = f"sqlite:///{tmp_path}/log.db"
+    upgrade_database(url)
+    with opened(url) as log:
+        assert log.append(ArmAdded("a", prior())).status == Status.CREATED
+        statements: list[str] = []
+
+        @sqlalchemy_event.listens_for(log.engine, "before_cursor_execute")
+        def keep(connection, cursor, statement, parameters, context, many):
+            statements.append(statement)
+
+        log.changes_of_the_past(10)
+        (asked,) = (one for one in statements if "kind IN" in one)
+        with log.engine.connect() as connection:
+            plan = connection.execute(text("EXPLAIN QUERY PLAN " + asked.replace("?", "1"))).all()
+        assert "ix_events_changes" in str(plan)
