@@ -9,8 +9,10 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -82,16 +84,21 @@ def catalogue(catalogue_path: Path):
 def ray_cluster() -> Iterator[str]:
     """One local cluster of two CPUs for all tests that need Ray, with token authentication; its dashboard's URL."""
     import ray
+    from ray._private.parameter import RayParams
 
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=True,
-        dashboard_port=free_port(),
-        log_to_driver=False,
-        logging_level="warning",
-        object_store_memory=400_000_000,
-        _system_config={"metrics_report_interval_ms": 1000},  # ten seconds otherwise
-    )
+    # The agent that starts submitted jobs has a fixed port. Beside another cluster on the machine it would have none,
+    # and every job would be refused; None takes a free one, as Ray's own cluster_utils does.
+    free_agent_port = partialmethod(RayParams.__init__, dashboard_agent_listen_port=None)
+    with mock.patch.object(RayParams, "__init__", free_agent_port):
+        context = ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=True,
+            dashboard_port=free_port(),
+            log_to_driver=False,
+            logging_level="warning",
+            object_store_memory=400_000_000,
+            _system_config={"metrics_report_interval_ms": 1000},  # ten seconds otherwise
+        )
     yield f"http://{context.dashboard_url}"
     ray.shutdown()

@@ -18,11 +18,12 @@ from simmerge_ray.distributed.search_stage import UNCHANGED, search_bar
 from simmerge_ray.distributed.stages import signals_stage
 from simmerge_ray.distributed.zoo import make_zoo_parts, write_questions
 from simmerge_ray.evaluation import load_tasks
-from simmerge_ray.labels import LabelStore, single_items
+from simmerge_ray.labels import LabelStore
 from simmerge_ray.plans import MergePlan
 from simmerge_ray.progress import Narrator
 from simmerge_ray.storage import Manifest, digest_json, write_once
 from simmerge_ray.study.layout import StudyLayout
+from simmerge_ray.study.longer import unmerged
 from simmerge_ray.study.merges import draw_subsets, every_subset, labelled_pairs, plans_of
 from simmerge_ray.study.zoo import ZooPart, zoo_part
 
@@ -100,7 +101,7 @@ def _plans(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart]
 
 def _longer_plans(layout: StudyLayout, config: ZooStudyConfig, part: ZooPart, with_full: bool) -> Iterator[MergePlan]:
     catalogue = load_catalogue(layout.catalogue(part.name))
-    utilities = unmerged_utilities(layout.labels(part.name))
+    utilities = unmerged(LabelStore(layout.labels(part.name)).read())
     seed = part.base.seed
     for size, num in sorted(config.num_subsets.items()):
         for subset in draw_subsets(catalogue, size, num, seed):
@@ -109,14 +110,6 @@ def _longer_plans(layout: StudyLayout, config: ZooStudyConfig, part: ZooPart, wi
         ids = sorted(catalogue.ids)
         members = ids[:: max(1, len(ids) // config.num_full)][: config.num_full]
         yield from every_subset(members, FULL_PLANS, seed)
-
-
-def unmerged_utilities(labels: Path) -> dict[str, dict[str, float]]:
-    """Utility of every checkpoint as it is, by task and id."""
-    found: dict[str, dict[str, float]] = {}
-    for (name, task), items in single_items(LabelStore(labels).read()).items():
-        found.setdefault(task, {})[name] = float(items.mean())
-    return found
 
 
 def _label(

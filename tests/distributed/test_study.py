@@ -25,6 +25,7 @@ TINY = ZooStudyConfig(
     num_mixed=1,
     num_full=3,
     step_share=0.005,
+    concurrency=1,
     evaluator="transformers",
 )
 
