@@ -28,11 +28,23 @@ from simmerge_ray.plan_cli import (
     check_names,
     plan_request,
 )
+from simmerge_ray.search_cli import (
+    SHARED_NAMES,
+    ConcurrencyOption,
+    CpusOption,
+    DtypeOption,
+    EvaluatorOption,
+    ExecutorOption,
+    GpusOption,
+    MaxItemsOption,
+    MaxModelLenOption,
+    RetryInfeasibleOption,
+    SeedOption,
+    TensorParallelOption,
+)
 
 if TYPE_CHECKING:
     from simmerge_ray.catalogue import Catalogue
-
-_EVALUATION, _COST = "Evaluation", "Resources"
 
 
 def auto(
@@ -60,28 +72,17 @@ def auto(
     shortlist: ShortlistOption = 500,
     caution: CautionOption = 1.0,
     aggregate: AggregateOption = "last",
-    evaluator: Annotated[str, typer.Option(help="vllm or transformers", rich_help_panel=_EVALUATION)] = "vllm",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16", rich_help_panel=_EVALUATION)] = "float32",
-    max_model_len: Annotated[
-        int | None, typer.Option(min=8, help="longest prompt + answer in tokens", rich_help_panel=_EVALUATION)
-    ] = None,
-    max_items: Annotated[
-        int | None, typer.Option(min=1, help="items of each task, drawn by --seed", rich_help_panel=_EVALUATION)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="of the items drawn", rich_help_panel=_EVALUATION)] = 0,
-    retry_infeasible: Annotated[
-        bool,
-        typer.Option(
-            "--retry-infeasible", help="try merges again that could not be measured", rich_help_panel=_EVALUATION
-        ),
-    ] = False,
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, help="engines at once; default: as many as fit", rich_help_panel=_COST)
-    ] = None,
-    cpus_per_trial: Annotated[float, typer.Option(help="CPU cores of an engine", rich_help_panel=_COST)] = 1.0,
-    gpus_per_trial: Annotated[float, typer.Option(help="GPUs of an engine, or a share", rich_help_panel=_COST)] = 0.0,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks of an engine", rich_help_panel=_COST)] = 1,
-    executor: Annotated[str, typer.Option(help="ranks: mp, one node; ray, several", rich_help_panel=_COST)] = "mp",
+    evaluator: EvaluatorOption = "vllm",
+    dtype: DtypeOption = "float32",
+    max_model_len: MaxModelLenOption = None,
+    max_items: MaxItemsOption = None,
+    seed: SeedOption = 0,
+    retry_infeasible: RetryInfeasibleOption = False,
+    concurrency: ConcurrencyOption = None,
+    cpus_per_trial: CpusOption = 1.0,
+    gpus_per_trial: GpusOption = 0.0,
+    tensor_parallel: TensorParallelOption = 1,
+    executor: ExecutorOption = "mp",
     log: Annotated[Path, typer.Option("--log", help="where the output of libraries goes")] = Path("simmerge.log"),
 ) -> None:
     """Rank the merges of a catalogue, measure the first few beside the checkpoints, and make the best, if it is better.
@@ -90,16 +91,12 @@ def auto(
     """
     from simmerge_ray.config import SearchConfig, check_config
 
-    names = (
-        "evaluator", "dtype", "max_model_len", "max_items", "seed", "retry_infeasible", "concurrency",
-        "cpus_per_trial", "gpus_per_trial", "tensor_parallel", "executor",
-    )  # fmt: skip
     ranked_names = (
         "task", "evaluate", "ways", "must_contain", "exclude", "arm", "weighting", "objective", "propagator", "budget",
         "shortlist", "caution", "aggregate",
     )  # fmt: skip
     given = locals()
-    values: dict[str, Any] = {name: given[name] for name in names}
+    values: dict[str, Any] = {name: given[name] for name in SHARED_NAMES}
     ranked_by = {name: given[name] for name in ranked_names}
     config = check_config(SearchConfig, values | {"pairs": "all"}, "options")
     chosen_ways = check_names(ways, propagator, probes)

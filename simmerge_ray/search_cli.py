@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from simmerge_ray.config import SearchConfig
+
 _COST, _MODEL, _BEST = "Resources and limits", "Evaluation", "Search for the best merge (with --budget)"
+
+# Options that `simmerge auto` has, too.
+EvaluatorOption = Annotated[str, typer.Option(help="vllm or transformers", rich_help_panel=_MODEL)]
+DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16", rich_help_panel=_MODEL)]
+MaxModelLenOption = Annotated[
+    int | None, typer.Option(min=8, help="longest prompt + answer in tokens", rich_help_panel=_MODEL)
+]
+MaxItemsOption = Annotated[
+    int | None, typer.Option(min=1, help="items of each task, drawn by --seed", rich_help_panel=_MODEL)
+]
+SeedOption = Annotated[int, typer.Option(help="of the items drawn, and of proposals", rich_help_panel=_MODEL)]
+RetryInfeasibleOption = Annotated[
+    bool, typer.Option("--retry-infeasible", help="try merges again that could not be measured", rich_help_panel=_MODEL)
+]
+ConcurrencyOption = Annotated[
+    int | None, typer.Option(min=1, help="engines at once; default: as many as fit", rich_help_panel=_COST)
+]
+CpusOption = Annotated[float, typer.Option(help="CPU cores of an engine", rich_help_panel=_COST)]
+GpusOption = Annotated[float, typer.Option(help="GPUs of an engine, or a share", rich_help_panel=_COST)]
+TensorParallelOption = Annotated[int, typer.Option(min=1, help="ranks of an engine", rich_help_panel=_COST)]
+ExecutorOption = Annotated[str, typer.Option(help="ranks: mp, one node; ray, several", rich_help_panel=_COST)]
+# What they are called in a `SearchConfig`.
+SHARED_NAMES = (
+    "evaluator", "dtype", "max_model_len", "max_items", "seed", "retry_infeasible", "concurrency", "cpus_per_trial",
+    "gpus_per_trial", "tensor_parallel", "executor",
+)  # fmt: skip
 
 
 def search(
@@ -20,18 +49,12 @@ def search(
     exclude: Annotated[list[str] | None, typer.Option(help="LEFT,RIGHT: a pair to leave out; repeatable")] = None,
     pairs: Annotated[str, typer.Option(help="cross-task or all")] = "cross-task",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, say what it takes, and stop")] = False,
-    retry_infeasible: Annotated[
-        bool, typer.Option("--retry-infeasible", help="try merges again that could not be measured")
-    ] = False,
-    evaluator: Annotated[str, typer.Option(help="vllm or transformers", rich_help_panel=_MODEL)] = "vllm",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16", rich_help_panel=_MODEL)] = "float32",
-    max_model_len: Annotated[
-        int | None, typer.Option(min=8, help="longest prompt + answer in tokens", rich_help_panel=_MODEL)
-    ] = None,
-    max_items: Annotated[
-        int | None, typer.Option(min=1, help="items of each task, drawn by --seed", rich_help_panel=_MODEL)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="of the items drawn, and of proposals", rich_help_panel=_MODEL)] = 0,
+    evaluator: EvaluatorOption = "vllm",
+    dtype: DtypeOption = "float32",
+    max_model_len: MaxModelLenOption = None,
+    max_items: MaxItemsOption = None,
+    seed: SeedOption = 0,
+    retry_infeasible: RetryInfeasibleOption = False,
     lm_eval: Annotated[
         list[str] | None, typer.Option(help="task of lm-evaluation-harness; repeatable", rich_help_panel=_MODEL)
     ] = None,
@@ -41,13 +64,11 @@ def search(
     lm_eval_fewshot: Annotated[
         int | None, typer.Option(min=0, help="examples before a prompt", rich_help_panel=_MODEL)
     ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, help="engines at once; default: as many as fit", rich_help_panel=_COST)
-    ] = None,
-    cpus_per_trial: Annotated[float, typer.Option(help="CPU cores of an engine", rich_help_panel=_COST)] = 1.0,
-    gpus_per_trial: Annotated[float, typer.Option(help="GPUs of an engine, or a share", rich_help_panel=_COST)] = 0.0,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks of an engine", rich_help_panel=_COST)] = 1,
-    executor: Annotated[str, typer.Option(help="ranks: mp, one node; ray, several", rich_help_panel=_COST)] = "mp",
+    concurrency: ConcurrencyOption = None,
+    cpus_per_trial: CpusOption = 1.0,
+    gpus_per_trial: GpusOption = 0.0,
+    tensor_parallel: TensorParallelOption = 1,
+    executor: ExecutorOption = "mp",
     max_trials: Annotated[int | None, typer.Option(min=1, help="stop after so many", rich_help_panel=_COST)] = None,
     max_hours: Annotated[float | None, typer.Option(help="stop after so long", rich_help_panel=_COST)] = None,
     max_gpu_hours: Annotated[float | None, typer.Option(help="GPU hours of all engines", rich_help_panel=_COST)] = None,
@@ -74,27 +95,10 @@ def search(
 
     An interrupted search goes on with the same command.
     """
-    from simmerge_ray.config import SearchConfig, check_config
-    from simmerge_ray.errors import ConfigError, TaskError
-
-    low, _, high = ways.partition("-")
-    if not low.isdigit() or not (high or low).isdigit():
-        raise ConfigError(f"--ways takes a number or a range, 2 or 2-4, got {ways!r}")
-    names = (
-        "pairs", "retry_infeasible", "evaluator", "dtype", "max_model_len", "max_items", "seed", "lm_eval_include",
-        "lm_eval_fewshot", "concurrency", "cpus_per_trial", "gpus_per_trial", "tensor_parallel", "executor",
-        "max_trials", "max_hours", "max_gpu_hours", "budget", "sampler", "layer_groups", "shards",
-    )  # fmt: skip
-    given = locals()
-    values: dict[str, Any] = {name: given[name] for name in names}
-    values |= {"exclude": [tuple(pair.split(",")) for pair in exclude or ()], "ways": (int(low), int(high or low))}
-    values |= {"lm_eval": lm_eval or (), "members": member or ()}
-    values |= {key: value for key, value in (("arms", arm), ("objectives", objective)) if value}
-    config = check_config(SearchConfig, values, "options")
-    if lm_eval_include is not None:
-        config = config.model_copy(update={"lm_eval_include": lm_eval_include.resolve()})
+    config = _config(locals())
     # Names and files first: what is wrong with them is said before any library is loaded.
     from simmerge_ray.catalogue import load_catalogue
+    from simmerge_ray.errors import TaskError
     from simmerge_ray.evaluation import load_tasks
     from simmerge_ray.operators.specs import parse_arms
     from simmerge_ray.search.objectives import parse_objective
@@ -120,3 +124,27 @@ def search(
                 narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)
             return
         search_stage(catalogue, tasks, out, config, narrator)
+
+
+def _config(given: dict[str, Any]) -> SearchConfig:
+    """The options as they were given, by name.
+
+    Raises:
+        ConfigError: with every option that is wrong.
+    """
+    from simmerge_ray.config import SearchConfig, check_config
+    from simmerge_ray.selector.plan_space import parse_ways
+
+    names = (
+        *SHARED_NAMES, "pairs", "lm_eval_include", "lm_eval_fewshot", "max_trials", "max_hours", "max_gpu_hours",
+        "budget", "sampler", "layer_groups", "shards",
+    )  # fmt: skip
+    values: dict[str, Any] = {name: given[name] for name in names}
+    excluded = [tuple(pair.split(",")) for pair in given["exclude"] or ()]
+    values |= {"exclude": excluded, "ways": parse_ways(given["ways"])}
+    values |= {"lm_eval": given["lm_eval"] or (), "members": given["member"] or ()}
+    values |= {key: value for key, value in (("arms", given["arm"]), ("objectives", given["objective"])) if value}
+    config = check_config(SearchConfig, values, "options")
+    if config.lm_eval_include is not None:
+        config = config.model_copy(update={"lm_eval_include": config.lm_eval_include.resolve()})
+    return config

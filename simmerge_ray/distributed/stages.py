@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SignalsConfig, StudyConfig, TrainConfig, load_yaml_leniently
@@ -22,6 +22,10 @@ from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.signature import SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 from simmerge_ray.storage import Manifest, digest_file, write_json
+
+if TYPE_CHECKING:
+    from simmerge_ray.selector.dataset import SelectionDataset
+    from simmerge_ray.selector.model import Selector
 
 _ASSESSMENT_SCHEMA = 2  # changes with what a training writes beside the artifact
 
@@ -130,9 +134,8 @@ def train_stage(
             return
         from simmerge_ray.propagation.second_order import SecondOrder
         from simmerge_ray.selector.crossval import crossval_report
-        from simmerge_ray.selector.dataset import build_dataset, parent_utilities
+        from simmerge_ray.selector.dataset import build_dataset
         from simmerge_ray.selector.encoding import base_statistics
-        from simmerge_ray.selector.plan_files import PARENTS, SHORTLIST
         from simmerge_ray.selector.train import train_selector
 
         started = time.monotonic()
@@ -146,9 +149,7 @@ def train_stage(
                 content = crossval_report(dataset, config, report, statistics)
             write_json(crossval, content)
             shown = f", unseen checkpoints: {_shown_gain(content)}"
-        selector.write(out)
-        shortlist.write(out / SHORTLIST)
-        write_json(out / PARENTS, parent_utilities(dataset))
+        _write_selectors(out, selector, shortlist, dataset)
         manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
         stage.result = f"{len(dataset.contexts)} contexts, {len(dataset.arms)} arms{shown} -> {out}"
 
@@ -181,8 +182,6 @@ def train_dataset_stage(
         from simmerge_ray.propagation.bound import Bound
         from simmerge_ray.propagation.second_order import SecondOrder
         from simmerge_ray.selector.assessment import assess
-        from simmerge_ray.selector.dataset import parent_utilities
-        from simmerge_ray.selector.plan_files import PARENTS, SHORTLIST
         from simmerge_ray.selector.train import train_selector
         from simmerge_ray.selector_report import write_selector_report
 
@@ -196,9 +195,7 @@ def train_dataset_stage(
         with narrator.bar("splits and ablations") as report:
             content = assess(dataset, config, statistics, loaded.base_of, report, columns)
         content["unused"] = list(loaded.unused)
-        selector.write(out)
-        shortlist.write(out / SHORTLIST)
-        write_json(out / PARENTS, parent_utilities(dataset))
+        _write_selectors(out, selector, shortlist, dataset)
         write_json(out / "assessment.json", content)
         report_path = write_selector_report(content, out)
         manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
@@ -207,6 +204,16 @@ def train_dataset_stage(
             f"{len(dataset.contexts)} contexts, {len(content['bases'])} bases, {len(dataset.arms)} arms, "
             f"{content['headline']}: {_shown_gain(main)} -> {report_path}"
         )
+
+
+def _write_selectors(out: Path, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:
+    """What `simmerge plan` reads; `train_stage` says what it is."""
+    from simmerge_ray.selector.dataset import parent_utilities
+    from simmerge_ray.selector.plan_files import PARENTS, SHORTLIST
+
+    selector.write(out)
+    shortlist.write(out / SHORTLIST)
+    write_json(out / PARENTS, parent_utilities(dataset))
 
 
 def _root(path: Path) -> Path:

@@ -48,8 +48,13 @@ class Candidate:
     @property
     def arm(self) -> str | None:
         """The arm of all steps; None where they differ."""
-        labels = {step.arm.label for step in self.plan.steps}
-        return labels.pop() if len(labels) == 1 else None
+        return single_arm(self.plan)
+
+
+def single_arm(plan: MergePlan) -> str | None:
+    """The arm of all steps; None where they differ."""
+    labels = {step.arm.label for step in plan.steps}
+    return labels.pop() if len(labels) == 1 else None
 
 
 def weighting_of(plan: MergePlan) -> str | None:
@@ -65,18 +70,25 @@ def candidates(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[Cand
     """The folds of three and more checkpoints that were measured on all of their members' tasks."""
     assert catalogue.base is not None
     utilities = unmerged(labels)
-    measured: dict[MergePlan, dict[str, float]] = {}
-    for label in labels:
-        if len(label.plan.steps) > 1 and isinstance(label.outcome, Measured):
-            measured.setdefault(label.plan, {})[label.task] = label.outcome.utility
     found = []
-    for plan, by_task in sorted(measured.items(), key=lambda item: item[0].id):
-        weighting = weighting_of(plan)
-        tasks = {catalogue.own_task[member] for member in plan.members}
-        if weighting is not None and tasks <= set(by_task):
+    for plan, by_task in measured_merges(labels, catalogue).items():
+        if (weighting := weighting_of(plan)) is not None:
             pooled = pooled_utility(by_task, utilities, catalogue)
             found.append(Candidate(catalogue.base.id, plan, weighting, by_task, pooled))
     return found
+
+
+def measured_merges(labels: Iterable[LabeledPlan], catalogue: Catalogue) -> dict[MergePlan, dict[str, float]]:
+    """Utility by task of every merge that was measured on all of its members' own tasks, in the order of ids."""
+    measured: dict[MergePlan, dict[str, float]] = {}
+    for label in labels:
+        if label.plan.steps and isinstance(label.outcome, Measured):
+            measured.setdefault(label.plan, {})[label.task] = label.outcome.utility
+    return {
+        plan: by_task
+        for plan, by_task in sorted(measured.items(), key=lambda item: item[0].id)
+        if {catalogue.own_task[member] for member in plan.members} <= set(by_task)
+    }
 
 
 def unmerged(labels: Iterable[LabeledPlan]) -> dict[str, dict[str, float]]:

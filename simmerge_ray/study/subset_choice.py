@@ -11,10 +11,17 @@ import numpy as np
 
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.errors import LabelError
-from simmerge_ray.labels import LabeledPlan, Measured
+from simmerge_ray.labels import LabeledPlan
 from simmerge_ray.plans import MergePlan
 from simmerge_ray.signals.table import SignalTable
-from simmerge_ray.study.longer import MIN_RANGE, Utilities, pooled_utility, unmerged
+from simmerge_ray.study.longer import (
+    MIN_RANGE,
+    Utilities,
+    measured_merges,
+    pooled_utility,
+    single_arm,
+    unmerged,
+)
 
 SIMILARITY = "task_vector_cosine_global"
 ANY_SIZE = "any"
@@ -33,8 +40,7 @@ class Choice:
 
     @property
     def arm(self) -> str | None:
-        labels = {step.arm.label for step in self.plan.steps}
-        return labels.pop() if len(labels) == 1 else None
+        return single_arm(self.plan)
 
 
 def labelled_choices(labels: Sequence[LabeledPlan], catalogue: Catalogue, members: Sequence[str]) -> list[Choice]:
@@ -44,16 +50,11 @@ def labelled_choices(labels: Sequence[LabeledPlan], catalogue: Catalogue, member
         LabelError: a subset of two or more has no label.
     """
     utilities = unmerged(labels)
-    measured: dict[MergePlan, dict[str, float]] = {}
-    for label in labels:
-        if label.plan.steps and set(label.plan.members) <= set(members) and isinstance(label.outcome, Measured):
-            measured.setdefault(label.plan, {})[label.task] = label.outcome.utility
-    found = []
-    for plan, by_task in sorted(measured.items(), key=lambda item: item[0].id):
-        if {catalogue.own_task[member] for member in plan.members} <= set(by_task):
-            pooled = pooled_utility(by_task, utilities, catalogue)
-            if not np.isnan(pooled):
-                found.append(Choice(plan, pooled))
+    found = [
+        Choice(plan, pooled)
+        for plan, by_task in measured_merges(labels, catalogue).items()
+        if set(plan.members) <= set(members) and not np.isnan(pooled := pooled_utility(by_task, utilities, catalogue))
+    ]
     known = {choice.subset for choice in found}
     for size in range(2, len(members) + 1):
         for subset in combinations(sorted(members), size):
