@@ -19,7 +19,7 @@ from simmerge_ray.selector.baselines import best_fixed
 from simmerge_ray.selector.crossval import ONE_MODEL_UNSEEN, Progress, bench_of, crossval_report
 from simmerge_ray.selector.dataset import SelectionDataset
 from simmerge_ray.selector.encoding import TaskStatistics
-from simmerge_ray.selector.evaluation import Bench, shares_of, units_of
+from simmerge_ray.selector.evaluation import Bench, keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.model import FittedModel
 from simmerge_ray.selector.splits import Fold, base_folds, checkpoint_folds, domain_folds, pairs_of, random_pair_folds
 from simmerge_ray.selector.trial import Trial
@@ -229,11 +229,11 @@ class _Stand:
         models = trial.models(dataset, trial.config)
         always = [best_fixed(dataset, trial.scoring, fold.training, fold.tested) for fold in trial.folds]
         fixed = shares_of(trial.averaged(always), bench.units)
-        full = shares_of(trial.with_parents(trial.averaged(trial.predictions(models))), bench.units)
+        full = shares_of(keeping_no_parent(trial.averaged(trial.predictions(models))), bench.units)
         return _Stand(trial, bench, models, fixed, full)
 
     def shares(self, predicted: Sequence[np.ndarray]) -> np.ndarray:
-        return shares_of(self.trial.with_parents(self.trial.averaged(predicted)), self.bench.units)
+        return shares_of(keeping_no_parent(self.trial.averaged(predicted)), self.bench.units)
 
     def compared(self, shares: np.ndarray) -> dict[str, Any]:
         """Gain over the best fixed arm, and change against all signals."""

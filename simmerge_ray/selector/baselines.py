@@ -16,7 +16,7 @@ from simmerge_ray.errors import LabelError, PlanError
 from simmerge_ray.operators.specs import Arm
 from simmerge_ray.plans import MergePlan, fold_plan
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.evaluation import GAP_CLOSED, Scoring, option_utilities, units_of
+from simmerge_ray.selector.evaluation import GAP_CLOSED, Scoring, keeping_no_parent, option_utilities, units_of
 from simmerge_ray.signals.features import column_signal
 
 Rows = Sequence[int]
@@ -36,17 +36,13 @@ def uniform_gap_closed(dataset: SelectionDataset) -> float | None:
     return None if scoring.unit != GAP_CLOSED else float(scoring.fixed()[: len(dataset.arms)].mean())
 
 
-def _with_no_parent(scores: np.ndarray) -> np.ndarray:
-    return np.hstack([scores, np.full((len(scores), 2), -np.inf)])
-
-
 def _always(index: int, num_arms: int, num_rows: int) -> np.ndarray:
-    return _with_no_parent(np.tile(np.eye(num_arms)[index], (num_rows, 1)))
+    return keeping_no_parent(np.tile(np.eye(num_arms)[index], (num_rows, 1)))
 
 
 def uniform(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
     """An arm drawn at random: all tied."""
-    return _with_no_parent(np.zeros((len(tested), len(dataset.arms))))
+    return keeping_no_parent(np.zeros((len(tested), len(dataset.arms))))
 
 
 def best_fixed(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
@@ -59,7 +55,7 @@ def best_fixed_per_task(dataset: SelectionDataset, scoring: Scoring, training: R
     means = {"": dataset.utilities[list(training)].mean(0)}
     for task in {dataset.contexts[row].task for row in training}:
         means[task] = dataset.utilities[[row for row in training if dataset.contexts[row].task == task]].mean(0)
-    return _with_no_parent(np.array([means.get(dataset.contexts[row].task, means[""]) for row in tested]))
+    return keeping_no_parent(np.array([means.get(dataset.contexts[row].task, means[""]) for row in tested]))
 
 
 def better_parent(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
@@ -83,7 +79,7 @@ def signal_stump(dataset: SelectionDataset, scoring: Scoring, training: Rows, te
     where = np.unravel_index(int(total.argmax()), total.shape)
     side = values[list(tested), where[1]] > thresholds[where]
     arms = np.where(side, high[where].argmax(), low[where].argmax())
-    return _with_no_parent(np.eye(len(dataset.arms))[arms])
+    return keeping_no_parent(np.eye(len(dataset.arms))[arms])
 
 
 def _fixed(label: str, what: str) -> Policy:

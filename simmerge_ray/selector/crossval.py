@@ -20,7 +20,7 @@ from simmerge_ray.headroom import headroom
 from simmerge_ray.selector.baselines import uniform_gap_closed
 from simmerge_ray.selector.dataset import SelectionDataset
 from simmerge_ray.selector.encoding import TaskStatistics
-from simmerge_ray.selector.evaluation import Bench, NoiseSets, shares_of, units_of
+from simmerge_ray.selector.evaluation import Bench, NoiseSets, keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.predictors import PREDICTORS
 from simmerge_ray.selector.splits import Fold, fold_mean, pairs_of, resampled_weights
 from simmerge_ray.selector.trial import OBJECTIVES, SafeResults, Trial, safe_results
@@ -115,7 +115,7 @@ def crossval_report(
     policies = {}
     for name in OBJECTIVES:
         bench = bench_of(trial, name == "per_merge", base_of)
-        policies[name] = _measured(bench, trial, scores | {"selector, safe": trial.with_parents(safe.scores[name])})
+        policies[name] = _measured(bench, trial, scores | {"selector, safe": keeping_no_parent(safe.scores[name])})
         figures = policies[name]["policies"]
         result[name] = {
             "selector": figures["selector"]["gap_closed"],
@@ -161,13 +161,13 @@ def _all_scores(
     models = trial.models(trial.dataset, trial.config)
     by_fold = trial.predictions(models)
     predicted = trial.averaged(by_fold)
-    scores = {"selector": trial.with_parents(predicted)}
+    scores = {"selector": keeping_no_parent(predicted)}
     report(1, steps)
     safe = safe_results(trial, models, by_fold)
     report(2, steps)
     for done, kind in enumerate(others, 3):
         config = trial.config.model_copy(update={"model": kind})
-        scores[kind] = trial.with_parents(trial.averaged(trial.predictions(trial.models(trial.dataset, config))))
+        scores[kind] = keeping_no_parent(trial.averaged(trial.predictions(trial.models(trial.dataset, config))))
         report(done, steps)
     found, missing = trial.baseline_scores()
     report(steps - 1, steps)

@@ -97,6 +97,12 @@ def option_utilities(contexts: Sequence[Context], arms: Sequence[str]) -> np.nda
     )
 
 
+def keeping_no_parent(scores: np.ndarray) -> np.ndarray:
+    """(N, K) -> (N, K + 2): scores of the arms alone, a parent is never chosen; rows without scores stay NaN."""
+    none = np.where(np.isnan(scores).any(1, keepdims=True), np.nan, -np.inf)
+    return np.hstack([scores, none, none])
+
+
 def units_of(contexts: Sequence[Context], per_merge: bool) -> list[list[int]]:
     """Rows that share one choice: those of a pair, or each row alone."""
     if not per_merge:

@@ -17,7 +17,7 @@ from simmerge_ray.selector.baselines import (
 )
 from simmerge_ray.selector.dataset import SelectionDataset
 from simmerge_ray.selector.encoding import TaskStatistics
-from simmerge_ray.selector.evaluation import Scoring, units_of
+from simmerge_ray.selector.evaluation import Scoring, keeping_no_parent, units_of
 from simmerge_ray.selector.model import FittedModel
 from simmerge_ray.selector.novelty import fit_novelty
 from simmerge_ray.selector.policy import INTERVAL_LEVELS, safe_scores
@@ -64,11 +64,6 @@ class Trial:
     def averaged(self, values: Sequence[np.ndarray]) -> np.ndarray:
         return fold_mean(self.folds, values, len(self.dataset.contexts))
 
-    def with_parents(self, scores: np.ndarray) -> np.ndarray:
-        """(N, K) -> (N, K + 2): a model of arms never keeps a parent; rows that were not tested stay NaN."""
-        none = np.where(np.isnan(scores).any(1, keepdims=True), np.nan, -np.inf)
-        return np.hstack([scores, none, none])
-
     def best_fixed(self) -> tuple[str, ...]:
         arms = self.dataset.arms
         found = [""] * len(self.dataset.contexts)
@@ -103,8 +98,8 @@ class Trial:
                 missing[name] = str(error)
                 continue
             models = self.models(reduced, self.config)
-            scores[name] = self.with_parents(self.averaged(self.predictions(models, reduced)))
-        scores[PERMUTED] = self.with_parents(self.averaged(self._permuted_predictions()))
+            scores[name] = keeping_no_parent(self.averaged(self.predictions(models, reduced)))
+        scores[PERMUTED] = keeping_no_parent(self.averaged(self._permuted_predictions()))
         return scores, missing
 
     def _permuted_predictions(self) -> list[np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 from simmerge_ray.config import TrainConfig
 from simmerge_ray.errors import LabelError, unknown_name
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.evaluation import Scoring, shares_of, units_of
+from simmerge_ray.selector.evaluation import Scoring, keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.predictors import MlpPredictor
 from simmerge_ray.selector.splits import Fold, fold_mean, pairs_of, resampled_weights
 from simmerge_ray.selector.targets import level_and_contrasts
@@ -82,8 +82,7 @@ def later_arm(
                 column = reference.mean(1) + _head(z[rows], contrasts[rows, place], z[tested])
             scores.append(np.insert(reference, place, column, axis=1))
         mean = fold_mean(folds, scores, len(dataset.contexts))
-        never = np.full((len(mean), 2), -np.inf)
-        return shares_of(np.hstack([mean, never]), units)
+        return shares_of(keeping_no_parent(mean), units)
 
     without = choices(0, 0)
     rows = []

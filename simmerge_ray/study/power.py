@@ -16,7 +16,7 @@ import numpy as np
 from simmerge_ray.config import TrainConfig
 from simmerge_ray.errors import LabelError
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.evaluation import shares_of, units_of
+from simmerge_ray.selector.evaluation import keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.splits import Pair, pairs_of, resampled_weights
 from simmerge_ray.selector.trial import Trial
 
@@ -58,7 +58,7 @@ def pilot_gains(dataset: SelectionDataset, config: TrainConfig) -> tuple[list[fl
     """
     trial = Trial.start(dataset, config, None, None)
     units = units_of(dataset.contexts, per_merge=True)
-    predicted = trial.with_parents(trial.averaged(trial.predictions(trial.models(dataset, config))))
+    predicted = keeping_no_parent(trial.averaged(trial.predictions(trial.models(dataset, config))))
     scores, _ = trial.baseline_scores()
     scoring = trial.scoring
     gained = scoring.taken(shares_of(predicted, units)) - scoring.taken(shares_of(scores["best fixed"], units))

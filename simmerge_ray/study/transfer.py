@@ -11,7 +11,7 @@ from simmerge_ray.config import TrainConfig
 from simmerge_ray.errors import LabelError
 from simmerge_ray.selector.crossval import predict_unseen
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.evaluation import GAP_CLOSED, Scoring, shares_of, units_of
+from simmerge_ray.selector.evaluation import GAP_CLOSED, Scoring, keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.splits import pairs_of, resampled_weights
 from simmerge_ray.selector.train import fit_models
 
@@ -54,7 +54,7 @@ def transfer(
         ),
         "best fixed of the large base": _one_arm(scoring.best_fixed(num_arms), large.utilities.shape),
     }
-    taken = {name: scoring.taken(_shares(values, units)) for name, values in scores.items()}
+    taken = {name: scoring.taken(shares_of(keeping_no_parent(values), units)) for name, values in scores.items()}
     gains: dict[str, Any] = {}
     for policy in ("transferred", "own"):
         for fixed in ("best fixed of the small bases", "best fixed of the large base"):
@@ -78,8 +78,3 @@ def transfer(
 
 def _one_arm(column: int, shape: tuple[int, ...]) -> Array:
     return np.tile(np.eye(shape[1])[column], (shape[0], 1))
-
-
-def _shares(scores: Array, units: list[list[int]]) -> Array:
-    """(N, K) -> (N, K + 2): never a parent."""
-    return shares_of(np.hstack([scores, np.full((len(scores), 2), -np.inf)]), units)
