@@ -18,7 +18,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the study")
     parser.add_argument("--config", type=Path, help="YAML file with sizes that differ from the study's")
-    parser.add_argument("--stage", action="append", help="zoo, signals, pairs, plans or probes; repeatable")
+    parser.add_argument(
+        "--stage", action="append", help="zoo, signals, pairs, plans, probes, exact or analysis; repeatable"
+    )
     arguments = parser.parse_args()
 
     from simmerge_ray.errors import ConfigError, InputError, SimmergeError, unknown_name
@@ -37,7 +39,7 @@ def main() -> int:
     except SimmergeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    print(f"study in {arguments.out}: zoo/, signals/ and labels/")
+    print(f"study in {arguments.out}: zoo/, signals/, labels/ and results/")
     return 0
 
 

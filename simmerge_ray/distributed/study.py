@@ -1,4 +1,4 @@
-"""The stages of the study on Ray: its zoo, signals of every base, labels of pairs and of longer plans.
+"""The stages of the study on Ray: its zoo, signals of every base, labels of pairs and longer plans, and the analysis.
 
 Every stage keeps what is there, so an interrupted study goes on with the same command. Labels of each base lie in a
 store of their own, and are folded into one file when its stage is complete.
@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from simmerge_ray.catalogue import load_catalogue
-from simmerge_ray.config import SearchConfig, ZooStudyConfig
+from simmerge_ray.config import SearchConfig, TrainConfig, ZooStudyConfig
 from simmerge_ray.distributed.demo import SIGNALS
 from simmerge_ray.distributed.resources import ray_session
 from simmerge_ray.distributed.search_stage import UNCHANGED, search_bar
-from simmerge_ray.distributed.stages import signals_stage
+from simmerge_ray.distributed.stages import signals_stage, train_dataset_stage
 from simmerge_ray.distributed.zoo import make_zoo_parts, write_questions
 from simmerge_ray.evaluation import load_tasks
 from simmerge_ray.labels import LabelStore
 from simmerge_ray.plans import MergePlan
 from simmerge_ray.progress import Narrator
 from simmerge_ray.storage import Manifest, digest_json, write_once
-from simmerge_ray.study.layout import StudyLayout
+from simmerge_ray.study.analysis import ARMS
+from simmerge_ray.study.exact_sample import write_exact
+from simmerge_ray.study.layout import StudyLayout, load_part
 from simmerge_ray.study.longer import unmerged
 from simmerge_ray.study.merges import draw_subsets, every_subset, labelled_pairs, plans_of
+from simmerge_ray.study.page import write_results
+from simmerge_ray.study.publish import export_dataset
+from simmerge_ray.study.results import StudyData, analyse
 from simmerge_ray.study.zoo import ZooPart, zoo_part
 
-STAGES = ("zoo", "signals", "pairs", "plans", "probes")
+STAGES = ("zoo", "signals", "pairs", "plans", "probes", "exact", "analysis")
 NUM_PROBES_TRIED = (4, 16)  # beside all of them
 WRONG_DOMAIN = "wrong"
 FULL_PLANS = 4  # of every subset of the fully labelled catalogue
@@ -50,8 +56,9 @@ def run_study(root: Path, config: ZooStudyConfig, narrator: Narrator, stages: Se
         SimmergeError: a stage failed; the next call goes on from there.
     """
     layout, parts = StudyLayout(root.resolve()), study_parts(config)
-    with ray_session():
-        for stage in (stage for stage in STAGES if stage in stages):
+    chosen = [stage for stage in STAGES if stage in stages]
+    with ray_session() if set(chosen) - {"analysis"} else nullcontext():
+        for stage in chosen:
             _RUN[stage](layout, config, parts, narrator)
 
 
@@ -112,6 +119,41 @@ def _longer_plans(layout: StudyLayout, config: ZooStudyConfig, part: ZooPart, wi
         yield from every_subset(members, FULL_PLANS, seed)
 
 
+def _exact(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+    """Exact features of a sample of three-way plans, a file for each small base; a task for each, one CPU."""
+    import ray
+
+    wanted = [part.name for part in parts if part.name[0] == "s" and not layout.exact(part.name).exists()]
+    with narrator.stage("exact") as stage, narrator.bar("bases") as report:
+        compute = ray.remote(num_cpus=1)(_exact_features)
+        running = {compute.remote(layout.root, name): name for name in wanted}
+        done = 0
+        while running:
+            (ready,), _ = ray.wait(list(running))
+            ray.get(ready)
+            del running[ready]
+            done += 1
+            report(done, len(wanted))
+        stage.result = f"{done} bases -> {layout.root / 'exact'}" if wanted else UNCHANGED
+
+
+def _exact_features(root: Path, name: str) -> int:
+    layout = StudyLayout(root)
+    return write_exact(load_part(layout, name), layout.probes(), layout.exact(name))
+
+
+def _analysis(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+    """What is published: labels and signals, the selector trained on them with its report, and the results."""
+    data = StudyData.load(layout, TrainConfig())
+    export_dataset(data.small, layout.results)
+    if data.large:
+        export_dataset(data.large, layout.results / "large")
+    train_dataset_stage(layout.results / "labels.parquet", layout.results / "selector", data.config, narrator, ARMS)
+    with narrator.stage("analysis") as stage:
+        found = analyse(data, layout.root / "analysis", narrator.say)
+        stage.result = f"{len(found)} sections -> {write_results(found, layout.results)}"
+
+
 def _label(
     what: str,
     layout: StudyLayout,
@@ -152,4 +194,6 @@ _RUN: Mapping[str, Callable[[StudyLayout, ZooStudyConfig, Sequence[ZooPart], Nar
     "pairs": _pairs,
     "plans": _plans,
     "probes": _probes,
+    "exact": _exact,
+    "analysis": _analysis,
 }

@@ -167,12 +167,22 @@ class PlanScorer:
             SelectorError: an arm that the selector does not know. PlanError, OperatorError: see `Propagator.steps`
             (a weight that changes with depth among them). ConfigError: an unknown aggregate.
         """
-        _check_aggregate(aggregate, caution)
+        return self.score_by_aggregate(plans, pool, (aggregate,), caution)[aggregate]
+
+    def score_by_aggregate(
+        self, plans: Sequence[MergePlan], pool: TaskPool, aggregates: Sequence[str], caution: float = CAUTION
+    ) -> dict[str, list[RankedPlan]]:
+        """`score` for several aggregates; the features of a step, which are most of the work, are computed once."""
+        for aggregate in aggregates:
+            _check_aggregate(aggregate, caution)
         for plan in plans:
             scorable_arms(
                 sorted({step.arm.label for step in plan.steps}) or ["passthrough"], self._selector.arms, self._with_base
             )
-        return self._scored(plans, pool, self._steps(plans, pool, aggregate), aggregate, caution)
+        # Any aggregate but `last` needs all steps.
+        widest = next((aggregate for aggregate in aggregates if aggregate != "last"), "last")
+        steps = self._steps(plans, pool, widest)
+        return {aggregate: self._scored(plans, pool, steps, aggregate, caution) for aggregate in aggregates}
 
     def why(
         self, plan: MergePlan, pool: TaskPool, steps: _Steps, aggregate: str = "last"

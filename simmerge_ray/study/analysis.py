@@ -73,7 +73,7 @@ def subset_choice(part: LoadedPart, members: Sequence[str], others: SelectionDat
     columns = [column for column in others.columns if column in set(propagator.columns)]
     elsewhere = dict.fromkeys((c for context in others.contexts for c in (context.left, context.right)), "elsewhere")
     model = models_without_base(others.restricted(columns), elsewhere, [base], config)[base]
-    choices = labelled_choices(part.labels, part.catalogue, members)
+    choices = labelled_choices(part.labels, part.catalogue, members, model.arms)
     pool = task_pool("mean", (), part.table.tasks, part.table.checkpoint_ids, part.catalogue.own_task)
     utilities = unmerged(part.labels)
     ranked = PlanScorer(part.table, propagator, model).score([choice.plan for choice in choices], pool)

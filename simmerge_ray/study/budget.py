@@ -19,6 +19,8 @@ from simmerge_ray.study.longer import resampled_interval
 
 FEW_ITEMS = (8, 16, 32)
 NUM_DRAWS = 50
+_STARTUP = 2  # proposals at random before Optuna models anything; its default is more than there are candidates
+_MAX_PROPOSALS = 20  # for each candidate, after which those that it does not come to are left
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ def curves(pools: Sequence[Pool], num_evaluations: Sequence[int], seed: int = 0)
     """Mean utility of what is chosen, by strategy and cost.
 
     Returns:
-        rows: strategy (`predicted`, `random`, `few items`), evaluations (in full ones; none where there is nothing to
-        compare; few items for everyone cost their share), items (of each task, for `few items`), utility, interval
-        (95 %), regret against the best candidate on the scored half (which is itself inflated by noise: the same for
-        all strategies).
+        rows: strategy (`predicted`, `random`, `Optuna`, `few items`), evaluations (in full ones; none where there is
+        nothing to compare; few items for everyone cost their share), items (of each task, for `few items`), utility,
+        interval (95 %), regret against the best candidate on the scored half (which is itself inflated by noise: the
+        same for all strategies).
 
     Raises:
         LabelError: no pools.
@@ -77,6 +79,10 @@ def curves(pools: Sequence[Pool], num_evaluations: Sequence[int], seed: int = 0)
         for strategy in ("predicted", "random"):
             values = [_mean_of(pool, strategy, count, generator) for pool in pools]
             rows.append(_row(strategy, float(count) if count > 1 else 0.0, None, values, pools))
+    by_optuna = [_optuna(pool, num_evaluations, seed + number) for number, pool in enumerate(pools)]
+    for place, count in enumerate(num_evaluations):
+        values = [of_pool[place] for of_pool in by_optuna]
+        rows.append(_row("Optuna", float(count) if count > 1 else 0.0, None, values, pools))
     for items in FEW_ITEMS:
         values = [_few_items(pool, items, generator) for pool in pools]
         share = np.mean([len(p.predicted) * items / (p.items[0].shape[1] // 2) for p in pools])
@@ -127,6 +133,33 @@ def _mean_of(pool: Pool, strategy: str, count: int, generator: np.random.Generat
             taken = order[:count]
             results.append((scored[taken[measured[taken].argmax()]], scored.max()))
     return _utility_and_regret(results)
+
+
+def _optuna(pool: Pool, counts: Sequence[int], seed: int) -> list[tuple[float, float]]:
+    """Of each count: the best of so many different candidates that Optuna's TPE proposed, one after the other.
+
+    The candidates are the values of one categorical parameter; a proposal that was made before costs nothing.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    size, results = len(pool.predicted), []
+    for place, (choosing, scored) in enumerate(_halves(pool)):
+        measured = np.mean([items.mean(1) for items in choosing], axis=0)
+        sampler = optuna.samplers.TPESampler(seed=2 * seed + place, n_startup_trials=_STARTUP)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        order: list[int] = []
+        for _ in range(_MAX_PROPOSALS * size):
+            trial = study.ask({"candidate": optuna.distributions.CategoricalDistribution(range(size))})
+            candidate = trial.params["candidate"]
+            study.tell(trial, float(measured[candidate]))
+            if candidate not in order:
+                order.append(candidate)
+            if len(order) >= min(max(counts), size):
+                break
+        taken = [np.array(order[:count]) for count in counts]
+        results.append([(scored[some[measured[some].argmax()]], scored.max()) for some in taken])
+    return [_utility_and_regret(of_count) for of_count in zip(*results, strict=True)]
 
 
 def _few_items(pool: Pool, count: int, generator: np.random.Generator) -> tuple[float, float]:

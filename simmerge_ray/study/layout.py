@@ -33,6 +33,15 @@ class StudyLayout:
     def labels(self, part: str) -> Path:
         return self.root / "labels" / part
 
+    def exact(self, part: str) -> Path:
+        """Exact features of a sample of plans."""
+        return self.root / "exact" / f"{part}.json"
+
+    @property
+    def results(self) -> Path:
+        """What is published: labels, signals, results.md with figures, and the trained selector."""
+        return self.root / "results"
+
     def parts(self) -> list[str]:
         """Names of the catalogues that have labels, sorted by kind and seed."""
         names = [path.name for path in (self.root / "labels").iterdir() if self.signals(path.name).exists()]

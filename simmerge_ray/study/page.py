@@ -1,21 +1,134 @@
-"""The pages of the study's longer parts: tables in Markdown and the figure of what evaluations buy."""
+"""The page of the study's results: tables in Markdown and figures, from the JSON of its sections alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simmerge_ray.figures import legend_below, new_figure, save_figure
 from simmerge_ray.report import table_lines
+from simmerge_ray.storage import write_once
+from simmerge_ray.study.headline import CLAIMED_GAIN, MARGIN
 
 _PROPAGATORS = ("bound", "second_order", "virtual", "exact")
+_SHOWN = "virtual"  # the propagator of which every size and weighting has a table; of the others only all together
+
+
+_TITLES = {
+    "counts": "What was labelled",
+    "primary": "Primary test: unseen model and unseen base",
+    "longer": "Plans of three and more",
+    "exact": "The same on a sample with exact features",
+    "subsets": "Which checkpoints to merge: a catalogue of six, every subset labelled",
+    "transfer": "The larger base",
+    "probes": "Fewer probes, and probes of another domain",
+    "later": "An operator that came later",
+    "evaluations": "What evaluations buy",
+}
+
+
+def write_results(found: Mapping[str, Any], directory: Path) -> Path:
+    """Write `results.md` and its figures; the path of the former. Sections without figures say why."""
+    lines = ["# Results of the study", "", "Made by `jobs/study.py --stage analysis`. Utilities are exact matches.", ""]
+    writers: Mapping[str, Callable[[Any], list[str]]] = {
+        "counts": counts_lines,
+        "primary": lambda one: primary_lines(one, directory),
+        "longer": longer_lines,
+        "exact": longer_lines,
+        "subsets": subset_lines,
+        "transfer": transfer_lines,
+        "probes": probe_lines,
+        "later": later_lines,
+        "evaluations": lambda one: budget_lines(one, directory),
+    }
+    for name, content in found.items():
+        lines += [f"## {_TITLES[name]}", ""]
+        missing = isinstance(content, Mapping) and "reason" in content
+        lines += [f"Not measured: {content['reason']}."] if missing else writers[name](content)
+        lines += [""]
+    write_once(directory / "results.md", "\n".join(lines).encode())
+    return directory / "results.md"
+
+
+def counts_lines(found: Mapping[str, Any]) -> list[str]:
+    """Checkpoints, merges by size and machine hours of every base."""
+    rows = found["rows"]
+    sizes = sorted({size for row in rows for size in row["merges"]}, key=int)
+    header = ("base", "checkpoints", *(f"{size}-way" for size in sizes), "labels", "hours")
+    table = [
+        (
+            row["base"],
+            row["checkpoints"],
+            *(row["merges"].get(size, 0) for size in sizes),
+            row["labels"],
+            f"{row['seconds'] / 3600:.2f}",
+        )
+        for row in rows
+    ]
+    sums = [sum(int(row[column]) for row in table) for column in range(1, len(header) - 1)]
+    hours = f"{sum(row['seconds'] for row in rows) / 3600:.2f}"
+    return table_lines(header, [*table, ("all", *sums, hours)])
+
+
+def primary_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
+    """The verdict, then each base and each domain."""
+    asked = f"at least {100 * CLAIMED_GAIN:.0f} points with the whole interval above 0"
+    verdict = "**The claim holds**" if found["claimed"] else "**The claim is not earned**"
+    by_base, oracle = found["by_base"], found["oracle"]
+    share = "" if oracle["share"] is None else f", {100 * oracle['share']:.0f} % of it"
+    lines = [
+        f"{verdict} ({asked}): the selector gains {_points(found['gain'], found['interval'])} points of GapClosed over "
+        f"the best fixed arm ({', '.join(found['best_fixed'])}), one arm per merge, {found['num_merges']} merges, "
+        f"{found['num_defined']} contexts with GapClosed. A split-half oracle gains "
+        f"{100 * oracle['gain']:+.1f} points{share}.",
+        "",
+        f"By bases alone (Student's t over {len(by_base['gains'])} bases): "
+        f"{_points(by_base['mean'], by_base['interval'])}.",
+        "",
+    ]
+    lines += table_lines(("base", "gain in points"), [(b, f"{100 * g:+.1f}") for b, g in by_base["gains"].items()])
+    lines += ["", f"Not worse by {100 * MARGIN:.0f} points or more, by domain (Holm over the domains):", ""]
+    lines += table_lines(
+        ("domain", "gain in points", "contexts", "p", "non-inferior"),
+        [
+            (
+                task,
+                _points(one["gain"], one["interval"]),
+                one["num_defined"],
+                f"{one['p']:.4f}",
+                "yes" if one["non_inferior"] else "not shown",
+            )
+            for task, one in found["domains"].items()
+        ],
+    )
+    figure, axes = new_figure(6, 3.2)
+    axis, gains = axes[0][0], by_base["gains"]
+    axis.bar(range(len(gains)), [100 * gain for gain in gains.values()], color="0.6")
+    low, high = (100 * end for end in found["interval"])
+    axis.axhspan(low, high, color="tab:blue", alpha=0.15, label="95 % interval of the mean")
+    axis.axhline(100 * found["gain"], c="tab:blue", lw=1.2, label="all bases")
+    axis.axhline(0, c="black", lw=0.6)
+    axis.set_xticks(range(len(gains)), list(gains), fontsize=8)
+    axis.set_ylabel("gain over best fixed, points")
+    legend_below(axis)
+    path = save_figure(figure, directory, "study-gain.png")
+    return [*lines, "", f"![Gain of the selector by base that was left out]({path.name})"]
+
+
+def probe_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The primary test with other probes."""
+    return table_lines(
+        ("probes of each task", "gain in points"),
+        [(row["probes"], _points(row["gain"], row["interval"])) for row in rows],
+    )
 
 
 def longer_lines(longer: Mapping[str, Any]) -> list[str]:
     """Plans of three and more: every policy beside the predicted plan, ranks, and aggregates."""
     lines = []
-    for name, rows in sorted(longer["tables"].items(), key=lambda item: _order(item[0])):
+    tables = {name: rows for name, rows in longer["tables"].items() if name.startswith(_SHOWN) or "all, both" in name}
+    for name, rows in sorted(tables.items(), key=lambda item: _order(item[0])):
         lines += ["", f"**{name}** ({max(row['num_groups'] for row in rows)} groups)", ""]
         lines += table_lines(
             ("policy", "pooled utility", "predicted plan ahead by", "expert degradation %", "auxiliary gain %"),
@@ -89,8 +202,8 @@ def budget_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
     """What evaluations buy, with its figure, and when labels have paid."""
     rows = found["rows"]
     figure, axes = new_figure(6, 4)
-    axis = axes if not hasattr(axes, "ravel") else axes.ravel()[0]
-    for strategy, marker in (("predicted", "o"), ("random", "s"), ("few items", "^")):
+    axis = axes[0][0]
+    for strategy, marker in (("predicted", "o"), ("random", "s"), ("Optuna", "d"), ("few items", "^")):
         some = [row for row in rows if row["strategy"] == strategy]
         x, y = [row["evaluations"] for row in some], [row["utility"] for row in some]
         low = [row["utility"] - row["interval"][0] for row in some]

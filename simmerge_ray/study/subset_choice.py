@@ -43,8 +43,10 @@ class Choice:
         return single_arm(self.plan)
 
 
-def labelled_choices(labels: Sequence[LabeledPlan], catalogue: Catalogue, members: Sequence[str]) -> list[Choice]:
-    """The merges among `members` that were measured on all of their own tasks.
+def labelled_choices(
+    labels: Sequence[LabeledPlan], catalogue: Catalogue, members: Sequence[str], arms: Sequence[str]
+) -> list[Choice]:
+    """The merges among `members` by the given arms that were measured on all of their own tasks.
 
     Raises:
         LabelError: a subset of two or more has no label.
@@ -53,7 +55,9 @@ def labelled_choices(labels: Sequence[LabeledPlan], catalogue: Catalogue, member
     found = [
         Choice(plan, pooled)
         for plan, by_task in measured_merges(labels, catalogue).items()
-        if set(plan.members) <= set(members) and not np.isnan(pooled := pooled_utility(by_task, utilities, catalogue))
+        if set(plan.members) <= set(members)
+        and {step.arm.label for step in plan.steps} <= set(arms)
+        and not np.isnan(pooled := pooled_utility(by_task, utilities, catalogue))
     ]
     known = {choice.subset for choice in found}
     for size in range(2, len(members) + 1):

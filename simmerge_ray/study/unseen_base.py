@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.config import TrainConfig
+from simmerge_ray.errors import LabelError
 from simmerge_ray.propagation.interface import Propagator
 from simmerge_ray.selector.dataset import SelectionDataset
 from simmerge_ray.selector.evaluation import Scoring
@@ -47,8 +48,15 @@ class UnseenBaseModel:
 def models_without_base(
     dataset: SelectionDataset, base_of: Mapping[str, str], bases: Sequence[str], config: TrainConfig
 ) -> dict[str, UnseenBaseModel]:
-    """For each base a model of all pairs of other bases; a base without pairs in the dataset is simply not excluded."""
+    """For each base a model of all pairs of other bases; a base without pairs in the dataset is simply not excluded.
+
+    Raises:
+        LabelError: there are no pairs of other bases.
+    """
     rows = [[row for row, c in enumerate(dataset.contexts) if base_of[c.left] != base] for base in bases]
+    for base, others in zip(bases, rows, strict=True):
+        if not others:
+            raise LabelError(f"all labels are of one base, {base}; a model that has not seen it needs a second one")
     scoring = Scoring.of(dataset.contexts, dataset.arms)
     found = {}
     for base, training, fitted in zip(bases, rows, fit_models(dataset, rows, config), strict=True):
@@ -58,13 +66,16 @@ def models_without_base(
 
 
 def scores_of(
-    part: LoadedPart, plans: Sequence[Candidate], propagator: Propagator, model: UnseenBaseModel, aggregate: str
-) -> dict[str, float]:
-    """Score by plan id, on the tasks of each plan's members."""
+    part: LoadedPart, plans: Sequence[Candidate], propagator: Propagator, model: UnseenBaseModel
+) -> dict[str, dict[str, float]]:
+    """Score by aggregate and plan id, on the tasks of each plan's members."""
     pool = task_pool("mean", (), part.table.tasks, part.table.checkpoint_ids, part.catalogue.own_task)
     scorer = PlanScorer(part.table, propagator, model)
-    ranked = scorer.score([one.plan for one in plans], pool, aggregate)
-    return {one.plan.id: row.score for one, row in zip(plans, ranked, strict=True)}
+    ranked = scorer.score_by_aggregate([one.plan for one in plans], pool, AGGREGATES)
+    return {
+        aggregate: {one.plan.id: row.score for one, row in zip(plans, rows, strict=True)}
+        for aggregate, rows in ranked.items()
+    }
 
 
 def longer_plans(
@@ -84,6 +95,9 @@ def longer_plans(
         `tables`: rows by "propagator, size, weighting" (aggregate `last`; size `all` pools them); `aggregates`: pooled
         utility of the predicted plan by propagator and aggregate; `tau`: by propagator and size, mean over groups with
         interval.
+
+    Raises:
+        LabelError: no plan of three or more has a pooled utility.
     """
     bases = [part.catalogue.base.id for part in parts if part.catalogue.base is not None]
     own_task = {name: task for part in parts for name, task in part.catalogue.own_task.items()}
@@ -101,8 +115,7 @@ def longer_plans(
                 columns = [column for column in dataset.columns if column in set(propagator.columns)]
                 models = models_without_base(dataset.restricted(columns), base_of, bases, config)
             found = candidates(part.labels, part.catalogue)
-            for aggregate in AGGREGATES:
-                scores = scores_of(part, found, propagator, models[base], aggregate)
+            for aggregate, scores in scores_of(part, found, propagator, models[base]).items():
                 for key, group in _grouped(found).items():
                     linear = [one for one in found if one.arm == "linear" and _is_equal(one, key)]
                     picks[aggregate][key] = choices(
@@ -113,6 +126,8 @@ def longer_plans(
                         agreement.setdefault(len(key[1]), []).append((tau, key[:2]))
         if report:
             report(done + 1, len(propagators))
+        if not any(compare(chosen, utilities, own_task) for chosen in picks.values()):
+            raise LabelError("no plan of three or more was measured where pooled utility is defined")
         for label, keys in _selections(picks["last"]).items():
             chosen = {key: picks["last"][key] for key in keys}
             tables[f"{name}, {label}"] = compare(chosen, utilities, own_task)

@@ -13,8 +13,11 @@ from simmerge_ray.distributed.study import NUM_PROBES_TRIED, WRONG_DOMAIN, probe
 from simmerge_ray.labels import LabelStore, Measured
 from simmerge_ray.progress import Narrator
 from simmerge_ray.signals.table import read_signal_table
-from simmerge_ray.study.layout import StudyLayout
+from simmerge_ray.study.exact_sample import RecordedExact, sampled_plans
+from simmerge_ray.study.layout import StudyLayout, load_part
 
+# Without `probes`, which is `signals` three times more.
+STAGES = ("zoo", "signals", "pairs", "plans", "exact", "analysis")
 TINY = ZooStudyConfig(
     num_bases=1,
     num_per_domain=1,
@@ -32,7 +35,7 @@ TINY = ZooStudyConfig(
 
 def told(layout: StudyLayout) -> str:
     console = Console(file=io.StringIO(), width=300)
-    run_study(layout.root, TINY, Narrator(console))
+    run_study(layout.root, TINY, Narrator(console), STAGES)
     return console.file.getvalue()
 
 
@@ -49,12 +52,19 @@ def test_a_study_makes_zoo_signals_and_labels_once(tmp_path):
     assert len(singles) == 5 * 4
     assert sum(len(label.plan.steps) == 1 for label in labels) >= 6 * 6 * 2
     assert sum(len(label.plan.steps) == 2 for label in labels) > 0
-    wrong = read_signal_table(layout.signals("s1", "wrong"))
-    assert wrong.rows.keys() == read_signal_table(layout.signals("s1")).rows.keys()
     names = [path.name for path in layout.labels("s1").iterdir()]
     assert len([name for name in names if name.endswith(".parquet")]) == 1
+    assert (layout.results / "labels.parquet").exists() and (layout.results / "signals" / "s1.parquet").exists()
+    results = (layout.results / "results.md").read_text()
+    assert "one base" in results  # one base cannot be left out, and the page says so
+    recorded = RecordedExact(part := load_part(layout, "s1").table, layout.exact("s1"))
+    plan = sampled_plans(load_part(layout, "s1"))[0]
+    task = load_catalogue(layout.catalogue("s1")).own_task[plan.members[0]]
+    first, last = recorded.steps(plan, task)
+    assert first.features == part.get(plan.steps[0].left, plan.steps[0].right, task).features
+    assert set(last.features) == set(recorded.columns)
     again = told(layout)
-    assert "0 checkpoints trained" in again and again.count("unchanged") == 6
+    assert "0 checkpoints trained" in again and again.count("unchanged") == 5
 
 
 def test_fewer_probes_and_those_of_another_task(tmp_path):

@@ -35,6 +35,7 @@ def test_each_signal_has_a_figure_with_a_panel_per_task(table, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
 
 
+@pytest.mark.slow
 def test_tables_without_a_base_and_with_many_checkpoints(tmp_path):
     small = write_heat_maps(synthetic_table(num=2, with_base=False, tasks=["math"]), tmp_path / "small")
     assert sorted(path.stem for path in small) == sorted(n for n in FIGURES if not SIGNALS[n].needs_base)

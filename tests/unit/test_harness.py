@@ -22,7 +22,7 @@ from simmerge_ray.transformers_evaluator import TransformersEvaluator
 
 pytest.importorskip("lm_eval")
 # What datasets and lm_eval warn of while a task is loaded is theirs.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 NUM_ITEMS = 12
 LETTERS = "abcdefghij"
 

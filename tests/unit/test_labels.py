@@ -342,6 +342,7 @@ def compact_until(uri: str, done: str) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_writers_compactors_and_a_reader_at_the_same_time_lose_nothing(tmp_path):
     uri, done = str(tmp_path / "labels"), tmp_path / "done"
     context = multiprocessing.get_context("spawn")

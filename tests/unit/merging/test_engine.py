@@ -69,6 +69,7 @@ def zoo(request, tmp_path_factory):
 ONE_ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.5, 0.3])
 @pytest.mark.parametrize("operator", TWO_WAY)
 def test_the_written_checkpoint_holds_the_operator_applied_to_every_tensor(zoo, tmp_path, operator, weight):

@@ -45,6 +45,7 @@ def nodes(draw, depth: int = 2) -> Node:
     return Apply(operator, sources, weights, tuple(sorted(params.items())), base, step=1, round_to=rounding)
 
 
+@pytest.mark.slow
 @settings(max_examples=250)
 @given(
     node=nodes(),

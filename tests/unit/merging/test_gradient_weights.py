@@ -65,6 +65,7 @@ def check_streamed(resolved: ResolvedPlan, written: Path) -> None:
     assert all(torch.equal(tensor, found[name]) for name, tensor in streamed.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ARMS)
 def test_a_gradient_merges_to_the_bytes_of_its_mergekit_file(zoo, tmp_path, text):
     resolved = resolve_plan(pair_plan("m1", "m0", parse_arm(text), WEIGHT), zoo)

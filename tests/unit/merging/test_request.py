@@ -134,6 +134,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         read_request(tmp_path / "bytes.yml", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["linear", "slerp", "ties"])
 def test_a_merge_in_blocks_loads_neither_torch_nor_transformers_nor_ray(catalogue, tmp_path, operator):
     plan, out = tmp_path / "plan.json", tmp_path / "out"

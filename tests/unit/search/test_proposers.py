@@ -59,6 +59,7 @@ def test_a_search_goes_on_from_labels_without_repeating_itself(catalogue, tasks,
     assert OptunaProposer(study, []).total == 0
 
 
+@pytest.mark.slow
 def test_the_sampler_learns(catalogue, tasks, tmp_path):
     study = make_study(catalogue, tasks, tmp_path, budget=60, arms=("linear",), members=("m0", "m1"))
     values = [value_of(trial.plan) for trial in run(study, OptunaProposer(study, []))]

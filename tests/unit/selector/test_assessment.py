@@ -31,6 +31,8 @@ from simmerge_ray.selector_report import write_selector_report
 from tests.unit.selector.made_up import COLUMNS, planted, write_study
 from tests.unit.test_cli import simmerge
 
+pytestmark = pytest.mark.slow
+
 # One penalty, one number of neighbours: choosing them is most of the time, and is not tested here.
 FAST = TrainConfig(
     model="ridge", num_members=1, num_epochs=40, num_trees=4, penalties=(10.0,), neighbours=(8,), num_folds=4

@@ -25,6 +25,7 @@ def report():
     return crossval_report(planted(8), FAST)
 
 
+@pytest.mark.slow
 def test_a_planted_signal_is_found_and_lost_when_permuted(report):
     figures = report["policies"]["per_merge"]["policies"]
     for name in ("selector", "selector, safe", "single-signal stump"):

@@ -92,6 +92,7 @@ def assert_ranking_is(ranking, expected: dict[str, float], places: int) -> None:
     assert len({one.plan.id for one in ranking.plans}) == len(ranking.plans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["equal", "halving"])
 @pytest.mark.parametrize("objective", ["mean", "worst", "s", "r=2,t=1"])
 def test_exhaustive_ranking_is_the_loop_over_all_plans(weighting, objective):

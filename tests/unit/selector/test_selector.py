@@ -45,6 +45,7 @@ def made_up_dataset(num_checkpoints: int = 6, learnable: bool = True, seed: int 
     return SelectionDataset(tuple(contexts), ARMS, columns, np.array(features), np.array(utilities))
 
 
+@pytest.mark.slow
 def test_it_learns_a_rule_that_generalises_to_unseen_checkpoints():
     dataset = made_up_dataset()
     unseen = predict_unseen(dataset, FAST)
@@ -58,6 +59,7 @@ def test_it_learns_a_rule_that_generalises_to_unseen_checkpoints():
     json.dumps(report, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_there_is_nothing_to_gain_where_there_is_no_rule():
     dataset = made_up_dataset(learnable=False)
     report = crossval_report(dataset, FAST)

@@ -34,6 +34,14 @@ def test_a_good_prediction_needs_no_evaluation_and_random_search_gets_there():
     assert predicted[0]["interval"][0] <= predicted[0]["utility"] <= predicted[0]["interval"][1]
 
 
+def test_optuna_measures_every_candidate_in_the_end_and_chooses_like_the_others():
+    rows = curves(pools(8), (1, 4))
+    found = by(rows, "Optuna")
+    assert found[4]["utility"] == pytest.approx(by(rows, "random")[4]["utility"])
+    assert 0.2 <= found[0]["utility"] < found[4]["utility"]
+    assert found[4]["utility"] == by(curves(pools(8), (1, 4)), "Optuna")[4]["utility"]
+
+
 def test_a_bad_prediction_is_made_good_by_evaluations():
     predicted = by(curves(pools(good=False), (1, 4)), "predicted")
     assert predicted[0]["utility"] == pytest.approx(0.2, abs=0.03)
@@ -46,6 +54,7 @@ def test_few_items_cost_their_share_and_more_of_them_choose_better():
     assert rows[0]["utility"] < rows[-1]["utility"] and rows[0]["regret"] > rows[-1]["regret"] >= 0
 
 
+@pytest.mark.slow
 def test_nothing_is_gained_by_choosing_among_equals():
     generator = np.random.default_rng(1)
     same = [

@@ -18,6 +18,7 @@ from simmerge_ray.study.longer import unmerged
 from simmerge_ray.study.subset_choice import compare_subsets, labelled_choices, pooled_prediction
 
 ARMS = (make_arm("linear"), make_arm("ties", {"density": 0.5}))
+LABELS = [arm.label for arm in ARMS]
 OWN = {"a": "math", "b": "code", "c": "math"}
 SUBSETS = [subset for size in (2, 3) for subset in combinations(OWN, size)]
 # What merges reach on all tasks, by subset and arm; a and c are the most similar, b and c individually best.
@@ -55,11 +56,12 @@ def table() -> Any:
 
 
 def test_every_subset_must_be_labelled(labels, catalogue):
-    assert {choice.subset for choice in labelled_choices(labels, catalogue, list(OWN))} == set(SUBSETS)
+    assert {choice.subset for choice in labelled_choices(labels, catalogue, list(OWN), LABELS)} == set(SUBSETS)
     without = [one for one in labels if set(one.plan.members) != {"a", "c"}]
     with pytest.raises(LabelError, match=r"a \+ c"):
-        labelled_choices(without, catalogue, list(OWN))
-    assert len(labelled_choices(without, catalogue, ["a", "b"])) == 2
+        labelled_choices(without, catalogue, list(OWN), LABELS)
+    assert len(labelled_choices(without, catalogue, ["a", "b"], LABELS)) == 2
+    assert len(labelled_choices(without, catalogue, ["a", "b"], LABELS[:1])) == 1
 
 
 def test_predictions_are_pooled_like_measurements(labels, catalogue):
@@ -71,7 +73,7 @@ def test_predictions_are_pooled_like_measurements(labels, catalogue):
 
 
 def test_regret_of_every_policy(labels, catalogue):
-    choices = labelled_choices(labels, catalogue, list(OWN))
+    choices = labelled_choices(labels, catalogue, list(OWN), LABELS)
     predicted = {choice.plan.id: choice.pooled if len(choice.subset) == 2 else -1.0 for choice in choices}
     rows = compare_subsets(choices, predicted, "linear", table(), unmerged(labels), catalogue)
     pairs = {row["policy"]: row for row in rows if row["size"] == 2}

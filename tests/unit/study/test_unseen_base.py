@@ -80,4 +80,4 @@ def test_what_evaluations_buy_is_drawn(parts, tmp_path):
     found = bought(parts, joined(parts, ARMS), bases_of(parts), CONFIG)
     lines = budget_lines(found, tmp_path)
     assert (tmp_path / "study-evaluations.png").exists() and lines[0].endswith("(study-evaluations.png)")
-    assert {row["strategy"] for row in found["rows"]} == {"predicted", "random", "few items"}
+    assert {row["strategy"] for row in found["rows"]} == {"predicted", "random", "Optuna", "few items"}
