@@ -16,10 +16,12 @@ import typer
 from simmerge_ray import __version__
 from simmerge_ray.auto_cli import auto
 from simmerge_ray.catalogue_cli import catalogue_app
+from simmerge_ray.client_cli import client_app
 from simmerge_ray.errors import ConfigError, InputError, PlanError, SimmergeError, unknown_name
 from simmerge_ray.labels_cli import labels_app
 from simmerge_ray.plan_cli import plan
 from simmerge_ray.search_cli import search
+from simmerge_ray.serve_cli import serve
 
 app = typer.Typer(
     name="simmerge",
@@ -30,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(labels_app, name="labels")
+app.add_typer(client_app, name="client")
 
 CataloguePath = Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")]
 LogOption = Annotated[Path, typer.Option("--log", help="where the output of libraries goes")]
@@ -259,30 +262,7 @@ def report(run: Annotated[Path, typer.Argument(help="directory of the run")]) ->
     typer.echo(f"report written to {write_report(RunLayout(run))}")
 
 
-@app.command()
-def serve(
-    run: Annotated[Path, typer.Argument(help="directory of the run")],
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    replicas: Annotated[int, typer.Option(min=1)] = 1,
-) -> None:
-    """Serve the selector of a run over HTTP with Ray Serve, until Ctrl-C."""
-    from simmerge_ray.config import ServeConfig, check_config
-    from simmerge_ray.errors import ConfigError
-    from simmerge_ray.runs import RunLayout
-
-    layout = RunLayout(run)
-    values = {"selector": layout.selector, "signals": layout.signals, "host": host, "port": port}
-    config = check_config(ServeConfig, values | {"num_replicas": replicas}, "options")
-    for path in (layout.selector / "selector.json", layout.signals):
-        if not path.exists():
-            raise ConfigError(f"{path} is missing; {run} is no finished run (`simmerge demo {run}` makes one)")
-    from simmerge_ray.progress import narrated
-
-    with narrated(layout.log) as narrator:
-        from simmerge_ray.distributed.serve_app import run_service
-
-        run_service(config, narrator)
+app.command()(serve)
 
 
 def _stop_on_sigterm() -> None:

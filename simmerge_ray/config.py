@@ -157,9 +157,30 @@ class ServeConfig(_Config):
 
     selector: Path
     signals: Path
+    catalogue: Path | None = Field(None, description="for better plans")
+    out: Path | None = Field(
+        None, description="event log, tokens and selectors; default: `service` beside the selector"
+    )
+    database: str | None = Field(None, description="URL; default: SQLite in `out`")
+    namespace: str = Field("default", min_length=1, max_length=200)
+    tokens: Path | None = Field(None, description="YAML file; default: one that is made in `out`")
+    floor: float = Field(0.02, gt=0, lt=1, description="probability that every arm is played with at least")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     num_replicas: int = Field(1, ge=1)
+    max_replicas: int | None = Field(None, ge=1, description="under load")
+
+
+class RetrainConfig(_Config):
+    """A new selector from the rewards of a service."""
+
+    database: str = Field(min_length=1, description="URL of the event log")
+    namespace: str = Field("default", min_length=1, max_length=200, description="of the log")
+    registry: Path
+    dataset: Path
+    out: Path
+    margin: float = Field(0.03, ge=0, le=1, description="what counts as not worse, in utility and in GapClosed")
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of the rewards, the last ones, to compare on")
 
 
 def _problem_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:

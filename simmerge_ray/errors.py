@@ -13,6 +13,9 @@
     │   ├── LabelError                           a label store, or too few labels in it
     │   ├── SelectorError                        a selector artifact, or features that do not fit it
     │   └── BanditError                          an arm, context or reward that a posterior cannot take
+    ├── ClientError                              the service answered what its client cannot read
+    │   ├── RefusedError (an InputError, too)    a request that the service, or its client, refuses (HTTP 4xx)
+    │   └── UnavailableError                     no answer, or one that says "not now", in all tries
     ├── EngineError (a RuntimeError; exit code 1)  an inference engine does not hold the weights it was given
     └── StoreError (a RuntimeError; exit code 1)   the event log's database cannot be used now (HTTP 503)
 
@@ -75,6 +78,22 @@ class SelectorError(InputError):
 
 class BanditError(InputError):
     """An arm, a context or a reward that the bandit cannot take."""
+
+
+class ClientError(SimmergeError):
+    """A call to the service failed. status: of HTTP; None where there was no answer. detail: what was said."""
+
+    def __init__(self, status: int | None, detail: str) -> None:
+        super().__init__(detail if status is None else f"{detail} ({status})")
+        self.status, self.detail = status, detail
+
+
+class RefusedError(ClientError, InputError):
+    """A request does not fit; sending it again will not help."""
+
+
+class UnavailableError(ClientError):
+    """The service could not be reached, or could not answer now."""
 
 
 class EngineError(SimmergeError, RuntimeError):

@@ -146,18 +146,17 @@ class NeuralLinearTS:
         arms = self._representatives(z, among, classes)
         draws = self._draws(arms, z)
         if explore:
-            uniforms = np.array([_uniform(decision_id, arm) for arm in arms])
-            sampled = _sampled(draws, uniforms)
+            values = sampled(draws, np.array([keyed_uniform(decision_id, arm) for arm in arms]))
             propensities = with_floor(self._propensities(arms, draws), min(self.floor, 1 / len(arms)))
-            chosen = self._chosen(arms, sampled)
-            if _uniform(decision_id, "", "floor") < len(arms) * self.floor:
-                chosen = int(_uniform(decision_id, "", "floor arm") * len(arms))
+            chosen = self._chosen(arms, values)
+            if self.floor and keyed_uniform(decision_id, "", "floor") < len(arms) * self.floor:
+                chosen = int(keyed_uniform(decision_id, "", "floor arm") * len(arms))
         else:
-            sampled = draws.location
-            chosen = self._chosen(arms, sampled)
+            values = draws.location
+            chosen = self._chosen(arms, values)
             propensities = np.eye(len(arms))[chosen]
         return Suggestion(
-            decision_id, tuple(arms), arms[chosen], propensities, draws.location, draws.scale, sampled, explore
+            decision_id, tuple(arms), arms[chosen], propensities, draws.location, draws.scale, values, explore
         )
 
     def update(self, observations: Iterable[tuple[str, Array, float]]) -> None:
@@ -225,13 +224,14 @@ class NeuralLinearTS:
             return thompson_propensities(draws)
         return safe_propensities(draws, arms.index(self.safe.fixed), self.safe.threshold)
 
-    def _chosen(self, arms: Sequence[str], sampled: Array) -> int:
+    def _chosen(self, arms: Sequence[str], values: Array) -> int:
         if self.safe is None or self.safe.fixed not in arms:
-            return int(sampled.argmax())
+            return int(values.argmax())
         fixed = arms.index(self.safe.fixed)
-        others = np.where(np.arange(len(arms)) == fixed, -np.inf, sampled)
+        others = values.copy()
+        others[fixed] = -np.inf
         best = int(others.argmax())
-        return best if others[best] - sampled[fixed] > self.safe.threshold else fixed
+        return best if others[best] - values[fixed] > self.safe.threshold else fixed
 
 
 def with_prior_mean(prior: GaussianPosterior, mean: Array) -> GaussianPosterior:
@@ -245,15 +245,18 @@ def with_prior_mean(prior: GaussianPosterior, mean: Array) -> GaussianPosterior:
     return replace(prior, moment=prior.precision @ np.asarray(mean, dtype=np.float64))
 
 
-def _uniform(decision_id: str, arm: str, purpose: str = "draw") -> float:
+def keyed_uniform(decision_id: str, name: str, purpose: str = "draw") -> float:
     """In (0, 1), from a keyed hash: the same on every machine, and adding an arm changes no other arm's draw."""
-    text = "\0".join([decision_id, arm, purpose]).encode()
+    text = f"{decision_id}\0{name}\0{purpose}".encode()
     number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 12
     return (number + 0.5) / (1 << 52)
 
 
-def _sampled(draws: Draws, uniforms: Array) -> Array:
+def sampled(draws: Draws, uniforms: Array) -> Array:
     """(K,) draws by inversion."""
     standard = ndtri(uniforms) if draws.degrees is None else stdtrit(draws.degrees, uniforms)
     result: Array = draws.location + draws.scale * standard
     return result
+
+
+_uniform, _sampled = keyed_uniform, sampled

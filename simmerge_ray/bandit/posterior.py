@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import cholesky
-from scipy.linalg.lapack import dtrtri
+from scipy.linalg.lapack import dpotrf, dtrtri
 
 from simmerge_ray.errors import BanditError
 
@@ -105,23 +104,30 @@ class GaussianPosterior:
             factor * self.weight,
         )
 
-    @cached_property
+    @property
     def mean(self) -> Array:
         """(d,): of the weights."""
-        result: Array = self._inverse_factor.T @ (self._inverse_factor @ self.moment)
+        result: Array = self._projection[-1]
         return result
 
     @cached_property
-    def _inverse_factor(self) -> Array:
-        """(d, d) `L^-1`, with `A = L L^T`: kept since every decision needs `L^-1 z`."""
-        inverse, status = dtrtri(cholesky(self.precision, lower=True), lower=1)
+    def _projection(self) -> Array:
+        """(d + 1, d): `L^-1`, with `A = L L^T`, and the mean below it: one product has all that a decision needs."""
+        factor, status = dpotrf(self.precision, lower=1)
+        if status != 0:
+            raise BanditError("the precision of a posterior is not positive definite")
+        inverse, status = dtrtri(factor, lower=1)
         assert status == 0
-        return np.ascontiguousarray(inverse)
+        projection = np.empty((self.num_dimensions + 1, self.num_dimensions))
+        projection[:-1] = inverse
+        projection[-1] = projection[:-1].T @ (projection[:-1] @ self.moment)
+        return projection
 
     def marginal(self, z: Array) -> tuple[float, float]:
         """`z^T mean` and `|L^-1 z|`: the predicted reward, and its spread for noise of spread 1."""
-        spread = self._inverse_factor @ z
-        return float(z @ self.mean), math.sqrt(float(spread @ spread))
+        projected = self._projection @ z
+        spread = projected[:-1]
+        return projected.item(-1), math.sqrt(spread @ spread)
 
     def noise_posterior(self, shape: float, rate: float, prior: GaussianPosterior) -> tuple[float, float]:
         """Shape and rate of the inverse gamma posterior of the noise variance (normal inverse gamma, NIG).

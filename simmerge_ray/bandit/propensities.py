@@ -5,7 +5,9 @@ policy leaves the fixed arm f only for an arm whose draw is the best of the othe
 `P(k) = int f_k(s) F_f(s - tau) prod_{j != k, f} F_j(s) ds`, and f has the rest.
 
 The line is cut at multiples of every arm's spread around its mean (and, for f, around its mean plus tau), so that each
-piece is smooth; beyond the last cut lies less than 1e-15 of any arm.
+piece is smooth; beyond the last cut lies less than 1e-15 of any arm. Two and three Gaussian arms have closed forms, which
+take a tenth of the time: a normal distribution and, for `P(k) = P(X_k > X_i and X_k > X_j)`, a bivariate one by Owen's T
+(Owen 1956, "Tables for computing bivariate normal probabilities").
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import gammaln, ndtr, stdtr
+from scipy.special import gammaln, ndtr, owens_t, stdtr
 
 Array = np.ndarray
 
@@ -70,13 +72,7 @@ def thompson_propensities(draws: Draws) -> Array:
 
     Scales below `MIN_SPREAD` count as that, so arms without any spread share what they tie for.
     """
-    draws = draws.floored()
-    if len(draws.location) == 1:
-        return np.ones(1)
-    points, weights = _nodes(draws.location[:, None] + draws.scale[:, None] * draws.cuts)
-    others = _products_of_others(draws.distribution(points))
-    result: Array = (draws.density(points) * others) @ weights
-    return result
+    return _largest(draws.floored())
 
 
 def safe_propensities(draws: Draws, fixed: int, threshold: float) -> Array:
@@ -85,20 +81,69 @@ def safe_propensities(draws: Draws, fixed: int, threshold: float) -> Array:
     result = np.zeros(num_arms)
     if num_arms > 1 and not math.isinf(threshold):
         draws = draws.floored()
-        shift = np.zeros(num_arms)
-        shift[fixed] = threshold
-        moved = Draws(draws.location + shift, draws.scale, draws.degrees)
-        points, weights = _nodes(moved.location[:, None] + moved.scale[:, None] * moved.cuts)
+        location = draws.location.copy()
+        location[fixed] += threshold
         # With the fixed arm's draw moved up by tau the rule is to play the largest of all.
-        result = (moved.density(points) * _products_of_others(moved.distribution(points))) @ weights
+        result = _largest(Draws(location, draws.scale, draws.degrees))
         result[fixed] = 0.0
-    result[fixed] = max(0.0, 1.0 - float(result.sum()))
+    result[fixed] = max(0.0, 1.0 - result.sum())
     return result
 
 
 def with_floor(propensities: Array, floor: float) -> Array:
     """`(1 - K p) pi + p`: every arm is played with probability p at least."""
     result: Array = (1.0 - len(propensities) * floor) * propensities + floor
+    return result
+
+
+def _largest(draws: Draws) -> Array:
+    """(K,): how often each arm has the largest draw; no scale is 0."""
+    num_arms = len(draws.location)
+    if num_arms == 1:
+        return np.ones(1)
+    if draws.degrees is None and num_arms <= 3:
+        location, variance = draws.location.tolist(), np.square(draws.scale).tolist()
+        closed = _largest_of_two(location, variance) if num_arms == 2 else _largest_of_three(location, variance)
+        if closed is not None:
+            return closed
+    return _by_quadrature(draws)
+
+
+def _largest_of_two(location: list[float], variance: list[float]) -> Array:
+    difference = (location[0] - location[1]) / math.sqrt(variance[0] + variance[1])
+    result: Array = ndtr(np.array([difference, -difference]))
+    return result
+
+
+def _largest_of_three(m: list[float], v: list[float]) -> Array | None:
+    """By Owen's T; None where two locations are equal, which has other formulas.
+
+    With `h_i = (m_k - m_i) / sqrt(v_k + v_i)` and `rho = v_k / sqrt((v_k + v_i) (v_k + v_j))`:
+    `P(k) = (Phi(h_i) + Phi(h_j)) / 2 - T(h_i, a_i) - T(h_j, a_j) - (0 if h_i h_j > 0 else 1 / 2)`, where
+    `a_i = (h_j - rho h_i) / (h_i sqrt(1 - rho^2))`, here without a difference of nearly equal numbers.
+    """
+    if m[0] == m[1] or m[0] == m[2] or m[1] == m[2]:
+        return None
+    root = math.sqrt(v[0] * v[1] + v[0] * v[2] + v[1] * v[2])
+    bounds, slopes, jumps = [], [], []
+    for k, i, j in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
+        to_i, to_j = m[k] - m[i], m[k] - m[j]
+        bounds += [to_i / math.sqrt(v[k] + v[i]), to_j / math.sqrt(v[k] + v[j])]
+        slopes += [
+            (v[k] * (m[i] - m[j]) + v[i] * to_j) / (to_i * root),
+            (v[k] * (m[j] - m[i]) + v[j] * to_i) / (to_j * root),
+        ]
+        jumps.append(0.0 if (to_i > 0) == (to_j > 0) else 0.5)
+    h = np.array(bounds)
+    terms = 0.5 * ndtr(h) - owens_t(h, np.array(slopes))
+    result: Array = np.maximum(terms[::2] + terms[1::2] - jumps, 0.0)
+    return result
+
+
+def _by_quadrature(draws: Draws) -> Array:
+    points, weights = _nodes(draws.location[:, None] + draws.scale[:, None] * draws.cuts)
+    others = _products_of_others(draws.distribution(points))
+    result: Array = (draws.density(points) * others) @ weights
     return result
 
 

@@ -42,8 +42,8 @@ class Merges:
     utility: Array
 
 
-def contexts_of(model: FittedModel, features: Array, tasks: Sequence[str]) -> tuple[Array, Array]:
-    """(N, 2, F) features -> z (N, d) and level (N,), the mean over the networks.
+def contexts_of(model: FittedModel, features: Array, tasks: Sequence[str] | None) -> tuple[Array, Array]:
+    """(N, 2, F) features -> z (N, d) and level (N,), the mean over the networks. Without tasks each is unknown.
 
     Raises:
         BanditError: a model without an encoder.
@@ -72,12 +72,17 @@ def merges_of(dataset: SelectionDataset, model: FittedModel, rows: Sequence[int]
     )
 
 
-def out_of_fold_level(dataset: SelectionDataset, folds: Sequence[Fold], config: TrainConfig) -> Array:
+def out_of_fold_level(
+    dataset: SelectionDataset, folds: Sequence[Fold], config: TrainConfig, models: Sequence[FittedModel] | None = None
+) -> Array:
     """(N,) level of every context by a model that was not trained on its checkpoints; NaN where no fold tests it.
 
     In its training data a model's level is better than it will be online, and contrasts would look too clean.
+
+    Args:
+        models: of the folds, where they are fitted already.
     """
-    models = fit_models(dataset, [fold.training for fold in folds], config)
+    models = models or fit_models(dataset, [fold.training for fold in folds], config)
     levels = []
     for fold, model in zip(folds, models, strict=True):
         part = dataset.subset(fold.tested)

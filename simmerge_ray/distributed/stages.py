@@ -24,10 +24,11 @@ from simmerge_ray.signals.table import SignalTable, read_signal_table
 from simmerge_ray.storage import Manifest, digest_file, write_json
 
 if TYPE_CHECKING:
+    from simmerge_ray.labels import LabeledPlan
     from simmerge_ray.selector.dataset import SelectionDataset
     from simmerge_ray.selector.model import Selector
 
-_ASSESSMENT_SCHEMA = 2  # changes with what a training writes beside the artifact
+_ASSESSMENT_SCHEMA = 3  # changes with what a training writes beside the artifact
 
 
 def signals_stage(
@@ -112,7 +113,8 @@ def train_stage(
 
     Beside the artifact, in `out`: `shortlist`, a second one from the same labels that knows only the features which
     propagator `second_order` delivers (a selector is trained with exactly the features that its scorer will use), and
-    `parents.json`, the measured utilities of the checkpoints as they are.
+    `parents.json`, the measured utilities of the checkpoints as they are; and `warm_start.*`, what the arms of a
+    service start from.
 
     Raises:
         InputError: signals and labels that do not fit each other, or too few labels.
@@ -127,7 +129,7 @@ def train_stage(
     with narrator.stage("train") as stage:
         inputs = {"signals": digest_file(signals), "labels": store.digest()}
         kept = config.model_dump(mode="json") | {"arms": list(arms or ()), "shortlist": "second_order"}
-        manifest = Manifest("train", kept, inputs)
+        manifest = Manifest("train", kept, inputs, _ASSESSMENT_SCHEMA)
         manifest_path = out / "manifest.json"
         if manifest.is_current(manifest_path) and (crossval is None or crossval.exists()):
             stage.result = UNCHANGED
@@ -136,6 +138,7 @@ def train_stage(
         from simmerge_ray.selector.crossval import crossval_report
         from simmerge_ray.selector.dataset import build_dataset
         from simmerge_ray.selector.encoding import base_statistics
+        from simmerge_ray.selector.plan_files import write_selectors
         from simmerge_ray.selector.train import train_selector
 
         started = time.monotonic()
@@ -149,7 +152,8 @@ def train_stage(
                 content = crossval_report(dataset, config, report, statistics)
             write_json(crossval, content)
             shown = f", unseen checkpoints: {_shown_gain(content)}"
-        _write_selectors(out, selector, shortlist, dataset)
+        write_selectors(out, selector, shortlist, dataset)
+        _write_warm_start(out, selector, dataset, read, config)
         manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
         stage.result = f"{len(dataset.contexts)} contexts, {len(dataset.arms)} arms{shown} -> {out}"
 
@@ -182,6 +186,7 @@ def train_dataset_stage(
         from simmerge_ray.propagation.bound import Bound
         from simmerge_ray.propagation.second_order import SecondOrder
         from simmerge_ray.selector.assessment import assess
+        from simmerge_ray.selector.plan_files import write_selectors
         from simmerge_ray.selector.train import train_selector
         from simmerge_ray.selector_report import write_selector_report
 
@@ -195,7 +200,8 @@ def train_dataset_stage(
         with narrator.bar("splits and ablations") as report:
             content = assess(dataset, config, statistics, loaded.base_of, report, columns)
         content["unused"] = list(loaded.unused)
-        _write_selectors(out, selector, shortlist, dataset)
+        write_selectors(out, selector, shortlist, dataset)
+        _write_warm_start(out, selector, dataset, loaded.labels, config)
         write_json(out / "assessment.json", content)
         report_path = write_selector_report(content, out)
         manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
@@ -206,14 +212,15 @@ def train_dataset_stage(
         )
 
 
-def _write_selectors(out: Path, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:
-    """What `simmerge plan` reads; `train_stage` says what it is."""
-    from simmerge_ray.selector.dataset import parent_utilities
-    from simmerge_ray.selector.plan_files import PARENTS, SHORTLIST
+def _write_warm_start(
+    out: Path, selector: Selector, dataset: SelectionDataset, labels: Sequence[LabeledPlan], config: TrainConfig
+) -> None:
+    """What the arms of a service start from; nothing for a selector that has no encoder."""
+    from simmerge_ray.bandit.artifact import warm_start_of, write_warm_start
 
-    selector.write(out)
-    shortlist.write(out / SHORTLIST)
-    write_json(out / PARENTS, parent_utilities(dataset))
+    warm = warm_start_of(selector, dataset, labels, config)
+    if warm is not None:
+        write_warm_start(out, warm)
 
 
 def _root(path: Path) -> Path:

@@ -34,6 +34,7 @@ class DatasetFiles:
 class LoadedDataset:
     """tables: those with labels. base_of: base of each checkpoint. unused: bases that have signals and no labels."""
 
+    labels: tuple[LabeledPlan, ...]
     dataset: SelectionDataset
     tables: tuple[SignalTable, ...]
     base_of: Mapping[str, str]
@@ -122,6 +123,7 @@ def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> Load
     dataset = join_datasets([build_dataset(tables[index], of_table[index], chosen) for index in used])
     names = {index: _base_name(table, files.signals[index]) for index, table in enumerate(tables)}
     return LoadedDataset(
+        tuple(labels),
         dataset,
         tuple(tables[index] for index in used),
         {name: names[index] for name, index in owner.items() if index in of_table},

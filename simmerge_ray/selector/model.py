@@ -23,7 +23,7 @@ from simmerge_ray.selector.policy import Choice, Intervals, SafeOverride, explai
 from simmerge_ray.selector.predictors import PREDICTORS, MlpPredictor, Network, Predictor
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.table import SignalTable
-from simmerge_ray.storage import new_directory, versions, write_json
+from simmerge_ray.storage import digest_json, new_directory, versions, write_json
 
 SELECTOR_SCHEMA = 2
 _WEIGHTS = "selector.safetensors"
@@ -103,6 +103,12 @@ class Selector:
     def best_fixed(self) -> str:
         """The arm with the best headline in the training data."""
         return self.override.best_fixed
+
+    @property
+    def version(self) -> str:
+        """Identity of what it was trained from and how: data, config, arms and features; 12 hexadecimal digits."""
+        parts = [self.provenance.get("data_digest"), self.provenance.get("config"), self.arms, self.columns]
+        return digest_json(parts)[:12]
 
     @property
     def members(self) -> tuple[Network, ...]:

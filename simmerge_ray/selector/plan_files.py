@@ -10,10 +10,21 @@ from simmerge_ray.plans import resolve_plan, write_plan
 from simmerge_ray.storage import write_json
 
 if TYPE_CHECKING:
+    from simmerge_ray.selector.dataset import SelectionDataset
+    from simmerge_ray.selector.model import Selector
     from simmerge_ray.selector.scorer import RankedPlan, Ranking
 
 SHORTLIST = "shortlist"  # in a selector's directory: a second artifact, on the features of propagator `second_order`
 PARENTS = "parents.json"  # beside it: measured utilities of the checkpoints as they are, task -> id -> utility
+
+
+def write_selectors(out: Path, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:
+    """What `simmerge plan` and the service read: a selector, beside it that of the shortlist and the parents."""
+    from simmerge_ray.selector.dataset import parent_utilities
+
+    selector.write(out)
+    shortlist.write(out / SHORTLIST)
+    write_json(out / PARENTS, parent_utilities(dataset))
 
 
 def write_plans(directory: Path, ranking: Ranking, catalogue: Catalogue) -> list[Path]:

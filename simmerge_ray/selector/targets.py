@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from simmerge_ray.selector.rewards import SingleArms
+
 
 @dataclass(frozen=True)
 class TrainingSet:
@@ -14,7 +16,7 @@ class TrainingSet:
 
     inputs: (N, 2, D), standardised, both orders of the pair. level: (N,), mean utility of the reference arms.
     contrasts: (N, K), utility minus level; NaN where a later arm was not measured. reference: columns whose contrasts
-    sum to zero. pairs: of the contexts.
+    sum to zero. pairs: of the contexts. rewards: merges of which one arm was observed, beside the contexts.
     """
 
     inputs: np.ndarray
@@ -22,6 +24,7 @@ class TrainingSet:
     contrasts: np.ndarray
     reference: tuple[int, ...]
     pairs: tuple[tuple[str, str], ...]
+    rewards: SingleArms | None = None
 
     @property
     def later(self) -> tuple[int, ...]:

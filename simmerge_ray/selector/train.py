@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.config import TrainConfig
-from simmerge_ray.errors import LabelError, unknown_name
+from simmerge_ray.errors import LabelError, SelectorError, unknown_name
 from simmerge_ray.selector.dataset import SelectionDataset
 from simmerge_ray.selector.encoding import TaskEncoding, TaskStatistics
 from simmerge_ray.selector.evaluation import Scoring, units_of
@@ -20,6 +20,7 @@ from simmerge_ray.selector.model import FittedModel, Selector
 from simmerge_ray.selector.novelty import fit_novelty
 from simmerge_ray.selector.policy import Intervals, SafeOverride, fit_intervals, fit_override
 from simmerge_ray.selector.predictors import Predictor
+from simmerge_ray.selector.rewards import RewardedMerge, digest_of, single_arms, without
 from simmerge_ray.selector.splits import Fold, checkpoint_folds, fold_mean, pairs_of
 from simmerge_ray.selector.targets import TrainingSet, level_and_contrasts
 from simmerge_ray.storage import digest_bytes
@@ -46,6 +47,7 @@ def train_selector(
     config: TrainConfig,
     statistics: TaskStatistics | None = None,
     reference: Sequence[str] | None = None,
+    rewards: Sequence[RewardedMerge] = (),
 ) -> Selector:
     """Fit a model on all contexts, and calibrate it on models that were fitted without some of the checkpoints.
 
@@ -56,19 +58,20 @@ def train_selector(
     Args:
         statistics: `base_statistics(table)`, for the task encoding `probe_stats`. reference: arms whose contrasts sum
             to zero; None takes all. Contexts in which one of them was not measured (NaN) are dropped; another arm is a
-            contrast to their mean, learned from the contexts that have it.
+            contrast to their mean, learned from the contexts that have it. rewards: single arms of merges, learned
+            beside the contexts; thresholds and intervals are calibrated on the contexts alone.
 
     Raises:
         LabelError: fewer than `MIN_CONTEXTS` contexts, or fewer than two reference arms.
-        SelectorError: the task encoding needs statistics that were not given.
+        SelectorError: the task encoding needs statistics that were not given, or the model cannot learn from rewards.
     """
     names = tuple(reference) if reference is not None else dataset.arms
     columns = _reference_columns(dataset, names)
     dataset = dataset.subset(_known_rows(dataset, columns))
     check_enough(dataset, len(columns))
-    fitted = fit_models(dataset, [range(len(dataset.contexts))], config, statistics, columns)[0]
+    fitted = fit_models(dataset, [range(len(dataset.contexts))], config, statistics, columns, rewards)[0]
     pairs = pairs_of(dataset.contexts)
-    override, intervals = _calibrated(dataset, config, statistics, columns)
+    override, intervals = _calibrated(dataset, config, statistics, columns, rewards)
     unique = sorted({(min(pair), max(pair)) for pair in pairs})
     order = _canonical(dataset, range(len(pairs)))
     provenance: dict[str, Any] = {
@@ -84,6 +87,12 @@ def train_selector(
     novelty = fit_novelty(
         fitted.standardised(dataset.features[order]), [pairs[row] for row in order], config.novelty_quantile
     )
+    if rewards:
+        provenance["num_rewards"] = len(rewards)
+        provenance["data_digest"] = digest_bytes(provenance["data_digest"].encode(), digest_of(rewards).encode())
+        # Merges like the rewarded ones are known now; what counts as far stays: rewards from afar must not widen it.
+        known = [fitted.standardised(one.features).reshape(-1, len(dataset.columns)) for one in rewards]
+        novelty = replace(novelty, rows=np.concatenate([novelty.rows, *known]))
     return Selector(dataset.arms, names, dataset.columns, fitted, override, novelty, intervals, provenance)
 
 
@@ -130,15 +139,23 @@ def fit_models(
     config: TrainConfig,
     statistics: TaskStatistics | None = None,
     reference: Sequence[int] | None = None,
+    rewards: Sequence[RewardedMerge] = (),
 ) -> list[FittedModel]:
     """One model for each set of rows; scaling and encoding are those of its rows. Networks are trained side by side.
 
     Args:
-        reference: columns of the reference arms; None takes all.
+        reference: columns of the reference arms; None takes all. rewards: learned beside the rows, except those of
+            merges with a checkpoint that the data set has and the rows leave out.
+
+    Raises:
+        SelectorError: there are rewards, and the model is none that can learn from a single arm.
     """
+    if rewards and config.model != "mlp":
+        raise SelectorError(f"a {config.model} selector cannot learn from rewards of single arms; take the model mlp")
     columns = tuple(range(len(dataset.arms))) if reference is None else tuple(reference)
     level, contrasts = level_and_contrasts(dataset.utilities, columns)
     pairs = pairs_of(dataset.contexts)
+    every = {name for pair in pairs for name in pair}
     prepared, sets = [], []
     for part in parts:
         rows = _canonical(dataset, part)
@@ -151,7 +168,11 @@ def fit_models(
         codes = np.repeat(encoding.codes(len(rows), tasks, statistics)[:, None], 2, axis=1)
         inputs = np.concatenate([(features - centre) / scale, codes], axis=2)
         prepared.append((centre, scale, encoding))
-        sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, tuple(pairs[row] for row in rows)))
+        used = without(rewards, every - {name for row in rows for name in pairs[row]})
+        told = [_reward_inputs(one, centre, scale, encoding, statistics) for one in used]
+        of_part = tuple(pairs[row] for row in rows)
+        singles = single_arms(used, dataset.arms, told)
+        sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, of_part, singles))
     # Codes of the task are of another width where a part has other tasks; these cannot be trained side by side.
     fitted: list[FittedModel | None] = [None] * len(sets)
     for width in sorted({one.inputs.shape[-1] for one in sets}):
@@ -159,6 +180,18 @@ def fit_models(
         for i, predictor in zip(index, _FITTERS[config.model]([sets[i] for i in index], config), strict=True):
             fitted[i] = FittedModel(*prepared[i], predictor)
     return [model for model in fitted if model is not None]
+
+
+def _reward_inputs(
+    reward: RewardedMerge,
+    centre: np.ndarray,
+    scale: np.ndarray,
+    encoding: TaskEncoding,
+    statistics: TaskStatistics | None,
+) -> np.ndarray:
+    """(T, 2, D)."""
+    codes = encoding.codes(len(reward.tasks), reward.tasks, statistics)
+    return np.concatenate([(reward.features - centre) / scale, np.repeat(codes[:, None], 2, axis=1)], axis=2)
 
 
 def predict_folds(
@@ -202,7 +235,11 @@ def usable_folds(folds: Sequence[Fold]) -> list[Fold]:
 
 
 def _calibrated(
-    dataset: SelectionDataset, config: TrainConfig, statistics: TaskStatistics | None, reference: tuple[int, ...]
+    dataset: SelectionDataset,
+    config: TrainConfig,
+    statistics: TaskStatistics | None,
+    reference: tuple[int, ...],
+    rewards: Sequence[RewardedMerge],
 ) -> tuple[SafeOverride, Intervals | None]:
     # Labels of later arms are too few for a fixed choice or a threshold: these come from the reference arms.
     arms = tuple(dataset.arms[k] for k in reference)
@@ -211,7 +248,7 @@ def _calibrated(
     if not folds:
         scoring = Scoring.of(known.contexts, arms)
         return SafeOverride(arms[scoring.best_fixed(len(arms))], math.inf, None, None, 0.0, scoring.unit), None
-    models = fit_models(dataset, [fold.training for fold in folds], config, statistics, reference)
+    models = fit_models(dataset, [fold.training for fold in folds], config, statistics, reference, rewards)
     predicted = predict_folds(dataset, folds, models, statistics)
     override, _ = calibrate(known, folds, [value[:, list(reference)] for value in predicted])
     return override, fit_intervals(*fold_errors(dataset, folds, predicted))

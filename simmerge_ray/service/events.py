@@ -32,7 +32,7 @@ class DecisionMade:
     level: by the encoder of `epoch`. arms, propensities: that could be played, and how probably; `arm` was. learns:
     arms that its reward is folded into, the played one and those that are identical there; none for a plan of several
     steps. seq_seen: the last event that the decision knew. expires_at: seconds since 1970, after which a first reward
-    is refused; None: never.
+    is refused; None: never. answer: JSON of all that was told, so that a retry is told the same.
     """
 
     kind: ClassVar[str] = "decision"
@@ -50,6 +50,7 @@ class DecisionMade:
     seq_seen: int
     model_version: str
     expires_at: float | None = None
+    answer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("features", "z"):

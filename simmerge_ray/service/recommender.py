@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 
 from simmerge_ray.selector.model import Prediction, Selector, read_selector
 from simmerge_ray.selector.policy import Choice
-from simmerge_ray.service.schemas import ArmPrediction, CatalogueAnswer, Decision, DecisionRequest
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 
 INTERVAL_LEVEL = 0.95
@@ -74,8 +72,8 @@ class Recommender:
 
     @property
     def model_version(self) -> str:
-        """Identity of the training data and config."""
-        return str(self._selector.provenance["data_digest"])[:12]
+        """See `Selector.version`."""
+        return self._selector.version
 
     @property
     def best_fixed(self) -> str:
@@ -111,37 +109,3 @@ class Recommender:
         names = list(tasks) or list(self._table.pair_tasks(left, right))
         choice = self._selector.choose_pair(self._table, left, right, names)
         return Recommendation(choice, tuple(self.rank(left, right, names)), self._selector.novelty.limit)
-
-    def decide(self, request: DecisionRequest) -> Decision:
-        """The arm to take for a request.
-
-        Raises:
-            PlanError: an unknown checkpoint or task.
-        """
-        tasks = [request.task] if request.task else list(self._table.pair_tasks(request.left, request.right))
-        answer = self.recommend(request.left, request.right, tasks)
-        return Decision(
-            decision_id=uuid.uuid4().hex,
-            left=request.left,
-            right=request.right,
-            tasks=tasks,
-            arm=answer.choice.arm,
-            reason=answer.choice.reason,
-            overrode=answer.choice.overrode,
-            distance=answer.choice.distance,
-            limit=answer.limit,
-            arms=[ArmPrediction(arm=r.arm, utility=r.utility, sd=r.sd, interval=r.interval) for r in answer.ranked],
-            best_fixed=self.best_fixed,
-            model_version=self.model_version,
-        )
-
-    def example_pair(self) -> tuple[str, str]:
-        """A pair that the selector was trained on: a request for it is within what it knows."""
-        left, right = self._selector.provenance["pairs"][0]
-        return left, right
-
-    def catalogue(self) -> CatalogueAnswer:
-        """Checkpoints, tasks and arms that may be named in a request."""
-        return CatalogueAnswer(
-            checkpoints=list(self._table.checkpoint_ids), tasks=list(self._table.tasks), arms=list(self._selector.arms)
-        )

@@ -1,45 +1,143 @@
-"""Requests and answers of the HTTP API, version 1. Ids only, never paths."""
+"""Requests and answers of the HTTP API, version 1. Ids only, never paths. Nothing but pydantic is imported here."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 CheckpointId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.\-]+$")]
+Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
+Utility = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False, strict=True)]
+ArmLabel = Annotated[str, Field(min_length=1, max_length=200)]
+MAX_MEMBERS = 100
 
 
-class DecisionRequest(BaseModel):
-    """Which operator should merge these two checkpoints?"""
-
+class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Refused(Exception):
+    """A request that is answered with a status of its own. detail: one sentence."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+
+
+class DecisionRequest(_Request):
+    """Which merge should be made: which operator for `left` and `right`, or which plan over some of `checkpoints`?"""
+
+    left: CheckpointId | None = None
+    right: CheckpointId | None = None
+    checkpoints: Annotated[list[CheckpointId], Field(min_length=2, max_length=MAX_MEMBERS)] | None = None
+    task: CheckpointId | None = Field(
+        None, description="choose for this task alone; default: all members' own tasks together"
+    )
+    ways: Annotated[str, Field(max_length=20)] | Annotated[int, Field(ge=2, le=8)] = Field(
+        "2-4", description="how many of `checkpoints` a plan merges"
+    )
+    explore: bool = Field(True, description="false: the arm of the highest mean, left out of off-policy estimates")
+    ttl_seconds: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = Field(
+        None, description="after so long a first reward is refused; default: the service's"
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> DecisionRequest:
+        pair = self.left is not None and self.right is not None
+        if pair == (self.checkpoints is not None) or (self.left is None) != (self.right is None):
+            raise ValueError("give either left and right, or checkpoints")
+        return self
+
+
+class RankRequest(_Request):
+    """All arms for a pair, without a decision."""
+
     left: CheckpointId
     right: CheckpointId
-    task: CheckpointId | None = Field(
-        None, description="choose for this task alone; default: both parents' own tasks together"
-    )
+    task: CheckpointId | None = None
+
+
+class PlansRequest(_Request):
+    """The best plans over checkpoints, without a decision. checkpoints: None takes the whole catalogue."""
+
+    checkpoints: Annotated[list[CheckpointId], Field(min_length=2, max_length=MAX_MEMBERS)] | None = None
+    task: CheckpointId | None = None
+    ways: Annotated[str, Field(max_length=20)] | Annotated[int, Field(ge=2, le=8)] = "2-4"
+    top: int = Field(10, ge=1, le=100)
+
+
+class RewardRequest(_Request):
+    """The measured utility of what was decided."""
+
+    utility: Utility
+
+
+class ReasonRequest(_Request):
+    """Why a reward is voided, or a decision closed."""
+
+    reason: Reason
+
+
+class ArmRequest(_Request):
+    """A new operator. sibling: a known arm that it is expected to be like, which counts `power` of what it has seen."""
+
+    arm: ArmLabel
+    sibling: ArmLabel | None = None
+    power: float = Field(0.3, gt=0.0, le=1.0, allow_inf_nan=False)
+
+
+class DiscountRequest(_Request):
+    """What was observed so far counts `factor` of what it did."""
+
+    factor: float = Field(gt=0.0, le=1.0, allow_inf_nan=False)
+    reason: Reason
+
+
+class Influence(BaseModel):
+    """A group of signals and how far it moves a prediction."""
+
+    signal: str
+    effect: float
 
 
 class ArmPrediction(BaseModel):
-    """Predicted utility of one arm, averaged over the tasks, and the spread of the ensemble.
+    """One arm for a pair.
 
-    interval: what 95 % of the merges of unseen checkpoints measured within; null where the selector has no intervals.
+    utility, sd: what the selector predicts, averaged over the tasks, and the spread of its ensemble; null for an arm it
+    was not trained on. interval: what 95 % of the merges of unseen checkpoints measured within. expected, expected_sd:
+    of the utility, from all rewards so far. propensity: with which it was played.
     """
 
     arm: str
+    utility: float | None = None
+    sd: float | None = None
+    interval: tuple[float, float] | None = None
+    expected: float | None = None
+    expected_sd: float | None = None
+    propensity: float | None = None
+
+
+class PlanPrediction(BaseModel):
+    """A plan over several checkpoints. plan: as `simmerge merge` reads it."""
+
+    id: str
+    label: str
     utility: float
     sd: float
     interval: tuple[float, float] | None = None
+    propensity: float | None = None
+    why: list[Influence] = []
+    plan: dict[str, Any] | None = None
 
 
-class Decision(BaseModel):
-    """The arm to take and why, everything that was predicted, and what would be taken without signals.
+class Ranked(BaseModel):
+    """Arms for a pair from best to worst, and the arm that the selector's safe policy takes without any reward.
 
-    overrode: the arm is another than the best fixed one. distance: of the pair to the training data; beyond `limit`
-    the selector was not trained for such checkpoints, and the arm is the best fixed one.
+    distance: of the pair to the training data; beyond `limit` the selector was not trained for such checkpoints.
+    overrode: the arm is another than the best fixed one.
     """
 
-    decision_id: str
     left: str
     right: str
     tasks: list[str]
@@ -51,11 +149,192 @@ class Decision(BaseModel):
     arms: list[ArmPrediction]
     best_fixed: str
     model_version: str
+    why: list[Influence] = []
+
+
+class Decision(BaseModel):
+    """What to merge, and everything that was known. kind `pair`: `arm` for left and right; `plan`: `plan`.
+
+    propensities: probability of each arm (or plan id) under the policy. overrode: another than the best fixed arm.
+    seq_seen: the last event of the log that the decision knew.
+    """
+
+    decision_id: str
+    kind: Literal["pair", "plan"]
+    left: str | None = None
+    right: str | None = None
+    tasks: list[str]
+    arm: str
+    plan: PlanPrediction | None = None
+    explored: bool
+    reason: str
+    overrode: bool
+    propensities: dict[str, float]
+    arms: list[ArmPrediction] = []
+    plans: list[PlanPrediction] | None = None
+    best_fixed: str
+    distance: float | None = None
+    limit: float | None = None
+    epoch: int
+    seq_seen: int
+    expires_at: float | None = None
+    model_version: str
+
+
+class RewardAnswer(BaseModel):
+    """The event that holds a reward, a void or a close. at: seconds since 1970."""
+
+    decision_id: str
+    seq: int
+    at: float
+    status: Literal["created", "replayed"]
+    utility: float | None = None
+    reason: str | None = None
+
+
+class EventSummary(BaseModel):
+    """One event of the log."""
+
+    seq: int
+    at: float
+    kind: str
+    status: Literal["created", "replayed"] | None = None
+
+
+class DecisionRecord(BaseModel):
+    """A decision and what became of it."""
+
+    decision: Decision
+    status: Literal["open", "rewarded", "closed", "expired"]
+    utility: float | None = None
+    closed_reason: str | None = None
+    events: list[EventSummary]
+
+
+class DecisionRow(BaseModel):
+    """A decision in a list."""
+
+    decision_id: str
+    seq: int
+    at: float
+    kind: Literal["pair", "plan"]
+    left: str | None = None
+    right: str | None = None
+    tasks: list[str]
+    arm: str
+    explored: bool
+    status: Literal["open", "rewarded", "closed", "expired"]
+    utility: float | None = None
+
+
+class DecisionList(BaseModel):
+    """Newest first. next_before: what to ask with for the ones before; null at the end."""
+
+    decisions: list[DecisionRow]
+    next_before: int | None = None
+
+
+class SafePolicy(BaseModel):
+    """An arm is left only for a draw above its own by the threshold; null: never."""
+
+    fixed: str
+    threshold: float | None
+
+
+class ArmState(BaseModel):
+    """What is known of an arm. mean, sd: of its reward over the level, at the mean context of the decisions so far."""
+
+    arm: str
+    count: int
+    weight: float
+    mean: float | None
+    sd: float | None
+    entropy: float
+
+
+class RegretEstimate(BaseModel):
+    """Rewards of drawn decisions beside an estimate of what the best fixed arm would have had (doubly robust)."""
+
+    num: int
+    mean_reward: float
+    mean_best_fixed: float
+    gain: float
+    interval: tuple[float, float] | None
+
+
+class AlarmState(BaseModel):
+    """Slope of cumulative regret against the best fixed arm in a log-log plot; linear: it does not flatten."""
+
+    linear: bool
+    slope: float
+    low: float
+    high: float
+
+
+class PolicyAnswer(BaseModel):
+    """The policy as of event `seq`."""
+
+    namespace: str
+    epoch: int
+    seq: int
+    model_version: str
+    noise_sd: float | None
+    num_decisions: int
+    num_rewards: int
+    num_closed: int
+    num_open: int
+    safe: SafePolicy | None
+    floor: float
+    arms: list[ArmState]
+    regret: RegretEstimate | None
+    alarm: AlarmState | None
+
+
+class CurveAnswer(BaseModel):
+    """Cumulative reward, and the estimate for the best fixed arm, after each rewarded decision; thinned out."""
+
+    seq: list[int]
+    reward: list[float]
+    best_fixed: list[float]
+    num: int
+
+
+class CatalogueCheckpoint(BaseModel):
+    """A checkpoint that may be named. task: what it was fine-tuned for, where that is known."""
+
+    id: str
+    task: str | None = None
+
+
+class ExamplePair(BaseModel):
+    """A pair that the selector was trained on."""
+
+    left: str
+    right: str
 
 
 class CatalogueAnswer(BaseModel):
     """What may be asked for."""
 
-    checkpoints: list[str]
+    checkpoints: list[CatalogueCheckpoint]
     tasks: list[str]
     arms: list[str]
+    signals: list[str]
+    example: ExamplePair | None = None
+
+
+class SignalMatrix(BaseModel):
+    """values: a signal of (row, column), null on the diagonal."""
+
+    signal: str
+    task: str
+    checkpoints: list[str]
+    values: list[list[float | None]]
+
+
+class PlansAnswer(BaseModel):
+    """Plans from best to worst. num_considered: how many were scored; exhaustive: whether that is all there are."""
+
+    plans: list[PlanPrediction]
+    num_considered: int
+    exhaustive: bool

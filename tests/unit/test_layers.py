@@ -17,9 +17,9 @@ ROOT = Path(simmerge_ray.__file__).parent
 FLOW = (
     "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "digests", "catalogue", "probes",
     "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
-    "transformers_evaluator", "headroom", "labels", "search", "selector", "bandit", "service", "figures", "report",
-    "selector_report", "demo", "study", "distributed", "search_cli", "catalogue_cli", "labels_cli", "plan_cli",
-    "auto_cli", "cli",
+    "transformers_evaluator", "headroom", "labels", "search", "selector", "bandit", "service", "client", "figures",
+    "report", "selector_report", "demo", "study", "distributed", "search_cli", "catalogue_cli", "labels_cli",
+    "serve_cli", "plan_cli", "auto_cli", "client_cli", "cli",
 )  # fmt: skip
 
 
@@ -86,6 +86,8 @@ def loaded_modules(code: str) -> set[str]:
         "['simmerge', 'plan', 'absent.yaml', '--selector', 's', '--signals', 't']",
         "['simmerge', 'plan', 'c.yaml', '--selector', 's', '--signals', 't', '--propagator', 'virtul']",
         "['simmerge', 'auto', '--help']",
+        "['simmerge', 'client', 'decide', '--help']",
+        "['simmerge', 'client', '--url', 'nowhere', 'policy']",
         "['simmerge', 'auto', 'absent.yaml', '--selector', 's', '--signals', 't', '--tasks', 'd', '--out', 'o']",
     ],
 )
@@ -101,5 +103,6 @@ def test_importing_the_package_or_a_job_s_config_loads_neither_torch_nor_ray():
         "import simmerge_ray.operators.specs",
         "import simmerge_ray.plans",
         "import simmerge_ray.signals.explain",
+        "import simmerge_ray.client",
     ):
         assert not loaded_modules(code) & {"torch", "ray", "transformers"}, code

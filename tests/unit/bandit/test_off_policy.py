@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from simmerge_ray.bandit.alarm import regret_slope
-from simmerge_ray.bandit.off_policy import doubly_robust, inverse_propensity, self_normalised
+from simmerge_ray.bandit.off_policy import doubly_robust, doubly_robust_gain, inverse_propensity, self_normalised
 from simmerge_ray.errors import BanditError
 
 MEANS = np.array([0.2, 0.5, 0.9])
@@ -70,3 +70,21 @@ def test_the_alarm_rings_for_a_straight_line_and_not_for_a_root():
     found = regret_slope(root)
     assert not found.linear and found.slope == pytest.approx(0.5, abs=0.15) and found.low <= found.slope <= found.high
     assert regret_slope(straight[:20]) is None and regret_slope(-straight) is None
+
+
+def test_the_gain_of_a_policy_is_the_difference_of_two_estimates_with_less_error():
+    generator = np.random.default_rng(3)
+    logged = generator.uniform(0.2, 0.8, 400)
+    predicted, expected, other = generator.random((3, 400))
+    rewards = predicted + generator.normal(scale=0.2, size=400)
+    target = (generator.random(400) < 0.5).astype(float)
+    reference = np.where(np.arange(400) < 380, target, 1 - target)
+    expected_reference = np.where(np.arange(400) < 380, expected, other)
+    gain = doubly_robust_gain(rewards, target, reference, logged, predicted, expected - expected_reference)
+    first = doubly_robust(rewards, target, logged, predicted, expected)
+    second = doubly_robust(rewards, reference, logged, predicted, expected_reference)
+    assert gain.value == pytest.approx(first.value - second.value, abs=1e-12)
+    assert gain.standard_error < first.standard_error / 2
+    assert 10 < gain.effective <= 20  # they differ in the last twenty
+    same = doubly_robust_gain(rewards, target, target, logged, predicted, np.zeros(400))
+    assert (same.value, same.standard_error, same.effective) == (0.0, 0.0, 0.0)

@@ -82,16 +82,13 @@ def test_arms_are_ranked_for_the_parents_own_tasks(recommender):
     assert swapped[0].utility == pytest.approx(ranked[0].utility, rel=1e-6)
 
 
-def test_a_decision_carries_all_that_was_predicted(recommender):
-    decision = recommender.decide(DecisionRequest(left="m0", right="m1", task="add"))
+def test_a_recommendation_names_the_arm_to_take_and_why(recommender):
     answer = recommender.recommend("m0", "m1", ["add"])
-    assert decision.tasks == ["add"] and decision.arm == answer.choice.arm == answer.chosen.arm
-    assert decision.reason == answer.choice.reason and decision.overrode == (decision.arm != decision.best_fixed)
-    assert decision.distance == answer.choice.distance and decision.limit == answer.limit > 0
-    assert decision.best_fixed in {arm.arm for arm in decision.arms} and len(decision.model_version) == 12
-    again = recommender.decide(DecisionRequest(left="m0", right="m1", task="add"))
-    assert again.decision_id != decision.decision_id and again.arms == decision.arms
-    assert recommender.catalogue().checkpoints == ["m0", "m1", "m2", "m3"]
+    assert answer.choice.arm == answer.chosen.arm and answer.limit > 0
+    assert answer.choice.overrode == (answer.choice.arm != recommender.best_fixed)
+    assert recommender.best_fixed in {one.arm for one in answer.ranked}
+    assert recommender.recommend("m0", "m1", ["add"]) == answer
+    assert len(recommender.model_version) == 12
 
 
 def with_override(recommender, threshold: float, **changes) -> Recommender:
@@ -108,16 +105,18 @@ def test_the_best_fixed_arm_is_left_where_that_has_paid(recommender):
     assert bold.recommend("m0", "m1").choice.arm == best and bold.recommend("m0", "m1").choice.overrode
     for one in (bold, careful):  # what is predicted does not depend on the policy
         assert [row.arm for row in one.recommend("m0", "m1").ranked][0] == best
-    decision = careful.decide(DecisionRequest(left="m0", right="m1"))
-    assert decision.arm == careful.best_fixed != decision.arms[0].arm and not decision.overrode
-    assert "has not paid" in decision.reason
+    answer = careful.recommend("m0", "m1")
+    assert answer.choice.arm == careful.best_fixed != answer.ranked[0].arm and not answer.choice.overrode
+    assert "has not paid" in answer.choice.reason
 
 
 def test_checkpoints_unlike_those_of_the_training_get_the_best_fixed_arm(recommender):
     near = replace(recommender._selector.novelty, limit=0.0)
-    decision = with_override(recommender, 0.0, novelty=near).decide(DecisionRequest(left="m0", right="m1"))
-    assert decision.reason.startswith("not trained for such checkpoints") and decision.distance > decision.limit
-    assert decision.arm == decision.best_fixed and not decision.overrode
+    distant = with_override(recommender, 0.0, novelty=near)
+    answer = distant.recommend("m0", "m1")
+    assert answer.choice.reason.startswith("not trained for such checkpoints")
+    assert answer.choice.distance > answer.limit
+    assert answer.choice.arm == distant.best_fixed and not answer.choice.overrode
 
 
 def test_intervals_are_those_of_the_selector_or_none(recommender):
@@ -133,9 +132,9 @@ def test_intervals_are_those_of_the_selector_or_none(recommender):
 
 def test_unknown_names_are_refused_with_the_choices(recommender):
     with pytest.raises(PlanError, match="unknown checkpoint 'm7'.*m0, m1"):
-        recommender.decide(DecisionRequest(left="m0", right="m7"))
+        recommender.recommend("m0", "m7")
     with pytest.raises(PlanError, match="unknown task 'ad'"):
-        recommender.decide(DecisionRequest(left="m0", right="m1", task="ad"))
+        recommender.recommend("m0", "m1", ["ad"])
 
 
 @pytest.mark.parametrize("name", ["../etc/passwd", "a b", "", "x" * 201, "'; drop table"])

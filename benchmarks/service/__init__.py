@@ -1,0 +1,1 @@
+"""Load, kills and slow clients: the service under what it must stand."""

@@ -1,0 +1,534 @@
+"""The service without HTTP: decides by a selector and a bandit, and keeps what it acknowledged in the event log.
+
+One `Learner` is one replica. It has no state of its own that matters: before every decision it folds the tail of the
+log (requests that arrive while the log is read share the next read), and a decision or reward is acknowledged when its
+transaction is committed. What blocks runs in two threads: one reads and folds, one ranks plans and reads for people.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from simmerge_ray.bandit.posterior import GaussianPosterior
+from simmerge_ray.catalogue import Catalogue, load_catalogue
+from simmerge_ray.errors import SimmergeError, StoreError
+from simmerge_ray.service.context import Contexts, PolicyCache, decide_pair, new_epoch_of, ranked, start_of
+from simmerge_ray.service.database import open_database
+from simmerge_ray.service.event_log import EventLog
+from simmerge_ray.service.events import (
+    Activation,
+    DecisionClosed,
+    DecisionMade,
+    Discounted,
+    EncoderEpoch,
+    Event,
+    RewardGiven,
+    RewardVoided,
+)
+from simmerge_ray.service.fold import Array, View
+from simmerge_ray.service.ledger import EXPIRED, Ledger, answer_of, decision_record, recent_decisions
+from simmerge_ray.service.outcomes import Outcome, Status
+from simmerge_ray.service.planning import PlanRanker
+from simmerge_ray.service.registry import Published, Registry
+from simmerge_ray.service.replica import Replica
+from simmerge_ray.service.schemas import (
+    ArmRequest,
+    ArmState,
+    CatalogueAnswer,
+    CatalogueCheckpoint,
+    CurveAnswer,
+    Decision,
+    DecisionList,
+    DecisionRecord,
+    DecisionRequest,
+    DiscountRequest,
+    EventSummary,
+    ExamplePair,
+    PlanPrediction,
+    PlansAnswer,
+    PlansRequest,
+    PolicyAnswer,
+    Ranked,
+    RankRequest,
+    ReasonRequest,
+    Refused,
+    RewardAnswer,
+    RewardRequest,
+    SafePolicy,
+    SignalMatrix,
+)
+from simmerge_ray.signals.table import SignalTable, read_signal_table
+
+_log = logging.getLogger("simmerge.service")
+_RETRY_S = 5.0  # between attempts of what runs in the background
+_EXPIRE_S = 30.0
+_MAX_EXPIRED = 1000  # closed in one go
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """database: URL. registry: directory of published selectors. selector: for a log that has not begun, or one to be
+    published beside it. signals: table of the pairs that may be asked for. catalogue, signatures: for better plans.
+    ttl_seconds: of a decision, None: for ever. floor: probability that every arm is played with at least."""
+
+    database: str
+    registry: Path
+    signals: Path
+    selector: Path | None = None
+    catalogue: Path | None = None
+    signatures: str | None = None
+    namespace: str = "default"
+    floor: float = 0.02
+    ttl_seconds: float | None = 30 * 86400.0
+    snapshot_every: int = 1000
+
+
+class Observer(Protocol):
+    """Told of everything that is worth a metric; must not fail or wait."""
+
+    def decided(self, decision: Decision) -> None: ...
+
+    def rewarded(self, outcome: str) -> None: ...
+
+    def state(self, view: View, entropies: dict[str, float]) -> None: ...
+
+
+class Silent:
+    """An observer that does nothing."""
+
+    def decided(self, decision: Decision) -> None:
+        """Nothing."""
+
+    def rewarded(self, outcome: str) -> None:
+        """Nothing."""
+
+    def state(self, view: View, entropies: dict[str, float]) -> None:
+        """Nothing."""
+
+
+class Learner:
+    """See the module. `start` it in the event loop that it serves in, and `stop` it there.
+
+    Args:
+        clock: seconds since 1970.
+
+    Raises:
+        InputError: the signal table, the catalogue or the selector cannot be read, or do not fit each other.
+    """
+
+    def __init__(self, settings: LearnerSettings, clock: Callable[[], float] = time.time) -> None:
+        self.settings, self._clock = settings, clock
+        self.observer: Observer = Silent()
+        self.registry = Registry(settings.registry)
+        self._table: SignalTable = read_signal_table(settings.signals)
+        self._catalogue: Catalogue | None = load_catalogue(settings.catalogue) if settings.catalogue else None
+        self._given = self.registry.publish(settings.selector) if settings.selector else None
+        if self._given is not None:
+            first = self.registry.load(self._given)
+            first.selector.check_table(self._table)
+            Contexts(first, self._table)  # it raises for a selector without an encoder
+        self._contexts: dict[str, Contexts] = {}
+        self._policies = PolicyCache(settings.floor)
+        self._rankers: dict[str, PlanRanker] = {}
+        self._encoders: dict[int, Contexts] = {}  # of the latest epoch
+        self._log: EventLog | None = None
+        self._replica: Replica | None = None
+        self._ledger: Ledger | None = None
+        self._snapshot_seq = 0
+        self._reader = ThreadPoolExecutor(1, "simmerge-fold")
+        self._others = ThreadPoolExecutor(1, "simmerge-read")
+        self._running: asyncio.Task[View] | None = None
+        self._queued: asyncio.Task[View] | None = None
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to serve; a database that is away now is waited for, request by request."""
+        try:
+            await self.ready()
+        except StoreError as error:
+            _log.warning("the event log is not ready: %s", error)
+        self._background = [asyncio.create_task(self._close_expired()), asyncio.create_task(self._watch())]
+
+    async def stop(self) -> None:
+        """Commit what was accepted, and end all threads."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        if self._log is not None:
+            await loop.run_in_executor(None, self._log.close)
+        self._reader.shutdown(wait=True)
+        self._others.shutdown(wait=True)
+        if self._log is not None:
+            self._log.engine.dispose()
+
+    async def ready(self) -> int:
+        """Number of the last event that was folded. Raises StoreError: not ready, and why."""
+        view = await self._view()
+        self.registry.load(view.model_version or "")
+        return view.seq
+
+    # What changes the log.
+
+    async def decide(self, request: DecisionRequest, key: str | None = None) -> tuple[int, Decision]:
+        """Status 201 or 200 (a retry with the same key), and what was decided the first time.
+
+        Raises:
+            InputError, Refused (409), StoreError.
+        """
+        view = await self._view()
+        published = self._published(view)
+        decision_id = uuid.uuid4().hex
+        if request.checkpoints is None:
+            event = self._decide_pair(view, published, request, decision_id)
+        else:
+            event = await self._in_other(lambda: self._decide_plan(view, published, request, decision_id))
+        payload = request.model_dump(mode="json")
+        row = _accepted(outcome := await self._append(event, key, payload))
+        decision = Decision.model_validate(event.answer) if outcome.status == Status.CREATED else answer_of(row)
+        if outcome.status == Status.CREATED:
+            self.observer.decided(decision)
+        return int(outcome.status), decision
+
+    async def reward(
+        self, decision_id: str, request: RewardRequest, key: str | None = None
+    ) -> tuple[int, RewardAnswer]:
+        """Raises Refused (404, 409, 410, 422), StoreError."""
+        outcome = await self._append(RewardGiven(decision_id, request.utility), key)
+        self.observer.rewarded(outcome.status.name.lower())
+        return int(outcome.status), _answer(decision_id, outcome, utility=request.utility)
+
+    async def void(self, decision_id: str, request: ReasonRequest, key: str | None = None) -> tuple[int, RewardAnswer]:
+        """Take a reward back. Raises Refused, StoreError."""
+        outcome = await self._append(RewardVoided(decision_id, request.reason), key)
+        return int(outcome.status), _answer(decision_id, outcome, reason=request.reason)
+
+    async def close(self, decision_id: str, request: ReasonRequest, key: str | None = None) -> tuple[int, RewardAnswer]:
+        """No reward will come. Raises Refused, StoreError."""
+        outcome = await self._append(DecisionClosed(decision_id, request.reason), key)
+        return int(outcome.status), _answer(decision_id, outcome, reason=request.reason)
+
+    async def add_arm(self, request: ArmRequest, key: str | None = None) -> tuple[int, EventSummary]:
+        """A new arm, from a prior that knows nothing or from what a sibling has seen. Raises InputError, Refused."""
+        view = await self._view()
+        arm = start_of(request, view)
+        if request.arm in view.posteriors or arm.arm in view.posteriors:
+            raise Refused(409, f"arm {arm.arm!r} exists already")
+        return _summary(await self._append(arm, key, request.model_dump(mode="json")))
+
+    async def discount(self, request: DiscountRequest, key: str | None = None) -> tuple[int, EventSummary]:
+        """What was observed so far counts less. Raises Refused, StoreError."""
+        return _summary(await self._append(Discounted(request.factor, request.reason), key))
+
+    async def publish(self, selector: Path) -> str:
+        """Let another selector answer from now on, here and on every replica; its version.
+
+        Nothing happens where it is in force already.
+
+        Raises:
+            InputError: it cannot be read, or does not fit the signal table. StoreError.
+        """
+        version = await self._in_other(lambda: self.registry.publish(selector))
+        while True:
+            view = await self._view()
+            if version == view.model_version:
+                return version
+            published = self.registry.load(version)
+            published.selector.check_table(self._table)
+            event = new_epoch_of(published, Contexts(published, self._table).num_dimensions, view)
+            outcome = await self._append(event, f"publish-{version}-{view.epoch}")
+            if outcome.status in (Status.CREATED, Status.REPLAYED):
+                return version
+            if view.epoch == (await self._view()).epoch:  # else another one was published meanwhile
+                raise Refused(409, outcome.reason)
+
+    # What only looks.
+
+    async def get(self, decision_id: str) -> DecisionRecord:
+        """Raises Refused (404), StoreError."""
+        log = await self._opened()
+        return await self._in_other(lambda: decision_record(log, decision_id, self._clock()))
+
+    async def recent(self, limit: int = 50, before: int | None = None) -> DecisionList:
+        """Decisions, newest first. Raises StoreError."""
+        log = await self._opened()
+        return await self._in_other(lambda: recent_decisions(log, limit, before, self._clock()))
+
+    async def policy(self) -> PolicyAnswer:
+        """What is known, and how well it goes. Raises StoreError."""
+        view = await self._view()
+        published, ledger = self._published(view), self._ledger
+        assert ledger is not None
+        await self._in_other(ledger.catch_up)
+        regret, alarm = ledger.regret()
+        override = published.selector.override
+        threshold = None if math.isinf(override.threshold) else override.threshold
+        context = ledger.mean_context(next(iter(view.posteriors.values())).num_dimensions)
+        noise_sd = math.sqrt(self._policies.noise(view).variance)
+        return PolicyAnswer(
+            namespace=self.settings.namespace,
+            epoch=view.epoch,
+            seq=view.seq,
+            model_version=published.version,
+            noise_sd=noise_sd,
+            num_decisions=view.num_decisions,
+            num_rewards=view.num_rewards,
+            num_closed=view.num_closed,
+            num_open=view.num_open,
+            safe=SafePolicy(fixed=override.best_fixed, threshold=threshold),
+            floor=self.settings.floor,
+            arms=[_arm_state(arm, one, context, noise_sd) for arm, one in view.posteriors.items()],
+            regret=regret,
+            alarm=alarm,
+        )
+
+    async def curve(self, points: int = 300) -> CurveAnswer:
+        """Cumulative reward beside the best fixed arm. Raises StoreError."""
+        await self._opened()
+        ledger = self._ledger
+        assert ledger is not None
+        await self._in_other(ledger.catch_up)
+        return ledger.curve(points)
+
+    async def catalogue(self) -> CatalogueAnswer:
+        """What may be asked for; without a database that answers, the arms of the selector that was given."""
+        try:
+            view = await self._view()
+            arms, published = list(view.posteriors), self._published(view)
+        except StoreError:
+            if self._given is None:
+                raise
+            published = self.registry.load(self._given)
+            arms = list(published.selector.arms)
+        own, known = self._table.provenance["own_task"], set(self._table.checkpoint_ids)
+        pairs = [pair for pair in published.selector.provenance.get("pairs", ()) if set(pair) <= known]
+        example = ExamplePair(left=pairs[0][0], right=pairs[0][1]) if pairs else None
+        checkpoints = [CatalogueCheckpoint(id=name, task=own.get(name)) for name in self._table.checkpoint_ids]
+        return CatalogueAnswer(
+            checkpoints=checkpoints,
+            tasks=list(self._table.tasks),
+            arms=arms,
+            signals=list(self._table.columns),
+            example=example,
+        )
+
+    async def signals(self, signal: str, task: str | None = None) -> SignalMatrix:
+        """A signal of all pairs. Raises Refused (404)."""
+        table = self._table
+        chosen = task or table.tasks[0]
+        if signal not in table.columns:
+            raise Refused(404, f"unknown signal {signal[:80]!r}")
+        if chosen not in table.tasks:
+            raise Refused(404, f"unknown task {chosen[:80]!r}")
+        ids = table.checkpoint_ids
+        values = [[None if a == b else table.get(a, b, chosen).features[signal] for b in ids] for a in ids]
+        return SignalMatrix(signal=signal, task=chosen, checkpoints=list(ids), values=values)
+
+    async def rank(self, request: RankRequest) -> Ranked:
+        """All arms for a pair, without a decision. Raises InputError, StoreError."""
+        view = await self._view()
+        return ranked(self._contexts_of(view), view, self._policies.noise(view), request)
+
+    async def plans(self, request: PlansRequest) -> PlansAnswer:
+        """The best plans, without a decision. Raises InputError, StoreError."""
+        published = self._published(await self._view())
+        return await self._in_other(lambda: self._rank_plans(published, request))
+
+    # Inside.
+
+    def _decide_pair(
+        self, view: View, published: Published, request: DecisionRequest, decision_id: str
+    ) -> DecisionMade:
+        assert request.left is not None and request.right is not None
+        policy = self._policies.of(view, published.selector)
+        context = self._contexts_of(view).of(request.left, request.right, request.task)
+        return decide_pair(view, published, policy, context, decision_id, request.explore, self._expiry(request))
+
+    def _decide_plan(
+        self, view: View, published: Published, request: DecisionRequest, decision_id: str
+    ) -> DecisionMade:
+        ranker = self._ranker(published)
+        tasks = [request.task] if request.task else []
+        drawn = ranker.draw(
+            request.checkpoints or (), tasks, request.ways, decision_id, request.explore, self.settings.floor
+        )
+        contexts = self._contexts_of(view)
+        return contexts.plan_decision(
+            ranker, drawn, view, tasks, decision_id, request.explore, self._expiry(request), request.checkpoints or ()
+        )
+
+    def _rank_plans(self, published: Published, request: PlansRequest) -> PlansAnswer:
+        ranker = self._ranker(published)
+        tasks = [request.task] if request.task else []
+        ranking, _, exhaustive = ranker.rank(request.checkpoints or (), tasks, request.ways, request.top)
+        plans: list[PlanPrediction] = [ranker.shown(one) for one in ranking.plans]
+        return PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=exhaustive)
+
+    def _ranker(self, published: Published) -> PlanRanker:
+        """One for each version; in the thread of `_others` alone."""
+        if published.version not in self._rankers:
+            signatures = self.settings.signatures
+            self._rankers = {published.version: PlanRanker(published, self._table, self._catalogue, signatures)}
+        return self._rankers[published.version]
+
+    def _expiry(self, request: DecisionRequest) -> float | None:
+        seconds = request.ttl_seconds if request.ttl_seconds is not None else self.settings.ttl_seconds
+        return None if seconds is None else self._clock() + seconds
+
+    def _published(self, view: View) -> Published:
+        if view.model_version is None:
+            raise StoreError("the log names no selector yet")
+        return self.registry.load(view.model_version)
+
+    def _contexts_of(self, view: View) -> Contexts:
+        version = view.model_version or ""
+        if version not in self._contexts:
+            published = self._published(view)
+            published.selector.check_table(self._table)
+            self._contexts = {version: Contexts(published, self._table)}
+        return self._contexts[version]
+
+    async def _append(self, event: Event, key: str | None, payload: Any = None) -> Outcome:
+        log = await self._opened()
+        outcome = await log.append_async(event, key, payload)
+        return outcome
+
+    async def _view(self) -> View:
+        """The state as of a read of the log that began after this call."""
+        if self._queued is None:
+            self._queued = asyncio.create_task(self._read(self._running))
+        return await asyncio.shield(self._queued)
+
+    async def _read(self, before: asyncio.Task[View] | None) -> View:
+        if before is not None:
+            await asyncio.wait([before])
+        self._running, self._queued = self._queued, None  # who comes from here on waits for the next read
+        return await asyncio.get_running_loop().run_in_executor(self._reader, self._fold)
+
+    def _fold(self) -> View:
+        """In the thread of `_reader`: open the database if need be, begin an empty log, fold what is new."""
+        replica = self._connected()
+        view = replica.catch_up()
+        if not view.posteriors:
+            self._begin(view)
+            view = replica.catch_up()
+        if view.seq - self._snapshot_seq >= self.settings.snapshot_every:
+            self._snapshot_seq = view.seq
+            self._reader.submit(self._save_snapshot)
+        return view
+
+    def _connected(self) -> Replica:
+        if self._replica is None:
+            engine = open_database(self.settings.database)
+            self._log = EventLog(engine, self.settings.namespace, self._clock)
+            self._ledger = Ledger(self._log)
+            self._replica = Replica(self._log, self._encode)
+        return self._replica
+
+    def _begin(self, view: View) -> None:
+        """First events of an empty log. Several replicas may try at once: one key, so one selector wins."""
+        assert self._log is not None
+        if self._given is None:
+            raise StoreError("the event log is empty and no selector was given to begin with")
+        published = self.registry.load(self._given)
+        contexts = Contexts(published, self._table)
+        outcome = self._log.append(contexts.warm_start(), "start/warm", {"version": published.version})
+        if outcome.status == Status.CONFLICT:
+            _log.warning("another replica began the log with another selector; %s is not used", published.version)
+            return
+        self._log.append(Activation(published.version), "start/activation", {"version": published.version})
+
+    def _encode(self, epoch: int, features: Array) -> tuple[Array, float]:
+        """For the fold: z and level of raw features by the selector of an epoch."""
+        assert self._log is not None
+        if epoch not in self._encoders:
+            found = [row.event for row in self._log.history(str(epoch)) if row.kind == "encoder_epoch"]
+            if not found or not isinstance(found[0], EncoderEpoch):
+                raise StoreError(f"the log is damaged: it has no encoder epoch {epoch}")
+            self._encoders = {epoch: Contexts(self.registry.load(found[0].model_version), self._table)}
+        return self._encoders[epoch].encode(features)
+
+    def _save_snapshot(self) -> None:
+        try:
+            if self._replica is not None:
+                self._replica.save_snapshot()
+        except StoreError as error:
+            _log.warning("no snapshot: %s", error)
+
+    async def _opened(self) -> EventLog:
+        if self._log is None:
+            await self._view()
+        assert self._log is not None
+        return self._log
+
+    async def _in_other(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._others, call)
+
+    async def _close_expired(self) -> None:
+        """Log that decisions are closed whose time is over; another replica may be first."""
+        while True:
+            await asyncio.sleep(_EXPIRE_S)
+            try:
+                await self._view()
+                assert self._replica is not None
+                for decision_id in self._replica.expired(self._clock())[:_MAX_EXPIRED]:
+                    await self._append(DecisionClosed(decision_id, EXPIRED), None)
+            except (SimmergeError, OSError) as error:
+                _log.warning("expired decisions are not closed: %s", error)
+
+    async def _watch(self) -> None:
+        """Tell the observer of the state."""
+        while True:
+            try:
+                view = await self._view()
+                noise_sd = math.sqrt(self._policies.noise(view).variance)
+                entropies = {arm: _entropy(one, noise_sd) for arm, one in view.posteriors.items()}
+                self.observer.state(view, entropies)
+            except (SimmergeError, OSError) as error:
+                _log.warning("the state is not known: %s", error)
+            await asyncio.sleep(_RETRY_S)
+
+
+def _accepted(outcome: Outcome) -> Any:
+    if outcome.status not in (Status.CREATED, Status.REPLAYED) or outcome.row is None:
+        raise Refused(int(outcome.status), outcome.reason)
+    return outcome.row
+
+
+def _said(outcome: Outcome) -> Any:
+    return "created" if outcome.status == Status.CREATED else "replayed"
+
+
+def _answer(decision_id: str, outcome: Outcome, **told: Any) -> RewardAnswer:
+    row = _accepted(outcome)
+    return RewardAnswer(decision_id=decision_id, seq=row.seq, at=row.at, status=_said(outcome), **told)
+
+
+def _summary(outcome: Outcome) -> tuple[int, EventSummary]:
+    row = _accepted(outcome)
+    return int(outcome.status), EventSummary(seq=row.seq, at=row.at, kind=row.kind, status=_said(outcome))
+
+
+def _arm_state(arm: str, one: GaussianPosterior, context: Array | None, noise_sd: float) -> ArmState:
+    mean, sd = (None, None) if context is None else one.marginal(context)
+    spread = None if sd is None else noise_sd * sd
+    return ArmState(arm=arm, count=one.count, weight=one.weight, mean=mean, sd=spread, entropy=_entropy(one, noise_sd))
+
+
+def _entropy(one: GaussianPosterior, noise_sd: float) -> float:
+    """Of the Gaussian over the weights, in nats: `(d (1 + log 2 pi v^2) - log |A|) / 2`."""
+    _, log_determinant = np.linalg.slogdet(one.precision)
+    dimensions = one.num_dimensions
+    return float(0.5 * (dimensions * (1 + math.log(2 * math.pi * noise_sd**2)) - log_determinant))

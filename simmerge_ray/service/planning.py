@@ -1,0 +1,132 @@
+"""Plans over several checkpoints: ranked for whoever asks, and one of a shortlist drawn as a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmerge_ray.bandit.policy import _sampled as sampled
+from simmerge_ray.bandit.policy import _uniform as keyed_uniform
+from simmerge_ray.bandit.propensities import Draws, thompson_propensities, with_floor
+from simmerge_ray.catalogue import Catalogue
+from simmerge_ray.errors import InputError, PlanError, SelectorError, unknown_name
+from simmerge_ray.propagation.evidence import stored_evidence
+from simmerge_ray.propagation.interface import Propagator
+from simmerge_ray.propagation.second_order import SecondOrder
+from simmerge_ray.propagation.table import PROPAGATORS
+from simmerge_ray.selector.plan_space import parse_ways, plan_space, scorable_arms
+from simmerge_ray.selector.plan_tasks import TaskPool, task_pool
+from simmerge_ray.selector.scorer import PlanScorer, RankedPlan, Ranking
+from simmerge_ray.service.registry import Published
+from simmerge_ray.service.schemas import Influence, PlanPrediction
+from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.table import SignalTable
+
+Array = np.ndarray
+MAX_SHORTLIST = 32  # plans among which one is drawn, with exact probabilities
+BUDGET = 50_000  # plans that a request may score; beyond that a beam of about so many
+MIN_SPREAD = 0.01  # of a plan's prediction: an ensemble that agrees is not certain
+_RERANKED = 100
+
+
+@dataclass(frozen=True)
+class DrawnPlan:
+    """Which plan of a shortlist to make. propensities: (N,), of all of them."""
+
+    plans: tuple[RankedPlan, ...]
+    chosen: int
+    propensities: Array
+
+
+class PlanRanker:
+    """Ranks plans over the checkpoints of a signal table with a published selector.
+
+    Args:
+        catalogue, signatures: where both are given, `virtual` ranks the shortlist; else `second_order` ranks all.
+    """
+
+    def __init__(
+        self,
+        published: Published,
+        table: SignalTable,
+        catalogue: Catalogue | None = None,
+        signatures: str | None = None,
+    ) -> None:
+        if published.shortlist is None:
+            raise SelectorError("plans need the selector of the shortlist, too; `simmerge train` writes both")
+        self._table, self._selector = table, published.selector
+        propagator = _virtual(table, catalogue, signatures)
+        ranks = published.shortlist if propagator is None else published.selector
+        self._scorer = PlanScorer(table, propagator or SecondOrder(table), ranks, published.shortlist)
+
+    def rank(
+        self, checkpoints: Sequence[str], tasks: Sequence[str], ways: str | int, top: int
+    ) -> tuple[Ranking, tuple[str, ...], bool]:
+        """The best plans, the tasks that they count on, and whether all plans were scored.
+
+        Raises:
+            PlanError, ConfigError: an unknown checkpoint or task, or ways that do not fit.
+        """
+        known = self._table.checkpoint_ids
+        for name in checkpoints:
+            if name not in known:
+                raise PlanError(unknown_name("checkpoint", name, known))
+        arms = scorable_arms((), self._selector.arms, self._table.provenance.get("base") is not None)
+        space = plan_space(set(checkpoints) or known, arms, parse_ways(str(ways)))
+        pool = self._pool(tasks)
+        ranking = self._scorer.rank(space, pool, top, BUDGET, max(_RERANKED, top))
+        return ranking, pool.tasks, ranking.width is None
+
+    def draw(
+        self,
+        checkpoints: Sequence[str],
+        tasks: Sequence[str],
+        ways: str | int,
+        decision_id: str,
+        explore: bool,
+        floor: float,
+    ) -> DrawnPlan:
+        """One plan of a shortlist, by a Thompson draw from `N(utility, sd^2)` of each. Raises as `rank`."""
+        ranking, _, _ = self.rank(checkpoints, tasks, ways, MAX_SHORTLIST)
+        plans = ranking.plans
+        location = np.array([one.utility for one in plans])
+        if not explore:
+            first = int(np.argmax(location))
+            return DrawnPlan(plans, first, np.eye(len(plans))[first])
+        draws = Draws(location, np.maximum([one.sd for one in plans], MIN_SPREAD)).floored()
+        share = min(floor, 1 / len(plans))
+        propensities = with_floor(thompson_propensities(draws), share)
+        if keyed_uniform(decision_id, "", "floor") < len(plans) * share:
+            chosen = int(keyed_uniform(decision_id, "", "floor arm") * len(plans))
+        else:
+            uniforms = np.array([keyed_uniform(decision_id, one.plan.id) for one in plans])
+            chosen = int(sampled(draws, uniforms).argmax())
+        return DrawnPlan(plans, chosen, propensities)
+
+    def shown(self, one: RankedPlan, propensity: float | None = None) -> PlanPrediction:
+        """A plan as the API has it; `plan` is what `simmerge merge` reads, by ids."""
+        return PlanPrediction(
+            id=one.plan.id,
+            label=one.plan.label,
+            utility=one.utility,
+            sd=one.sd,
+            interval=one.interval,
+            propensity=propensity,
+            why=[Influence(signal=name, effect=effect) for name, effect in one.why],
+            plan=one.plan.to_json(),
+        )
+
+    def _pool(self, tasks: Sequence[str]) -> TaskPool:
+        own = self._table.provenance["own_task"]
+        return task_pool("mean", tasks, self._table.tasks, self._table.checkpoint_ids, own)
+
+
+def _virtual(table: SignalTable, catalogue: Catalogue | None, signatures: str | None) -> Propagator | None:
+    if catalogue is None or signatures is None:
+        return None
+    try:
+        return PROPAGATORS["virtual"](stored_evidence(table, catalogue, SignatureStore(signatures)))
+    except (InputError, OSError):
+        return None

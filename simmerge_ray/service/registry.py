@@ -1,0 +1,101 @@
+"""Published selectors, a directory for each version: what a log's decisions are made with, and folded again with.
+
+    REGISTRY/<model_version>/selector.json, selector.safetensors, shortlist/, parents.json, warm_start.*
+
+A version is the digest of what a selector was trained from, so publishing one twice changes nothing. Nothing is ever
+deleted here: a roll back, or the fold of an old log, needs the former versions.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from simmerge_ray.bandit.artifact import WarmStartFile, read_warm_start
+from simmerge_ray.errors import SelectorError, StoreError
+from simmerge_ray.selector.model import Selector, read_selector
+from simmerge_ray.selector.plan_files import SHORTLIST
+from simmerge_ray.storage import publish_directory
+
+_KEPT = 4  # versions in memory: the present one, and what a fold over old epochs needs
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version. shortlist: the selector of `second_order` features; warm: what the arms start from; None without."""
+
+    version: str
+    selector: Selector
+    shortlist: Selector | None
+    warm: WarmStartFile | None
+
+
+class Registry:
+    """Versions of selectors below one directory. Threads and processes may share it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._loaded: OrderedDict[str, Published] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def publish(self, selector: Path) -> str:
+        """Copy an artifact; its version. One that is there is left as it is.
+
+        Raises:
+            SelectorError: it cannot be read.
+        """
+        version = read_selector(selector).version
+        target = self._directory / version
+        if not target.exists():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            partial = self._directory / f".{version}.{threading.get_ident()}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(selector, partial, ignore=shutil.ignore_patterns("figures", "*.md", "manifest.json"))
+            try:
+                publish_directory(partial, target)
+            except OSError:
+                shutil.rmtree(partial, ignore_errors=True)
+                if not target.exists():  # else somebody else has published the same
+                    raise
+        return version
+
+    def path(self, version: str) -> Path:
+        """Where the artifact of a version lies.
+
+        Raises:
+            SelectorError: it was never published here.
+        """
+        found = self._directory / version
+        if not version or version != Path(version).name or not found.is_dir():
+            raise SelectorError(f"no selector of version {version!r} in {self._directory}; publish it there")
+        return found
+
+    def versions(self) -> list[str]:
+        """All of them, sorted."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(one.name for one in self._directory.iterdir() if one.is_dir() and one.name[0] != ".")
+
+    def load(self, version: str) -> Published:
+        """A version, from memory where it was asked for lately.
+
+        Raises:
+            StoreError: it is not there (yet), or cannot be read: the log names it, so this is no mistake of a client.
+        """
+        with self._lock:
+            if version in self._loaded:
+                self._loaded.move_to_end(version)
+                return self._loaded[version]
+            try:
+                path = self.path(version)
+                shortlist = read_selector(path / SHORTLIST) if (path / SHORTLIST).is_dir() else None
+                found = Published(version, read_selector(path), shortlist, read_warm_start(path))
+            except SelectorError as error:
+                raise StoreError(f"the selector that the log names cannot be loaded: {error}") from error
+            self._loaded[version] = found
+            while len(self._loaded) > _KEPT:
+                self._loaded.popitem(last=False)
+            return found

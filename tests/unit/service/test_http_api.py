@@ -1,0 +1,242 @@
+"""The API over ASGI on a real learner: statuses, roles, limits, headers. Fuzzing is in tests/fuzz."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from simmerge_ray.errors import ConfigError
+from simmerge_ray.service.access import Access, Client, digest_of
+from simmerge_ray.service.database import upgrade_database
+from simmerge_ray.service.gate import Gate, Limits
+from simmerge_ray.service.http_api import create_app
+from simmerge_ray.service.learner import Learner
+from simmerge_ray.service.metrics import PrometheusMetrics
+from simmerge_ray.service.standalone import filesystem_of, prepare_database
+from tests.unit.service.live import running
+from tests.unit.service.published import PublishedFiles, write_published
+
+TOKENS = {role: f"token-of-{role}-0123456789" for role in ("decide", "reward", "admin")}
+SLOW = "token-of-somebody-slow"
+PAIR = {"left": "s1-c00", "right": "s1-c01"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> PublishedFiles:
+    return write_published(tmp_path_factory.mktemp("published"))
+
+
+class Service:
+    """Requests to an app that is started in a loop of its own."""
+
+    def __init__(self, files: PublishedFiles, root: Any, upgraded: bool = True) -> None:
+        if upgraded:
+            upgrade_database(f"sqlite:///{root}/service.db")
+        clients = [Client(role, frozenset({role}), digest_of(token)) for role, token in TOKENS.items()]
+        clients.append(Client("slow", frozenset({"decide"}), digest_of(SLOW), per_second=0.5))
+        settings = files.settings(root)
+        self.app = create_app(lambda: Learner(settings), Access(clients), PrometheusMetrics(), Limits(body_seconds=0.2))
+        self._runner = asyncio.Runner()
+        self._lifespan = self.app.api.router.lifespan_context(self.app.api)
+        self._runner.run(self._lifespan.__aenter__())
+        transport = httpx.ASGITransport(self.app)
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://service")
+
+    def ask(self, method: str, path: str, role: str | None = "admin", **options: Any) -> httpx.Response:
+        headers = dict(options.pop("headers", {}))
+        if role is not None:
+            headers["authorization"] = f"Bearer {TOKENS.get(role, role)}"
+        return self._runner.run(self._client.request(method, path, headers=headers, **options))
+
+    def close(self) -> None:
+        self._runner.run(self._client.aclose())
+        self._runner.run(self._lifespan.__aexit__(None, None, None))
+        self._runner.close()
+
+
+@pytest.fixture
+def service(files, tmp_path) -> Iterator[Service]:
+    one = Service(files, tmp_path)
+    yield one
+    one.close()
+
+
+def test_a_decision_its_reward_and_everything_that_shows_them(service):
+    answer = service.ask("POST", "/v1/decisions", "decide", json=PAIR, headers={"Idempotency-Key": "k"})
+    assert answer.status_code == 201
+    decision = answer.json()
+    assert decision["arm"] in decision["propensities"] and decision["model_version"]
+    again = service.ask("POST", "/v1/decisions", "decide", json=PAIR, headers={"Idempotency-Key": "k"})
+    assert again.status_code == 200 and again.json() == decision
+    other = service.ask(
+        "POST", "/v1/decisions", "decide", json=PAIR | {"explore": False}, headers={"Idempotency-Key": "k"}
+    )
+    assert other.status_code == 409
+    path = f"/v1/decisions/{decision['decision_id']}"
+    assert service.ask("POST", f"{path}/reward", "reward", json={"utility": 0.5}).status_code == 201
+    assert service.ask("POST", f"{path}/reward", "reward", json={"utility": 0.5}).status_code == 200
+    assert service.ask("POST", f"{path}/reward", "reward", json={"utility": 0.6}).status_code == 409
+    assert service.ask("POST", f"{path}/void", json={"reason": "wrong items"}).status_code == 201
+    assert service.ask("POST", f"{path}/close", "reward", json={"reason": "not made"}).status_code == 201
+    assert service.ask("POST", f"{path}/reward", "reward", json={"utility": 0.6}).status_code == 410
+    assert service.ask("POST", "/v1/decisions/nobody/reward", "reward", json={"utility": 0.6}).status_code == 404
+    assert service.ask("GET", path).json()["status"] == "closed"
+    assert service.ask("GET", "/v1/decisions").json()["decisions"][0]["decision_id"] == decision["decision_id"]
+    policy = service.ask("GET", "/v1/policy", "decide").json()
+    assert policy["num_decisions"] == 1 and {arm["arm"] for arm in policy["arms"]} == {"linear", "ties"}
+    metrics = service.ask("GET", "/metrics", "reward").text
+    assert 'simmerge_rewards_total{outcome="created"} 1.0' in metrics
+    assert 'simmerge_request_seconds_count{method="POST",route="/v1/decisions",status="201"} 1.0' in metrics
+
+
+def test_every_other_route(service):
+    assert service.ask("POST", "/v1/rank", json=PAIR).json()["arms"]
+    plans = service.ask("POST", "/v1/plans", json={"checkpoints": ["s1-c00", "s1-c01", "s1-c02"], "ways": 3}).json()
+    assert plans["exhaustive"] and plans["plans"][0]["label"]
+    assert service.ask("GET", "/v1/catalogue").json()["example"]
+    assert service.ask("GET", "/v1/rewards/curve").json()["num"] == 0
+    matrix = service.ask("GET", "/v1/signals", params={"signal": "weight_cosine_global"}).json()
+    assert len(matrix["values"]) == len(matrix["checkpoints"])
+    assert service.ask("POST", "/v1/arms", json={"arm": "slerp", "sibling": "linear"}).status_code == 201
+    assert service.ask("POST", "/v1/discount", json={"factor": 0.5, "reason": "new items"}).status_code == 201
+    assert service.ask("GET", "/").status_code == 200
+
+
+def test_without_a_token_nothing_but_health_is_told(service):
+    for path in service.app.api.openapi()["paths"]:
+        for role in (None, "wrong-token-0123456789"):
+            status = service.ask("GET", path.replace("{decision_id}", "x"), role).status_code
+            assert status in ((200,) if path in ("/healthz", "/readyz") else (401, 429)), path
+    answer = service.ask("GET", "/v1/policy", None)
+    assert answer.headers["www-authenticate"] == "Bearer" and answer.json()["detail"]
+    assert service.ask("GET", "/openapi.json", None).status_code == 401
+
+
+def test_a_role_does_what_it_is_for(service):
+    assert service.ask("POST", "/v1/decisions", "reward", json=PAIR).status_code == 403
+    assert service.ask("POST", "/v1/decisions/x/reward", "decide", json={"utility": 1}).status_code == 403
+    assert service.ask("POST", "/v1/decisions/x/void", "reward", json={"reason": "x"}).status_code == 403
+    assert service.ask("POST", "/v1/arms", "decide", json={"arm": "slerp"}).status_code == 403
+    assert "role admin" in service.ask("POST", "/v1/discount", "reward", json={"factor": 1, "reason": "x"}).text
+
+
+def test_a_cookie_is_good_for_pages_of_this_service_alone(service):
+    cookie = {"cookie": f"simmerge_token={TOKENS['admin']}"}
+    assert service.ask("GET", "/v1/policy", None, headers=cookie).status_code == 200
+    assert service.ask("POST", "/v1/decisions", None, json=PAIR, headers=cookie).status_code == 201
+    elsewhere = cookie | {"sec-fetch-site": "same-site"}
+    assert service.ask("POST", "/v1/decisions", None, json=PAIR, headers=elsewhere).status_code == 403
+    elsewhere = cookie | {"origin": "http://evil.example"}
+    assert service.ask("POST", "/v1/decisions", None, json=PAIR, headers=elsewhere).status_code == 403
+
+
+def test_who_asks_too_often_is_told_when_to_come_back(service):
+    answers = [service.ask("GET", "/v1/catalogue", SLOW) for _ in range(3)]
+    assert answers[0].status_code == 200 and answers[-1].status_code == 429
+    assert int(answers[-1].headers["retry-after"]) >= 1
+    assert service.ask("GET", "/v1/catalogue", "decide").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"{", 422),
+        (b"", 422),
+        (b"\xff\xfe\xfa", 400),
+        (b'{"left": "\xff", "right": "s1-c01"}', 400),
+        (b"[" * 60_000, 400),
+        (b'{"left": NaN, "right": "s1-c01"}', 422),
+        (b'{"left": ' + b"9" * 5000 + b"}", 400),
+        (b"x" * 70_000, 413),
+        (json.dumps(PAIR | {"path": "/etc/passwd"}).encode(), 422),
+        (json.dumps({"left": "s1-c00"}).encode(), 422),
+        (json.dumps(PAIR | {"checkpoints": ["s1-c00", "s1-c01"]}).encode(), 422),
+        (json.dumps({"left": "../../etc/passwd", "right": "s1-c01"}).encode(), 422),
+        (json.dumps({"left": "s1-c00", "right": "nobody"}).encode(), 404),
+        (json.dumps({"left": "s1-c00", "right": "s1-c00"}).encode(), 422),
+        (json.dumps(PAIR | {"task": "nothing"}).encode(), 404),
+        (json.dumps(PAIR | {"ttl_seconds": -1}).encode(), 422),
+        (json.dumps({"checkpoints": ["s1-c00", "s1-c01"], "ways": "3-2"}).encode(), 422),
+        (json.dumps({"checkpoints": ["s1-c00", "s1-c01"], "ways": "x"}).encode(), 422),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(service, content, status):
+    answer = service.ask("POST", "/v1/decisions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == status and isinstance(answer.json()["detail"], str)
+    assert service.ask("GET", "/v1/policy").json()["num_decisions"] == 0
+
+
+@pytest.mark.parametrize("utility", ["NaN", "Infinity", "-0.1", "1.1", '"0.5"', "true", "null", "1e999"])
+def test_a_reward_is_a_number_from_0_to_1(service, utility):
+    decision = service.ask("POST", "/v1/decisions", json=PAIR).json()["decision_id"]
+    content = f'{{"utility": {utility}}}'.encode()
+    options = {"content": content, "headers": {"content-type": "application/json"}}
+    assert service.ask("POST", f"/v1/decisions/{decision}/reward", **options).status_code == 422
+
+
+def test_every_answer_has_the_headers_that_keep_browsers_safe(service):
+    for path, role in (("/v1/policy", "admin"), ("/v1/policy", None), ("/nothing", "admin"), ("/", None)):
+        headers = service.ask("GET", path, role).headers
+        assert (
+            headers["x-content-type-options"] == "nosniff"
+            and "frame-ancestors 'none'" in headers["content-security-policy"]
+        )
+
+
+def test_a_body_that_does_not_come_is_given_up(service):
+    async def slow() -> Any:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            await asyncio.sleep(10)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"authorization", f"Bearer {TOKENS['admin']}".encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/decisions", "headers": headers, "query_string": b""}
+        await service.app(scope, receive, send)
+        return sent[0]["status"]
+
+    assert service._runner.run(slow()) == 408
+    assert isinstance(service.app, Gate)
+
+
+def test_a_database_that_is_away_is_503_until_it_is_back(files, tmp_path):
+    service = Service(files, tmp_path, upgraded=False)
+    try:
+        answer = service.ask("POST", "/v1/decisions", json=PAIR)
+        assert answer.status_code == 503 and answer.headers["retry-after"] and "simmerge db upgrade" in answer.text
+        assert service.ask("GET", "/readyz", None).status_code == 503
+        assert service.ask("GET", "/healthz", None).status_code == 200
+        upgrade_database(f"sqlite:///{tmp_path}/service.db")
+        assert service.ask("POST", "/v1/decisions", json=PAIR).status_code == 201
+        assert service.ask("GET", "/readyz", None).json()["status"] == "ready"
+    finally:
+        service.close()
+
+
+def test_a_network_filesystem_is_recognised(tmp_path, monkeypatch):
+    mounts = "/dev/a / ext4 rw\nserver:/x /mnt/shared\\040dir nfs4 rw\n/dev/b /mnt/local xfs rw\n"
+    assert filesystem_of(tmp_path / "x", mounts) == "ext4"
+    from pathlib import Path
+
+    assert filesystem_of(Path("/mnt/shared dir/run/service.db"), mounts) == "nfs4"
+    assert filesystem_of(Path("/mnt/local/service.db"), mounts) == "xfs"
+    monkeypatch.setattr("simmerge_ray.service.standalone.filesystem_of", lambda path, mounts: "nfs4")
+    with pytest.raises(ConfigError, match="use PostgreSQL"):
+        prepare_database(f"sqlite:///{tmp_path}/service.db")
+
+
+def test_the_plain_process_serves_and_ends(files, tmp_path):
+    with running(files, tmp_path) as live, live.client() as client:
+        assert client.post("/v1/decisions", json=PAIR).status_code == 201
+        assert httpx.get(f"{live.url}/v1/policy").status_code == 401
+    assert live.process.returncode == -signal.SIGTERM  # uvicorn shuts down, then ends as it was told to
+    assert '"decision_id"' in live.log.read_text()
