@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SignalsConfig, StudyConfig, TrainConfig, load_yaml_leniently
 from simmerge_ray.distributed.search_stage import UNCHANGED, plan_search, search_stage
-from simmerge_ray.errors import ConfigError, InputError, LabelError, SelectorError
+from simmerge_ray.errors import ConfigError, InputError, LabelError
 from simmerge_ray.labels import LabelStore
 from simmerge_ray.probes import GENERAL, ProbeSet, general_probe_set, load_probe_sets
 from simmerge_ray.progress import Narrator
@@ -137,19 +137,17 @@ def train_stage(
         from simmerge_ray.propagation.second_order import SecondOrder
         from simmerge_ray.selector.crossval import crossval_report
         from simmerge_ray.selector.dataset import build_dataset
-        from simmerge_ray.selector.encoding import base_statistics
         from simmerge_ray.selector.plan_files import write_selectors
         from simmerge_ray.selector.train import train_selector
 
         started = time.monotonic()
         dataset = build_dataset(table, read, arms)
-        statistics = base_statistics(table) if config.task_encoding == "probe_stats" else None
-        selector = train_selector(dataset, config, statistics)
-        shortlist = train_selector(dataset.restricted(SecondOrder(table).columns), config, statistics)
+        selector = train_selector(dataset, config)
+        shortlist = train_selector(dataset.restricted(SecondOrder(table).columns), config)
         shown = ""
         if crossval is not None:
             with narrator.bar("checkpoints left out") as report:
-                content = crossval_report(dataset, config, report, statistics)
+                content = crossval_report(dataset, config, report)
             write_json(crossval, content)
             shown = f", unseen checkpoints: {_shown_gain(content)}"
         write_selectors(out, selector, shortlist, dataset)
@@ -193,12 +191,11 @@ def train_dataset_stage(
         started = time.monotonic()
         loaded = read_dataset(files, sorted(set(arms or ())) or None)
         dataset, table = loaded.dataset, loaded.tables[0]
-        statistics = _statistics(loaded.tables, config)
-        selector = train_selector(dataset, config, statistics)
+        selector = train_selector(dataset, config)
         columns = {one.name: one.columns for one in (Bound(table), SecondOrder(table))}
-        shortlist = train_selector(dataset.restricted(columns[SecondOrder.name]), config, statistics)
+        shortlist = train_selector(dataset.restricted(columns[SecondOrder.name]), config)
         with narrator.bar("splits and ablations") as report:
-            content = assess(dataset, config, statistics, loaded.base_of, report, columns)
+            content = assess(dataset, config, loaded.base_of, report, columns)
         content["unused"] = list(loaded.unused)
         write_selectors(out, selector, shortlist, dataset)
         _write_warm_start(out, selector, dataset, loaded.labels, config)
@@ -225,30 +222,6 @@ def _write_warm_start(
 
 def _root(path: Path) -> Path:
     return path if path.is_dir() else path.parent
-
-
-def _statistics(tables: Sequence[SignalTable], config: TrainConfig) -> Mapping[str, Sequence[float]] | None:
-    """Of the base on each task; None where tables cannot give them, unless the task encoding needs them.
-
-    Raises:
-        InputError: then.
-    """
-    from simmerge_ray.selector.encoding import base_statistics
-
-    needed = config.task_encoding == "probe_stats"
-    if len(tables) > 1:
-        if needed:
-            raise LabelError(
-                f"the task encoding probe_stats describes a task by one base, the labels are of {len(tables)}; use "
-                "none or onehot"
-            )
-        return None
-    try:
-        return base_statistics(tables[0])
-    except SelectorError:
-        if needed:
-            raise
-        return None
 
 
 def _shown_gain(crossval: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ from simmerge_ray.headroom import headroom
 from simmerge_ray.selector.baselines import best_fixed
 from simmerge_ray.selector.crossval import ONE_MODEL_UNSEEN, Progress, bench_of, crossval_report
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.encoding import TaskStatistics
 from simmerge_ray.selector.evaluation import Bench, keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.model import FittedModel
 from simmerge_ray.selector.splits import Fold, base_folds, checkpoint_folds, domain_folds, pairs_of, random_pair_folds
@@ -46,7 +45,6 @@ def small_config(config: TrainConfig) -> TrainConfig:
 def assess(
     dataset: SelectionDataset,
     config: TrainConfig,
-    statistics: TaskStatistics | None = None,
     base_of: Mapping[str, str] | None = None,
     report: Progress | None = None,
     column_sets: Mapping[str, Sequence[str]] | None = None,
@@ -54,7 +52,6 @@ def assess(
     """All that the report of a training says.
 
     Args:
-        statistics: of the base, for the task encoding `probe_stats`; None where there is none, or more than one base.
         base_of: base of each checkpoint; None takes all for one base's. column_sets: columns that are delivered by a
             propagator, by name, for the ablation.
 
@@ -68,7 +65,7 @@ def assess(
     bases = [known.get(name, "") for name in names]
     splits = _splits(dataset, config, known if len(set(bases)) > 1 else None)
     headline = UNSEEN_BASE if len(set(bases)) > 1 else ONE_MODEL_UNSEEN
-    variants = _variants(dataset, config, statistics, column_sets or {}, len(set(bases)))
+    variants = _variants(dataset, config, column_sets or {})
     tell = _Steps(report, len(splits) + len(variants) + 1)
     result: dict[str, Any] = {
         "num_contexts": len(dataset.contexts),
@@ -88,7 +85,7 @@ def assess(
         result["headroom"] = {"reason": str(error)}
     result["splits"] = {}
     for name, folds in splits.items():
-        result["splits"][name] = _split_report(dataset, config, statistics, base_of, name, folds, name == headline)
+        result["splits"][name] = _split_report(dataset, config, base_of, name, folds, name == headline)
         tell.one_more()
     shown = [i for i, column in enumerate(dataset.columns) if column in SHOWN_SIGNALS]
     result["signals"] = {dataset.columns[i]: dataset.features[:, :, i].mean(1).tolist() for i in shown}
@@ -103,7 +100,7 @@ def assess(
         np.array([row["predicted"] for row in main["predictions"]]),
         np.array([row["measured"] for row in main["predictions"]]),
     )
-    stand = _Stand.build(dataset, config, statistics, folds, base_of)
+    stand = _Stand.build(dataset, config, folds, base_of)
     result["importance"] = stand.importance()
     tell.one_more()
     return result | {"ablations": stand.ablations(variants, tell.one_more)}
@@ -144,7 +141,6 @@ def _splits(
 def _split_report(
     dataset: SelectionDataset,
     config: TrainConfig,
-    statistics: TaskStatistics | None,
     base_of: Mapping[str, str] | None,
     name: str,
     folds: list[Fold] | str,
@@ -158,7 +154,7 @@ def _split_report(
         used = small_config(config).model_copy(update={"num_folds": min(_NUM_INNER_FOLDS, config.num_folds)})
     if name == UNSEEN_DOMAIN:
         used = used.model_copy(update={"task_encoding": "none"})
-    found = crossval_report(dataset, used, None, statistics, folds, name, base_of)
+    found = crossval_report(dataset, used, None, folds, name, base_of)
     if not is_headline:
         found.pop("predictions", None)
     return found
@@ -178,9 +174,7 @@ class Variant:
 def _variants(
     dataset: SelectionDataset,
     config: TrainConfig,
-    statistics: TaskStatistics | None,
     column_sets: Mapping[str, Sequence[str]],
-    num_bases: int,
 ) -> list[Variant]:
     small = small_config(config)
     found = []
@@ -197,8 +191,8 @@ def _variants(
         columns_variant("columns of propagator", name, columns)
     for encoding in ("none", "onehot", "probe_stats"):
         reason = ""
-        if encoding == "probe_stats" and statistics is None:
-            reason = "the statistics are of one base" if num_bases > 1 else "the signal table was made without a base"
+        if encoding == "probe_stats" and dataset.statistics is None:
+            reason = "the signal table was made without a base"
         update = {"task_encoding": encoding}
         found.append(Variant("task encoding", encoding, dataset, small.model_copy(update=update), reason))
     for model in ("mlp", "ridge", "knn", "forest"):
@@ -220,11 +214,10 @@ class _Stand:
     def build(
         dataset: SelectionDataset,
         config: TrainConfig,
-        statistics: TaskStatistics | None,
         folds: Sequence[Fold],
         base_of: Mapping[str, str] | None,
     ) -> _Stand:
-        trial = Trial.start(dataset, small_config(config), statistics, folds)
+        trial = Trial.start(dataset, small_config(config), folds)
         bench = bench_of(trial, True, base_of)
         models = trial.models(dataset, trial.config)
         always = [best_fixed(dataset, trial.scoring, fold.training, fold.tested) for fold in trial.folds]
@@ -285,12 +278,12 @@ class _Stand:
         return {"gain": gain, "num_permutations": NUM_PERMUTATIONS, "rows": rows}
 
     def change_without(self, columns: Sequence[int], seed: int) -> float:
-        dataset, statistics = self.trial.dataset, self.trial.statistics
+        dataset = self.trial.dataset
         predicted = []
         for number, (fold, model) in enumerate(zip(self.trial.folds, self.models, strict=True)):
             generator = np.random.default_rng([self.trial.config.seed, seed, number])
             part = permuted_columns(dataset.subset(fold.tested), columns, generator)
-            predicted.append(model.predict(part.features, [one.task for one in part.contexts], statistics)[0])
+            predicted.append(model.predict(part.features, [one.task for one in part.contexts], part.statistics)[0])
         taken, full = (self.trial.scoring.taken(shares) for shares in (self.shares(predicted), self.full))
         tested = ~np.isnan(full)
         rows = self.trial.scoring.rows[tested].tolist()

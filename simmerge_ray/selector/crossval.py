@@ -19,7 +19,6 @@ from simmerge_ray.errors import InputError
 from simmerge_ray.headroom import headroom
 from simmerge_ray.selector.baselines import uniform_gap_closed
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.encoding import TaskStatistics
 from simmerge_ray.selector.evaluation import Bench, NoiseSets, keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.predictors import PREDICTORS
 from simmerge_ray.selector.splits import Fold, fold_mean, pairs_of, resampled_weights
@@ -47,7 +46,6 @@ def predict_unseen(
     dataset: SelectionDataset,
     config: TrainConfig,
     report: Progress | None = None,
-    statistics: TaskStatistics | None = None,
     folds: Sequence[Fold] | None = None,
 ) -> UnseenPredictions:
     """Leave each checkpoint (or group of them) out in turn, train on the pairs without it, predict the pairs with it.
@@ -55,7 +53,7 @@ def predict_unseen(
     Raises:
         LabelError: a fold is too small to train on.
     """
-    trial = Trial.start(dataset, config, statistics, folds)
+    trial = Trial.start(dataset, config, folds)
     predicted = trial.predictions(trial.models(dataset, config))
     if report:
         report(1, 1)
@@ -81,7 +79,6 @@ def crossval_report(
     dataset: SelectionDataset,
     config: TrainConfig,
     report: Progress | None = None,
-    statistics: TaskStatistics | None = None,
     folds: Sequence[Fold] | None = None,
     split: str = ONE_MODEL_UNSEEN,
     base_of: Mapping[str, str] | None = None,
@@ -89,9 +86,8 @@ def crossval_report(
     """Selector, all models and baselines on checkpoints not trained on, as plain JSON.
 
     Args:
-        report: called with (steps done, steps). statistics: for the task encoding `probe_stats`. folds, split: another
-            split of `splits` and its name; None leaves checkpoints out. base_of: base of each checkpoint, for the
-            intervals; None resamples checkpoints alone.
+        report: called with (steps done, steps). folds, split: another split of `splits` and its name; None leaves
+            checkpoints out. base_of: base of each checkpoint, for the intervals; None resamples checkpoints alone.
 
     Returns:
         `per_merge` (the headline: one arm per pair for both parents' tasks) and `per_context` (an arm per task):
@@ -107,7 +103,7 @@ def crossval_report(
         dataset = dataset.subset(known)
     try:
         room = headroom(dataset.contexts)
-        trial = Trial.start(dataset, config, statistics, folds)
+        trial = Trial.start(dataset, config, folds)
     except InputError as error:
         return result | {"reason": str(error)}
     scores, missing, safe, predicted = _all_scores(trial, report or (lambda done, steps: None))

@@ -10,6 +10,7 @@ import numpy as np
 from simmerge_ray.errors import LabelError, unknown_name
 from simmerge_ray.headroom import Context
 from simmerge_ray.labels import LabeledPlan, measures_arm, pair_contexts
+from simmerge_ray.selector.encoding import statistics_of
 from simmerge_ray.signals.features import scaled_features
 from simmerge_ray.signals.table import SignalTable
 
@@ -20,6 +21,7 @@ class SelectionDataset:
 
     features: (N, 2, F), scaled features of (left, right) and of (right, left).
     utilities: (N, K), mean over the items of the merge by each arm.
+    statistics: (N, S), entropy and loss of the base on the task of each context; None without a base.
     weights: whether weight signals are `exact` or `sampled`; a selector is not asked about tables of the other kind.
     """
 
@@ -29,12 +31,20 @@ class SelectionDataset:
     features: np.ndarray
     utilities: np.ndarray
     weights: str = "exact"
+    statistics: np.ndarray | None = None
 
     def subset(self, rows: Sequence[int]) -> SelectionDataset:
         """The contexts at the given rows."""
         index = np.asarray(rows, dtype=np.int64)
         contexts = tuple(self.contexts[row] for row in rows)
-        return replace(self, contexts=contexts, features=self.features[index], utilities=self.utilities[index])
+        statistics = None if self.statistics is None else self.statistics[index]
+        return replace(
+            self,
+            contexts=contexts,
+            features=self.features[index],
+            utilities=self.utilities[index],
+            statistics=statistics,
+        )
 
     def restricted(self, columns: Sequence[str]) -> SelectionDataset:
         """The same contexts with these feature columns only, e.g. those that a propagator delivers.
@@ -69,7 +79,8 @@ def build_dataset(
     features = np.array([pair_features(table, c.left, c.right, c.task) for c in contexts])
     utilities = np.array([[context.arms[arm].mean() for arm in chosen] for context in contexts])
     mode = table.provenance["weights"]
-    return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities, mode)
+    statistics = statistics_of(table, [context.task for context in contexts])
+    return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities, mode, statistics)
 
 
 def join_datasets(parts: Sequence[SelectionDataset]) -> SelectionDataset:
@@ -99,11 +110,13 @@ def join_datasets(parts: Sequence[SelectionDataset]) -> SelectionDataset:
                 f"the weight signals of {where} are {first.weights} and {other.weights}: compute both with the same "
                 "--weights"
             )
+    known = [part.statistics for part in parts if part.statistics is not None]
     return replace(
         first,
         contexts=tuple(context for part in parts for context in part.contexts),
         features=np.concatenate([part.features for part in parts]),
         utilities=np.concatenate([part.utilities for part in parts]),
+        statistics=np.concatenate(known) if len(known) == len(parts) else None,
     )
 
 

@@ -2,13 +2,13 @@
 
 none         nothing (the default: an encoding can only be wrong about a task that was not trained on)
 onehot       one column a known task, and one that says that the task is unknown
-probe_stats  entropy and loss of the base on the task's probes, standardised over the training tasks; the length of the
-             probes is not in a signal table, so it is not used
+probe_stats  entropy and loss of the context's base on the task's probes, standardised over bases and tasks of the
+             training; the length of the probes is not in a signal table, so it is not used
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,8 @@ import numpy as np
 from simmerge_ray.errors import SelectorError
 from simmerge_ray.signals.table import SignalTable
 
+Array = np.ndarray
 STATISTICS = ("entropy", "loss")
-TaskStatistics = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,19 @@ class TaskEncoding:
     scale: tuple[float, ...] = ()
 
     @staticmethod
-    def fit(kind: str, tasks: Sequence[str], statistics: TaskStatistics | None = None) -> TaskEncoding:
+    def fit(kind: str, tasks: Sequence[str], statistics: Array | None = None) -> TaskEncoding:
         """The encoding of the tasks of a training set, one entry a context.
 
+        Args:
+            statistics: (N, S), of the base of each context on its task.
+
         Raises:
-            SelectorError: `probe_stats` without the statistics of a task.
+            SelectorError: `probe_stats` without statistics.
         """
         known = tuple(sorted(set(tasks)))
         if kind != "probe_stats":
             return TaskEncoding(kind, known if kind == "onehot" else ())
-        values = np.array([_statistics_of(task, statistics) for task in known])
+        values = np.unique(_checked(statistics, len(tasks)), axis=0)  # of every base and task once
         scale = np.where(values.std(0) > 1e-9, values.std(0), 1.0)
         return TaskEncoding(kind, known, tuple(values.mean(0).tolist()), tuple(scale.tolist()))
 
@@ -52,27 +55,23 @@ class TaskEncoding:
         """Number of columns."""
         return {"none": 0, "onehot": len(self.tasks) + 1, "probe_stats": len(self.centre)}[self.kind]
 
-    def codes(
-        self, num_contexts: int, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
-    ) -> np.ndarray:
+    def codes(self, num_contexts: int, tasks: Sequence[str] | None = None, statistics: Array | None = None) -> Array:
         """(N, T) columns for the tasks of N contexts; without `tasks` every task is unknown.
 
         Raises:
-            SelectorError: the number of tasks is another one, or `probe_stats` lacks the statistics of a task.
+            SelectorError: the number of tasks is another one, or `probe_stats` lacks statistics.
         """
         if tasks is not None and len(tasks) != num_contexts:
             raise SelectorError(f"{len(tasks)} tasks were given for {num_contexts} contexts; give one for each")
         if self.kind == "none":
             return np.zeros((num_contexts, 0))
         if self.kind == "onehot":
-            codes = np.zeros((num_contexts, len(self.tasks) + 1))
+            codes: Array = np.zeros((num_contexts, len(self.tasks) + 1))
             columns = [self.tasks.index(t) if t in self.tasks else -1 for t in tasks or [""] * num_contexts]
             codes[np.arange(num_contexts), columns] = 1.0
             return codes
-        if tasks is None:
-            raise SelectorError("a selector with the task encoding probe_stats needs the task of every context")
-        values = np.array([_statistics_of(task, statistics) for task in tasks]).reshape(num_contexts, len(STATISTICS))
-        return (values - self.centre) / self.scale
+        standardised: Array = (_checked(statistics, num_contexts) - self.centre) / self.scale
+        return standardised
 
 
 def base_statistics(table: SignalTable) -> dict[str, tuple[float, ...]]:
@@ -93,10 +92,21 @@ def base_statistics(table: SignalTable) -> dict[str, tuple[float, ...]]:
     return found
 
 
-def _statistics_of(task: str, statistics: TaskStatistics | None) -> list[float]:
-    if statistics is None or task not in statistics:
+def statistics_of(table: SignalTable, tasks: Sequence[str]) -> Array | None:
+    """(N, S): `base_statistics` for the task of each context; None where the table was made without a base."""
+    try:
+        known = base_statistics(table)
+    except SelectorError:
+        return None
+    return np.array([known[task] for task in tasks]).reshape(len(tasks), len(STATISTICS))
+
+
+def _checked(statistics: Array | None, num_contexts: int) -> Array:
+    if statistics is None:
         raise SelectorError(
-            f"the task encoding probe_stats needs the base's {' and '.join(STATISTICS)} on task {task!r}; "
-            "give `base_statistics(table)`, or train with task_encoding none"
+            f"the task encoding probe_stats needs the base's {' and '.join(STATISTICS)} on the task of every context: "
+            "signals computed with a base; or train with task_encoding none"
         )
-    return list(statistics[task])
+    if statistics.shape != (num_contexts, len(STATISTICS)):
+        raise SelectorError(f"the statistics have the shape {statistics.shape}; it must be ({num_contexts}, 2)")
+    return statistics

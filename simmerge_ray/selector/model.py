@@ -17,7 +17,7 @@ import numpy as np
 
 from simmerge_ray.errors import SelectorError
 from simmerge_ray.selector.dataset import pair_features
-from simmerge_ray.selector.encoding import TaskEncoding, TaskStatistics, base_statistics
+from simmerge_ray.selector.encoding import TaskEncoding, statistics_of
 from simmerge_ray.selector.novelty import Novelty
 from simmerge_ray.selector.policy import Choice, Intervals, SafeOverride, explain
 from simmerge_ray.selector.predictors import PREDICTORS, MlpPredictor, Network, Predictor
@@ -64,7 +64,7 @@ class FittedModel:
         return (features - self.centre) / self.scale
 
     def inputs(
-        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> np.ndarray:
         """(N, 2, F) features and the tasks -> (N, 2, D): standardised, the task's code appended to both orders."""
         codes = self.encoding.codes(len(features), tasks, statistics)
@@ -72,7 +72,7 @@ class FittedModel:
         return np.concatenate([inputs, np.repeat(codes[:, None], 2, axis=1)], axis=2) if codes.shape[1] else inputs
 
     def predict(
-        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(N, 2, F) -> utility (N, K) and sd (N, K)."""
         if not len(features):
@@ -122,13 +122,13 @@ class Selector:
         return predictor
 
     def predict(
-        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Utilities, averaged over both orders of each pair (all arms here are symmetric).
 
         Args:
-            features: (N, 2, F) scaled features, as in `SelectionDataset`. tasks: of each context; needed by the
-                encoding `probe_stats`, with the base's `statistics` on them, and unknown to `onehot` when left out.
+            features: (N, 2, F) scaled features, as in `SelectionDataset`. tasks: of each context, unknown to the
+                encoding `onehot` when left out. statistics: (N, S), as there; needed by `probe_stats`.
 
         Returns:
             utility (N, K) and sd (N, K).
@@ -139,7 +139,7 @@ class Selector:
         return self.fitted.predict(features, tasks, statistics)
 
     def encode(
-        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> np.ndarray:
         """(N, 2, F) -> (N, E, hidden): outputs of the encoders of the E networks, averaged over both orders.
 
@@ -165,7 +165,7 @@ class Selector:
         return self.intervals.half_widths[self.intervals.levels.index(level)]
 
     def choose(
-        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: TaskStatistics | None = None
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> Choice:
         """One arm for one pair on T tasks together: the default policy.
 
@@ -194,10 +194,10 @@ class Selector:
 
     def _from_table(
         self, table: SignalTable, left: str, right: str, tasks: Sequence[str]
-    ) -> tuple[np.ndarray, Sequence[str], TaskStatistics | None]:
+    ) -> tuple[np.ndarray, Sequence[str], np.ndarray | None]:
         self.check_table(table)
         features = np.array([pair_features(table, left, right, task) for task in tasks])
-        statistics = base_statistics(table) if self.fitted.encoding.kind == "probe_stats" else None
+        statistics = statistics_of(table, tasks) if self.fitted.encoding.kind == "probe_stats" else None
         return features.reshape(len(tasks), 2, len(self.columns)), tasks, statistics
 
     def check_table(self, table: SignalTable) -> None:

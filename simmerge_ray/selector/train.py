@@ -12,7 +12,7 @@ import numpy as np
 from simmerge_ray.config import TrainConfig
 from simmerge_ray.errors import LabelError, SelectorError, unknown_name
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.encoding import TaskEncoding, TaskStatistics
+from simmerge_ray.selector.encoding import TaskEncoding
 from simmerge_ray.selector.evaluation import Scoring, units_of
 from simmerge_ray.selector.fit_mlp import fit_mlps
 from simmerge_ray.selector.fit_sklearn import fit_forest, fit_knn, fit_ridge
@@ -45,7 +45,6 @@ _FITTERS: Mapping[str, Callable[[Sequence[TrainingSet], TrainConfig], Sequence[P
 def train_selector(
     dataset: SelectionDataset,
     config: TrainConfig,
-    statistics: TaskStatistics | None = None,
     reference: Sequence[str] | None = None,
     rewards: Sequence[RewardedMerge] = (),
 ) -> Selector:
@@ -56,7 +55,7 @@ def train_selector(
     has no intervals.
 
     Args:
-        statistics: `base_statistics(table)`, for the task encoding `probe_stats`. reference: arms whose contrasts sum
+        reference: arms whose contrasts sum
             to zero; None takes all. Contexts in which one of them was not measured (NaN) are dropped; another arm is a
             contrast to their mean, learned from the contexts that have it. rewards: single arms of merges, learned
             beside the contexts; thresholds and intervals are calibrated on the contexts alone.
@@ -69,9 +68,9 @@ def train_selector(
     columns = _reference_columns(dataset, names)
     dataset = dataset.subset(_known_rows(dataset, columns))
     check_enough(dataset, len(columns))
-    fitted = fit_models(dataset, [range(len(dataset.contexts))], config, statistics, columns, rewards)[0]
+    fitted = fit_models(dataset, [range(len(dataset.contexts))], config, columns, rewards)[0]
     pairs = pairs_of(dataset.contexts)
-    override, intervals = _calibrated(dataset, config, statistics, columns, rewards)
+    override, intervals = _calibrated(dataset, config, columns, rewards)
     unique = sorted({(min(pair), max(pair)) for pair in pairs})
     order = _canonical(dataset, range(len(pairs)))
     provenance: dict[str, Any] = {
@@ -137,7 +136,6 @@ def fit_models(
     dataset: SelectionDataset,
     parts: Sequence[Rows],
     config: TrainConfig,
-    statistics: TaskStatistics | None = None,
     reference: Sequence[int] | None = None,
     rewards: Sequence[RewardedMerge] = (),
 ) -> list[FittedModel]:
@@ -164,12 +162,13 @@ def fit_models(
         centre, scale = flat.mean(0), flat.std(0)
         scale = np.where(scale > 1e-9, scale, 1.0)
         tasks = [dataset.contexts[row].task for row in rows]
+        statistics = None if dataset.statistics is None else dataset.statistics[rows]
         encoding = TaskEncoding.fit(config.task_encoding, tasks, statistics)
         codes = np.repeat(encoding.codes(len(rows), tasks, statistics)[:, None], 2, axis=1)
         inputs = np.concatenate([(features - centre) / scale, codes], axis=2)
         prepared.append((centre, scale, encoding))
         used = without(rewards, every - {name for row in rows for name in pairs[row]})
-        told = [_reward_inputs(one, centre, scale, encoding, statistics) for one in used]
+        told = [_reward_inputs(one, centre, scale, encoding) for one in used]
         of_part = tuple(pairs[row] for row in rows)
         singles = single_arms(used, dataset.arms, told)
         sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, of_part, singles))
@@ -187,22 +186,18 @@ def _reward_inputs(
     centre: np.ndarray,
     scale: np.ndarray,
     encoding: TaskEncoding,
-    statistics: TaskStatistics | None,
 ) -> np.ndarray:
     """(T, 2, D)."""
-    codes = encoding.codes(len(reward.tasks), reward.tasks, statistics)
+    codes = encoding.codes(len(reward.tasks), reward.tasks)
     return np.concatenate([(reward.features - centre) / scale, np.repeat(codes[:, None], 2, axis=1)], axis=2)
 
 
-def predict_folds(
-    dataset: SelectionDataset, folds: Sequence[Fold], models: Sequence[FittedModel], statistics: TaskStatistics | None
-) -> list[np.ndarray]:
+def predict_folds(dataset: SelectionDataset, folds: Sequence[Fold], models: Sequence[FittedModel]) -> list[np.ndarray]:
     """Per fold (num tested, K): predictions of its model for what it tests."""
+    parts = [dataset.subset(fold.tested) for fold in folds]
     return [
-        model.predict(
-            dataset.features[list(fold.tested)], [dataset.contexts[row].task for row in fold.tested], statistics
-        )[0]
-        for fold, model in zip(folds, models, strict=True)
+        model.predict(part.features, [context.task for context in part.contexts], part.statistics)[0]
+        for part, model in zip(parts, models, strict=True)
     ]
 
 
@@ -237,7 +232,6 @@ def usable_folds(folds: Sequence[Fold]) -> list[Fold]:
 def _calibrated(
     dataset: SelectionDataset,
     config: TrainConfig,
-    statistics: TaskStatistics | None,
     reference: tuple[int, ...],
     rewards: Sequence[RewardedMerge],
 ) -> tuple[SafeOverride, Intervals | None]:
@@ -248,7 +242,7 @@ def _calibrated(
     if not folds:
         scoring = Scoring.of(known.contexts, arms)
         return SafeOverride(arms[scoring.best_fixed(len(arms))], math.inf, None, None, 0.0, scoring.unit), None
-    models = fit_models(dataset, [fold.training for fold in folds], config, statistics, reference, rewards)
-    predicted = predict_folds(dataset, folds, models, statistics)
+    models = fit_models(dataset, [fold.training for fold in folds], config, reference, rewards)
+    predicted = predict_folds(dataset, folds, models)
     override, _ = calibrate(known, folds, [value[:, list(reference)] for value in predicted])
     return override, fit_intervals(*fold_errors(dataset, folds, predicted))

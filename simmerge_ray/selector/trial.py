@@ -16,7 +16,6 @@ from simmerge_ray.selector.baselines import (
     single_checkpoint_features,
 )
 from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.encoding import TaskStatistics
 from simmerge_ray.selector.evaluation import Scoring, keeping_no_parent, units_of
 from simmerge_ray.selector.model import FittedModel
 from simmerge_ray.selector.novelty import fit_novelty
@@ -34,7 +33,6 @@ class Trial:
 
     dataset: SelectionDataset
     config: TrainConfig
-    statistics: TaskStatistics | None
     folds: list[Fold]
     scoring: Scoring
 
@@ -42,7 +40,6 @@ class Trial:
     def start(
         dataset: SelectionDataset,
         config: TrainConfig,
-        statistics: TaskStatistics | None,
         folds: Sequence[Fold] | None,
     ) -> Trial:
         if folds is None:
@@ -52,14 +49,14 @@ class Trial:
             check_enough(dataset.subset(fold.training), len(dataset.arms))
         if not folds:
             raise LabelError("there are no contexts to leave out: search more pairs")
-        return Trial(dataset, config, statistics, list(folds), Scoring.of(dataset.contexts, dataset.arms))
+        return Trial(dataset, config, list(folds), Scoring.of(dataset.contexts, dataset.arms))
 
     def models(self, dataset: SelectionDataset, config: TrainConfig) -> list[FittedModel]:
         """One for each fold, on features that may be others than those of the trial."""
-        return fit_models(dataset, [fold.training for fold in self.folds], config, self.statistics)
+        return fit_models(dataset, [fold.training for fold in self.folds], config)
 
     def predictions(self, models: Sequence[FittedModel], dataset: SelectionDataset | None = None) -> list[np.ndarray]:
-        return predict_folds(dataset or self.dataset, self.folds, models, self.statistics)
+        return predict_folds(dataset or self.dataset, self.folds, models)
 
     def averaged(self, values: Sequence[np.ndarray]) -> np.ndarray:
         return fold_mean(self.folds, values, len(self.dataset.contexts))
@@ -104,7 +101,7 @@ class Trial:
 
     def _permuted_predictions(self) -> list[np.ndarray]:
         # All folds in one data set, so that networks are trained side by side: rows of fold i start at i * N.
-        num, seed = len(self.dataset.contexts), self.config.seed
+        num, seed, statistics = len(self.dataset.contexts), self.config.seed, self.dataset.statistics
         joined = replace(
             self.dataset,
             contexts=self.dataset.contexts * len(self.folds),
@@ -112,9 +109,10 @@ class Trial:
                 [permuted_signals(self.dataset, fold.training, seed).features for fold in self.folds]
             ),
             utilities=np.tile(self.dataset.utilities, (len(self.folds), 1)),
+            statistics=None if statistics is None else np.tile(statistics, (len(self.folds), 1)),
         )
         parts = [[i * num + row for row in fold.training] for i, fold in enumerate(self.folds)]
-        return self.predictions(fit_models(joined, parts, self.config, self.statistics))
+        return self.predictions(fit_models(joined, parts, self.config))
 
 
 @dataclass(frozen=True)
@@ -159,14 +157,14 @@ def safe_results(trial: Trial, models: Sequence[FittedModel], predicted: Sequenc
     dataset, inner = trial.dataset, _inner_folds(trial)
     # Leaving out A, then B, is leaving out B, then A: with one checkpoint a fold half of the models are enough.
     distinct = {fold.training: None for folds in inner for fold in folds}
-    fitted = fit_models(dataset, list(distinct), _inner_config(trial.config), trial.statistics) if distinct else []
+    fitted = fit_models(dataset, list(distinct), _inner_config(trial.config)) if distinct else []
     model_of = dict(zip(distinct, fitted, strict=True))
     pairs, arms = pairs_of(dataset.contexts), dataset.arms
     scores: dict[str, list[np.ndarray]] = {name: [] for name in OBJECTIVES}
     thresholds: list[float | None] = []
     distant, inside, widths = [], [], []
     for fold, folds, model, utility in zip(trial.folds, inner, models, predicted, strict=True):
-        inner_predicted = predict_folds(dataset, folds, [model_of[one.training] for one in folds], trial.statistics)
+        inner_predicted = predict_folds(dataset, folds, [model_of[one.training] for one in folds])
         training = list(fold.training)
         novelty = fit_novelty(
             model.standardised(dataset.features[training]), [pairs[i] for i in training], trial.config.novelty_quantile

@@ -273,7 +273,7 @@ def train_candidate(material: Material, present: Selector, out: Path) -> Candida
 
 
 def _trained(material: Material, dataset: SelectionDataset, rewards: Sequence[RewardedMerge]) -> Selector:
-    selector = train_selector(dataset, material.config, None, material.labelled.arms, rewards)
+    selector = train_selector(dataset, material.config, material.labelled.arms, rewards)
     about = {"namespace": material.namespace, "num": len(rewards), "last_seq": material.last_seq}
     return replace(selector, provenance={**selector.provenance, "rewards": about})
 

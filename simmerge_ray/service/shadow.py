@@ -9,7 +9,7 @@ that is asked for now, but few; the second sees many, but old ones: it shows wha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -183,7 +183,7 @@ def fold_models(
     rewards: Sequence[RewardedMerge],
 ) -> list[FittedModel]:
     """A model for each fold, from its contexts and from the rewards of merges without its checkpoints."""
-    return fit_models(dataset, [fold.training for fold in folds], config, None, reference, rewards)
+    return fit_models(dataset, [fold.training for fold in folds], config, reference, rewards)
 
 
 def compare_on_labels(
@@ -199,14 +199,12 @@ def compare_on_labels(
     if not folds:
         return None
     arms = tuple(dataset.arms[k] for k in reference)
-    known = SelectionDataset(
-        dataset.contexts, arms, dataset.columns, dataset.features, dataset.utilities[:, list(reference)]
-    )
-    trial = Trial(known, config, None, list(folds), Scoring.of(known.contexts, arms))
+    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, list(reference)])
+    trial = Trial(known, config, list(folds), Scoring.of(known.contexts, arms))
     bench = bench_of(trial, True, base_of)
     shares = []
     for models in (present, candidate):
-        predicted = [values[:, list(reference)] for values in predict_folds(dataset, folds, models, None)]
+        predicted = [values[:, list(reference)] for values in predict_folds(dataset, folds, models)]
         scores = keeping_no_parent(fold_mean(folds, predicted, len(dataset.contexts)))
         shares.append(shares_of(scores, bench.units))
     old, new = shares

@@ -38,7 +38,7 @@ def primary_test(dataset: SelectionDataset, base_of: Mapping[str, str], config: 
         LabelError: fewer than two bases, or GapClosed is nowhere defined.
     """
     pairs = pairs_of(dataset.contexts)
-    trial = Trial.start(dataset, config, None, base_folds(pairs, base_of))
+    trial = Trial.start(dataset, config, base_folds(pairs, base_of))
     scoring, units = trial.scoring, units_of(dataset.contexts, per_merge=True)
     if scoring.unit != GAP_CLOSED:
         raise LabelError("the checkpoints differ on no task by enough to measure GapClosed")

@@ -56,7 +56,7 @@ def pilot_gains(dataset: SelectionDataset, config: TrainConfig) -> tuple[list[fl
     The headline is a ratio of sums for each task; a merge's gain on a task is divided by the task's mean gap, so that
     the mean over the merges of a task is the headline's ratio.
     """
-    trial = Trial.start(dataset, config, None, None)
+    trial = Trial.start(dataset, config, None)
     units = units_of(dataset.contexts, per_merge=True)
     predicted = keeping_no_parent(trial.averaged(trial.predictions(trial.models(dataset, config))))
     scores, _ = trial.baseline_scores()

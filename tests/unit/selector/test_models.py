@@ -16,7 +16,7 @@ from simmerge_ray.selector.targets import TrainingSet, level_and_contrasts
 from simmerge_ray.selector.train import train_selector
 from tests.unit.selector.made_up import planted
 
-STATISTICS = {"s": (1.0, 2.0), "t": (3.0, 2.5)}
+OF_TASK = {"s": (1.0, 2.0), "t": (3.0, 2.5)}
 
 
 @pytest.fixture(params=["mlp", "ridge", "knn", "forest"])
@@ -86,19 +86,21 @@ def test_the_same_seed_gives_the_same_selector(config, dataset):
 
 @pytest.mark.parametrize("encoding", ["none", "onehot", "probe_stats"])
 def test_the_artifact_predicts_and_chooses_the_same(config, dataset, encoding, tmp_path):
-    selector = train_selector(dataset, config.model_copy(update={"task_encoding": encoding}), STATISTICS)
+    tasks = [context.task for context in dataset.contexts]
+    statistics = np.array([OF_TASK[task] for task in tasks])
+    dataset = dataclasses.replace(dataset, statistics=statistics)
+    selector = train_selector(dataset, config.model_copy(update={"task_encoding": encoding}))
     selector.write(tmp_path / "selector")
     again = read_selector(tmp_path / "selector")
-    tasks = [context.task for context in dataset.contexts]
     for one, two in zip(
-        selector.predict(dataset.features, tasks, STATISTICS),
-        again.predict(dataset.features, tasks, STATISTICS),
+        selector.predict(dataset.features, tasks, statistics),
+        again.predict(dataset.features, tasks, statistics),
         strict=True,
     ):
         np.testing.assert_array_equal(one, two)
     assert (again.override, again.fitted.encoding) == (selector.override, selector.fitted.encoding)
-    assert again.choose(dataset.features[:2], tasks[:2], STATISTICS) == selector.choose(
-        dataset.features[:2], tasks[:2], STATISTICS
+    assert again.choose(dataset.features[:2], tasks[:2], statistics[:2]) == selector.choose(
+        dataset.features[:2], tasks[:2], statistics[:2]
     )
     if selector.intervals:
         np.testing.assert_array_equal(again.half_widths(0.9), selector.half_widths(0.9))
@@ -185,10 +187,11 @@ def test_an_encoding_learns_what_only_the_task_tells(dataset):
     tasks = [context.task for context in dataset.contexts]
     utilities = np.full(dataset.utilities.shape, 0.4)
     utilities[:, 0] += [0.3 if task == "s" else -0.3 for task in tasks]
-    told = dataclasses.replace(dataset, utilities=utilities)
+    statistics = np.array([OF_TASK[task] for task in tasks])
+    told = dataclasses.replace(dataset, utilities=utilities, statistics=statistics)
     for encoding in ("onehot", "probe_stats"):
         config = TrainConfig(model="ridge", penalties=(0.1,), task_encoding=encoding)
-        utility, _ = train_selector(told, config, STATISTICS).predict(dataset.features, tasks, STATISTICS)
+        utility, _ = train_selector(told, config).predict(dataset.features, tasks, statistics)
         np.testing.assert_allclose(utility, utilities, atol=0.05)
 
 
@@ -209,7 +212,7 @@ def test_bad_input_is_named_with_its_remedy(dataset):
         selector.predict(features[:, :, :3])
     with pytest.raises(SelectorError, match="1 tasks were given for 20 contexts"):
         selector.predict(dataset.features, ["s"])
-    with pytest.raises(SelectorError, match="on task 's'; give `base_statistics"):
+    with pytest.raises(SelectorError, match="entropy and loss on the task of every context"):
         train_selector(dataset, TrainConfig(task_encoding="probe_stats"))
     with pytest.raises(SelectorError, match="one task at least"):
         selector.choose(dataset.features[:0])
