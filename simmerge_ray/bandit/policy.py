@@ -137,23 +137,24 @@ class NeuralLinearTS:
         Args:
             explore: False plays the arm of the highest mean (under the safe rule, with its means in place of draws);
                 its propensity is logged as 1, and such decisions are left out of off-policy estimates. classes: arms
-                whose merge is one and the same here; a class is played as one arm, the one that is known best, and has
-                one propensity, shown at that arm. among: arms that may be played; None takes all.
+                whose merge is one and the same here; a class is played as one arm, the one that is known best (the
+                fixed arm in its own class), and has one propensity, shown at that arm. among: arms that may be played;
+                None takes all.
 
         Raises:
             BanditError: an unknown arm, or none that may be played.
         """
-        arms = self._representatives(z, among, classes)
+        arms, fixed = self._representatives(z, among, classes)
         draws = self._draws(arms, z)
         if explore:
             values = sampled(draws, np.array([keyed_uniform(decision_id, arm) for arm in arms]))
-            propensities = with_floor(self._propensities(arms, draws), min(self.floor, 1 / len(arms)))
-            chosen = self._chosen(arms, values)
+            propensities = with_floor(self._propensities(draws, fixed), min(self.floor, 1 / len(arms)))
+            chosen = self._chosen(values, fixed)
             if self.floor and keyed_uniform(decision_id, "", "floor") < len(arms) * self.floor:
                 chosen = int(keyed_uniform(decision_id, "", "floor arm") * len(arms))
         else:
             values = draws.location
-            chosen = self._chosen(arms, values)
+            chosen = self._chosen(values, fixed)
             propensities = np.eye(len(arms))[chosen]
         return Suggestion(
             decision_id, tuple(arms), arms[chosen], propensities, draws.location, draws.scale, values, explore
@@ -188,23 +189,25 @@ class NeuralLinearTS:
             raise BanditError(f"the prior of {arm!r} has {prior.num_dimensions} dimensions, the others {dimensions}")
         self._posteriors[arm] = self._priors[arm] = prior
 
-    def _representatives(self, z: Array, among: Sequence[str] | None, classes: Iterable[Sequence[str]]) -> list[str]:
-        """The arms that may be played, of each class of identical ones that with the smallest spread at z."""
+    def _representatives(
+        self, z: Array, among: Sequence[str] | None, classes: Iterable[Sequence[str]]
+    ) -> tuple[list[str], int | None]:
+        """The arms that may be played, of each class of identical ones that with the smallest spread at z, and which of
+        them is the fixed arm or the same merge."""
         allowed = list(self.arms if among is None else dict.fromkeys(among))
         for arm in allowed:
             self.posterior(arm)
         if not allowed:
             raise BanditError("no arm may be played")
+        fixed = self.safe.fixed if self.safe else None
         for members in classes:
-            same = [arm for arm in allowed if arm in set(members)]
+            same = [arm for arm in allowed if arm in members]
             if len(same) > 1:
-                kept = min(same, key=lambda arm: (self._posteriors[arm].marginal(z)[1], arm != self._fixed, arm))
+                kept = min(same, key=lambda arm: (arm != fixed, self._posteriors[arm].marginal(z)[1], arm))
                 allowed = [arm for arm in allowed if arm not in same or arm == kept]
-        return allowed
-
-    @property
-    def _fixed(self) -> str | None:
-        return self.safe.fixed if self.safe else None
+            if same and fixed in members and fixed not in allowed:
+                fixed = next(arm for arm in same if arm in allowed)
+        return allowed, allowed.index(fixed) if fixed in allowed else None
 
     def _draws(self, arms: Sequence[str], z: Array) -> Draws:
         marginals = np.array([self._posteriors[arm].marginal(z) for arm in arms])
@@ -219,15 +222,14 @@ class NeuralLinearTS:
         )
         return Draws(location, np.sqrt(learned[:, 1] / learned[:, 0]) * spread, 2 * learned[:, 0])
 
-    def _propensities(self, arms: Sequence[str], draws: Draws) -> Array:
-        if self.safe is None or self.safe.fixed not in arms:
+    def _propensities(self, draws: Draws, fixed: int | None) -> Array:
+        if self.safe is None or fixed is None:
             return thompson_propensities(draws)
-        return safe_propensities(draws, arms.index(self.safe.fixed), self.safe.threshold)
+        return safe_propensities(draws, fixed, self.safe.threshold)
 
-    def _chosen(self, arms: Sequence[str], values: Array) -> int:
-        if self.safe is None or self.safe.fixed not in arms:
+    def _chosen(self, values: Array, fixed: int | None) -> int:
+        if self.safe is None or fixed is None:
             return int(values.argmax())
-        fixed = arms.index(self.safe.fixed)
         others = values.copy()
         others[fixed] = -np.inf
         best = int(others.argmax())

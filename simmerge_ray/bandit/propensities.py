@@ -5,9 +5,9 @@ policy leaves the fixed arm f only for an arm whose draw is the best of the othe
 `P(k) = int f_k(s) F_f(s - tau) prod_{j != k, f} F_j(s) ds`, and f has the rest.
 
 The line is cut at multiples of every arm's spread around its mean (and, for f, around its mean plus tau), so that each
-piece is smooth; beyond the last cut lies less than 1e-15 of any arm. Two and three Gaussian arms have closed forms, which
-take a tenth of the time: a normal distribution and, for `P(k) = P(X_k > X_i and X_k > X_j)`, a bivariate one by Owen's T
-(Owen 1956, "Tables for computing bivariate normal probabilities").
+piece is smooth; beyond the last cut lies less than 1e-15 of any arm. Two and three Gaussian arms have closed forms: a
+normal distribution and, for `P(k) = P(X_k > X_i and X_k > X_j)`, a bivariate one by Owen's T (Owen 1956, "Tables for
+computing bivariate normal probabilities").
 """
 
 from __future__ import annotations

@@ -13,7 +13,14 @@ from scipy.stats import t as student
 
 from simmerge_ray.bandit.policy import NeuralLinearTS, Noise, SafeRule, with_prior_mean
 from simmerge_ray.bandit.posterior import GaussianPosterior
-from simmerge_ray.bandit.propensities import Draws, safe_propensities, thompson_propensities, with_floor
+from simmerge_ray.bandit.propensities import (
+    Draws,
+    _by_quadrature,
+    _largest,
+    safe_propensities,
+    thompson_propensities,
+    with_floor,
+)
 from simmerge_ray.errors import BanditError
 
 Z = np.array([1.0, 0.5])
@@ -51,6 +58,14 @@ def test_two_arms_have_a_closed_form():
     spread = math.hypot(0.2, 0.5)
     assert thompson_propensities(draws)[1] == pytest.approx(norm.cdf(0.3 / spread), abs=1e-12)
     assert safe_propensities(draws, 0, 0.25)[1] == pytest.approx(norm.cdf((0.3 - 0.25) / spread), abs=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=3), st.integers(0, 2**31), st.integers(1, 16))
+def test_closed_forms_are_the_quadrature_they_stand_for(locations, seed, digits):
+    location = np.round(locations, digits)  # few digits: ties and nearly ties
+    draws = Draws(location, 10.0 ** np.random.default_rng(seed).uniform(-3, 0, len(location)))
+    np.testing.assert_allclose(_largest(draws), _by_quadrature(draws), rtol=0, atol=1e-12)
 
 
 def test_adaptive_quadrature_agrees():
@@ -154,6 +169,17 @@ def test_identical_arms_are_played_as_one():
     assert found.arms == ("linear", "ties")  # seen more often here than nuslerp
     assert found.propensities.sum() == pytest.approx(1.0, abs=1e-10)
     assert tried.suggest(Z, "d", classes=[("linear", "ties", "nuslerp")]).propensities.tolist() == [1.0]
+
+
+def test_the_safe_rule_holds_where_the_fixed_arm_has_a_twin():
+    tried = policy(SafeRule("linear", math.inf), floor=0.01)
+    tried.update([("ties", Z, 0.1)] * 5)  # seen more often than linear
+    twins = [("nuslerp",), ("ties", "linear")]
+    found = tried.suggest(Z, "d", classes=twins)
+    assert sorted(found.arms) == ["linear", "nuslerp"]
+    assert found.propensities[found.arms.index("linear")] == pytest.approx(0.99, abs=1e-12)
+    without = tried.suggest(Z, "d", classes=twins, among=("ties", "nuslerp"))  # ties makes the fixed arm's merge
+    assert without.propensities[without.arms.index("ties")] == pytest.approx(0.99, abs=1e-12)
 
 
 def test_rewards_move_the_posterior_of_their_arm_alone():
