@@ -17,6 +17,7 @@ from simmerge_ray import __version__
 from simmerge_ray.auto_cli import auto
 from simmerge_ray.catalogue_cli import catalogue_app
 from simmerge_ray.client_cli import client_app
+from simmerge_ray.db_cli import db_app
 from simmerge_ray.errors import ConfigError, InputError, PlanError, SimmergeError, unknown_name
 from simmerge_ray.labels_cli import labels_app
 from simmerge_ray.plan_cli import plan
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(labels_app, name="labels")
 app.add_typer(client_app, name="client")
+app.add_typer(db_app, name="db")
 
 CataloguePath = Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")]
 LogOption = Annotated[Path, typer.Option("--log", help="where the output of libraries goes")]

@@ -19,7 +19,7 @@ FLOW = (
     "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
     "transformers_evaluator", "headroom", "labels", "search", "selector", "bandit", "service", "client", "figures",
     "report", "selector_report", "demo", "study", "distributed", "search_cli", "catalogue_cli", "labels_cli",
-    "serve_cli", "plan_cli", "auto_cli", "client_cli", "cli",
+    "serve_cli", "plan_cli", "auto_cli", "client_cli", "db_cli", "cli",
 )  # fmt: skip
 
 
