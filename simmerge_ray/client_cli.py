@@ -275,7 +275,7 @@ def _show_list(answer: Any) -> None:
         )
         for one in answer.decisions
     ]
-    _table(("decision", "at", "merge", "arm", "how", "status", "utility"), rows, left=6)
+    _table(("decision", "at", "merge", "arm", "how", "status", "utility"), rows, left=6, whole=1)
     if answer.next_before is not None:
         _say(f"more: --before {answer.next_before}")
 
@@ -314,15 +314,18 @@ def _show_plans(answer: Any) -> None:
     _say(f"{answer.num_considered} plans considered ({how})")
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3) -> None:
-    """The first `left` columns to the left, numbers to the right. What the service says is text, never markup."""
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3, whole: int = 0) -> None:
+    """The first `left` columns to the left, numbers to the right; the first `whole` are never broken, to be copied.
+
+    What the service says is text, never markup.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
+        table.add_column(column, justify="left" if number < left else "right", overflow="fold", no_wrap=number < whole)
     for row in rows:
         table.add_row(*(Text(_printable(cell)) for cell in row))
     Console().print(table)

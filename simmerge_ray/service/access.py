@@ -111,6 +111,10 @@ class Access:
         """The same for an address that came with a wrong token."""
         return self._buckets.wait(f"failure {address}", _FAILURES_PER_S)
 
+    def wait_to_log_in(self, address: str) -> float:
+        """The same for an address that brings a token to the dashboard, right or wrong."""
+        return self._buckets.wait(f"login {address}", _FAILURES_PER_S)
+
 
 def digest_of(token: str) -> str:
     """SHA-256 of a token, as a file may have it."""
@@ -180,6 +184,8 @@ def _client(entry: Mapping[str, Any], where: str) -> Client:
 
 
 def _long_enough(token: str, where: str) -> str:
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise ConfigError(f"{where}: a header can carry only letters, digits and signs of ASCII")
     if len(token) < MIN_LENGTH:
         raise ConfigError(f"{where} has {len(token)} characters; a token needs {MIN_LENGTH} at least")
     return token

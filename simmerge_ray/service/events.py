@@ -188,6 +188,14 @@ _CLASSES: dict[str, type[Any]] = {
 }
 
 
+# In the body of a decision what a fold needs comes first; `read_head` stops there, which takes a tenth of the time.
+_HEAD = ("learns", "level", "epoch", "expires_at", "z", "features")
+_REST = ',"request":'
+_ORDER: dict[str, tuple[str, ...]] = {kind: tuple(one.name for one in fields(cls)) for kind, cls in _CLASSES.items()}
+_ORDER["decision"] = (*_HEAD, "request", *(name for name in _ORDER["decision"] if name not in (*_HEAD, "request")))
+_scan = json.JSONDecoder().raw_decode  # of text that `encode` wrote: half the time of `json.loads`
+
+
 def subject_of(event: Event) -> str | None:
     """What an event is about, where a second one of its kind would be the same event or a contradiction."""
     if isinstance(event, DecisionMade | RewardGiven | RewardVoided | DecisionClosed):
@@ -204,7 +212,7 @@ def encode(event: Event) -> tuple[str, bytes]:
         ValueError: a number in a JSON field that is not finite.
     """
     data = bytearray()
-    body = {one.name: _written(getattr(event, one.name), data) for one in fields(event)}
+    body = {name: _written(getattr(event, name), data) for name in _ORDER[event.kind]}
     return json.dumps(body, separators=(",", ":"), allow_nan=False), bytes(data)
 
 
@@ -218,6 +226,14 @@ def decode(kind: str, version: int, body: str, data: bytes) -> Event:
     values = {name: _READ[name](value, data) if name in _READ else value for name, value in json.loads(body).items()}
     event: Event = _CLASSES[kind](**values)
     return event
+
+
+def read_head(body: str) -> dict[str, Any]:
+    """The fields of a body that a fold needs: of a decision those of `_HEAD`, of others all."""
+    # A quotation mark inside a string has a backslash before it, so this is found between fields alone.
+    end = body.find(_REST)
+    head: dict[str, Any] = _scan(body if end < 0 else body[:end] + "}")[0]
+    return head
 
 
 def check_readable(kind: str, version: int) -> None:

@@ -15,7 +15,6 @@ the fold was interrupted, so every replica has the same state.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -35,10 +34,10 @@ from simmerge_ray.service.events import (
     check_readable,
     decode,
     read_array,
+    read_head,
 )
 
 Array = np.ndarray
-_body = json.JSONDecoder().raw_decode  # of text that `events.encode` wrote: half the time of `json.loads`
 Encoder = Callable[[int, Array], tuple[Array, float]]
 """(epoch, raw features of one decision) -> its z (d,) and level. The same bits on every replica."""
 
@@ -225,16 +224,16 @@ class State:
         return row.kind == "reward_voided" and voided_seq(row) not in self.basis.voided
 
     def _decide(self, row: EventRow) -> None:
-        body, _ = _body(row.body)
-        z, features = body["z"], body["features"]
-        current = body["epoch"] == self.basis.number
-        self.open[body["decision_id"]] = OpenDecision(
+        assert row.subject is not None
+        head = read_head(row.body)
+        current = head["epoch"] == self.basis.number
+        self.open[row.subject] = OpenDecision(
             row.seq,
-            tuple(body["learns"]),
-            body["level"],
-            read_array(z, row.data),
-            None if current else read_array(features, row.data),
-            body["expires_at"],
+            tuple(head["learns"]),
+            head["level"],
+            read_array(head["z"], row.data),
+            None if current else read_array(head["features"], row.data),
+            head["expires_at"],
         )
         self.num_decisions += 1
 
@@ -246,7 +245,7 @@ class State:
         z, level = decision.z, decision.level
         if decision.features is not None:
             z, level = self.encode(self.basis.number, decision.features)
-        reward = _body(row.body)[0]["utility"] - level
+        reward = read_head(row.body)["utility"] - level
         for name in decision.learns:
             if name not in self.arms:
                 raise StoreError(f"the log is damaged: event {row.seq} rewards the arm {name!r}, which was not added")
@@ -291,7 +290,7 @@ class State:
 
 def voided_seq(row: EventRow) -> int:
     """Of the reward that a `reward_voided` event takes back."""
-    seq: int = _body(row.body)[0]["reward_seq"]
+    seq: int = read_head(row.body)["reward_seq"]
     return seq
 
 

@@ -68,26 +68,31 @@ class Gate:
                     headers.setdefault(name, value)
             await send(message)
 
-        if (refusal := self._refusal(scope)) is not None:
-            await _answer(counted, *refusal)
-        else:
+        try:
+            if (refusal := self._refusal(scope)) is not None:
+                await _answer(counted, *refusal)
+                return
             body = await self._body(scope, receive)
             if isinstance(body, bytes):
                 await self._app(scope, _replayed(body, receive), counted)
             elif body is not None:
                 await _answer(counted, *body)
-        self._finish(scope, told["status"], time.perf_counter() - started)
+        finally:
+            self._finish(scope, told["status"], time.perf_counter() - started)
 
     def _refusal(self, scope: Scope) -> tuple[int, str, dict[str, str]] | None:
         """Who may not go on; sets the client of the scope."""
         path = scope["path"]
+        address = (scope.get("client") or ("",))[0]
         if path in _OPEN or path in _OF_PAGE or path.startswith("/static/"):
+            logs_in = path == "/login" or (path == "/" and b"token=" in scope["query_string"])
+            if logs_in and (wait := self._access.wait_to_log_in(address)):
+                return 429, "too many tokens from this address", _retry(wait)
             return None
         connection = HTTPConnection(scope)
         token = token_of(connection)
         client = self._access.client_of(token)
         if client is None:
-            address = (scope.get("client") or ("",))[0]
             wait = self._access.wait_after_failure(address) if token else 0.0
             if wait:
                 return 429, "too many wrong tokens from this address", _retry(wait)

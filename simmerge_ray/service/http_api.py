@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
+from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -44,11 +45,22 @@ from simmerge_ray.service.schemas import (
 _log = logging.getLogger("simmerge.service")
 VERSION = "1"
 MAX_LISTED = 200
-# A key that HTTP can carry, and no longer than its column.
-Key = Annotated[
-    str | None,
-    Header(alias="Idempotency-Key", min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$"),
-]
+_OPEN: dict[str, Any] = {"security": []}  # in the document: no token is needed
+_TEXT = {"description": "in Prometheus' format", "content": {"text/plain": {"schema": {"type": "string"}}}}
+# FastAPI's own dependencies and header parameters took a fifth of the time of a decision: roles and keys are looked at
+# in the routes, and the document is told of them.
+_KEY = re.compile(r"[\x21-\x7e]{1,200}")  # that HTTP can carry, and no longer than its column
+_WITH_KEY: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "required": False,
+            "description": "a retry with the same key and body does nothing more, and has the same answer",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": r"^[\x21-\x7e]+$"},
+        }
+    ]
+}
 DecisionId = Annotated[str, Path(min_length=1, max_length=200, pattern=r"^[\w.\-]+$")]
 
 
@@ -92,13 +104,17 @@ def _errors(*more: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": ErrorAnswer, "description": _MEANINGS[code]} for code in codes}
 
 
-def _needs(role: str) -> Any:
-    async def check(request: Request) -> None:
-        client: Client | None = request.scope.get(CLIENT)
-        if client is None or not client.roles & {role, "admin"}:
-            raise HTTPException(403, f"this needs a token with the role {role} or admin")
+def _check(request: Request, role: str) -> None:
+    client: Client | None = request.scope.get(CLIENT)
+    if client is None or not client.roles & {role, "admin"}:
+        raise HTTPException(403, f"this needs a token with the role {role} or admin")
 
-    return Depends(check)
+
+def _key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not _KEY.fullmatch(key):
+        raise Refused(422, "header.Idempotency-Key: it must have 1 to 200 printable characters of ASCII, and no space")
+    return key
 
 
 def create_app(
@@ -127,13 +143,32 @@ def create_app(
     def current() -> Learner:
         return held[0]
 
+    _describe(api)
     _handle_errors(api)
+    _add_changes(api, current)  # first, since they are asked for most
     _add_looks(api, current, metrics)
-    _add_changes(api, current)
     api.include_router(dashboard_router(current, access.roles_of))
     gate = Gate(api, access, limits or Limits(), metrics)
     gate.api = api  # type: ignore[attr-defined]
     return gate
+
+
+def _describe(api: FastAPI) -> None:
+    """Every route but the probes needs a token: the gate sees to it, so FastAPI cannot know."""
+    written = api.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = written()
+        document["security"] = [{"token": []}]
+        schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["token"] = {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "a token with a role, see docs/service.md",
+        }
+        return document
+
+    api.openapi = openapi  # type: ignore[method-assign]
 
 
 def _handle_errors(api: FastAPI) -> None:
@@ -167,17 +202,17 @@ def _handle_errors(api: FastAPI) -> None:
 def _add_looks(api: FastAPI, current: Callable[[], Learner], metrics: Metrics) -> None:
     """Routes that change nothing."""
 
-    @api.get("/healthz", operation_id="healthz")
+    @api.get("/healthz", operation_id="healthz", openapi_extra=_OPEN)
     async def healthz() -> Health:
         """The process answers. No token is needed."""
         return Health(status="ok")
 
-    @api.get("/readyz", operation_id="readyz", responses={503: _errors()[503]})
+    @api.get("/readyz", operation_id="readyz", responses={503: _errors()[503]}, openapi_extra=_OPEN)
     async def readyz() -> Ready:
         """The log can be read, and the selector that it names is there. No token is needed."""
         return Ready(status="ready", seq=await current().ready())
 
-    @api.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=_errors())
+    @api.get("/metrics", operation_id="metrics", response_class=Response, responses={200: _TEXT, **_errors()})
     async def show_metrics() -> Response:
         """For Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -218,14 +253,16 @@ def _add_looks(api: FastAPI, current: Callable[[], Learner], metrics: Metrics) -
         """One signal of all pairs."""
         return await current().signals(signal, task or None)
 
-    @api.post("/v1/rank", operation_id="rank_arms", responses=_errors(), dependencies=[_needs("decide")])
-    async def rank(body: RankRequest) -> Ranked:
+    @api.post("/v1/rank", operation_id="rank_arms", responses=_errors())
+    async def rank(body: RankRequest, request: Request) -> Ranked:
         """All arms for a pair, without a decision."""
+        _check(request, "decide")
         return await current().rank(body)
 
-    @api.post("/v1/plans", operation_id="rank_plans", responses=_errors(), dependencies=[_needs("decide")])
-    async def plans(body: PlansRequest) -> PlansAnswer:
+    @api.post("/v1/plans", operation_id="rank_plans", responses=_errors())
+    async def plans(body: PlansRequest, request: Request) -> PlansAnswer:
         """The best plans over several checkpoints, without a decision."""
+        _check(request, "decide")
         return await current().plans(body)
 
 
@@ -240,11 +277,12 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="decide",
         responses=again(Decision),
-        dependencies=[_needs("decide")],
+        openapi_extra=_WITH_KEY,
     )
-    async def decide(body: DecisionRequest, request: Request, response: Response, key: Key = None) -> Decision:
+    async def decide(body: DecisionRequest, request: Request, response: Response) -> Decision:
         """Which merge should be made? Give an Idempotency-Key to be able to ask again safely."""
-        response.status_code, decision = await current().decide(body, key)
+        _check(request, "decide")
+        response.status_code, decision = await current().decide(body, _key(request))
         _say(request, decision.decision_id, arm=decision.arm)
         return decision
 
@@ -253,14 +291,15 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="reward",
         responses=again(RewardAnswer),
-        dependencies=[_needs("reward")],
+        openapi_extra=_WITH_KEY,
     )
     async def reward(
-        decision_id: DecisionId, body: RewardRequest, request: Request, response: Response, key: Key = None
+        decision_id: DecisionId, body: RewardRequest, request: Request, response: Response
     ) -> RewardAnswer:
         """The measured utility, in [0, 1], of what was decided."""
+        _check(request, "reward")
         _say(request, decision_id, utility=body.utility)
-        response.status_code, answer = await current().reward(decision_id, body, key)
+        response.status_code, answer = await current().reward(decision_id, body, _key(request))
         return answer
 
     @api.post(
@@ -268,14 +307,13 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="void_reward",
         responses=again(RewardAnswer),
-        dependencies=[_needs("admin")],
+        openapi_extra=_WITH_KEY,
     )
-    async def void(
-        decision_id: DecisionId, body: ReasonRequest, request: Request, response: Response, key: Key = None
-    ) -> RewardAnswer:
+    async def void(decision_id: DecisionId, body: ReasonRequest, request: Request, response: Response) -> RewardAnswer:
         """The reward was wrong: it counts as if it had never been given. Another may follow."""
+        _check(request, "admin")
         _say(request, decision_id)
-        response.status_code, answer = await current().void(decision_id, body, key)
+        response.status_code, answer = await current().void(decision_id, body, _key(request))
         return answer
 
     @api.post(
@@ -283,14 +321,13 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="close_decision",
         responses=again(RewardAnswer),
-        dependencies=[_needs("reward")],
+        openapi_extra=_WITH_KEY,
     )
-    async def close(
-        decision_id: DecisionId, body: ReasonRequest, request: Request, response: Response, key: Key = None
-    ) -> RewardAnswer:
+    async def close(decision_id: DecisionId, body: ReasonRequest, request: Request, response: Response) -> RewardAnswer:
         """No reward will come: the merge was infeasible (begin the reason with that word), or was not made."""
+        _check(request, "reward")
         _say(request, decision_id)
-        response.status_code, answer = await current().close(decision_id, body, key)
+        response.status_code, answer = await current().close(decision_id, body, _key(request))
         return answer
 
     @api.post(
@@ -298,11 +335,12 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="add_arm",
         responses=again(EventSummary),
-        dependencies=[_needs("admin")],
+        openapi_extra=_WITH_KEY,
     )
-    async def add_arm(body: ArmRequest, response: Response, key: Key = None) -> EventSummary:
+    async def add_arm(body: ArmRequest, request: Request, response: Response) -> EventSummary:
         """An operator that may be played from now on."""
-        response.status_code, answer = await current().add_arm(body, key)
+        _check(request, "admin")
+        response.status_code, answer = await current().add_arm(body, _key(request))
         return answer
 
     @api.post(
@@ -310,11 +348,12 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="discount",
         responses=again(EventSummary),
-        dependencies=[_needs("admin")],
+        openapi_extra=_WITH_KEY,
     )
-    async def discount(body: DiscountRequest, response: Response, key: Key = None) -> EventSummary:
+    async def discount(body: DiscountRequest, request: Request, response: Response) -> EventSummary:
         """What was observed so far counts less: the world has changed."""
-        response.status_code, answer = await current().discount(body, key)
+        _check(request, "admin")
+        response.status_code, answer = await current().discount(body, _key(request))
         return answer
 
 

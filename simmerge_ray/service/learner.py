@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +37,14 @@ from simmerge_ray.service.events import (
     RewardVoided,
 )
 from simmerge_ray.service.fold import Array, View
-from simmerge_ray.service.ledger import EXPIRED, Ledger, answer_of, decision_record, recent_decisions
+from simmerge_ray.service.ledger import (
+    EXPIRED,
+    Ledger,
+    answer_of,
+    decision_record,
+    former_versions,
+    recent_decisions,
+)
 from simmerge_ray.service.outcomes import Outcome, Status
 from simmerge_ray.service.planning import PlanRanker
 from simmerge_ray.service.registry import Published, Registry
@@ -152,6 +159,8 @@ class Learner:
         self._running: asyncio.Task[View] | None = None
         self._queued: asyncio.Task[View] | None = None
         self._background: list[asyncio.Task[None]] = []
+        # Seeded by the system once. To ask it for every id gives the interpreter lock away, and waits to have it back.
+        self._ids = random.Random()
 
     async def start(self) -> None:
         """Begin to serve; a database that is away now is waited for, request by request."""
@@ -190,7 +199,7 @@ class Learner:
         """
         view = await self._view()
         published = self._published(view)
-        decision_id = uuid.uuid4().hex
+        decision_id = f"{self._ids.getrandbits(128):032x}"
         if request.checkpoints is None:
             event = self._decide_pair(view, published, request, decision_id)
         else:
@@ -223,8 +232,9 @@ class Learner:
     async def add_arm(self, request: ArmRequest, key: str | None = None) -> tuple[int, EventSummary]:
         """A new arm, from a prior that knows nothing or from what a sibling has seen. Raises InputError, Refused."""
         view = await self._view()
-        arm = start_of(request, view)
-        if request.arm in view.posteriors or arm.arm in view.posteriors:
+        arm, log = start_of(request, view), await self._opened()
+        # An arm that came by such a request is left to the log, which tells a retry from a conflict.
+        if arm.arm in view.posteriors and not await self._in_other(lambda: log.history(arm.arm)):
             raise Refused(409, f"arm {arm.arm!r} exists already")
         return _summary(await self._append(arm, key, request.model_dump(mode="json")))
 
@@ -232,18 +242,25 @@ class Learner:
         """What was observed so far counts less. Raises Refused, StoreError."""
         return _summary(await self._append(Discounted(request.factor, request.reason), key))
 
-    async def publish(self, selector: Path) -> str:
+    async def publish(self, selector: Path, only_new: bool = False) -> str:
         """Let another selector answer from now on, here and on every replica; its version.
 
         Nothing happens where it is in force already.
+
+        Args:
+            only_new: nor where it was in force once, so that what is said again at every start takes nothing back.
 
         Raises:
             InputError: it cannot be read, or does not fit the signal table. StoreError.
         """
         version = await self._in_other(lambda: self.registry.publish(selector))
+        log = await self._opened()
         while True:
             view = await self._view()
             if version == view.model_version:
+                return version
+            if only_new and version in await self._in_other(lambda: former_versions(log)):
+                _log.warning("selector %s was replaced by %s, which stays in force", version, view.model_version)
                 return version
             published = self.registry.load(version)
             published.selector.check_table(self._table)
@@ -271,11 +288,9 @@ class Learner:
         view = await self._view()
         published, ledger = self._published(view), self._ledger
         assert ledger is not None
-        await self._in_other(ledger.catch_up)
-        regret, alarm = ledger.regret()
+        (regret, alarm), context = await self._in_other(lambda: (ledger.regret(), ledger.mean_context(view.epoch)))
         override = published.selector.override
         threshold = None if math.isinf(override.threshold) else override.threshold
-        context = ledger.mean_context(next(iter(view.posteriors.values())).num_dimensions)
         noise_sd = math.sqrt(self._policies.noise(view).variance)
         return PolicyAnswer(
             namespace=self.settings.namespace,
@@ -299,8 +314,7 @@ class Learner:
         await self._opened()
         ledger = self._ledger
         assert ledger is not None
-        await self._in_other(ledger.catch_up)
-        return ledger.curve(points)
+        return await self._in_other(lambda: ledger.curve(points))
 
     async def catalogue(self) -> CatalogueAnswer:
         """What may be asked for; without a database that answers, the arms of the selector that was given."""
@@ -333,8 +347,12 @@ class Learner:
         if chosen not in table.tasks:
             raise Refused(404, f"unknown task {chosen[:80]!r}")
         ids = table.checkpoint_ids
-        values = [[None if a == b else table.get(a, b, chosen).features[signal] for b in ids] for a in ids]
-        return SignalMatrix(signal=signal, task=chosen, checkpoints=list(ids), values=values)
+
+        def matrix() -> SignalMatrix:
+            values = [[None if a == b else table.get(a, b, chosen).features[signal] for b in ids] for a in ids]
+            return SignalMatrix(signal=signal, task=chosen, checkpoints=list(ids), values=values)
+
+        return await self._in_other(matrix)
 
     async def rank(self, request: RankRequest) -> Ranked:
         """All arms for a pair, without a decision. Raises InputError, StoreError."""
@@ -421,9 +439,8 @@ class Learner:
         """In the thread of `_reader`: open the database if need be, begin an empty log, fold what is new."""
         replica = self._connected()
         view = replica.catch_up()
-        if not view.posteriors:
-            self._begin(view)
-            view = replica.catch_up()
+        if not view.posteriors or view.model_version is None:
+            view = self._begun(replica, view)
         if view.seq - self._snapshot_seq >= self.settings.snapshot_every:
             self._snapshot_seq = view.seq
             self._reader.submit(self._save_snapshot)
@@ -437,18 +454,26 @@ class Learner:
             self._replica = Replica(self._log, self._encode)
         return self._replica
 
-    def _begin(self, view: View) -> None:
-        """First events of an empty log. Several replicas may try at once: one key, so one selector wins."""
+    def _begun(self, replica: Replica, view: View) -> View:
+        """The first two events of a log: which selector, then what its arms start from.
+
+        Several replicas may try at once, and any of them may end between the two. One key for each, so one selector
+        wins; and the second event is that of the selector that the first one names, so that anybody can append it.
+        """
         assert self._log is not None
-        if self._given is None:
-            raise StoreError("the event log is empty and no selector was given to begin with")
-        published = self.registry.load(self._given)
-        contexts = Contexts(published, self._table)
-        outcome = self._log.append(contexts.warm_start(), "start/warm", {"version": published.version})
-        if outcome.status == Status.CONFLICT:
-            _log.warning("another replica began the log with another selector; %s is not used", published.version)
-            return
-        self._log.append(Activation(published.version), "start/activation", {"version": published.version})
+        if view.model_version is None:
+            if self._given is None:
+                raise StoreError("the event log is empty and no selector was given to begin with")
+            self._log.append(Activation(self._given), "start/activation", {"version": self._given})
+            view = replica.catch_up()
+            if view.model_version != self._given:
+                _log.warning("the log was begun with the selector %s; %s is not used", view.model_version, self._given)
+        if not view.posteriors:
+            published = self._published(view)
+            warm = Contexts(published, self._table).warm_start()
+            self._log.append(warm, "start/warm", {"version": published.version})
+            view = replica.catch_up()
+        return view
 
     def _encode(self, epoch: int, features: Array) -> tuple[Array, float]:
         """For the fold: z and level of raw features by the selector of an epoch."""
@@ -483,8 +508,8 @@ class Learner:
             try:
                 await self._view()
                 assert self._replica is not None
-                for decision_id in self._replica.expired(self._clock())[:_MAX_EXPIRED]:
-                    await self._append(DecisionClosed(decision_id, EXPIRED), None)
+                over = self._replica.expired(self._clock())[:_MAX_EXPIRED]
+                await asyncio.gather(*(self._append(DecisionClosed(one, EXPIRED), None) for one in over))
             except (SimmergeError, OSError) as error:
                 _log.warning("expired decisions are not closed: %s", error)
 

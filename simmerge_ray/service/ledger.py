@@ -53,14 +53,19 @@ class _Open:
 
 @dataclass
 class Ledger:
-    """Rewards of drawn decisions between two arms, in order, and the contexts so far. Threads may share it."""
+    """Rewards of drawn decisions between two arms, in order, and the contexts of the present encoder.
+
+    Threads may share it; all of it reads the log or computes for long, so none of it belongs into an event loop.
+    """
 
     log: EventLog
     _seq: int = 0
     _decisions: dict[str, _Open] = field(default_factory=dict)
     _rewards: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _epoch: int = 0
     _sum_z: Array | None = None
     _num_z: int = 0
+    _alarm: tuple[int, AlarmState | None] = (0, None)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def catch_up(self) -> None:
@@ -73,16 +78,20 @@ class Ledger:
                 if len(rows) < _PAGE:
                     break
 
-    def mean_context(self, num_dimensions: int) -> Array | None:
-        """(d,): of the decisions so far; None before the first, or where they are of another encoder."""
+    def mean_context(self, epoch: int) -> Array | None:
+        """(d,): of the decisions of an encoder epoch as of the last `catch_up`; None before the first of them."""
         with self._lock:
-            if self._sum_z is None or len(self._sum_z) != num_dimensions or not self._num_z:
+            if self._sum_z is None or self._epoch != epoch:
                 return None
             result: Array = self._sum_z / self._num_z
             return result
 
     def regret(self) -> tuple[RegretEstimate | None, AlarmState | None]:
-        """Mean reward beside the estimate for the best fixed arm, and whether cumulative regret against it flattens."""
+        """Mean reward beside the estimate for the best fixed arm, and whether cumulative regret against it flattens.
+
+        Raises:
+            StoreError: what is new cannot be read.
+        """
         _, reward, fixed = self._series()
         if len(reward) < 2:
             return None, None
@@ -96,12 +105,15 @@ class Ledger:
             gain=mean,
             interval=(mean - half, mean + half),
         )
-        slope = regret_slope(-gain)
-        alarm = AlarmState(linear=slope.linear, slope=slope.slope, low=slope.low, high=slope.high) if slope else None
-        return estimate, alarm
+        if len(gain) > 1.01 * self._alarm[0]:  # hundreds of resamples: not for every reward of a long log
+            found, alarm = regret_slope(-gain), None
+            if found is not None:
+                alarm = AlarmState(linear=found.linear, slope=found.slope, low=found.low, high=found.high)
+            self._alarm = (len(gain), alarm)
+        return estimate, self._alarm[1]
 
     def curve(self, points: int) -> CurveAnswer:
-        """Cumulative, thinned out to at most so many points, the last one included."""
+        """Cumulative, thinned out to at most so many points, the last one included. Raises as `regret`."""
         seq, reward, fixed = self._series()
         shown = (
             np.unique(np.linspace(0, len(seq) - 1, min(points, len(seq))).astype(int)) if len(seq) else np.zeros(0, int)
@@ -115,6 +127,7 @@ class Ledger:
         )
 
     def _series(self) -> tuple[Array, Array, Array]:
+        self.catch_up()
         with self._lock:
             seq = sorted(self._rewards)
             values = np.array([self._rewards[one] for one in seq]).reshape(-1, 2)
@@ -124,16 +137,16 @@ class Ledger:
         if row.kind == "decision":
             body = json.loads(row.body)
             z = read_array(body["z"], row.data)
-            if z.size:
-                if self._sum_z is None or len(self._sum_z) != len(z):
-                    self._sum_z, self._num_z = np.zeros(len(z)), 0
-                self._sum_z, self._num_z = self._sum_z + z, self._num_z + 1
+            if z.size and body["epoch"] == self._epoch:
+                self._sum_z, self._num_z = z if self._sum_z is None else self._sum_z + z, self._num_z + 1
             if (one := _drawn_pair(body)) is not None:
                 self._decisions[body["decision_id"]] = one
         elif row.kind == "reward" and row.subject in self._decisions:
             one, utility = self._decisions[row.subject], json.loads(row.body)["utility"]
             correction = (utility - one.fixed) / one.propensity if one.played_fixed else 0.0
             self._rewards[row.seq] = (utility, one.fixed + correction)
+        elif row.kind == "encoder_epoch":
+            self._epoch, self._sum_z, self._num_z = json.loads(row.body)["epoch"], None, 0
         elif row.kind == "reward_voided":
             self._rewards.pop(voided_seq(row), None)
         elif row.kind == "decision_closed" and row.subject is not None:
@@ -149,6 +162,12 @@ def _drawn_pair(body: dict[str, Any]) -> _Open | None:
         return None
     propensity = dict(zip(body["arms"], body["propensities"], strict=True)).get(fixed, 0.0)
     return _Open(body["arm"] == fixed, propensity, expected[fixed]) if propensity > 0 else None
+
+
+def former_versions(log: EventLog) -> set[str]:
+    """Versions of all selectors that were ever in force. Raises StoreError."""
+    rows = [*log.tail(0, 2), *log.changes_of_the_past(log.head())]  # a log begins with an activation and a warm start
+    return {json.loads(row.body)["model_version"] for row in rows if row.kind in ("activation", "encoder_epoch")}
 
 
 def recent_decisions(log: EventLog, limit: int, before: int | None, now: float) -> DecisionList:
@@ -172,7 +191,7 @@ def decision_record(log: EventLog, decision_id: str, now: float) -> DecisionReco
     decisions = [row for row in rows if row.kind == "decision"]
     if not decisions:
         raise Refused(404, f"no decision {decision_id!r}")
-    status, utility, reason = _state(decisions[0], rows, now)
+    status, utility, reason = state_of(decisions[0], rows, now)
     return DecisionRecord(
         decision=answer_of(decisions[0]),
         status=status,
@@ -192,12 +211,12 @@ def answer_of(row: EventRow) -> Decision:
 
 def _row_of(row: EventRow, others: Sequence[EventRow], now: float) -> DecisionRow:
     answer = json.loads(row.body)["answer"]
-    status, utility, _ = _state(row, others, now)
+    status, utility, _ = state_of(row, others, now)
     kept = {name: answer.get(name) for name in ("decision_id", "kind", "left", "right", "tasks", "arm", "explored")}
     return DecisionRow(**kept, seq=row.seq, at=row.at, status=status, utility=utility)
 
 
-def _state(decision: EventRow, rows: Sequence[EventRow], now: float) -> tuple[Any, float | None, str | None]:
+def state_of(decision: EventRow, rows: Sequence[EventRow], now: float) -> tuple[Any, float | None, str | None]:
     """Status, utility, and why it was closed."""
     voided = {voided_seq(row) for row in rows if row.kind == "reward_voided"}
     given = [row for row in rows if row.kind == "reward" and row.seq not in voided]

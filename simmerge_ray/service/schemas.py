@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 CheckpointId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.\-]+$")]
-Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
+Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True, pattern=r"\S")]
 Utility = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False, strict=True)]
 ArmLabel = Annotated[str, Field(min_length=1, max_length=200)]
 MAX_MEMBERS = 100
@@ -25,9 +25,19 @@ class Refused(Exception):
         self.status, self.detail = status, detail
 
 
+def _examples(*examples: dict[str, Any]) -> ConfigDict:
+    """For the OpenAPI document; with names of the demo."""
+    return ConfigDict(json_schema_extra={"examples": list(examples)})
+
+
 class DecisionRequest(_Request):
     """Which merge should be made: which operator for `left` and `right`, or which plan over some of `checkpoints`?"""
 
+    model_config = _examples(
+        {"left": "math-strong", "right": "rag-strong"},
+        {"left": "math-strong", "right": "rag-strong", "task": "math", "explore": False, "ttl_seconds": 86400},
+        {"checkpoints": ["math-strong", "rag-strong", "code-strong"], "ways": "2-3"},
+    )
     left: CheckpointId | None = None
     right: CheckpointId | None = None
     checkpoints: Annotated[list[CheckpointId], Field(min_length=2, max_length=MAX_MEMBERS)] | None = None
@@ -53,6 +63,7 @@ class DecisionRequest(_Request):
 class RankRequest(_Request):
     """All arms for a pair, without a decision."""
 
+    model_config = _examples({"left": "math-strong", "right": "rag-strong"})
     left: CheckpointId
     right: CheckpointId
     task: CheckpointId | None = None
@@ -61,6 +72,7 @@ class RankRequest(_Request):
 class PlansRequest(_Request):
     """The best plans over checkpoints, without a decision. checkpoints: None takes the whole catalogue."""
 
+    model_config = _examples({"checkpoints": ["math-strong", "rag-strong"], "ways": 2, "top": 3})
     checkpoints: Annotated[list[CheckpointId], Field(min_length=2, max_length=MAX_MEMBERS)] | None = None
     task: CheckpointId | None = None
     ways: Annotated[str, Field(max_length=20)] | Annotated[int, Field(ge=2, le=8)] = "2-4"
@@ -70,18 +82,21 @@ class PlansRequest(_Request):
 class RewardRequest(_Request):
     """The measured utility of what was decided."""
 
+    model_config = _examples({"utility": 0.711})
     utility: Utility
 
 
 class ReasonRequest(_Request):
     """Why a reward is voided, or a decision closed."""
 
+    model_config = _examples({"reason": "infeasible: the tokenizers differ"})
     reason: Reason
 
 
 class ArmRequest(_Request):
     """A new operator. sibling: a known arm that it is expected to be like, which counts `power` of what it has seen."""
 
+    model_config = _examples({"arm": "ties(density=0.2)", "sibling": "ties", "power": 0.3})
     arm: ArmLabel
     sibling: ArmLabel | None = None
     power: float = Field(0.3, gt=0.0, le=1.0, allow_inf_nan=False)
@@ -90,6 +105,7 @@ class ArmRequest(_Request):
 class DiscountRequest(_Request):
     """What was observed so far counts `factor` of what it did."""
 
+    model_config = _examples({"factor": 0.5, "reason": "the tasks were replaced"})
     factor: float = Field(gt=0.0, le=1.0, allow_inf_nan=False)
     reason: Reason
 

@@ -26,9 +26,11 @@ def choose(page, left: str, right: str) -> None:
 
 def decided(page) -> str:
     """Press Decide; the id of the decision."""
-    page.click("#decide")
-    page.wait_for_selector("#decided")
-    return page.inner_text("#decided")
+    with page.expect_response(lambda one: one.url.endswith("/v1/decisions") and one.request.method == "POST") as answer:
+        page.click("#decide")
+    decision_id = answer.value.json()["decision_id"]
+    page.wait_for_selector(f'#decided:text-is("{decision_id}")')  # the one of before may still be there
+    return decision_id
 
 
 def row(page, decision_id: str):

@@ -12,7 +12,7 @@ from simmerge_ray.errors import StoreError
 from simmerge_ray.service.dashboard import COOKIE, router, same_origin
 
 HOSTILE = '<script>alert("x")</script>'
-TOKENS = {"see": frozenset[str](), "ask": frozenset({"decide"}), "all": frozenset({"admin"})}
+TOKENS = {"see": frozenset[str](), "ask": frozenset({"decide"}), "all": frozenset({"admin"}), "schlüssel": frozenset()}
 
 
 class Source:
@@ -100,6 +100,7 @@ def test_a_wrong_token_is_said_to_be_wrong_and_is_not_kept(client):
         ("POST", "/login", {"token": ""}),
         ("POST", "/login", {"other": "all"}),
         ("GET", "/?token=wrong", None),
+        ("GET", "/?token=schl%C3%BCssel", None),  # known, but no cookie can hold it
     ):
         answer = ask(client, method, path, data=body)
         assert answer.status_code == 401 and "not known" in answer.text and "set-cookie" not in answer.headers

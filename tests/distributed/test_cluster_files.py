@@ -23,6 +23,7 @@ def test_the_serve_config_fits_ray_s_schema_and_our_builder():
     module, name = application.import_path.split(":")
     assert module == serve_app.__name__ and callable(getattr(serve_app, name))
     serve_app.AppArgs.model_validate(application.args)
+    assert [one.name for one in application.deployments] == [serve_app.MergeService.name]
     assert schema.http_options.host == "127.0.0.1"
 
 

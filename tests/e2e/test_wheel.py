@@ -34,6 +34,11 @@ def test_the_wheel_holds_the_shipped_base_the_licence_and_the_command(tmp_path):
         names = set(archive.namelist())
         metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
         assert "License-Expression: Apache-2.0" in archive.read(metadata).decode()
-    for path in ("py.typed", "cli.py", "demo/data/base/model.safetensors", "demo/data/base/tokenizer.json"):
+    page = [
+        f"service/dashboard/{name}" for name in ("templates/dashboard.html", "static/js/main.js", "static/icon.svg")
+    ]
+    library = [f"service/dashboard/static/vendor/uplot/{name}" for name in ("uPlot.iife.min.js", "LICENSE")]
+    base = [f"demo/data/base/{name}" for name in ("model.safetensors", "tokenizer.json")]
+    for path in ("py.typed", "cli.py", *base, *page, *library):
         assert f"simmerge_ray/{path}" in names
     assert any(name.endswith("entry_points.txt") for name in names) and any(name.endswith("LICENSE") for name in names)

@@ -94,6 +94,8 @@ def test_the_environment_is_taken_where_there_is_no_file_and_the_list_before_the
         ("[{name: a, role: admin}]", "either token or token_sha256"),
         (f"[{{name: a, role: admin, token: {LONG}, token_sha256: {'0' * 64}}}]", "either token or token_sha256"),
         ("[{name: a, role: admin, token: short}]", "5 characters; a token needs 16"),
+        ("[{name: a, role: admin, token: p\xe4ssword-of-a-team}]", "ASCII"),
+        ("[{name: a, role: admin, token: two words of a team}]", "ASCII"),
         ("[{name: a, role: admin, token_sha256: abc}]", "64 hexadecimal digits"),
         (f"[{{name: a, role: admin, token_sha256: {'g' * 64}}}]", "64 hexadecimal digits"),
         (f"[{{name: a, role: admin, token: {LONG}, requests_per_second: 0}}]", "must be a number above 0"),

@@ -73,6 +73,7 @@ def ask(
     access: Access | None = None,
     address: str = "192.0.2.1",
     times: int = 1,
+    query: bytes = b"",
 ) -> Answer:
     """The answer to the last of `times` equal requests."""
     clients = [
@@ -84,7 +85,7 @@ def ask(
         "type": "http",
         "method": method,
         "path": path,
-        "query_string": b"",
+        "query_string": query,
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers],
         "client": (address, 1234),
     }
@@ -273,3 +274,33 @@ def test_what_is_no_request_goes_through():
     gate = Gate(seen, Access([Client("a", frozenset({"admin"}), digest_of(TOKEN))]), Limits(), seen)
     asyncio.run(gate({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen.scopes == [{"type": "lifespan"}] and seen.counted == []
+
+
+@pytest.mark.parametrize(("method", "path", "query"), [("POST", "/login", b""), ("GET", "/", b"a=b&token=guess")])
+def test_tokens_are_not_tried_at_the_dashboard_as_often_as_one_likes(method, path, query):
+    seen = Seen()
+    access = Access([Client("somebody", frozenset({"admin"}), digest_of(TOKEN))], lambda: 0.0)
+    answer = ask(seen, method=method, path=path, query=query, access=access, times=100)
+    assert answer.status == 429 and answer.headers["retry-after"] and len(seen.scopes) < 20
+    assert ask(seen, path="/", access=access).status == 200  # who is in stays in
+    assert ask(seen, method=method, path=path, query=query, access=access, address="192.0.2.2").status == 200
+
+
+def test_a_failure_of_the_app_is_counted():
+    seen = Seen()
+
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        raise RuntimeError("a bug")
+
+    gate = Gate(fails, Access([Client("a", frozenset({"admin"}), digest_of(TOKEN))]), Limits(), seen)
+    scope = {"type": "http", "method": "GET", "path": "/healthz", "query_string": b"", "headers": []}
+
+    async def receive() -> Any:
+        return part(b"")
+
+    async def send(message: Any) -> None: ...
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        asyncio.run(gate(scope, receive, send))
+    assert [status for _, _, status in seen.counted] == [500]

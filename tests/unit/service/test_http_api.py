@@ -12,19 +12,12 @@ import httpx
 import pytest
 
 from simmerge_ray.errors import ConfigError
-from simmerge_ray.service.access import Access, Client, digest_of
 from simmerge_ray.service.database import upgrade_database
-from simmerge_ray.service.gate import Gate, Limits
-from simmerge_ray.service.http_api import create_app
-from simmerge_ray.service.learner import Learner
-from simmerge_ray.service.metrics import PrometheusMetrics
+from simmerge_ray.service.gate import Gate
 from simmerge_ray.service.standalone import filesystem_of, prepare_database
+from tests.unit.service.asking import PAIR, SLOW, TOKENS, Service
 from tests.unit.service.live import running
 from tests.unit.service.published import PublishedFiles, write_published
-
-TOKENS = {role: f"token-of-{role}-0123456789" for role in ("decide", "reward", "admin")}
-SLOW = "token-of-somebody-slow"
-PAIR = {"left": "s1-c00", "right": "s1-c01"}
 
 
 @pytest.fixture(scope="module")
@@ -32,42 +25,14 @@ def files(tmp_path_factory) -> PublishedFiles:
     return write_published(tmp_path_factory.mktemp("published"))
 
 
-class Service:
-    """Requests to an app that is started in a loop of its own."""
-
-    def __init__(self, files: PublishedFiles, root: Any, upgraded: bool = True) -> None:
-        if upgraded:
-            upgrade_database(f"sqlite:///{root}/service.db")
-        clients = [Client(role, frozenset({role}), digest_of(token)) for role, token in TOKENS.items()]
-        clients.append(Client("slow", frozenset({"decide"}), digest_of(SLOW), per_second=0.5))
-        settings = files.settings(root)
-        self.app = create_app(lambda: Learner(settings), Access(clients), PrometheusMetrics(), Limits(body_seconds=0.2))
-        self._runner = asyncio.Runner()
-        self._lifespan = self.app.api.router.lifespan_context(self.app.api)
-        self._runner.run(self._lifespan.__aenter__())
-        transport = httpx.ASGITransport(self.app)
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://service")
-
-    def ask(self, method: str, path: str, role: str | None = "admin", **options: Any) -> httpx.Response:
-        headers = dict(options.pop("headers", {}))
-        if role is not None:
-            headers["authorization"] = f"Bearer {TOKENS.get(role, role)}"
-        return self._runner.run(self._client.request(method, path, headers=headers, **options))
-
-    def close(self) -> None:
-        self._runner.run(self._client.aclose())
-        self._runner.run(self._lifespan.__aexit__(None, None, None))
-        self._runner.close()
-
-
-@pytest.fixture
-def service(files, tmp_path) -> Iterator[Service]:
-    one = Service(files, tmp_path)
+@pytest.fixture(scope="module")
+def service(files, tmp_path_factory) -> Iterator[Service]:
+    one = Service.on(files, tmp_path_factory.mktemp("service"))
     yield one
     one.close()
 
 
-def test_a_decision_its_reward_and_everything_that_shows_them(service):
+def test_a_decision_its_reward_and_everything_that_shows_them(service):  # the first one: it counts
     answer = service.ask("POST", "/v1/decisions", "decide", json=PAIR, headers={"Idempotency-Key": "k"})
     assert answer.status_code == 201
     decision = answer.json()
@@ -100,7 +65,7 @@ def test_every_other_route(service):
     plans = service.ask("POST", "/v1/plans", json={"checkpoints": ["s1-c00", "s1-c01", "s1-c02"], "ways": 3}).json()
     assert plans["exhaustive"] and plans["plans"][0]["label"]
     assert service.ask("GET", "/v1/catalogue").json()["example"]
-    assert service.ask("GET", "/v1/rewards/curve").json()["num"] == 0
+    assert service.ask("GET", "/v1/rewards/curve").json()["seq"] == []
     matrix = service.ask("GET", "/v1/signals", params={"signal": "weight_cosine_global"}).json()
     assert len(matrix["values"]) == len(matrix["checkpoints"])
     assert service.ask("POST", "/v1/arms", json={"arm": "slerp", "sibling": "linear"}).status_code == 201
@@ -167,9 +132,10 @@ def test_who_asks_too_often_is_told_when_to_come_back(service):
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(service, content, status):
+    before = service.ask("GET", "/v1/policy").json()["seq"]
     answer = service.ask("POST", "/v1/decisions", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == status and isinstance(answer.json()["detail"], str)
-    assert service.ask("GET", "/v1/policy").json()["num_decisions"] == 0
+    assert service.ask("GET", "/v1/policy").json()["seq"] == before
 
 
 @pytest.mark.parametrize("utility", ["NaN", "Infinity", "-0.1", "1.1", '"0.5"', "true", "null", "1e999"])
@@ -204,12 +170,12 @@ def test_a_body_that_does_not_come_is_given_up(service):
         await service.app(scope, receive, send)
         return sent[0]["status"]
 
-    assert service._runner.run(slow()) == 408
+    assert service.runner.run(slow()) == 408
     assert isinstance(service.app, Gate)
 
 
 def test_a_database_that_is_away_is_503_until_it_is_back(files, tmp_path):
-    service = Service(files, tmp_path, upgraded=False)
+    service = Service.on(files, tmp_path, upgraded=False)
     try:
         answer = service.ask("POST", "/v1/decisions", json=PAIR)
         assert answer.status_code == 503 and answer.headers["retry-after"] and "simmerge db upgrade" in answer.text

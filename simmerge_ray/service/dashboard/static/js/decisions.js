@@ -91,9 +91,9 @@ export class Decisions {
         type: "button",
         class: "link",
         "data-decision": id,
-        "aria-label": `Open decision ${id}`,
         onclick: () => this.#open(id),
       },
+      el("span", { class: "hidden" }, "Open decision "),
       short(id),
     );
     const pair = one.kind === "plan" && !one.right ? (one.left ?? "several") : `${one.left} + ${one.right}`;

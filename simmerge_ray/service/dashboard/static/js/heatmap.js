@@ -15,6 +15,15 @@ function viridis(share) {
   return VIRIDIS[low].map((value, at) => Math.round(value + (VIRIDIS[high][at] - value) * (place - low)));
 }
 
+// Relative, of sRGB, as WCAG 2 has it.
+function luminance(rgb) {
+  const [red, green, blue] = rgb.map((value) => {
+    const share = value / 255;
+    return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+}
+
 // A function from a value to [0, 1]: between the smallest and the largest, or by its place among all.
 function shares(values, byRank) {
   const [low, high] = [values[0], values.at(-1)];
@@ -99,31 +108,11 @@ export class HeatMap {
   }
 
   #table(shown, share, signal) {
-    const { checkpoints, values } = this.#answer;
+    const { checkpoints } = this.#answer;
     const size = shown.length <= 14 ? "large" : shown.length <= 40 ? "medium" : "small";
     const head = shown.map((at) => el("th", { scope: "col" }, el("span", {}, checkpoints[at])));
     const rows = shown.map((row, i) => {
-      const cells = shown.map((column, j) => {
-        const value = values[row][column];
-        const text = row === column ? "same" : significant(value);
-        const td = el("td", {
-          role: "gridcell",
-          tabindex: i + j === 0 ? 0 : -1,
-          "data-row": row,
-          "data-column": column,
-        });
-        if (size === "large")
-          td.textContent =
-            row === column ? "" : value === null ? "–" : significant(Number(value.toPrecision(3)));
-        td.setAttribute("aria-label", `${checkpoints[row]}, ${checkpoints[column]}: ${text}`);
-        if (value === null) td.className = "none";
-        else {
-          const rgb = viridis(share(value));
-          td.style.backgroundColor = `rgb(${rgb})`;
-          td.style.color = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 140 ? "#000" : "#fff";
-        }
-        return td;
-      });
+      const cells = shown.map((column, j) => this.#cell(row, column, share, size, i + j === 0));
       return el("tr", { role: "row" }, el("th", { scope: "row" }, checkpoints[row]), ...cells);
     });
     const corner = el("td", { class: "corner", role: "presentation" });
@@ -137,6 +126,25 @@ export class HeatMap {
       el("thead", {}, el("tr", { role: "row" }, corner, ...head)),
       el("tbody", {}, ...rows),
     );
+  }
+
+  #cell(row, column, share, size, first) {
+    const { checkpoints, values } = this.#answer;
+    const value = values[row][column];
+    const properties = { role: "gridcell", tabindex: first ? 0 : -1, "data-row": row, "data-column": column };
+    const td = el("td", properties);
+    if (size === "large" && value !== null) td.textContent = significant(Number(value.toPrecision(3)));
+    else {
+      const text = row === column ? "the same checkpoint" : significant(value);
+      td.setAttribute("aria-label", `${checkpoints[row]}, ${checkpoints[column]}: ${text}`);
+    }
+    if (value === null) td.className = "none";
+    else {
+      const rgb = viridis(share(value));
+      td.style.backgroundColor = `rgb(${rgb})`;
+      td.style.color = luminance(rgb) > 0.179 ? "#000" : "#fff"; // whichever has more contrast
+    }
+    return td;
   }
 
   #legend(known) {

@@ -1,6 +1,6 @@
 // Counts, the curve of rewards, and the posterior of each arm.
 
-import { $, arm, cell, count, el, interval, signed, utility } from "./dom.js";
+import { $, arm, cell, count, el, interval, signed, significant, utility } from "./dom.js";
 import { get } from "./api.js";
 
 const POINTS = 300;
@@ -62,7 +62,7 @@ function showPosteriors({ arms, safe, floor, noise_sd }) {
     parts.push(
       leaves
         ? `${safe.fixed} is left only to explore: leaving it has not paid.`
-        : `${safe.fixed} is left where a draw exceeds its own by ${utility(safe.threshold)}.`,
+        : `${safe.fixed} is left where a draw exceeds its own by ${significant(safe.threshold)}.`,
     );
   }
   if (floor) parts.push(`Every arm is played with a probability of at least ${utility(floor)}.`);

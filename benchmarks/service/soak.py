@@ -1,0 +1,293 @@
+"""Kill the service with -9 again and again under load: is anything lost that it acknowledged, or counted twice?
+
+    python -m benchmarks.service.soak DATABASE_URL --run RUN [--kills 500] [--jobs 12] [--seed 0]
+
+DATABASE_URL names an empty database, RUN the directory of a finished `simmerge demo`. The service is the plain uvicorn
+process of `simmerge_ray.service.standalone`. Every job decides, and then rewards, voids and rewards again, closes, or
+does nothing; each of these requests goes out 1 to 5 times at once with one idempotency key, and again until it is
+acknowledged, over as many deaths as it takes. Kills come at any time: while the service starts, folds or commits.
+
+At the end, with everything acknowledged, the log must hold exactly what was: no event less, none more and none twice. A
+replica's state, from snapshots and from nothing, must equal to the bit the definition of the fold, and the posteriors
+that `GaussianPosterior.updated` makes of the acknowledged rewards. Prints JSON; exit code 1 where anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.service.running import TOKEN, PlainService
+from simmerge_ray.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.database import open_database, upgrade_database
+from simmerge_ray.service.event_log import EventLog
+from simmerge_ray.service.events import DecisionMade
+from simmerge_ray.service.fold import EventRow, State, fold
+from simmerge_ray.service.replica import Replica
+
+MAX_COPIES = 5
+_LONGEST_LIFE_S = 1.0  # of the service, from its start
+_GIVE_UP_S = 300.0
+
+
+class Acknowledged:
+    """What the service said was done. Each entry: what, about which decision -> what was told."""
+
+    def __init__(self) -> None:
+        self.decisions: dict[str, str] = {}  # id by key
+        self.events: dict[int, tuple[str, str, float | None]] = {}  # by number: kind, id, utility
+        self.wrong: list[str] = []
+        self.counts: Counter[str] = Counter()
+
+    def check(self, right: bool, problem: str) -> None:
+        """Remember what should not have happened."""
+        if not right:
+            self.wrong.append(problem)
+
+
+class Load:
+    """Jobs that talk to a service which dies all the time."""
+
+    def __init__(self, client: httpx.AsyncClient, checkpoints: list[str], seed: int) -> None:
+        self._client, self._checkpoints, self._random = client, checkpoints, random.Random(seed)
+        self.acknowledged = Acknowledged()
+        self.ending = False
+
+    async def work(self) -> None:
+        """One job after the other, until the end."""
+        while not self.ending:
+            await self._job()
+
+    async def _job(self) -> None:
+        one, left_right = self.acknowledged, self._random.sample(self._checkpoints, 2)
+        key = uuid.uuid4().hex
+        body = {"left": left_right[0], "right": left_right[1], "explore": self._random.random() < 0.9}
+        answers = await self._surely("/v1/decisions", body, key)
+        names = {answer["decision_id"] for answer in answers}
+        one.check(len(names) == 1, f"one key, several decisions: {names}")
+        decision = names.pop()
+        one.decisions[key] = decision
+        await asyncio.sleep(self._random.expovariate(20))
+        what = self._random.random()
+        if what < 0.8:
+            await self._reward(decision)
+        if what < 0.15:
+            await self._about(decision, "reward_voided", "void", {"reason": "mistyped"})
+            if what < 0.1:
+                await self._reward(decision)
+        elif 0.8 <= what < 0.9:
+            await self._about(decision, "decision_closed", "close", {"reason": "infeasible: made up"})
+            await self._refused(decision, 410)
+
+    async def _reward(self, decision: str) -> None:
+        utility = self._random.random()
+        await self._about(decision, "reward", "reward", {"utility": utility}, utility)
+        if self._random.random() < 0.1:
+            await self._refused(decision, 409)
+
+    async def _about(
+        self, decision: str, kind: str, verb: str, body: Mapping[str, Any], utility: float | None = None
+    ) -> None:
+        key = uuid.uuid4().hex
+        answers = await self._surely(f"/v1/decisions/{decision}/{verb}", body, key)
+        numbers = {answer["seq"] for answer in answers}
+        self.acknowledged.check(len(numbers) == 1, f"one {kind}, several events: {numbers}")
+        self.acknowledged.check(not numbers & set(self.acknowledged.events), f"an event is told twice: {numbers}")
+        self.acknowledged.events[numbers.pop()] = (kind, decision, utility)
+
+    async def _refused(self, decision: str, status: int) -> None:
+        """Another reward of a decision that takes none."""
+        while True:
+            answer = await self._once(f"/v1/decisions/{decision}/reward", {"utility": 2.0**-40}, uuid.uuid4().hex)
+            if answer is not None and answer.status_code != 503:
+                self.acknowledged.check(answer.status_code == status, f"{answer.status_code} instead of {status}")
+                return
+            await asyncio.sleep(0.05)
+
+    async def _surely(self, path: str, body: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+        """All acknowledgements of one request: sent several times at once, and again until there is one."""
+        deadline, good = time.monotonic() + _GIVE_UP_S, list[dict[str, Any]]()
+        while not good:
+            copies = self._random.randint(1, MAX_COPIES)
+            for answer in await asyncio.gather(*(self._once(path, body, key) for _ in range(copies))):
+                if answer is None:
+                    self.acknowledged.counts["lost on the way"] += 1
+                elif answer.status_code in (200, 201):
+                    good.append(answer.json())
+                    self.acknowledged.counts[f"answered {answer.status_code}"] += 1
+                else:
+                    self.acknowledged.counts[f"answered {answer.status_code}"] += 1
+                    self.acknowledged.check(answer.status_code == 503, f"{path}: {answer.status_code} {answer.text}")
+            if not good:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{path} was not acknowledged within {_GIVE_UP_S:.0f} s")
+                await asyncio.sleep(0.05)
+        return good
+
+    async def _once(self, path: str, body: Mapping[str, Any], key: str) -> httpx.Response | None:
+        try:
+            return await self._client.post(path, json=body, headers={"Idempotency-Key": key})
+        except httpx.TransportError:
+            return None
+
+
+async def _campaign(service: PlainService, kills: int, jobs: int, seed: int) -> tuple[Acknowledged, dict[str, Any]]:
+    """Kill, start, kill; then let all jobs end."""
+    generator = random.Random(seed + 1)
+    service.start()
+    await asyncio.to_thread(service.wait)
+    limits = httpx.Limits(max_connections=jobs * MAX_COPIES, max_keepalive_connections=jobs)
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    ready = []
+    async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=30, limits=limits) as client:
+        catalogue = (await client.get("/v1/catalogue")).json()
+        load = Load(client, [one["id"] for one in catalogue["checkpoints"]], seed)
+        tasks = [asyncio.create_task(load.work()) for _ in range(jobs)]
+        for number in range(kills):
+            if number % 4:  # else it may die before it is ready
+                ready.append(await asyncio.to_thread(service.wait))
+            await asyncio.sleep(generator.uniform(0, _LONGEST_LIFE_S))
+            service.kill()
+            service.start()
+        ready.append(await asyncio.to_thread(service.wait))
+        await asyncio.sleep(1)
+        load.ending = True
+        await asyncio.gather(*tasks)
+        policy = (await client.get("/v1/policy")).json()
+    service.kill()
+    policy["seconds until ready"] = {"median": float(np.median(ready)), "largest": max(ready)}
+    return load.acknowledged, policy
+
+
+def _never(epoch: int, features: np.ndarray) -> tuple[np.ndarray, float]:
+    raise AssertionError("there is one encoder epoch")
+
+
+def _bits(posteriors: Mapping[str, GaussianPosterior]) -> dict[str, tuple[object, ...]]:
+    return {
+        arm: (one.precision.tobytes(), one.moment.tobytes(), one.count, one.sum_squares.hex(), one.weight.hex())
+        for arm, one in posteriors.items()
+    }
+
+
+def _expected(start: State, rows: list[EventRow], rewards: Mapping[int, tuple[str, float]]) -> dict[str, Any]:
+    """Posteriors from acknowledged rewards alone: by number, each as one `GaussianPosterior.updated`."""
+    decisions = {row.subject: row.event for row in rows if row.kind == "decision"}
+    posteriors = {name: arm.prior for name, arm in start.arms.items()}
+    for seq in sorted(rewards):
+        name, utility = rewards[seq]
+        decision = decisions[name]
+        assert isinstance(decision, DecisionMade)
+        for arm in decision.learns:
+            posteriors[arm] = posteriors[arm].updated(decision.z, utility - decision.level)
+    return posteriors
+
+
+def verify(url: str, told: Acknowledged, policy: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a log, beside what was acknowledged; nothing."""
+    wrong = list(told.wrong)
+    engine = open_database(url)
+    log = EventLog(engine)
+    rows = log.tail(0, 10**9)
+    recovered = Replica(log, _never).catch_up()  # by the service's own snapshots
+    log.close()
+    engine.dispose()
+    if [row.seq for row in rows] != list(range(1, len(rows) + 1)):
+        wrong.append("the numbers have gaps")
+    stored = {row.idempotency_key: row.subject for row in rows if row.kind == "decision"}
+    num_decisions = sum(row.kind == "decision" for row in rows)
+    lost = {key for key, name in told.decisions.items() if stored.get(key) != name}
+    others = {row.seq: row for row in rows if row.kind in ("reward", "reward_voided", "decision_closed")}
+    lost_events = [
+        seq
+        for seq, (kind, name, utility) in told.events.items()
+        if seq not in others
+        or (others[seq].kind, others[seq].subject) != (kind, name)
+        or (utility is not None and json.loads(others[seq].body)["utility"] != utility)
+    ]
+    wrong += [f"lost decision {told.decisions[key]}" for key in lost] + [f"lost event {seq}" for seq in lost_events]
+    if num_decisions != len(told.decisions) or len(others) != len(told.events):
+        wrong.append(f"{num_decisions} decisions and {len(others)} other events, told: "
+                     f"{len(told.decisions)} and {len(told.events)}")  # fmt: skip
+    given: dict[str, list[int]] = defaultdict(list)
+    for seq, (kind, name, _) in sorted(told.events.items()):
+        if kind == "reward":
+            given[name].append(seq)
+        elif kind == "reward_voided":
+            given[name].pop()
+    wrong += [f"decision {name} is rewarded twice" for name, seqs in given.items() if len(seqs) > 1]
+    valid = {seq: (name, told.events[seq][2] or 0.0) for name, seqs in given.items() for seq in seqs}
+    state = fold(rows, _never)
+    if _bits(state.view().posteriors) != _bits(recovered.posteriors):
+        wrong.append("what a replica recovers is not the fold of the log")
+    if _bits(_expected(state, rows, valid)) != _bits(recovered.posteriors):
+        wrong.append("the posterior is not that of the acknowledged rewards")
+    if (policy["num_decisions"], policy["num_rewards"], policy["seq"]) != (num_decisions, len(valid), len(rows)):
+        wrong.append(f"the service says {policy['num_decisions']}, {policy['num_rewards']}, {policy['seq']}")
+    counts = {one["arm"]: one["count"] for one in policy["arms"]}
+    if counts != {arm: one.count for arm, one in recovered.posteriors.items()}:
+        wrong.append(f"the service has learned {counts}")
+    return wrong
+
+
+def soak(
+    url: str, selector: Path, signals: Path, directory: Path, port: int, kills: int, jobs: int = 12, seed: int = 0
+) -> dict[str, Any]:
+    """A campaign on an empty database; figures, and under `wrong` what is."""
+    upgrade_database(url)
+    started = time.monotonic()
+    service = PlainService(url, selector, signals, directory, port, "--snapshot-every=100")
+    try:
+        told, policy = asyncio.run(_campaign(service, kills, jobs, seed))
+    finally:
+        service.kill()
+    kinds = Counter(kind for kind, _, _ in told.events.values())
+    return {
+        "database": url.partition(":")[0],
+        "kills": kills,
+        "seconds": round(time.monotonic() - started, 1),
+        "decisions": len(told.decisions),
+        **kinds,
+        **told.counts,
+        "seconds until ready": policy["seconds until ready"],
+        "wrong": verify(url, told, policy),
+    }
+
+
+def main() -> None:
+    from tests.conftest import free_port
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("database")
+    parser.add_argument("--run", type=Path, required=True, help="directory of a finished `simmerge demo`")
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--jobs", type=int, default=12, help="at once")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    from simmerge_ray.runs import RunLayout
+
+    layout = RunLayout(given.run)
+    with tempfile.TemporaryDirectory(prefix="simmerge-soak-") as directory:
+        place = Path(directory)
+        result = soak(
+            given.database, layout.selector, layout.signals, place, free_port(), given.kills, given.jobs, given.seed
+        )
+    print(json.dumps(result, indent=2))
+    sys.exit(1 if result["wrong"] else 0)
+
+
+if __name__ == "__main__":
+    main()
