@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,7 @@ class Scoring:
             ratios.append(np.divide(closed, total, out=np.full(np.shape(closed), np.nan), where=total > 0))
         if not ratios:
             return np.full(np.broadcast_shapes(numerators.shape, counts.shape)[:-1], np.nan)
-        known = ~np.isnan(ratios)
-        mean = np.where(known, ratios, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-        return np.where(known.any(0), mean, np.nan)
+        return _mean_of_known(ratios)
 
     def fixed(self) -> np.ndarray:
         """(A,): the headline of each option taken everywhere; NaN where no context is left."""
@@ -80,6 +79,12 @@ class Scoring:
     def taken(self, shares: np.ndarray) -> np.ndarray:
         """(N, A) shares -> (D,) numerators."""
         return (shares[self.rows] * self.closed).sum(1)
+
+
+def _mean_of_known(ratios: Sequence[np.ndarray]) -> np.ndarray:
+    known = ~np.isnan(ratios)
+    mean = np.where(known, ratios, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+    return np.where(known.any(0), mean, np.nan)
 
 
 def _with_parents(context: Context) -> Context:
@@ -173,9 +178,30 @@ class Bench:
     noise: NoiseSets
     samples: np.ndarray  # (num_resamples, D)
 
-    def interval(self, numerators: np.ndarray) -> list[float] | None:
-        """95 % percentile interval of the headline of (D,) numerators; None where no sample holds a pair."""
-        values = self.scoring.headline(numerators, self.samples)
+    @cached_property
+    def _by_task(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """By task: which contexts, their (num_resamples, n) counts, and the (num_resamples,) sums of their gaps."""
+        found = {}
+        for task in np.unique(self.scoring.tasks):
+            index = np.flatnonzero(self.scoring.tasks == task)
+            counts = np.ascontiguousarray(self.samples[:, index], dtype=float)
+            found[str(task)] = index, counts, counts @ self.scoring.gap[index]
+        return found
+
+    def _resampled(self, numerators: np.ndarray, task: str) -> np.ndarray:
+        """(num_resamples,): of (D,) numerators the ratio of sums on one task; NaN where a sample holds none of it."""
+        index, counts, total = self._by_task[task]
+        return np.divide(counts @ numerators[index], total, out=np.full(len(total), np.nan), where=total > 0)
+
+    def interval(self, numerators: np.ndarray, tasks: Sequence[str] | None = None) -> list[float] | None:
+        """95 % percentile interval of the headline of (D,) numerators; None where no sample holds a pair.
+
+        Args:
+            tasks: those that count; None takes all.
+        """
+        # What `Scoring.headline` computes, from sums that are kept: dozens of policies need it.
+        ratios = [self._resampled(numerators, task) for task in (self._by_task if tasks is None else tasks)]
+        values = _mean_of_known(ratios) if ratios else np.zeros(0)
         values = values[~np.isnan(values)]
         return [float(value) for value in np.quantile(values, [0.025, 0.975])] if len(values) else None
 
@@ -191,7 +217,7 @@ class Bench:
         tested = ~np.isnan(shares).any(1) & ~np.isnan(reference).any(1)
         part = self.scoring.among(np.flatnonzero(tested).tolist())
         kept = np.isin(self.scoring.rows, part.rows)
-        bench = replace(self, scoring=part, samples=self.samples[:, kept])
+        bench = self if kept.all() else replace(self, scoring=part, samples=self.samples[:, kept])
         taken, baseline = part.taken(shares), part.taken(reference)
         units = [(i, rows[0]) for i, rows in enumerate(self.units) if tested[rows].all()]
         index, rows = [i for i, _ in units], [row for _, row in units]
@@ -214,10 +240,9 @@ class Bench:
     def _of_task(self, taken: np.ndarray, task: str) -> dict[str, Any]:
         kept = self.scoring.tasks == task
         scoring = self.scoring.among(self.scoring.rows[kept].tolist())
-        bench = replace(self, scoring=scoring, samples=self.samples[:, kept])
         return {
             "gap_closed": _number(scoring.headline(taken[kept])),
-            "interval": bench.interval(taken[kept]),
+            "interval": self.interval(taken, (str(task),)),
             "num_contexts": int(kept.sum()),
         }
 

@@ -165,7 +165,7 @@ def test_a_study_of_several_bases_is_trained_on_with_one_command(study, tmp_path
     out = tmp_path / "out"
     options = ("--model", "ridge", "--task-encoding", "probe_stats", "--out", out, "--log", tmp_path / "log")
     result = train(str(study), *options)
-    assert result.exit_code == 0 and "report.md" in result.output
+    assert result.exit_code == 0 and (out / "report.md").read_text()
     selector = read_selector(out)
     assert selector.fitted.encoding.kind == "probe_stats" and len(selector.fitted.encoding.centre) == 2
     rows = json.loads((out / "assessment.json").read_text())["ablations"]["rows"]
