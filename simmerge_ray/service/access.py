@@ -28,7 +28,7 @@ from simmerge_ray.errors import ConfigError, unknown_name
 ROLES = ("decide", "reward", "admin")
 TOKENS_VARIABLE, TOKEN_VARIABLE = "SIMMERGE_TOKENS", "SIMMERGE_TOKEN"
 MIN_LENGTH = 16  # characters of a token that is given in clear
-_FAILURES_PER_S = 5.0  # wrong tokens of one address
+FAILURES_PER_S = 5.0  # wrong tokens of one address
 _KEPT_BUCKETS = 10_000
 _FIELDS = ("name", "role", "token", "token_sha256", "requests_per_second")
 
@@ -75,11 +75,19 @@ class Buckets:
 class Access:
     """The clients of a service.
 
+    Args:
+        failures_per_s: wrong tokens that are answered to one address; of more it is only said that they are too many.
+
     Raises:
         ConfigError: no client, or two with the same name or token.
     """
 
-    def __init__(self, clients: Sequence[Client], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        clock: Callable[[], float] = time.monotonic,
+        failures_per_s: float = FAILURES_PER_S,
+    ) -> None:
         if not clients:
             raise ConfigError(f"no tokens: name a file, or set {TOKENS_VARIABLE} or {TOKEN_VARIABLE}")
         for what in ("name", "digest"):
@@ -87,7 +95,7 @@ class Access:
             if len(set(values)) < len(values):
                 raise ConfigError("two tokens have the same name" if what == "name" else "two tokens are the same")
         self._clients = tuple(clients)
-        self._buckets = Buckets(clock)
+        self._buckets, self._failures_per_s = Buckets(clock), failures_per_s
 
     def client_of(self, token: str | None) -> Client | None:
         """Who has a token; takes as long for every token, known or not."""
@@ -109,11 +117,11 @@ class Access:
 
     def wait_after_failure(self, address: str) -> float:
         """The same for an address that came with a wrong token."""
-        return self._buckets.wait(f"failure {address}", _FAILURES_PER_S)
+        return self._buckets.wait(f"failure {address}", self._failures_per_s)
 
     def wait_to_log_in(self, address: str) -> float:
         """The same for an address that brings a token to the dashboard, right or wrong."""
-        return self._buckets.wait(f"login {address}", _FAILURES_PER_S)
+        return self._buckets.wait(f"login {address}", self._failures_per_s)
 
 
 def digest_of(token: str) -> str:

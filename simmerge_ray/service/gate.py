@@ -49,10 +49,22 @@ class Limits:
 
 
 class Gate:
-    """Wraps the application. Its refusals are JSON, `{"detail": ...}`."""
+    """Wraps the application. Its refusals are JSON, `{"detail": ...}`.
 
-    def __init__(self, app: App, access: Access, limits: Limits, metrics: Metrics) -> None:
+    Args:
+        role_of: the role that a request needs; None where any will do.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        access: Access,
+        limits: Limits,
+        metrics: Metrics,
+        role_of: Callable[[Scope], str | None] = lambda scope: None,
+    ) -> None:
         self._app, self._access, self._limits, self._metrics = app, access, limits, metrics
+        self._role_of = role_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -104,6 +116,9 @@ class Gate:
         if wait := self._access.wait(client):
             return 429, f"{client.name} asks more often than {client.per_second:g} times a second", _retry(wait)
         scope[CLIENT] = client
+        role = self._role_of(scope)
+        if role is not None and not client.roles & {role, "admin"}:
+            return 403, f"this needs a token with the role {role} or admin", {}
         return None
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | tuple[int, str, dict[str, str]] | None:

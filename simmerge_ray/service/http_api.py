@@ -8,16 +8,17 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from simmerge_ray.errors import InputError, StoreError
-from simmerge_ray.service.access import Access, Client
+from simmerge_ray.service.access import Access
 from simmerge_ray.service.dashboard import router as dashboard_router
-from simmerge_ray.service.gate import CLIENT, Gate, Limits
+from simmerge_ray.service.gate import Gate, Limits, Scope
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.metrics import CONTENT_TYPE, Metrics
 from simmerge_ray.service.schemas import (
@@ -45,10 +46,11 @@ from simmerge_ray.service.schemas import (
 _log = logging.getLogger("simmerge.service")
 VERSION = "1"
 MAX_LISTED = 200
+_ROLE = "x-role"
 _OPEN: dict[str, Any] = {"security": []}  # in the document: no token is needed
 _TEXT = {"description": "in Prometheus' format", "content": {"text/plain": {"schema": {"type": "string"}}}}
-# FastAPI's own dependencies and header parameters took a fifth of the time of a decision: roles and keys are looked at
-# in the routes, and the document is told of them.
+# FastAPI's own dependencies and header parameters took a fifth of the time of a decision: keys are looked at in
+# the routes, roles by the gate, and the document is told of them.
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")  # that HTTP can carry, and no longer than its column
 _WITH_KEY: dict[str, Any] = {
     "parameters": [
@@ -104,10 +106,24 @@ def _errors(*more: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": ErrorAnswer, "description": _MEANINGS[code]} for code in codes}
 
 
-def _check(request: Request, role: str) -> None:
-    client: Client | None = request.scope.get(CLIENT)
-    if client is None or not client.roles & {role, "admin"}:
-        raise HTTPException(403, f"this needs a token with the role {role} or admin")
+def _needs(role: str) -> dict[str, Any]:
+    """For the document, and for the gate, which looks at the role before a body is read."""
+    return {_ROLE: role}
+
+
+def _role_of(api: FastAPI) -> Callable[[Scope], str | None]:
+    needed = [
+        (route.path_regex, route.openapi_extra[_ROLE])
+        for route in api.routes
+        if isinstance(route, APIRoute) and route.openapi_extra and _ROLE in route.openapi_extra
+    ]
+
+    def role_of(scope: Scope) -> str | None:
+        if scope["method"] != "POST":
+            return None
+        return next((role for path, role in needed if path.match(scope["path"])), None)
+
+    return role_of
 
 
 def _key(request: Request) -> str | None:
@@ -148,7 +164,7 @@ def create_app(
     _add_changes(api, current)  # first, since they are asked for most
     _add_looks(api, current, metrics)
     api.include_router(dashboard_router(current, access.roles_of))
-    gate = Gate(api, access, limits or Limits(), metrics)
+    gate = Gate(api, access, limits or Limits(), metrics, _role_of(api))
     gate.api = api  # type: ignore[attr-defined]
     return gate
 
@@ -253,16 +269,14 @@ def _add_looks(api: FastAPI, current: Callable[[], Learner], metrics: Metrics) -
         """One signal of all pairs."""
         return await current().signals(signal, task or None)
 
-    @api.post("/v1/rank", operation_id="rank_arms", responses=_errors())
-    async def rank(body: RankRequest, request: Request) -> Ranked:
+    @api.post("/v1/rank", operation_id="rank_arms", responses=_errors(), openapi_extra=_needs("decide"))
+    async def rank(body: RankRequest) -> Ranked:
         """All arms for a pair, without a decision."""
-        _check(request, "decide")
         return await current().rank(body)
 
-    @api.post("/v1/plans", operation_id="rank_plans", responses=_errors())
-    async def plans(body: PlansRequest, request: Request) -> PlansAnswer:
+    @api.post("/v1/plans", operation_id="rank_plans", responses=_errors(), openapi_extra=_needs("decide"))
+    async def plans(body: PlansRequest) -> PlansAnswer:
         """The best plans over several checkpoints, without a decision."""
-        _check(request, "decide")
         return await current().plans(body)
 
 
@@ -277,11 +291,10 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="decide",
         responses=again(Decision),
-        openapi_extra=_WITH_KEY,
+        openapi_extra=_needs("decide") | _WITH_KEY,
     )
     async def decide(body: DecisionRequest, request: Request, response: Response) -> Decision:
         """Which merge should be made? Give an Idempotency-Key to be able to ask again safely."""
-        _check(request, "decide")
         response.status_code, decision = await current().decide(body, _key(request))
         _say(request, decision.decision_id, arm=decision.arm)
         return decision
@@ -291,13 +304,12 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="reward",
         responses=again(RewardAnswer),
-        openapi_extra=_WITH_KEY,
+        openapi_extra=_needs("reward") | _WITH_KEY,
     )
     async def reward(
         decision_id: DecisionId, body: RewardRequest, request: Request, response: Response
     ) -> RewardAnswer:
         """The measured utility, in [0, 1], of what was decided."""
-        _check(request, "reward")
         _say(request, decision_id, utility=body.utility)
         response.status_code, answer = await current().reward(decision_id, body, _key(request))
         return answer
@@ -307,11 +319,10 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="void_reward",
         responses=again(RewardAnswer),
-        openapi_extra=_WITH_KEY,
+        openapi_extra=_needs("admin") | _WITH_KEY,
     )
     async def void(decision_id: DecisionId, body: ReasonRequest, request: Request, response: Response) -> RewardAnswer:
         """The reward was wrong: it counts as if it had never been given. Another may follow."""
-        _check(request, "admin")
         _say(request, decision_id)
         response.status_code, answer = await current().void(decision_id, body, _key(request))
         return answer
@@ -321,11 +332,10 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="close_decision",
         responses=again(RewardAnswer),
-        openapi_extra=_WITH_KEY,
+        openapi_extra=_needs("reward") | _WITH_KEY,
     )
     async def close(decision_id: DecisionId, body: ReasonRequest, request: Request, response: Response) -> RewardAnswer:
         """No reward will come: the merge was infeasible (begin the reason with that word), or was not made."""
-        _check(request, "reward")
         _say(request, decision_id)
         response.status_code, answer = await current().close(decision_id, body, _key(request))
         return answer
@@ -335,11 +345,10 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="add_arm",
         responses=again(EventSummary),
-        openapi_extra=_WITH_KEY,
+        openapi_extra=_needs("admin") | _WITH_KEY,
     )
     async def add_arm(body: ArmRequest, request: Request, response: Response) -> EventSummary:
         """An operator that may be played from now on."""
-        _check(request, "admin")
         response.status_code, answer = await current().add_arm(body, _key(request))
         return answer
 
@@ -348,11 +357,10 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         status_code=201,
         operation_id="discount",
         responses=again(EventSummary),
-        openapi_extra=_WITH_KEY,
+        openapi_extra=_needs("admin") | _WITH_KEY,
     )
     async def discount(body: DiscountRequest, request: Request, response: Response) -> EventSummary:
         """What was observed so far counts less: the world has changed."""
-        _check(request, "admin")
         response.status_code, answer = await current().discount(body, _key(request))
         return answer
 

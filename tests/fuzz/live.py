@@ -110,7 +110,8 @@ def live_service(root: Path) -> Iterator[LiveService]:
     files = write_published(root)
     settings = files.settings(root)
     upgrade_database(settings.database)
-    access = Access([Client(role, frozenset({role}), digest_of(token)) for role, token in TOKENS.items()])
+    clients = [Client(role, frozenset({role}), digest_of(token)) for role, token in TOKENS.items()]
+    access = Access(clients, failures_per_s=1e6)  # each of the many wrong tokens shall be told that it is wrong
     app = create_app(lambda: Learner(settings), access, PrometheusMetrics(), Limits(body_seconds=BODY_SECONDS))
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, http=impatient(HEAD_SECONDS), log_config=None))
