@@ -93,8 +93,10 @@ def bought(
     rows = curves(pair_pools(dataset, predicted, dict(base_of)), range(1, len(dataset.arms) + 1))
     merged = [label for part in parts for label in part.labels if len(label.plan.steps) == 1]
     seconds = _seconds_by_plan(merged)
-    # Labels that train a selector: all of them. Signals: what a merge of a catalogue of this size would be charged.
-    costs = Costs(evaluation=float(np.mean(list(seconds.values()))), signals=0.0, labels=sum(seconds.values()))
+    # Labels that train a selector: all of them. Signals serve every pair of a catalogue, each is charged its part.
+    pairs = {tuple(sorted(label.plan.members)) for label in merged}
+    signals = sum(part.signal_seconds for part in parts) / len(pairs)
+    costs = Costs(float(np.mean(list(seconds.values()))), signals, sum(seconds.values()))
     return {"rows": rows, "costs": vars(costs), "break_even": break_even(rows, costs)}
 
 

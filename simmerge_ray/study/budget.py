@@ -38,8 +38,8 @@ class Pool:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, measured: of a full evaluation of one candidate on all of its tasks, of the signals of one catalogue per
-    merge that is asked for, and of the labels that the selector was trained on."""
+    """Seconds, measured: of a full evaluation of one candidate on all of its tasks, of the signals of a catalogue for
+    each of its pairs, and of the labels that the selector was trained on."""
 
     evaluation: float
     signals: float

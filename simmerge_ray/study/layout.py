@@ -8,6 +8,7 @@ from pathlib import Path
 from simmerge_ray.catalogue import Catalogue, load_catalogue
 from simmerge_ray.labels import LabeledPlan, LabelStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.storage import read_json
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class StudyLayout:
 
 @dataclass(frozen=True)
 class LoadedPart:
-    """Everything that is known of one base and its experts."""
+    """Everything that is known of one base and its experts. signal_seconds: that its table took."""
 
     name: str
     catalogue: Catalogue
     table: SignalTable
     labels: tuple[LabeledPlan, ...]
     signatures: str
+    signal_seconds: float = 0.0
 
 
 def load_part(layout: StudyLayout, name: str) -> LoadedPart:
@@ -67,6 +69,6 @@ def load_part(layout: StudyLayout, name: str) -> LoadedPart:
     """
     table = read_signal_table(layout.signals(name))
     labels = tuple(LabelStore(layout.labels(name)).read())
-    return LoadedPart(
-        name, load_catalogue(layout.catalogue(name)), table, labels, str(layout.signals(name).parent / "signatures")
-    )
+    signatures = str(layout.signals(name).parent / "signatures")
+    seconds = read_json(layout.signals(name).with_suffix(".json"))["seconds"]
+    return LoadedPart(name, load_catalogue(layout.catalogue(name)), table, labels, signatures, float(seconds))

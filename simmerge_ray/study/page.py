@@ -226,8 +226,9 @@ def budget_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
     else:
         said = (
             f"Random search needs {even['random_evaluations']:g} evaluations to be as good as the first prediction "
-            f"with none. An evaluation took {costs['evaluation']:.1f} s, all labels {costs['labels'] / 3600:.1f} h: "
-            f"they have paid after {even['merges']} merges."
+            f"with none. An evaluation took {costs['evaluation']:.1f} s, the signals of a catalogue "
+            f"{costs['signals']:.2f} s for each of its pairs, all labels {costs['labels'] / 3600:.1f} h: they have "
+            f"paid after {even['merges']} merges."
         )
     return [f"![Utility of what is chosen, against evaluations]({path.name})", "", said]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,10 @@ def test_a_model_knows_nothing_of_the_base_that_it_is_asked_about(parts):
 
 
 def test_what_evaluations_buy_is_drawn(parts, tmp_path):
-    found = bought(parts, joined(parts, ARMS), bases_of(parts), CONFIG)
+    timed = [replace(one, signal_seconds=30.0) for one in parts]
+    found = bought(timed, joined(parts, ARMS), bases_of(parts), CONFIG)
+    num_pairs = len({(context.left, context.right) for context in joined(parts, ARMS).contexts})
+    assert found["costs"]["signals"] == pytest.approx(3 * 30.0 / num_pairs)
     lines = budget_lines(found, tmp_path)
     assert (tmp_path / "study-evaluations.png").exists() and lines[0].endswith("(study-evaluations.png)")
     assert {row["strategy"] for row in found["rows"]} == {"predicted", "random", "Optuna", "few items"}
