@@ -75,7 +75,9 @@ def base_folds(pairs: Sequence[Pair], base_of: Mapping[str, str]) -> list[Fold]:
 
 
 def domain_folds(contexts: Sequence[Context]) -> list[Fold]:
-    """Each task left out in turn, and from training every pair that was measured on it: *unseen domain*.
+    """Each task left out in turn, with every pair that was measured on it: *unseen domain*.
+
+    Such pairs are tested whole, on both parents' tasks: one arm serves the merge, and is chosen for both together.
 
     Raises:
         LabelError: fewer than three tasks, so that nothing is left to train on.
@@ -86,9 +88,7 @@ def domain_folds(contexts: Sequence[Context]) -> list[Fold]:
     folds = []
     for task in tasks:
         touching = {tuple(sorted((c.left, c.right))) for c in contexts if c.task == task}
-        training = [i for i, c in enumerate(contexts) if tuple(sorted((c.left, c.right))) not in touching]
-        tested = [i for i, c in enumerate(contexts) if c.task == task]
-        folds.append(Fold(task, tuple(training), tuple(tested)))
+        folds.append(_fold(task, [tuple(sorted((c.left, c.right))) in touching for c in contexts]))
     return folds
 
 
