@@ -23,7 +23,7 @@ from simmerge_ray.labels import LabelStore
 from simmerge_ray.plans import MergePlan
 from simmerge_ray.progress import Narrator
 from simmerge_ray.storage import Manifest, digest_json, write_once
-from simmerge_ray.study.analysis import ARMS
+from simmerge_ray.study.analysis import ALL_ARMS, ARMS
 from simmerge_ray.study.exact_sample import write_exact
 from simmerge_ray.study.layout import StudyLayout, load_part
 from simmerge_ray.study.longer import unmerged
@@ -143,12 +143,13 @@ def _exact_features(root: Path, name: str) -> int:
 
 
 def _analysis(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
-    """What is published: labels and signals, the selector trained on them with its report, and the results."""
+    """What is published: labels and signals, selectors trained on them with their reports, and the results."""
     data = StudyData.load(layout, TrainConfig())
     export_dataset(data.small, layout.results)
     if data.large:
         export_dataset(data.large, layout.results / "large")
-    train_dataset_stage(layout.results / "labels.parquet", layout.results / "selector", data.config, narrator, ARMS)
+    for name, arms in (("selector", ARMS), ("selector_of_all_arms", ALL_ARMS)):
+        train_dataset_stage(layout.results / "labels.parquet", layout.results / name, data.config, narrator, arms)
     with narrator.stage("analysis") as stage:
         found = analyse(data, layout.root / "analysis", narrator.say)
         stage.result = f"{len(found)} sections -> {write_results(found, layout.results)}"

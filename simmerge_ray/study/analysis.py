@@ -27,13 +27,14 @@ from simmerge_ray.study.budget import Costs, break_even, curves, pair_pools
 from simmerge_ray.study.later_arm import later_arm
 from simmerge_ray.study.layout import LoadedPart, StudyLayout
 from simmerge_ray.study.longer import unmerged
-from simmerge_ray.study.merges import LATER_ARM, REFERENCE_ARMS
+from simmerge_ray.study.merges import CONTROL_ARM, LATER_ARM, REFERENCE_ARMS
 from simmerge_ray.study.subset_choice import compare_subsets, labelled_choices, pooled_prediction
 from simmerge_ray.study.transfer import transfer
 from simmerge_ray.study.unseen_base import longer_plans, models_without_base
 
 Report = Callable[[int, int], None]
 ARMS = tuple(arm.label for arm in REFERENCE_ARMS)
+ALL_ARMS = (*ARMS, LATER_ARM.label, CONTROL_ARM.label)  # of the selector that comes with the package
 
 
 def joined(parts: Sequence[LoadedPart], arms: Sequence[str]) -> SelectionDataset:

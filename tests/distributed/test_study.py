@@ -64,7 +64,7 @@ def test_a_study_makes_zoo_signals_and_labels_once(tmp_path):
     assert first.features == part.get(plan.steps[0].left, plan.steps[0].right, task).features
     assert set(last.features) == set(recorded.columns)
     again = told(layout)
-    assert "0 checkpoints trained" in again and again.count("unchanged") == 5
+    assert "0 checkpoints trained" in again and again.count("unchanged") == 6
 
 
 def test_fewer_probes_and_those_of_another_task(tmp_path):
