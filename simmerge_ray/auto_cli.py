@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
 def auto(
     catalogue: Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")],
-    selector: SelectorOption,
     signals: SignalsOption,
     tasks: Annotated[Path, typer.Option(help="directory of <task>.jsonl with prompt and target per line")],
     out: Annotated[Path, typer.Option(help="directory for labels, plans, the answer and the merge")],
+    selector: SelectorOption = None,
     task: Annotated[
         list[str] | None, typer.Option(help="count on these tasks; default: all own tasks; repeatable")
     ] = None,
@@ -124,6 +124,7 @@ def auto(
         study = check_auto(checkpoints, counted, config, out, write)
         with narrator.stage("rank") as stage:
             ranking = request.scorer.rank(request.space, request.pool, evaluate, budget, shortlist, aggregate, caution)
+            ranking = ranking.with_best_fixed()
             stage.result = f"{ranking.num_scored} merges scored, {len(ranking.plans)} to be measured"
         if dry_run:
             for line in dry_run_lines(study, ranking, checkpoints.own_task, out):
@@ -132,7 +133,8 @@ def auto(
         inputs = {f"checkpoint {key}": value for key, value in checkpoints.digests().items()}
         inputs |= {f"task {key}": one.digest for key, one in counted.items()} | {"signals": digest_file(signals)}
         inputs |= {
-            f"selector {path.relative_to(selector)}": digest_file(path) for path in selector.rglob("*.safetensors")
+            f"selector {path.relative_to(request.directory)}": digest_file(path)
+            for path in request.directory.rglob("*.safetensors")
         }
         manifest = Manifest("auto", {"ranking": ranked_by, "search": config.content()}, inputs)
         auto_stage(checkpoints, counted, request.pool.objective, ranking, config, out, narrator, manifest, write)

@@ -14,6 +14,7 @@ from simmerge_ray.errors import ConfigError, PlanError, SelectorError, unknown_n
 if TYPE_CHECKING:
     from simmerge_ray.catalogue import Catalogue
     from simmerge_ray.propagation.interface import Propagator
+    from simmerge_ray.selector.model import Selector
     from simmerge_ray.selector.plan_space import PlanSpace
     from simmerge_ray.selector.plan_tasks import TaskPool
     from simmerge_ray.selector.scorer import PlanScorer, RankedPlan, Ranking
@@ -24,7 +25,9 @@ _SPACE, _SCORING, _PAIR = "Which plans", "How they are scored", "Arms for one pa
 
 
 # Options that `simmerge auto` has, too.
-SelectorOption = Annotated[Path, typer.Option(help="directory that `simmerge train` wrote")]
+SelectorOption = Annotated[
+    Path | None, typer.Option(help="directory that `simmerge train` wrote; default: the one in the package")
+]
 SignalsOption = Annotated[Path, typer.Option(help="signal table (Parquet)")]
 WaysOption = Annotated[str, typer.Option(help="checkpoints of a merge: 2, or 2-4", rich_help_panel=_SPACE)]
 MustContainOption = Annotated[list[str] | None, typer.Option(help="checkpoint id; repeatable", rich_help_panel=_SPACE)]
@@ -55,12 +58,12 @@ AggregateOption = Annotated[str, typer.Option(help="last step, mean or sum over 
 
 
 def plan(
-    selector: SelectorOption,
     signals: SignalsOption,
     catalogue: Annotated[Path | None, typer.Argument(metavar="CATALOGUE", help="catalogue YAML")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="count on these tasks; default: the members' own; repeatable")
     ] = None,
+    selector: SelectorOption = None,
     out: Annotated[
         Path | None, typer.Option(help="directory for plan-1.json, ...; of a pair: the file for the safe choice")
     ] = None,
@@ -105,7 +108,7 @@ def plan(
         weighting, objective, propagator, signatures, probes,
     )  # fmt: skip
     ranking = request.scorer.rank(request.space, request.pool, top, budget, shortlist, aggregate, caution)
-    _print_ranking(ranking, request.table, request.pool, selector, request.space.num_plans(), caution)
+    _print_ranking(ranking, request, caution)
     if out is not None:
         from simmerge_ray.selector.plan_files import write_plans
 
@@ -115,8 +118,10 @@ def plan(
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Plans to be ranked, checked against the artifacts that they need."""
+    """Plans to be ranked, checked against the artifacts that they need. directory: of the selector."""
 
+    directory: Path
+    selector: Selector
     checkpoints: Catalogue
     table: SignalTable
     space: PlanSpace
@@ -143,7 +148,7 @@ def check_names(ways: str, propagator: str, probes: Path | None) -> tuple[int, i
 
 def plan_request(
     checkpoints: Catalogue,
-    selector: Path,
+    selector: Path | None,
     signals: Path,
     tasks: Sequence[str],
     ways: tuple[int, int],
@@ -158,19 +163,23 @@ def plan_request(
 ) -> PlanRequest:
     """Read what a ranking needs.
 
+    Args:
+        selector: its directory; None takes the one in the package.
+
     Raises:
         InputError: an artifact is missing or does not fit, or a name is unknown; nothing has been computed.
     """
     from simmerge_ray.selector.model import read_selector
-    from simmerge_ray.selector.plan_files import SHORTLIST
+    from simmerge_ray.selector.plan_files import SHORTLIST, default_selector
     from simmerge_ray.selector.plan_space import plan_space, scorable_arms
     from simmerge_ray.selector.plan_tasks import task_pool
     from simmerge_ray.signals.table import read_signal_table
 
-    if not selector.exists():
-        read_selector(selector)  # it raises, and says what makes one
-    first = _shortlist(selector / SHORTLIST)
-    second = first if propagator == "second_order" else read_selector(selector)
+    directory = selector or default_selector()
+    if not directory.exists():
+        read_selector(directory)  # it raises, and says what makes one
+    first = _shortlist(directory / SHORTLIST)
+    second = first if propagator == "second_order" else read_selector(directory)
     table = read_signal_table(signals)
     trained, given = (one.get("weights", "exact") for one in (second.provenance, table.provenance))
     if trained != given:
@@ -186,7 +195,7 @@ def plan_request(
     from simmerge_ray.selector.scorer import PlanScorer
 
     scorer = PlanScorer(table, _propagator(propagator, table, checkpoints, probes, signatures, signals), second, first)
-    return PlanRequest(checkpoints, table, space, pool, scorer)
+    return PlanRequest(directory, second, checkpoints, table, space, pool, scorer)
 
 
 def _shortlist(path: Path) -> Any:
@@ -245,12 +254,11 @@ def _propagator(
     return PROPAGATORS[name](read_evidence(table, checkpoints, load_probe_sets(probes), store))
 
 
-def _print_ranking(
-    ranking: Ranking, table: SignalTable, pool: TaskPool, selector: Path, num_plans: int, caution: float
-) -> None:
+def _print_ranking(ranking: Ranking, request: PlanRequest, caution: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    pool, num_plans = request.pool, request.space.num_plans()
     console = Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
     shown = Table(title=f"predicted utility, {tasks_text(pool)}", title_justify="left")
     for column in ("", "plan", "predicted", "interval", "why"):
@@ -272,9 +280,30 @@ def _print_ranking(
         lines.append("the first plan is that of the best fixed arm")
     lines += [f"approximate in the first plan: {line}" for line in ranking.plans[0].approximate]
     if len(pool.tasks) == 1:
-        lines.append(best_single(pool.tasks[0], table, _parents(selector)))
+        lines.append(best_single(pool.tasks[0], request.table, _parents(request.directory)))
+    lines += trust_lines(request)
     for line in lines:
         console.print(line, soft_wrap=True)
+
+
+def trust_lines(request: PlanRequest) -> list[str]:
+    """How far the predictions can be relied on: has choosing paid, and does the selector know such checkpoints?"""
+    from simmerge_ray.selector.novelty import unlike_pairs
+
+    selector, ids = request.selector, request.space.ids
+    fixed, lines = selector.best_fixed, []
+    if selector.override.never:
+        lines.append(
+            f"to leave the best fixed arm, {fixed}, has not paid on checkpoints that were left out: where the first "
+            "plan has other arms, measure it beside that of the best fixed arm (`simmerge auto` does)"
+        )
+    unlike, num = len(unlike_pairs(selector, request.table, ids, request.pool)), len(ids) * (len(ids) - 1) // 2
+    if unlike:
+        lines.append(
+            f"{unlike} of {num} pairs are unlike the checkpoints that the selector was trained on: of merges with them "
+            f"it knows little; the best fixed arm, {fixed}, is the safe choice"
+        )
+    return lines
 
 
 def tasks_text(pool: TaskPool) -> str:
@@ -325,7 +354,13 @@ def _parents(selector: Path) -> Mapping[str, Mapping[str, float]]:
 
 
 def plan_pair(
-    catalogue: Path, selector: Path, signals: Path, left: str, right: str, tasks: Sequence[str], out: Path | None
+    catalogue: Path,
+    selector: Path | None,
+    signals: Path,
+    left: str,
+    right: str,
+    tasks: Sequence[str],
+    out: Path | None,
 ) -> None:
     """Rank the arms for one pair, say which to take and why, and write the plan of that one."""
     from rich.console import Console
@@ -333,10 +368,11 @@ def plan_pair(
     from simmerge_ray.catalogue import load_catalogue
     from simmerge_ray.operators.specs import parse_arm
     from simmerge_ray.plans import pair_plan, resolve_plan, write_plan
+    from simmerge_ray.selector.plan_files import default_selector
     from simmerge_ray.service.recommender import Recommender
 
     checkpoints = load_catalogue(catalogue)
-    recommender = Recommender.load(selector, signals)
+    recommender = Recommender.load(selector or default_selector(), signals)
     answer = recommender.recommend(left, right, tasks)
     console = Console(markup=False, highlight=False, emoji=False)
     console.print(_pair_table(answer, recommender.best_fixed, f"{left} + {right}"))

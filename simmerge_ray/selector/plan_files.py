@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 SHORTLIST = "shortlist"  # in a selector's directory: a second artifact, on the features of propagator `second_order`
 PARENTS = "parents.json"  # beside it: measured utilities of the checkpoints as they are, task -> id -> utility
+
+
+def default_selector() -> Path:
+    """The selector that comes with the package, trained on the labels of docs/study.md."""
+    return Path(str(files("simmerge_ray"))) / "data" / "default_selector"
 
 
 def write_selectors(out: Path, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:

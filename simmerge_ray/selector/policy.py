@@ -30,6 +30,11 @@ class SafeOverride:
     share: float
     unit: str
 
+    @property
+    def never(self) -> bool:
+        """Whether the best fixed arm is never left."""
+        return math.isinf(self.threshold)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -150,7 +155,7 @@ def explain(override: SafeOverride, arms: Sequence[str], pooled: np.ndarray, dis
         reason = f"predicted {advantage:+.3f} over the best fixed arm {fixed}, more than {override.threshold:.3f}"
     elif looks_best == fixed:
         reason = f"the best fixed arm {fixed} is predicted to be the best here too"
-    elif math.isinf(override.threshold):
+    elif override.never:
         reason = f"best fixed arm {fixed}: leaving it has not paid on checkpoints that were left out"
     else:
         reason = (

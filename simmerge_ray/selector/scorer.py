@@ -90,6 +90,16 @@ class Ranking:
     width: int | None
     num_reranked: int
 
+    def with_best_fixed(self) -> Ranking:
+        """For what is to be measured: `best_fixed` takes the last place where it has none, unless it is the only one.
+
+        In the study the first prediction was hardly better than the best fixed arm: who measures anyway should know.
+        """
+        kept = self.plans[:-1]
+        if not kept or any(one.plan.id == self.best_fixed.plan.id for one in self.plans):
+            return self
+        return replace(self, plans=(*kept, self.best_fixed))
+
 
 @dataclass(frozen=True)
 class _Steps:

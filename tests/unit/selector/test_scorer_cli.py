@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,15 @@ from typer.testing import CliRunner
 
 from simmerge_ray.cli import app
 from simmerge_ray.errors import ConfigError, PlanError, SelectorError
-from simmerge_ray.plan_cli import best_single
+from simmerge_ray.plan_cli import best_single, plan_request
 from simmerge_ray.plans import fold_plan, fold_text, read_plan
+from simmerge_ray.search.objectives import Objective
 from simmerge_ray.selector.model import read_selector
+from simmerge_ray.selector.novelty import unlike_pairs
+from simmerge_ray.selector.plan_files import SHORTLIST, default_selector
+from simmerge_ray.selector.plan_tasks import TaskPool
 from simmerge_ray.service.recommender import Recommender
+from simmerge_ray.signals.table import read_signal_table
 from tests.artifacts import write_artifacts
 from tests.tables import synthetic_table
 
@@ -103,3 +109,60 @@ def test_missing_artifacts_say_which_command_makes_them(run, catalogue_path, tmp
         options = [f"--{name}={path}" for name, path in given.items()]
         result = CliRunner().invoke(app, ["plan", str(catalogue_path), *options])
         assert message in str(result.exception) and "no s" in str(result.exception)
+
+
+def test_without_a_selector_the_one_in_the_package_ranks_and_says_that_it_knows_no_such_checkpoints(
+    run, catalogue_path, tmp_path
+):
+    fixed = ["plan", str(catalogue_path), "--signals", str(run / "pairs.parquet")]
+    result = CliRunner().invoke(app, [*fixed, "--ways", "2", "--out", str(tmp_path)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    shipped = read_selector(default_selector())
+    assert "3 of 3 pairs are unlike" in result.output and f"arm, {shipped.best_fixed}, is the safe" in result.output
+    made = [read_plan(path)[0].plan for path in tmp_path.glob("plan-*.json")]
+    assert {step.arm.label for plan in made for step in plan.steps} <= set(shipped.arms)
+    one = CliRunner().invoke(app, [*fixed, "--left", "m0", "--right", "m1"], env={"COLUMNS": "200"})
+    assert one.exit_code == 0 and f"* take {shipped.best_fixed}: not trained for such" in one.output
+
+
+def test_a_ranking_says_when_leaving_the_best_fixed_arm_has_not_paid(run, catalogue_path, tmp_path):
+    selector = read_selector(run / "selector")
+    for threshold, said in ((math.inf, True), (0.02, False)):
+        changed = tmp_path / str(threshold)
+        replace(selector, override=replace(selector.override, threshold=threshold)).write(changed)
+        read_selector(run / "selector" / SHORTLIST).write(changed / SHORTLIST)
+        result = CliRunner().invoke(
+            app,
+            ["plan", str(catalogue_path), "--selector", str(changed), "--signals", str(run / "pairs.parquet")],
+            env={"COLUMNS": "400"},
+        )
+        assert ("has not paid" in result.output) == said, result.output
+
+
+def test_pairs_like_the_training_are_not_called_unlike(run, catalogue_path):
+    table = read_signal_table(run / "pairs.parquet")
+    selector = read_selector(run / "selector")
+    pool = TaskPool(Objective("mean"), table.tasks)
+    near = replace(selector, novelty=replace(selector.novelty, limit=1e9))
+    far = replace(selector, novelty=replace(selector.novelty, limit=-1.0))
+    assert unlike_pairs(near, table, ("m0", "m1", "m2"), pool) == []
+    assert unlike_pairs(far, table, ("m0", "m1", "m2"), pool) == [("m0", "m1"), ("m0", "m2"), ("m1", "m2")]
+
+
+def test_what_is_measured_has_the_best_fixed_arm_in_it(run, catalogue_path):
+    from simmerge_ray.catalogue import load_catalogue
+
+    request = plan_request(
+        load_catalogue(catalogue_path), run / "selector", run / "pairs.parquet", (), (2, 2), (), (), (), "equal",
+        "mean", "second_order", None, None,
+    )  # fmt: skip
+    ranking = request.scorer.rank(request.space, request.pool, top=6)
+    plans = [one.plan.id for one in ranking.plans]
+    first_others = replace(
+        ranking, plans=tuple(one for one in ranking.plans if one.plan.id != ranking.best_fixed.plan.id)
+    )
+    assert [one.plan.id for one in ranking.with_best_fixed().plans] == plans  # all plans: it is there
+    measured = [one.plan.id for one in first_others.with_best_fixed().plans]
+    others = [one.plan.id for one in first_others.plans]
+    assert measured == [*others[:-1], ranking.best_fixed.plan.id]
+    assert replace(first_others, plans=first_others.plans[:1]).with_best_fixed().plans == first_others.plans[:1]
