@@ -39,6 +39,7 @@ def test_the_wheel_holds_the_shipped_base_the_licence_and_the_command(tmp_path):
     ]
     library = [f"service/dashboard/static/vendor/uplot/{name}" for name in ("uPlot.iife.min.js", "LICENSE")]
     base = [f"demo/data/base/{name}" for name in ("model.safetensors", "tokenizer.json")]
-    for path in ("py.typed", "cli.py", *base, *page, *library):
+    shipped = [f"data/default_selector/{name}" for name in ("selector.json", "shortlist/selector.safetensors")]
+    for path in ("py.typed", "cli.py", *base, *page, *library, *shipped):
         assert f"simmerge_ray/{path}" in names
     assert any(name.endswith("entry_points.txt") for name in names) and any(name.endswith("LICENSE") for name in names)
