@@ -23,7 +23,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from simmerge_ray.service.replica import Replica
 
 MAX_COPIES = 5
 _LONGEST_LIFE_S = 1.0  # of the service, from its start
-_GIVE_UP_S = 300.0
+_GIVE_UP_S = 900.0  # a whole cluster may have to start, more than once
+_OURS = "x-content-type-options"  # a header of all that the service itself answers; Ray Serve's proxies do not set it
 
 
 class Acknowledged:
@@ -51,6 +52,9 @@ class Acknowledged:
         self.events: dict[int, tuple[str, str, float | None]] = {}  # by number: kind, id, utility
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.decisions) + len(self.events)
 
     def check(self, right: bool, problem: str) -> None:
         """Remember what should not have happened."""
@@ -119,7 +123,7 @@ class Load:
 
     async def _surely(self, path: str, body: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         """All acknowledgements of one request: sent several times at once, and again until there is one."""
-        deadline, good = time.monotonic() + _GIVE_UP_S, list[dict[str, Any]]()
+        deadline, good, pause = time.monotonic() + _GIVE_UP_S, list[dict[str, Any]](), 0.05
         while not good:
             copies = self._random.randint(1, MAX_COPIES)
             for answer in await asyncio.gather(*(self._once(path, body, key) for _ in range(copies))):
@@ -134,28 +138,44 @@ class Load:
             if not good:
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"{path} was not acknowledged within {_GIVE_UP_S:.0f} s")
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(pause)
+                pause = min(1.0, 1.5 * pause)
         return good
 
     async def _once(self, path: str, body: Mapping[str, Any], key: str) -> httpx.Response | None:
+        """What the service answered; None where it is not known whether the request came to it."""
         try:
-            return await self._client.post(path, json=body, headers={"Idempotency-Key": key})
+            answer = await self._client.post(path, json=body, headers={"Idempotency-Key": key})
         except httpx.TransportError:
             return None
+        return answer if _OURS in answer.headers else None
 
 
-async def _campaign(service: PlainService, kills: int, jobs: int, seed: int) -> tuple[Acknowledged, dict[str, Any]]:
-    """Kill, start, kill; then let all jobs end."""
-    generator = random.Random(seed + 1)
-    service.start()
-    await asyncio.to_thread(service.wait)
+async def under_load(
+    url: str, jobs: int, seed: int, disturb: Callable[[Acknowledged], Awaitable[None]]
+) -> tuple[Acknowledged, dict[str, Any]]:
+    """Ask a service that is ready while something disturbs it; when that is over, and the service ready again, all jobs
+    end. What was acknowledged, and what the service says of its state then.
+    """
     limits = httpx.Limits(max_connections=jobs * MAX_COPIES, max_keepalive_connections=jobs)
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    ready = []
-    async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=30, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30, limits=limits) as client:
         catalogue = (await client.get("/v1/catalogue")).json()
         load = Load(client, [one["id"] for one in catalogue["checkpoints"]], seed)
         tasks = [asyncio.create_task(load.work()) for _ in range(jobs)]
+        await disturb(load.acknowledged)
+        await asyncio.sleep(1)
+        load.ending = True
+        await asyncio.gather(*tasks)
+        return load.acknowledged, (await client.get("/v1/policy")).json()
+
+
+async def _campaign(service: PlainService, kills: int, jobs: int, seed: int) -> tuple[Acknowledged, dict[str, Any]]:
+    """Kill, start, kill."""
+    generator = random.Random(seed + 1)
+    ready: list[float] = []
+
+    async def disturb(_: Acknowledged) -> None:
         for number in range(kills):
             if number % 4:  # else it may die before it is ready
                 ready.append(await asyncio.to_thread(service.wait))
@@ -163,13 +183,12 @@ async def _campaign(service: PlainService, kills: int, jobs: int, seed: int) -> 
             service.kill()
             service.start()
         ready.append(await asyncio.to_thread(service.wait))
-        await asyncio.sleep(1)
-        load.ending = True
-        await asyncio.gather(*tasks)
-        policy = (await client.get("/v1/policy")).json()
-    service.kill()
+
+    service.start()
+    await asyncio.to_thread(service.wait)
+    told, policy = await under_load(service.url, jobs, seed, disturb)
     policy["seconds until ready"] = {"median": float(np.median(ready)), "largest": max(ready)}
-    return load.acknowledged, policy
+    return told, policy
 
 
 def _never(epoch: int, features: np.ndarray) -> tuple[np.ndarray, float]:

@@ -7,16 +7,18 @@ log ties them to the node of its file.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import signal
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.util import get_node_ip_address
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -44,6 +46,8 @@ class AppArgs(BaseModel):
     tokens: YAML file; without it the environment of the replicas. max_replicas: above num_replicas lets Serve add some
     under load.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     selector: str
     signals: str
@@ -118,6 +122,7 @@ class MergeService:
         self._configured: Path | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
+        _log_beside_serve()
         return create_app(lambda: self._learner, self._access, ServeMetrics())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -132,6 +137,18 @@ class MergeService:
         if selector != before:
             await self._learner.publish(selector, only_new=before is None)
             self._configured = selector
+
+
+def _log_beside_serve() -> None:
+    """The service's lines, one for each request that changes something, go to the replica's log file of Serve."""
+    own = logging.getLogger("simmerge.service")
+    own.parent, own.level = logging.getLogger("ray.serve"), logging.INFO
+    own.addFilter(_only_to_file)
+
+
+def _only_to_file(record: logging.LogRecord) -> bool:
+    record.log_to_stderr = False  # Serve's handlers look at it; else there would be a copy in the worker's stderr
+    return True
 
 
 def build(args: AppArgs) -> serve.Application:
@@ -158,6 +175,10 @@ def build(args: AppArgs) -> serve.Application:
     return deployment.options(ray_actor_options=options, **scale).bind(args)
 
 
+# Ray makes the arguments of `serve.yaml` one, if it sees the type; "from __future__ import annotations" left a string.
+build.__annotations__["args"] = AppArgs
+
+
 def run_service(config: ServeConfig, narrator: Narrator, until: threading.Event | None = None) -> None:
     """Start Ray Serve, print where it listens, and serve until Ctrl-C, SIGTERM or `until` is set; then clean up.
 
@@ -174,10 +195,14 @@ def run_service(config: ServeConfig, narrator: Narrator, until: threading.Event 
     # A short name: the path of HAProxy's socket, with the node's id of 56 characters in it, has 97 at most.
     place = Path(f"/tmp/sr-{os.getuid()}-{digest_bytes(args.registry.encode())[:8]}")
     _use_haproxy(place)
+    # What blocks has threads of its own; a second event loop for the application would only take CPU time.
+    os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15, requests wait for whatever else the machine does
     with ray_session():
         try:
             serve.start(http_options={"host": config.host, "port": config.port})
-            serve.run(build(args), name=APP_NAME, route_prefix="/", blocking=False)
+            logs = {"enable_access_log": False}  # the service writes its own line, with the decision's id
+            serve.run(build(args), name=APP_NAME, route_prefix="/", logging_config=logs)
             url = f"http://{config.host}:{config.port}"
             narrator.say(f"serving at {url} (Ctrl-C ends it); the event log is {_shown(args.database)}")
             if token is not None:
@@ -189,6 +214,7 @@ def run_service(config: ServeConfig, narrator: Narrator, until: threading.Event 
             stop.wait()
         finally:
             serve.shutdown()
+            _end_left_over(place)
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -257,8 +283,8 @@ def _use_haproxy(place: Path) -> None:
     _end_left_over(place)
     place.mkdir(mode=0o700, exist_ok=True)
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-    names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "SERVER_STATE_FILE": "server-state"}
-    for name, file in {**names, "SERVER_STATE_BASE": "."}.items():
+    names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "METRICS_SOCKET_PATH": "metrics.sock"}
+    for name, file in {**names, "SERVER_STATE_FILE": "server-state", "SERVER_STATE_BASE": "."}.items():
         os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(place / file))
     for name in ("METRICS", "STATS"):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -267,13 +293,11 @@ def _use_haproxy(place: Path) -> None:
 
 def _end_left_over(place: Path) -> None:
     """HAProxy outlives a Ray that was killed, and keeps the port. It is known by where its configuration lies."""
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = process.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"haproxy" in words[0] and any(word.startswith(f"{place}/".encode()) for word in words):
-            os.kill(int(process.parent.name), signal.SIGKILL)
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"haproxy" in words[0] and any(word.startswith(f"{place}/".encode()) for word in words):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def curl_line(url: str, token: str | None, left: str, right: str) -> str:

@@ -1,4 +1,4 @@
-"""`simmerge serve` as a user starts it: a process of its own with its own Ray, asked over HTTP, killed in parts."""
+"""`simmerge serve` as a user starts it and `serve deploy` as an operator does, asked over HTTP."""
 
 from __future__ import annotations
 
@@ -6,350 +6,286 @@ import asyncio
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 
+from benchmarks.service.running import TOKEN, RayService, kill_9, wait_until, write_tokens
 from simmerge_ray.config import ServeConfig
 from simmerge_ray.errors import ConfigError, SelectorError
 from simmerge_ray.progress import Narrator
-from simmerge_ray.service.database import open_database
-from simmerge_ray.service.event_log import EventLog
+from simmerge_ray.runs import RunLayout
+from simmerge_ray.service.learner import Learner, LearnerSettings
 from tests.conftest import free_port
+from tests.distributed.served import write_run
 from tests.unit.service.published import write_published
 
-pytestmark = pytest.mark.ray
-_STARTS_S = 240  # two replicas import torch, on two cores that others use as well
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)  # a start takes as long as replicas need to import torch on a busy machine
+PAIR = {"left": "s1-c00", "right": "s1-c01"}
 
 
 @dataclass
-class Service:
-    """A running `simmerge serve`. token: the one that it made."""
+class Running:
+    """A service that answers. token: the one that it made."""
 
-    process: subprocess.Popen[bytes]
+    service: RayService
     run: Path
-    url: str
-    printed: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        return self.service.url
 
     @property
     def token(self) -> str:
         return str(yaml.safe_load((self.run / "service" / "tokens.yaml").read_text())[0]["token"])
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.token}"}, timeout=30)
-
-    def children(self) -> dict[int, str]:
-        """Command lines of all processes that it, its Ray and their children started."""
-        parents, commands = {}, {}
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                parents[int(place.name)] = int((place / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                commands[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-            except (OSError, IndexError):
-                continue
-        found = {self.process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= more
-        return {pid: commands[pid] for pid in found if commands.get(pid)}
-
-    def pids(self, what: str) -> list[int]:
-        """Of the processes whose command line begins with, or is a program of, this name."""
-        return [pid for pid, command in self.children().items() if what in command.split(" -", 1)[0]]
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.token}"}, timeout=60)
 
 
-def start(run: Path, root: Path, *options: str) -> Service:
+def start(run: Path, output: Path, *options: str) -> Running:
     port = free_port()
-    printed = root / "printed.txt"
-    command = [str(Path(sys.executable).with_name("simmerge")), "serve", str(run), "--port", str(port), *options]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SIMMERGE_")}
-    with printed.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env={**environment, "COLUMNS": "1000"}, cwd=root)
-    service = Service(process, run, f"http://127.0.0.1:{port}", printed)
-    deadline = time.monotonic() + _STARTS_S
-    while "curl" not in printed.read_text():
-        if process.poll() is not None or time.monotonic() > deadline:
-            stop(service)
-            raise AssertionError(f"it did not start: {printed.read_text()[-3000:]}")
-        time.sleep(0.2)
-    return service
-
-
-def stop(service: Service) -> None:
-    """As Ctrl-C does."""
-    service.process.send_signal(signal.SIGINT)
+    service = RayService(run, output, port, *options)
     try:
-        service.process.wait(90)
-    except subprocess.TimeoutExpired:
-        service.process.kill()
+        service.start()
+        service.wait()
+    except BaseException:
+        service.kill()
         raise
-
-
-def wait_until(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.2)
+    return Running(service, run, port)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """What `simmerge serve` needs of a run."""
-    root = tmp_path_factory.mktemp("run")
-    files = write_published(root)
-    (root / "signals").mkdir()
-    files.signals.rename(root / "signals" / "pairs.parquet")
-    return root
+    return write_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
-def service(run, tmp_path_factory) -> Iterator[Service]:
+def running(run, tmp_path_factory) -> Iterator[Running]:
     """Two replicas on one SQLite file."""
-    running = start(run, tmp_path_factory.mktemp("printed"), "--replicas", "2")
-    yield running
-    if running.process.poll() is None:
-        stop(running)
+    one = start(run, tmp_path_factory.mktemp("printed") / "printed.txt", "--replicas=2")
+    yield one
+    one.service.kill()  # where the last test did not end it
 
 
-PAIR = {"left": "s1-c00", "right": "s1-c01"}
+@pytest.mark.ray
+class TestServe:
+    """One `simmerge serve`; the last test ends it."""
+
+    def test_the_printed_curl_line_works_as_it_is(self, running):
+        lines = running.service.printed().splitlines()
+        (line,) = (line for line in lines if line.strip().startswith("curl"))
+        result = subprocess.run(shlex.split(line), capture_output=True, text=True, check=True)
+        assert json.loads(result.stdout)["arm"] in ("linear", "ties")
+
+    def test_the_printed_link_shows_the_dashboard_and_only_this_user_can_read_the_token(self, running):
+        words = running.service.printed().split()
+        link = next(word for word in words if word.startswith(f"{running.url}/?token="))
+        with httpx.Client(follow_redirects=True, timeout=60) as browser:
+            page = browser.get(link)
+        assert page.status_code == 200 and "text/html" in page.headers["content-type"]
+        assert (running.run / "service" / "tokens.yaml").stat().st_mode & 0o077 == 0
+
+    def test_haproxy_is_what_listens(self, running):
+        pids = running.service.pids("haproxy")
+        ports = {one.laddr.port for pid in pids for one in psutil.Process(pid).net_connections() if not one.raddr}
+        assert running.port in ports
+
+    def test_without_a_token_or_with_a_wrong_one_only_the_probes_answer(self, running):
+        with httpx.Client(base_url=running.url, timeout=60) as nobody:
+            assert nobody.get("/healthz").status_code == 200
+            assert nobody.get("/readyz").json()["status"] == "ready"
+            for path in ("/v1/policy", "/v1/decisions", "/metrics", "/openapi.json"):
+                for headers in ({}, {"authorization": "Bearer of-somebody-else"}):
+                    answer = nobody.get(path, headers=headers)
+                    assert answer.status_code in (401, 429) and "detail" in answer.json()
+                    assert answer.status_code == 429 or answer.headers["www-authenticate"] == "Bearer"
+            assert nobody.post("/v1/decisions", json=PAIR).status_code == 401
+
+    def test_a_decision_and_its_reward_are_seen_by_both_replicas(self, running):
+        assert len(running.service.pids("ray::ServeReplica")) == 2
+        with running.client() as client:
+            before = client.get("/v1/policy").json()
+            decision = client.post("/v1/decisions", json=PAIR).json()
+            given = client.post(f"/v1/decisions/{decision['decision_id']}/reward", json={"utility": 0.5})
+            assert given.status_code == 201
+        replicas = set()
+        for _ in range(40):  # a connection each, so that both are asked
+            with running.client() as client:
+                answer = client.get("/v1/policy").json()
+                assert answer["num_rewards"] == before["num_rewards"] + 1
+                replicas.add(json.dumps(answer["arms"]))
+        assert len(replicas) == 1  # the same to the last bit
+
+    def test_requests_of_one_key_at_the_same_time_are_one_decision(self, running):
+        with running.client() as client, ThreadPoolExecutor(8) as threads:
+            headers = {"idempotency-key": "the-same"}
+            asked = [threads.submit(client.post, "/v1/decisions", json=PAIR, headers=headers) for _ in range(16)]
+            answers = [one.result() for one in asked]
+        assert sorted(one.status_code for one in answers) == [200] * 15 + [201]
+        assert len({one.text for one in answers}) == 1
+
+    @pytest.mark.parametrize(
+        ("body", "status"),
+        [({"left": "s1-c00", "right": "nobody"}, 404), ({"left": "s1-c00"}, 422), ({**PAIR, "path": "/etc"}, 422)],
+    )
+    def test_bad_requests_are_answered_with_what_is_wrong(self, running, body, status):
+        with running.client() as client:
+            answer = client.post("/v1/decisions", json=body)
+        assert answer.status_code == status and isinstance(answer.json()["detail"], str)
+
+    def test_the_log_of_a_replica_names_the_decision(self, running):
+        with running.client() as client:
+            decision = client.post("/v1/decisions", json=PAIR).json()
+        session = next(
+            word.partition("=")[2]
+            for command in running.service.processes().values()
+            for word in command.split()
+            if word.startswith("--session-dir=")
+        )
+        logs = Path(session) / "logs" / "serve"
+
+        def lines() -> list[str]:
+            return [line for path in logs.glob("replica_*") for line in path.read_text().splitlines()]
+
+        wait_until(lambda: any(decision["decision_id"] in line for line in lines()), "the decision is in a log")
+        assert not any(running.token in line for line in lines())
+
+    def test_a_start_after_a_crash_of_ray_goes_on_and_ctrl_c_leaves_nothing_running(self, running, tmp_path):
+        with running.client() as client:
+            before, token = client.get("/v1/policy").json(), running.token
+        haproxies = set(running.service.pids("haproxy"))
+        while others := set(running.service.processes()) - haproxies:  # HAProxy outlives them, and keeps its port
+            for pid in others:
+                kill_9(pid)
+        again = start(running.run, tmp_path / "again.txt", "--replicas=1")
+        try:
+            assert not haproxies & set(running.service.processes())
+            with again.client() as client:
+                after = client.get("/v1/policy").json()
+            assert after["arms"] == before["arms"] and after["seq"] == before["seq"]
+            assert again.token == token  # links and scripts still work
+            assert again.service.stop() == 0  # it raises where a process is left
+        finally:
+            again.service.kill()
 
 
-def test_the_printed_curl_line_works_as_it_is(service):
-    line = next(line for line in service.printed.read_text().splitlines() if line.strip().startswith("curl"))
-    result = subprocess.run(shlex.split(line), capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout)["arm"] in ("linear", "ties")
+@pytest.mark.ray
+def test_the_deployed_file_serves_takes_another_selector_and_takes_nothing_back(ray_cluster, tmp_path):
+    """`cluster/serve.yaml` with other paths, behind Serve's own proxy: this cluster was not started for HAProxy."""
+    first, second, third = (write_published(tmp_path / f"selector{seed}", seed=seed) for seed in range(3))
+    config = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())
+    config["http_options"]["port"] = port = free_port()
+    (application,) = config["applications"]
+    settings = replace(first.settings(tmp_path), selector=None)
+    application["args"] |= {"selector": str(first.selector), "signals": str(first.signals)}
+    application["args"] |= {"database": settings.database, "registry": str(settings.registry)}
+    application["args"]["tokens"] = str(write_tokens(tmp_path / "tokens"))
+    user_config = application["deployments"][0]["user_config"]
 
+    def deploy(selector: Path) -> None:
+        user_config["selector"] = str(selector)
+        (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+        _serve_command("deploy", str(tmp_path / "serve.yaml"), "--address", ray_cluster)
 
-def test_the_printed_link_shows_the_dashboard_and_only_this_user_can_read_the_token(service):
-    text = service.printed.read_text()
-    link = next(word for word in text.split() if word.startswith(f"{service.url}/?token="))
-    with httpx.Client(follow_redirects=True) as browser:
-        page = browser.get(link)
-    assert page.status_code == 200 and "text/html" in page.headers["content-type"]
-    assert (service.run / "service" / "tokens.yaml").stat().st_mode & 0o077 == 0
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
 
-
-def test_without_a_token_only_the_probes_answer(service):
-    assert httpx.get(f"{service.url}/healthz").status_code == 200
-    assert httpx.get(f"{service.url}/readyz").json()["status"] == "ready"
-    for path in ("/v1/policy", "/v1/decisions", "/metrics", "/openapi.json"):
-        answer = httpx.get(f"{service.url}{path}")
-        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
-
-
-def test_a_decision_and_its_reward_are_seen_by_both_replicas(service):
-    with service.client() as client:
-        before = client.get("/v1/policy").json()
-        decision = client.post("/v1/decisions", json=PAIR).json()
-        given = client.post(f"/v1/decisions/{decision['decision_id']}/reward", json={"utility": 0.5})
-        assert given.status_code == 201
-        answers = [client.get("/v1/policy").json() for _ in range(20)]  # whichever replica answers
-        assert {one["num_rewards"] for one in answers} == {before["num_rewards"] + 1}
-        assert len({json.dumps(one["arms"]) for one in answers}) == 1
-    assert len(service.pids("ray::ServeReplica")) == 2
-
-
-def test_requests_of_one_key_at_the_same_time_are_one_decision(service):
-    with service.client() as client, ThreadPoolExecutor(8) as threads:
-        headers = {"idempotency-key": "the-same"}
-        asked = [threads.submit(client.post, "/v1/decisions", json=PAIR, headers=headers) for _ in range(16)]
-        answers = [one.result() for one in asked]
-    assert sorted(one.status_code for one in answers) == [200] * 15 + [201]
-    assert len({one.text for one in answers}) == 1
-
-
-@pytest.mark.parametrize("body", [{"left": "s1-c00", "right": "nobody"}, {"left": "s1-c00"}, {**PAIR, "path": "/etc"}])
-def test_bad_requests_are_answered_with_what_is_wrong(service, body):
-    with service.client() as client:
-        answer = client.post("/v1/decisions", json=body)
-    assert answer.status_code == (404 if body.get("right") == "nobody" else 422)
-    assert isinstance(answer.json()["detail"], str)
-
-
-class Asking:
-    """Decides and rewards without a pause, every request with a key and tried until it is answered."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._stopped = threading.Event()
-        self.rewarded: dict[str, float] = {}
-        self.errors: list[str] = []
-        self._thread = threading.Thread(target=self._ask)
-
-    def __enter__(self) -> Asking:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join(120)
-        assert not self._thread.is_alive()
-
-    def _ask(self) -> None:
-        number = 0
-        while not self._stopped.is_set():
-            number += 1
-            decision = self._answered("/v1/decisions", PAIR, f"decide-{id(self)}-{number}")
-            utility = (number % 100) / 100
-            if decision is not None:
-                path = f"/v1/decisions/{decision['decision_id']}/reward"
-                if self._answered(path, {"utility": utility}, f"reward-{id(self)}-{number}") is not None:
-                    self.rewarded[decision["decision_id"]] = utility
-
-    def _answered(self, path: str, body: object, key: str) -> dict | None:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
+        def ready() -> bool:
             try:
-                with self._service.client() as client:
-                    answer = client.post(path, json=body, headers={"idempotency-key": key})
+                return client.get("/readyz").status_code == 200 and len(_replicas()) == 2
             except httpx.TransportError:
-                time.sleep(0.1)
-                continue
-            if answer.status_code in (200, 201):
-                return answer.json()
-            if answer.status_code < 500:
-                self.errors.append(answer.text)
-                return None
-            time.sleep(0.1)
-        self.errors.append(f"no answer to {path}")
-        return None
+                return False
+
+        def version() -> str:
+            return str(client.get("/v1/policy").raise_for_status().json()["model_version"])
+
+        try:
+            deploy(first.selector)
+            wait_until(ready, "the deployed application is ready")
+            began, replicas = version(), _replicas()
+            assert client.post("/v1/decisions", json=PAIR).status_code == 201
+
+            deploy(second.selector)
+            wait_until(lambda: version() != began, "the other selector is in force")
+            assert _replicas() == replicas  # without a restart
+
+            asyncio.run(_published(settings, third.selector))
+            retrained = version()
+            assert retrained != began
+            for pid in replicas:
+                kill_9(pid)
+            wait_until(lambda: not replicas & _replicas() and ready(), "two replicas are there again")
+            assert version() == retrained
+
+            deploy(first.selector)
+            wait_until(lambda: version() == began, "a change while replicas run brings a former selector back")
+        finally:
+            _serve_command("shutdown", "-y", "--address", ray_cluster)
+    wait_until(lambda: not _replicas(), "Serve has ended")
 
 
-def logged_rewards(run: Path) -> list[tuple[str, float]]:
-    """Of the log itself, read by another process than the service."""
-    engine = open_database(f"sqlite:///{run}/service/service.db")
-    log = EventLog(engine)
-    rows = log.tail(0, 10**6)
-    log.close()
-    engine.dispose()
-    return [(row.subject or "", json.loads(row.body)["utility"]) for row in rows if row.kind == "reward"]
+def _serve_command(*arguments: str) -> None:
+    program = Path(sys.executable).with_name("serve")
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    "killed", ["ray::ServeReplica", "ray::ServeReplica", "haproxy", "ray::ServeController", "ray::ServeReplica both"]
-)
-def test_nothing_acknowledged_is_lost_where_a_part_is_killed(service, killed):
-    name = killed.split()[0]
-    with Asking(service) as asking:
-        wait_until(lambda: len(asking.rewarded) >= 3)
-        victims = service.pids(name)
-        assert victims, service.children()
-        for pid in victims if killed.endswith("both") else victims[:1]:
-            os.kill(pid, signal.SIGKILL)
-        seen = len(asking.rewarded)
-        wait_until(lambda: len(asking.rewarded) >= seen + 10)
-    assert asking.errors == []
-    rewards = logged_rewards(service.run)
-    assert len({name for name, _ in rewards}) == len(rewards)  # none counted twice
-    logged = dict(rewards)
-    assert {name: logged.get(name) for name in asking.rewarded} == asking.rewarded
-    wait_until(lambda: len(service.pids("ray::ServeReplica")) == 2)
-    with service.client() as client:
-        assert client.get("/v1/policy").json()["num_rewards"] == len(rewards)
+def _replicas() -> set[int]:
+    """Processes of replicas in the cluster of the tests' own session."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::ServeReplica:simmerge") and os.getsid(process.pid) == os.getsid(0):
+                found.add(process.pid)
+    return found
 
 
-def test_ctrl_c_leaves_nothing_running_and_the_next_start_goes_on(service, tmp_path):
-    with service.client() as client:
-        before = client.get("/v1/policy").json()
-    family = service.children()
-    stop(service)
-    assert service.process.returncode == 0
-    wait_until(lambda: not [pid for pid in family if _is(pid, family[pid])], 90)
-    again = start(service.run, tmp_path)
+async def _published(settings: LearnerSettings, selector: Path) -> None:
+    """What `jobs/retrain.py` does at its end: another process puts a selector into force."""
+    learner = Learner(settings)
+    await learner.start()
     try:
-        with again.client() as client:
-            after = client.get("/v1/policy").json()
-        assert after["arms"] == before["arms"] and after["seq"] == before["seq"]
-        assert again.token == service.token  # links and scripts still work
-        family = again.children()
-        os.kill(again.process.pid, signal.SIGKILL)  # without any clean-up: HAProxy may outlive it
-        again.process.wait()
+        await learner.publish(selector)
     finally:
-        if again.process.poll() is None:
-            stop(again)
-    third = start(service.run, tmp_path)
-    try:
-        with third.client() as client:
-            assert client.get("/v1/policy").json()["arms"] == before["arms"]
-    finally:
-        stop(third)
-    family |= third.children()
-    wait_until(lambda: not [pid for pid in family if _is(pid, family[pid])], 90)
+        await learner.stop()
 
 
-def _is(pid: int, command: str) -> bool:
-    """Whether a process is still the one that it was."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip() == command
-    except OSError:
-        return False
-
-
-def test_artifacts_that_cannot_be_served_are_refused_before_ray(tmp_path):
+def test_artifacts_that_cannot_be_served_are_refused_before_ray(run, tmp_path):
     from simmerge_ray.distributed.serve_app import run_service
 
+    config = ServeConfig(selector=tmp_path, signals=RunLayout(run).signals, out=tmp_path)
     with pytest.raises(SelectorError, match="simmerge train"):
-        run_service(ServeConfig(selector=tmp_path, signals=tmp_path / "x", out=tmp_path), Narrator.silent())
+        run_service(config, Narrator.silent())
 
 
 def test_a_token_file_that_is_damaged_is_said(run, tmp_path):
     from simmerge_ray.distributed.serve_app import app_args
 
+    layout = RunLayout(run)
     (tmp_path / "tokens.yaml").write_text("[]")
-    config = ServeConfig(selector=run / "selector", signals=run / "signals" / "pairs.parquet", out=tmp_path)
+    config = ServeConfig(selector=layout.selector, signals=layout.signals, out=tmp_path)
     with pytest.raises(ConfigError, match=r"tokens\.yaml is damaged"):
         app_args(config)
 
 
-def test_a_replica_that_starts_takes_back_no_newer_selector_and_a_change_is_published(run, tmp_path):
-    """What Serve calls with `user_config`, on the class itself."""
-    from simmerge_ray.distributed.serve_app import AppArgs, MergeService, build
+def test_arguments_of_the_app_that_are_misspelt_are_refused():
+    from simmerge_ray.distributed.serve_app import AppArgs
 
-    files = write_published(tmp_path / "other", seed=1)
-    tokens = tmp_path / "tokens.yaml"
-    tokens.write_text('[{name: one, role: admin, token: "0123456789abcdef"}]')
-    first, second = str(run / "selector"), str(files.selector)
-    args = AppArgs(
-        selector=first,
-        signals=str(files.signals),
-        database=f"sqlite:///{tmp_path}/service.db",
-        registry=str(tmp_path / "selectors"),
-        tokens=str(tokens),
-    )
-    application = build(args)  # it makes the database, too
-    assert application is not None
-    plain = MergeService.func_or_class
-
-    async def main() -> None:
-        replica = plain(args)
-        learner = replica._learner
-        await learner.start()
-
-        async def present() -> str:
-            return (await learner.policy()).model_version
-
-        began = await present()
-        await replica.reconfigure({"selector": second})
-        retrained = await present()
-        assert retrained != began
-        await replica.reconfigure({"selector": first})
-        assert await present() == began
-        await learner.publish(files.selector)
-        await replica.reconfigure({"selector": first})  # said again, not changed
-        assert await present() == retrained
-        restarted = plain(args)
-        await restarted.reconfigure({"selector": first})
-        assert await present() == retrained
-        await restarted._learner.stop()
-        await learner.stop()
-
-    asyncio.run(main())
+    given = {"selector": "/s", "signals": "/p", "database": "sqlite:////d", "registry": "/r"}
+    assert AppArgs.model_validate(given).num_replicas == 1
+    with pytest.raises(ValueError, match="num_replica"):
+        AppArgs.model_validate({**given, "num_replica": 2})
