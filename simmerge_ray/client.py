@@ -42,6 +42,7 @@ from simmerge_ray.service.schemas import (
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE, TOKEN_VARIABLE = "SIMMERGE_URL", "SIMMERGE_TOKEN"
 RETRIED = (429, 502, 503, 504)
+_OF_INGRESS = (404, 500)  # as plain text: Ray Serve's words for "no replica at the moment"; the service speaks JSON
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
 LONGEST_RETRY_AFTER_S = 120.0
 _MAX_SHOWN = 300  # characters of an answer that is not ours
@@ -204,7 +205,7 @@ class Client:
             except (httpx.TransportError, OSError) as error:
                 problem = UnavailableError(None, f"no answer from {self.url}: {str(error) or type(error).__name__}")
             else:
-                if response.status_code not in RETRIED:
+                if not _may_pass(response):
                     return _read(response, answer)
                 problem = UnavailableError(response.status_code, _detail(response))
                 asked = _retry_after(response)
@@ -232,6 +233,12 @@ def _pause(tried: int) -> float:
     """Twice as long each time, and by chance up to half less, so that clients that failed together part."""
     longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**tried)
     return longest * random.uniform(0.5, 1.0)
+
+
+def _may_pass(response: httpx.Response) -> bool:
+    """Whether another try may be answered."""
+    plain = response.headers.get("Content-Type", "").startswith("text/plain")
+    return response.status_code in RETRIED or (plain and response.status_code in _OF_INGRESS)
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -139,6 +139,8 @@ def test_every_call_is_its_route_and_what_writes_has_a_key(name):
         refusal(429),
         httpx.Response(502, text="<html>proxy</html>"),
         httpx.Response(504),
+        httpx.Response(500, text="Internal Server Error"),  # HAProxy of Ray Serve, without a replica
+        httpx.Response(404, text="Path '/v1/decisions' not found."),  # and just after it was started
     ],
     ids=lambda one: str(one) or type(one).__name__,
 )
@@ -207,7 +209,7 @@ def test_an_error_of_the_service_is_not_bad_input():
     service = Service(httpx.Response(500, text="Internal Server Error"))
     with service.client() as client, pytest.raises(UnavailableError, match=r"Internal Server Error \(500\)") as caught:
         client.policy()
-    assert not isinstance(caught.value, InputError) and len(service.requests) == 1
+    assert not isinstance(caught.value, InputError)
 
 
 @pytest.mark.parametrize(
