@@ -91,20 +91,23 @@ snapshots = Table(
 )
 
 
-def open_database(url: str) -> Engine:
+def open_database(url: str, patient: bool = False) -> Engine:
     """An engine for a database whose schema is that of this program.
+
+    Args:
+        patient: for work that may take minutes, not for answers: PostgreSQL's statements have no time limit.
 
     Raises:
         ConfigError: a URL that is neither SQLite nor PostgreSQL, or SQLite without a file. StoreError: the database
             cannot be reached, or has no schema or one of another version.
     """
-    engine = make_engine(url)
+    engine = make_engine(url, patient)
     with store_errors("opening the event log"), engine.connect() as connection:
         found = _schema_version(connection)
     if found != SCHEMA_VERSION:
         what = "has no event log" if found is None else f"has the schema version {found}"
         raise StoreError(
-            f"the database {engine.url.render_as_string()} {what}; this program needs version {SCHEMA_VERSION}: "
+            f"the database {shown(engine)} {what}; this program needs version {SCHEMA_VERSION}: "
             "run `simmerge db upgrade` (or use the program that wrote it)"
         )
     return engine
@@ -120,7 +123,7 @@ def upgrade_database(url: str) -> None:
     from alembic.config import Config
     from alembic.util.exc import CommandError
 
-    engine = make_engine(url)
+    engine = make_engine(url, patient=True)
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     try:
@@ -135,8 +138,11 @@ def upgrade_database(url: str) -> None:
         engine.dispose()
 
 
-def make_engine(url: str) -> Engine:
+def make_engine(url: str, patient: bool = False) -> Engine:
     """An engine without a look at the database.
+
+    Args:
+        patient: as `open_database`.
 
     Raises:
         ConfigError: as `open_database`.
@@ -155,12 +161,20 @@ def make_engine(url: str) -> Engine:
         return engine
     if backend == "postgresql":
         try:
-            driver = parsed.set(drivername="postgresql+psycopg")
-            # A writer that waited for the head row must see what the one before it committed.
-            return create_engine(driver, pool_pre_ping=True, isolation_level="READ COMMITTED")
-        except ModuleNotFoundError as error:
+            from simmerge_ray.service.postgres import connector
+        except ImportError as error:  # psycopg, or the C library that it loads
             raise ConfigError("PostgreSQL needs psycopg: pip install 'psycopg[binary]'") from error
+        driver = parsed.set(drivername="postgresql+psycopg")
+        # A writer that waited for the head row must see what the one before it committed.
+        engine = create_engine(driver, pool_pre_ping=True, isolation_level="READ COMMITTED")
+        event.listen(engine, "do_connect", connector(patient))
+        return engine
     raise ConfigError(f"the database is {backend!r}; known: postgresql, sqlite")
+
+
+def shown(engine: Engine) -> str:
+    """Its URL as people write it, without the password."""
+    return engine.url.set(drivername=engine.url.get_backend_name()).render_as_string()
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class Arm:
 
     def __init__(self, prior: GaussianPosterior, posterior: GaussianPosterior) -> None:
         self.prior = prior
-        self._product = np.empty_like(prior.precision)
+        self._product = np.empty(prior.precision.shape)
         self._set(posterior)
 
     def _set(self, posterior: GaussianPosterior) -> None:
@@ -127,7 +127,7 @@ class Arm:
         """One observation, in place: a new matrix for each would make a long fold twice as slow."""
         if z.shape != self._moment.shape:
             raise StoreError(f"the log is damaged: a context of {len(z)} dimensions for an arm of {len(self._moment)}")
-        np.multiply(z[:, None], z, out=self._product)
+        np.dot(z[:, None], z[None, :], out=self._product)  # one product an entry, rounded once: the bits of np.outer
         self._precision += self._product
         self._moment += z * reward
         self._count += 1

@@ -8,25 +8,18 @@ are empty. Only arrays of decisions that can never be rewarded are ever thrown a
 from __future__ import annotations
 
 import json
-import os
-import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import (
-    BigInteger,
     Connection,
     Engine,
-    Float,
-    Integer,
-    LargeBinary,
     bindparam,
     delete,
     func,
@@ -38,13 +31,15 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import make_url
 
-from simmerge_ray.errors import ConfigError, OutputError, StoreError
+from simmerge_ray.errors import ConfigError
+from simmerge_ray.service.backups import copy_sqlite, heads_of_copy, new_file, read_backup, write_rows
 from simmerge_ray.service.database import (
     SCHEMA_VERSION,
     events,
     log_head,
     make_engine,
     open_database,
+    shown,
     snapshots,
     store_errors,
     upgrade_database,
@@ -54,10 +49,7 @@ from simmerge_ray.service.events import DecisionMade, encode
 from simmerge_ray.service.fold import EventRow
 from simmerge_ray.service.ledger import state_of
 
-FORMAT = "1"  # of the Parquet files
-_BATCH = 5000
 _PAGE = 256  # decisions whose other events are looked up at once
-_COLUMNS = [column.name for column in events.c]
 _ROW = [events.c[name] for name in EventRow._fields]
 _ABOUT = select(*_ROW).where(
     events.c.namespace == bindparam("own"), events.c.subject.in_(bindparam("names", expanding=True))
@@ -94,7 +86,7 @@ def status(url: str) -> DatabaseStatus:
     Raises:
         ConfigError: a URL that names no database. StoreError: it cannot be read.
     """
-    engine = make_engine(_existing(url))
+    engine = make_engine(_existing(url), patient=True)
     try:
         with _reading(engine) as connection:
             tables = set(inspect(connection).get_table_names())
@@ -105,7 +97,7 @@ def status(url: str) -> DatabaseStatus:
             if schema == SCHEMA_VERSION:
                 names = list(connection.execute(select(log_head.c.namespace).order_by(log_head.c.namespace)).scalars())
             found = tuple(_namespace(connection, name) for name in names)
-            return DatabaseStatus(engine.url.render_as_string(), schema, _size(connection), found)
+            return DatabaseStatus(shown(engine), schema, _size(connection), found)
     finally:
         engine.dispose()
 
@@ -142,27 +134,18 @@ def backup(url: str, target: Path) -> dict[str, int]:
     Raises:
         ConfigError: PostgreSQL and another name. OutputError: the file exists, or cannot be written. StoreError.
     """
-    engine = open_database(_existing(url))
+    engine = open_database(_existing(url), patient=True)
     try:
         if target.suffix == ".parquet":
-            with _reading(engine) as connection, _new_file(target) as partial:
-                return _write_rows(connection, partial, None)
+            with _reading(engine) as connection, new_file(target) as partial:
+                return write_rows(connection, partial, None)
         if engine.dialect.name != "sqlite":
             raise ConfigError(f"a backup of PostgreSQL is a Parquet file; call it {target.name}.parquet")
-        with _new_file(target) as partial, store_errors("the backup"):
-            _copy_sqlite(make_url(url).database or "", partial)
-            return _heads_of_copy(partial)
+        with new_file(target) as partial, store_errors("the backup"):
+            copy_sqlite(make_url(url).database or "", partial)
+            return heads_of_copy(partial)
     finally:
         engine.dispose()
-
-
-def _copy_sqlite(source: str, target: Path) -> None:
-    with _closing(sqlite3.connect(source)) as there, _closing(sqlite3.connect(target)) as here:
-        there.backup(here, pages=4096)
-        # Whoever opens it sets it to the write-ahead log again; until then it is one file without companions.
-        here.execute("PRAGMA journal_mode=DELETE").close()
-        if (said := here.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
-            raise StoreError(f"the backup is damaged, and so probably is the database: {said}")
 
 
 def restore(url: str, source: Path) -> dict[str, int]:
@@ -171,9 +154,9 @@ def restore(url: str, source: Path) -> dict[str, int]:
     Raises:
         ConfigError: the file is no whole backup, or a namespace of it has events here. StoreError.
     """
-    heads, rows = _read_parquet(source) if _is_parquet(source) else _read_sqlite(source)
+    heads, rows = read_backup(source)
     upgrade_database(url)
-    engine = open_database(url)
+    engine = open_database(url, patient=True)
     try:
         with store_errors("restoring the event log"), writing(engine) as connection:
             for name in heads:
@@ -181,7 +164,7 @@ def restore(url: str, source: Path) -> dict[str, int]:
                 connection.execute(first, {"namespace": name})
                 held = select(log_head.c.seq).where(log_head.c.namespace == name).with_for_update()
                 if connection.execute(held).scalar_one() != 0:
-                    raise ConfigError(f"the namespace {name!r} of {engine.url.render_as_string()} has events already")
+                    raise ConfigError(f"the namespace {name!r} of {shown(engine)} has events already")
             counted = dict.fromkeys(heads, 0)
             for batch in rows:
                 for row in batch:
@@ -205,11 +188,11 @@ def export_events(url: str, namespace: str, target: Path) -> int:
     Raises:
         ConfigError: no such namespace. OutputError, StoreError: as `backup`.
     """
-    engine = open_database(_existing(url))
+    engine = open_database(_existing(url), patient=True)
     try:
-        with _reading(engine) as connection, _new_file(target) as partial:
+        with _reading(engine) as connection, new_file(target) as partial:
             _check_namespace(connection, namespace)
-            return sum(_write_rows(connection, partial, namespace).values())
+            return sum(write_rows(connection, partial, namespace).values())
     finally:
         engine.dispose()
 
@@ -249,10 +232,10 @@ def export_decisions(url: str, namespace: str, target: Path, now: float) -> int:
     Raises:
         As `export_events`.
     """
-    engine = open_database(_existing(url))
+    engine = open_database(_existing(url), patient=True)
     count = 0
     try:
-        with _reading(engine) as connection, _new_file(target) as partial:
+        with _reading(engine) as connection, new_file(target) as partial:
             _check_namespace(connection, namespace)
             with pq.ParquetWriter(partial, _DECISIONS, compression="zstd") as writer:
                 for rows in _decisions(connection, namespace):
@@ -316,7 +299,7 @@ def prune(url: str, namespace: str, before: float, keep_snapshots: int, dry_run:
     Raises:
         ConfigError: no such namespace. StoreError.
     """
-    engine = open_database(_existing(url))
+    engine = open_database(_existing(url), patient=True)
     own = (events.c.namespace == namespace, events.c.kind == "decision_closed", events.c.at < before)
     changed, freed = 0, 0
     try:
@@ -355,124 +338,6 @@ def _without_arrays(rows: Sequence[EventRow], now: float) -> tuple[EventRow, int
     return decision._replace(body=body, data=data), saved
 
 
-# Files.
-
-
-def _schema() -> pa.Schema:
-    types = {Integer: pa.int32(), BigInteger: pa.int64(), Float: pa.float64(), LargeBinary: pa.binary()}
-    return pa.schema([(column.name, types.get(type(column.type), pa.string())) for column in events.c])
-
-
-def _write_rows(connection: Connection, target: Path, namespace: str | None) -> dict[str, int]:
-    """All columns of all events, by namespace and number, as Parquet; heads."""
-    query, heads_query = select(events), select(log_head.c.namespace, log_head.c.seq)
-    if namespace is not None:
-        query = query.where(events.c.namespace == namespace)
-        heads_query = heads_query.where(log_head.c.namespace == namespace)
-    heads = {name: int(seq) for name, seq in connection.execute(heads_query.order_by(log_head.c.namespace))}
-    about = {"simmerge_format": FORMAT, "simmerge_schema": SCHEMA_VERSION, "simmerge_heads": json.dumps(heads)}
-    schema = _schema().with_metadata(about)
-    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-    with pq.ParquetWriter(target, schema, **options) as writer:
-        for rows in _streamed(connection, query.order_by(events.c.namespace, events.c.seq)):
-            writer.write_table(pa.Table.from_pylist([row._asdict() for row in rows], schema))
-    return heads
-
-
-def _is_parquet(path: Path) -> bool:
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(4) == b"PAR1"
-    except OSError as error:
-        raise ConfigError(f"the backup {path} cannot be read: {error.strerror}") from None
-
-
-def _read_parquet(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, Any]]]]:
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"the backup {path} cannot be read: {_first_line(error)}") from None
-    about = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
-    if about.get("simmerge_format") != FORMAT:
-        raise ConfigError(f"{path} is no backup of an event log that this program can read")
-    _check_version(path, about.get("simmerge_schema"))
-
-    def batches() -> Iterator[list[dict[str, Any]]]:
-        try:
-            for batch in file.iter_batches(_BATCH):
-                yield batch.to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise ConfigError(f"the backup {path} is damaged: {_first_line(error)}") from None
-
-    return json.loads(about["simmerge_heads"]), batches()
-
-
-def _read_sqlite(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, Any]]]]:
-    if path.with_name(path.name + "-wal").exists():
-        raise ConfigError(f"{path} is a database in use; take a backup of it with `simmerge db backup`")
-    uri = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
-    try:
-        with _closing(sqlite3.connect(uri, uri=True)) as connection:
-            if (said := connection.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
-                raise ConfigError(f"the backup {path} is damaged: {said}")
-            found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-    except sqlite3.Error as error:
-        raise ConfigError(f"{path} is no backup of an event log: {error}") from None
-    _check_version(path, found and found[0])
-
-    def batches() -> Iterator[list[dict[str, Any]]]:
-        with _closing(sqlite3.connect(uri, uri=True)) as connection:
-            cursor = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM events ORDER BY namespace, seq")
-            while rows := cursor.fetchmany(_BATCH):
-                yield [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
-
-    return _heads_of_copy(path), batches()
-
-
-def _heads_of_copy(path: Path) -> dict[str, int]:
-    uri = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
-    with _closing(sqlite3.connect(uri, uri=True)) as connection:
-        return dict(connection.execute("SELECT namespace, seq FROM log_head ORDER BY namespace"))
-
-
-def _check_version(path: Path, found: str | None) -> None:
-    if found != SCHEMA_VERSION:
-        raise ConfigError(f"the backup {path} has the schema version {found}; this program reads {SCHEMA_VERSION}")
-
-
-@contextmanager
-def _new_file(target: Path) -> Iterator[Path]:
-    """A temporary sibling, which takes the name when the block ends without an error and its bytes are on disk."""
-    if target.exists():
-        raise OutputError(f"{target} exists already")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.touch(exist_ok=False)
-        yield partial
-        for place in (partial, None):
-            if place is None:
-                os.replace(partial, target)
-            descriptor = os.open(place or target.parent, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _closing(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    try:
-        yield connection
-    finally:
-        connection.close()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 # Reading the database.
 
 
@@ -499,10 +364,6 @@ def _check_namespace(connection: Connection, namespace: str) -> None:
     known = list(connection.execute(select(log_head.c.namespace).order_by(log_head.c.namespace)).scalars())
     if namespace not in known:
         raise ConfigError(f"no namespace {namespace!r} in the database; known: {', '.join(known) or 'none'}")
-
-
-def _streamed(connection: Connection, query: Any, size: int = _BATCH) -> Iterable[Sequence[Any]]:
-    return connection.execution_options(stream_results=True, max_row_buffer=size).execute(query).partitions(size)
 
 
 def _decisions(connection: Connection, namespace: str) -> Iterator[list[EventRow]]:

@@ -56,7 +56,7 @@ class PrometheusMetrics:
 
     def decided(self, decision: Decision) -> None:
         """One more decision. Plans are counted under their kind alone: there are too many of them."""
-        arm = decision.arm if decision.kind == "pair" else ""
+        arm = decision.arm if decision.kind == "pair" else "plan"
         self._decisions.labels(arm, str(decision.explored).lower(), decision.kind).inc()
 
     def rewarded(self, outcome: str) -> None:

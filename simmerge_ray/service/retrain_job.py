@@ -72,7 +72,7 @@ def run_roll_back(database: str, namespace: str, registry: Path, version: str) -
 
 @contextmanager
 def _opened(database: str, namespace: str) -> Iterator[EventLog]:
-    engine = open_database(database)
+    engine = open_database(database, patient=True)
     try:
         log = EventLog(engine, namespace)
         try:

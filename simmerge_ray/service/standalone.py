@@ -92,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
             floor=given.floor,
             snapshot_every=given.snapshot_every,
         )
+        learner = Learner(settings)  # it reads the artifacts: nothing is made where one is wrong
         prepare_database(settings.database)
-        learner = Learner(settings)
         app = create_app(lambda: learner, access, PrometheusMetrics())
         _serve(app, given.host, given.port, token)
     except SimmergeError as error:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, inspect, text
+from sqlalchemy import Engine, event, inspect, text
+from sqlalchemy.exc import OperationalError
 
 from simmerge_ray.errors import ConfigError, StoreError
 from simmerge_ray.service import database as database_module
+from simmerge_ray.service import postgres as postgres_module
 from simmerge_ray.service.database import metadata, open_database, upgrade_database, writing
 from simmerge_ray.service.event_log import EventLog
 from simmerge_ray.service.events import ArmAdded, RewardGiven
@@ -141,6 +146,74 @@ def test_a_server_that_goes_away_and_comes_back(postgres_server):
         assert log.append(RewardGiven("d0", 0.5)).status == Status.CREATED
         assert replica.catch_up().num_rewards == 1
     admin.dispose()
+
+
+@contextmanager
+def stopped_server(engine: Engine) -> Iterator[None]:
+    """All processes of the PostgreSQL server stand still: its machine takes packets, and nobody answers."""
+    with engine.connect() as connection:
+        place = Path(connection.execute(text("SHOW data_directory")).scalar_one())
+    engine.dispose()
+    master = int((place / "postmaster.pid").read_text().split()[0])
+    stopped = [master]
+    os.kill(master, signal.SIGSTOP)  # first, so that it starts no more
+    try:
+        for child in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if int((child / "stat").read_text().rsplit(")", 1)[1].split()[1]) == master:
+                    os.kill(int(child.name), signal.SIGSTOP)
+                    stopped.append(int(child.name))
+        yield
+    finally:
+        for pid in reversed(stopped):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_a_server_that_hangs_is_told_and_nothing_waits_for_ever(postgres_server, monkeypatch):
+    monkeypatch.setattr(postgres_module, "ANSWER_S", 0.5)
+    monkeypatch.setattr(postgres_module, "CONNECT_S", 2)
+    admin = database_module.make_engine(f"{postgres_server}/postgres").execution_options(isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text("DROP DATABASE IF EXISTS hanging"))
+        connection.execute(text("CREATE DATABASE hanging"))
+    upgrade_database(f"{postgres_server}/hanging")
+    with opened(f"{postgres_server}/hanging") as log:
+        log.append(ArmAdded("linear", prior()))
+        replica = Replica(log, encode)
+        replica.catch_up()
+        with log.engine.connect() as held:
+            held.execute(text("SELECT 1"))
+            with stopped_server(admin):
+                with pytest.raises(OperationalError, match="did not answer within 0.5 s"):
+                    held.execute(text("SELECT 1"))  # of a transaction that had begun
+                with pytest.raises(StoreError, match="appending to the event log failed: .*time"):
+                    log.append(decision("d0"), "a key")
+                with pytest.raises(StoreError, match="reading the event log failed: .*time"):
+                    replica.catch_up()
+        # What was sent before may have been taken; the same key says which, and it is there once.
+        assert log.append(decision("d0"), "a key").status in (Status.CREATED, Status.REPLAYED)
+        assert replica.catch_up().num_decisions == 1
+    admin.dispose()
+
+
+def test_a_transaction_that_others_wait_for_is_told(postgres_server, monkeypatch):
+    monkeypatch.setattr(postgres_module, "LOCK_S", 0.2)
+    admin = database_module.make_engine(f"{postgres_server}/postgres").execution_options(isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text("DROP DATABASE IF EXISTS waiting"))
+        connection.execute(text("CREATE DATABASE waiting"))
+    admin.dispose()
+    upgrade_database(f"{postgres_server}/waiting")
+    other = open_database(f"{postgres_server}/waiting")
+    with opened(f"{postgres_server}/waiting") as log:
+        log.append(ArmAdded("linear", prior()))
+        with writing(other) as holding:
+            holding.execute(text("SELECT seq FROM log_head FOR UPDATE"))
+            with pytest.raises(StoreError, match="lock timeout"):
+                log.append(decision("d0"))
+        assert log.append(decision("d0")).status == Status.CREATED
+    other.dispose()
 
 
 def described(url: str) -> dict[str, object]:
