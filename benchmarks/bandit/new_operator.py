@@ -1,107 +1,132 @@
 """An operator that comes at round 20: is it found when it is better, and what does it cost when it is not?
 
-`python -m benchmarks.bandit.new_operator RUN [--orders 20] [--rounds 120]` on a finished `simmerge demo`, merges of an
-unseen domain as in `replay`. The new arm is made up from the best fixed one: its utility plus 0.10 (at most 1), or, as
-a decoy, the mean of all arms. Nothing is known of it: its prior knows only how far arms usually differ, or (`sibling`)
-what the best fixed arm has taught, counting a tenth. Prints how often it is played after its first 15 pulls, and the
-regret over all rounds beside that of the same policy without it.
+`python -m benchmarks.bandit.new_operator DATASET [--arm LABEL ...] [--later LABEL ...] [--orders 20] [--rounds 120]` on
+a finished `simmerge demo` or on labels of several bases, merges of an unseen domain as in `replay`. A new arm is made
+up from the best fixed one: its utility plus 0.10 (at most 1), or, as a decoy, the mean of all arms; `--later` names an
+operator whose real labels are used instead, and which neither the selector nor the warm start has seen. Nothing is
+known of it: its prior knows only how far arms usually differ, or (`sibling`) what the best fixed arm has taught,
+counting a tenth. Prints how often it is played after its first 15 pulls, and the regret over all rounds beside that of
+the same policy without it.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.bandit.replay import Start, starts
+from benchmarks.bandit.clusters import Start, arguments_of, drawn_clusters, interval, load, starts
+from simmerge_ray.bandit.environment import Bandit, Rounds, obtained, replay
+from simmerge_ray.bandit.policy import NeuralLinearTS
+from simmerge_ray.bandit.posterior import GaussianPosterior
+from simmerge_ray.bandit.warm_start import sibling_prior
 
 ARRIVAL, PULLS, BETTER, SIBLING_POWER = 20, 15, 0.10, 0.1
-NEW = "new"
+NEW, MADE_BETTER, DECOY = "new", "better by 0.10", "decoy"
+FIGURES = ("reached", "rounds", "share", "pulls", "cost", "ahead")
 
 
-def with_new_arm(rounds: Any, fixed: int, better: bool) -> Any:
-    """The rounds with one more arm, which exists from `ARRIVAL` on."""
-    from dataclasses import replace
+def with_new_arm(start: Start, first_half: bool, kind: str) -> Rounds:
+    """Every merge once with one more arm: `MADE_BETTER`, `DECOY`, or the real one of that name."""
+    if kind not in (MADE_BETTER, DECOY):
+        whole = start.rounds(first_half, (kind,))
+        return replace(whole, arms=(*start.dataset.arms, NEW))
+    rounds = start.rounds(first_half)
 
     def column(values: np.ndarray) -> np.ndarray:
-        added = np.minimum(values[:, fixed] + BETTER, 1.0) if better else values.mean(1)
+        added = np.minimum(values[:, start.fixed] + BETTER, 1.0) if kind == MADE_BETTER else values.mean(1)
         return np.column_stack([values, added])
 
-    exists = np.arange(len(rounds.z)) >= ARRIVAL
-    return replace(
-        rounds,
-        arms=(*rounds.arms, NEW),
-        reward=column(rounds.reward),
-        truth=column(rounds.truth),
-        available=np.column_stack([rounds.available, exists]),
-    )
+    exists = np.ones((len(rounds.z), len(rounds.arms) + 1), dtype=bool)
+    arms = (*rounds.arms, NEW)
+    return replace(rounds, arms=arms, reward=column(rounds.reward), truth=column(rounds.truth), available=exists)
+
+
+def arriving(rounds: Rounds) -> Rounds:
+    """The last arm exists from round `ARRIVAL` on."""
+    available = rounds.available.copy()
+    available[:ARRIVAL, -1] = False
+    return replace(rounds, available=available)
 
 
 def play(
-    start: Start, better: bool, explore: bool, sibling: bool, num_rounds: int, num_orders: int
-) -> dict[str, float]:
-    """Means over orders and halves: share of rounds with the new arm once it was played 15 times, pulls of it, extra
-    regret against the same policy without the new arm, best possible gain by it."""
-    from simmerge_ray.bandit.environment import Bandit, obtained, replay
-    from simmerge_ray.bandit.policy import NeuralLinearTS
-    from simmerge_ray.bandit.posterior import GaussianPosterior
-    from simmerge_ray.bandit.warm_start import sibling_prior
+    start: Start, kind: str, explore: bool, siblings: Sequence[bool], num_rounds: int, num_orders: int
+) -> list[dict[str, float]]:
+    """For each kind of prior the means over orders and halves.
 
-    shares, pulls, costs, first = [], [], [], []
+    reached: share of the runs in which the new arm was played 15 times. rounds: that this took. share: of the rounds
+    after it with the new arm. pulls: of it. cost: regret more than that of the same policy without the new arm. ahead:
+    truth of the new arm less that of the best fixed, a round.
+    """
+    found: list[list[list[float]]] = [[] for _ in siblings]
+    known = start.known
     for first_half in (True, False):
-        whole = start.rounds(first_half)
+        whole = with_new_arm(start, first_half, kind)
         for number in range(num_orders):
-            rounds = with_new_arm(whole.ordered(start.order(number, num_rounds)), start.fixed, better)
-            policy = NeuralLinearTS(start.warm, start.noise)
+            rounds, key = arriving(whole.ordered(start.order(number, num_rounds))), f"{number}/{first_half}"
+            without = replace(rounds, available=rounds.available & (np.arange(len(rounds.arms)) < len(rounds.arms) - 1))
+            alone = obtained(replay(Bandit(NeuralLinearTS(known.warm, known.noise), key, explore), without), rounds)
+            ahead = float((rounds.truth[:, -1] - rounds.truth[:, start.fixed]).mean())
+            for place, sibling in enumerate(siblings):
+                played = _played(start, rounds, Bandit(NeuralLinearTS(known.warm, known.noise), key, explore), sibling)
+                is_new = played == len(rounds.arms) - 1
+                enough = np.flatnonzero(np.cumsum(is_new) >= PULLS)
+                after = is_new[enough[0] + 1 :] if len(enough) else is_new[:0]
+                found[place].append(
+                    [
+                        float(len(enough) > 0),
+                        float(enough[0] - ARRIVAL) if len(enough) else np.nan,
+                        float(after.mean()) if len(after) else np.nan,
+                        float(is_new.sum()),
+                        float((alone - obtained(played, rounds)).sum()),
+                        ahead,
+                    ]
+                )
+    return [dict(zip(FIGURES, map(_mean, zip(*one, strict=True)), strict=True)) for one in found]
 
-            def arrive(round_number: int, policy: NeuralLinearTS = policy) -> None:
-                if round_number == ARRIVAL:
-                    fixed = policy.posterior(policy.arms[start.fixed])
-                    blank = GaussianPosterior.prior(len(start.prior.moment))
-                    policy.add_arm(NEW, sibling_prior(fixed, blank, SIBLING_POWER) if sibling else start.prior)
 
-            key = f"{number}/{first_half}"
-            played = replay(Bandit(policy, key, explore), rounds, on_round=arrive)
-            alone = replay(Bandit(NeuralLinearTS(start.warm, start.noise), key, explore), rounds)
-            is_new = played == len(rounds.arms) - 1
-            learned = np.flatnonzero(np.cumsum(is_new) >= PULLS)
-            after = is_new[learned[0] + 1 :] if len(learned) else is_new[:0]
-            shares.append(float(after.mean()) if len(after) else np.nan)
-            pulls.append(float(is_new.sum()))
-            first.append(float(learned[0] - ARRIVAL) if len(learned) else np.nan)
-            costs.append(float((obtained(alone, rounds) - obtained(played, rounds)).sum()))
-    return {
-        "share": float(np.nanmean(shares)) if not np.isnan(shares).all() else float("nan"),
-        "reached": float(np.mean(~np.isnan(shares))),
-        "rounds": float(np.nanmean(first)) if not np.isnan(first).all() else float("nan"),
-        "pulls": float(np.mean(pulls)),
-        "cost": float(np.mean(costs)),
-    }
+def _played(start: Start, rounds: Rounds, player: Bandit, sibling: bool) -> np.ndarray:
+    def arrive(number: int) -> None:
+        if number == ARRIVAL:
+            fixed = player.policy.posterior(player.policy.arms[start.fixed])
+            blank = GaussianPosterior.prior(fixed.num_dimensions)
+            player.policy.add_arm(NEW, sibling_prior(fixed, blank, SIBLING_POWER) if sibling else start.known.prior)
+
+    return replay(player, rounds, on_round=arrive)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are known."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--orders", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=120)
+    parser = arguments_of(__doc__, orders=20, rounds=120)
+    parser.add_argument("--later", action="append", default=[], help="an operator that comes later; needs --arm")
     arguments = parser.parse_args()
-    known = starts(arguments.run)
-    print("| new arm | policy | its prior | played 15 times | after rounds | then its share | pulls | regret more |")
-    print("|---|---|---|---|---|---|---|---|")
-    for better in (True, False):
+    if arguments.later and not arguments.arm:
+        parser.error("--later needs the arms of the start, --arm")
+    loaded = load(arguments.dataset, arguments.arm, arguments.later)
+    known = starts(loaded.dataset, loaded.base_of)
+    weights = drawn_clusters(list(known))
+    print("| new arm | ahead | policy | its prior | 15 pulls | after rounds | then its share | pulls | regret more |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for kind in arguments.later or (MADE_BETTER, DECOY):
         for explore in (True, False):
-            for sibling in (False, True):
-                found = [
-                    play(start, better, explore, sibling, arguments.rounds, arguments.orders)
-                    for start in known.values()
-                ]
-                mean = {key: float(np.nanmean([one[key] for one in found])) for key in found[0]}
+            every = [
+                play(start, kind, explore, (False, True), arguments.rounds, arguments.orders)
+                for start in known.values()
+            ]
+            for place, prior in enumerate(("nothing known", "sibling")):
+                values = {name: np.array([one[place][name] for one in every]) for name in FIGURES}
+                mean = {name: _mean(one.tolist()) for name, one in values.items()}
+                low, high = interval(weights, values["cost"])
                 print(
-                    f"| {'better by 0.10' if better else 'decoy'} | {'Thompson' if explore else 'greedy'} | "
-                    f"{'sibling' if sibling else 'nothing known'} | {100 * mean['reached']:.0f} % | "
-                    f"{mean['rounds']:.0f} | {100 * mean['share']:.0f} % | {mean['pulls']:.0f} | {mean['cost']:+.2f} |",
+                    f"| {kind} | {mean['ahead']:+.3f} | {'Thompson' if explore else 'greedy'} | {prior} | "
+                    f"{100 * mean['reached']:.0f} % | {mean['rounds']:.0f} | {100 * mean['share']:.0f} % | "
+                    f"{mean['pulls']:.0f} | {mean['cost']:+.2f} [{low:+.2f}, {high:+.2f}] |",
                     flush=True,
                 )
 
