@@ -29,11 +29,14 @@ study: setup
 	@$(BIN)/python jobs/study.py --out runs/study
 
 # Campaigns that take long and are not part of the tests: kills in every stage, drivers, actors and nodes killed in
-# a search. Figures: benchmarks/README.md
+# a search, the service killed under load. Figures: benchmarks/README.md
 soak: setup
 	@$(BIN)/python -m benchmarks.soak_demo
 	@$(BIN)/simmerge demo runs/demo
 	@$(BIN)/python -m benchmarks.search.soak_search --run runs/demo --out runs/soak
+	@$(BIN)/python -m benchmarks.service.soak sqlite --run runs/demo
+	@$(BIN)/python -m benchmarks.service.soak postgresql --run runs/demo
+	@$(BIN)/python -m benchmarks.service.serve_soak sqlite --run runs/demo
 
 lint: setup
 	@$(BIN)/ruff check .

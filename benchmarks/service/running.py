@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -26,6 +26,20 @@ def write_tokens(directory: Path) -> Path:
     tokens.write_text(f"- {{name: benchmark, role: admin, token: {TOKEN}}}\n")
     tokens.chmod(0o600)
     return tokens
+
+
+@contextmanager
+def database_of(given: str, directory: Path) -> Iterator[str]:
+    """URL of an empty database: of `sqlite` a file in `directory`, of `postgresql` a new server; else it is a URL."""
+    from tests.postgres import new_database, running_server
+
+    if given == "sqlite":
+        yield f"sqlite:///{directory}/log.db"
+    elif given == "postgresql":
+        with running_server(fsync=True) as server:
+            yield new_database(server)
+    else:
+        yield given
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = _START_S) -> None:

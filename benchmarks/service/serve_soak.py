@@ -1,6 +1,6 @@
 """Kill parts of the service on Ray Serve with -9 under load, and all of it: is anything lost, or counted twice?
 
-    python -m benchmarks.service.serve_soak DATABASE_URL --run RUN [--kills 60] [--clusters 8] [--jobs 6] [--seed 0]
+    python -m benchmarks.service.serve_soak DATABASE --run RUN [--kills 60] [--clusters 8] [--jobs 6] [--seed 0]
 
 As `benchmarks.service.soak`, with the same load and the same proof at the end, for `simmerge serve RUN`: two replicas
 on an empty database. A kill takes a part, in turn: a replica or all of them, the proxy (HAProxy, the actor that manages
@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.service.running import RayService, kill_9, wait_until, write_tokens
+from benchmarks.service.running import RayService, database_of, kill_9, wait_until, write_tokens
 from benchmarks.service.soak import Acknowledged, under_load, verify
 from simmerge_ray.service.database import upgrade_database
 
@@ -124,16 +124,19 @@ def main() -> None:
     from tests.conftest import free_port
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("database")
+    parser.add_argument("database", help="sqlite, postgresql, or the URL of an empty database")
     parser.add_argument("--run", type=Path, required=True, help="directory of a finished `simmerge demo`")
     parser.add_argument("--kills", type=int, default=60, help="of parts")
     parser.add_argument("--clusters", type=int, default=8, help="kills of everything at once")
     parser.add_argument("--jobs", type=int, default=6, help="at once")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="simmerge-soak-") as directory:
+    with (
+        tempfile.TemporaryDirectory(prefix="simmerge-soak-") as directory,
+        database_of(given.database, Path(directory)) as url,
+    ):
         result = serve_soak(
-            given.database, given.run, Path(directory), free_port(), given.kills, given.clusters, given.jobs, given.seed
+            url, given.run, Path(directory), free_port(), given.kills, given.clusters, given.jobs, given.seed
         )
     print(json.dumps(result, indent=2))
     sys.exit(1 if result["wrong"] else 0)

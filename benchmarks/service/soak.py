@@ -1,11 +1,12 @@
 """Kill the service with -9 again and again under load: is anything lost that it acknowledged, or counted twice?
 
-    python -m benchmarks.service.soak DATABASE_URL --run RUN [--kills 500] [--jobs 12] [--seed 0]
+    python -m benchmarks.service.soak DATABASE --run RUN [--kills 500] [--jobs 12] [--seed 0]
 
-DATABASE_URL names an empty database, RUN the directory of a finished `simmerge demo`. The service is the plain uvicorn
-process of `simmerge_ray.service.standalone`. Every job decides, and then rewards, voids and rewards again, closes, or
-does nothing; each of these requests goes out 1 to 5 times at once with one idempotency key, and again until it is
-acknowledged, over as many deaths as it takes. Kills come at any time: while the service starts, folds or commits.
+DATABASE is `sqlite`, `postgresql` (a server is started for it) or the URL of an empty database; RUN the directory of
+a finished `simmerge demo`. The service is the plain uvicorn process of `simmerge_ray.service.standalone`. Every job
+decides, and then rewards, voids and rewards again, closes, or does nothing; each of these requests goes out 1 to 5
+times at once with one idempotency key, and again until it is acknowledged, over as many deaths as it takes. Kills
+come at any time: while the service starts, folds or commits.
 
 At the end, with everything acknowledged, the log must hold exactly what was: no event less, none more and none twice. A
 replica's state, from snapshots and from nothing, must equal to the bit the definition of the fold, and the posteriors
@@ -30,7 +31,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.service.running import TOKEN, PlainService
+from benchmarks.service.running import TOKEN, PlainService, database_of
 from simmerge_ray.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.database import open_database, upgrade_database
 from simmerge_ray.service.event_log import EventLog
@@ -290,7 +291,7 @@ def main() -> None:
     from tests.conftest import free_port
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("database")
+    parser.add_argument("database", help="sqlite, postgresql, or the URL of an empty database")
     parser.add_argument("--run", type=Path, required=True, help="directory of a finished `simmerge demo`")
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=12, help="at once")
@@ -301,9 +302,8 @@ def main() -> None:
     layout = RunLayout(given.run)
     with tempfile.TemporaryDirectory(prefix="simmerge-soak-") as directory:
         place = Path(directory)
-        result = soak(
-            given.database, layout.selector, layout.signals, place, free_port(), given.kills, given.jobs, given.seed
-        )
+        with database_of(given.database, place) as url:
+            result = soak(url, layout.selector, layout.signals, place, free_port(), given.kills, given.jobs, given.seed)
     print(json.dumps(result, indent=2))
     sys.exit(1 if result["wrong"] else 0)
 
