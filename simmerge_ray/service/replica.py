@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from simmerge_ray.service.event_log import EventLog
 from simmerge_ray.service.fold import Encoder, EventRow, State, View, basis_of
@@ -66,8 +69,21 @@ class Replica:
         past = self._log.changes_of_the_past(last)
         basis, voids = basis_of(past), [row for row in past if row.kind == "reward_voided"]
         state = newest_snapshot(self._log.engine, self._log.namespace, basis, voids, last, self._encode)
-        while state.seq < last:
-            for row in self._log.tail(state.seq, self._page, last):
-                applied = state.apply(row)
-                assert applied, "the basis knows all events up to the head"
+        with _without_collection():
+            while state.seq < last:
+                for row in self._log.tail(state.seq, self._page, last):
+                    applied = state.apply(row)
+                    assert applied, "the basis knows all events up to the head"
         return state
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """A fold makes no cycles, and looking for some among all that it makes is a twelfth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
