@@ -28,7 +28,7 @@ from simmerge_ray.study.later_arm import later_arm
 from simmerge_ray.study.layout import LoadedPart, StudyLayout
 from simmerge_ray.study.longer import unmerged
 from simmerge_ray.study.merges import CONTROL_ARM, LATER_ARM, REFERENCE_ARMS
-from simmerge_ray.study.subset_choice import compare_subsets, labelled_choices, pooled_prediction
+from simmerge_ray.study.subset_choice import compare_subsets, labelled_choices, relative_prediction
 from simmerge_ray.study.transfer import transfer
 from simmerge_ray.study.unseen_base import longer_plans, models_without_base
 
@@ -79,7 +79,7 @@ def subset_choice(part: LoadedPart, members: Sequence[str], others: SelectionDat
     utilities = unmerged(part.labels)
     ranked = PlanScorer(part.table, propagator, model).score([choice.plan for choice in choices], pool)
     predicted = {
-        choice.plan.id: pooled_prediction(row.by_task, utilities, part.catalogue)
+        choice.plan.id: relative_prediction(row.by_task, utilities, part.catalogue)
         for choice, row in zip(choices, ranked, strict=True)
     }
     return compare_subsets(choices, predicted, model.best_fixed, part.table, utilities, part.catalogue)

@@ -15,10 +15,8 @@ from simmerge_ray.labels import LabeledPlan
 from simmerge_ray.plans import MergePlan
 from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.study.longer import (
-    MIN_RANGE,
     Utilities,
     measured_merges,
-    pooled_utility,
     single_arm,
     unmerged,
 )
@@ -29,10 +27,10 @@ ANY_SIZE = "any"
 
 @dataclass(frozen=True)
 class Choice:
-    """A labelled plan of the small catalogue. pooled: measured, see `longer.pooled_utility`."""
+    """A labelled plan of the small catalogue. relative: measured, see `relative_utility`."""
 
     plan: MergePlan
-    pooled: float
+    relative: float
 
     @property
     def subset(self) -> tuple[str, ...]:
@@ -53,11 +51,11 @@ def labelled_choices(
     """
     utilities = unmerged(labels)
     found = [
-        Choice(plan, pooled)
+        Choice(plan, relative)
         for plan, by_task in measured_merges(labels, catalogue).items()
         if set(plan.members) <= set(members)
         and {step.arm.label for step in plan.steps} <= set(arms)
-        and not np.isnan(pooled := pooled_utility(by_task, utilities, catalogue))
+        and not np.isnan(relative := relative_utility(by_task, utilities, catalogue))
     ]
     known = {choice.subset for choice in found}
     for size in range(2, len(members) + 1):
@@ -67,21 +65,25 @@ def labelled_choices(
     return found
 
 
-def pooled_prediction(
+def relative_utility(by_task: Mapping[str, float], utilities: Utilities, catalogue: Catalogue) -> float:
+    """Mean over the tasks of the share of what the best checkpoint reaches there; NaN where none reaches anything.
+
+    What subsets of different tasks reach is not comparable before. (`longer.pooled_utility`, the share of the way from
+    the base, is undefined where the base is as good as its experts, as the first base of the study is.)
+    """
+    shares = []
+    for task, utility in by_task.items():
+        best = max(utilities[task][name] for name in catalogue.ids)
+        if best > 0:
+            shares.append(utility / best)
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def relative_prediction(
     by_task: Mapping[str, tuple[float, float]], utilities: Utilities, catalogue: Catalogue, caution: float = 1.0
 ) -> float:
-    """Predicted utilities (value, spread) less `caution` spreads, pooled like measured ones; -inf where none counts.
-
-    What subsets of different tasks reach is not comparable before: the base and the best checkpoint of each task are.
-    """
-    assert catalogue.base is not None
-    shares = []
-    for task, (utility, sd) in by_task.items():
-        low = utilities[task][catalogue.base.id]
-        room = max(utilities[task][name] for name in catalogue.ids) - low
-        if room >= MIN_RANGE:
-            shares.append((utility - caution * sd - low) / room)
-    return float(np.mean(shares)) if shares else -np.inf
+    """Predicted utilities (value, spread) less `caution` spreads, taken relative like measured ones."""
+    return relative_utility({task: u - caution * sd for task, (u, sd) in by_task.items()}, utilities, catalogue)
 
 
 def compare_subsets(
@@ -96,20 +98,20 @@ def compare_subsets(
 
     Policies: the plan with the highest prediction; its subset by the best fixed arm; any plan (the mean); the subset
     that is most similar (mean cosine of the task vectors of its pairs) and the checkpoints that are individually best
-    (mean pooled utility on all tasks), both by the best fixed arm.
+    (mean relative utility on all tasks), both by the best fixed arm.
 
     Args:
-        predicted: pooled prediction by plan id. table: signals of the pairs.
+        predicted: relative prediction by plan id. table: signals of the pairs.
 
     Returns:
-        rows: size, policy, chosen (the subset), pooled, regret.
+        rows: size, policy, chosen (the subset), relative, regret.
     """
     rows = []
     sizes = sorted({len(choice.subset) for choice in choices})
     individually = _individual(choices, utilities, catalogue)
     for size in [*sizes, None]:
         some = [choice for choice in choices if size is None or len(choice.subset) == size]
-        best = max(choice.pooled for choice in some)
+        best = max(choice.relative for choice in some)
         first = max(some, key=lambda one: (predicted[one.plan.id], one.plan.id))
         subsets = sorted({choice.subset for choice in some})
         similar = max(subsets, key=lambda subset: (_similarity(table, subset), subset))
@@ -122,14 +124,14 @@ def compare_subsets(
             "individually best": (top, _by_arm(some, top, best_fixed)),
         }
         for name, (subset, taken) in policies.items():
-            pooled = float(np.mean([choice.pooled for choice in taken]))
+            relative = float(np.mean([choice.relative for choice in taken]))
             rows.append(
                 {
                     "size": ANY_SIZE if size is None else size,
                     "policy": name,
                     "chosen": list(subset),
-                    "pooled": pooled,
-                    "regret": best - pooled,
+                    "relative": relative,
+                    "regret": best - relative,
                 }
             )
     return rows
@@ -149,6 +151,6 @@ def _similarity(table: SignalTable, subset: tuple[str, ...]) -> float:
 def _individual(choices: Sequence[Choice], utilities: Utilities, catalogue: Catalogue) -> dict[str, float]:
     names = sorted({name for choice in choices for name in choice.subset})
     return {
-        name: pooled_utility({task: utilities[task][name] for task in utilities}, utilities, catalogue)
+        name: relative_utility({task: utilities[task][name] for task in utilities}, utilities, catalogue)
         for name in names
     }

@@ -15,7 +15,7 @@ from simmerge_ray.labels import EvaluationSettings, LabeledPlan, Measured
 from simmerge_ray.operators.specs import make_arm
 from simmerge_ray.plans import MergePlan, fold_plan
 from simmerge_ray.study.longer import unmerged
-from simmerge_ray.study.subset_choice import compare_subsets, labelled_choices, pooled_prediction
+from simmerge_ray.study.subset_choice import compare_subsets, labelled_choices, relative_prediction
 
 ARMS = (make_arm("linear"), make_arm("ties", {"density": 0.5}))
 LABELS = [arm.label for arm in ARMS]
@@ -66,15 +66,17 @@ def test_every_subset_must_be_labelled(labels, catalogue):
 
 def test_predictions_are_pooled_like_measurements(labels, catalogue):
     utilities = unmerged(labels)
-    assert pooled_prediction({"math": (0.5, 0.1), "code": (0.7, 0.1)}, utilities, catalogue) == pytest.approx(0.5)
-    utilities["code"]["base"] = 0.95
-    assert pooled_prediction({"math": (0.5, 0.1), "code": (0.7, 0.1)}, utilities, catalogue) == pytest.approx(0.4)
-    assert pooled_prediction({"code": (0.7, 0.1)}, utilities, catalogue) == -np.inf
+    assert relative_prediction({"math": (0.5, 0.1), "code": (0.7, 0.1)}, utilities, catalogue) == pytest.approx(0.5)
+    utilities["math"]["a"] = utilities["math"]["c"] = 0.8  # the best there
+    assert relative_prediction({"math": (0.5, 0.1), "code": (0.7, 0.1)}, utilities, catalogue) == pytest.approx(0.55)
+    assert relative_prediction({"code": (0.7, 0.1)}, utilities, catalogue) == pytest.approx(0.6)
+    nothing = {"code": dict.fromkeys(utilities["code"], 0.0)}
+    assert np.isnan(relative_prediction({"code": (0.7, 0.1)}, nothing, catalogue))
 
 
 def test_regret_of_every_policy(labels, catalogue):
     choices = labelled_choices(labels, catalogue, list(OWN), LABELS)
-    predicted = {choice.plan.id: choice.pooled if len(choice.subset) == 2 else -1.0 for choice in choices}
+    predicted = {choice.plan.id: choice.relative if len(choice.subset) == 2 else -1.0 for choice in choices}
     rows = compare_subsets(choices, predicted, "linear", table(), unmerged(labels), catalogue)
     pairs = {row["policy"]: row for row in rows if row["size"] == 2}
     assert pairs["predicted"]["chosen"] == ["a", "b"] and pairs["predicted"]["regret"] == 0.0
