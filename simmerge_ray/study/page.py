@@ -103,7 +103,8 @@ def primary_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
         ],
     )
     figure, axes = new_figure(6, 3.2)
-    axis, gains = axes[0][0], by_base["gains"]
+    axis, names = axes[0][0], sorted(by_base["gains"], key=lambda name: (len(name), name))  # s2 before s10
+    gains = {name.removesuffix("-base"): by_base["gains"][name] for name in names}
     axis.bar(range(len(gains)), [100 * gain for gain in gains.values()], color="0.6")
     low, high = (100 * end for end in found["interval"])
     axis.axhspan(low, high, color="tab:blue", alpha=0.15, label="95 % interval of the mean")
@@ -203,15 +204,17 @@ def budget_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
     rows = found["rows"]
     figure, axes = new_figure(6, 4)
     axis = axes[0][0]
-    for strategy, marker in (("predicted", "o"), ("random", "s"), ("Optuna", "d"), ("few items", "^")):
+    markers = (("predicted", "o"), ("random", "s"), ("Optuna", "d"), ("few items", "^"))
+    for place, (strategy, marker) in enumerate(markers):
         some = [row for row in rows if row["strategy"] == strategy]
-        x, y = [row["evaluations"] for row in some], [row["utility"] for row in some]
+        # Side by side, since intervals of the same number of evaluations would hide each other.
+        x, y = [row["evaluations"] + 0.04 * (place - 1) for row in some], [row["utility"] for row in some]
         low = [row["utility"] - row["interval"][0] for row in some]
         high = [row["interval"][1] - row["utility"] for row in some]
         axis.errorbar(x, y, yerr=[low, high], marker=marker, capsize=3, label=strategy)
         for row in some:
             if row["items"]:
-                where, offset = (row["evaluations"], row["utility"]), (8, -4)
+                where, offset = (row["evaluations"] + 0.04 * (place - 1), row["utility"]), (8, -4)
                 axis.annotate(f"{row['items']} items", where, offset, textcoords="offset points", fontsize=8)
     axis.set_xlabel("evaluations of a merge (full ones)")
     axis.set_ylabel("utility of what is chosen")
