@@ -4,7 +4,8 @@
     ray job submit --working-dir . -- python jobs/study.py --out /shared/study
 
 What is there is not computed again, so an interrupted study goes on with the same command. `--config` names a YAML file
-with other sizes (see `simmerge_ray.config.ZooStudyConfig`), `--stage` runs some stages only.
+with other sizes (see `simmerge_ray.config.ZooStudyConfig`), `--stage` runs some stages only. OUT is a directory that
+every node sees: trained checkpoints lie in it. The last line is JSON that says what happened (`simmerge_ray.jobs`).
 """
 
 from __future__ import annotations
@@ -12,35 +13,38 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory of the study")
+    parser.add_argument("--out", required=True, help="directory of the study")
     parser.add_argument("--config", type=Path, help="YAML file with sizes that differ from the study's")
     parser.add_argument(
         "--stage", action="append", help="zoo, signals, pairs, plans, probes, exact or analysis; repeatable"
     )
     arguments = parser.parse_args()
 
-    from simmerge_ray.errors import ConfigError, InputError, SimmergeError, unknown_name
-    from simmerge_ray.progress import narrated
+    from simmerge_ray.jobs import local_output, run_job
 
-    try:
+    def work() -> dict[str, Any]:
+        out = local_output(arguments.out)
         from simmerge_ray.config import ZooStudyConfig, load_yaml
+        from simmerge_ray.errors import ConfigError, unknown_name
+        from simmerge_ray.progress import narrated
+
+        config = load_yaml(arguments.config, ZooStudyConfig) if arguments.config else ZooStudyConfig()
         from simmerge_ray.distributed.study import STAGES, run_study
 
         for stage in arguments.stage or ():
             if stage not in STAGES:
                 raise ConfigError(unknown_name("stage", stage, STAGES))
-        config = load_yaml(arguments.config, ZooStudyConfig) if arguments.config else ZooStudyConfig()
-        with narrated(arguments.out / "simmerge.log") as narrator:
-            run_study(arguments.out, config, narrator, arguments.stage or STAGES)
-    except SimmergeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    print(f"study in {arguments.out}: zoo/, signals/, labels/ and results/")
-    return 0
+        with narrated(out / "simmerge.log") as narrator:
+            run_study(out, config, narrator, arguments.stage or STAGES)
+        print(f"study in {out}: zoo/, signals/, labels/ and results/")
+        return {"out": str(out), "stages": arguments.stage or list(STAGES)}
+
+    return run_job("study", work)
 
 
 if __name__ == "__main__":

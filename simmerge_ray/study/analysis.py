@@ -113,10 +113,15 @@ def with_probes(parts: Sequence[LoadedPart], layout: StudyLayout, variant: str) 
     return [replace(part, table=read_signal_table(layout.signals(part.name, variant))) for part in parts]
 
 
-def new_operator(parts: Sequence[LoadedPart], base_of: Mapping[str, str], config: TrainConfig) -> list[dict[str, Any]]:
-    """`later_arm` for the study's later arm, on unseen bases."""
-    dataset = joined(parts, (*ARMS, LATER_ARM.label))
-    return later_arm(dataset, LATER_ARM.label, base_folds(pairs_of(dataset.contexts), base_of), config, base_of)
+def new_operators(
+    parts: Sequence[LoadedPart], base_of: Mapping[str, str], config: TrainConfig
+) -> dict[str, list[dict[str, Any]]]:
+    """`later_arm` on unseen bases for the study's later arm, and, which was not planned, for the control arm."""
+    found = {}
+    for arm in (LATER_ARM.label, CONTROL_ARM.label):
+        dataset = joined(parts, (*ARMS, arm))
+        found[arm] = later_arm(dataset, arm, base_folds(pairs_of(dataset.contexts), base_of), config, base_of)
+    return found
 
 
 def to_larger_base(small: Sequence[LoadedPart], large: Sequence[LoadedPart], config: TrainConfig) -> dict[str, Any]:

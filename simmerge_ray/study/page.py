@@ -180,14 +180,19 @@ def transfer_lines(found: Mapping[str, Any]) -> list[str]:
     said = (
         "has no meaning: a selector that was trained there gains nothing" if share is None else f"{100 * share:.0f} %"
     )
-    return [*lines, "", f"Share of the gain of a selector that was trained there: {said}."]
+    return [
+        *lines,
+        "",
+        f"Share of the gain of a selector that was trained there: {said}. {found['num_defined']} of "
+        f"{found['num_merges']} merges have a gap; {100 * found['unlike']:.0f} % are unlike the small bases' merges.",
+    ]
 
 
-def later_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """An operator that came later."""
-    return table_lines(
-        ("labels", "GapClosed", "gain in points", "chosen"),
-        [
+def later_lines(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Operators that came later."""
+    lines: list[str] = []
+    for arm, rows in found.items():
+        shown = [
             (
                 row["num_labels"],
                 f"{row['gap_closed']:.3f}",
@@ -195,8 +200,9 @@ def later_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{100 * row['chosen']:.0f} %",
             )
             for row in rows
-        ],
-    )
+        ]
+        lines += ["", f"**{arm}**", "", *table_lines(("labels", "GapClosed", "gain in points", "chosen"), shown)]
+    return lines[1:]
 
 
 def budget_lines(found: Mapping[str, Any], directory: Path) -> list[str]:

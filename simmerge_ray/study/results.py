@@ -19,7 +19,7 @@ from simmerge_ray.study.analysis import (
     bought,
     joined,
     longer,
-    new_operator,
+    new_operators,
     propagators,
     subset_choice,
     to_larger_base,
@@ -155,7 +155,7 @@ SECTIONS: Mapping[str, Callable[[StudyData], Any]] = {
     "subsets": _subsets,
     "transfer": _transfer,
     "probes": _probes,
-    "later": lambda data: new_operator(data.small, data.base_of, data.config),
+    "later": lambda data: new_operators(data.small, data.base_of, data.config),
     "evaluations": lambda data: bought(data.small, data.dataset, data.base_of, data.config),
 }
 

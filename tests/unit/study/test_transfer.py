@@ -41,6 +41,18 @@ def test_nothing_is_transferred_from_noise():
     assert transferred < 0.5 * result["gains"]["own - best fixed of the large base"]["gain"]
 
 
+def test_it_abstains_from_merges_that_are_unlike_the_small_ones():
+    small = renamed(planted(num_checkpoints=12), "s-")
+    large = renamed(planted(num_checkpoints=9, seed=1), "l-")
+    contexts = (*small.contexts, *large.contexts)
+    bases = {name: name[0] for c in contexts for name in (c.left, c.right)}
+    near = transfer(small, large, CONFIG, bases)
+    assert near["unlike"] < 0.2
+    far = transfer(small, replace(large, features=large.features + 50), CONFIG, bases)
+    assert far["unlike"] == 1.0
+    assert far["gap_closed"]["abstaining"] == far["gap_closed"]["best fixed of the small bases"]
+
+
 def test_other_arms_are_refused():
     small, large = planted(), planted(seed=1)
     with pytest.raises(LabelError, match="other arms"):
