@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from simmerge_ray.errors import ConfigError
 
 db_app = typer.Typer(
     help="The service's database: bring its tables up to date, look at it, back it up, export it, throw away.",
@@ -24,6 +27,16 @@ Url = Annotated[
     ),
 ]
 Namespace = Annotated[str, typer.Option(help="of the service")]
+
+
+def _url_and_file(url: str, file: Path | None) -> tuple[str, Path]:
+    """FILE alone is enough where the environment names the database: the parser has taken it for the URL then."""
+    known = os.environ.get("SIMMERGE_DATABASE")
+    if file is not None:
+        return url, file
+    if known and url != known:
+        return known, Path(url)
+    raise ConfigError("name the FILE, too: simmerge db COMMAND [DATABASE_URL] FILE")
 
 
 class Table(StrEnum):
@@ -76,25 +89,28 @@ def status(url: Url, as_json: Annotated[bool, typer.Option("--json", help="as JS
 @db_app.command("backup")
 def backup(
     url: Url,
-    target: Annotated[
-        Path,
+    file: Annotated[
+        Path | None,
         typer.Argument(metavar="FILE", help="new file; one that ends in .parquet can be restored into either database"),
-    ],
+    ] = None,
 ) -> None:
     """Write one consistent state of all namespaces to a file, while services go on."""
     from simmerge_ray.service.maintenance import backup as write
 
+    url, target = _url_and_file(url, file)
     heads = write(url, target)
     typer.echo(f"{target} holds {_heads(heads)}")
 
 
 @db_app.command("restore")
 def restore(
-    url: Url, source: Annotated[Path, typer.Argument(metavar="FILE", help="as `simmerge db backup` wrote it")]
+    url: Url,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="as `simmerge db backup` wrote it")] = None,
 ) -> None:
     """Fill an empty database from a backup; a namespace that has events is refused."""
     from simmerge_ray.service.maintenance import restore as read
 
+    url, source = _url_and_file(url, file)
     heads = read(url, source)
     typer.echo(f"restored {_heads(heads)}")
 
@@ -102,7 +118,7 @@ def restore(
 @db_app.command("export")
 def export(
     url: Url,
-    target: Annotated[Path, typer.Argument(metavar="FILE", help="new file")],
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="new file")] = None,
     table: Annotated[Table, typer.Option(help="decisions with their rewards, one a row, or the events as they are")] = (
         Table.decisions
     ),
@@ -114,6 +130,7 @@ def export(
 
     from simmerge_ray.service.maintenance import export_decisions, export_events
 
+    url, target = _url_and_file(url, file)
     if table is Table.events:
         count = export_events(url, namespace, target)
     else:

@@ -24,7 +24,7 @@ from simmerge_ray.selector.evaluation import Scoring
 from simmerge_ray.selector.files import LoadedDataset, find_dataset, read_dataset
 from simmerge_ray.selector.model import FittedModel
 from simmerge_ray.selector.rewards import RewardedMerge
-from simmerge_ray.selector.splits import checkpoint_folds, domain_folds, pairs_of
+from simmerge_ray.selector.splits import Fold, checkpoint_folds, domain_folds, pairs_of
 from simmerge_ray.selector.train import fit_models, usable_folds
 
 POWER, RIDGE, COLD_SPREAD = 1.0, 1.0, 0.1
@@ -129,17 +129,26 @@ def starts(
     dataset: SelectionDataset, base_of: Mapping[str, str], config: TrainConfig | None = None
 ) -> dict[Cluster, Start]:
     """By base and unseen domain; the bases of a domain share one selector."""
-    gaps, found = gaps_of(dataset), {}
+    found: dict[Cluster, Start] = {}
     for fold in domain_folds(dataset.contexts):
-        training = dataset.subset(fold.training)
-        known = learned(training, config or config_for(base_of))
-        predicted = known.model.predict(dataset.features, [context.task for context in dataset.contexts])[0]
-        bases = [base_of[dataset.contexts[row].left] for row in fold.tested]
-        for base in sorted(set(bases)):
-            rows = [row for row, of in zip(fold.tested, bases, strict=True) if of == base]
-            asked = merges_of(dataset, known.model, rows)
-            static = np.array([predicted[list(unit)].mean(0) for unit in asked.rows])
-            found[base, fold.name] = Start(dataset, asked, known, best_fixed(training), static, gaps)
+        found |= starts_of(fold, dataset, base_of, config)
+    return found
+
+
+def starts_of(
+    fold: Fold, dataset: SelectionDataset, base_of: Mapping[str, str], config: TrainConfig | None = None
+) -> dict[Cluster, Start]:
+    """By base, of one unseen domain."""
+    gaps, found = gaps_of(dataset), {}
+    training = dataset.subset(fold.training)
+    known = learned(training, config or config_for(base_of))
+    predicted = known.model.predict(dataset.features, [context.task for context in dataset.contexts])[0]
+    bases = [base_of[dataset.contexts[row].left] for row in fold.tested]
+    for base in sorted(set(bases)):
+        rows = [row for row, of in zip(fold.tested, bases, strict=True) if of == base]
+        asked = merges_of(dataset, known.model, rows)
+        static = np.array([predicted[list(unit)].mean(0) for unit in asked.rows])
+        found[base, fold.name] = Start(dataset, asked, known, best_fixed(training), static, gaps)
     return found
 
 

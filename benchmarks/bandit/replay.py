@@ -10,14 +10,15 @@ curves `NAME.png`.
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.bandit.clusters import Cluster, Start, arguments_of, drawn_clusters, interval, load, starts
+from benchmarks.bandit.clusters import Cluster, Start, arguments_of, drawn_clusters, interval, load, starts_of
 from simmerge_ray.bandit.environment import (
     Always,
     Bandit,
@@ -31,10 +32,15 @@ from simmerge_ray.bandit.environment import (
 )
 from simmerge_ray.bandit.policy import NeuralLinearTS, SafeRule
 from simmerge_ray.figures import new_figure, save_figure
+from simmerge_ray.labels import LabelStore
+from simmerge_ray.selector.files import find_dataset
+from simmerge_ray.selector.splits import domain_folds
+from simmerge_ray.storage import digest_file, digest_json, write_json, write_once
 
 POLICIES = ("uniform", "best fixed", "static selector", "greedy", "cold", "warm", "warm, safe", "oracle")
 THRESHOLD = 0.02
 
+Say = Callable[[str], None]
 Results = Mapping[Cluster, Mapping[str, np.ndarray]]
 """By cluster and policy (orders x halves, rounds, 2): regret in utility, and in GapClosed."""
 
@@ -108,30 +114,63 @@ def draw(results: Results, out: Path, name: str) -> Path:
     return save_figure(figure, out, f"{name}.png")
 
 
-def main() -> None:
-    parser = arguments_of(__doc__, orders=40, rounds=60)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--name", default="bandit-replay")
-    arguments = parser.parse_args()
+def replay_dataset(
+    path: Path, out: Path, name: str, arms: Sequence[str] | None, num_orders: int, num_rounds: int, say: Say = print
+) -> list[dict[str, Any]]:
+    """Play all clusters of a data set; `table`'s rows, also in `NAME.json`, with the curves in `NAME.png`.
 
-    loaded = load(arguments.dataset, arguments.arm)
-    results = {}
-    for cluster, start in starts(loaded.dataset, loaded.base_of).items():
-        results[cluster] = play("/".join(cluster), start, arguments.rounds, arguments.orders)
-        print(f"{' '.join(cluster)}: {len(start.asked.rows)} merges", flush=True)
+    The results of a domain are kept in `NAME.parts`, by the digest of all that they were made from: what is there is
+    not played again.
+    """
+    loaded, files = load(path, arms), find_dataset(path)
+    digests = {str(number): digest_file(one) for number, one in enumerate(files.signals)}
+    digests |= {f"labels {number}": LabelStore(one).digest() for number, one in enumerate(files.labels)}
+    content = [1, digests, list(loaded.dataset.arms), num_orders, num_rounds, THRESHOLD]
+    results: dict[Cluster, Mapping[str, np.ndarray]] = {}
+    for fold in domain_folds(loaded.dataset.contexts):
+        part = out / f"{name}.parts" / f"{digest_json([*content, fold.name])}.npz"
+        if not part.exists():
+            played = {
+                cluster: play("/".join(cluster), start, num_rounds, num_orders)
+                for cluster, start in starts_of(fold, loaded.dataset, loaded.base_of).items()
+            }
+            buffer = io.BytesIO()
+            np.savez(
+                buffer, **{json.dumps([*key, policy]): v for key, of in played.items() for policy, v in of.items()}
+            )
+            write_once(part, buffer.getvalue())
+            say(f"{fold.name}: {len(played)} clusters played")
+        with np.load(part) as arrays:
+            for key in arrays.files:
+                base, domain, policy = json.loads(key)
+                results[base, domain] = {**results.get((base, domain), {}), policy: arrays[key]}
     rows = table(results)
-    print("| policy | regret, utility | regret, GapClosed | of uniform | a round against best fixed, GapClosed |")
-    print("|---|---|---|---|---|")
+    write_json(out / f"{name}.json", rows)
+    say(str(draw(results, out, name)))
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of `table`'s rows for people."""
+    lines = ["| policy | regret, utility | regret, GapClosed | of uniform | a round against best fixed, GapClosed |"]
+    lines += ["|---|---|---|---|---|"]
     for row in rows:
-        print(
+        lines.append(
             f"| {row['policy']} | {row['utility']:.2f} [{row['utility_interval'][0]:.2f}, "
             f"{row['utility_interval'][1]:.2f}] | {row['gap_closed']:.2f} | {row['of_uniform']:.2f} "
             f"[{row['of_uniform_interval'][0]:.2f}, {row['of_uniform_interval'][1]:.2f}] | "
             f"{row['against_best_fixed']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}] |"
         )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{arguments.name}.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print(draw(results, arguments.out, arguments.name))
+    return lines
+
+
+def main() -> None:
+    parser = arguments_of(__doc__, orders=40, rounds=60)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", default="bandit-replay")
+    given = parser.parse_args()
+    rows = replay_dataset(given.dataset, given.out, given.name, given.arm, given.orders, given.rounds)
+    print(*markdown(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from simmerge_ray.service.events import (  # noqa: E402
 )
 from simmerge_ray.service.fold import Array, State, basis_of  # noqa: E402
 from simmerge_ray.service.replica import PAGE, Replica  # noqa: E402
-from simmerge_ray.service.snapshots import save_snapshot  # noqa: E402
+from simmerge_ray.service.snapshots import row_of, save_snapshot  # noqa: E402
 
 NAMESPACE = "default"
 ARMS = ("linear", "ties(density=0.2)", "nuslerp")
@@ -158,7 +158,7 @@ def save_late_snapshot(engine: Engine, number: int) -> None:
     while (left := number - AFTER_SNAPSHOT - state.seq) > 0:
         for row in log.tail(state.seq, min(PAGE, left)):
             state.apply(row)
-    save_snapshot(engine, NAMESPACE, state)
+    save_snapshot(engine, row_of(NAMESPACE, state))
     log.close()
 
 

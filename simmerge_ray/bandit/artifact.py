@@ -24,7 +24,7 @@ from simmerge_ray.selector.dataset import SelectionDataset
 from simmerge_ray.selector.model import Selector
 from simmerge_ray.selector.predictors import MlpPredictor
 from simmerge_ray.selector.splits import checkpoint_folds, pairs_of
-from simmerge_ray.storage import write_json
+from simmerge_ray.storage import Place, write_json
 
 RIDGE, POWER = 1.0, 1.0
 _TENSORS, _TEXT = "warm_start.safetensors", "warm_start.json"
@@ -99,19 +99,19 @@ def write_warm_start(path: Path, warm: WarmStartFile) -> None:
     write_json(path / _TEXT, content)
 
 
-def read_warm_start(path: Path) -> WarmStartFile | None:
+def read_warm_start(path: Place) -> WarmStartFile | None:
     """What `write_warm_start` wrote; None where there is nothing.
 
     Raises:
         SelectorError: it is damaged.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     if not (path / _TEXT).exists():
         return None
     try:
-        content, tensors = json.loads((path / _TEXT).read_text()), load_file(str(path / _TENSORS))
+        content, tensors = json.loads((path / _TEXT).read_text()), load((path / _TENSORS).read_bytes())
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}")
         posteriors = {

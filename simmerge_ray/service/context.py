@@ -152,8 +152,11 @@ class Contexts:
         explore: bool,
         expires_at: float | None,
         checkpoints: Sequence[str],
-    ) -> DecisionMade:
-        """The event of a drawn plan. One step is learned from like a pair; longer ones are kept for training."""
+    ) -> tuple[DecisionMade, Decision]:
+        """The event of a drawn plan, and the answer.
+
+        One step is learned from like a pair; longer ones are kept for training.
+        """
         chosen, best_fixed = drawn.plans[drawn.chosen], self._published.selector.best_fixed
         plan, probabilities = chosen.plan, [float(p) for p in drawn.propensities]
         tasks = list(chosen.by_task)
@@ -182,7 +185,7 @@ class Contexts:
             expires_at=expires_at,
             model_version=self._published.version,
         )
-        return DecisionMade(
+        event = DecisionMade(
             decision_id=decision_id,
             request={"kind": "plan", "tasks": tasks, "checkpoints": list(checkpoints), "plan": plan.to_json()},
             features=features,
@@ -199,6 +202,7 @@ class Contexts:
             expires_at=expires_at,
             answer=answer.model_dump(mode="json"),
         )
+        return event, answer
 
 
 @dataclass(frozen=True)
@@ -245,8 +249,8 @@ def decide_pair(
     decision_id: str,
     explore: bool,
     expires_at: float | None,
-) -> DecisionMade:
-    """Draw an arm for a pair; the event that says so."""
+) -> tuple[DecisionMade, Decision]:
+    """Draw an arm for a pair; the event that says so, and the answer."""
     policy = policies.novel if context.novel else policies.usual
     suggestion = policy.suggest(context.z, decision_id, explore, context.classes)
     propensities = dict(zip(suggestion.arms, suggestion.propensities.tolist(), strict=True))
@@ -271,7 +275,7 @@ def decide_pair(
         expires_at=expires_at,
         model_version=published.version,
     )
-    return DecisionMade(
+    event = DecisionMade(
         decision_id=decision_id,
         request={"kind": "pair", "left": context.left, "right": context.right, "tasks": list(context.tasks)},
         features=context.features,
@@ -288,6 +292,7 @@ def decide_pair(
         expires_at=expires_at,
         answer=answer.model_dump(mode="json"),
     )
+    return event, answer
 
 
 def ranked(contexts: Contexts, view: View, noise: Noise, request: RankRequest) -> Ranked:

@@ -8,10 +8,12 @@ turns on the head row of their namespace.
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
     BigInteger,
@@ -23,6 +25,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Pool,
     String,
     Table,
     Text,
@@ -42,6 +45,9 @@ BUSY_TIMEOUT_S = 10.0
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _UPGRADE_LOCK = 7_330_001  # any number that nobody else takes
 _BEGIN = "simmerge_begin"  # execution option: the statement that opens a SQLite transaction
+
+_TURNS: WeakKeyDictionary[Pool, AbstractContextManager[Any]] = WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
 
 metadata = MetaData()
 
@@ -177,11 +183,61 @@ def shown(engine: Engine) -> str:
     return engine.url.set(drivername=engine.url.get_backend_name()).render_as_string()
 
 
+def _turn(engine: Engine) -> AbstractContextManager[Any]:
+    """Held by the thread of this process that writes. SQLite would let the others sleep, up to a tenth of a second."""
+    if engine.dialect.name != "sqlite":
+        return nullcontext()
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(engine.pool, threading.RLock())
+
+
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that writes, committed at the end. SQLite: it is the only one from its start."""
-    with engine.connect().execution_options(**{_BEGIN: "BEGIN IMMEDIATE"}) as connection, connection.begin():
+    with (
+        _turn(engine),
+        engine.connect().execution_options(**{_BEGIN: "BEGIN IMMEDIATE"}) as connection,
+        connection.begin(),
+    ):
         yield connection
+
+
+class KeptConnection:
+    """A connection that one thread keeps from transaction to transaction, given up for another after an error.
+
+    To take one out of the pool and give it back costs as much as several statements. PostgreSQL's are not kept: the
+    pool asks each time whether the server still knows them.
+
+    Args:
+        writes: as `writing`.
+    """
+
+    def __init__(self, engine: Engine, writes: bool) -> None:
+        self._engine = engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"}) if writes else engine
+        self._keeps = engine.dialect.name == "sqlite"
+        self._turn = _turn(engine) if writes else nullcontext()
+        self._connection: Connection | None = None
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """One transaction, committed at the end."""
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        try:
+            with self._turn, self._connection.begin():
+                yield self._connection
+        except BaseException:
+            self._connection.invalidate()
+            self.close()
+            raise
+        if not self._keeps:
+            self.close()
+
+    def close(self) -> None:
+        """Give it back; the next transaction takes another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
 @contextmanager

@@ -29,7 +29,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-CLIENT = "simmerge_client"  # in the scope: who asks
+# In the scope: who asks, the whole body, and what the line of the log says of the request.
+CLIENT, BODY, SAID = "simmerge_client", "simmerge_body", "simmerge_said"
 _OPEN = ("/healthz", "/readyz")
 _OF_PAGE = ("/", "/login", "/logout")  # the dashboard answers these without a token by itself
 _SECURITY = {
@@ -86,6 +87,7 @@ class Gate:
                 return
             body = await self._body(scope, receive)
             if isinstance(body, bytes):
+                scope[BODY] = body
                 await self._app(scope, _replayed(body, receive), counted)
             elif body is not None:
                 await _answer(counted, *body)
@@ -156,7 +158,7 @@ class Gate:
                 "status": status,
                 "milliseconds": round(1000 * seconds, 2),
                 "client": client.name,
-                **scope.get("simmerge_said", {}),
+                **scope.get(SAID, {}),
             }
             _log.info(json.dumps(line))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -18,7 +17,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from simmerge_ray.errors import InputError, StoreError
 from simmerge_ray.service.access import Access
 from simmerge_ray.service.dashboard import router as dashboard_router
-from simmerge_ray.service.gate import Gate, Limits, Scope
+from simmerge_ray.service.gate import SAID, Gate, Limits, Scope
+from simmerge_ray.service.hot_path import DECIDE, KEY, REWARD, HotPath
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.metrics import CONTENT_TYPE, Metrics
 from simmerge_ray.service.schemas import (
@@ -51,7 +51,6 @@ _OPEN: dict[str, Any] = {"security": []}  # in the document: no token is needed
 _TEXT = {"description": "in Prometheus' format", "content": {"text/plain": {"schema": {"type": "string"}}}}
 # FastAPI's own dependencies and header parameters took a fifth of the time of a decision: keys are looked at in
 # the routes, roles by the gate, and the document is told of them.
-_KEY = re.compile(r"[\x21-\x7e]{1,200}")  # that HTTP can carry, and no longer than its column
 _WITH_KEY: dict[str, Any] = {
     "parameters": [
         {
@@ -128,7 +127,7 @@ def _role_of(api: FastAPI) -> Callable[[Scope], str | None]:
 
 def _key(request: Request) -> str | None:
     key = request.headers.get("idempotency-key")
-    if key is not None and not _KEY.fullmatch(key):
+    if key is not None and not KEY.fullmatch(key):
         raise Refused(422, "header.Idempotency-Key: it must have 1 to 200 printable characters of ASCII, and no space")
     return key
 
@@ -164,7 +163,7 @@ def create_app(
     _add_changes(api, current)  # first, since they are asked for most
     _add_looks(api, current, metrics)
     api.include_router(dashboard_router(current, access.roles_of))
-    gate = Gate(api, access, limits or Limits(), metrics, _role_of(api))
+    gate = Gate(HotPath(api, current, _refusal), access, limits or Limits(), metrics, _role_of(api))
     gate.api = api  # type: ignore[attr-defined]
     return gate
 
@@ -187,32 +186,40 @@ def _describe(api: FastAPI) -> None:
     api.openapi = openapi  # type: ignore[method-assign]
 
 
-def _handle_errors(api: FastAPI) -> None:
-    def answer(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-        return JSONResponse({"detail": detail}, status, headers)
+def _answer(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers)
 
-    @api.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> JSONResponse:
-        return answer(error.status, error.detail)
 
-    @api.exception_handler(InputError)
-    async def input_error(request: Request, error: InputError) -> JSONResponse:
-        return answer(404 if str(error).startswith("unknown") else 422, str(error))
-
-    @api.exception_handler(StoreError)
-    async def store_error(request: Request, error: StoreError) -> JSONResponse:
+def _refusal(error: Exception) -> JSONResponse | None:
+    """The answer for an error of the learner; None for one that nobody expected."""
+    if isinstance(error, Refused):
+        return _answer(error.status, error.detail)
+    if isinstance(error, StoreError):
         _log.warning("refused for now: %s", error)
-        return answer(503, str(error), {"retry-after": "1"})
+        return _answer(503, str(error), {"retry-after": "1"})
+    if isinstance(error, InputError):
+        return _answer(404 if str(error).startswith("unknown") else 422, str(error))
+    return None
+
+
+def _handle_errors(api: FastAPI) -> None:
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        answer = _refusal(error)
+        assert answer is not None
+        return answer
+
+    for known in (Refused, StoreError, InputError):
+        api.add_exception_handler(known, refused)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # Without the value, which may be long, secret, or no JSON.
         said = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()[:5]]
-        return answer(422, "; ".join(said))
+        return _answer(422, "; ".join(said))
 
     @api.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail), dict(error.headers or {}))
+        return _answer(error.status_code, str(error.detail), dict(error.headers or {}))
 
 
 def _add_looks(api: FastAPI, current: Callable[[], Learner], metrics: Metrics) -> None:
@@ -287,7 +294,7 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         return {200: {"model": model, "description": "a retry; the same answer as the first time"}, **_errors(409, 410)}
 
     @api.post(
-        "/v1/decisions",
+        DECIDE,
         status_code=201,
         operation_id="decide",
         responses=again(Decision),
@@ -300,7 +307,7 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
         return decision
 
     @api.post(
-        "/v1/decisions/{decision_id}/reward",
+        REWARD,
         status_code=201,
         operation_id="reward",
         responses=again(RewardAnswer),
@@ -367,4 +374,4 @@ def _add_changes(api: FastAPI, current: Callable[[], Learner]) -> None:
 
 def _say(request: Request, decision_id: str, **told: Any) -> None:
     """For the line of the log."""
-    request.scope["simmerge_said"] = {"decision_id": decision_id, **told}
+    request.scope[SAID] = {"decision_id": decision_id, **told}

@@ -1,8 +1,9 @@
 """The service without HTTP: decides by a selector and a bandit, and keeps what it acknowledged in the event log.
 
 One `Learner` is one replica. It has no state of its own that matters: before every decision it folds the tail of the
-log (requests that arrive while the log is read share the next read), and a decision or reward is acknowledged when its
-transaction is committed. What blocks runs in two threads: one reads and folds, one ranks plans and reads for people.
+log (requests that arrive while the log is read or written share the next read), and a decision or reward is
+acknowledged when its transaction is committed. Pairs are decided in the log's own thread (see `follower`), plans are
+ranked in another, which also reads for people.
 """
 
 from __future__ import annotations
@@ -24,22 +25,17 @@ from simmerge_ray.bandit.posterior import GaussianPosterior
 from simmerge_ray.catalogue import Catalogue, load_catalogue
 from simmerge_ray.errors import SimmergeError, StoreError
 from simmerge_ray.service.context import Contexts, PolicyCache, decide_pair, new_epoch_of, ranked, start_of
-from simmerge_ray.service.database import open_database
-from simmerge_ray.service.event_log import EventLog
 from simmerge_ray.service.events import (
-    Activation,
     DecisionClosed,
     DecisionMade,
     Discounted,
-    EncoderEpoch,
-    Event,
     RewardGiven,
     RewardVoided,
 )
 from simmerge_ray.service.fold import Array, View
+from simmerge_ray.service.follower import Follower
 from simmerge_ray.service.ledger import (
     EXPIRED,
-    Ledger,
     answer_of,
     decision_record,
     former_versions,
@@ -48,7 +44,6 @@ from simmerge_ray.service.ledger import (
 from simmerge_ray.service.outcomes import Outcome, Status
 from simmerge_ray.service.planning import PlanRanker
 from simmerge_ray.service.registry import Published, Registry
-from simmerge_ray.service.replica import Replica
 from simmerge_ray.service.schemas import (
     ArmRequest,
     ArmState,
@@ -76,6 +71,7 @@ from simmerge_ray.service.schemas import (
     SignalMatrix,
 )
 from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.storage import Place
 
 _log = logging.getLogger("simmerge.service")
 _RETRY_S = 5.0  # between attempts of what runs in the background
@@ -92,9 +88,9 @@ class LearnerSettings:
 
     database: str
     registry: Path
-    signals: Path
-    selector: Path | None = None
-    catalogue: Path | None = None
+    signals: Place
+    selector: Place | None = None
+    catalogue: Place | None = None
     signatures: str | None = None
     namespace: str = "default"
     floor: float = 0.02
@@ -146,18 +142,18 @@ class Learner:
             first = self.registry.load(self._given)
             first.selector.check_table(self._table)
             Contexts(first, self._table)  # it raises for a selector without an encoder
-        self._contexts: dict[str, Contexts] = {}
+        self._follower = Follower(
+            settings.database,
+            settings.namespace,
+            self.registry,
+            self._table,
+            self._given,
+            settings.snapshot_every,
+            clock,
+        )
         self._policies = PolicyCache(settings.floor)
         self._rankers: dict[str, PlanRanker] = {}
-        self._encoders: dict[int, Contexts] = {}  # of the latest epoch
-        self._log: EventLog | None = None
-        self._replica: Replica | None = None
-        self._ledger: Ledger | None = None
-        self._snapshot_seq = 0
-        self._reader = ThreadPoolExecutor(1, "simmerge-fold")
         self._others = ThreadPoolExecutor(1, "simmerge-read")
-        self._running: asyncio.Task[View] | None = None
-        self._queued: asyncio.Task[View] | None = None
         self._background: list[asyncio.Task[None]] = []
         # Seeded by the system once. To ask it for every id gives the interpreter lock away, and waits to have it back.
         self._ids = random.Random()
@@ -175,17 +171,12 @@ class Learner:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        loop = asyncio.get_running_loop()
-        if self._log is not None:
-            await loop.run_in_executor(None, self._log.close)
-        self._reader.shutdown(wait=True)
         self._others.shutdown(wait=True)
-        if self._log is not None:
-            self._log.engine.dispose()
+        await self._follower.stop()
 
     async def ready(self) -> int:
         """Number of the last event that was folded. Raises StoreError: not ready, and why."""
-        view = await self._view()
+        view = await self._follower.view()
         self.registry.load(view.model_version or "")
         return view.seq
 
@@ -197,16 +188,24 @@ class Learner:
         Raises:
             InputError, Refused (409), StoreError.
         """
-        view = await self._view()
-        published = self._published(view)
         decision_id = f"{self._ids.getrandbits(128):032x}"
-        if request.checkpoints is None:
-            event = self._decide_pair(view, published, request, decision_id)
-        else:
-            event = await self._in_other(lambda: self._decide_plan(view, published, request, decision_id))
         payload = request.model_dump(mode="json")
-        row = _accepted(outcome := await self._append(event, key, payload))
-        decision = Decision.model_validate(event.answer) if outcome.status == Status.CREATED else answer_of(row)
+        answers: list[Decision] = []
+        if request.checkpoints is None:
+
+            def make(view: View) -> DecisionMade:
+                event, answer = self._decide_pair(view, request, decision_id)
+                answers.append(answer)
+                return event
+
+            outcome = await (await self._follower.opened()).append_made(make, key, payload)
+        else:
+            view = await self._follower.view()
+            event, answer = await self._in_other(lambda: self._decide_plan(view, request, decision_id))
+            answers.append(answer)
+            outcome = await self._follower.append(event, key, payload)
+        row = _accepted(outcome)
+        decision = answers[0] if outcome.status == Status.CREATED else answer_of(row)
         if outcome.status == Status.CREATED:
             self.observer.decided(decision)
         return int(outcome.status), decision
@@ -215,34 +214,34 @@ class Learner:
         self, decision_id: str, request: RewardRequest, key: str | None = None
     ) -> tuple[int, RewardAnswer]:
         """Raises Refused (404, 409, 410, 422), StoreError."""
-        outcome = await self._append(RewardGiven(decision_id, request.utility), key)
+        outcome = await self._follower.append(RewardGiven(decision_id, request.utility), key)
         self.observer.rewarded(outcome.status.name.lower())
         return int(outcome.status), _answer(decision_id, outcome, utility=request.utility)
 
     async def void(self, decision_id: str, request: ReasonRequest, key: str | None = None) -> tuple[int, RewardAnswer]:
         """Take a reward back. Raises Refused, StoreError."""
-        outcome = await self._append(RewardVoided(decision_id, request.reason), key)
+        outcome = await self._follower.append(RewardVoided(decision_id, request.reason), key)
         return int(outcome.status), _answer(decision_id, outcome, reason=request.reason)
 
     async def close(self, decision_id: str, request: ReasonRequest, key: str | None = None) -> tuple[int, RewardAnswer]:
         """No reward will come. Raises Refused, StoreError."""
-        outcome = await self._append(DecisionClosed(decision_id, request.reason), key)
+        outcome = await self._follower.append(DecisionClosed(decision_id, request.reason), key)
         return int(outcome.status), _answer(decision_id, outcome, reason=request.reason)
 
     async def add_arm(self, request: ArmRequest, key: str | None = None) -> tuple[int, EventSummary]:
         """A new arm, from a prior that knows nothing or from what a sibling has seen. Raises InputError, Refused."""
-        view = await self._view()
-        arm, log = start_of(request, view), await self._opened()
+        view = await self._follower.view()
+        arm, log = start_of(request, view), await self._follower.opened()
         # An arm that came by such a request is left to the log, which tells a retry from a conflict.
         if arm.arm in view.posteriors and not await self._in_other(lambda: log.history(arm.arm)):
             raise Refused(409, f"arm {arm.arm!r} exists already")
-        return _summary(await self._append(arm, key, request.model_dump(mode="json")))
+        return _summary(await self._follower.append(arm, key, request.model_dump(mode="json")))
 
     async def discount(self, request: DiscountRequest, key: str | None = None) -> tuple[int, EventSummary]:
         """What was observed so far counts less. Raises Refused, StoreError."""
-        return _summary(await self._append(Discounted(request.factor, request.reason), key))
+        return _summary(await self._follower.append(Discounted(request.factor, request.reason), key))
 
-    async def publish(self, selector: Path, only_new: bool = False) -> str:
+    async def publish(self, selector: Place, only_new: bool = False) -> str:
         """Let another selector answer from now on, here and on every replica; its version.
 
         Nothing happens where it is in force already.
@@ -254,9 +253,9 @@ class Learner:
             InputError: it cannot be read, or does not fit the signal table. StoreError.
         """
         version = await self._in_other(lambda: self.registry.publish(selector))
-        log = await self._opened()
+        log = await self._follower.opened()
         while True:
-            view = await self._view()
+            view = await self._follower.view()
             if version == view.model_version:
                 return version
             if only_new and version in await self._in_other(lambda: former_versions(log)):
@@ -265,29 +264,28 @@ class Learner:
             published = self.registry.load(version)
             published.selector.check_table(self._table)
             event = new_epoch_of(published, Contexts(published, self._table).num_dimensions, view)
-            outcome = await self._append(event, f"publish-{version}-{view.epoch}")
+            outcome = await self._follower.append(event, f"publish-{version}-{view.epoch}")
             if outcome.status in (Status.CREATED, Status.REPLAYED):
                 return version
-            if view.epoch == (await self._view()).epoch:  # else another one was published meanwhile
+            if view.epoch == (await self._follower.view()).epoch:  # else another one was published meanwhile
                 raise Refused(409, outcome.reason)
 
     # What only looks.
 
     async def get(self, decision_id: str) -> DecisionRecord:
         """Raises Refused (404), StoreError."""
-        log = await self._opened()
+        log = await self._follower.opened()
         return await self._in_other(lambda: decision_record(log, decision_id, self._clock()))
 
     async def recent(self, limit: int = 50, before: int | None = None) -> DecisionList:
         """Decisions, newest first. Raises StoreError."""
-        log = await self._opened()
+        log = await self._follower.opened()
         return await self._in_other(lambda: recent_decisions(log, limit, before, self._clock()))
 
     async def policy(self) -> PolicyAnswer:
         """What is known, and how well it goes. Raises StoreError."""
-        view = await self._view()
-        published, ledger = self._published(view), self._ledger
-        assert ledger is not None
+        view = await self._follower.view()
+        published, ledger = self._follower.published(view), await self._follower.ledger()
         (regret, alarm), context = await self._in_other(lambda: (ledger.regret(), ledger.mean_context(view.epoch)))
         override = published.selector.override
         threshold = None if math.isinf(override.threshold) else override.threshold
@@ -311,16 +309,14 @@ class Learner:
 
     async def curve(self, points: int = 300) -> CurveAnswer:
         """Cumulative reward beside the best fixed arm. Raises StoreError."""
-        await self._opened()
-        ledger = self._ledger
-        assert ledger is not None
+        ledger = await self._follower.ledger()
         return await self._in_other(lambda: ledger.curve(points))
 
     async def catalogue(self) -> CatalogueAnswer:
         """What may be asked for; without a database that answers, the arms of the selector that was given."""
         try:
-            view = await self._view()
-            arms, published = list(view.posteriors), self._published(view)
+            view = await self._follower.view()
+            arms, published = list(view.posteriors), self._follower.published(view)
         except StoreError:
             if self._given is None:
                 raise
@@ -356,33 +352,31 @@ class Learner:
 
     async def rank(self, request: RankRequest) -> Ranked:
         """All arms for a pair, without a decision. Raises InputError, StoreError."""
-        view = await self._view()
-        return ranked(self._contexts_of(view), view, self._policies.noise(view), request)
+        view = await self._follower.view()
+        return ranked(self._follower.contexts_of(view), view, self._policies.noise(view), request)
 
     async def plans(self, request: PlansRequest) -> PlansAnswer:
         """The best plans, without a decision. Raises InputError, StoreError."""
-        published = self._published(await self._view())
+        published = self._follower.published(await self._follower.view())
         return await self._in_other(lambda: self._rank_plans(published, request))
 
     # Inside.
 
-    def _decide_pair(
-        self, view: View, published: Published, request: DecisionRequest, decision_id: str
-    ) -> DecisionMade:
+    def _decide_pair(self, view: View, request: DecisionRequest, decision_id: str) -> tuple[DecisionMade, Decision]:
+        """In the log's thread."""
         assert request.left is not None and request.right is not None
+        published = self._follower.published(view)
         policy = self._policies.of(view, published.selector)
-        context = self._contexts_of(view).of(request.left, request.right, request.task)
+        context = self._follower.contexts_of(view).of(request.left, request.right, request.task)
         return decide_pair(view, published, policy, context, decision_id, request.explore, self._expiry(request))
 
-    def _decide_plan(
-        self, view: View, published: Published, request: DecisionRequest, decision_id: str
-    ) -> DecisionMade:
-        ranker = self._ranker(published)
+    def _decide_plan(self, view: View, request: DecisionRequest, decision_id: str) -> tuple[DecisionMade, Decision]:
+        ranker = self._ranker(self._follower.published(view))
         tasks = [request.task] if request.task else []
         drawn = ranker.draw(
             request.checkpoints or (), tasks, request.ways, decision_id, request.explore, self.settings.floor
         )
-        contexts = self._contexts_of(view)
+        contexts = self._follower.contexts_of(view)
         return contexts.plan_decision(
             ranker, drawn, view, tasks, decision_id, request.explore, self._expiry(request), request.checkpoints or ()
         )
@@ -405,99 +399,6 @@ class Learner:
         seconds = request.ttl_seconds if request.ttl_seconds is not None else self.settings.ttl_seconds
         return None if seconds is None else self._clock() + seconds
 
-    def _published(self, view: View) -> Published:
-        if view.model_version is None:
-            raise StoreError("the log names no selector yet")
-        return self.registry.load(view.model_version)
-
-    def _contexts_of(self, view: View) -> Contexts:
-        version = view.model_version or ""
-        if version not in self._contexts:
-            published = self._published(view)
-            published.selector.check_table(self._table)
-            self._contexts = {version: Contexts(published, self._table)}
-        return self._contexts[version]
-
-    async def _append(self, event: Event, key: str | None, payload: Any = None) -> Outcome:
-        log = await self._opened()
-        outcome = await log.append_async(event, key, payload)
-        return outcome
-
-    async def _view(self) -> View:
-        """The state as of a read of the log that began after this call."""
-        if self._queued is None:
-            self._queued = asyncio.create_task(self._read(self._running))
-        return await asyncio.shield(self._queued)
-
-    async def _read(self, before: asyncio.Task[View] | None) -> View:
-        if before is not None:
-            await asyncio.wait([before])
-        self._running, self._queued = self._queued, None  # who comes from here on waits for the next read
-        return await asyncio.get_running_loop().run_in_executor(self._reader, self._fold)
-
-    def _fold(self) -> View:
-        """In the thread of `_reader`: open the database if need be, begin an empty log, fold what is new."""
-        replica = self._connected()
-        view = replica.catch_up()
-        if not view.posteriors or view.model_version is None:
-            view = self._begun(replica, view)
-        if view.seq - self._snapshot_seq >= self.settings.snapshot_every:
-            self._snapshot_seq = view.seq
-            self._reader.submit(self._save_snapshot)
-        return view
-
-    def _connected(self) -> Replica:
-        if self._replica is None:
-            engine = open_database(self.settings.database)
-            self._log = EventLog(engine, self.settings.namespace, self._clock)
-            self._ledger = Ledger(self._log)
-            self._replica = Replica(self._log, self._encode)
-        return self._replica
-
-    def _begun(self, replica: Replica, view: View) -> View:
-        """The first two events of a log: which selector, then what its arms start from.
-
-        Several replicas may try at once, and any of them may end between the two. One key for each, so one selector
-        wins; and the second event is that of the selector that the first one names, so that anybody can append it.
-        """
-        assert self._log is not None
-        if view.model_version is None:
-            if self._given is None:
-                raise StoreError("the event log is empty and no selector was given to begin with")
-            self._log.append(Activation(self._given), "start/activation", {"version": self._given})
-            view = replica.catch_up()
-            if view.model_version != self._given:
-                _log.warning("the log was begun with the selector %s; %s is not used", view.model_version, self._given)
-        if not view.posteriors:
-            published = self._published(view)
-            warm = Contexts(published, self._table).warm_start()
-            self._log.append(warm, "start/warm", {"version": published.version})
-            view = replica.catch_up()
-        return view
-
-    def _encode(self, epoch: int, features: Array) -> tuple[Array, float]:
-        """For the fold: z and level of raw features by the selector of an epoch."""
-        assert self._log is not None
-        if epoch not in self._encoders:
-            found = [row.event for row in self._log.history(str(epoch)) if row.kind == "encoder_epoch"]
-            if not found or not isinstance(found[0], EncoderEpoch):
-                raise StoreError(f"the log is damaged: it has no encoder epoch {epoch}")
-            self._encoders = {epoch: Contexts(self.registry.load(found[0].model_version), self._table)}
-        return self._encoders[epoch].encode(features)
-
-    def _save_snapshot(self) -> None:
-        try:
-            if self._replica is not None:
-                self._replica.save_snapshot()
-        except StoreError as error:
-            _log.warning("no snapshot: %s", error)
-
-    async def _opened(self) -> EventLog:
-        if self._log is None:
-            await self._view()
-        assert self._log is not None
-        return self._log
-
     async def _in_other(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._others, call)
 
@@ -506,10 +407,8 @@ class Learner:
         while True:
             await asyncio.sleep(_EXPIRE_S)
             try:
-                await self._view()
-                assert self._replica is not None
-                over = self._replica.expired(self._clock())[:_MAX_EXPIRED]
-                await asyncio.gather(*(self._append(DecisionClosed(one, EXPIRED), None) for one in over))
+                over = (await self._follower.expired())[:_MAX_EXPIRED]
+                await asyncio.gather(*(self._follower.append(DecisionClosed(one, EXPIRED), None) for one in over))
             except (SimmergeError, OSError) as error:
                 _log.warning("expired decisions are not closed: %s", error)
 
@@ -517,7 +416,7 @@ class Learner:
         """Tell the observer of the state."""
         while True:
             try:
-                view = await self._view()
+                view = await self._follower.view()
                 noise_sd = math.sqrt(self._policies.noise(view).variance)
                 entropies = {arm: _entropy(one, noise_sd) for arm, one in view.posteriors.items()}
                 self.observer.state(view, entropies)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from simmerge_ray.selector.model import Prediction, Selector, read_selector
 from simmerge_ray.selector.policy import Choice
 from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.storage import Place
 
 INTERVAL_LEVEL = 0.95
 
@@ -62,7 +62,7 @@ class Recommender:
         self._table = table
 
     @staticmethod
-    def load(selector: Path, signals: Path) -> Recommender:
+    def load(selector: Place, signals: Place) -> Recommender:
         """Read both artifacts.
 
         Raises:

@@ -18,7 +18,7 @@ from simmerge_ray.bandit.artifact import WarmStartFile, read_warm_start
 from simmerge_ray.errors import SelectorError, StoreError
 from simmerge_ray.selector.model import Selector, read_selector
 from simmerge_ray.selector.plan_files import SHORTLIST
-from simmerge_ray.storage import publish_directory
+from simmerge_ray.storage import CONTENTS, Place, local_directory, publish_directory
 
 _KEPT = 4  # versions in memory: the present one, and what a fold over old epochs needs
 
@@ -33,6 +33,9 @@ class Published:
     warm: WarmStartFile | None
 
 
+_left_out = shutil.ignore_patterns("figures", "*.md", "manifest.json", CONTENTS)
+
+
 class Registry:
     """Versions of selectors below one directory. Threads and processes may share it."""
 
@@ -41,8 +44,8 @@ class Registry:
         self._loaded: OrderedDict[str, Published] = OrderedDict()
         self._lock = threading.Lock()
 
-    def publish(self, selector: Path) -> str:
-        """Copy an artifact; its version. One that is there is left as it is.
+    def publish(self, selector: Place) -> str:
+        """Copy an artifact, also from a store; its version. One that is there is left as it is.
 
         Raises:
             SelectorError: it cannot be read.
@@ -53,7 +56,8 @@ class Registry:
             self._directory.mkdir(parents=True, exist_ok=True)
             partial = self._directory / f".{version}.{threading.get_ident()}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(selector, partial, ignore=shutil.ignore_patterns("figures", "*.md", "manifest.json"))
+            with local_directory(selector) as found:
+                shutil.copytree(found, partial, ignore=_left_out)
             try:
                 publish_directory(partial, target)
             except OSError:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from simmerge_ray.service.event_log import EventLog
 from simmerge_ray.service.fold import Encoder, EventRow, State, View, basis_of
-from simmerge_ray.service.snapshots import newest_snapshot, save_snapshot
+from simmerge_ray.service.snapshots import newest_snapshot, row_of, save_snapshot
 
 PAGE = 512  # events that are read at once: about 1 MB, so that they are still in the cache when they are folded
 
@@ -52,8 +52,10 @@ class Replica:
     def save_snapshot(self) -> None:
         """Store the state as of the last `catch_up`. Raises StoreError."""
         with self._lock:
-            if self._state is not None and self._state.seq > 0:
-                save_snapshot(self._log.engine, self._log.namespace, self._state)
+            if self._state is None or self._state.seq == 0:
+                return
+            row = row_of(self._log.namespace, self._state)
+        save_snapshot(self._log.engine, row)  # nobody waits for the disk
 
     def _fold(self, state: State, rows: list[EventRow]) -> None:
         self._state = None  # a state that failed in the middle of an event is not gone on from

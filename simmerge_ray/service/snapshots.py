@@ -8,7 +8,8 @@ encoder epoch, and no reward up to its number was voided after it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import Engine, delete, insert, select
 from sqlalchemy.exc import IntegrityError
@@ -77,17 +78,21 @@ def load(content: bytes, basis: Basis, encode: Encoder) -> State:
     return state
 
 
-def save_snapshot(engine: Engine, namespace: str, state: State) -> None:
-    """Store a snapshot and drop the oldest ones; a second one of the same number is left out. Raises StoreError."""
+def row_of(namespace: str, state: State) -> dict[str, Any]:
+    """A state as a row of `snapshots`."""
     content = dump(state)
-    row = {
+    return {
         "namespace": namespace,
         "seq": state.seq,
         "epoch_seq": state.basis.epoch_seq,
         "checksum": digest_bytes(content),
         "data": content,
     }
-    own = snapshots.c.namespace == namespace
+
+
+def save_snapshot(engine: Engine, row: Mapping[str, Any]) -> None:
+    """Store a snapshot and drop the oldest ones; a second one of the same number is left out. Raises StoreError."""
+    own = snapshots.c.namespace == row["namespace"]
     with store_errors("writing a snapshot"):
         try:
             with writing(engine) as connection:

@@ -280,3 +280,48 @@ def test_two_writers_and_a_reader_agree_on_one_order(database):
             reading.result(120)
         assert sorted(numbers[0] + numbers[1]) == list(range(1, 121))
         assert len(seen) == 120 and len(set(seen)) == 120
+
+
+def test_events_are_made_of_one_look_for_a_group_and_fail_alone(database):
+    looks: list[int] = []
+    begun, held = threading.Event(), threading.Event()
+
+    def look() -> int:
+        looks.append(len(looks))
+        if len(looks) == 1:
+            begun.set()
+            held.wait(60)
+        if len(looks) == 4:
+            raise StoreError("nothing can be read")
+        return looks[-1]
+
+    def unknown(seen: int):
+        raise ConfigError(f"no such pair, at look {seen}")
+
+    async def run(log):
+        made = [asyncio.create_task(log.append_made(lambda seen: decision("d0", seq_seen=seen), None, {}))]
+        await asyncio.to_thread(begun.wait, 60)
+        made += [
+            asyncio.create_task(
+                log.append_made(lambda seen, i=i: decision(f"d{i}", seq_seen=seen), f"key{i}", {"i": i})
+            )
+            for i in range(1, 9)
+        ]
+        made.append(asyncio.create_task(log.append_made(unknown, None, {})))
+        rewarded = asyncio.create_task(log.append_async(RewardGiven("d0", 0.5)))
+        await asyncio.sleep(0)
+        held.set()
+        answers = await asyncio.gather(*made, rewarded, return_exceptions=True)
+        again = await log.append_made(lambda seen: decision("other", seq_seen=seen), "key3", {"i": 3})
+        failed = await asyncio.gather(log.append_made(lambda seen: decision("d9"), None, {}), return_exceptions=True)
+        return answers, again, failed[0], await log.append_async(RewardGiven("d1", 0.5))
+
+    with opened(database, look=look) as log:
+        answers, again, failed, reward = asyncio.run(run(log))
+        seen = [answer.row.event.seq_seen for answer in answers[:9]]
+        assert seen == [0] + [1] * 8, "one look for all that came while the first was held"
+        assert isinstance(answers[9], ConfigError) and str(answers[9]).endswith("look 1")
+        assert answers[10].status == Status.CREATED
+        assert again.status == Status.REPLAYED and again.row.subject == "d3"
+        assert isinstance(failed, StoreError) and reward.status == Status.CREATED
+        assert log.head() == 11

@@ -187,9 +187,9 @@ def test_a_server_that_hangs_is_told_and_nothing_waits_for_ever(postgres_server,
             with stopped_server(admin):
                 with pytest.raises(OperationalError, match="did not answer within 0.5 s"):
                     held.execute(text("SELECT 1"))  # of a transaction that had begun
-                with pytest.raises(StoreError, match="appending to the event log failed: .*time"):
+                with pytest.raises(StoreError, match="appending to the event log failed: .*(time|did not answer)"):
                     log.append(decision("d0"), "a key")
-                with pytest.raises(StoreError, match="reading the event log failed: .*time"):
+                with pytest.raises(StoreError, match="reading the event log failed: .*(time|did not answer)"):
                     replica.catch_up()
         # What was sent before may have been taken; the same key says which, and it is there once.
         assert log.append(decision("d0"), "a key").status in (Status.CREATED, Status.REPLAYED)

@@ -6,8 +6,10 @@ to restart anything.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import httpx
 import pytest
 from sqlalchemy import Engine, event, text
 
-from simmerge_ray.service import learner as learner_module
+from simmerge_ray.service import follower as follower_module
 from simmerge_ray.service.database import make_engine, open_database, upgrade_database
 from simmerge_ray.service.learner import Learner
 from tests.unit.service.asking import PAIR, Service
@@ -27,16 +29,21 @@ def files(tmp_path_factory) -> PublishedFiles:
     return write_published(tmp_path_factory.mktemp("published"))
 
 
+used: dict[Engine, set[sqlite3.Connection]] = {}  # connections of the services
+
+
 @pytest.fixture
 def engines(monkeypatch) -> list[Engine]:
     """Of the services of a test, as they open them."""
     found: list[Engine] = []
 
     def remembered(url: str) -> Engine:
-        found.append(open_database(url))
-        return found[-1]
+        engine = open_database(url)
+        event.listen(engine, "checkout", lambda one, *_: used.setdefault(engine, set()).add(one))
+        found.append(engine)
+        return engine
 
-    monkeypatch.setattr(learner_module, "open_database", remembered)
+    monkeypatch.setattr(follower_module, "open_database", remembered)
     return found
 
 
@@ -62,10 +69,11 @@ def sqlite_at(place: Path) -> str:
 
 
 def set_up_again(engine: Engine, pragma: str) -> None:
-    """A setting of SQLite for every connection from now on."""
-
+    """A setting of SQLite for every connection, those of now and those to come."""
+    for one in used[engine]:
+        with suppress(sqlite3.ProgrammingError):  # it is closed
+            one.execute(pragma).close()
     event.listen(engine, "connect", lambda one, _: one.execute(pragma).close())
-    engine.dispose()
 
 
 def refused_for_now(answer: httpx.Response, reason: str) -> None:

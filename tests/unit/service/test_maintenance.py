@@ -91,6 +91,19 @@ def test_a_backup_is_restored_byte_for_byte(database, name, tmp_path):
         db("backup", database, copy)
 
 
+def test_the_file_alone_is_enough_where_the_environment_names_the_database(database, tmp_path, monkeypatch):
+    filled(database)
+    monkeypatch.setenv("SIMMERGE_DATABASE", database)
+    assert "events of default" in db("backup", tmp_path / "copy.parquet")
+    assert "decisions" in db("export", tmp_path / "decisions.parquet")
+    for given in ([], [database]):
+        with pytest.raises(ConfigError, match="name the FILE"):
+            db("backup", *given)
+    monkeypatch.delenv("SIMMERGE_DATABASE")
+    with pytest.raises(ConfigError, match="name the FILE"):
+        db("backup", tmp_path / "copy.parquet")
+
+
 def test_a_backup_of_sqlite_can_be_restored_into_postgresql(tmp_path, postgres_server, request):
     source = f"sqlite:///{tmp_path}/log.db"
     db("upgrade", source)

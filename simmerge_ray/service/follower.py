@@ -1,0 +1,194 @@
+"""One replica's side of the event log: it opens the database, begins an empty log, folds, and keeps snapshots.
+
+What blocks runs in two threads: the log's own, which looks at the log, makes events of what it sees and commits them;
+and one that reads and folds for everybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from simmerge_ray.errors import StoreError
+from simmerge_ray.service.context import Contexts
+from simmerge_ray.service.database import open_database
+from simmerge_ray.service.event_log import EventLog
+from simmerge_ray.service.events import Activation, EncoderEpoch, Event
+from simmerge_ray.service.fold import Array, View
+from simmerge_ray.service.ledger import Ledger
+from simmerge_ray.service.outcomes import Outcome
+from simmerge_ray.service.registry import Published, Registry
+from simmerge_ray.service.replica import Replica
+from simmerge_ray.signals.table import SignalTable
+
+_log = logging.getLogger("simmerge.service")
+
+
+class Follower:
+    """See the module. The event loop that asks it also stops it.
+
+    Args:
+        given: version of the selector that an empty log begins with. clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        database: str,
+        namespace: str,
+        registry: Registry,
+        table: SignalTable,
+        given: str | None,
+        snapshot_every: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._database, self._namespace, self._clock = database, namespace, clock
+        self._registry, self._table, self._given = registry, table, given
+        self._contexts: dict[str, Contexts] = {}
+        self._encoders: dict[int, Contexts] = {}  # of the latest epoch
+        self._log: EventLog | None = None
+        self._replica: Replica | None = None
+        self._ledger: Ledger | None = None
+        self._snapshot_every, self._snapshot_seq, self._has_begun = snapshot_every, 0, False
+        self._reader = ThreadPoolExecutor(1, "simmerge-fold")
+        self._running: asyncio.Task[View] | None = None
+        self._queued: asyncio.Task[View] | None = None
+
+    async def stop(self) -> None:
+        """Commit what was accepted, and end all threads."""
+        if self._log is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._log.close)
+        self._reader.shutdown(wait=True)
+        if self._log is not None:
+            self._log.engine.dispose()
+
+    async def ledger(self) -> Ledger:
+        """What became of all decisions. Raises StoreError."""
+        await self.opened()
+        assert self._ledger is not None
+        return self._ledger
+
+    async def expired(self) -> list[str]:
+        """Open decisions whose time is over. Raises StoreError."""
+        await self.view()
+        assert self._replica is not None
+        return self._replica.expired(self._clock())
+
+    async def view(self) -> View:
+        """The state as of a read of the log that began after this call."""
+        if self._queued is None:
+            self._queued = asyncio.create_task(self._read(self._running))
+        return await asyncio.shield(self._queued)
+
+    async def _read(self, before: asyncio.Task[View] | None) -> View:
+        if before is not None:
+            await asyncio.wait([before])
+        self._running, self._queued = self._queued, None  # who comes from here on waits for the next read
+        return await asyncio.get_running_loop().run_in_executor(self._reader, self._fold)
+
+    async def opened(self) -> EventLog:
+        """The log, begun."""
+        if not self._has_begun:
+            await self.view()
+        assert self._log is not None
+        return self._log
+
+    async def append(self, event: Event, key: str | None, payload: Any = None) -> Outcome:
+        """Raises StoreError."""
+        log = await self.opened()
+        outcome = await log.append_async(event, key, payload)
+        return outcome
+
+    def published(self, view: View) -> Published:
+        """The selector that is in force. Raises StoreError."""
+        if view.model_version is None:
+            raise StoreError("the log names no selector yet")
+        return self._registry.load(view.model_version)
+
+    def contexts_of(self, view: View) -> Contexts:
+        """Pairs as that selector sees them. Several threads ask."""
+        version = view.model_version or ""
+        found = self._contexts.get(version)
+        if found is None:
+            published = self.published(view)
+            published.selector.check_table(self._table)
+            found = Contexts(published, self._table)
+            self._contexts = {version: found}
+        return found
+
+    def _fold(self) -> View:
+        """In the thread of `_reader`: open the database if need be, begin an empty log, fold what is new."""
+        replica = self._connected()
+        view = replica.catch_up()
+        if not _is_begun(view):
+            view = self._begun(replica, view)
+        self._has_begun = True
+        self._snapshot_if_due(view)
+        return view
+
+    def _look(self) -> View:
+        """In the log's thread, for a group of decisions: fold what is new."""
+        assert self._replica is not None
+        view = self._replica.catch_up()
+        if not _is_begun(view):
+            self._has_begun = False  # the next request begins it; this thread cannot, since it would wait for itself
+            raise StoreError("the event log was emptied; it begins anew")
+        self._snapshot_if_due(view)
+        return view
+
+    def _snapshot_if_due(self, view: View) -> None:
+        if view.seq - self._snapshot_seq >= self._snapshot_every:
+            self._snapshot_seq = view.seq
+            self._reader.submit(self._save_snapshot)
+
+    def _connected(self) -> Replica:
+        if self._replica is None:
+            engine = open_database(self._database)
+            self._log = EventLog(engine, self._namespace, self._clock, self._look)
+            self._ledger = Ledger(self._log)
+            self._replica = Replica(self._log, self._encode)
+        return self._replica
+
+    def _begun(self, replica: Replica, view: View) -> View:
+        """The first two events of a log: which selector, then what its arms start from.
+
+        Several replicas may try at once, and any of them may end between the two. One key for each, so one selector
+        wins; and the second event is that of the selector that the first one names, so that anybody can append it.
+        """
+        assert self._log is not None
+        if view.model_version is None:
+            if self._given is None:
+                raise StoreError("the event log is empty and no selector was given to begin with")
+            self._log.append(Activation(self._given), "start/activation", {"version": self._given})
+            view = replica.catch_up()
+            if view.model_version != self._given:
+                _log.warning("the log was begun with the selector %s; %s is not used", view.model_version, self._given)
+        if not view.posteriors:
+            published = self.published(view)
+            warm = Contexts(published, self._table).warm_start()
+            self._log.append(warm, "start/warm", {"version": published.version})
+            view = replica.catch_up()
+        return view
+
+    def _encode(self, epoch: int, features: Array) -> tuple[Array, float]:
+        """For the fold: z and level of raw features by the selector of an epoch."""
+        assert self._log is not None
+        if epoch not in self._encoders:
+            found = [row.event for row in self._log.history(str(epoch)) if row.kind == "encoder_epoch"]
+            if not found or not isinstance(found[0], EncoderEpoch):
+                raise StoreError(f"the log is damaged: it has no encoder epoch {epoch}")
+            self._encoders = {epoch: Contexts(self._registry.load(found[0].model_version), self._table)}
+        return self._encoders[epoch].encode(features)
+
+    def _save_snapshot(self) -> None:
+        try:
+            if self._replica is not None:
+                self._replica.save_snapshot()
+        except StoreError as error:
+            _log.warning("no snapshot: %s", error)
+
+
+def _is_begun(view: View) -> bool:
+    return bool(view.posteriors) and view.model_version is not None
