@@ -3,43 +3,49 @@
     python jobs/build_dataset.py study.yaml
     ray job submit --working-dir . -- python jobs/build_dataset.py /shared/study.yaml
 
-The second form runs on the cluster. Paths in the YAML are relative to it; under `ray job submit` use absolute ones: the
-working directory is temporary. What is there is not computed again, so an interrupted job is run again as it is.
-With `--dry-run` everything is checked, and what the job would take is printed.
+The second form runs on the cluster. Paths in the YAML are relative to it; under `ray job submit` use absolute ones, or
+URIs (`s3://`, `gs://`; docs/storage.md): the working directory is temporary. What is there is not computed again, so an
+interrupted job is run again as it is. With `--dry-run` everything is checked, and what the job would take is printed.
+The last line is JSON that says what happened (`simmerge_ray.jobs`).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="YAML file: catalogue, probes, tasks, out, signals, search")
+    parser.add_argument("study", help="YAML file or its URI: catalogue, probes, tasks, out, signals, search")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what it takes, and stop")
     arguments = parser.parse_args()
 
-    from rich.console import Console
+    from simmerge_ray.jobs import output_place, run_job
 
-    from simmerge_ray.errors import InputError, SimmergeError
-    from simmerge_ray.progress import Narrator
+    def work() -> dict[str, Any]:
+        from rich.console import Console
 
-    try:
+        from simmerge_ray.config import StudyConfig, load_yaml_leniently
+        from simmerge_ray.progress import Narrator
+        from simmerge_ray.storage import as_place
+
+        study = as_place(arguments.study)
+        given, _ = load_yaml_leniently(study, StudyConfig)
+        if given is not None:
+            output_place(given.out, f"`out` in {study}")
         from simmerge_ray.distributed.stages import build_dataset_stages, load_study
 
-        config, _, estimate = load_study(arguments.study)
-        for line in estimate.lines() if arguments.dry_run else ():
-            print(line)
+        config, _, estimate = load_study(study)
         if arguments.dry_run:
-            return 0
+            print(*estimate.lines(), sep="\n")
+            return {"status": "unchanged", "num_trials": estimate.trials}
         out = build_dataset_stages(config, Narrator(Console()))
-    except SimmergeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    print(f"dataset written to {out}: signals/pairs.parquet and labels/")
-    return 0
+        print(f"dataset written to {out}: signals/pairs.parquet and labels/")
+        return {"out": str(out)}
+
+    return run_job("build_dataset", work)
 
 
 if __name__ == "__main__":

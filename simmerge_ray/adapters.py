@@ -16,6 +16,7 @@ import numpy as np
 
 from simmerge_ray.checkpoints import CheckpointRef, TensorSpec, read_header
 from simmerge_ray.errors import CheckpointError
+from simmerge_ray.storage import read_range
 
 _PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
@@ -138,9 +139,7 @@ def _of_module(pattern: Any, module: str, default: Any) -> Any:
 
 
 def _read_matrix(spec: TensorSpec, ref: CheckpointRef) -> np.ndarray:
-    with open(spec.file, "rb") as stream:
-        stream.seek(spec.begin)
-        data = stream.read(spec.end - spec.begin)
+    data = read_range(spec.file, spec.begin, spec.end)
     if spec.dtype == "BF16":
         values = (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
     elif spec.dtype in ("F32", "F16"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simmerge_ray.cli_places import PathOrUri, place_argument, place_option
 from simmerge_ray.errors import ConfigError, TaskError
 from simmerge_ray.plan_cli import (
     AggregateOption,
@@ -48,9 +49,12 @@ if TYPE_CHECKING:
 
 
 def auto(
-    catalogue: Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")],
+    catalogue: Annotated[PathOrUri, place_argument(help="catalogue YAML: base and checkpoints")],
     signals: SignalsOption,
-    tasks: Annotated[Path, typer.Option(help="directory of <task>.jsonl with prompt and target per line")],
+    tasks: Annotated[
+        PathOrUri,
+        place_option(help="directory of <task>.jsonl with prompt and target per line"),
+    ],
     out: Annotated[Path, typer.Option(help="directory for labels, plans, the answer and the merge")],
     selector: SelectorOption = None,
     task: Annotated[
@@ -116,7 +120,7 @@ def auto(
             )
     counted = {name: files[name].sampled(config.max_items, config.seed) for name in request.pool.tasks}
     from simmerge_ray.progress import narrated
-    from simmerge_ray.storage import Manifest, digest_file
+    from simmerge_ray.storage import Manifest, digest_file, local_directory
 
     with narrated(log) as narrator:
         from simmerge_ray.distributed.auto import auto_stage, check_auto, dry_run_lines
@@ -132,10 +136,11 @@ def auto(
             return
         inputs = {f"checkpoint {key}": value for key, value in checkpoints.digests().items()}
         inputs |= {f"task {key}": one.digest for key, one in counted.items()} | {"signals": digest_file(signals)}
-        inputs |= {
-            f"selector {path.relative_to(request.directory)}": digest_file(path)
-            for path in request.directory.rglob("*.safetensors")
-        }
+        with local_directory(request.directory) as directory:
+            inputs |= {
+                f"selector {path.relative_to(directory)}": digest_file(path)
+                for path in directory.rglob("*.safetensors")
+            }
         manifest = Manifest("auto", {"ranking": ranked_by, "search": config.content()}, inputs)
         auto_stage(checkpoints, counted, request.pool.objective, ranking, config, out, narrator, manifest, write)
 

@@ -5,7 +5,8 @@
       - {id: math-strong, path: math-strong, task: math}        # task: what it was fine-tuned for
       - {id: code-lora, path: base, adapter: code-lora, task: code}   # a PEFT LoRA adapter and the model it changes
 
-Paths are relative to the file. Without a `task` a checkpoint takes part in pairs, but not in `cross-task` ones.
+Paths are relative to the file; it, and every path in it, may be a URI.
+Without a `task` a checkpoint takes part in pairs, but not in `cross-task` ones.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from simmerge_ray.checkpoints import CheckpointRef, compatibility_problems, read
 from simmerge_ray.config import check_config, load_yaml
 from simmerge_ray.digests import DEFAULT_CACHE, cached_digest
 from simmerge_ray.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
-from simmerge_ray.storage import write_once
+from simmerge_ray.storage import Place, name_below, place_in, write_once
 
 
 class _BaseEntry(BaseModel):
@@ -96,7 +97,7 @@ class Catalogue:
         return {ref.id: cached_digest(ref, cache) for ref in self.all_refs}
 
 
-def load_catalogue(path: Path, draft: bool = False) -> Catalogue:
+def load_catalogue(path: Place, draft: bool = False) -> Catalogue:
     """Read a catalogue and check from the headers that its checkpoints can be merged with each other.
 
     Args:
@@ -111,7 +112,7 @@ def load_catalogue(path: Path, draft: bool = False) -> Catalogue:
     return catalogue
 
 
-def _resolved(path: Path, file: _Draft) -> Catalogue:
+def _resolved(path: Place, file: _Draft) -> Catalogue:
     base_id = file.base.id if file.base else None
     ids = [entry.id for entry in file.checkpoints] + ([base_id] if base_id else [])
     for checkpoint_id in sorted(set(ids)):
@@ -122,14 +123,14 @@ def _resolved(path: Path, file: _Draft) -> Catalogue:
         checkpoints=tuple(
             CheckpointRef(
                 entry.id,
-                (root / entry.path).resolve(),
+                place_in(root, entry.path),
                 base_id,
-                (root / entry.adapter).resolve() if entry.adapter else None,
+                place_in(root, entry.adapter) if entry.adapter else None,
             )
             for entry in file.checkpoints
         ),
         own_task={entry.id: entry.task for entry in file.checkpoints},
-        base=CheckpointRef(file.base.id, (root / file.base.path).resolve()) if file.base else None,
+        base=CheckpointRef(file.base.id, place_in(root, file.base.path)) if file.base else None,
     )
 
 
@@ -145,14 +146,14 @@ def _problems(refs: Sequence[CheckpointRef]) -> list[str]:
     return list(dict.fromkeys(problems))  # an unreadable model is a problem of both checks
 
 
-def write_catalogue(path: Path, catalogue: Catalogue) -> None:
+def write_catalogue(path: Place, catalogue: Catalogue) -> None:
     """Write a catalogue file, paths relative to it where the checkpoints lie below it."""
     content: dict[str, object] = {"base": _entry(path, catalogue.base)} if catalogue.base else {}
     content["checkpoints"] = [_entry(path, ref, catalogue.own_task[ref.id]) for ref in catalogue.checkpoints]
     write_once(path, yaml.safe_dump(content, sort_keys=False).encode())
 
 
-def check_addition(path: Path, checkpoint_id: str, as_base: bool = False) -> None:
+def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> None:
     """Refuse what no checkpoint could be added as; reads the catalogue file alone, if it exists.
 
     Raises:
@@ -168,7 +169,7 @@ def check_addition(path: Path, checkpoint_id: str, as_base: bool = False) -> Non
         raise ConfigError(f"catalogue {path}: {file.base.id!r} is its base already; a catalogue has one base")
 
 
-def add_checkpoint(path: Path, ref: CheckpointRef, task: str | None = None, as_base: bool = False) -> Catalogue:
+def add_checkpoint(path: Place, ref: CheckpointRef, task: str | None = None, as_base: bool = False) -> Catalogue:
     """Append a checkpoint to a catalogue file, or make it the base; a file that does not exist is begun.
 
     The other entries, and comments where the file's style allows it, stay as they are. Nothing is written before all
@@ -200,13 +201,16 @@ def add_checkpoint(path: Path, ref: CheckpointRef, task: str | None = None, as_b
     return catalogue
 
 
-def shown_path(path: Path, directory: Path) -> str:
+def shown_path(path: Place, directory: Place) -> str:
     """How a catalogue names `path`: relative to the catalogue's directory where it lies below it."""
     root, path = directory.resolve(), path.resolve()
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+    try:
+        return name_below(path, root)
+    except ValueError:
+        return str(path)
 
 
-def _entry(path: Path, ref: CheckpointRef, task: str | None = None) -> dict[str, str]:
+def _entry(path: Place, ref: CheckpointRef, task: str | None = None) -> dict[str, str]:
     entry = {"id": ref.id, "path": shown_path(ref.path, path.parent)}
     if ref.adapter is not None:
         entry["adapter"] = shown_path(ref.adapter, path.parent)

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from simmerge_ray.cli_places import PathOrUri, place_argument
+from simmerge_ray.storage import file_size
 
 if TYPE_CHECKING:
     from simmerge_ray.checkpoints import CheckpointRef, TensorSpec
@@ -26,7 +28,7 @@ _ARCHITECTURE = {
 }
 
 
-CataloguePath = Annotated[Path, typer.Argument(metavar="CATALOGUE", help="catalogue YAML: base and checkpoints")]
+CataloguePath = Annotated[PathOrUri, place_argument(metavar="CATALOGUE", help="catalogue YAML: base and checkpoints")]
 CheckpointId = Annotated[str, typer.Argument(metavar="ID", help="checkpoint id: letters, digits, _ . -")]
 
 
@@ -146,7 +148,7 @@ def _num_bytes(ref: CheckpointRef, specs: Mapping[str, TensorSpec]) -> int:
     files = {spec.file for spec in specs.values()}
     if ref.adapter is not None:
         files |= set(ref.adapter.glob("*.safetensors"))
-    return sum(file.stat().st_size for file in files)
+    return sum(file_size(file) for file in files)
 
 
 def _in_units(count: int) -> str:

@@ -1,7 +1,8 @@
-"""Checkpoints on disk: references, headers, tensors one at a time, identity, and whether they can be merged.
+"""Checkpoints on a disk or in a store: references, headers, identity, and whether they can be merged.
 
 Only safetensors are read. Headers, digests and the compatibility check need no torch and read no weights (the digest
-of a checkpoint reads its bytes).
+of a checkpoint reads its bytes). Of a store ranges are read: headers by themselves, weights block by block through the
+node's cache (`storage.open_ranges`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,26 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simmerge_ray.errors import CheckpointError, IncompatibleCheckpointsError
-from simmerge_ray.storage import digest_bytes
+from simmerge_ray.storage import (
+    Place,
+    RemotePath,
+    as_place,
+    digest_bytes,
+    file_names,
+    file_size,
+    file_version,
+    local_directory,
+    open_ranges,
+    place_in,
+    read_range,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +40,8 @@ _INDEX_FILE = "model.safetensors.index.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _MAX_HEADER_BYTES = 100_000_000
+_FIRST_BYTES = 1 << 16  # most headers are shorter
+_SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 # What must be equal for tensors of the same name to mean the same thing.
 _ARCHITECTURE_KEYS = (
@@ -45,56 +62,78 @@ class CheckpointRef:
     """
 
     id: str
-    path: Path
+    path: Place
     base_id: str | None = None
-    adapter: Path | None = None
+    adapter: Place | None = None
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """Where a tensor lies: file, dtype as safetensors names it (`F32`, `BF16`, ...), shape, bytes [begin, end)."""
 
-    file: Path
+    file: Place
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
 
 
-def read_header(ref: CheckpointRef, file: Path) -> dict[str, TensorSpec]:
+def read_header(ref: CheckpointRef, file: Place) -> dict[str, TensorSpec]:
     """The tensors of one safetensors file, for messages about `ref`.
 
     Raises:
         CheckpointError: missing, damaged or truncated.
     """
     try:
-        with open(file, "rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise CheckpointError(f"checkpoint {ref.id!r}: {file} is not a safetensors file (bad header length)")
-            header = json.loads(stream.read(length))
-            start = 8 + length
-            specs = {
-                name: TensorSpec(
-                    file,
-                    str(spec["dtype"]),
-                    tuple(map(int, spec["shape"])),
-                    start + int(spec["data_offsets"][0]),
-                    start + int(spec["data_offsets"][1]),
-                )
-                for name, spec in header.items()
-                if name != "__metadata__"
-            }
-            size = file.stat().st_size
+        specs, start, size = _remote_header(file, file_version(file)) if _is_remote(file) else _header(file)
     except OSError as error:
         raise CheckpointError(f"checkpoint {ref.id!r}: cannot read {file}: {error.strerror}") from None
+    except _NoHeaderError:
+        raise CheckpointError(f"checkpoint {ref.id!r}: {file} is not a safetensors file (bad header length)") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"checkpoint {ref.id!r}: {file} has a damaged safetensors header") from None
     needed = max((spec.end for spec in specs.values()), default=start)
     if size != needed:
         raise CheckpointError(f"checkpoint {ref.id!r}: {file} is truncated: {size} bytes, its header asks for {needed}")
-    return specs
+    return dict(specs)
+
+
+class _NoHeaderError(Exception):
+    """The length of the header is none."""
+
+
+@lru_cache(maxsize=4096)
+def _remote_header(file: Place, version: str) -> tuple[dict[str, TensorSpec], int, int]:
+    """`_header`, kept while the object is not written again: every stage asks for it many times."""
+    return _header(file)
+
+
+def _header(file: Place) -> tuple[dict[str, TensorSpec], int, int]:
+    """Tensors of a file, where the first one starts, and the size of the file."""
+    size = file_size(file)
+    first = read_range(file, 0, min(_FIRST_BYTES, size))
+    length = struct.unpack("<Q", first[:8])[0] if len(first) >= 8 else 0
+    if not 2 <= length <= _MAX_HEADER_BYTES:
+        raise _NoHeaderError
+    start = 8 + length
+    if start > len(first):
+        first += read_range(file, len(first), min(start, size))
+    specs = {
+        name: TensorSpec(
+            file,
+            str(spec["dtype"]),
+            tuple(map(int, spec["shape"])),
+            start + int(spec["data_offsets"][0]),
+            start + int(spec["data_offsets"][1]),
+        )
+        for name, spec in json.loads(first[8:start]).items()
+        if name != "__metadata__"
+    }
+    return specs, start, size
+
+
+def _is_remote(file: Place) -> bool:
+    return isinstance(file, RemotePath)
 
 
 def locate_checkpoint(
@@ -102,12 +141,12 @@ def locate_checkpoint(
     revision: str | None = None,
     adapter: str | None = None,
     adapter_revision: str | None = None,
-    directory: Path = Path(),
+    directory: Place = Path(),
 ) -> CheckpointRef:
-    """A checkpoint by local directory or hub id, with a LoRA adapter or without; hub files are fetched to the cache.
+    """A checkpoint by directory, URI or hub id, with a LoRA adapter or without; hub files are fetched to the cache.
 
     Args:
-        directory: where relative local paths start.
+        directory: where relative paths start.
 
     Raises:
         CheckpointError: neither a directory nor a repository that can be had.
@@ -118,12 +157,15 @@ def locate_checkpoint(
     return CheckpointRef(text + (f"@{adapter_revision}" if adapter_revision else ""), path, adapter=found)
 
 
-def _locate(name: str, revision: str | None, directory: Path, mark: str) -> Path:
-    local = (directory / name).expanduser()
-    if local.is_dir():
+def _locate(name: str, revision: str | None, directory: Place, mark: str) -> Place:
+    place = place_in(directory, as_place(name).expanduser())
+    if place.is_dir():
         if revision is not None:
-            raise CheckpointError(f"{name!r} is a local directory; the revision {revision!r} has no meaning for it")
-        return local.resolve()
+            raise CheckpointError(f"{name!r} is a directory; the revision {revision!r} has no meaning for it")
+        return place.resolve()
+    if isinstance(as_place(name), RemotePath):
+        raise CheckpointError(f"{place} is not a directory: nothing lies below that name")
+    local = directory / name
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{local} is not a directory (and {name!r} is no hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
@@ -150,23 +192,28 @@ def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
         CheckpointError: no such directory, no safetensors in it, an adapter without its model, a shard missing or
             damaged.
     """
-    if not ref.path.is_dir():
+    names = file_names(ref.path)
+    if names is None:
         raise CheckpointError(f"checkpoint {ref.id!r}: {ref.path} is not a directory")
-    if (ref.path / _ADAPTER_CONFIG).exists() and not (ref.path / "config.json").exists():
+    if _ADAPTER_CONFIG in names and "config.json" not in names:
         raise CheckpointError(
             f"checkpoint {ref.id!r}: {ref.path} holds an adapter without its model; give the model's directory as "
             "`path` and this directory as `adapter`"
         )
-    if (ref.path / _INDEX_FILE).exists():
+    if _INDEX_FILE in names:
         try:
             weight_map = json.loads((ref.path / _INDEX_FILE).read_text())["weight_map"]
-        except (ValueError, KeyError):
+            shards = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"checkpoint {ref.id!r}: {ref.path / _INDEX_FILE} is damaged") from None
-        files = sorted({ref.path / name for name in weight_map.values()})
-    elif (ref.path / _SINGLE_FILE).exists():
+        for shard in shards:  # a checkpoint says nothing about files that are not its own
+            if not isinstance(shard, str) or "/" in shard or "\\" in shard or shard in ("", ".", ".."):
+                raise CheckpointError(f"checkpoint {ref.id!r}: the index names {shard!r}, which is no file beside it")
+        files = [ref.path / shard for shard in shards]
+    elif _SINGLE_FILE in names:
         weight_map, files = None, [ref.path / _SINGLE_FILE]
     else:
-        hint = "; convert its .bin files first" if list(ref.path.glob("*.bin")) else ""
+        hint = "; convert its .bin files first" if any(name.endswith(".bin") for name in names) else ""
         raise CheckpointError(
             f"checkpoint {ref.id!r}: {ref.path} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; "
             f"only safetensors are read{hint}"
@@ -222,13 +269,14 @@ def same_tokenizer(first: CheckpointRef, other: CheckpointRef) -> bool:
     return files[0] == files[1] or tokenizer_digest(first) == tokenizer_digest(other)
 
 
-def tokenizer_files(ref: CheckpointRef) -> list[Path]:
+def tokenizer_files(ref: CheckpointRef) -> list[Place]:
     """`tokenizer.json`, or else the older files.
 
     Raises:
         CheckpointError: there is none.
     """
-    found = [ref.path / name for name in _TOKENIZER_FILES if (ref.path / name).exists()]
+    names = file_names(ref.path) or ()
+    found = [ref.path / name for name in _TOKENIZER_FILES if name in names]
     if not found:
         raise CheckpointError(f"checkpoint {ref.id!r}: {ref.path} holds no tokenizer files")
     return found[:1] if found[0].name == "tokenizer.json" else found
@@ -256,12 +304,17 @@ def checkpoint_digest(ref: CheckpointRef) -> str:
 
 
 def _add_tensors(state: hashlib.blake2b, specs: Mapping[str, TensorSpec]) -> None:
-    for name, spec in specs.items():
-        state.update(f"{name}\0{spec.dtype}\0{spec.shape}\0".encode())
-        with open(spec.file, "rb") as stream:
-            stream.seek(spec.begin)
-            for start in range(spec.begin, spec.end, 1 << 24):
-                state.update(stream.read(min(1 << 24, spec.end - start)))
+    readers = {file: open_ranges(file) for file in sorted({spec.file for spec in specs.values()}, key=str)}
+    room = memoryview(bytearray(1 << 24))
+    try:
+        for name, spec in specs.items():
+            state.update(f"{name}\0{spec.dtype}\0{spec.shape}\0".encode())
+            for start in range(spec.begin, spec.end, len(room)):
+                part = room[: min(len(room), spec.end - start)]
+                state.update(part[: readers[spec.file].read_into(start, part, spec.end)])
+    finally:
+        for reader in readers.values():
+            reader.close()
 
 
 def checkpoint_fingerprint(ref: CheckpointRef) -> str:
@@ -275,9 +328,8 @@ def checkpoint_fingerprint(ref: CheckpointRef) -> str:
     files = {spec.file for spec in read_headers(ref).values()}
     if ref.adapter is not None:
         files |= set(ref.adapter.glob("adapter_*"))
-    for file in sorted(files):
-        status = file.stat()
-        state.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    for file in sorted(files, key=str):
+        state.update(f"{file.name}\0{file_version(file)}\0".encode())
     return state.hexdigest()
 
 
@@ -286,7 +338,7 @@ class TensorReader:
 
     def __init__(self, ref: CheckpointRef) -> None:
         self.specs: Mapping[str, TensorSpec] = read_headers(ref)
-        self._handles: dict[Path, Any] = {}
+        self._handles: dict[Place, Any] = {}
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype."""
@@ -296,6 +348,22 @@ class TensorReader:
         if file not in self._handles:
             self._handles[file] = safe_open(str(file), framework="pt")
         return self._handles[file].get_tensor(name)
+
+
+def local_files(ref: CheckpointRef, weights: bool = False) -> AbstractContextManager[Path]:
+    """A local directory with what other libraries read by name: `config.json`, the tokenizer, chat templates.
+
+    It is the checkpoint's own directory where that is local; of one in a store the small files are in the node's cache
+    while the block runs.
+
+    Args:
+        weights: the weights, too: for an engine that loads them itself. All else reads them by ranges.
+
+    Raises:
+        StorageError: the cache has no room for them, or the store does not answer.
+    """
+    suffixes = (*_SMALL_SUFFIXES, ".safetensors") if weights else _SMALL_SUFFIXES
+    return local_directory(ref.path, lambda name: name.endswith(suffixes))
 
 
 def unsupported_problems(ref: CheckpointRef, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ Commands import what they need when they run, so that `--help` and typos answer 
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,12 @@ import typer
 from simmerge_ray import __version__
 from simmerge_ray.auto_cli import auto
 from simmerge_ray.catalogue_cli import catalogue_app
+from simmerge_ray.cli_places import PathOrUri, place_argument, place_option
 from simmerge_ray.client_cli import client_app
+from simmerge_ray.cluster_cli import cluster_app
 from simmerge_ray.db_cli import db_app
 from simmerge_ray.errors import ConfigError, InputError, PlanError, SimmergeError, unknown_name
+from simmerge_ray.jobs import stop_on_sigterm
 from simmerge_ray.labels_cli import labels_app
 from simmerge_ray.plan_cli import plan
 from simmerge_ray.search_cli import search
@@ -34,9 +36,10 @@ app = typer.Typer(
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(labels_app, name="labels")
 app.add_typer(client_app, name="client")
+app.add_typer(cluster_app, name="cluster")
 app.add_typer(db_app, name="db")
 
-CataloguePath = Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")]
+CataloguePath = Annotated[PathOrUri, place_argument(help="catalogue YAML: base and checkpoints")]
 LogOption = Annotated[Path, typer.Option("--log", help="where the output of libraries goes")]
 DEFAULT_LOG = Path("simmerge.log")
 
@@ -87,9 +90,12 @@ def zoo(run: Annotated[Path, typer.Argument(help="directory of the run; the zoo 
 @app.command()
 def signals(
     catalogue: CataloguePath,
-    out: Annotated[Path, typer.Option(help="Parquet file to write")],
+    out: Annotated[PathOrUri, place_option(help="Parquet file to write")],
     probes: Annotated[
-        Path | None, typer.Option(help="directory of <task>.jsonl with a text per line; default: the general probe set")
+        PathOrUri | None,
+        place_option(
+            help="directory of <task>.jsonl with a text per line; default: the general probe set",
+        ),
     ] = None,
     signatures: Annotated[
         str | None, typer.Option(help="directory or URI that keeps signatures; default: `signatures` beside OUT")
@@ -175,20 +181,29 @@ app.command()(search)
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="directory of the selector")],
+    out: Annotated[PathOrUri, place_option(help="directory of the selector")],
     dataset: Annotated[
-        Path | None,
-        typer.Argument(help="directory with signals/ and labels/, or labels.parquet with signals/ beside it"),
+        PathOrUri | None,
+        place_argument(help="directory with signals/ and labels/, or labels.parquet with signals/ beside it"),
     ] = None,
-    signals: Annotated[Path | None, typer.Option(help="signal table (Parquet), instead of DATASET")] = None,
-    labels: Annotated[Path | None, typer.Option(help="directory of the label store, instead of DATASET")] = None,
+    signals: Annotated[
+        PathOrUri | None,
+        place_option(help="signal table (Parquet), instead of DATASET"),
+    ] = None,
+    labels: Annotated[
+        PathOrUri | None,
+        place_option(help="directory of the label store, instead of DATASET"),
+    ] = None,
     arm: Annotated[
         list[str] | None, typer.Option(help="an arm to choose from; default: all measured on every pair")
     ] = None,
     model: Annotated[str, typer.Option(help="mlp, ridge, knn or forest")] = "mlp",
     task_encoding: Annotated[str, typer.Option(help="none, onehot or probe_stats")] = "none",
     crossval: Annotated[
-        Path | None, typer.Option(help="JSON file for results on unseen checkpoints, with --signals and --labels")
+        PathOrUri | None,
+        place_option(
+            help="JSON file for results on unseen checkpoints, with --signals and --labels",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     log: LogOption = DEFAULT_LOG,
@@ -219,9 +234,10 @@ app.command()(auto)
 @app.command()
 def merge(
     plan_file: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="mergekit YAML, or plan JSON as `simmerge plan --out` writes it")
+        PathOrUri,
+        place_argument(metavar="PLAN", help="mergekit YAML, or plan JSON as `simmerge plan --out` writes it"),
     ],
-    out: Annotated[Path, typer.Argument(help="checkpoint directory to write")],
+    out: Annotated[PathOrUri, place_argument(help="checkpoint directory to write")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and every problem")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="refuse a merge that holds NaN or infinity")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="default: as many as cores, at most 4")] = None,
@@ -256,7 +272,7 @@ def merge(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="directory of the run")]) -> None:
+def report(run: Annotated[PathOrUri, place_argument(help="directory of the run")]) -> None:
     """Write report.md and its figures from the files of a run."""
     from simmerge_ray.report import write_report
     from simmerge_ray.runs import RunLayout
@@ -267,18 +283,9 @@ def report(run: Annotated[Path, typer.Argument(help="directory of the run")]) ->
 app.command()(serve)
 
 
-def _stop_on_sigterm() -> None:
-    """SIGTERM ends like Ctrl-C: `finally` blocks run, so nothing is left behind."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-
-
 def run_command(command: Callable[[], Any]) -> None:
     """Run and exit: code 2 for bad input, 1 for a failure, 130 when interrupted."""
-    _stop_on_sigterm()
+    stop_on_sigterm()
     try:
         command()
     except InputError as error:

@@ -1,6 +1,6 @@
 """One frozen, closed config per job. Nothing here reads the environment, and nobody changes a config later.
 
-Paths in a YAML file are relative to that file.
+Paths in a YAML file are relative to that file; `Place`s may be URIs (`s3://`, `gs://`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from simmerge_ray.errors import ConfigError
+from simmerge_ray.storage import Place, place_in
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
@@ -125,10 +126,10 @@ class TrainConfig(_Config):
 class StudyConfig(_Config):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 
-    catalogue: Path
-    probes: Path | None = Field(None, description="directory of <task>.jsonl, a `text` per line; None: general ones")
-    tasks: Path | None = Field(None, description="directory of <task>.jsonl files, `prompt` and `target` per line")
-    out: Path
+    catalogue: Place
+    probes: Place | None = Field(None, description="directory of <task>.jsonl, a `text` per line; None: general ones")
+    tasks: Place | None = Field(None, description="directory of <task>.jsonl files, `prompt` and `target` per line")
+    out: Place
     signals: SignalsConfig = SignalsConfig()
     search: SearchConfig = SearchConfig()
 
@@ -217,7 +218,7 @@ def check_config(model: type[ConfigType], values: dict[str, Any], source: str) -
         raise ConfigError("\n  ".join([f"{source}:", *_problem_lines(error, model)])) from None
 
 
-def load_yaml(path: Path, model: type[ConfigType]) -> ConfigType:
+def load_yaml(path: Place, model: type[ConfigType]) -> ConfigType:
     """Read a config file; its relative paths are taken from the file's directory.
 
     Raises:
@@ -226,7 +227,7 @@ def load_yaml(path: Path, model: type[ConfigType]) -> ConfigType:
     return _with_paths_from(check_config(model, _read_mapping(path, model), f"config {path}"), path.parent)
 
 
-def load_yaml_leniently(path: Path, model: type[ConfigType]) -> tuple[ConfigType | None, list[str]]:
+def load_yaml_leniently(path: Place, model: type[ConfigType]) -> tuple[ConfigType | None, list[str]]:
     """`load_yaml`, but what is wrong with single values is returned, and the config goes without these values, so that
     the rest can be checked as well; None where it cannot.
 
@@ -258,7 +259,7 @@ def _remove(values: Any, where: tuple[int | str, ...]) -> None:
         values.pop(part, None)
 
 
-def _read_mapping(path: Path, model: type[BaseModel]) -> dict[str, Any]:
+def _read_mapping(path: Place, model: type[BaseModel]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -270,13 +271,13 @@ def _read_mapping(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     return values
 
 
-def _with_paths_from(config: ConfigType, directory: Path) -> ConfigType:
+def _with_paths_from(config: ConfigType, directory: Place) -> ConfigType:
     """The config with its relative paths, those of the configs in it too, taken from a directory."""
     update: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, Path):
-            update[name] = (directory / value).resolve()
+            update[name] = place_in(directory, value)
         elif isinstance(value, BaseModel):
             update[name] = _with_paths_from(value, directory)
     return config.model_copy(update=update)

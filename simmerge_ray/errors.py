@@ -17,7 +17,9 @@
     │   ├── RefusedError (an InputError, too)    a request that the service, or its client, refuses (HTTP 4xx)
     │   └── UnavailableError                     no answer, or one that says "not now", in all tries
     ├── EngineError (a RuntimeError; exit code 1)  an inference engine does not hold the weights it was given
-    └── StoreError (a RuntimeError; exit code 1)   the event log's database cannot be used now (HTTP 503)
+    ├── StoreError (a RuntimeError; exit code 1)   the event log's database cannot be used now (HTTP 503)
+    └── StorageError (exit code 1)               an object store or the node's disk cannot be used, in all tries
+        └── AccessError                          a store refuses the credentials, or there are none
 
 A trial that fails is not an error but a value: `labels.Infeasible`.
 """
@@ -102,6 +104,14 @@ class EngineError(SimmergeError, RuntimeError):
 
 class StoreError(SimmergeError, RuntimeError):
     """The event log cannot be read or written now: nothing was acknowledged, and the message says why."""
+
+
+class StorageError(SimmergeError):
+    """A place cannot be read or written, after all tries. Never a reason to call a checkpoint or a merge unusable."""
+
+
+class AccessError(StorageError):
+    """A store refuses the credentials, or there are none; it is not tried again."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

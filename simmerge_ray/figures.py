@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simmerge_ray.signals.features import SIGNALS, Signal
 from simmerge_ray.signals.table import SignalTable
-from simmerge_ray.storage import write_once
+from simmerge_ray.storage import Place, write_once
 
 Array = np.ndarray
 
@@ -46,7 +45,7 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save_figure(figure: Any, directory: Path, name: str) -> Path:
+def save_figure(figure: Any, directory: Place, name: str) -> Place:
     """Write a figure as PNG; its path."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
@@ -59,7 +58,7 @@ def legend_below(axis: Any) -> None:
     axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
 
 
-def write_heat_maps(table: SignalTable, directory: Path) -> list[Path]:
+def write_heat_maps(table: SignalTable, directory: Place) -> list[Place]:
     """One PNG `<signal>.png` per signal of the table; their paths.
 
     The main statistic of all ordered pairs, the left checkpoint in the row, a panel per task; signals of weights do not
@@ -73,7 +72,7 @@ def write_heat_maps(table: SignalTable, directory: Path) -> list[Path]:
     ]
 
 
-def _write_maps(signal: Signal, table: SignalTable, directory: Path) -> Path:
+def _write_maps(signal: Signal, table: SignalTable, directory: Place) -> Place:
     from matplotlib import colormaps
 
     ids = table.checkpoint_ids
@@ -100,7 +99,7 @@ def _write_maps(signal: Signal, table: SignalTable, directory: Path) -> Path:
     return _finish(figure, signal, table, len(panels), directory)
 
 
-def _write_bars(signal: Signal, table: SignalTable, directory: Path) -> Path:
+def _write_bars(signal: Signal, table: SignalTable, directory: Place) -> Place:
     ids, base = table.checkpoint_ids, table.provenance.get("base")
     tasks = _tasks(signal, table)
     height = float(np.clip(0.2 * len(ids), 1.6, 8.0))
@@ -181,7 +180,7 @@ def _panels(count: int, width: float, height: float, room: float) -> tuple[Any, 
     return figure, axes
 
 
-def _finish(figure: Any, signal: Signal, table: SignalTable, num_panels: int, directory: Path) -> Path:
+def _finish(figure: Any, signal: Signal, table: SignalTable, num_panels: int, directory: Place) -> Place:
     title = f"{signal.name}: {signal.meaning.rsplit(', nats', 1)[0]}"
     if signal.of_weights and signal.family != "single" and table.provenance.get("weights") == "sampled":
         title += " (from a sample of the weights)"

@@ -21,17 +21,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simmerge_ray.errors import LabelError
+from simmerge_ray.errors import LabelError, StorageError
 from simmerge_ray.headroom import Context
 from simmerge_ray.plans import MergePlan, plan_from_json
 from simmerge_ray.storage import (
+    Place,
     delete_objects,
     digest_bytes,
     digest_json,
@@ -157,7 +157,7 @@ class StoreReport:
 class LabelStore:
     """Labels under a directory URI."""
 
-    def __init__(self, uri: str | Path) -> None:
+    def __init__(self, uri: str | Place) -> None:
         self.uri = str(uri).rstrip("/")
 
     def append(self, labels: Sequence[LabeledPlan]) -> None:
@@ -363,7 +363,7 @@ def _read_rows(name: str) -> list[dict[str, Any]]:
     try:
         file = pq.ParquetFile(pa.BufferReader(read_bytes(name)), pre_buffer=False)
         rows: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()  # a store has thousands of small files
-    except FileNotFoundError:
+    except (FileNotFoundError, StorageError):
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise LabelError(f"{name} is not a label file: {error}") from None

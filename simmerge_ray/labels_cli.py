@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simmerge_ray.errors import LabelError, SimmergeError, unknown_name
+from simmerge_ray.storage import as_place
 
 if TYPE_CHECKING:
     from simmerge_ray.labels import LabeledPlan, LabelStore
@@ -111,11 +111,11 @@ def _existing(uri: str) -> LabelStore:
 def _label_files(uri: str) -> list[str]:
     from simmerge_ray.storage import list_objects
 
-    if Path(uri).is_file():
+    if as_place(uri).is_file():
         raise LabelError(f"{uri} is a file; a label store is the directory that holds such files")
     try:
         return list_objects(uri, ".parquet")
-    except (ImportError, OSError, ValueError) as error:  # an unknown protocol, one whose library is absent, no access
+    except OSError as error:
         raise LabelError(f"cannot open {uri}: {error}") from None
 
 

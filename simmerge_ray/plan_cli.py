@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simmerge_ray.cli_places import PathOrUri, place_argument, place_option
 from simmerge_ray.errors import ConfigError, PlanError, SelectorError, unknown_name
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ _SPACE, _SCORING, _PAIR = "Which plans", "How they are scored", "Arms for one pa
 
 # Options that `simmerge auto` has, too.
 SelectorOption = Annotated[
-    Path | None, typer.Option(help="directory that `simmerge train` wrote; default: the one in the package")
+    PathOrUri | None, place_option(help="directory that `simmerge train` wrote; default: the one in the package")
 ]
-SignalsOption = Annotated[Path, typer.Option(help="signal table (Parquet)")]
+SignalsOption = Annotated[PathOrUri, place_option(help="signal table (Parquet)")]
 WaysOption = Annotated[str, typer.Option(help="checkpoints of a merge: 2, or 2-4", rich_help_panel=_SPACE)]
 MustContainOption = Annotated[list[str] | None, typer.Option(help="checkpoint id; repeatable", rich_help_panel=_SPACE)]
 ExcludeOption = Annotated[list[str] | None, typer.Option(help="checkpoint id; repeatable", rich_help_panel=_SPACE)]
@@ -46,7 +46,9 @@ PropagatorOption = Annotated[
 SignaturesOption = Annotated[
     str | None, typer.Option(help="default: `signatures` beside the table", rich_help_panel=_SCORING)
 ]
-ProbesOption = Annotated[Path | None, typer.Option(help="probe files, for curved and exact", rich_help_panel=_SCORING)]
+ProbesOption = Annotated[
+    PathOrUri | None, place_option(help="probe files, for curved and exact", rich_help_panel=_SCORING)
+]
 BudgetOption = Annotated[
     int, typer.Option(min=1, help="plans; if there are more, a beam of about so many", rich_help_panel=_SCORING)
 ]
@@ -59,13 +61,13 @@ AggregateOption = Annotated[str, typer.Option(help="last step, mean or sum over 
 
 def plan(
     signals: SignalsOption,
-    catalogue: Annotated[Path | None, typer.Argument(metavar="CATALOGUE", help="catalogue YAML")] = None,
+    catalogue: Annotated[PathOrUri | None, place_argument(metavar="CATALOGUE", help="catalogue YAML")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="count on these tasks; default: the members' own; repeatable")
     ] = None,
     selector: SelectorOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="directory for plan-1.json, ...; of a pair: the file for the safe choice")
+        PathOrUri | None, place_option(help="directory for plan-1.json, ...; of a pair: the file for the safe choice")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="plans to show and to write")] = 10,
     ways: WaysOption = "2-3",
@@ -84,7 +86,7 @@ def plan(
     left: Annotated[str | None, typer.Option(help="checkpoint id", rich_help_panel=_PAIR)] = None,
     right: Annotated[str | None, typer.Option(help="checkpoint id", rich_help_panel=_PAIR)] = None,
     catalogue_option: Annotated[
-        Path | None, typer.Option("--catalogue", help="the same as CATALOGUE", rich_help_panel=_PAIR)
+        PathOrUri | None, place_option("--catalogue", help="the same as CATALOGUE", rich_help_panel=_PAIR)
     ] = None,
 ) -> None:
     """Rank the merges of a catalogue, or (--left, --right) the arms for one pair, without merging anything."""
@@ -120,7 +122,7 @@ def plan(
 class PlanRequest:
     """Plans to be ranked, checked against the artifacts that they need. directory: of the selector."""
 
-    directory: Path
+    directory: PathOrUri
     selector: Selector
     checkpoints: Catalogue
     table: SignalTable
@@ -129,7 +131,7 @@ class PlanRequest:
     scorer: PlanScorer
 
 
-def check_names(ways: str, propagator: str, probes: Path | None) -> tuple[int, int]:
+def check_names(ways: str, propagator: str, probes: PathOrUri | None) -> tuple[int, int]:
     """What can be checked of the options before any file is read; the fewest and most checkpoints of a merge.
 
     Raises:
@@ -148,8 +150,8 @@ def check_names(ways: str, propagator: str, probes: Path | None) -> tuple[int, i
 
 def plan_request(
     checkpoints: Catalogue,
-    selector: Path | None,
-    signals: Path,
+    selector: PathOrUri | None,
+    signals: PathOrUri,
     tasks: Sequence[str],
     ways: tuple[int, int],
     must_contain: Sequence[str],
@@ -159,7 +161,7 @@ def plan_request(
     objective: str,
     propagator: str,
     signatures: str | None,
-    probes: Path | None,
+    probes: PathOrUri | None,
 ) -> PlanRequest:
     """Read what a ranking needs.
 
@@ -198,7 +200,7 @@ def plan_request(
     return PlanRequest(directory, second, checkpoints, table, space, pool, scorer)
 
 
-def _shortlist(path: Path) -> Any:
+def _shortlist(path: PathOrUri) -> Any:
     from simmerge_ray.selector.model import read_selector
 
     try:
@@ -230,9 +232,9 @@ def _propagator(
     name: str,
     table: SignalTable,
     checkpoints: Catalogue,
-    probes: Path | None,
+    probes: PathOrUri | None,
     signatures: str | None,
-    signals: Path,
+    signals: PathOrUri,
 ) -> Propagator:
     """Build a propagator with what it needs, and no more."""
     from simmerge_ray.propagation.bound import Bound
@@ -344,7 +346,7 @@ def best_single(task: str, table: SignalTable, parents: Mapping[str, Mapping[str
     )
 
 
-def _parents(selector: Path) -> Mapping[str, Mapping[str, float]]:
+def _parents(selector: PathOrUri) -> Mapping[str, Mapping[str, float]]:
     import json
 
     from simmerge_ray.selector.plan_files import PARENTS
@@ -354,13 +356,13 @@ def _parents(selector: Path) -> Mapping[str, Mapping[str, float]]:
 
 
 def plan_pair(
-    catalogue: Path,
-    selector: Path | None,
-    signals: Path,
+    catalogue: PathOrUri,
+    selector: PathOrUri | None,
+    signals: PathOrUri,
     left: str,
     right: str,
     tasks: Sequence[str],
-    out: Path | None,
+    out: PathOrUri | None,
 ) -> None:
     """Rank the arms for one pair, say which to take and why, and write the plan of that one."""
     from rich.console import Console

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
-from pathlib import Path
 from typing import Any
 
 from simmerge_ray.catalogue import Catalogue
@@ -27,7 +26,7 @@ from simmerge_ray.operators.specs import (
     make_arm,
     parameter_text,
 )
-from simmerge_ray.storage import digest_json, versions, write_json
+from simmerge_ray.storage import Place, digest_json, place_in, versions, write_json
 
 INTERMEDIATE_DTYPES = ("float32", "out")
 WEIGHTINGS = ("equal", "halving")
@@ -332,7 +331,7 @@ def unmerged(ref: CheckpointRef) -> ResolvedPlan:
     return ResolvedPlan(MergePlan(source=ref.id), (ref,), None)
 
 
-def write_plan(path: Path, resolved: ResolvedPlan, predicted: Mapping[str, Any] | None = None) -> None:
+def write_plan(path: Place, resolved: ResolvedPlan, predicted: Mapping[str, Any] | None = None) -> None:
     """Write a plan file: the steps, where the checkpoints lie, and (for the reader) the predicted utilities."""
     write_json(
         path,
@@ -347,7 +346,7 @@ def write_plan(path: Path, resolved: ResolvedPlan, predicted: Mapping[str, Any] 
     )
 
 
-def read_plan(path: Path) -> tuple[ResolvedPlan, dict[str, Any] | None]:
+def read_plan(path: Place) -> tuple[ResolvedPlan, dict[str, Any] | None]:
     """Read a plan file: the plan with its checkpoints, and the predicted utilities if it has any.
 
     Paths are relative to the file.
@@ -368,9 +367,9 @@ def read_plan(path: Path) -> tuple[ResolvedPlan, dict[str, Any] | None]:
     value.pop("versions", None)
     base = value.pop("base", None)
     paths, predicted = value.pop("checkpoints"), value.pop("predicted", None)
-    adapters = {key: (path.parent / where).resolve() for key, where in (value.pop("adapters", None) or {}).items()}
-    base_ref = CheckpointRef(base["id"], (path.parent / base["path"]).resolve()) if base else None
+    adapters = {key: place_in(path.parent, where) for key, where in (value.pop("adapters", None) or {}).items()}
+    base_ref = CheckpointRef(base["id"], place_in(path.parent, base["path"])) if base else None
     base_id = base["id"] if base else None
-    refs = tuple(CheckpointRef(i, (path.parent / p).resolve(), base_id, adapters.get(i)) for i, p in paths.items())
+    refs = tuple(CheckpointRef(i, place_in(path.parent, p), base_id, adapters.get(i)) for i, p in paths.items())
     plan = plan_from_json(value)
     return ResolvedPlan(plan, tuple(ref for ref in refs if ref.id in plan.members), base_ref), predicted

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simmerge_ray.errors import ProbeError
-from simmerge_ray.storage import digest_bytes, read_jsonl
+from simmerge_ray.storage import Place, digest_bytes, list_places, read_jsonl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ class ProbeSet:
         return batches
 
 
-def load_probe_set(path: Path) -> ProbeSet:
+def load_probe_set(path: Place) -> ProbeSet:
     """Read one probe file.
 
     Raises:
@@ -96,13 +96,13 @@ def load_probe_set(path: Path) -> ProbeSet:
     return ProbeSet(path.stem, tuple(probes))
 
 
-def load_probe_sets(directory: Path) -> dict[str, ProbeSet]:
+def load_probe_sets(directory: Place) -> dict[str, ProbeSet]:
     """All `<task>.jsonl` files of a directory, by task.
 
     Raises:
         ProbeError: the directory has no such file, or one of them is malformed.
     """
-    paths = sorted(directory.glob("*.jsonl"))
+    paths = list_places(directory, "*.jsonl")
     if not paths:
         raise ProbeError(f"{directory} holds no <task>.jsonl probe files")
     return {path.stem: load_probe_set(path) for path in paths}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from simmerge_ray.figures import legend_below, new_figure, save_figure
 from simmerge_ray.labels import LabeledPlan, LabelStore, single_items
 from simmerge_ray.runs import RunLayout
 from simmerge_ray.signals.table import SignalTable, read_signal_table
-from simmerge_ray.storage import Manifest, digest_file, read_json, versions, write_once
+from simmerge_ray.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_once
 
 _HEAT_MAPS = (
     ("kl_lr_mean", "KL(row || column), nats"),
@@ -27,7 +26,7 @@ _HEAT_MAPS = (
 )
 
 
-def write_report(layout: RunLayout) -> Path:
+def write_report(layout: RunLayout[Any]) -> Place:
     """Write `report/report.md` and its PNG files; returns the path of the former.
 
     Raises:
@@ -54,7 +53,7 @@ def write_report(layout: RunLayout) -> Path:
     parts += ["## Made with", "", ", ".join(f"{name} {version}" for name, version in versions().items()), ""]
     write_once(layout.report / "report.md", "\n".join(parts).encode())
     read = (layout.signals, layout.headroom, layout.crossval, layout.pick / "pick.json")
-    inputs = {str(path.relative_to(layout.root)): digest_file(path) for path in read if path.exists()}
+    inputs = {name_below(path, layout.root): digest_file(path) for path in read if path.exists()}
     Manifest("report", {}, inputs).write(layout.report / "report.json", time.monotonic() - started, {})
     return layout.report / "report.md"
 
@@ -77,7 +76,7 @@ def _sign(interval: Sequence[float] | None) -> int:
     return 1 if interval[0] > 0 else -1 if interval[1] < 0 else 0
 
 
-def _pick_part(pick: Mapping[str, Any], directory: Path) -> list[str]:
+def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
     left, right = pick["pair"]
     tasks = sorted(pick["num_items"])
     measured, parents = pick["measured"]["arms"], pick["measured"]["parents"]
@@ -138,7 +137,7 @@ def _pick_part(pick: Mapping[str, Any], directory: Path) -> list[str]:
     return [*lines, "![Predicted and measured utility of the pick](pick.png)", ""]
 
 
-def _selector_part(crossval: Mapping[str, Any], directory: Path) -> list[str]:
+def _selector_part(crossval: Mapping[str, Any], directory: Place) -> list[str]:
     lines = ["## The selector on checkpoints it was not trained on", ""]
     if "reason" in crossval:
         return [*lines, f"Not measured: {crossval['reason']}.", ""]
@@ -191,7 +190,7 @@ def _selector_part(crossval: Mapping[str, Any], directory: Path) -> list[str]:
     return [*lines, "", "![Selector against best fixed and oracle](selector.png)", ""]
 
 
-def _headroom_part(room: Mapping[str, Any], directory: Path) -> list[str]:
+def _headroom_part(room: Mapping[str, Any], directory: Place) -> list[str]:
     lines = ["## Is there anything to choose?", ""]
     if "undefined" in room:
         return [*lines, f"GapClosed is not defined: {room['undefined']}.", ""]
@@ -288,7 +287,7 @@ def _demo_criteria_part(labels: Sequence[LabeledPlan], catalogue: Catalogue, roo
     return ["What the zoo was made to reach:", "", *table_lines(["", "asked", "measured"], rows)]
 
 
-def _signals_part(table: SignalTable, catalogue: Catalogue | None, directory: Path) -> list[str]:
+def _signals_part(table: SignalTable, catalogue: Catalogue | None, directory: Place) -> list[str]:
     ids = [name for name in catalogue.ids if name in table.checkpoint_ids] if catalogue else list(table.checkpoint_ids)
     shown = [(column, title) for column, title in _HEAT_MAPS if column in table.columns]
     num_columns = 3

@@ -4,63 +4,68 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
+
+from simmerge_ray.storage import RemotePath
+
+AnyPlace = TypeVar("AnyPlace", Path, RemotePath)
 
 
 @dataclass(frozen=True)
-class RunLayout:
+class RunLayout(Generic[AnyPlace]):
     """Paths below the directory of a run."""
 
-    root: Path
+    root: AnyPlace
 
     @property
-    def log(self) -> Path:
+    def log(self) -> AnyPlace:
         return self.root / "simmerge.log"
 
     @property
-    def zoo(self) -> Path:
+    def zoo(self) -> AnyPlace:
         return self.root / "zoo"
 
     @property
-    def catalogue(self) -> Path:
+    def catalogue(self) -> AnyPlace:
         return self.zoo / "catalogue.yaml"
 
     @property
-    def probes(self) -> Path:
+    def probes(self) -> AnyPlace:
         return self.zoo / "probes"
 
     @property
-    def tasks(self) -> Path:
+    def tasks(self) -> AnyPlace:
         return self.zoo / "tasks"
 
     @property
-    def signals(self) -> Path:
+    def signals(self) -> AnyPlace:
         return self.root / "signals" / "pairs.parquet"
 
     @property
-    def labels(self) -> Path:
+    def labels(self) -> AnyPlace:
         return self.root / "labels"
 
     @property
-    def found(self) -> Path:
+    def found(self) -> AnyPlace:
         """What the search found, beside its labels."""
         return self.labels / "_search"
 
     @property
-    def headroom(self) -> Path:
+    def headroom(self) -> AnyPlace:
         return self.found / "headroom.json"
 
     @property
-    def selector(self) -> Path:
+    def selector(self) -> AnyPlace:
         return self.root / "selector"
 
     @property
-    def crossval(self) -> Path:
+    def crossval(self) -> AnyPlace:
         return self.root / "crossval.json"
 
     @property
-    def pick(self) -> Path:
+    def pick(self) -> AnyPlace:
         return self.root / "pick"
 
     @property
-    def report(self) -> Path:
+    def report(self) -> AnyPlace:
         return self.root / "report"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simmerge_ray.cli_places import PathOrUri, place_argument, place_option
+
 if TYPE_CHECKING:
     from simmerge_ray.config import SearchConfig
 
@@ -40,10 +42,11 @@ SHARED_NAMES = (
 
 
 def search(
-    catalogue: Annotated[Path, typer.Argument(help="catalogue YAML: base and checkpoints")],
-    out: Annotated[Path, typer.Option(help="directory of the label store")],
+    catalogue: Annotated[PathOrUri, place_argument(help="catalogue YAML: base and checkpoints")],
+    out: Annotated[PathOrUri, place_option(help="directory of the label store")],
     tasks: Annotated[
-        Path | None, typer.Option(help="directory of <task>.jsonl with prompt and target per line")
+        PathOrUri | None,
+        place_option(help="directory of <task>.jsonl with prompt and target per line"),
     ] = None,
     arm: Annotated[list[str] | None, typer.Option(help="e.g. linear or 'ties(density=0.2)'; repeatable")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="LEFT,RIGHT: a pair to leave out; repeatable")] = None,

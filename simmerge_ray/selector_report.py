@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simmerge_ray.figures import new_figure, save_figure
-from simmerge_ray.storage import write_once
+from simmerge_ray.storage import Place, write_once
 
 Content = Mapping[str, Any]
 
@@ -38,7 +37,7 @@ _SPLIT_MEANING = {
 _NUM_QUANTILES = 5
 
 
-def write_selector_report(assessment: Content, directory: Path) -> Path:
+def write_selector_report(assessment: Content, directory: Place) -> Place:
     """Write `report.md` and `figures/*.png` below a directory; the path of the former."""
     main = assessment["splits"][assessment["headline"]]
     parts = ["# The selector and what it can do", "", *_data(assessment), *_headroom(assessment["headroom"])]
@@ -231,7 +230,7 @@ def _selection(assessment: Content, main: Content) -> list[str]:
     )
 
 
-def _domains(main: Content, directory: Path) -> list[str]:
+def _domains(main: Content, directory: Place) -> list[str]:
     figures = main["policies"]["per_merge"]["policies"]
     shown = [name for name in _BARS if name in figures and figures[name]["tasks"]]
     tasks = list(figures["selector"]["tasks"])
@@ -287,7 +286,7 @@ def _splits(assessment: Content) -> list[str]:
     return [*lines, *missing, *([""] if missing else [])]
 
 
-def _calibration(assessment: Content, main: Content, directory: Path) -> list[str]:
+def _calibration(assessment: Content, main: Content, directory: Place) -> list[str]:
     lines = ["## Are the predicted utilities right?", ""]
     if main["intervals"]:
         lines += ["Intervals on the left-out checkpoints, of one utility:", ""]
@@ -339,7 +338,7 @@ def _calibration(assessment: Content, main: Content, directory: Path) -> list[st
     return [*lines, f"![Predicted against measured]({FIGURES}/calibration.png)", ""]
 
 
-def _importance(assessment: Content, directory: Path) -> list[str]:
+def _importance(assessment: Content, directory: Place) -> list[str]:
     found = assessment["importance"]
     rows = sorted(found["rows"], key=lambda row: row["change"])
     lines = [
@@ -397,7 +396,7 @@ def _ablations(assessment: Content) -> list[str]:
     return [*lines, *([""] if found["missing"] else [])]
 
 
-def _signals(assessment: Content, directory: Path) -> list[str]:
+def _signals(assessment: Content, directory: Place) -> list[str]:
     signals = assessment["signals"]
     lines = ["## Signals and utility", ""]
     if not signals:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmerge_ray.checkpoints import CheckpointRef, read_config
+from simmerge_ray.checkpoints import CheckpointRef, local_files, read_config
 from simmerge_ray.errors import EngineError
 from simmerge_ray.evaluation.evaluator import LogLikelihood, TokenPair, cut
 from simmerge_ray.merging import FiniteStream
@@ -39,7 +39,8 @@ class TransformersEvaluator:
 
         self._model: Any = load_model(template, getattr(torch, dtype)).to(device)
         self._device, self._batch_size = device, batch_size
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(template.path, local_files_only=True, padding_side="left")
+        with local_files(template) as directory:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="left")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.max_model_len = max_model_len or int(read_config(template).get("max_position_embeddings", 4096))

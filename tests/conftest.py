@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
@@ -17,6 +18,24 @@ from unittest import mock
 import hypothesis
 import pytest
 
+from tests.leftovers import MARK, leftovers, mark_session
+from tests.object_store import credentials, make_bucket, s3_server
+
+
+def free_port() -> int:
+    """A port that is free now, outside the range that Ray gives to its workers (10002-19999)."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            if (port := int(probe.getsockname()[1])) >= 20000:
+                return port
+
+
+# Where the S3 server of the tests will listen (tests/object_store.py). Ray's workers have the environment of the
+# process that started the cluster, so it is known before the server is there.
+_S3_PORT = free_port()
+
+mark_session()
 # Before any library is imported. A private home for Ray's token: behaviour must not depend on what lies in ~/.ray.
 _HOME = tempfile.mkdtemp(prefix="simmerge-test-home-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
@@ -30,6 +49,8 @@ os.environ.update(
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN="simmerge-ray-tests-0123456789abcdef",
     HOME=_HOME,
+    SIMMERGE_CACHE_DIR=f"{_HOME}/cache",
+    **credentials(_S3_PORT),
     PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # submitted jobs call `python`
 )
 
@@ -51,18 +72,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """No process of Ray, Serve, HAProxy or anything else that the tests started outlives them."""
+    if hasattr(session.config, "workerinput"):
+        return  # the controller looks, when all workers have ended
+    if left := leftovers(os.environ[MARK]):
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line("")
+        for line in left:
+            reporter.write_line(f"left behind by the tests: {line}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 # No test depends on timing: the first call of a compiled loop takes a second.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
-
-
-def free_port() -> int:
-    """A port that is free now, outside the range that Ray gives to its workers (10002-19999)."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            if (port := int(probe.getsockname()[1])) >= 20000:
-                return port
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +103,21 @@ def catalogue(catalogue_path: Path):
     from simmerge_ray.catalogue import load_catalogue
 
     return load_catalogue(catalogue_path)
+
+
+@pytest.fixture(scope="session")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server of the session."""
+    with s3_server(_S3_PORT, tmp_path_factory.mktemp("s3") / "server.log") as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(s3_url: str) -> str:
+    """URI of a new bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    make_bucket(s3_url, name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from simmerge_ray.operators.specs import make_arm, parse_arm
 from simmerge_ray.plans import pair_plan, read_plan, resolve_plan, write_plan
 from simmerge_ray.progress import Narrator
 from simmerge_ray.runs import RunLayout
-from simmerge_ray.storage import Manifest, digest_file, read_json, write_json
+from simmerge_ray.storage import Manifest, Place, digest_file, read_json, write_json
 
 HELD_OUT_PAIR = ("math-strong", "rag-strong")
 # The vocabulary has 150 entries: many positions cost little.
@@ -28,7 +28,7 @@ SIGNALS = SignalsConfig(num_positions=512, num_attention_positions=128)
 
 
 def run_demo(
-    layout: RunLayout,
+    layout: RunLayout[Path],
     narrator: Narrator,
     recipes: Sequence[ExpertRecipe] = EXPERT_RECIPES,
     held_out: tuple[str, str] = HELD_OUT_PAIR,
@@ -54,7 +54,7 @@ def run_demo(
     report_stage(layout, narrator)
 
 
-def _session_if_needed(layout: RunLayout) -> Any:
+def _session_if_needed(layout: RunLayout[Path]) -> Any:
     """One Ray cluster for all stages of a first run; none for a run that finds everything in place."""
     from contextlib import nullcontext
 
@@ -62,7 +62,7 @@ def _session_if_needed(layout: RunLayout) -> Any:
 
 
 def zoo_stage(
-    layout: RunLayout,
+    layout: RunLayout[Path],
     narrator: Narrator,
     recipes: Sequence[ExpertRecipe] = EXPERT_RECIPES,
     num_items: int | None = None,
@@ -85,7 +85,7 @@ def zoo_stage(
         stage.result = f"{num_trained} experts trained, {len(recipes)} in all -> {layout.catalogue}"
 
 
-def pick_stage(layout: RunLayout, narrator: Narrator, pair: tuple[str, str], search: SearchConfig) -> None:
+def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str], search: SearchConfig) -> None:
     """Choose an arm for a pair that has no label, write the merge, and only then measure it and the other arms.
 
     The pick is the selector's safe choice, what `simmerge plan --left --right` says, not the best prediction.
@@ -133,11 +133,11 @@ def pick_stage(layout: RunLayout, narrator: Narrator, pair: tuple[str, str], sea
 
 
 def measure_pick(
-    layout: RunLayout,
+    layout: RunLayout[Path],
     search: SearchConfig,
     plans: Sequence[Any],
     picked: str,
-    merged: Path,
+    merged: Place,
     tasks: dict[str, Task],
     narrator: Narrator,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -200,7 +200,7 @@ def load_and_evaluate(path: str, tasks: dict[str, Task], evaluator: str) -> dict
     }
 
 
-def report_stage(layout: RunLayout, narrator: Narrator) -> None:
+def report_stage(layout: RunLayout[Path], narrator: Narrator) -> None:
     """Write `report.md` and its figures from what the run directory holds."""
     with narrator.stage("report") as stage:
         from simmerge_ray.report import write_report
@@ -208,7 +208,7 @@ def report_stage(layout: RunLayout, narrator: Narrator) -> None:
         stage.result = f"-> {write_report(layout)}"
 
 
-def closing_lines(layout: RunLayout) -> list[str]:
+def closing_lines(layout: RunLayout[Path]) -> list[str]:
     """Where everything lies, and what to try next."""
     pick = read_json(layout.pick / "pick.json")
     left, right = pick["pair"]

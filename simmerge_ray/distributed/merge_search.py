@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,27 @@ from ray.util import metrics
 
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.config import SearchConfig
-from simmerge_ray.distributed.resources import ray_session
+from simmerge_ray.distributed.resources import check_room, offered_resources, ray_session
 from simmerge_ray.errors import EngineError
 from simmerge_ray.evaluation import EvaluationTask, Evaluator
 from simmerge_ray.labels import Infeasible, LabelStore, Measured, Outcome, Stopped
+from simmerge_ray.placement import engine_needs, how_many_fit
 from simmerge_ray.plans import MergePlan, unmerged
 from simmerge_ray.search.estimate import engine_bytes
 from simmerge_ray.search.proposers import GridProposer, OptunaProposer, Proposer
 from simmerge_ray.search.runner import EvaluatorStartError, TrialProgress, TrialRunner, copy_labels
 from simmerge_ray.search.status import SearchStatus
 from simmerge_ray.search.study import Study, Trial, grid_trials, prepare_study
+from simmerge_ray.storage import Place
 
 _log = logging.getLogger(__name__)
 _NO_UTILITY = -1.0  # what Tune is told of a merge without one
 _MAX_FAILURES = 3  # actors that one trial may lose before it counts as infeasible
 # The cluster's fault, not the merge's: no label is written, so that the next run tries again.
-_CLUSTER_FAULTS = ("RuntimeEnvSetupError", "NodeDiedError", "node was terminated", "node has died", "preempted")
+_CLUSTER_FAULTS = (
+    "RuntimeEnvSetupError", "NodeDiedError", "node was terminated", "node has died", "preempted", "StorageError",
+    "AccessError",
+)  # fmt: skip
 
 
 def start_evaluator(study: Study) -> Evaluator:
@@ -329,7 +334,7 @@ def run_search(
     catalogue: Catalogue,
     tasks: Mapping[str, EvaluationTask],
     config: SearchConfig,
-    labels_uri: str | Path,
+    labels_uri: str | Place,
     plans: Sequence[MergePlan] | None = None,
     report: Callable[[SearchStatus], None] | None = None,
 ) -> SearchResult:
@@ -355,35 +360,50 @@ def run_search(
     return SearchResult(store, study, len(labels), status.done, infeasible, status)
 
 
-def trial_resources(config: SearchConfig) -> Any:
+def rank_needs(study: Study, offered: Collection[str] = ()) -> dict[str, float]:
+    """What one rank of an engine needs, by Ray's names.
+
+    Args:
+        offered: names of the resources of the cluster; where its nodes say how large their GPUs are, one that holds
+            the model is asked for.
+    """
+    config = study.config
+    held = engine_bytes(study.template, study.settings.evaluator, study.settings.dtype)
+    return engine_needs(held, config.cpus_per_trial, config.gpus_per_trial, config.tensor_parallel, offered)
+
+
+def trial_resources(study: Study, offered: Collection[str] = ()) -> tune.PlacementGroupFactory:
     """What Tune reserves for an engine: one bundle on one node, or with `executor: ray` a bundle for every rank."""
+    config, needs = study.config, rank_needs(study, offered)
     if config.executor == "ray" and config.tensor_parallel > 1:
-        share = {"GPU": config.gpus_per_trial} if config.gpus_per_trial else {"CPU": config.cpus_per_trial}
+        share = {kind: amount for kind, amount in needs.items() if kind != "CPU" or not config.gpus_per_trial}
         return tune.PlacementGroupFactory([{"CPU": 1}, *[share] * config.tensor_parallel])
-    whole = {"cpu": config.cpus_per_trial * config.tensor_parallel}
-    return whole | ({"gpu": config.gpus_per_trial * config.tensor_parallel} if config.gpus_per_trial else {})
+    whole = {kind: amount * config.tensor_parallel for kind, amount in needs.items()}
+    return tune.PlacementGroupFactory([{kind: amount for kind, amount in whole.items() if amount}])
 
 
 def engines_that_fit(study: Study, resources: Mapping[str, float]) -> int:
-    """How many engines a cluster has room for; at least one, which then waits for its node to come up.
+    """How many engines a cluster has room for now; at least one, which then waits for its node to come up.
 
     Args:
         resources: CPU, GPU and memory (bytes) as Ray names them; memory counts where the engines run on CPUs.
     """
-    config = study.config
-    needs = {
-        "CPU": config.cpus_per_trial * config.tensor_parallel,
-        "GPU": config.gpus_per_trial * config.tensor_parallel,
-    }
-    if not config.gpus_per_trial and "memory" in resources:
-        needs["memory"] = engine_bytes(study.template, study.settings.evaluator, study.settings.dtype)
-    room = [int(resources.get(kind, 0.0) / need + 1e-9) for kind, need in needs.items() if need]
-    return max(1, min([*room, config.concurrency or max(room, default=1)]))
+    whole = {kind: amount * study.config.tensor_parallel for kind, amount in rank_needs(study, resources).items()}
+    room = how_many_fit(whole, resources)
+    return max(1, min(room, study.config.concurrency or room))
+
+
+def num_engines(study: Study, resources: Mapping[str, float]) -> int:
+    """How many engines a search starts: as many as it was told, even where there is no room for them now, since Ray
+    then asks for nodes and the rest goes on without them; else as many as fit."""
+    return study.config.concurrency or engines_that_fit(study, resources)
 
 
 def _run_trials(study: Study, proposer: Proposer, report: Callable[[SearchStatus], None] | None) -> SearchStatus:
     config = study.config
-    concurrency = min(engines_that_fit(study, ray.cluster_resources()), proposer.total)
+    resources = trial_resources(study, offered_resources())
+    check_room(resources.bundles[-1], "an engine")
+    concurrency = min(num_engines(study, ray.cluster_resources()), proposer.total)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files a trial that nothing reads,
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # and complaints without them
@@ -401,7 +421,7 @@ def _run_trials(study: Study, proposer: Proposer, report: Callable[[SearchStatus
         )
     with tempfile.TemporaryDirectory(prefix="simmerge-tune-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(MergeTrial, study=study), trial_resources(config)),
+            tune.with_resources(tune.with_parameters(MergeTrial, study=study), resources),
             tune_config=tune.TuneConfig(
                 search_alg=proposals,
                 scheduler=scheduler,

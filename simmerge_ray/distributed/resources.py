@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from simmerge_ray.errors import ConfigError
+from simmerge_ray.placement import Needs, missing_on
+from simmerge_ray.storage import digest_json
+
+_log = logging.getLogger(__name__)
+_own_cluster = False  # started by this process, so it does not grow
+_POLL_SECONDS = 0.5
+_STORE_VARIABLES = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "FSSPEC_S3_ENDPOINT_URL",
+    "STORAGE_EMULATOR_HOST", "SIMMERGE_STORE_PATIENCE", "SIMMERGE_CACHE_DIR", "SIMMERGE_CACHE_GB",
+)  # fmt: skip
 _OBJECT_STORE_BYTES = 400_000_000  # results are small numbers; the default takes a third of the memory
 
 
@@ -25,11 +39,13 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    global _own_cluster
     if ray.is_initialized():
         yield
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level="warning")
+    _own_cluster = "RAY_ADDRESS" not in os.environ
+    if not _own_cluster:
+        ray.init(log_to_driver=False, logging_level="warning", runtime_env={"env_vars": store_variables()})
     else:
         ray.init(
             address="local",
@@ -43,6 +59,82 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        _own_cluster = False
+
+
+def offered_resources() -> Collection[str]:
+    """Names of the resources that the nodes of the current cluster offer now."""
+    import ray
+
+    return frozenset(ray.cluster_resources())
+
+
+def check_room(needs: Needs, what: str) -> None:
+    """Say, before waiting for it, that no node has room for one actor.
+
+    Raises:
+        ConfigError: and none will, since this process has started the cluster. Another cluster may grow: a warning.
+    """
+    import ray
+
+    missing = missing_on(needs, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if missing is None:
+        return
+    if _own_cluster:
+        raise ConfigError(f"no room for {what}: {missing}")
+    _log.warning("no node has room for %s: %s; waiting for one that has", what, missing)
+
+
+class _Holder:
+    """An actor that is there as long as its job is."""
+
+    def ready(self) -> None:
+        """Answers."""
+
+
+@contextmanager
+def only_job(what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other job of the cluster is at the same output, and keep others waiting, for the time of a block.
+
+    Ray frees the place when the job that holds it ends, however it does. A cluster that this process has started has no
+    other jobs.
+
+    Args:
+        what: URI or path of the output. say: told once, when there is something to wait for.
+    """
+    import ray
+
+    with ray_session():
+        if _own_cluster:
+            yield
+            return
+        options = {"name": f"job {digest_json(what)}", "namespace": "simmerge_ray", "num_cpus": 0, "max_restarts": 0}
+        told = False
+        while True:
+            try:
+                holder = ray.remote(_Holder).options(**options).remote()
+                ray.get(holder.ready.remote())
+                break
+            except ValueError:  # the name is taken
+                if not told:
+                    say(f"another job is at work on {what}; waiting until it ends")
+                told = True
+                time.sleep(_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            ray.kill(holder)
+
+
+def store_variables() -> dict[str, str]:
+    """Where stores and the nodes' caches are, of this process' environment, for workers of a cluster that runs already.
+
+    No credentials: whoever sees the dashboard sees a job's environment, and nodes have roles or secrets of their own.
+    Nothing under `ray job submit`: its workers have the environment of the job.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return {}
+    return {name: os.environ[name] for name in _STORE_VARIABLES if name in os.environ}
 
 
 class ActorPool:
@@ -50,15 +142,18 @@ class ActorPool:
 
     An actor gets work once it has started, two calls at a time, so that it never waits for the driver; actors for which
     the cluster has no room yet hold nothing up. The calls of an actor that died are made again by another, and a new
-    one takes its place.
+    one takes its place. When nothing else waits, a call that has run for long is also given to an idle actor: who
+    answers first counts, so a slow node holds nobody up. Calls must therefore be functions of their payload.
     """
 
-    def __init__(self, spawn: Callable[[], Any], max_losses: int = 3) -> None:
+    def __init__(self, spawn: Callable[[], Any], max_losses: int = 3, patience_s: float = 60.0) -> None:
         """
         Args:
-            spawn: starts one actor. max_losses: how often the actor of one call may die.
+            spawn: starts one actor.
+            max_losses: how often the actor of one call may die; a node that was taken back by its owner is not counted.
+            patience_s: a call is not given a second time before, nor before three times the seconds of a usual call.
         """
-        self._spawn, self._max_losses = spawn, max_losses
+        self._spawn, self._max_losses, self._patience_s = spawn, max_losses, patience_s
         self._actors: dict[int, Any] = {}
         self._ready: set[int] = set()
         self._count = 0
@@ -94,33 +189,40 @@ class ActorPool:
             self._start()
         starting = {self._actors[n].__ray_ready__.remote(): n for n in self._actors if n not in self._ready}
         free = [number for number in self._ready for _ in range(2)]
-        in_flight: dict[Any, tuple[int, int, Any]] = {}
-        lost: list[tuple[int, Any]] = []
+        calls = _Calls(self._actors, method, self._patience_s)
         losses: dict[int, int] = {}
         while True:
             idle = []
             for number in free:
-                taken = lost.pop() if lost else take(number)
+                taken = calls.lost.pop() if calls.lost else take(number)
                 if taken is None:
                     idle.append(number)
-                    continue
-                in_flight[getattr(self._actors[number], method).remote(taken[1])] = (taken[0], number, taken[1])
-            if not in_flight and not lost and (idle or not starting):
+                else:
+                    calls.make(number, *taken)
+            if not calls.open and not calls.lost and (idle or not starting):
                 return
-            done = ray.wait([*in_flight, *starting], num_returns=1)[0][0]
-            is_start = done in starting
-            index, number, payload = (-1, starting.pop(done), None) if is_start else in_flight.pop(done)
-            free = [*idle, *((number, number) if is_start else (number,))]
+            free = calls.give_again(idle)
+            timeout = self._patience_s / 2 if idle and calls.open else None
+            found = ray.wait([*calls.in_flight, *starting], num_returns=1, timeout=timeout)[0]
+            if not found:
+                continue
+            done = found[0]
+            call = calls.in_flight.pop(done, None)
+            number = starting.pop(done) if call is None else call.actor
             try:
                 result = ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, Exception) else error) from None
-            except ray.exceptions.RayActorError:
-                losses[index] = losses.get(index, 0) + 1
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                index = -1 if call is None else call.index
+                losses[index] = losses.get(index, 0) + (not getattr(error, "preempted", False))
                 if losses[index] > self._max_losses:
                     raise
-                if not is_start:
-                    lost.append((index, payload))
+                if call is not None:
+                    calls.lose(call)
+                if isinstance(error, ray.exceptions.ObjectLostError):  # the result was lost, the actor may be alive
+                    free.append(number)
+                    continue
                 free = [other for other in free if other != number]
                 if number in self._actors:  # not yet replaced, for another of its calls
                     del self._actors[number]
@@ -128,12 +230,71 @@ class ActorPool:
                     replacement = self._start()
                     starting[self._actors[replacement].__ray_ready__.remote()] = replacement
                 continue
-            if is_start:
+            if call is None:
                 self._ready.add(number)
-            else:
-                yield index, result
+                free += (number, number)
+                continue
+            free.append(number)
+            if calls.end(call):
+                yield call.index, result
 
     def _start(self) -> int:
         self._actors[self._count] = self._spawn()
         self._count += 1
         return self._count - 1
+
+
+@dataclass(frozen=True)
+class _Call:
+    index: int
+    actor: int
+    payload: Any
+    since: float
+
+
+class _Calls:
+    """Calls of one `ActorPool.drain`. open: how many actors each unfinished one was given to, by its index."""
+
+    def __init__(self, actors: dict[int, Any], method: str, patience_s: float) -> None:
+        self._actors, self._method, self._patience_s = actors, method, patience_s
+        self.in_flight: dict[Any, _Call] = {}
+        self.open: dict[int, int] = {}
+        self.lost: list[tuple[int, Any]] = []
+        self._seconds, self._num_ended = 0.0, 0
+
+    def make(self, actor: int, index: int, payload: Any) -> None:
+        reference = getattr(self._actors[actor], self._method).remote(payload)
+        self.in_flight[reference] = _Call(index, actor, payload, time.monotonic())
+        self.open[index] = self.open.get(index, 0) + 1
+
+    def end(self, call: _Call) -> bool:
+        """Whether it is the first answer to this call."""
+        if call.index not in self.open:
+            return False
+        del self.open[call.index]
+        self._seconds += time.monotonic() - call.since
+        self._num_ended += 1
+        return True
+
+    def lose(self, call: _Call) -> None:
+        """Make it again, unless it was answered, or another actor is at it."""
+        if call.index in self.open:
+            self.open[call.index] -= 1
+            if not self.open[call.index]:
+                del self.open[call.index]
+                self.lost.append((call.index, call.payload))
+
+    def give_again(self, idle: list[int]) -> list[int]:
+        """Give calls that take long to actors that have nothing to do; returns the places that are still free."""
+        idle = list(idle)
+        usual = self._seconds / self._num_ended if self._num_ended else 0.0
+        limit = time.monotonic() - max(self._patience_s, 3 * usual)
+        for call in list(self.in_flight.values()):  # the oldest first
+            if call.since > limit or self.open.get(call.index) != 1:
+                continue
+            actor = next((one for one in idle if one != call.actor and idle.count(one) == 2), None)
+            if actor is None:
+                break
+            idle = [one for one in idle if one != actor] + [actor]
+            self.make(actor, call.index, call.payload)
+        return idle

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -24,14 +23,14 @@ from simmerge_ray.search.estimate import SearchEstimate, estimate
 from simmerge_ray.search.status import SearchStatus
 from simmerge_ray.search.study import Study, prepare_study
 from simmerge_ray.search.summary import Found, found
-from simmerge_ray.storage import Manifest, write_json
+from simmerge_ray.storage import Manifest, Place, write_json
 
 UNCHANGED = "unchanged since the last run"
 FOUND = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
 _NUM_SHOWN = 10
 
 
-def load_search_tasks(tasks_dir: Path | None, config: SearchConfig) -> dict[str, EvaluationTask]:
+def load_search_tasks(tasks_dir: Place | None, config: SearchConfig) -> dict[str, EvaluationTask]:
     """The task files of a directory and the config's tasks of lm-evaluation-harness, items sampled as it says.
 
     Raises:
@@ -68,7 +67,7 @@ def load_search_tasks(tasks_dir: Path | None, config: SearchConfig) -> dict[str,
 
 
 def search_stage(
-    catalogue_path: Path, tasks_dir: Path | None, labels: Path, config: SearchConfig, narrator: Narrator
+    catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig, narrator: Narrator
 ) -> None:
     """Labels that are missing, into the store `labels`, and into its directory `_search` the manifest `search.json`
     and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file.
@@ -116,7 +115,7 @@ def search_bar(narrator: Narrator) -> Iterator[Callable[[SearchStatus], None]]:
         yield lambda status: report(status.done, status.total, status.line)
 
 
-def write_headroom(labels: Path, arms: Sequence[str], out: Path) -> None:
+def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
     """Headroom report of a label store as JSON; where GapClosed is nowhere defined, the reason instead."""
     contexts = pair_contexts(LabelStore(labels).read(), arms)
     content: dict[str, Any]
@@ -127,7 +126,7 @@ def write_headroom(labels: Path, arms: Sequence[str], out: Path) -> None:
     write_json(out, content)
 
 
-def _write_found(study: Study, out: Path, narrator: Narrator) -> None:
+def _write_found(study: Study, out: Place, narrator: Narrator) -> None:
     """`best.json`, the best merge's plan file, and a table of the best merges and checkpoints."""
     merges, singles = found(study)
     if study.space is not None:
@@ -174,7 +173,7 @@ def _table(study: Study, merges: Sequence[Found], singles: Sequence[Found]) -> T
 
 
 def plan_search(
-    catalogue_path: Path, tasks_dir: Path | None, labels: Path, config: SearchConfig
+    catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig
 ) -> tuple[Study, SearchEstimate]:
     """Everything that `search_stage` checks before Ray starts, and what it would take. Reads every checkpoint once.
 

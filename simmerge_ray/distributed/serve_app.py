@@ -34,14 +34,14 @@ from simmerge_ray.service.learner import Learner, LearnerSettings
 from simmerge_ray.service.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
 from simmerge_ray.service.schemas import Decision
 from simmerge_ray.service.standalone import prepare_database
-from simmerge_ray.storage import digest_bytes, write_once
+from simmerge_ray.storage import Place, as_place, digest_bytes, write_once
 
 APP_NAME = "simmerge"
 _TOKENS = "tokens.yaml"
 
 
 class AppArgs(BaseModel):
-    """What `build` needs; paths are absolute and readable on every node.
+    """What `build` needs; paths are absolute and readable on every node. selector, signals and catalogue may be URIs.
 
     tokens: YAML file; without it the environment of the replicas. max_replicas: above num_replicas lets Serve add some
     under load.
@@ -63,13 +63,13 @@ class AppArgs(BaseModel):
     @property
     def settings(self) -> LearnerSettings:
         """Of the replicas."""
-        signals = Path(self.signals)
+        signals = as_place(self.signals)
         return LearnerSettings(
             database=self.database,
             registry=Path(self.registry),
             signals=signals,
-            selector=Path(self.selector),
-            catalogue=Path(self.catalogue) if self.catalogue else None,
+            selector=as_place(self.selector),
+            catalogue=as_place(self.catalogue) if self.catalogue else None,
             signatures=str(signals.parent / "signatures") if self.catalogue else None,
             namespace=self.namespace,
             floor=self.floor,
@@ -119,7 +119,7 @@ class MergeService:
             raise ConfigError("the replicas have no tokens: name a file in `tokens`, or set SIMMERGE_TOKENS for them")
         self._access: Access = access
         self._learner = Learner(args.settings)
-        self._configured: Path | None = None
+        self._configured: Place | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         _log_beside_serve()
@@ -133,7 +133,7 @@ class MergeService:
         """
         if not user_config.get("selector"):
             return
-        selector, before = Path(user_config["selector"]), self._configured
+        selector, before = as_place(user_config["selector"]), self._configured
         if selector != before:
             await self._learner.publish(selector, only_new=before is None)
             self._configured = selector
@@ -260,7 +260,7 @@ def _example(args: AppArgs) -> tuple[str, str]:
     from simmerge_ray.signals.table import read_signal_table
 
     known = read_signal_table(args.signals).checkpoint_ids
-    pairs = read_selector(Path(args.selector)).provenance.get("pairs", ())
+    pairs = read_selector(as_place(args.selector)).provenance.get("pairs", ())
     left, right = next((pair for pair in pairs if set(pair) <= set(known)), known[:2])
     return left, right
 

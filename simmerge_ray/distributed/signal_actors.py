@@ -8,9 +8,12 @@ from typing import Any
 
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.config import SignalsConfig
-from simmerge_ray.distributed.resources import ActorPool, ray_session
+from simmerge_ray.distributed.resources import ActorPool, check_room, offered_resources, ray_session
+from simmerge_ray.placement import Needs, signal_worker_needs
 from simmerge_ray.probes import ProbeSet
 from simmerge_ray.progress import Report
+from simmerge_ray.search.estimate import PROCESS_BYTES
+from simmerge_ray.signals.bounds import bounds
 from simmerge_ray.signals.compute import compute_signals, tokenize_probes
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
@@ -19,21 +22,33 @@ from simmerge_ray.signals.table import SignalTable
 
 @contextmanager
 def ray_executor(
-    catalogue: Catalogue, num_workers: int, gpus_per_worker: float = 0.0, report: Report | None = None
+    catalogue: Catalogue,
+    num_workers: int,
+    gpus_per_worker: float = 0.0,
+    report: Report | None = None,
+    worker_bytes: float = 0.0,
 ) -> Iterator[Executor]:
     """An executor over actors of the current Ray cluster, for the time of a block.
 
     The units of a lost actor are run again by another; they are functions of the files, so the numbers are the same.
+    Every actor reads whole checkpoints: they are spread over the nodes, so that each node's disk and network carry a
+    part, and ask for the bytes that they hold.
 
     Args:
         gpus_per_worker: share of a GPU for each actor; 0 runs on the CPU, one core each.
+        worker_bytes: memory of an actor, on the GPU where it has a share of one.
+
+    Raises:
+        ConfigError: a local cluster has no room for one actor.
     """
     import ray
 
     from simmerge_ray.signals.worker import SignalWorker
 
     device = "cuda" if gpus_per_worker > 0 else "cpu"
-    actor_class = ray.remote(SignalWorker).options(num_cpus=1, num_gpus=gpus_per_worker)
+    needs = signal_worker_needs(worker_bytes, gpus_per_worker, offered_resources())
+    check_room(needs, "a signal worker (memory_per_worker runs a checkpoint in parts)")
+    actor_class = ray.remote(SignalWorker).options(**spread_options(needs))
 
     def spawn() -> Any:
         return actor_class.remote(catalogue.all_refs, catalogue.base, num_threads=1, device=device)
@@ -60,7 +75,12 @@ def compute_signals_on_ray(
 ) -> SignalTable:
     """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit."""
     tokenize_probes(catalogue, probe_sets, signature_spec(config))  # a probe that does not fit, before Ray is started
-    with ray_session(), ray_executor(catalogue, config.num_workers, config.gpus_per_worker, report) as executor:
+    held = bounds(catalogue, signature_spec(config), [1] * len(probe_sets), config.memory_per_worker).worker
+    worker_bytes = held + (0 if config.gpus_per_worker else PROCESS_BYTES["transformers"])
+    with (
+        ray_session(),
+        ray_executor(catalogue, config.num_workers, config.gpus_per_worker, report, worker_bytes) as executor,
+    ):
         return compute_signals(
             catalogue,
             probe_sets,
@@ -70,6 +90,14 @@ def compute_signals_on_ray(
             executor,
             memory_per_worker=config.memory_per_worker,
         )
+
+
+def spread_options(needs: Needs) -> dict[str, Any]:
+    """Options of Ray actors that need so much, one node after the other."""
+    named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {named[kind]: amount for kind, amount in needs.items() if kind in named}
+    custom = {kind: amount for kind, amount in needs.items() if kind not in named}
+    return options | {"resources": custom, "scheduling_strategy": "SPREAD"}
 
 
 def signature_spec(config: SignalsConfig) -> SignatureSpec:

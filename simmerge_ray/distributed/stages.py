@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SignalsConfig, StudyConfig, TrainConfig, load_yaml_leniently
+from simmerge_ray.distributed.resources import only_job
 from simmerge_ray.distributed.search_stage import UNCHANGED, plan_search, search_stage
 from simmerge_ray.errors import ConfigError, InputError, LabelError
 from simmerge_ray.labels import LabelStore
@@ -21,20 +24,21 @@ from simmerge_ray.signals.compute import tokenize_probes
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.signature import SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
-from simmerge_ray.storage import Manifest, digest_file, write_json
+from simmerge_ray.storage import Manifest, Place, digest_file, filled_in_place, is_complete, name_below, write_json
 
 if TYPE_CHECKING:
     from simmerge_ray.labels import LabeledPlan
     from simmerge_ray.selector.dataset import SelectionDataset
     from simmerge_ray.selector.model import Selector
 
+_MANIFEST = "manifest.json"
 _ASSESSMENT_SCHEMA = 3  # changes with what a training writes beside the artifact
 
 
 def signals_stage(
-    catalogue_path: Path,
-    probes: Path | None,
-    out: Path,
+    catalogue_path: Place,
+    probes: Place | None,
+    out: Place,
     config: SignalsConfig,
     narrator: Narrator,
     signatures: str | None = None,
@@ -80,11 +84,11 @@ def signals_stage(
         return table
 
 
-def _probe_sets(probes: Path | None) -> dict[str, ProbeSet]:
+def _probe_sets(probes: Place | None) -> dict[str, ProbeSet]:
     return load_probe_sets(probes) if probes else {GENERAL: general_probe_set()}
 
 
-def figures_stage(table: SignalTable, out: Path, narrator: Narrator) -> None:
+def figures_stage(table: SignalTable, out: Place, narrator: Narrator) -> None:
     """Heat maps of the table in the Parquet file `out`, into the directory beside it with `_figures` in its name."""
     directory = out.with_name(f"{out.stem}_figures")
     with narrator.stage("figures") as stage:
@@ -101,13 +105,13 @@ def figures_stage(table: SignalTable, out: Path, narrator: Narrator) -> None:
 
 
 def train_stage(
-    signals: Path,
-    labels: Path,
-    out: Path,
+    signals: Place,
+    labels: Place,
+    out: Place,
     config: TrainConfig,
     narrator: Narrator,
     arms: Sequence[str] | None = None,
-    crossval: Path | None = None,
+    crossval: Place | None = None,
 ) -> None:
     """Selector artifact `out` from a signal table and a label store; out-of-fold results as JSON `crossval`.
 
@@ -130,8 +134,7 @@ def train_stage(
         inputs = {"signals": digest_file(signals), "labels": store.digest()}
         kept = config.model_dump(mode="json") | {"arms": list(arms or ()), "shortlist": "second_order"}
         manifest = Manifest("train", kept, inputs, _ASSESSMENT_SCHEMA)
-        manifest_path = out / "manifest.json"
-        if manifest.is_current(manifest_path) and (crossval is None or crossval.exists()):
+        if manifest.is_current(out / _MANIFEST) and is_complete(out) and (crossval is None or crossval.exists()):
             stage.result = UNCHANGED
             return
         from simmerge_ray.propagation.second_order import SecondOrder
@@ -150,14 +153,15 @@ def train_stage(
                 content = crossval_report(dataset, config, report)
             write_json(crossval, content)
             shown = f", unseen checkpoints: {_shown_gain(content)}"
-        write_selectors(out, selector, shortlist, dataset)
-        _write_warm_start(out, selector, dataset, read, config)
-        manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
+        with filled_in_place(out) as directory:
+            write_selectors(directory, selector, shortlist, dataset)
+            _write_warm_start(directory, selector, dataset, read, config)
+            manifest.write(directory / _MANIFEST, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
         stage.result = f"{len(dataset.contexts)} contexts, {len(dataset.arms)} arms{shown} -> {out}"
 
 
 def train_dataset_stage(
-    path: Path, out: Path, config: TrainConfig, narrator: Narrator, arms: Sequence[str] | None = None
+    path: Place, out: Place, config: TrainConfig, narrator: Narrator, arms: Sequence[str] | None = None
 ) -> None:
     """Selector artifact `out` from a data set of one base or several (`selector.files`), with its report.
 
@@ -173,12 +177,11 @@ def train_dataset_stage(
 
     files = find_dataset(path)
     with narrator.stage("train") as stage:
-        inputs = {f"signals {one.relative_to(_root(path))}": digest_file(one) for one in files.signals}
-        inputs |= {f"labels {one.relative_to(_root(path))}": LabelStore(one).digest() for one in files.labels}
+        inputs = {f"signals {name_below(one, _root(path))}": digest_file(one) for one in files.signals}
+        inputs |= {f"labels {name_below(one, _root(path))}": LabelStore(one).digest() for one in files.labels}
         kept = config.model_dump(mode="json") | {"arms": sorted(set(arms or ())), "shortlist": "second_order"}
         manifest = Manifest("train", kept, inputs, _ASSESSMENT_SCHEMA)
-        manifest_path = out / "manifest.json"
-        if manifest.is_current(manifest_path) and (out / "report.md").exists():
+        if manifest.is_current(out / _MANIFEST) and is_complete(out) and (out / "report.md").exists():
             stage.result = UNCHANGED
             return
         from simmerge_ray.propagation.bound import Bound
@@ -197,11 +200,12 @@ def train_dataset_stage(
         with narrator.bar("splits and ablations") as report:
             content = assess(dataset, config, loaded.base_of, report, columns)
         content["unused"] = list(loaded.unused)
-        write_selectors(out, selector, shortlist, dataset)
-        _write_warm_start(out, selector, dataset, loaded.labels, config)
-        write_json(out / "assessment.json", content)
-        report_path = write_selector_report(content, out)
-        manifest.write(manifest_path, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
+        with filled_in_place(out) as directory:
+            write_selectors(directory, selector, shortlist, dataset)
+            _write_warm_start(directory, selector, dataset, loaded.labels, config)
+            write_json(directory / "assessment.json", content)
+            report_path = out / write_selector_report(content, directory).name
+            manifest.write(directory / _MANIFEST, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
         main = content["splits"][content["headline"]]
         stage.result = (
             f"{len(dataset.contexts)} contexts, {len(content['bases'])} bases, {len(dataset.arms)} arms, "
@@ -220,7 +224,7 @@ def _write_warm_start(
         write_warm_start(out, warm)
 
 
-def _root(path: Path) -> Path:
+def _root(path: Place) -> Place:
     return path if path.is_dir() else path.parent
 
 
@@ -256,7 +260,7 @@ def check_study(config: StudyConfig) -> tuple[Study, SearchEstimate]:
     return planned
 
 
-def load_study(path: Path) -> tuple[StudyConfig, Study, SearchEstimate]:
+def load_study(path: Place) -> tuple[StudyConfig, Study, SearchEstimate]:
     """Read a study file and check it and everything that it names.
 
     Raises:
@@ -274,8 +278,11 @@ def load_study(path: Path) -> tuple[StudyConfig, Study, SearchEstimate]:
     return config, *planned
 
 
-def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> Path:
+def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> Place:
     """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`. Returns the output directory."""
-    signals_stage(config.catalogue, config.probes, config.out / "signals" / "pairs.parquet", config.signals, narrator)
-    search_stage(config.catalogue, config.tasks, config.out / "labels", config.search, narrator)
+    # Alone in its cluster: another submission of the same job waits, and then finds everything in place.
+    with only_job(str(config.out), narrator.say) if "RAY_ADDRESS" in os.environ else nullcontext():
+        signals = config.out / "signals" / "pairs.parquet"
+        signals_stage(config.catalogue, config.probes, signals, config.signals, narrator)
+        search_stage(config.catalogue, config.tasks, config.out / "labels", config.search, narrator)
     return config.out

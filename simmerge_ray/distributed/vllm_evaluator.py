@@ -13,15 +13,16 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 
-from simmerge_ray.checkpoints import CheckpointRef
-from simmerge_ray.errors import CheckpointError, ConfigError, EngineError, unknown_name
+from simmerge_ray.checkpoints import CheckpointRef, local_files
+from simmerge_ray.errors import CheckpointError, ConfigError, EngineError, StorageError, unknown_name
 from simmerge_ray.evaluation import LogLikelihood, TokenPair, cut
 from simmerge_ray.plans import ResolvedPlan
+from simmerge_ray.storage import RemotePath
 
 # Read by vLLM when it is imported or when an engine starts.
 _ENGINE_ENVIRONMENT = {
@@ -78,6 +79,8 @@ class VllmEvaluator:
         gpu_memory_utilization: float | None = None,
     ) -> None:
         self._engine: Any = None
+        self._processes: list[Any] = []
+        self._files = ExitStack()  # vLLM loads the first weights itself: the one checkpoint that is copied whole
         self._broken: str | None = None
         self._dtype = dtype
         self.max_model_len = max_model_len
@@ -88,6 +91,11 @@ class VllmEvaluator:
             raise ConfigError(f"tensor_parallel_size {tensor_parallel_size} does not fit the executor {executor!r}")
         for key, value in _ENGINE_ENVIRONMENT.items():
             os.environ.setdefault(key, value)
+        if executor == "ray" and isinstance(template.path, RemotePath):
+            raise ConfigError(
+                f"checkpoint {template.id!r} is {template.path}: an engine over several nodes (executor: ray) loads "
+                "its first weights on every node itself; use executor: mp, or a filesystem that all nodes see"
+            )
         threads = _thread_binding(tensor_parallel_size)
         with _environment(_THREADS, threads):
             from vllm import LLM
@@ -100,7 +108,7 @@ class VllmEvaluator:
             before = set(multiprocessing.active_children())
             try:
                 self._engine = LLM(
-                    model=str(template.path),
+                    model=str(self._files.enter_context(local_files(template, weights=True))),
                     dtype=dtype,
                     enforce_eager=True,
                     max_model_len=max_model_len,
@@ -120,6 +128,9 @@ class VllmEvaluator:
                 # The base of a LoRA checkpoint is what vLLM has loaded.
                 plain = CheckpointRef(template.id, template.path)
                 unknown = self._engine.collective_rpc(_START, args=(plain,))[0]
+            except StorageError:
+                self.close()
+                raise
             except Exception as error:  # vLLM raises what it likes
                 traceback.clear_frames(error.__traceback__)  # they hold the half-made engine
                 self._processes = [child for child in multiprocessing.active_children() if child not in before]
@@ -231,6 +242,7 @@ class VllmEvaluator:
         gc.collect()
         _end(self._processes)
         self._processes = []
+        self._files.close()
 
     def _run(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Any]:
         from vllm import SamplingParams

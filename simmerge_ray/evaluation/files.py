@@ -10,8 +10,7 @@ optional. `metric` and `max_new_tokens` may stand in the items instead, the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,7 +19,7 @@ from simmerge_ray.config import check_config
 from simmerge_ray.errors import ConfigError, TaskError, unknown_name
 from simmerge_ray.evaluation.metrics import CHOICE_METRICS, METRICS
 from simmerge_ray.evaluation.tasks import Item, Task
-from simmerge_ray.storage import read_jsonl
+from simmerge_ray.storage import Place, list_places, read_jsonl
 
 _ITEM_KEYS = ("prompt", "target", "choices", "metric", "max_new_tokens")
 
@@ -42,7 +41,7 @@ class _Settings(BaseModel):
     separator: str = "\n\n"
 
 
-def load_task(path: Path) -> Task:
+def load_task(path: Place) -> Task:
     """Read one task file.
 
     Raises:
@@ -105,19 +104,19 @@ def _item_problems(row: Mapping[str, Any], settings: dict[str, Any]) -> list[str
     return problems
 
 
-def load_tasks(directory: Path) -> dict[str, Task]:
+def load_tasks(directory: Place) -> dict[str, Task]:
     """All `<task>.jsonl` files of a directory, by task.
 
     Raises:
         TaskError: there is none, or some are malformed, with every problem of all of them.
     """
-    paths = sorted(directory.glob("*.jsonl"))
+    paths = list_places(directory, "*.jsonl")
     if not paths:
         raise TaskError(f"{directory} holds no <task>.jsonl task files")
     return _all_or_problems(paths, load_task)
 
 
-def _all_or_problems(paths: list[Path], load: Callable[[Path], Task]) -> dict[str, Task]:
+def _all_or_problems(paths: Sequence[Place], load: Callable[[Place], Task]) -> dict[str, Task]:
     tasks, problems = {}, []
     for path in paths:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from simmerge_ray.operators.gradients import Scalar, gradient_value
+from simmerge_ray.storage import Place, place_in
 
 # mergekit's names of dtypes, and how safetensors names them.
 DTYPE_NAMES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -26,7 +27,7 @@ class ModelName:
     revision: str | None = None
     adapter: str | None = None
     adapter_revision: str | None = None
-    directory: Path = field(default=Path(), compare=False)
+    directory: Place = field(default=Path(), compare=False)
 
     @property
     def id(self) -> str:
@@ -37,17 +38,17 @@ class ModelName:
         return f"{text}+{self.adapter}" + (f"@{self.adapter_revision}" if self.adapter_revision else "")
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """Where the model lies if it is a local directory."""
-        return self.directory / self.model
+        return place_in(self.directory, self.model)
 
     @property
-    def adapter_path(self) -> Path | None:
+    def adapter_path(self) -> Place | None:
         """Where the LoRA adapter lies if it is a local directory."""
-        return None if self.adapter is None else self.directory / self.adapter
+        return None if self.adapter is None else place_in(self.directory, self.adapter)
 
 
-def parse_model_name(text: str, directory: Path = Path()) -> ModelName:
+def parse_model_name(text: str, directory: Place = Path()) -> ModelName:
     """`model[@revision][+adapter[@revision]]` -> ModelName.
 
     Raises:

@@ -6,7 +6,6 @@ import difflib
 import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,6 +25,7 @@ from simmerge_ray.mergekit_format.documents import (
 )
 from simmerge_ray.mergekit_format.methods import IGNORED_PARAMETERS, METHODS, Kind, Method
 from simmerge_ray.operators.specs import OPERATOR_SPECS
+from simmerge_ray.storage import Place
 
 _DOCUMENT_KEYS = (
     "name", "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -40,7 +40,7 @@ _UNION = "union is not supported; choose models with the same vocabulary, or res
 _SHOWN_PROBLEMS = 40
 
 
-def read_mergekit(text: str, directory: Path) -> tuple[MergekitDocument, ...]:
+def read_mergekit(text: str, directory: Place) -> tuple[MergekitDocument, ...]:
     """Parse one or several documents; relative paths start at `directory`.
 
     A document may name others as models. They come in an order in which each stands after those that it names; the
@@ -135,7 +135,7 @@ def _shown(value: object) -> str:
 class _Reader:
     """Reads one document; what is wrong goes to `problems`, and a harmless value takes its place."""
 
-    def __init__(self, directory: Path, problems: list[str], root: str) -> None:
+    def __init__(self, directory: Place, problems: list[str], root: str) -> None:
         self._directory = directory
         self._problems = problems
         self._root = root

@@ -18,6 +18,7 @@ from simmerge_ray.merging.global_trims import global_steps
 from simmerge_ray.merging.layout import plan_layout
 from simmerge_ray.merging.write import MergeResult, Progress, Runner, check_target, default_threads, write_graph
 from simmerge_ray.plans import ResolvedPlan, read_plan, write_plan
+from simmerge_ray.storage import Place
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -27,7 +28,7 @@ class MergeRequest:
     """A merge that was asked for: its graph, the target, and (for a plan of ours) the plan with its predictions."""
 
     graph: MergeGraph
-    out: Path
+    out: Place
     resolved: ResolvedPlan | None = None
     predicted: Mapping[str, Any] | None = None
 
@@ -82,7 +83,7 @@ class MergeRequest:
         return lines
 
 
-def read_request(file: Path, out: Path) -> MergeRequest:
+def read_request(file: Place, out: Place) -> MergeRequest:
     """Read a plan file and check everything that headers show.
 
     Raises:

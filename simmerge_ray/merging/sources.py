@@ -1,12 +1,13 @@
-"""Ranges of tensors read into reused buffers, as float32: plain reads, not page faults on a memory map."""
+"""Ranges of tensors read into reused buffers, as float32: plain reads, not page faults on a memory map.
+
+Of a checkpoint in a store only what is asked for is read, block by block through the node's cache.
+"""
 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from simmerge_ray.checkpoints import CheckpointRef, TensorSpec, read_headers
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.merge_graph import DTYPE_BYTES
 from simmerge_ray.merging import kernels
+from simmerge_ray.storage import Place, RangeReader, open_ranges
 
 # bfloat16 has no numpy type: its bits are read as uint16.
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -32,12 +34,12 @@ class TensorSource:
         self._ref = ref
         self.specs = read_headers(ref)
         self._adapter = LoraAdapter(ref, self.specs) if ref.adapter is not None else None
-        self._files: dict[Path, int] = {}
+        self._files: dict[Place, RangeReader] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        for reader in self._files.values():
+            reader.close()
         self._files.clear()
 
     def read_raw(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -47,20 +49,16 @@ class TensorSource:
             out: bytes to read into; the result is a view of it.
 
         Raises:
-            CheckpointError: the file ends early or cannot be read.
+            CheckpointError: the file ends early or cannot be read. StorageError: a store does not answer, or refuses.
         """
         spec = self.specs[name]
         size = DTYPE_BYTES[spec.dtype]
         num_bytes = (stop - start) * size
         buffer = np.empty(num_bytes, dtype=np.uint8) if out is None else out[:num_bytes]
-        view, offset, done = memoryview(buffer.data), spec.begin + start * size, 0
         try:
-            descriptor = self._descriptor(spec)
-            while done < num_bytes:
-                got = os.preadv(descriptor, [view[done:]], offset + done)
-                if got == 0:
-                    raise CheckpointError(f"checkpoint {self._ref.id!r}: {spec.file} ends inside tensor {name}")
-                done += got
+            done = self._reader(spec).read_into(spec.begin + start * size, memoryview(buffer.data), spec.end)
+            if done < num_bytes:
+                raise CheckpointError(f"checkpoint {self._ref.id!r}: {spec.file} ends inside tensor {name}")
         except OSError as error:
             raise CheckpointError(f"checkpoint {self._ref.id!r}: cannot read {spec.file}: {error.strerror}") from None
         return buffer.view(NUMPY_DTYPES[spec.dtype])
@@ -92,8 +90,8 @@ class TensorSource:
             return raw
         return self.read_float32(name, 0, count, raw.view(np.uint8), np.empty(count, dtype=np.float32))
 
-    def _descriptor(self, spec: TensorSpec) -> int:
+    def _reader(self, spec: TensorSpec) -> RangeReader:
         with self._lock:
             if spec.file not in self._files:
-                self._files[spec.file] = os.open(spec.file, os.O_RDONLY)
+                self._files[spec.file] = open_ranges(spec.file)
             return self._files[spec.file]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,14 +29,23 @@ from simmerge_ray.merging.card import model_card
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.compute import Computer, Seeds, TensorReport
 from simmerge_ray.merging.global_trims import global_steps, resolve_global_trims
-from simmerge_ray.merging.layout import MAX_SHARD_BYTES, Layout, Placement, plan_layout, preallocate
+from simmerge_ray.merging.layout import MAX_SHARD_BYTES, Layout, Placement, Shard, plan_layout, preallocate
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.plans import ResolvedPlan, write_plan
-from simmerge_ray.storage import Manifest, digest_json, publish_directory, write_json
+from simmerge_ray.storage import (
+    Manifest,
+    Place,
+    RemotePath,
+    digest_json,
+    file_names,
+    list_places,
+    publish_directory,
+    write_json,
+)
 
 PLAN_FILE = "simmerge_plan.json"
 MANIFEST_FILE = "simmerge_manifest.json"
-_STATE_FILE = "merge.state.json"
+STATE_FILE = "merge.state.json"
 JOURNAL = "merge.journal"
 _PROGRESS_BYTES = 1 << 23
 _COPIED_FILES = (
@@ -45,8 +54,28 @@ _COPIED_FILES = (
 )  # fmt: skip
 
 Progress = Callable[[int, int], None]
-# Makes the tensors that are missing in a partial directory: (graph, directory, placements, progress, bytes in all).
-Runner = Callable[[MergeGraph, Path, Sequence[Placement], Progress | None, int], None]
+
+
+class Runner(Protocol):
+    """Makes tensors elsewhere than in threads of this process."""
+
+    def __call__(
+        self, graph: MergeGraph, partial: Path, placements: Sequence[Placement], progress: Progress | None, total: int
+    ) -> None:
+        """Make the tensors that are missing in a directory which every worker sees."""
+
+    def make_files(
+        self, graph: MergeGraph, files: Sequence[FileOfMerge], out: RemotePath, progress: Progress | None, total: int
+    ) -> dict[str, TensorReport]:
+        """Make whole files in a store (`to_store.make_file`); reports of their tensors by name."""
+
+
+@dataclass(frozen=True)
+class FileOfMerge:
+    """A weight file of the result and the tensors in it."""
+
+    shard: Shard
+    placements: tuple[Placement, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +86,7 @@ class MergeResult:
     fell_back: for every SLERP step (from 1) the tensors on which it was the linear average.
     """
 
-    path: Path
+    path: Place
     num_bytes: int
     num_resumed: int
     not_finite: tuple[str, ...]
@@ -81,7 +110,7 @@ class MergeResult:
 
 def write_merge(
     resolved: ResolvedPlan,
-    out: Path,
+    out: Place,
     predicted: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -104,7 +133,7 @@ def write_merge(
 
 def write_graph(
     graph: MergeGraph,
-    out: Path,
+    out: Place,
     predicted: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -115,8 +144,9 @@ def write_graph(
 ) -> MergeResult:
     """Write the merge of a graph into the directory `out`, which appears under its name only when complete.
 
-    Until then it is a hidden sibling. After Ctrl-C, a kill or a lost worker the next call with the same graph and
-    unchanged inputs goes on where it stopped; after an error of the list below nothing is left.
+    Until then it is a hidden sibling; in a store, objects without a `config.json` (see `to_store`). After Ctrl-C, a
+    kill or a lost worker the next call with the same graph and unchanged inputs goes on where it stopped; after an
+    error of the list below nothing is left.
 
     Args:
         predicted: utilities by task for the model card. progress: called with (bytes done, bytes in all).
@@ -130,6 +160,10 @@ def write_graph(
     """
     check_target(out)
     global_steps(graph)
+    if isinstance(out, RemotePath):
+        from simmerge_ray.merging.to_store import write_to_store
+
+        return write_to_store(graph, out, predicted, progress, max_shard_bytes, num_threads, strict, finish, runner)
     started = time.monotonic()
     layout = plan_layout(graph.outputs, max_shard_bytes)
     inputs = {key: checkpoint_fingerprint(ref) for key, ref in graph.checkpoints.items()}
@@ -145,30 +179,30 @@ def write_graph(
                 runner(trimmed, partial, missing, progress, graph.num_bytes)
             else:
                 write_tensors(trimmed, partial, missing, JOURNAL, progress, num_threads, graph.num_bytes)
-        result = _result(out, layout, read_journals(partial), num_resumed)
+        result = result_of(out, layout, read_journals(partial), num_resumed)
         if strict and result.not_finite:
             raise CheckpointError(f"the merge holds NaN or infinity in {', '.join(result.not_finite[:5])}")
-        _finish(graph, partial, layout, result, inputs, predicted, time.monotonic() - started)
+        write_beside(graph, partial, layout, result, inputs, predicted, time.monotonic() - started)
         if finish:
             finish(partial)
         _publish(partial, out)
     return result
 
 
-def check_target(out: Path) -> None:
+def check_target(out: Place) -> None:
     """Refuse a target that is not ours to replace.
 
     Raises:
         OutputError: it exists and no merge of ours lies there.
     """
-    if out.exists() and not ((out / PLAN_FILE).exists() or (out / MANIFEST_FILE).exists()):
+    if out.exists() and not any((out / name).exists() for name in (PLAN_FILE, MANIFEST_FILE, STATE_FILE)):
         raise OutputError(f"{out} exists and is not a merge made by simmerge; choose another directory or remove it")
 
 
-def read_journals(partial: Path) -> dict[str, TensorReport]:
+def read_journals(partial: Place) -> dict[str, TensorReport]:
     """Finished tensors of an unfinished merge. A line cut off by a kill does not count."""
     found = {}
-    for journal in sorted(partial.glob(f"{JOURNAL}*")):
+    for journal in list_places(partial, f"{JOURNAL}*"):
         for line in journal.read_bytes().split(b"\n")[:-1]:
             entry = json.loads(line)
             found[entry["name"]] = TensorReport(entry["name"], entry["not_finite"], tuple(entry["fell_back"]))
@@ -324,7 +358,7 @@ def _partial_directory(graph: MergeGraph, out: Path, layout: Layout, inputs: Map
                 _empty(partial)
                 _check_space(partial, layout)
                 preallocate(partial, layout)
-                write_json(partial / _STATE_FILE, state)
+                write_json(partial / STATE_FILE, state)
             yield partial
         except InputError:
             shutil.rmtree(partial, ignore_errors=True)  # the same call would fail again
@@ -358,7 +392,7 @@ def _empty(directory: Path) -> None:
 
 def _is_state(partial: Path, state: Mapping[str, Any]) -> bool:
     try:
-        found = json.loads((partial / _STATE_FILE).read_text())
+        found = json.loads((partial / STATE_FILE).read_text())
     except (OSError, ValueError):
         return False
     sizes = state["files"]
@@ -382,7 +416,7 @@ def _check_space(partial: Path, layout: Layout) -> None:
         )
 
 
-def _result(out: Path, layout: Layout, reports: Mapping[str, TensorReport], num_resumed: int) -> MergeResult:
+def result_of(out: Place, layout: Layout, reports: Mapping[str, TensorReport], num_resumed: int) -> MergeResult:
     steps = sorted({step for report in reports.values() for step in report.fell_back})
     fell_back = {step: tuple(sorted(r.name for r in reports.values() if step in r.fell_back)) for step in steps}
     not_finite = tuple(sorted(report.name for report in reports.values() if report.not_finite))
@@ -390,7 +424,7 @@ def _result(out: Path, layout: Layout, reports: Mapping[str, TensorReport], num_
     return MergeResult(out, num_bytes, num_resumed, not_finite, fell_back, len(reports))
 
 
-def _finish(
+def write_beside(
     graph: MergeGraph,
     partial: Path,
     layout: Layout,
@@ -404,9 +438,8 @@ def _finish(
         (partial / "model.safetensors.index.json").write_text(index)
     write_json(partial / "config.json", dict(graph.config))
     origin = graph.checkpoints[graph.tokenizer_from].path
-    for name in _COPIED_FILES:
-        if (origin / name).exists():
-            shutil.copyfile(origin / name, partial / name)
+    for name in sorted((file_names(origin) or set()).intersection(_COPIED_FILES)):
+        (partial / name).write_bytes((origin / name).read_bytes())
     (partial / "README.md").write_text(model_card(graph, predicted, result.not_finite))
     if graph.mergekit is not None:
         (partial / "mergekit_config.yml").write_text(graph.mergekit)
@@ -422,6 +455,6 @@ def _finish(
 def _publish(partial: Path, out: Path) -> None:
     """Rename. Safe against any end of this process; like its peers it does not wait for the disk (a crash of the
     machine within seconds may lose what a new merge makes again)."""
-    for name in (_STATE_FILE, *(path.name for path in partial.glob(f"{JOURNAL}*"))):
+    for name in (STATE_FILE, *(path.name for path in partial.glob(f"{JOURNAL}*"))):
         (partial / name).unlink(missing_ok=True)
     publish_directory(partial, out)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from simmerge_ray.catalogue import Catalogue
-from simmerge_ray.checkpoints import CheckpointRef
+from simmerge_ray.checkpoints import CheckpointRef, local_files
 from simmerge_ray.merge_graph import FLOAT_DTYPES, Apply, Node
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.compute import Computer, Seeds
@@ -93,7 +93,8 @@ def model_of(tensors: Tensors, like: CheckpointRef, name: str) -> Any:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    config = AutoConfig.from_pretrained(like.path, local_files_only=True)
+    with local_files(like) as directory:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=dict(tensors), dtype=torch.float32, attn_implementation="eager"
     )

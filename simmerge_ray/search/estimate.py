@@ -14,7 +14,7 @@ from simmerge_ray.search.study import Study
 
 # Measured on CPU with vLLM 0.32 (benchmarks/README.md): what an engine's process holds besides weights. Its libraries
 # and compiled loops, and the key-value cache that the engine is given.
-_PROCESS_BYTES = {"vllm": 1_300_000_000, "transformers": 700_000_000}
+PROCESS_BYTES = {"vllm": 1_300_000_000, "transformers": 700_000_000}
 _CACHE_BYTES = {"vllm": 1 << 30, "transformers": 0}
 _START_SECONDS = {"vllm": 30.0, "transformers": 12.0}
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -49,8 +49,12 @@ class SearchEstimate:
 def engine_bytes(template: CheckpointRef, evaluator: str, dtype: str) -> int:
     """Memory of one engine: its process, key-value cache, and the weights twice (a swap holds a merged tensor, and the
     CPU engine its packed matrices beside what they were packed from while it loads)."""
-    elements = sum(math.prod(spec.shape) for spec in read_headers(template).values())
-    return _PROCESS_BYTES[evaluator] + _CACHE_BYTES[evaluator] + 2 * elements * _DTYPE_BYTES[dtype]
+    return engine_bytes_of(sum(math.prod(spec.shape) for spec in read_headers(template).values()), evaluator, dtype)
+
+
+def engine_bytes_of(num_parameters: float, evaluator: str, dtype: str) -> int:
+    """The same for so many parameters."""
+    return int(PROCESS_BYTES[evaluator] + _CACHE_BYTES[evaluator] + 2 * num_parameters * _DTYPE_BYTES[dtype])
 
 
 def estimate(study: Study, num_trials: int, engines: int) -> SearchEstimate:

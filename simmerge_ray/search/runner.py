@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simmerge_ray.checkpoints import check_compatible
-from simmerge_ray.errors import CheckpointError, EngineError
+from simmerge_ray.errors import CheckpointError, EngineError, StorageError
 from simmerge_ray.evaluation import Evaluator, shards
 from simmerge_ray.labels import Infeasible, LabelStore, Measured, Outcome
 from simmerge_ray.merging.fallbacks import linear_form
@@ -101,6 +101,8 @@ class TrialRunner:
                     evaluator.load(self._resolved)
                     self._loaded = True
                 return self._evaluate(evaluator, trial)
+            except StorageError:
+                raise  # the store's fault, not the merge's: no label
             except CheckpointError as error:
                 return self._infeasible(trial, str(error))
             except (EngineError, RuntimeError, ValueError, MemoryError) as error:
@@ -159,6 +161,8 @@ class TrialRunner:
         if self._evaluator is None:
             try:
                 self._evaluator = self._start(self._study)
+            except StorageError:
+                raise
             except Exception as error:  # whatever the engine raises: without it no trial can be measured
                 _log.exception("the evaluator did not start")
                 raise EvaluatorStartError(f"{type(error).__name__}: {error}") from error

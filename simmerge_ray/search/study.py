@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from simmerge_ray.catalogue import Catalogue
-from simmerge_ray.checkpoints import CheckpointRef, read_config
+from simmerge_ray.checkpoints import CheckpointRef, local_files, read_config
 from simmerge_ray.config import SearchConfig
 from simmerge_ray.errors import ConfigError, InputError, LabelError, TaskError, unknown_name
 from simmerge_ray.evaluation import EvaluationTask
@@ -246,7 +246,8 @@ def check_lengths(tasks: Mapping[str, EvaluationTask], catalogue: Catalogue, max
     from transformers import AutoTokenizer
 
     template = catalogue.base or catalogue.checkpoints[0]
-    tokenizer = AutoTokenizer.from_pretrained(template.path, local_files_only=True)
+    with local_files(template) as directory:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     problems = []
     for name, task in tasks.items():
         try:

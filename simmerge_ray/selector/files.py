@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from simmerge_ray.errors import ConfigError, LabelError, unknown_name
 from simmerge_ray.labels import LabeledPlan, LabelStore, measures_arm
 from simmerge_ray.selector.dataset import SelectionDataset, build_dataset, common_arms, join_datasets
 from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.storage import Place, list_places
 
 _PAIRS = "pairs.parquet"
 
@@ -26,8 +26,8 @@ _PAIRS = "pairs.parquet"
 class DatasetFiles:
     """signals: tables. labels: stores, or one file of labels."""
 
-    signals: tuple[Path, ...]
-    labels: tuple[Path, ...]
+    signals: tuple[Place, ...]
+    labels: tuple[Place, ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LoadedDataset:
     unused: tuple[str, ...]
 
 
-def find_dataset(path: Path) -> DatasetFiles:
+def find_dataset(path: Place) -> DatasetFiles:
     """The files of one of the three forms.
 
     Raises:
@@ -52,14 +52,14 @@ def find_dataset(path: Path) -> DatasetFiles:
     if path.is_dir() and (path / "labels.parquet").is_file():
         path /= "labels.parquet"
     if path.is_file():
-        tables = sorted((path.parent / "signals").glob("*.parquet"))
+        tables = list_places(path.parent / "signals", "*.parquet")
         if path.suffix != ".parquet" or not tables:
             raise ConfigError(f"{path} is no file of labels (Parquet) with tables in {path.parent}/signals/*.parquet")
         return DatasetFiles(tuple(tables), (path,))
     signals, labels = path / "signals", path / "labels"
     if (signals / _PAIRS).is_file() and labels.is_dir():
         return DatasetFiles((signals / _PAIRS,), (labels,))
-    parts = sorted(one for one in labels.iterdir() if one.is_dir()) if labels.is_dir() else []
+    parts = sorted((one for one in labels.iterdir() if one.is_dir()), key=str) if labels.is_dir() else []
     if not parts:
         raise ConfigError(
             f"{path} holds no data set: neither signals/{_PAIRS} and labels/, nor signals/PART/{_PAIRS} and "
@@ -67,7 +67,7 @@ def find_dataset(path: Path) -> DatasetFiles:
         )
     if lacking := [one.name for one in parts if not (signals / one.name / _PAIRS).is_file()]:
         raise LabelError(f"labels of {', '.join(lacking)} have no signals/PART/{_PAIRS} in {path}; compute these first")
-    return DatasetFiles(tuple(sorted(signals.glob(f"*/{_PAIRS}"))), tuple(parts))
+    return DatasetFiles(tuple(list_places(signals, f"*/{_PAIRS}")), tuple(parts))
 
 
 def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> LoadedDataset:
@@ -131,7 +131,7 @@ def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> Load
     )
 
 
-def _base_name(table: SignalTable, path: Path) -> str:
+def _base_name(table: SignalTable, path: Place) -> str:
     """Of its base; a table made without one stands for itself."""
     name = table.provenance.get("base")
     return str(name) if name is not None else str(path.parent.name if path.name == _PAIRS else path.stem)

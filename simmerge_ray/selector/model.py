@@ -23,7 +23,7 @@ from simmerge_ray.selector.policy import Choice, Intervals, SafeOverride, explai
 from simmerge_ray.selector.predictors import PREDICTORS, MlpPredictor, Network, Predictor
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.table import SignalTable
-from simmerge_ray.storage import digest_json, new_directory, versions, write_json
+from simmerge_ray.storage import Place, digest_json, local_directory, new_directory, versions, write_json
 
 SELECTOR_SCHEMA = 2
 _WEIGHTS = "selector.safetensors"
@@ -219,7 +219,7 @@ class Selector:
                 f"compute it with --weights {trained}"
             )
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Place) -> None:
         """Write the artifact directory, whole or not at all."""
         from safetensors.numpy import save_file
 
@@ -251,34 +251,43 @@ class Selector:
             )
 
 
-def read_selector(path: Path) -> Selector:
+def read_selector(path: Place) -> Selector:
     """Load an artifact.
 
     Raises:
         SelectorError: missing, damaged, or of another schema, saying what differs.
     """
+    try:
+        with local_directory(path) as directory:
+            return _read_selector(path, directory)
+    except FileNotFoundError:
+        raise SelectorError(f"no selector at {path}; `simmerge train` makes one") from None
+
+
+def _read_selector(named: Place, path: Path) -> Selector:
+    """As `read_selector`; `named` is what the user calls the directory `path`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         description = json.loads((path / _DESCRIPTION).read_text())
     except OSError:
-        raise SelectorError(f"no selector at {path}; `simmerge train` makes one") from None
+        raise SelectorError(f"no selector at {named}; `simmerge train` makes one") from None
     except ValueError:
-        raise SelectorError(f"{path / _DESCRIPTION} is not JSON") from None
+        raise SelectorError(f"{named / _DESCRIPTION} is not JSON") from None
     if not isinstance(description, dict):
-        raise SelectorError(f"{path / _DESCRIPTION} is not a JSON object")
+        raise SelectorError(f"{named / _DESCRIPTION} is not a JSON object")
     for key, expected in (("schema", SELECTOR_SCHEMA), ("feature_schema", FEATURE_SCHEMA)):
         if description.get(key) != expected:
             raise SelectorError(
-                f"selector {path}: {key} is {description.get(key)}, this version reads {expected}; train it again"
+                f"selector {named}: {key} is {description.get(key)}, this version reads {expected}; train it again"
             )
     if description.get("model") not in PREDICTORS:
-        raise SelectorError(f"selector {path}: model is {description.get('model')}; known: {', '.join(PREDICTORS)}")
+        raise SelectorError(f"selector {named}: model is {description.get('model')}; known: {', '.join(PREDICTORS)}")
     try:
         return _checked(_from_artifact(description, load_file(str(path / _WEIGHTS))))
     except (OSError, KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
-        raise SelectorError(f"selector {path} is damaged: {error}; train it again") from None
+        raise SelectorError(f"selector {named} is damaged: {error}; train it again") from None
 
 
 def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Selector:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.plans import resolve_plan, write_plan
-from simmerge_ray.storage import write_json
+from simmerge_ray.storage import Place, write_json
 
 if TYPE_CHECKING:
     from simmerge_ray.selector.dataset import SelectionDataset
@@ -24,7 +24,7 @@ def default_selector() -> Path:
     return Path(str(files("simmerge_ray"))) / "data" / "default_selector"
 
 
-def write_selectors(out: Path, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:
+def write_selectors(out: Place, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:
     """What `simmerge plan` and the service read: a selector, beside it that of the shortlist and the parents."""
     from simmerge_ray.selector.dataset import parent_utilities
 
@@ -33,7 +33,7 @@ def write_selectors(out: Path, selector: Selector, shortlist: Selector, dataset:
     write_json(out / PARENTS, parent_utilities(dataset))
 
 
-def write_plans(directory: Path, ranking: Ranking, catalogue: Catalogue) -> list[Path]:
+def write_plans(directory: Place, ranking: Ranking, catalogue: Catalogue) -> list[Place]:
     """`plan-1.json`, ... from best to worst, for `simmerge merge`, and `ranking.json` with what is said of them."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from simmerge_ray.checkpoints import CheckpointRef, read_config
+from simmerge_ray.checkpoints import CheckpointRef, local_files, read_config
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.merging.stream import flat_tensor
@@ -55,15 +56,42 @@ class BatchOutputs:
 def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The checkpoint as a transformers causal language model, eager attention, in evaluation mode.
 
+    The weights of one in a store are read by ranges into a model that is built from its `config.json`.
+
     Raises:
         CheckpointError: transformers cannot load it, or a weight of it is absent or not finite.
     """
+    if not isinstance(ref.path, Path) and (built := _built_model(ref, dtype)) is not None:
+        check_finite(built, ref)
+        return built.eval().to(device)
+    with local_files(ref, weights=True) as directory:
+        model = _loaded_model(ref, directory, dtype)
+    check_finite(model, ref)
+    return model.eval().to(device)
+
+
+def _built_model(ref: CheckpointRef, dtype: torch.dtype) -> Any | None:
+    """A model whose weights come by ranges; None where the names of its files do not cover its parameters."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    with local_files(ref) as directory:
+        try:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            if (directory / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
+    return model if put_weights(model, ref) else None
+
+
+def _loaded_model(ref: CheckpointRef, directory: Path, dtype: torch.dtype) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            ref.path,
+            directory,
             dtype=dtype,
             attn_implementation="eager",
             local_files_only=True,
@@ -76,8 +104,7 @@ def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32, device: s
         raise CheckpointError(f"checkpoint {ref.id!r} lacks tensors: {', '.join(absent[:5])}")
     if ref.adapter is not None and not put_weights(model, ref):
         raise CheckpointError(f"checkpoint {ref.id!r}: its adapter's tensors have no place in the model")
-    check_finite(model, ref)
-    return model.eval().to(device)
+    return model
 
 
 def check_finite(model: nn.Module, ref: CheckpointRef) -> None:
@@ -278,11 +305,13 @@ def end_of_text(ref: CheckpointRef, config: Any) -> Tensor:
 
     text = config.get_text_config()
     found = text.eos_token_id
-    if (ref.path / "generation_config.json").exists():
-        try:
-            found = GenerationConfig.from_pretrained(ref.path, local_files_only=True).eos_token_id
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {ref.id!r}: cannot read its generation_config.json: {error}") from error
+    with local_files(ref) as directory:
+        if (directory / "generation_config.json").exists():
+            try:
+                found = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+            except (OSError, ValueError) as error:
+                message = f"checkpoint {ref.id!r}: cannot read its generation_config.json: {error}"
+                raise CheckpointError(message) from error
     ends = torch.tensor([] if found is None else found, dtype=torch.int64).reshape(-1)
     return ends[ends < text.vocab_size]
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from simmerge_ray.catalogue import Catalogue
-from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers
+from simmerge_ray.checkpoints import CheckpointRef, local_files, read_config, read_headers
 from simmerge_ray.errors import CheckpointError, ConfigError, ProbeError
 from simmerge_ray.probes import ProbeSet, TokenBatch
 from simmerge_ray.signals.bounds import stages_for
@@ -124,7 +124,8 @@ def tokenize_probes(
     from transformers import AutoTokenizer
 
     first = catalogue.checkpoints[0]
-    tokenizer = AutoTokenizer.from_pretrained(first.path, local_files_only=True)
+    with local_files(first) as directory:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     batches = {t: probes.token_batches(tokenizer, spec.batch_size, spec.max_tokens) for t, probes in probe_sets.items()}
     added = NUM_GREEDY_TOKENS if catalogue.base else 0
     for ref in catalogue.all_refs:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simmerge_ray.checkpoints import CheckpointRef, TensorSpec
+from simmerge_ray.checkpoints import CheckpointRef, TensorSpec, local_files
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.merging.stream import flat_tensor
@@ -111,7 +111,8 @@ class StageModel:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(ref.path, local_files_only=True, trust_remote_code=False)
+            with local_files(ref) as directory:
+                config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint {ref.id!r}: transformers cannot read its config.json: {error}"

@@ -12,14 +12,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from simmerge_ray.errors import ConfigError
-from simmerge_ray.storage import digest_json, read_bytes, write_once
+from simmerge_ray.storage import Place, as_place, digest_json, read_bytes, write_once
 
 SCHEMA = 1
 GREEDY_SHARE = 4  # one sampled greedy position for so many sampled prompt positions
@@ -106,15 +104,14 @@ def weights_key(checkpoint_digest: str, base_digest: str | None, spec: Signature
 class SignatureStore:
     """Signatures under one URI. Objects are written once and whole; a damaged one is an error that names it."""
 
-    def __init__(self, uri: str | Path) -> None:
+    def __init__(self, uri: str | Place) -> None:
         self.uri = str(uri).rstrip("/")
 
     def path(self, kind: str, key: str) -> str:
         return f"{self.uri}/{kind}-{key}.safetensors"
 
     def has(self, kind: str, key: str) -> bool:
-        filesystem, path = fsspec.core.url_to_fs(self.path(kind, key))
-        return bool(filesystem.exists(path))
+        return as_place(self.path(kind, key)).exists()
 
     def write(self, kind: str, key: str, arrays: Mapping[str, Array], about: Mapping[str, Any]) -> None:
         """Write arrays by name; `about` goes into the file's metadata."""

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 
 from simmerge_ray.errors import ConfigError, PlanError, unknown_name
 from simmerge_ray.signals.features import FEATURE_SCHEMA, swapped_features
-from simmerge_ray.storage import read_bytes, write_once
+from simmerge_ray.storage import Place, read_bytes, write_once
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class SignalTable:
         own = {self.provenance["own_task"].get(name) for name in (left, right)}
         return tuple(task for task in self.tasks if task in own) or self.tasks
 
-    def write(self, uri: str | Path) -> None:
+    def write(self, uri: str | Place) -> None:
         """Write as Parquet: columns left, right, task and one per feature; provenance in the file's metadata.
 
         Where a pair has no such feature (the base has no task vector) the cell is null.
@@ -90,7 +89,7 @@ class SignalTable:
         write_once(uri, buffer.getvalue())
 
 
-def read_signal_table(uri: str | Path) -> SignalTable:
+def read_signal_table(uri: str | Place) -> SignalTable:
     """Read a table written by `SignalTable.write`.
 
     Raises:

@@ -31,9 +31,9 @@ def test_shares_hold_every_tensor_once_and_are_balanced(graph):
 
 
 def dying_share(graph, partial, share, journal, num_threads):
-    """Dies once, after its first tensor."""
+    """Dies once, after its first tensor, if it is one of two shares."""
     mark = partial.parent / f"died.{journal}"
-    if not mark.exists():
+    if journal.endswith((".0", ".5")) and not mark.exists():
         mark.touch()
         distributed_merge.write_tensors(graph, partial, share[:1], journal, num_threads=1)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,31 @@ def test_work_that_arrives_while_others_run_is_done_and_errors_keep_their_type()
         assert found == [(0, 25), (1, 625), (2, 390625)]
         with pytest.raises(CheckpointError, match="negative"):
             list(pool.drain("run", taking([-1]), 1))
+
+
+class Slow:
+    """Hangs at the first 5 until somebody has answered another 5, as on a node that hardly gets on."""
+
+    def __init__(self, marker: str) -> None:
+        self._marker = Path(marker)
+
+    def run(self, number: int) -> int:
+        if number == 5 and not self._marker.exists():
+            self._marker.touch()
+            while not self._marker.with_suffix(".answered").exists():
+                time.sleep(0.05)
+        elif number == 5:
+            self._marker.with_suffix(".answered").touch()
+        return number * number
+
+
+def test_a_call_that_takes_long_is_given_to_another_actor_and_counts_once(tmp_path):
+    import ray
+
+    def spawn():
+        return ray.remote(Slow).options(num_cpus=1).remote(str(tmp_path / "slow"))
+
+    with ActorPool(spawn, patience_s=0.1) as pool:
+        assert sorted(pool.drain("run", taking([5, 1, 2, 3]), 2)) == [(0, 25), (1, 1), (2, 4), (3, 9)]
+        assert (tmp_path / "slow.answered").exists()
+        assert sorted(pool.drain("run", taking([5, 1]), 2)) == [(0, 25), (1, 1)]  # late answers are not mixed in

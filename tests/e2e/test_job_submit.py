@@ -14,7 +14,11 @@ from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SearchConfig
 from simmerge_ray.distributed.merge_search import start_evaluator
 from simmerge_ray.evaluation import load_tasks
+from simmerge_ray.jobs import LAST_LINE, read_last_line
 from simmerge_ray.labels import LabelStore, Measured
+from simmerge_ray.merging import write_merge
+from simmerge_ray.operators.specs import make_arm
+from simmerge_ray.plans import pair_plan, resolve_plan, write_plan
 from simmerge_ray.search.runner import TrialRunner
 from simmerge_ray.search.study import grid_trials, prepare_study
 
@@ -59,3 +63,34 @@ def test_a_submitted_job_makes_the_labels_of_a_local_run(catalogue_path, tmp_pat
     assert [(one.key, one.outcome.items.tolist()) for one in found] == [
         (one.key, one.outcome.items.tolist()) for one in expected
     ]
+
+
+@pytest.mark.ray
+def test_a_submitted_merge_refuses_ray_s_copy_of_the_directory_and_makes_the_bytes_of_a_local_one(
+    catalogue, tmp_path, ray_cluster
+):
+    resolved = resolve_plan(pair_plan("m0", "m1", make_arm("ties")), catalogue)
+    write_plan(tmp_path / "plan.json", resolved)
+    local = write_merge(resolved, tmp_path / "local").path
+    ray = Path(sys.executable).parent / "ray"
+    merge = f"python jobs/merge_plan.py {tmp_path}/plan.json"
+    entrypoint = f"{merge} merged || {merge} {tmp_path}/merged --workers 2"  # the first is refused
+    submit = [
+        ray,
+        "job",
+        "submit",
+        "--address",
+        ray_cluster,
+        "--working-dir",
+        ".",
+        "--",
+        "bash",
+        "-c",
+        entrypoint,
+    ]
+    result = subprocess.run(submit, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    refused, made = (read_last_line(line) for line in result.stdout.splitlines() if line.startswith(LAST_LINE))
+    assert refused["exit_code"] == 2 and "OUT is 'merged'" in refused["error"]
+    assert made["exit_code"] == 0 and made["out"] == str(tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()

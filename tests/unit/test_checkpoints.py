@@ -50,6 +50,16 @@ def test_a_truncated_file_is_refused_from_its_header(copy):
         read_headers(copy)
 
 
+@pytest.mark.parametrize(
+    "weight_map",
+    [{"a": "../base/model.safetensors"}, {"a": "/etc/passwd"}, {"a": ".."}, {"a": 1}, {"a": ["x"]}, [], "x"],
+)
+def test_an_index_that_names_other_files_than_its_own_is_refused(copy, weight_map):
+    (copy.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="which is no file beside it|is damaged"):
+        read_headers(copy)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0{broken json}!!!", b"\xff" * 16])
 def test_a_damaged_header_is_refused(copy, content):
     (copy.path / "model.safetensors").write_bytes(content)

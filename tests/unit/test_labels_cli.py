@@ -120,7 +120,7 @@ def test_a_store_that_is_not_there_or_empty_is_one_clear_error(tmp_path, command
         (["show", "labels", "--best", "0"], "--best"),
         (["show", "labels", "--format", "xml"], "--format"),
         (["show", "labels/x.parquet"], "labels/x.parquet is a file"),
-        (["compact", "nonsense://labels"], "cannot open nonsense://labels: "),
+        (["compact", "nonsense://labels"], "unknown scheme of a URI 'nonsense'; known: file, gs, s3"),
     ],
 )
 def test_bad_input_ends_with_code_two_and_writes_nothing(store, arguments, message):

@@ -15,11 +15,12 @@ ROOT = Path(simmerge_ray.__file__).parent
 # Left to right; a module imports only from its own layer and from what stands before it. Modules of one entry may
 # import each other's members (a package), or do not (alternatives, written apart).
 FLOW = (
-    "errors", "progress", "config", "runs", "storage", "checkpoints", "adapters", "digests", "catalogue", "probes",
-    "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
+    "errors", "placement", "progress", "storage", "config", "runs", "checkpoints", "adapters", "digests", "catalogue",
+    "probes", "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
     "transformers_evaluator", "headroom", "labels", "search", "selector", "bandit", "service", "client", "figures",
-    "report", "selector_report", "demo", "study", "distributed", "search_cli", "catalogue_cli", "labels_cli",
-    "serve_cli", "plan_cli", "auto_cli", "client_cli", "db_cli", "cli",
+    "report", "selector_report", "demo", "study", "cluster_manifests", "cluster_lint", "distributed", "jobs",
+    "cli_places", "search_cli", "catalogue_cli", "labels_cli", "serve_cli", "plan_cli", "auto_cli", "client_cli",
+    "db_cli", "cluster_cli", "cli",
 )  # fmt: skip
 
 

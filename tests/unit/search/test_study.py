@@ -194,3 +194,27 @@ def test_engines_are_as_many_as_cores_gpus_or_memory_allow(root):
     on_gpus = {"gpus_per_trial": 0.5, "tensor_parallel": 2, "cpus_per_trial": 1.0}
     assert engines_that_fit(make_study(root, **on_gpus), {"CPU": 16.0, "GPU": 4.0, "memory": size}) == 4
     assert engines_that_fit(make_study(root, **on_gpus), {"CPU": 16.0}) == 1  # waits for its node
+
+
+def test_a_search_starts_as_many_engines_as_it_was_told_since_the_cluster_may_grow(root):
+    from simmerge_ray.distributed.merge_search import num_engines
+
+    on_the_head = {"CPU": 0.0, "memory": 8e9}
+    assert num_engines(make_study(root, concurrency=3), on_the_head) == 3
+    assert num_engines(make_study(root), on_the_head) == 1  # which waits for its node
+    assert num_engines(make_study(root), {"CPU": 2.0, "memory": 64e9}) == 2
+
+
+def test_an_engine_asks_for_its_memory_or_for_a_gpu_that_holds_it(root):
+    from simmerge_ray.distributed.merge_search import trial_resources
+
+    size = engine_bytes(load_catalogue(root / "catalogue.yaml").base, "transformers", "float32")
+    assert trial_resources(make_study(root)).bundles == [{"CPU": 1.0, "memory": size}]
+    two_ranks = {"cpus_per_trial": 2.0, "tensor_parallel": 2}
+    assert trial_resources(make_study(root, **two_ranks)).bundles == [{"CPU": 4.0, "memory": size}]
+    on_gpus = {"gpus_per_trial": 0.5, "tensor_parallel": 2}
+    assert trial_resources(make_study(root, **on_gpus), ["GPU"]).bundles == [{"CPU": 2.0, "GPU": 1.0}]
+    sized = trial_resources(make_study(root, **on_gpus), ["gpu_sizes"]).bundles
+    assert sized == [{"CPU": 2.0, "GPU": 1.0, "gpu_16gb": 1.0}]
+    over_nodes = trial_resources(make_study(root, executor="ray", **on_gpus), ["gpu_24gb"]).bundles
+    assert over_nodes == [{"CPU": 1}, *[{"GPU": 0.5, "gpu_16gb": 0.5}] * 2]

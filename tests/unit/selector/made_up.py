@@ -46,9 +46,9 @@ def planted(
     return SelectionDataset(tuple(contexts), ARMS, columns, np.array(features), np.array(utilities))
 
 
-def made_up_table(part: str, num_checkpoints: int = 5) -> SignalTable:
+def made_up_table(part: str, num_checkpoints: int = 5, tasks: tuple[str, ...] = ("s", "t")) -> SignalTable:
     """A signal table of one base, all ids beginning with the name of the part."""
-    table = synthetic_table(num_checkpoints, seed=len(part) + ord(part[-1]))
+    table = synthetic_table(num_checkpoints, tasks, seed=len(part) + ord(part[-1]))
 
     def named(checkpoint_id: str) -> str:
         return f"{part}-{checkpoint_id}"
