@@ -25,6 +25,7 @@ from simmerge_ray.labels_cli import labels_app
 from simmerge_ray.plan_cli import plan
 from simmerge_ray.search_cli import search
 from simmerge_ray.serve_cli import serve
+from simmerge_ray.simulate_cli import simulate_command
 
 app = typer.Typer(
     name="simmerge",
@@ -281,6 +282,7 @@ def report(run: Annotated[PathOrUri, place_argument(help="directory of the run")
 
 
 app.command()(serve)
+app.command("simulate")(simulate_command)
 
 
 def run_command(command: Callable[[], Any]) -> None:

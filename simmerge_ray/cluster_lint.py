@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from simmerge_ray.cluster_manifests import (
     KINDS,
@@ -26,6 +26,7 @@ from simmerge_ray.cluster_manifests import (
     WorkerGroup,
 )
 from simmerge_ray.errors import ConfigError, unknown_name
+from simmerge_ray.model_size import ModelSize
 from simmerge_ray.placement import (
     GPU_RESOURCES,
     GPU_SIZES,
@@ -38,13 +39,8 @@ from simmerge_ray.placement import (
     missing_on,
     signal_worker_needs,
 )
-from simmerge_ray.search.estimate import engine_bytes_of
-from simmerge_ray.signals.signature import GREEDY_SHARE, SignatureSpec
-from simmerge_ray.signals.stages import activation_bytes
-from simmerge_ray.signals.tokens import NUM_GREEDY_TOKENS
 
 KNOWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory", GPU_SIZES_MARK, *GPU_RESOURCES)
-LIBRARIES_BYTES = 1_000_000_000  # of a signal worker, beside weights and activations
 MODELS_ANNOTATION = "simmerge/models"
 
 # vCPUs, GB of memory, GPUs, GB of each, as the clouds say.
@@ -81,45 +77,6 @@ _NO_SECRETS = ("HttpTokens",)
 _SECRET_VALUE = re.compile(
     r"AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{30}|hf_[A-Za-z0-9]{30}|://[^/\s:@]+:[^/\s:@$]+@|-----BEGIN"
 )
-
-
-class ModelSize(BaseModel):
-    """A model that the nodes must hold. memory_per_worker_gb: of a signal worker that runs it in stages of layers."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    parameters: float = Field(gt=0)
-    layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    dtype: str = Field("bfloat16", pattern="^(bfloat16|float32)$")
-    tensor_parallel: int = Field(1, gt=0)
-    memory_per_worker_gb: float | None = Field(None, gt=0)
-
-    @property
-    def engine_bytes(self) -> int:
-        """Of an engine that evaluates it, all ranks together."""
-        return engine_bytes_of(self.parameters, "vllm", self.dtype)
-
-    @property
-    def signal_worker_bytes(self) -> int:
-        """Of a worker that computes its signals, in float32."""
-        if self.memory_per_worker_gb is not None:
-            return int(self.memory_per_worker_gb * 1e9)
-        spec = SignatureSpec()
-        config = {
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden_size,
-            "num_attention_heads": self.heads,
-            "intermediate_size": self.intermediate_size,
-            "vocab_size": self.vocab_size,
-        }
-        positions = spec.num_positions + -(-spec.num_positions // GREEDY_SHARE)
-        working = activation_bytes(config, spec.batch_size, spec.max_tokens + NUM_GREEDY_TOKENS, positions)
-        return int(4 * self.parameters) + working + LIBRARIES_BYTES
 
 
 def lint(content: Mapping[str, Any]) -> list[str]:

@@ -24,17 +24,36 @@ def cached_digest(ref: CheckpointRef, cache: Path = DEFAULT_CACHE) -> str:
     Raises:
         CheckpointError: the checkpoint or its adapter is missing or unreadable.
     """
-    fingerprint = _fingerprint(ref)
-    try:
-        file = cache.expanduser() / f"{fingerprint}.json"
-    except RuntimeError:  # a user without a home directory
-        return checkpoint_digest(ref)
-    if (found := _read(file)) is not None:
+    entry = DigestEntry(ref, cache)
+    if (found := entry.read()) is not None:
         return found
     digest = checkpoint_digest(ref)
-    if _fingerprint(ref) == fingerprint:  # otherwise somebody wrote while we read
-        _write(file, ref, digest)
+    entry.keep(digest)
     return digest
+
+
+class DigestEntry:
+    """What a cache says of a checkpoint, as its files are now.
+
+    Raises:
+        CheckpointError: the checkpoint or its adapter is missing or unreadable.
+    """
+
+    def __init__(self, ref: CheckpointRef, cache: Path = DEFAULT_CACHE) -> None:
+        self._ref, self.fingerprint = ref, _fingerprint(ref)
+        try:
+            self._file: Path | None = cache.expanduser() / f"{self.fingerprint}.json"
+        except RuntimeError:  # a user without a home directory
+            self._file = None
+
+    def read(self) -> str | None:
+        """The digest; None where the cache has none."""
+        return _read(self._file) if self._file is not None else None
+
+    def keep(self, digest: str) -> None:
+        """Keep a digest that was computed since, unless somebody wrote the files meanwhile."""
+        if self._file is not None and _fingerprint(self._ref) == self.fingerprint:
+            _write(self._file, self._ref, digest)
 
 
 def _fingerprint(ref: CheckpointRef) -> str:

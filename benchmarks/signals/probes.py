@@ -155,7 +155,7 @@ def probe_sets(tasks: Sequence[str], tokenizer: Any) -> tuple[dict[str, Any], di
     from simmerge_ray.demo.domains import probe_texts
     from simmerge_ray.demo.model import MAX_POSITIONS
     from simmerge_ray.probes import GENERAL, Probe, ProbeSet, general_probe_set
-    from simmerge_ray.signals.tokens import NUM_GREEDY_TOKENS
+    from simmerge_ray.signals.signature import NUM_GREEDY_TOKENS
 
     largest, share = max(SIZES), max(SIZES) // len(tasks)
     texts = {task: probe_texts(task, largest + share) for task in tasks}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,17 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     finally:
         ray.shutdown()
         _own_cluster = False
+
+
+def on_running_cluster() -> bool:
+    """Whether work of this process goes to a cluster that is there already, as in a submitted job."""
+    if "RAY_ADDRESS" in os.environ:
+        return True
+    if "ray" not in sys.modules:  # importing it takes seconds
+        return False
+    import ray
+
+    return bool(ray.is_initialized()) and not _own_cluster
 
 
 def offered_resources() -> Collection[str]:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SearchConfig
+from simmerge_ray.distributed.digests import digest_on_nodes
 from simmerge_ray.errors import ConfigError, InputError, TaskError
 from simmerge_ray.evaluation import EvaluationTask, load_tasks
 from simmerge_ray.headroom import headroom
@@ -78,6 +79,7 @@ def search_stage(
     catalogue = load_catalogue(catalogue_path)
     tasks = load_search_tasks(tasks_dir, config)
     with narrator.stage("search") as stage:
+        digest_on_nodes(catalogue)
         inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
         inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
         manifest = Manifest("search", config.content(), inputs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from simmerge_ray.catalogue import load_catalogue
 from simmerge_ray.config import SignalsConfig, StudyConfig, TrainConfig, load_yaml_leniently
+from simmerge_ray.distributed.digests import digest_on_nodes
 from simmerge_ray.distributed.resources import only_job
 from simmerge_ray.distributed.search_stage import UNCHANGED, plan_search, search_stage
 from simmerge_ray.errors import ConfigError, InputError, LabelError
@@ -57,6 +58,7 @@ def signals_stage(
     with narrator.stage("signals") as stage:
         # The table has the same bits for any number of workers, in memory or layer by layer.
         kept = config.model_dump(exclude={"num_workers", "memory_per_worker"})
+        digest_on_nodes(catalogue)
         inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
         inputs |= {f"own task {key}": value or "" for key, value in catalogue.own_task.items()}
         inputs |= {f"probes {key}": value.digest for key, value in probe_sets.items()}

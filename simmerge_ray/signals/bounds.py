@@ -8,10 +8,16 @@ from dataclasses import dataclass
 
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.checkpoints import CheckpointRef, read_config, read_headers
-from simmerge_ray.signals.pairs import BLOCK_VALUES
-from simmerge_ray.signals.signature import GREEDY_SHARE, SignatureSpec, outputs_bytes, weights_bytes
+from simmerge_ray.signals.signature import (
+    GREEDY_SHARE,
+    NUM_GREEDY_TOKENS,
+    SignatureSpec,
+    outputs_bytes,
+    weights_bytes,
+)
 from simmerge_ray.signals.stages import Stage, activation_bytes, model_bytes, plan_stages
-from simmerge_ray.signals.tokens import NUM_GREEDY_TOKENS
+
+BLOCK_VALUES = 1 << 22  # elements of a block of logits over all checkpoints, when pairs are computed
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,23 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     one_task, sample = outputs_bytes(spec, config, width), weights_bytes(spec, sizes)
     return Bounds(
         worker=int(memory_gb * 1e9) if stages and memory_gb else model_bytes(specs) + working_bytes(ref, spec),
-        # An object is bytes before it becomes arrays, and the heap keeps what small arrays leave: measured is a little
-        # less than twice their size. A pair's logits are float64 in blocks.
-        driver=2 * (len(catalogue.all_refs) + 1) * (one_task + sample) + 6 * 8 * BLOCK_VALUES,
+        driver=driver_bytes(len(catalogue.all_refs), one_task + sample),
         signature=len(num_batches) * one_task + sample,
         num_checkpoints=len(catalogue.all_refs),
         stages=len(stages) if stages else 1,
         boundary=4 * sum(num_batches) * spec.batch_size * width * hidden,
     )
+
+
+def driver_bytes(num_checkpoints: int, signature_bytes: int) -> int:
+    """Memory of what joins the signatures of one task.
+
+    Args:
+        signature_bytes: of one checkpoint on one task, its weight sample included.
+    """
+    # An object is bytes before it becomes arrays, and the heap keeps what small arrays leave: measured is a little
+    # less than twice their size. A pair's logits are float64 in blocks.
+    return 2 * (num_checkpoints + 1) * signature_bytes + 6 * 8 * BLOCK_VALUES
 
 
 def working_bytes(ref: CheckpointRef, spec: SignatureSpec) -> int:

@@ -25,9 +25,10 @@ from simmerge_ray.signals.bounds import stages_for
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
 from simmerge_ray.signals.pipeline import StageOutputs, join_stages
-from simmerge_ray.signals.queue import Executor, WorkQueue
+from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, group_tensors
 from simmerge_ray.signals.samples import float_tensors_of, sampled_weight_sums, thresholds_of
 from simmerge_ray.signals.signature import (
+    NUM_GREEDY_TOKENS,
     SignatureSpec,
     SignatureStore,
     TaskOutputs,
@@ -38,7 +39,6 @@ from simmerge_ray.signals.signature import (
 from simmerge_ray.signals.stages import Stage
 from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.tokens import (
-    NUM_GREEDY_TOKENS,
     Place,
     ProbeTokens,
     continuation_key,
@@ -47,11 +47,10 @@ from simmerge_ray.signals.tokens import (
     probe_tokens,
 )
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, weight_matrices
-from simmerge_ray.signals.worker import SignalWorker, Unit, UnitFailure, as_arrays
+from simmerge_ray.signals.worker import SignalWorker, UnitFailure, as_arrays
 from simmerge_ray.storage import digest_json
 
 WEIGHT_MODES = ("exact", "sampled")
-_SAMPLE_ELEMENTS = 1 << 25  # tensors of a `sample` or `sums` unit hold about so many elements
 
 
 def compute_signals(
@@ -299,16 +298,7 @@ class _Job:
 def tensor_groups(ref: CheckpointRef) -> list[tuple[str, ...]]:
     """Names of the float tensors in order, cut into groups of about 2^25 elements."""
     specs = read_headers(ref)
-    groups: list[tuple[str, ...]] = []
-    names: list[str] = []
-    elements = 0
-    for name in float_tensors_of(specs):
-        names.append(name)
-        elements += math.prod(specs[name].shape)
-        if elements >= _SAMPLE_ELEMENTS:
-            groups.append(tuple(names))
-            names, elements = [], 0
-    return [*groups, tuple(names)] if names else groups
+    return group_tensors({name: math.prod(specs[name].shape) for name in float_tensors_of(specs)})
 
 
 def join_outputs(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], tokens: ProbeTokens) -> TaskOutputs:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from simmerge_ray.signals.bounds import BLOCK_VALUES
 from simmerge_ray.signals.cosines import CosineMoments, pairwise_cosine
 from simmerge_ray.signals.divergence import log_softmax, pairwise_kl
 from simmerge_ray.signals.signature import TaskOutputs
 
 Array = np.ndarray
-BLOCK_VALUES = 1 << 22  # elements of a block of logits over all checkpoints
 
 
 def output_matrices(

@@ -1,13 +1,35 @@
-"""Units that wait for a worker, also those that arrive while others run."""
+"""Units of work, and those that wait for a worker, also those that arrive while others run."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from simmerge_ray.signals.worker import Group, Unit
+_UNIT_ELEMENTS = 1 << 25
+
+Group = tuple[str, str | None, int]  # what is held in memory, of which checkpoint, from which layer on
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work. Units of the same `group` are best run by the same worker, which keeps what they share.
+
+    kind: `continuation` (TokenBatch, number of tokens, stages or None), `outputs` (ProbeBatch), `stage` (Stage,
+    ProbeBatch, hidden states of the stage before or None), `sample` (names, coordinates), or `sums` ({name: (M,)
+    thresholds}, elements of a block) over all checkpoints.
+    """
+
+    kind: str
+    checkpoint: str | None
+    payload: tuple[Any, ...]
+
+    @property
+    def group(self) -> Group:
+        stage = self.payload[0].first if self.kind == "stage" else -1
+        return ("weights" if self.kind in ("sample", "sums") else "model", self.checkpoint, stage)
+
 
 # Drains a queue: yields (index, result) in any order, until no unit is left; units may be added meanwhile.
 Executor = Callable[["WorkQueue"], Iterator[tuple[int, Any]]]
@@ -57,3 +79,21 @@ class WorkQueue:
     def forget(self, index: int) -> None:
         """Let go of a finished unit's payload, which may be large."""
         self.units[index] = replace(self.units[index], payload=self.units[index].payload[:1])
+
+
+def group_tensors(sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """Names in order, cut into groups of about 2^25 elements: what one `sample` or `sums` unit reads.
+
+    Args:
+        sizes: elements of each tensor.
+    """
+    groups: list[tuple[str, ...]] = []
+    names: list[str] = []
+    elements = 0
+    for name, size in sizes.items():
+        names.append(name)
+        elements += size
+        if elements >= _UNIT_ELEMENTS:
+            groups.append(tuple(names))
+            names, elements = [], 0
+    return [*groups, tuple(names)] if names else groups

@@ -20,6 +20,7 @@ from simmerge_ray.errors import ConfigError
 from simmerge_ray.storage import Place, as_place, digest_json, read_bytes, write_once
 
 SCHEMA = 1
+NUM_GREEDY_TOKENS = 8  # of the base's continuation of a probe
 GREEDY_SHARE = 4  # one sampled greedy position for so many sampled prompt positions
 DENSITIES = (0.1, 0.2, 0.5)  # of the arms; trim thresholds are exact for these
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,17 +122,30 @@ def plan_stages(ref: CheckpointRef, memory_bytes: int, activation_bytes: int, dt
         ConfigError: a stage of one layer does not fit; the message says how much would do.
     """
     sizes = _StageSizes(ref)
-    count = sizes.num_layers
+    try:
+        return cut_stages(sizes.elements, sizes.num_layers, memory_bytes, activation_bytes, dtype_bytes)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint {ref.id!r}: {error}") from None
+
+
+def cut_stages(
+    elements: Callable[[Stage], int], count: int, memory_bytes: int, activation_bytes: int, dtype_bytes: int = 4
+) -> list[Stage]:
+    """`plan_stages` of a model with `count` layers, from the elements of its stages.
+
+    Raises:
+        ConfigError: a stage of one layer does not fit.
+    """
     cost = {
-        (first, last): activation_bytes + dtype_bytes * sizes.elements(Stage(first, last, count))
+        (first, last): activation_bytes + dtype_bytes * elements(Stage(first, last, count))
         for first in range(count)
         for last in range(first + 1, count + 1)
     }
     needed, layer = max((cost[layer, layer + 1], -layer) for layer in range(count))
     if needed > memory_bytes:
         raise ConfigError(
-            f"checkpoint {ref.id!r}: the stage of layer {-layer} alone needs {needed:,} bytes, {activation_bytes:,} of "
-            f"them beside its weights, a worker has {memory_bytes:,}; raise --memory-per-worker"
+            f"the stage of layer {-layer} alone needs {needed:,} bytes, {activation_bytes:,} of them beside its "
+            f"weights, a worker has {memory_bytes:,}; raise --memory-per-worker"
         )
     # best[last]: the smallest largest stage over all ways to cut layers [0, last) into the present number of stages.
     best = {last: cost[0, last] for last in range(1, count + 1)}

@@ -21,8 +21,6 @@ from simmerge_ray.probes import TokenBatch
 from simmerge_ray.signals.signature import GREEDY_SHARE
 from simmerge_ray.storage import digest_bytes, digest_json
 
-NUM_GREEDY_TOKENS = 8
-
 
 @dataclass(frozen=True)
 class ProbeBatch:

@@ -1,4 +1,4 @@
-"""Units of work and the worker that runs them, in this process or as an actor."""
+"""The worker that runs units, in this process or as an actor."""
 
 from __future__ import annotations
 
@@ -13,30 +13,10 @@ from simmerge_ray.checkpoints import CheckpointRef
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.signals.collect import BatchOutputs, ProbeModel
 from simmerge_ray.signals.pipeline import StageModel, staged_continuation
+from simmerge_ray.signals.queue import Unit
 from simmerge_ray.signals.samples import TensorBlocks, exact_sums, tensor_sample
 from simmerge_ray.signals.signature import TensorSample
 from simmerge_ray.signals.weights import WeightSums
-
-Group = tuple[str, str | None, int]  # what is held in memory, of which checkpoint, from which layer on
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One piece of work. Units of the same `group` are best run by the same worker, which keeps what they share.
-
-    kind: `continuation` (TokenBatch, number of tokens, stages or None), `outputs` (ProbeBatch), `stage` (Stage,
-    ProbeBatch, hidden states of the stage before or None), `sample` (names, coordinates), or `sums` ({name: (M,)
-    thresholds}, elements of a block) over all checkpoints.
-    """
-
-    kind: str
-    checkpoint: str | None
-    payload: tuple[Any, ...]
-
-    @property
-    def group(self) -> Group:
-        stage = self.payload[0].first if self.kind == "stage" else -1
-        return ("weights" if self.kind in ("sample", "sums") else "model", self.checkpoint, stage)
 
 
 @dataclass(frozen=True)

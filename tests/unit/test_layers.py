@@ -17,10 +17,10 @@ ROOT = Path(simmerge_ray.__file__).parent
 FLOW = (
     "errors", "placement", "progress", "storage", "config", "runs", "checkpoints", "adapters", "digests", "catalogue",
     "probes", "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
-    "transformers_evaluator", "headroom", "labels", "search", "selector", "bandit", "service", "client", "figures",
-    "report", "selector_report", "demo", "study", "cluster_manifests", "cluster_lint", "distributed", "jobs",
-    "cli_places", "search_cli", "catalogue_cli", "labels_cli", "serve_cli", "plan_cli", "auto_cli", "client_cli",
-    "db_cli", "cluster_cli", "cli",
+    "transformers_evaluator", "headroom", "labels", "search", "model_size", "selector", "bandit", "service", "client",
+    "figures", "report", "selector_report", "demo", "study", "cluster_manifests", "cluster_lint", "simulation",
+    "distributed", "jobs", "cli_places", "search_cli", "catalogue_cli", "labels_cli", "serve_cli", "plan_cli",
+    "auto_cli", "client_cli", "db_cli", "cluster_cli", "simulate_cli", "cli",
 )  # fmt: skip
 
 
@@ -84,6 +84,7 @@ def loaded_modules(code: str) -> set[str]:
         "['simmerge', 'signals', 'c.yaml', '--out', 'o', '--weights', 'all']",
         "['simmerge', 'merge', 'absent.json', 'out']",
         "['simmerge', 'plan', '--help']",
+        "['simmerge', 'simulate', '--models', '50', '--params', '111e9', '--nodes', '8']",
         "['simmerge', 'plan', 'absent.yaml', '--selector', 's', '--signals', 't']",
         "['simmerge', 'plan', 'c.yaml', '--selector', 's', '--signals', 't', '--propagator', 'virtul']",
         "['simmerge', 'auto', '--help']",

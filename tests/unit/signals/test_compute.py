@@ -17,13 +17,11 @@ from simmerge_ray.signals import compute
 from simmerge_ray.signals.bounds import stages_for, working_bytes
 from simmerge_ray.signals.compute import compute_signals, local_executor, tokenize_probes
 from simmerge_ray.signals.features import SIGNALS, column_signal, feature_columns, scaled_features, swapped_features
-from simmerge_ray.signals.queue import WorkQueue
-from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+from simmerge_ray.signals.queue import Unit, WorkQueue
+from simmerge_ray.signals.signature import NUM_GREEDY_TOKENS, SignatureSpec, SignatureStore
 from simmerge_ray.signals.stages import Stage, model_bytes
 from simmerge_ray.signals.table import read_signal_table
-from simmerge_ray.signals.tokens import NUM_GREEDY_TOKENS
 from simmerge_ray.signals.weights import tensor_kind, tensor_layer
-from simmerge_ray.signals.worker import Unit
 from tests import reference, tiny
 
 SPEC = SignatureSpec(batch_size=8, num_positions=100, num_attention_positions=30, num_coordinates=1000)

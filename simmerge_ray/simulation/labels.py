@@ -1,0 +1,172 @@
+"""The labels: merges and checkpoints, each loaded into a live engine and evaluated."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from simmerge_ray.errors import ConfigError
+from simmerge_ray.model_size import ModelSize
+from simmerge_ray.operators.specs import Arm
+from simmerge_ray.placement import engine_needs, gpu_offer, how_many_fit
+from simmerge_ray.simulation.costs import Costs, Gpu
+from simmerge_ray.simulation.workers import PIECES, Node, Worker
+
+
+@dataclass(frozen=True)
+class Engines:
+    """ranks: GPUs of an engine, 0 on CPUs. cpus: cores of an engine on CPUs. per_node: engines at the same time."""
+
+    ranks: int
+    cpus: float
+    engine_bytes: float
+    per_node: int
+
+
+def place_engines(model: ModelSize, resources: Mapping[str, float], gpu_gb: int, cpus: float) -> Engines:
+    """Engines on the fewest GPUs that hold them; on CPUs by cores and memory.
+
+    Raises:
+        ConfigError: a node holds none.
+    """
+    gpus, held = int(resources.get("GPU", 0)), model.engine_bytes
+    if not gpus:
+        fit = how_many_fit(engine_needs(held, cpus, 0.0), resources)
+        if not fit:
+            raise ConfigError(
+                f"an engine of {held / 1e9:.1f} GB and {cpus:g} cores does not fit a node of "
+                f"{resources['memory'] / 1e9:.0f} GB and {resources['CPU']:g} cores"
+            )
+        return Engines(0, cpus, held, fit)
+    offer = dict(resources) | gpu_offer(gpu_gb, gpus)
+    ranks = 1
+    while ranks <= gpus:
+        try:
+            needs = engine_needs(held, 1.0, 1.0, ranks, offer)
+        except ConfigError:
+            needs = {}
+        if needs and (fit := how_many_fit({kind: ranks * amount for kind, amount in needs.items()}, offer)):
+            return Engines(ranks, 1.0, held, fit)
+        ranks *= 2
+    raise ConfigError(f"an engine of {held / 1e9:.1f} GB does not fit {gpus} GPUs of {gpu_gb} GB, the most of one node")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What one trial loads: checkpoints, and by which arm (None: one checkpoint as it is); and on how many tasks."""
+
+    members: tuple[str, ...]
+    arm: Arm | None
+    tasks: int
+
+
+def make_trials(num_models: int, tasks: int, arms: Sequence[Arm], ways: int, most: int | None) -> list[Merge]:
+    """Checkpoints on all tasks, then merges with every arm on their members' tasks: of pairs whose tasks differ, or
+    for more ways of neighbours in the catalogue. The tasks go round.
+
+    Args:
+        most: merges at most.
+    """
+    own = [number % tasks for number in range(num_models)]
+    if ways == 2:
+        pairs = ((i, j) for i in range(num_models) for j in range(i + 1, num_models) if tasks == 1 or own[i] != own[j])
+        sets: Iterator[tuple[int, ...]] = iter(pairs)
+    else:
+        sets = (
+            tuple((first + step * place) % num_models for place in range(ways))
+            for step in range(1, max(2, num_models // ways))
+            for first in range(num_models)
+        )
+    merges = (
+        Merge(tuple(f"m{one}" for one in members), arm, len({own[one] for one in members}))
+        for members in sets
+        for arm in arms
+    )
+    alone = [Merge((f"m{number}",), None, tasks) for number in range(num_models)]
+    return alone + [one for one, _ in zip(merges, range(most if most is not None else 10**9), strict=False)]
+
+
+@dataclass(frozen=True)
+class LabelRun:
+    """Seconds from the first engine's start to the last label; engine seconds by what for; bytes over the network."""
+
+    seconds: float
+    causes: Mapping[str, float]
+    trials: int
+    network_bytes: float
+    engines: int
+
+
+def simulate_labels(
+    model: ModelSize,
+    trials: Sequence[Merge],
+    engines: Engines,
+    nodes: Sequence[Node],
+    gpu: Gpu | None,
+    items: int,
+    prompt_tokens: int,
+    answer_tokens: int,
+    costs: Costs,
+) -> LabelRun:
+    """Trials in order, each on the engine that is free first; every engine first copies and loads one checkpoint."""
+    count = min(engines.per_node * len(nodes), len(trials))
+    workers = [Worker(number, nodes[number % len(nodes)]) for number in range(count)]
+    size, ranks = model.num_bytes, max(1, engines.ranks)
+    # Where the cache does not keep a merge's members, every rank fetches them for itself.
+    ways = max(len(trial.members) for trial in trials)
+    copies = 1 if cache_holds(nodes[0].cache_bytes, model, ways) else ranks
+    waiting: list[tuple[float, int]] = []
+    for worker in workers:
+        link, disk = worker.node.read(trials[0].members[0], size, 0.0)
+        start = costs.of("engine_start_s")
+        begun = worker.spend(**{"reading from the store": link, "reading from disks": disk, "starting engines": start})
+        heapq.heappush(waiting, (begun, worker.number))
+    end = 0.0
+    for trial in trials:
+        now, number = heapq.heappop(waiting)
+        worker = workers[number]
+        link = disk = 0.0
+        for member in trial.members:
+            on_link, on_disk = worker.node.read(member, copies * size, now + link + disk)
+            link, disk = link + on_link, disk + on_disk
+        generated = generation_seconds(model, engines, gpu, trial.tasks * items, prompt_tokens, answer_tokens, costs)
+        swapped = size / ranks / costs.assumed.swap_bytes_per_s if engines.ranks else 0.0
+        # Every rank streams the whole merge and keeps its share, one core each.
+        merged = model.parameters * costs.merge_ns(trial.arm, len(trial.members)) * 1e-9 if trial.arm else 0.0
+        took = worker.spend(
+            **{
+                "reading from the store": link,
+                "reading from disks": disk,
+                "merging": merged,
+                "swapping weights": swapped,
+                "evaluating": generated,
+                "Ray Tune": costs.of("trial_s"),
+            }
+        )
+        end = max(end, now + took)
+        heapq.heappush(waiting, (now + took, number))
+    causes: dict[str, float] = {}
+    for worker in workers:
+        for cause, seconds in worker.seconds.items():
+            causes[cause] = causes.get(cause, 0.0) + seconds
+    return LabelRun(end, causes, len(trials), sum(node.network_bytes for node in nodes), count)
+
+
+def generation_seconds(
+    model: ModelSize, engines: Engines, gpu: Gpu | None, items: int, prompt: int, answer: int, costs: Costs
+) -> float:
+    """Of one engine that answers so many items: prompts by arithmetic, answers by what every token reads."""
+    if gpu is None:
+        flops = 2 * model.parameters * (prompt + answer) / (engines.cpus * costs.of("core_flops"))
+        return items * max(costs.of("item_s") / engines.cpus, flops)
+    assumed = costs.assumed
+    prefill = 2 * model.parameters * prompt * items / (engines.ranks * gpu.tflops * 1e12 * assumed.prefill_utilisation)
+    step = model.num_bytes / (engines.ranks * gpu.tbytes_per_s * 1e12 * assumed.decode_utilisation)
+    return prefill + math.ceil(items / assumed.batch_size) * answer * step
+
+
+def cache_holds(cache_bytes: float, model: ModelSize, ways: int) -> bool:
+    """Whether a node's cache keeps the members of a merge, so that the next arm and every rank find them there."""
+    return cache_bytes * (1 - 1 / PIECES) >= ways * model.num_bytes
