@@ -47,6 +47,7 @@ MODELS_ANNOTATION = "simmerge/models"
 MACHINES: dict[str, tuple[int, float, int, int]] = {
     "m7i.xlarge": (4, 16, 0, 0),
     "m7i.2xlarge": (8, 32, 0, 0),
+    "r7i.2xlarge": (8, 64, 0, 0),
     "r7i.4xlarge": (16, 128, 0, 0),
     "r7i.8xlarge": (32, 256, 0, 0),
     "g6.4xlarge": (16, 64, 1, 24),
@@ -54,6 +55,7 @@ MACHINES: dict[str, tuple[int, float, int, int]] = {
     "p4d.24xlarge": (96, 1152, 8, 40),
     "p5.48xlarge": (192, 2048, 8, 80),
     "n2-standard-4": (4, 16, 0, 0),
+    "n2-highmem-8": (8, 64, 0, 0),
     "n2-highmem-16": (16, 128, 0, 0),
     "n2-highmem-32": (32, 256, 0, 0),
     "g2-standard-16": (16, 64, 1, 24),

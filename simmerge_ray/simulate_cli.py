@@ -8,14 +8,12 @@ from typing import Annotated
 
 import typer
 
-from simmerge_ray.errors import ConfigError
-
 _ARMS = ("linear", "nuslerp", "scale_matched_linear", "ties(density=0.1)")
 
 
 def simulate_command(
     models: Annotated[int, typer.Option("--models", min=2, help="checkpoints, beside their base")],
-    params: Annotated[float, typer.Option("--params", help="parameters of one, e.g. 7e9")],
+    params: Annotated[float, typer.Option("--params", min=1, help="parameters of one, e.g. 7e9")],
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="of each pool")] = 8,
     signal_machine: Annotated[str, typer.Option("--signal-machine", help="for signals, spot nodes")] = "r7i.4xlarge",
     engine_machine: Annotated[
@@ -23,6 +21,9 @@ def simulate_command(
         typer.Option("--engine-machine", help="for labels  [default: the cheapest with GPUs that holds one]"),
     ] = None,
     engine_nodes: Annotated[int | None, typer.Option("--engine-nodes", min=1, help="[default: --nodes]")] = None,
+    head_machine: Annotated[
+        str | None, typer.Option("--head-machine", help="where the driver runs  [default: m7i.xlarge]")
+    ] = None,
     tasks: Annotated[int, typer.Option("--tasks", min=1)] = 4,
     items: Annotated[int, typer.Option("--items", min=1, help="of a task")] = 400,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="of an item")] = 300,
@@ -51,8 +52,6 @@ def simulate_command(
 
     figures = load_costs(costs)
     model = read_shape(params, config)
-    if ways > models:
-        raise ConfigError(f"--ways {ways} is more than --models {models}")
     workload = Workload(
         model,
         models,
@@ -72,6 +71,7 @@ def simulate_command(
         make_pool(signal_machine, nodes, figures, spot=True, cache_gb=cache_gb),
         make_pool(engines, engine_nodes or nodes, figures, cache_gb=cache_gb),
         figures,
+        head_machine,
     )
     if as_json:
         typer.echo(json.dumps(to_json(workload, found), indent=1))

@@ -22,7 +22,7 @@ class TransformersEvaluator:
     """Holds one model built from `template`, whose weights `load` replaces in place.
 
     Args:
-        device: `cpu` or `cuda`. batch_size: sequences at once.
+        device: `cpu` or `cuda`. batch_size: sequences at once. merge_threads: that compute a merge.
     """
 
     name = "transformers"
@@ -34,11 +34,12 @@ class TransformersEvaluator:
         batch_size: int = 256,
         device: str = "cpu",
         max_model_len: int | None = None,
+        merge_threads: int = 1,
     ) -> None:
         from transformers import AutoTokenizer
 
         self._model: Any = load_model(template, getattr(torch, dtype)).to(device)
-        self._device, self._batch_size = device, batch_size
+        self._device, self._batch_size, self._merge_threads = device, batch_size, merge_threads
         with local_files(template) as directory:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="left")
         if self.tokenizer.pad_token_id is None:
@@ -52,7 +53,7 @@ class TransformersEvaluator:
             CheckpointError: the merge is not finite.
             EngineError: the merge does not have exactly this model's parameters.
         """
-        stream = FiniteStream(resolved)
+        stream = FiniteStream(resolved, self._merge_threads)
         result = self._model.load_state_dict(dict(stream), strict=False)
         stream.check()
         tied = {name for name in result.missing_keys if self._is_tied(name)}

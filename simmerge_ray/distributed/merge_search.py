@@ -55,12 +55,17 @@ def start_evaluator(study: Study) -> Evaluator:
         EngineError: the check failed.
     """
     config, settings = study.config, study.settings
+    threads = max(1, int(config.cpus_per_trial))  # the cores of a rank merge while its GPU waits
     if settings.evaluator == "transformers":
         from simmerge_ray.transformers_evaluator import TransformersEvaluator
 
         device = "cuda" if config.gpus_per_trial > 0 else "cpu"
         return TransformersEvaluator(
-            study.template, settings.dtype, device=device, max_model_len=settings.max_model_len
+            study.template,
+            settings.dtype,
+            device=device,
+            max_model_len=settings.max_model_len,
+            merge_threads=threads,
         )
     from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
 
@@ -71,6 +76,7 @@ def start_evaluator(study: Study) -> Evaluator:
         tensor_parallel_size=config.tensor_parallel,
         distributed_executor_backend=config.executor if config.tensor_parallel > 1 else None,
         gpu_memory_utilization=0.9 * config.gpus_per_trial if 0 < config.gpus_per_trial < 1 else None,
+        merge_threads=threads,
     )
     engine.check_swap(unmerged(study.other), check_prompts(study, engine.tokenizer))
     return engine

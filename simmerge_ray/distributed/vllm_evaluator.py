@@ -61,6 +61,7 @@ class VllmEvaluator:
             one rank and `mp` for several. vLLM by itself would take `ray` inside a placement group.
         gpu_memory_utilization: share of a GPU's memory that the engine may take, so that small models can share one;
             None is vLLM's own. On CPU it has no meaning, the memory of the key-value cache is fixed.
+        merge_threads: of each rank, that compute a merge while it is loaded.
 
     Raises:
         ConfigError: an unknown backend, fewer CPU cores than ranks, or several ranks in one process.
@@ -77,12 +78,13 @@ class VllmEvaluator:
         tensor_parallel_size: int = 1,
         distributed_executor_backend: str | None = None,
         gpu_memory_utilization: float | None = None,
+        merge_threads: int = 1,
     ) -> None:
         self._engine: Any = None
         self._processes: list[Any] = []
         self._files = ExitStack()  # vLLM loads the first weights itself: the one checkpoint that is copied whole
         self._broken: str | None = None
-        self._dtype = dtype
+        self._dtype, self._merge_threads = dtype, merge_threads
         self.max_model_len = max_model_len
         executor = distributed_executor_backend or ("mp" if tensor_parallel_size > 1 else "uni")
         if executor not in _EXECUTORS:
@@ -150,7 +152,7 @@ class VllmEvaluator:
         self._check_whole()
         label = resolved.plan.label
         try:
-            reports = self._engine.collective_rpc("simmerge_load", args=(resolved,))
+            reports = self._engine.collective_rpc("simmerge_load", args=(resolved, self._merge_threads))
             self._engine.reset_prefix_cache()
         except Exception as error:  # vLLM raises what it likes; whatever it is, the engine cannot be trusted
             self._broken = f"swapping in {label!r} failed: {error}"

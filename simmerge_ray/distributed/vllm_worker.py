@@ -89,9 +89,9 @@ class MergeExtension:
         modules = dict(model.named_modules(remove_duplicate=False))
         return sorted(f"{place} ({type(modules[place.rpartition('.')[0]]).__name__})" for place in unknown)
 
-    def simmerge_load(self, resolved: ResolvedPlan) -> SwapReport:
-        """Replace the weights by the merge and compare what the model then holds with it."""
-        stream = FiniteStream(resolved)
+    def simmerge_load(self, resolved: ResolvedPlan, num_threads: int = 1) -> SwapReport:
+        """Replace the weights by the merge, which so many threads compute, and compare what the model then holds."""
+        stream = FiniteStream(resolved, num_threads)
         sample = self._sample()
         with sample.of_packs():
             self.reload_weights(weights_iterator=sample.taken(stream))  # type: ignore[attr-defined]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import queue
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -18,33 +22,80 @@ from simmerge_ray.plans import ResolvedPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+Result = TypeVar("Result")
 
-def merged_tensors(resolved: ResolvedPlan, reports: list[TensorReport] | None = None) -> Iterator[tuple[str, Tensor]]:
+
+_AHEAD_BYTES = 4 << 30  # of tensors that are computed before they are asked for; one is, however large it is
+
+
+def merged_tensors(
+    resolved: ResolvedPlan, reports: list[TensorReport] | None = None, num_threads: int = 1
+) -> Iterator[tuple[str, Tensor]]:
     """Named tensors of the merge, one at a time, in name order: the bytes that `write_merge` would write.
 
     Args:
         reports: gets one entry a tensor. Inputs are taken as checked (`check_compatible`).
+        num_threads: that compute tensors; the next ones while one is used.
 
     Raises:
         PlanError: see `global_trims.global_steps`. CheckpointError: see `Computer.compute`.
     """
-    graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=1)
+    graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=num_threads)
     sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
+    seeds = Seeds(graph)
+    idle: queue.SimpleQueue[Computer] = queue.SimpleQueue()  # one for each thread
+    for _ in range(num_threads):
+        idle.put(Computer(graph, sources, seeds))
+
+    def compute(output: OutputTensor) -> tuple[np.ndarray, TensorReport]:
+        array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
+
+        def keep(start: int, block: np.ndarray) -> None:
+            array[start : start + block.size] = block
+
+        computer = idle.get()
+        try:
+            return array, computer.compute(output, keep)
+        finally:
+            idle.put(computer)
+
     try:
-        computer = Computer(graph, sources, Seeds(graph))
-        for output in graph.outputs:
-            array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
-
-            def keep(start: int, block: np.ndarray, into: np.ndarray = array) -> None:
-                into[start : start + block.size] = block
-
-            report = computer.compute(output, keep)
-            if reports is not None:
-                reports.append(report)
-            yield output.name, as_tensor(array, output)
+        with closing(_in_order(compute, graph.outputs, num_threads)) as computed:  # before the sources are
+            for output, (array, report) in computed:
+                if reports is not None:
+                    reports.append(report)
+                yield output.name, as_tensor(array, output)
     finally:
         for source in sources.values():
             source.close()
+
+
+def _in_order(
+    compute: Callable[[OutputTensor], Result], outputs: Sequence[OutputTensor], num_threads: int
+) -> Generator[tuple[OutputTensor, Result], None, None]:
+    """Outputs with their results, in order; with several threads the next ones are computed meanwhile."""
+    if num_threads <= 1:
+        for output in outputs:
+            yield output, compute(output)
+        return
+    waiting: deque[tuple[OutputTensor, Future[Result]]] = deque()
+    ahead, held = iter(outputs), 0
+    following = next(ahead, None)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="merge") as pool:
+        try:
+            while following is not None or waiting:
+                while following is not None and (
+                    not waiting or (len(waiting) <= num_threads and held + following.num_bytes <= _AHEAD_BYTES)
+                ):
+                    waiting.append((following, pool.submit(compute, following)))
+                    held += following.num_bytes
+                    following = next(ahead, None)
+                output, result = waiting.popleft()
+                held -= output.num_bytes
+                yield output, result.result()
+        finally:
+            for _, future in waiting:  # who stops reading waits for the tensors that are being computed, not for all
+                future.cancel()
 
 
 def as_tensor(array: np.ndarray, output: OutputTensor) -> Tensor:
@@ -68,12 +119,12 @@ class FiniteStream:
     Call `check` when it has been consumed.
     """
 
-    def __init__(self, resolved: ResolvedPlan) -> None:
-        self._resolved = resolved
+    def __init__(self, resolved: ResolvedPlan, num_threads: int = 1) -> None:
+        self._resolved, self._num_threads = resolved, num_threads
         self._reports: list[TensorReport] = []
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return merged_tensors(self._resolved, self._reports)
+        return merged_tensors(self._resolved, self._reports, self._num_threads)
 
     def check(self) -> None:
         """Refuse what was streamed.

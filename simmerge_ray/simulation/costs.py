@@ -57,11 +57,12 @@ class Gpu(_Part):
 
 
 class Machine(_Part):
-    """dollars: an hour at list price. cache_gb: disk for what is read from a store."""
+    """dollars: an hour at list price. cache_gb, disk_gb_per_s: of the disk for what is read from a store."""
 
     network_gbps: float = Field(gt=0)
     dollars: float = Field(ge=0)
     cache_gb: float = Field(ge=0)
+    disk_gb_per_s: float = Field(gt=0)
 
 
 class Assumed(_Part):
@@ -71,7 +72,6 @@ class Assumed(_Part):
     decode_utilisation: float = Field(gt=0, le=1)
     batch_size: int = Field(ge=1)
     link_share: float = Field(gt=0, le=1)
-    disk_share: float = Field(gt=0, le=1)
     swap_bytes_per_s: float = Field(gt=0)
     head: str
     spot_share: float = Field(gt=0, le=1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from simmerge_ray.errors import ConfigError
@@ -17,7 +18,7 @@ from simmerge_ray.simulation.workers import PIECES, Node, Worker
 
 @dataclass(frozen=True)
 class Engines:
-    """ranks: GPUs of an engine, 0 on CPUs. cpus: cores of an engine on CPUs. per_node: engines at the same time."""
+    """ranks: GPUs of an engine, 0 on CPUs. cpus: cores of a rank. per_node: engines at the same time."""
 
     ranks: int
     cpus: float
@@ -26,7 +27,10 @@ class Engines:
 
 
 def place_engines(model: ModelSize, resources: Mapping[str, float], gpu_gb: int, cpus: float) -> Engines:
-    """Engines on the fewest GPUs that hold them; on CPUs by cores and memory.
+    """Engines on the fewest GPUs that hold them, with the cores that come with these; on CPUs by cores and memory.
+
+    Args:
+        cpus: cores of an engine on CPUs.
 
     Raises:
         ConfigError: a node holds none.
@@ -40,15 +44,15 @@ def place_engines(model: ModelSize, resources: Mapping[str, float], gpu_gb: int,
                 f"{resources['memory'] / 1e9:.0f} GB and {resources['CPU']:g} cores"
             )
         return Engines(0, cpus, held, fit)
-    offer = dict(resources) | gpu_offer(gpu_gb, gpus)
+    offer, cpus = dict(resources) | gpu_offer(gpu_gb, gpus), float(int(resources["CPU"]) // gpus)
     ranks = 1
     while ranks <= gpus:
         try:
-            needs = engine_needs(held, 1.0, 1.0, ranks, offer)
+            needs = engine_needs(held, cpus, 1.0, ranks, offer)
         except ConfigError:
             needs = {}
         if needs and (fit := how_many_fit({kind: ranks * amount for kind, amount in needs.items()}, offer)):
-            return Engines(ranks, 1.0, held, fit)
+            return Engines(ranks, cpus, held, fit)
         ranks *= 2
     raise ConfigError(f"an engine of {held / 1e9:.1f} GB does not fit {gpus} GPUs of {gpu_gb} GB, the most of one node")
 
@@ -63,29 +67,32 @@ class Merge:
 
 
 def make_trials(num_models: int, tasks: int, arms: Sequence[Arm], ways: int, most: int | None) -> list[Merge]:
-    """Checkpoints on all tasks, then merges with every arm on their members' tasks: of pairs whose tasks differ, or
-    for more ways of neighbours in the catalogue. The tasks go round.
+    """Checkpoints on all tasks, then merges with every arm on their members' tasks: of pairs whose tasks differ, or of
+    all sets of more. The tasks go round.
 
     Args:
         most: merges at most.
+
+    Raises:
+        ConfigError: more ways than checkpoints, or more than two without `most`.
     """
+    if ways > num_models:
+        raise ConfigError(f"merges of {ways} of {num_models} checkpoints")
+    if ways > 2 and most is None:
+        raise ConfigError(f"say how many merges of {ways} checkpoints are measured (--merges); all are too many")
     own = [number % tasks for number in range(num_models)]
-    if ways == 2:
-        pairs = ((i, j) for i in range(num_models) for j in range(i + 1, num_models) if tasks == 1 or own[i] != own[j])
-        sets: Iterator[tuple[int, ...]] = iter(pairs)
-    else:
-        sets = (
-            tuple((first + step * place) % num_models for place in range(ways))
-            for step in range(1, max(2, num_models // ways))
-            for first in range(num_models)
-        )
+    sets = (
+        members
+        for members in itertools.combinations(range(num_models), ways)
+        if ways > 2 or tasks == 1 or own[members[0]] != own[members[1]]
+    )
     merges = (
         Merge(tuple(f"m{one}" for one in members), arm, len({own[one] for one in members}))
         for members in sets
         for arm in arms
     )
     alone = [Merge((f"m{number}",), None, tasks) for number in range(num_models)]
-    return alone + [one for one, _ in zip(merges, range(most if most is not None else 10**9), strict=False)]
+    return [*alone, *itertools.islice(merges, most)]
 
 
 @dataclass(frozen=True)
@@ -133,8 +140,9 @@ def simulate_labels(
             link, disk = link + on_link, disk + on_disk
         generated = generation_seconds(model, engines, gpu, trial.tasks * items, prompt_tokens, answer_tokens, costs)
         swapped = size / ranks / costs.assumed.swap_bytes_per_s if engines.ranks else 0.0
-        # Every rank streams the whole merge and keeps its share, one core each.
-        merged = model.parameters * costs.merge_ns(trial.arm, len(trial.members)) * 1e-9 if trial.arm else 0.0
+        # Every rank streams the whole merge and keeps its share, on all of its cores.
+        merge_ns = costs.merge_ns(trial.arm, len(trial.members)) if trial.arm else 0.0
+        merged = model.parameters * merge_ns * 1e-9 / max(1, int(engines.cpus))
         took = worker.spend(
             **{
                 "reading from the store": link,

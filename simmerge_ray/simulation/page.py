@@ -18,7 +18,8 @@ _REMEDIES = {
     "digests: hashing": "nothing: a checkpoint is hashed by one core; once, and never again",
     "continuations: arithmetic": "nodes that hold a model whole: in stages every token runs all of the text again",
     "continuations: building models": "nodes that hold a model whole: in stages the base is built for every token",
-    "labels: merging": "more engines; GPUs wait meanwhile, so cheaper ones, or arms that merge faster than ties",
+    "labels: merging": "more cores a GPU (`search.cpus_per_trial`), or arms that merge faster than ties",
+    "labels: reading from disks": "more engines, or faster disks for the cache; GPUs wait meanwhile",
     "labels: reading from the store": "a cache that holds the members of a merge: SIMMERGE_CACHE_GB, a larger disk",
     "labels: evaluating": "more or faster GPUs, fewer items (`search.max_items`), fewer merges",
 }
@@ -38,7 +39,9 @@ def lines(workload: Workload, found: Simulated) -> list[str]:
     model, placed, engines = workload.model, found.placed, found.engines
     stages = len(placed.stages)
     cut = "whole" if stages == 1 else f"in {stages} stages of layers"
-    ranks = f"{engines.ranks} GPU{'s' if engines.ranks > 1 else ''}" if engines.ranks else f"{engines.cpus:g} cores"
+    ranks = f"{engines.ranks} GPU{'s' if engines.ranks > 1 else ''} with {engines.cpus:g} cores each"
+    if not engines.ranks:
+        ranks = f"{engines.cpus:g} cores"
     count = workload.num_models + 1
     told = [
         f"model     {model.parameters / 1e9:.4g} B parameters, {model.dtype}, {_size(model.num_bytes)} each; the shape "
@@ -48,8 +51,8 @@ def lines(workload: Workload, found: Simulated) -> list[str]:
         f"signals   {found.signal_pool.nodes} x {found.signal_pool.machine}, {placed.per_node} workers a node, "
         f"{_size(placed.worker_bytes)} each, a checkpoint {cut}; signature {_size(found.signature_bytes)}, "
         f"driver {_size(found.driver_bytes)}",
-        f"engines   {found.engine_pool.nodes} x {found.engine_pool.machine}, {engines.per_node} a node, {ranks} and "
-        f"{_size(engines.engine_bytes)} each",
+        f"engines   {found.engine_pool.nodes} x {found.engine_pool.machine}, {engines.per_node} a node, {ranks}; "
+        f"an engine {_size(engines.engine_bytes)}",
         "",
         f"{'part':<27}{'where':<9}{'workers':>8}{'units':>9}{'hours':>9}{'network':>10}  most of it",
     ]
@@ -69,6 +72,11 @@ def lines(workload: Workload, found: Simulated) -> list[str]:
         told.append(
             f"warning     the cache of a {found.engine_pool.machine} ({_size(found.engine_pool.cache_bytes)}) does not "
             f"hold {workload.ways} checkpoints: every merge reads them from the store again, each rank for itself"
+        )
+    if found.driver_bytes > found.head_bytes:
+        told.append(
+            f"warning     the driver holds {_size(found.driver_bytes)} while it compares signatures; the head has room "
+            f"for {_size(found.head_bytes)}: take a larger one (--head-machine)"
         )
     told.append(
         f"cost        {_pool('signals', found, found.signal_pool)}; {_pool('engines', found, found.engine_pool)}; head "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from simmerge_ray.cluster_lint import MACHINES
 from simmerge_ray.errors import ConfigError
 from simmerge_ray.model_size import ModelSize, size_of
@@ -38,9 +40,13 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
         )
     except OSError as error:
         raise ConfigError(f"{config}: {error.strerror}") from None
-    except ValueError as error:  # also pydantic's, whose last line says what is wrong
-        told = str(error).splitlines()
-        raise ConfigError(f"--params {parameters:g}: {told[2].strip() if len(told) > 2 else told[0]}") from None
+    except ValidationError as error:
+        told = error.errors()[0]
+        place = ".".join(map(str, told["loc"]))
+        said = str(told["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"--params {parameters:g}: {place and place + ': '}{said}") from None
+    except ValueError as error:
+        raise ConfigError(f"{config}: {error}") from None
 
 
 def cheapest_engine(model: ModelSize, costs: Costs) -> str:

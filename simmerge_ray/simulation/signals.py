@@ -203,7 +203,7 @@ class SignalSimulation:
     def _sample(self, worker: Worker, name: str, group: int, at: float) -> float:
         first, last = self._shares[group]
         link = disk = 0.0
-        for one in {name, "base"}:
+        for one in dict.fromkeys((name, "base")):  # in one order
             on_link, on_disk = worker.node.read(one, self._model.num_bytes, at + link + disk, first, last)
             link, disk = link + on_link, disk + on_disk
         own = (last - first) * self._model.parameters * self._costs.of("sample_ns") * 1e-9

@@ -39,20 +39,21 @@ class Workload:
 
 @dataclass(frozen=True)
 class Pool:
-    """Nodes of one kind. resources: as one offers them to Ray. dollars: an hour of one."""
+    """Nodes of one kind. resources: as one offers them to Ray. link, disk: bytes a second. dollars: an hour of one."""
 
     machine: str
     nodes: int
     resources: Mapping[str, float]
     gpu_gb: int
     link: float
+    disk: float
     cache_bytes: float
     dollars: float
 
     def make_nodes(self, costs: Costs) -> list[Node]:
         """As they are when the study begins: nothing is in their caches."""
-        disk = costs.of("cache_bytes_per_s") * costs.assumed.disk_share
-        return [Node(self.link, disk, self.cache_bytes) for _ in range(self.nodes)]
+        one = costs.of("cache_bytes_per_s")
+        return [Node(self.link, self.disk, self.cache_bytes, one) for _ in range(self.nodes)]
 
 
 def make_pool(machine: str, nodes: int, costs: Costs, spot: bool = False, cache_gb: float | None = None) -> Pool:
@@ -73,6 +74,7 @@ def make_pool(machine: str, nodes: int, costs: Costs, spot: bool = False, cache_
         resources={"CPU": cpus, "memory": NODE_SHARE * memory * 1e9, "GPU": gpus},
         gpu_gb=gpu_gb,
         link=about.network_gbps / 8 * 1e9 * assumed.link_share,
+        disk=1e9 * about.disk_gb_per_s,
         cache_bytes=1e9 * (about.cache_gb if cache_gb is None else cache_gb),
         dollars=about.dollars * (assumed.spot_share if spot else 1.0),
     )
@@ -103,7 +105,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Simulated:
-    """The plan and what it comes to. signature_bytes: of one checkpoint on all tasks; driver_bytes: memory there."""
+    """The plan and what it comes to.
+
+    signature_bytes: of one checkpoint on all tasks. driver_bytes: what the driver holds; head_bytes: what it may, on
+    the head, where a submitted job's driver runs.
+    """
 
     placed: Placed
     engines: Engines
@@ -114,6 +120,7 @@ class Simulated:
     signature_bytes: float
     driver_bytes: float
     cache_holds: bool
+    head_bytes: float
 
     @property
     def seconds(self) -> float:
@@ -144,11 +151,13 @@ class Simulated:
         }
 
 
-def simulate(workload: Workload, signal_pool: Pool, engine_pool: Pool, costs: Costs, cpus: float = 4.0) -> Simulated:
+def simulate(
+    workload: Workload, signal_pool: Pool, engine_pool: Pool, costs: Costs, head: str | None = None, cpus: float = 4.0
+) -> Simulated:
     """Run the arithmetic of a study.
 
     Args:
-        cpus: cores of an engine on CPUs.
+        head: the machine on which the driver runs; None takes that of the costs. cpus: cores of an engine on CPUs.
 
     Raises:
         ConfigError: a model fits no node.
@@ -156,7 +165,7 @@ def simulate(workload: Workload, signal_pool: Pool, engine_pool: Pool, costs: Co
     model = workload.model
     placed = place_workers(model, signal_pool.resources)
     engines = place_engines(model, engine_pool.resources, engine_pool.gpu_gb, cpus)
-    head = costs.machine(costs.assumed.head)
+    head_pool = make_pool(head or costs.assumed.head, 1, costs)
     signals = SignalSimulation(
         model,
         workload.num_models,
@@ -205,10 +214,11 @@ def simulate(workload: Workload, signal_pool: Pool, engine_pool: Pool, costs: Co
         tuple(phases),
         signal_pool,
         engine_pool,
-        head.dollars,
+        head_pool.dollars,
         signals.signature_bytes,
         signals.driver_bytes,
         cache_holds(engine_pool.cache_bytes, model, workload.ways),
+        head_pool.resources["memory"],
     )
 
 

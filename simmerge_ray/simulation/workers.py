@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +14,18 @@ PIECES = 64  # of a checkpoint: what a cache keeps or throws away as a whole
 
 
 class Node:
-    """A node's link to the store, which its workers use one after the other, and its cache, least recently used first.
+    """A node's link to the store and its disk, which its workers use one after the other, and the cache on the disk,
+    where the least recently used goes first.
 
     Args:
-        link, disk: bytes a second. cache_bytes: of the cache.
+        link, disk: bytes a second. cache_bytes: of the cache. one: bytes a second from the disk for one worker at most.
     """
 
-    def __init__(self, link: float, disk: float, cache_bytes: float) -> None:
-        self._link, self._disk, self.cache_bytes = link, disk, cache_bytes
+    def __init__(self, link: float, disk: float, cache_bytes: float, one: float = math.inf) -> None:
+        self._rates, self._one, self.cache_bytes = {"link": link, "disk": disk}, one, cache_bytes
+        self._free_at = {"link": 0.0, "disk": 0.0}
         self._kept: OrderedDict[tuple[str, int], float] = OrderedDict()
-        self._free_at = 0.0
         self.network_bytes = 0.0
-        self.link_seconds = 0.0
 
     def read(
         self, checkpoint: str, size: float, at: float, first: float = 0.0, last: float = 1.0
@@ -41,14 +42,17 @@ class Node:
                 continue
             missing += piece
             self._keep(key, piece)
-        on_link = 0.0
-        if missing:
-            started = max(at, self._free_at)
-            self._free_at = started + missing / self._link
-            on_link = self._free_at - at
-            self.network_bytes += missing
-            self.link_seconds += missing / self._link
-        return on_link, max(0.0, (last - first) * size - missing) / self._disk
+        self.network_bytes += missing
+        there = max(0.0, (last - first) * size - missing)
+        on_link = self._use("link", missing, at)
+        return on_link, max(self._use("disk", there, at + on_link), there / self._one)
+
+    def _use(self, what: str, num_bytes: float, at: float) -> float:
+        """Seconds from `at` on until so many bytes have come, after those of others."""
+        if not num_bytes:
+            return 0.0
+        self._free_at[what] = max(at, self._free_at[what]) + num_bytes / self._rates[what]
+        return self._free_at[what] - at
 
     def _keep(self, key: tuple[str, int], num_bytes: float) -> None:
         if num_bytes > self.cache_bytes:

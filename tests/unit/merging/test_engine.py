@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from simmerge_ray.merging.compute import Computer, Seeds
 from simmerge_ray.merging.fallbacks import linear_form
 from simmerge_ray.merging.sources import TensorSource
 from simmerge_ray.merging.write import JOURNAL, write_tensors
-from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm
+from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm, parse_arms
 from simmerge_ray.operators.table import two_way
 from simmerge_ray.plans import (
     MergePlan,
@@ -106,6 +107,51 @@ def test_the_stream_has_the_bytes_of_the_file(zoo, tmp_path):
     streamed = dict(merged_tensors(resolved))
     assert list(streamed) == list(written.specs)
     assert all(torch.equal(streamed[name], written.read(name)) for name in streamed)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 40])
+@pytest.mark.parametrize(
+    "arm", ["slerp", "ties(density=0.2)", "dare_ties(density=0.5)", "ties(density=0.2,trim_scope=global)"]
+)
+def test_the_number_of_threads_changes_no_byte_of_the_stream(zoo, arm, num_threads):
+    resolved = resolve_plan(pair_plan("m0", "m1", parse_arms([arm])[0]), zoo)
+    alone, reports, of_threads = dict(merged_tensors(resolved)), [], []
+    together = dict(merged_tensors(resolved, of_threads, num_threads))
+    list(merged_tensors(resolved, reports))
+    assert list(together) == list(alone) and of_threads == reports
+    assert all(torch.equal(together[name], alone[name]) for name in alone)
+
+
+def test_who_stops_reading_a_stream_of_several_threads_waits_for_what_is_computed_only(zoo, monkeypatch):
+    computed = []
+    compute = Computer.compute
+
+    def counted(self, output, keep):
+        computed.append(output.name)
+        return compute(self, output, keep)
+
+    monkeypatch.setattr(Computer, "compute", counted)
+    stream = merged_tensors(resolve_plan(pair_plan("m0", "m1", LINEAR), zoo), num_threads=2)
+    first, _ = next(stream)
+    stream.close()
+    assert first in computed and len(computed) <= 1 + 3  # the one that was taken, and three ahead
+    assert not [one for one in threading.enumerate() if one.name.startswith("merge_")]
+
+
+def test_an_error_in_a_thread_ends_the_stream_at_its_tensor(zoo, monkeypatch):
+    compute, names = Computer.compute, [name for name, _ in merged_tensors(unmerged(zoo.ref("m0")))]
+
+    def failing(self, output, keep):
+        if output.name == names[3]:
+            raise CheckpointError("here")
+        return compute(self, output, keep)
+
+    monkeypatch.setattr(Computer, "compute", failing)
+    taken = []
+    with pytest.raises(CheckpointError, match="here"):
+        for name, _ in merged_tensors(resolve_plan(pair_plan("m0", "m1", LINEAR), zoo), num_threads=3):
+            taken.append(name)
+    assert taken == names[:3]
 
 
 @pytest.mark.parametrize("operator", ["linear", "slerp", "nuslerp", "ties", "task_arithmetic", "breadcrumbs"])
