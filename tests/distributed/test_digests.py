@@ -11,6 +11,7 @@ from simmerge_ray import digests
 from simmerge_ray.catalogue import Catalogue
 from simmerge_ray.checkpoints import checkpoint_digest
 from simmerge_ray.digests import DigestEntry
+from simmerge_ray.distributed import digests as digests_on_nodes
 from simmerge_ray.distributed import resources
 from simmerge_ray.distributed.digests import digest_on_nodes
 from simmerge_ray.errors import CheckpointError
@@ -42,29 +43,43 @@ def read_here(monkeypatch) -> list[str]:
     return found
 
 
-def test_the_nodes_read_what_the_driver_does_not_know(ray_cluster, moved, catalogue, read_here):
+def test_the_nodes_read_what_the_driver_does_not_know(ray_cluster, moved, read_here):
     digest_on_nodes(moved)
-    assert moved.digests() == catalogue.digests() and read_here == []
+    assert moved.digests() == {ref.id: checkpoint_digest(ref) for ref in moved.all_refs} and read_here == []
 
 
-def test_what_a_node_cannot_read_is_left_to_the_driver(ray_cluster, moved, read_here):
-    broken = moved.checkpoints[1]
-    (broken.path / "model.safetensors").write_bytes((broken.path / "model.safetensors").read_bytes()[:-50])
+def test_what_a_node_cannot_read_is_left_to_the_driver(ray_cluster, moved, monkeypatch, read_here):
+    there = digests_on_nodes._digest_there
+
+    def failing(ref):
+        if ref.id == "m1":
+            raise CheckpointError("not on this node")
+        return there(ref)
+
+    monkeypatch.setattr(digests_on_nodes, "_digest_there", failing)
     digest_on_nodes(moved)
-    assert {ref.id for ref in moved.all_refs if DigestEntry(ref).read() is None} <= {broken.id}
-    with pytest.raises(CheckpointError, match=broken.id):
+    assert [ref.id for ref in moved.all_refs if DigestEntry(ref).read() is None] == ["m1"]
+    moved.digests()
+    assert read_here == ["m1"]
+
+
+def test_a_checkpoint_that_nobody_can_read_is_the_driver_s_error(ray_cluster, moved):
+    file = moved.ref("m1").path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    digest_on_nodes(moved)
+    with pytest.raises(CheckpointError, match="'m1'.* is truncated"):
         moved.digests()
 
 
 def test_another_file_on_the_node_is_not_taken_for_the_driver_s(ray_cluster, moved, monkeypatch, read_here):
-    monkeypatch.setattr("simmerge_ray.distributed.digests._digest_there", lambda ref: ("another", "0" * 32))
+    monkeypatch.setattr(digests_on_nodes, "_digest_there", lambda ref: ("another", "0" * 32))
     digest_on_nodes(moved)
     moved.digests()
     assert sorted(read_here) == sorted(ref.id for ref in moved.all_refs)
 
 
 def test_without_a_cluster_nothing_is_started(moved, monkeypatch):
-    monkeypatch.setattr("simmerge_ray.distributed.digests.on_running_cluster", lambda: False)
+    monkeypatch.setattr(digests_on_nodes, "on_running_cluster", lambda: False)
     digest_on_nodes(moved)
     assert all(DigestEntry(ref).read() is None for ref in moved.all_refs)
 
