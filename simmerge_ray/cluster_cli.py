@@ -30,8 +30,12 @@ def check(
     """
     from simmerge_ray.distributed.cluster_files import check_file
 
-    problems = {path: check_file(path) for path in files}
-    for path, found in problems.items():
+    problems: dict[Path, list[str]] = {}
+    for path in files:
+        try:
+            problems[path] = found = check_file(path)
+        except ConfigError as error:  # the other files are looked at all the same
+            problems[path] = found = [str(error).removeprefix(f"{path} ")]
         for problem in found:
             typer.echo(f"{path}: {problem}", err=True)
         if not found:

@@ -215,6 +215,9 @@ def test_the_command_says_what_is_wrong_and_where(tmp_path):
     broken.write_text(shipped.read_text().replace("min_workers: 0", "min_workers: 40", 1))
     result = CliRunner().invoke(app, ["cluster", "check", str(shipped), str(broken)])
     assert isinstance(result.exception, ConfigError) and "problem" in str(result.exception)
+    other = ROOT / "cluster" / "study.yaml"  # as by `cluster/*.yaml`
+    result = CliRunner().invoke(app, ["cluster", "check", str(other), str(shipped)])
+    assert "study.yaml: is no cluster file" in result.output and "gcp.yaml: fine" in result.output
     for text in ("a: [", "- 1", "a: 1", ""):
         broken.write_text(text)
         result = CliRunner().invoke(app, ["cluster", "check", str(broken)])
