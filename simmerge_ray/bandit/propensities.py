@@ -27,6 +27,7 @@ _GAUSSIAN_CUTS = np.array([-8.5, -5.5, -3.5, -2.0, -1.0, 0.0, 1.0, 2.0, 3.5, 5.5
 _STEPS = np.concatenate([[0.5, 1.0, 1.5], 2.0 ** np.arange(1, 21)])
 _STUDENT_CUTS = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])
 _LOG_ROOT = 0.5 * math.log(2 * math.pi)
+_LEAST = 1e-290  # what a number may still be divided by
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,15 @@ def _largest_of_two(location: list[float], variance: list[float]) -> Array:
 
 
 def _largest_of_three(m: list[float], v: list[float]) -> Array | None:
-    """By Owen's T; None where two locations are equal, which has other formulas.
+    """By Owen's T; None where two locations are equal, or so nearly that their slope is none, which has other formulas.
 
     With `h_i = (m_k - m_i) / sqrt(v_k + v_i)` and `rho = v_k / sqrt((v_k + v_i) (v_k + v_j))`:
     `P(k) = (Phi(h_i) + Phi(h_j)) / 2 - T(h_i, a_i) - T(h_j, a_j) - (0 if h_i h_j > 0 else 1 / 2)`, where
     `a_i = (h_j - rho h_i) / (h_i sqrt(1 - rho^2))`, here without a difference of nearly equal numbers.
     """
-    if m[0] == m[1] or m[0] == m[2] or m[1] == m[2]:
-        return None
     root = math.sqrt(v[0] * v[1] + v[0] * v[2] + v[1] * v[2])
+    if min(abs(m[0] - m[1]), abs(m[0] - m[2]), abs(m[1] - m[2])) * root < _LEAST:
+        return None
     bounds, slopes, jumps = [], [], []
     for k, i, j in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
         to_i, to_j = m[k] - m[i], m[k] - m[j]

@@ -42,6 +42,15 @@ def test_propensities_sum_to_one(locations, seed, degrees):
     assert (propensities >= 0).all()
 
 
+@pytest.mark.parametrize("difference", [0.0, 5e-324, 1e-305, 1e-290, 1e-270, 1e-200, 1e-30])
+def test_locations_that_are_hardly_different_are_as_good_as_equal(difference):
+    scales = np.sqrt([2.9e-5, 7.2e-12, 1e-12])
+    for apart in ([0.0, 1.0, difference], [difference, 0.0, 2 * difference]):
+        found = thompson_propensities(Draws(np.array(apart), scales))
+        equal = thompson_propensities(Draws(np.round(apart), scales))
+        np.testing.assert_allclose(found, equal, atol=1e-9)
+
+
 @settings(max_examples=100, deadline=None)
 @given(LOCATIONS, st.integers(0, 2**31), st.floats(0, 0.5), st.data())
 def test_the_safe_rule_leaves_less_often_the_higher_its_threshold(locations, seed, threshold, data):
