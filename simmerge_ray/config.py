@@ -59,7 +59,7 @@ class SearchConfig(_Config):
     lm_eval_fewshot: int | None = Field(None, ge=0, description="examples before each prompt; None: as the task says")
 
     concurrency: int | None = Field(None, ge=1, description="engines at the same time; None: as many as fit")
-    cpus_per_trial: float = Field(1.0, ge=0, description="CPU cores of an engine, or of each of its ranks; they merge")
+    cpus_per_trial: float = Field(1.0, ge=0, description="CPU cores of an engine or of each rank; up to four merge")
     gpus_per_trial: float = Field(0.0, ge=0, description="GPUs of an engine; a fraction for small models")
     tensor_parallel: int = Field(1, ge=1, description="ranks that a model is split over")
     executor: str = Field("mp", pattern="^(mp|ray)$", description="ranks on one node (mp) or over several (ray)")

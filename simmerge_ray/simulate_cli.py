@@ -22,7 +22,7 @@ def simulate_command(
     ] = None,
     engine_nodes: Annotated[int | None, typer.Option("--engine-nodes", min=1, help="[default: --nodes]")] = None,
     head_machine: Annotated[
-        str | None, typer.Option("--head-machine", help="where the driver runs  [default: m7i.xlarge]")
+        str | None, typer.Option("--head-machine", help="where the driver runs  [default: m7i.xlarge, n2-standard-4]")
     ] = None,
     tasks: Annotated[int, typer.Option("--tasks", min=1)] = 4,
     items: Annotated[int, typer.Option("--items", min=1, help="of a task")] = 400,
@@ -65,7 +65,7 @@ def simulate_command(
         prompt_tokens,
         answer_tokens,
     )
-    engines = engine_machine or cheapest_engine(model, figures)
+    engines = engine_machine or cheapest_engine(model, figures.machine(signal_machine).cloud, figures)
     found = simulate(
         workload,
         make_pool(signal_machine, nodes, figures, spot=True, cache_gb=cache_gb),

@@ -29,6 +29,7 @@ from simmerge_ray.distributed.resources import check_room, offered_resources, ra
 from simmerge_ray.errors import EngineError
 from simmerge_ray.evaluation import EvaluationTask, Evaluator
 from simmerge_ray.labels import Infeasible, LabelStore, Measured, Outcome, Stopped
+from simmerge_ray.merging import MAX_THREADS
 from simmerge_ray.placement import engine_needs, how_many_fit
 from simmerge_ray.plans import MergePlan, unmerged
 from simmerge_ray.search.estimate import engine_bytes
@@ -55,7 +56,7 @@ def start_evaluator(study: Study) -> Evaluator:
         EngineError: the check failed.
     """
     config, settings = study.config, study.settings
-    threads = max(1, int(config.cpus_per_trial))  # the cores of a rank merge while its GPU waits
+    threads = min(MAX_THREADS, max(1, int(config.cpus_per_trial)))  # a rank's cores merge while its GPU waits
     if settings.evaluator == "transformers":
         from simmerge_ray.transformers_evaluator import TransformersEvaluator
 

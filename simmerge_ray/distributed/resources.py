@@ -20,7 +20,7 @@ _own_cluster = False  # started by this process, so it does not grow
 _POLL_SECONDS = 0.5
 _STORE_VARIABLES = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "FSSPEC_S3_ENDPOINT_URL",
-    "STORAGE_EMULATOR_HOST", "SIMMERGE_STORE_PATIENCE", "SIMMERGE_CACHE_DIR", "SIMMERGE_CACHE_GB",
+    "STORAGE_EMULATOR_HOST", "SIMMERGE_STORE_PATIENCE",
 )  # fmt: skip
 _OBJECT_STORE_BYTES = 400_000_000  # results are small numbers; the default takes a third of the memory
 
@@ -139,7 +139,7 @@ def only_job(what: str, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def store_variables() -> dict[str, str]:
-    """Where stores and the nodes' caches are, of this process' environment, for workers of a cluster that runs already.
+    """Where stores are, of this process' environment, for workers of a cluster that runs already.
 
     No credentials: whoever sees the dashboard sees a job's environment, and nodes have roles or secrets of their own.
     Nothing under `ray job submit`: its workers have the environment of the job.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -502,6 +503,7 @@ class Seeds:
     def __init__(self, graph: MergeGraph) -> None:
         self._graph = graph
         self._digests: dict[str, str] = {}
+        self._lock = threading.Lock()  # every byte of a checkpoint is read once, not by every thread
 
     def of(self, source: Node, step: int, tensor: str) -> int:
         checkpoints = sorted({read.checkpoint for read in reads(source)})
@@ -510,9 +512,10 @@ class Seeds:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
     def _digest(self, checkpoint: str) -> str:
-        if checkpoint not in self._digests:
-            self._digests[checkpoint] = checkpoint_digest(self._graph.checkpoints[checkpoint])
-        return self._digests[checkpoint]
+        with self._lock:
+            if checkpoint not in self._digests:
+                self._digests[checkpoint] = checkpoint_digest(self._graph.checkpoints[checkpoint])
+            return self._digests[checkpoint]
 
 
 def _count_vectors(vectors: Sequence[np.ndarray], counts: np.ndarray, tops: Tops | None) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from simmerge_ray.errors import CheckpointError
 from simmerge_ray.merge_graph import OutputTensor
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.compute import Computer, Seeds, TensorReport
+from simmerge_ray.merging.compute import Computer, Seeds, TensorReport, memory_per_thread
 from simmerge_ray.merging.global_trims import resolve_global_trims
 from simmerge_ray.merging.sources import NUMPY_DTYPES, TensorSource
 from simmerge_ray.plans import ResolvedPlan
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-_AHEAD_BYTES = 4 << 30  # of tensors that are computed before they are asked for; one is, however large it is
+_AHEAD_BYTES = 4 << 30  # of tensors that are computed before they are asked for, and of what computing them takes
 
 
 def merged_tensors(
@@ -35,7 +35,7 @@ def merged_tensors(
 
     Args:
         reports: gets one entry a tensor. Inputs are taken as checked (`check_compatible`).
-        num_threads: that compute tensors; the next ones while one is used.
+        num_threads: that compute tensors, the next ones while one is used; fewer where whole tensors are held for it.
 
     Raises:
         PlanError: see `global_trims.global_steps`. CheckpointError: see `Computer.compute`.
@@ -43,6 +43,8 @@ def merged_tensors(
     graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=num_threads)
     sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
     seeds = Seeds(graph)
+    each = memory_per_thread(graph, {key: source.specs for key, source in sources.items()})
+    num_threads = max(1, min(num_threads, _AHEAD_BYTES // each))
     idle: queue.SimpleQueue[Computer] = queue.SimpleQueue()  # one for each thread
     for _ in range(num_threads):
         idle.put(Computer(graph, sources, seeds))

@@ -47,6 +47,7 @@ PLAN_FILE = "simmerge_plan.json"
 MANIFEST_FILE = "simmerge_manifest.json"
 STATE_FILE = "merge.state.json"
 JOURNAL = "merge.journal"
+MAX_THREADS = 4  # that merge in one process, or in one rank of an engine; then the memory bus is busy
 _PROGRESS_BYTES = 1 << 23
 _COPIED_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -270,8 +271,8 @@ def write_tensors(
 
 
 def default_threads() -> int:
-    """As many as there are cores for this process, at most four: then the memory bus is busy."""
-    return min(4, len(os.sched_getaffinity(0)))
+    """As many as there are cores for this process, at most `MAX_THREADS`."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
 class _Worker:

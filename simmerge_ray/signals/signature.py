@@ -188,7 +188,7 @@ def model_shape(config: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         ConfigError: a number is not there.
     """
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     names = {
         "layers": ("num_hidden_layers", "n_layer"),
         "hidden": ("hidden_size", "n_embd"),

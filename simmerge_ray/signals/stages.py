@@ -176,7 +176,7 @@ def activation_bytes(
         num_positions: sampled positions of a micro-batch at most; None counts every token.
     """
     shape = model_shape(config)
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     tokens = batch_size * num_tokens
     positions = tokens if num_positions is None else min(tokens, num_positions)
     heads, hidden = shape["heads"], shape["hidden"]

@@ -57,8 +57,9 @@ class Gpu(_Part):
 
 
 class Machine(_Part):
-    """dollars: an hour at list price. cache_gb, disk_gb_per_s: of the disk for what is read from a store."""
+    """cloud: whose. dollars: an hour at list price. cache_gb, disk_gb_per_s: of the disk for the cache."""
 
+    cloud: str
     network_gbps: float = Field(gt=0)
     dollars: float = Field(ge=0)
     cache_gb: float = Field(ge=0)
@@ -73,7 +74,7 @@ class Assumed(_Part):
     batch_size: int = Field(ge=1)
     link_share: float = Field(gt=0, le=1)
     swap_bytes_per_s: float = Field(gt=0)
-    head: str
+    heads: Mapping[str, str]
     spot_share: float = Field(gt=0, le=1)
     gpus: Mapping[int, Gpu]
     machines: Mapping[str, Machine]
@@ -93,6 +94,17 @@ class Costs(_Part):
         """Of one core for an element of a merge; measured for two checkpoints, taken as linear in their number."""
         kind = "linear_ns" if arm.operator in _LINEAR else "slerp_ns" if arm.operator in _SPHERICAL else "ties_ns"
         return self.of(kind) * ways / 2
+
+    def head_beside(self, name: str) -> str:
+        """The machine for a head in the cloud of another one.
+
+        Raises:
+            ConfigError: nothing is said of it, or of a head there.
+        """
+        cloud = self.machine(name).cloud
+        if cloud not in self.assumed.heads:
+            raise ConfigError(unknown_name("cloud with a head", cloud, self.assumed.heads))
+        return self.assumed.heads[cloud]
 
     def machine(self, name: str) -> Machine:
         """A machine's price, network and disk.

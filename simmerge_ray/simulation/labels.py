@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from simmerge_ray.errors import ConfigError
+from simmerge_ray.merging import MAX_THREADS
 from simmerge_ray.model_size import ModelSize
-from simmerge_ray.operators.specs import Arm
+from simmerge_ray.operators.specs import OPERATOR_SPECS, Arm
 from simmerge_ray.placement import engine_needs, gpu_offer, how_many_fit
 from simmerge_ray.simulation.costs import Costs, Gpu
-from simmerge_ray.simulation.workers import PIECES, Node, Worker
+from simmerge_ray.simulation.workers import Node, Worker
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,23 @@ class Merge:
 
 
 def make_trials(num_models: int, tasks: int, arms: Sequence[Arm], ways: int, most: int | None) -> list[Merge]:
-    """Checkpoints on all tasks, then merges with every arm on their members' tasks: of pairs whose tasks differ, or of
-    all sets of more. The tasks go round.
+    """The base and all checkpoints on all tasks, then merges with every arm on their members' tasks: of pairs whose
+    tasks differ, or of all sets of more. The tasks go round.
 
     Args:
         most: merges at most.
 
     Raises:
-        ConfigError: more ways than checkpoints, or more than two without `most`.
+        ConfigError: more ways than checkpoints or than an arm takes, or more than two without `most`.
     """
     if ways > num_models:
         raise ConfigError(f"merges of {ways} of {num_models} checkpoints")
     if ways > 2 and most is None:
         raise ConfigError(f"say how many merges of {ways} checkpoints are measured (--merges); all are too many")
+    for arm in arms:
+        spec = OPERATOR_SPECS[arm.operator]
+        if ways < spec.min_sources or (spec.max_sources is not None and ways > spec.max_sources):
+            raise ConfigError(f"{arm.label} does not merge {ways} checkpoints")
     own = [number % tasks for number in range(num_models)]
     sets = (
         members
@@ -91,7 +96,7 @@ def make_trials(num_models: int, tasks: int, arms: Sequence[Arm], ways: int, mos
         for members in sets
         for arm in arms
     )
-    alone = [Merge((f"m{number}",), None, tasks) for number in range(num_models)]
+    alone = [Merge((name,), None, tasks) for name in ("base", *(f"m{number}" for number in range(num_models)))]
     return [*alone, *itertools.islice(merges, most)]
 
 
@@ -121,12 +126,11 @@ def simulate_labels(
     count = min(engines.per_node * len(nodes), len(trials))
     workers = [Worker(number, nodes[number % len(nodes)]) for number in range(count)]
     size, ranks = model.num_bytes, max(1, engines.ranks)
-    # Where the cache does not keep a merge's members, every rank fetches them for itself.
-    ways = max(len(trial.members) for trial in trials)
-    copies = 1 if cache_holds(nodes[0].cache_bytes, model, ways) else ranks
+    threads = min(MAX_THREADS, max(1, int(engines.cpus)))
+    readers = ranks * threads  # every rank reads the whole merge; what one has read, the others find in memory
     waiting: list[tuple[float, int]] = []
     for worker in workers:
-        link, disk = worker.node.read(trials[0].members[0], size, 0.0)
+        link, disk = worker.node.read(trials[0].members[0], size, 0.0, readers=readers)
         start = costs.of("engine_start_s")
         begun = worker.spend(**{"reading from the store": link, "reading from disks": disk, "starting engines": start})
         heapq.heappush(waiting, (begun, worker.number))
@@ -136,13 +140,13 @@ def simulate_labels(
         worker = workers[number]
         link = disk = 0.0
         for member in trial.members:
-            on_link, on_disk = worker.node.read(member, copies * size, now + link + disk)
+            on_link, on_disk = worker.node.read(member, size, now + link + disk, readers=readers)
             link, disk = link + on_link, disk + on_disk
         generated = generation_seconds(model, engines, gpu, trial.tasks * items, prompt_tokens, answer_tokens, costs)
         swapped = size / ranks / costs.assumed.swap_bytes_per_s if engines.ranks else 0.0
-        # Every rank streams the whole merge and keeps its share, on all of its cores.
+        # Every rank streams the whole merge and keeps its share.
         merge_ns = costs.merge_ns(trial.arm, len(trial.members)) if trial.arm else 0.0
-        merged = model.parameters * merge_ns * 1e-9 / max(1, int(engines.cpus))
+        merged = model.parameters * merge_ns * 1e-9 / threads
         took = worker.spend(
             **{
                 "reading from the store": link,
@@ -176,5 +180,5 @@ def generation_seconds(
 
 
 def cache_holds(cache_bytes: float, model: ModelSize, ways: int) -> bool:
-    """Whether a node's cache keeps the members of a merge, so that the next arm and every rank find them there."""
-    return cache_bytes * (1 - 1 / PIECES) >= ways * model.num_bytes
+    """Whether a node's cache keeps the members of a merge, so that the next arm finds them there."""
+    return cache_bytes >= ways * model.num_bytes

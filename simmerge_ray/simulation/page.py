@@ -71,7 +71,7 @@ def lines(workload: Workload, found: Simulated) -> list[str]:
     if not found.cache_holds:
         told.append(
             f"warning     the cache of a {found.engine_pool.machine} ({_size(found.engine_pool.cache_bytes)}) does not "
-            f"hold {workload.ways} checkpoints: every merge reads them from the store again, each rank for itself"
+            f"hold {workload.ways} checkpoints: every merge reads them from the store again"
         )
     if found.driver_bytes > found.head_bytes:
         told.append(

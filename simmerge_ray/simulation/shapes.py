@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -22,21 +23,27 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
     Raises:
         ConfigError: the file cannot be read or says nothing of the shape; so few parameters do not have it.
     """
+    if not math.isfinite(parameters):
+        raise ConfigError(f"--params {parameters:g} is no number of parameters")
     try:
         if config is None:
             return size_of(parameters)
         content = json.loads(config.read_text())
-        shape = model_shape(content)
-        text = content.get("text_config", content)
+        if not isinstance(content, dict):
+            raise ValueError("no config.json: it holds no object")
+        text = content.get("text_config") or content
+        shape = model_shape(text)
         return ModelSize(
             name=str(config),
             parameters=parameters,
             layers=shape["layers"],
             hidden_size=shape["hidden"],
             heads=shape["heads"],
-            intermediate_size=int(text.get("intermediate_size") or 4 * shape["hidden"]),
+            intermediate_size=text.get("intermediate_size") or text.get("n_inner") or 4 * shape["hidden"],
             vocab_size=shape["vocabulary"],
-            tied=bool(content.get("tie_word_embeddings", False)),
+            # transformers' own default, which config.json leaves out
+            tied=text.get("tie_word_embeddings", content.get("tie_word_embeddings", True)),
+            dtype="float32" if (text.get("dtype") or text.get("torch_dtype")) == "float32" else "bfloat16",
         )
     except OSError as error:
         raise ConfigError(f"{config}: {error.strerror}") from None
@@ -49,15 +56,15 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
         raise ConfigError(f"{config}: {error}") from None
 
 
-def cheapest_engine(model: ModelSize, costs: Costs) -> str:
-    """The machine with GPUs, of those that the costs know, whose engines cost least an hour each.
+def cheapest_engine(model: ModelSize, cloud: str, costs: Costs) -> str:
+    """The machine with GPUs, of those of a cloud that the costs know, whose engines cost least an hour each.
 
     Raises:
         ConfigError: none holds an engine.
     """
     prices: dict[str, float] = {}
-    for machine in costs.assumed.machines:
-        if machine in MACHINES and MACHINES[machine][2]:
+    for machine, about in costs.assumed.machines.items():
+        if about.cloud == cloud and machine in MACHINES and MACHINES[machine][2]:
             pool = make_pool(machine, 1, costs)
             try:
                 engines = place_engines(model, pool.resources, pool.gpu_gb, 1.0)
@@ -65,5 +72,7 @@ def cheapest_engine(model: ModelSize, costs: Costs) -> str:
                 continue
             prices[machine] = pool.dollars / engines.per_node
     if not prices:
-        raise ConfigError(f"no machine that the costs know holds an engine of {model.engine_bytes / 1e9:.0f} GB")
+        raise ConfigError(
+            f"no machine of {cloud} that the costs know holds an engine of {model.engine_bytes / 1e9:.0f} GB"
+        )
     return min(prices, key=prices.__getitem__)

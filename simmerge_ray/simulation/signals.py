@@ -91,6 +91,7 @@ class SignalSimulation:
         self._names = ["base", *(f"m{number}" for number in range(num_models))]
         self._spec = SignatureSpec()
         self._batches = math.ceil(probes / self._spec.batch_size)
+        self._probes, self._probe_tokens = probes, probe_tokens
         self._batch_tokens = probes * probe_tokens / self._batches
         self._nodes = nodes
         # SPREAD: one node after the other.
@@ -126,23 +127,36 @@ class SignalSimulation:
         seconds["pairs"] = pairs * one_task / 4 * costs.of("pair_s_per_value")
         self._causes["pairs"] = {"comparing signatures": seconds["pairs"]}
         units["pairs"], network["pairs"] = int(pairs), count * (self._tasks * one_task + sample)
+        # Hidden states go from stage to stage through the driver.
+        width = self._spec.max_tokens + NUM_GREEDY_TOKENS
+        states = 4 * self._spec.batch_size * width * model.hidden_size * (len(self._placed.stages) - 1)
+        network["signatures"] += 2 * states * count * self._tasks * self._batches
         signature = self._tasks * one_task + sample
         return SignalRun(seconds, self._causes, units, network, driver_bytes(count, one_task + sample), signature)
 
     def _forward(self, elements: float, tokens: float) -> float:
         return 2 * elements * tokens * self._costs.of("sampled_share") / self._costs.of("core_flops")
 
-    def _load(self, worker: Worker, name: str, stage: Stage, at: float) -> float:
-        """Read and convert the weights of a stage, unless the worker holds them."""
+    def _load(self, worker: Worker, name: str, stage: Stage, at: float, sharers: int | None = None) -> float:
+        """Read and convert the weights of a stage, unless the worker holds them.
+
+        Args:
+            sharers: of the node's link, where the read is one of many in a unit.
+        """
         if worker.held == (name, stage):
             return 0.0
         worker.held = (name, stage)
-        share = self._model.elements(stage) / self._model.parameters
+        size, share = self._model.num_bytes, self._model.elements(stage) / self._model.parameters
         first = stage.first / self._model.layers
-        link, _ = worker.node.read(name, self._model.num_bytes, at, first, min(1.0, first + share))
-        # The measured rate of building includes reading from the disk.
-        built = share * self._model.num_bytes / self._costs.of("build_bytes_per_s")
-        return worker.spend(**{"reading from the store": link, "building models": built})
+        last = min(1.0, first + share)
+        disk = 0.0
+        if sharers is None:
+            link, disk = worker.node.read(name, size, at, first, last)
+        else:
+            link = worker.node.read_alone(name, size, first, last, sharers)
+        # The measured rate of building includes reading from a disk, unless that is slower.
+        built = share * size / self._costs.of("build_bytes_per_s")
+        return worker.spend(**{"reading from the store": link, "building models": max(built, disk)})
 
     def _digests(self, start: float) -> tuple[int, float]:
         """Before there are actors, so a task on every core."""
@@ -160,18 +174,17 @@ class SignalSimulation:
         return len(self._names), end
 
     def _continuations(self, start: float) -> tuple[int, float]:
-        greedy = math.ceil(self._spec.num_positions / GREEDY_SHARE)
-        rows = min(greedy, self._spec.batch_size)
-        batches = math.ceil(greedy / rows) * self._tasks
-        tokens = rows * self._batch_tokens / self._spec.batch_size
+        rows = min(math.ceil(self._spec.num_positions / GREEDY_SHARE), self._probes, self._spec.batch_size)
+        tokens, batches = rows * self._probe_tokens, self._tasks
         queue = WorkQueue(Unit("continuation", "base", (number,)) for number in range(batches))
+        sharers = min(math.ceil(batches / len(self._nodes)), self._placed.per_node)
 
         def work(worker: Worker, unit: Unit, at: float) -> float:
             took = 0.0
             # A model that is whole keeps its keys and values; in stages every token runs all of the text.
             for _ in range(NUM_GREEDY_TOKENS if len(self._placed.stages) > 1 else 1):
                 for stage in self._placed.stages:
-                    took += self._load(worker, "base", stage, at + took)
+                    took += self._load(worker, "base", stage, at, sharers)
                     took += worker.spend(arithmetic=self._forward(self._model.elements(stage), tokens))
             return took
 
@@ -211,7 +224,7 @@ class SignalSimulation:
 
     def _sums(self, start: float) -> tuple[int, float]:
         queue = WorkQueue(Unit("sums", None, (group,)) for group in range(len(self._groups)))
-        count = len(self._names)
+        count = len(self._names) - 1  # the figures are of so many and their base
         per_element = count * (self._costs.of("sums_ns") + count * self._costs.of("sums_pair_ns")) * 1e-9
 
         def work(worker: Worker, unit: Unit, at: float) -> float:

@@ -50,10 +50,10 @@ class Pool:
     cache_bytes: float
     dollars: float
 
-    def make_nodes(self, costs: Costs) -> list[Node]:
+    def make_nodes(self, costs: Costs, pieces: int) -> list[Node]:
         """As they are when the study begins: nothing is in their caches."""
         one = costs.of("cache_bytes_per_s")
-        return [Node(self.link, self.disk, self.cache_bytes, one) for _ in range(self.nodes)]
+        return [Node(self.link, self.disk, self.cache_bytes, one, pieces) for _ in range(self.nodes)]
 
 
 def make_pool(machine: str, nodes: int, costs: Costs, spot: bool = False, cache_gb: float | None = None) -> Pool:
@@ -157,7 +157,8 @@ def simulate(
     """Run the arithmetic of a study.
 
     Args:
-        head: the machine on which the driver runs; None takes that of the costs. cpus: cores of an engine on CPUs.
+        head: the machine on which the driver runs; None takes that of the costs for the signals' cloud. cpus: cores of
+            an engine on CPUs.
 
     Raises:
         ConfigError: a model fits no node.
@@ -165,7 +166,7 @@ def simulate(
     model = workload.model
     placed = place_workers(model, signal_pool.resources)
     engines = place_engines(model, engine_pool.resources, engine_pool.gpu_gb, cpus)
-    head_pool = make_pool(head or costs.assumed.head, 1, costs)
+    head_pool = make_pool(head or costs.head_beside(signal_pool.machine), 1, costs)
     signals = SignalSimulation(
         model,
         workload.num_models,
@@ -173,7 +174,7 @@ def simulate(
         workload.probes,
         workload.probe_tokens,
         placed,
-        signal_pool.make_nodes(costs),
+        signal_pool.make_nodes(costs, 4096),
         int(signal_pool.resources["CPU"]),
         costs,
     ).run()
@@ -197,7 +198,7 @@ def simulate(
         model,
         trials,
         engines,
-        engine_pool.make_nodes(costs),
+        engine_pool.make_nodes(costs, 64),  # whole checkpoints
         gpu,
         workload.items,
         workload.prompt_tokens,

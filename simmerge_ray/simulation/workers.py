@@ -10,42 +10,56 @@ from dataclasses import dataclass, field
 
 from simmerge_ray.signals.queue import Unit, WorkQueue
 
-PIECES = 64  # of a checkpoint: what a cache keeps or throws away as a whole
-
 
 class Node:
     """A node's link to the store and its disk, which its workers use one after the other, and the cache on the disk,
     where the least recently used goes first.
 
     Args:
-        link, disk: bytes a second. cache_bytes: of the cache. one: bytes a second from the disk for one worker at most.
+        link, disk: bytes a second. cache_bytes: of the cache. one: bytes a second that one reader takes at most.
+        pieces: of a checkpoint, that the cache keeps or throws away as a whole; finer than what is read at a time.
     """
 
-    def __init__(self, link: float, disk: float, cache_bytes: float, one: float = math.inf) -> None:
-        self._rates, self._one, self.cache_bytes = {"link": link, "disk": disk}, one, cache_bytes
+    def __init__(self, link: float, disk: float, cache_bytes: float, one: float = math.inf, pieces: int = 4096) -> None:
+        self._rates, self._one, self.cache_bytes, self._pieces = {"link": link, "disk": disk}, one, cache_bytes, pieces
         self._free_at = {"link": 0.0, "disk": 0.0}
         self._kept: OrderedDict[tuple[str, int], float] = OrderedDict()
         self.network_bytes = 0.0
 
     def read(
-        self, checkpoint: str, size: float, at: float, first: float = 0.0, last: float = 1.0
+        self, checkpoint: str, size: float, at: float, first: float = 0.0, last: float = 1.0, readers: int = 1
     ) -> tuple[float, float]:
-        """Seconds from `at` on that reading a share [first, last) of a checkpoint of `size` bytes takes: of the link
-        (waiting for it included), and of the disk."""
-        piece = size / PIECES
-        numbers = range(int(first * PIECES), max(int(first * PIECES) + 1, -int(-last * PIECES // 1)))
-        missing = 0.0
-        for number in numbers:
+        """Seconds from `at` on that reading a share [first, last) of a checkpoint of `size` bytes takes: until what is
+        missing has come over the link, and from the disk after that.
+
+        Args:
+            readers: threads that read at the same time.
+        """
+        missing = self._fetch(checkpoint, size, first, last)
+        there, together = max(0.0, (last - first) * size - missing), self._one * readers
+        on_link = max(self._use("link", missing, at), missing / together)
+        return on_link, max(self._use("disk", there, at + on_link), there / together)
+
+    def read_alone(self, checkpoint: str, size: float, first: float, last: float, sharers: int) -> float:
+        """Seconds over the link, which so many share all the time, of a read that is not planned among the others'."""
+        return self._fetch(checkpoint, size, first, last) * sharers / self._rates["link"]
+
+    def _fetch(self, checkpoint: str, size: float, first: float, last: float) -> float:
+        """Bytes that the cache does not have; it has them afterwards, as far as there is room."""
+        piece, missing = size / self._pieces, 0.0
+        begin = int(first * self._pieces)
+        for number in range(begin, max(begin + 1, math.ceil(last * self._pieces - 1e-9))):
             key = (checkpoint, number)
             if key in self._kept:
                 self._kept.move_to_end(key)
                 continue
             missing += piece
-            self._keep(key, piece)
+            if piece <= self.cache_bytes:
+                self._kept[key] = piece
+                while piece * len(self._kept) > self.cache_bytes:  # pieces are equal
+                    self._kept.popitem(last=False)
         self.network_bytes += missing
-        there = max(0.0, (last - first) * size - missing)
-        on_link = self._use("link", missing, at)
-        return on_link, max(self._use("disk", there, at + on_link), there / self._one)
+        return missing
 
     def _use(self, what: str, num_bytes: float, at: float) -> float:
         """Seconds from `at` on until so many bytes have come, after those of others."""
@@ -53,13 +67,6 @@ class Node:
             return 0.0
         self._free_at[what] = max(at, self._free_at[what]) + num_bytes / self._rates[what]
         return self._free_at[what] - at
-
-    def _keep(self, key: tuple[str, int], num_bytes: float) -> None:
-        if num_bytes > self.cache_bytes:
-            return
-        self._kept[key] = num_bytes
-        while num_bytes * len(self._kept) > self.cache_bytes:  # pieces are equal
-            self._kept.popitem(last=False)
 
 
 @dataclass

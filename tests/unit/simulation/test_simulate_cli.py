@@ -57,13 +57,14 @@ def test_the_sizing_table_of_the_docs_is_computed(name, params, more):
     [
         (["--models", "4", "--params", "5e6"], "embeddings of this shape alone have 2.83e+07"),
         (["--models", "4", "--params", "7e9", "--signal-machine", "r7i.4xlrge"], "did you mean 'r7i.4xlarge'"),
-        (["--models", "4", "--params", "400e9"], "no machine that the costs know holds an engine of 1602 GB"),
+        (["--models", "4", "--params", "400e9"], "no machine of aws that the costs know holds an engine of 1602 GB"),
         (["--models", "4", "--params", "400e9", "--engine-machine", "p5.48xlarge"], "does not fit 8 GPUs of 80 GB"),
         (["--models", "4", "--params", "7e9", "--ways", "3"], "--merges"),
         (["--models", "4", "--params", "7e9", "--arm", "tise"], "did you mean 'ties'"),
         (["--models", "4", "--params", "7e9", "--costs", "absent.yaml"], "absent.yaml"),
         (["--models", "4", "--params", "7e9", "--config", "absent.json"], "absent.json"),
         (["--models", "1", "--params", "7e9"], "--models"),
+        (["--models", "4", "--params", "inf"], "no number of parameters"),
     ],
 )
 def test_what_cannot_be_simulated_is_one_error(arguments, said):
@@ -71,17 +72,40 @@ def test_what_cannot_be_simulated_is_one_error(arguments, said):
     assert result.returncode == 2 and said in result.stderr
 
 
+SHAPE = {
+    "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "vocab_size": 152064,
+    "intermediate_size": 18944, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
 def test_a_config_gives_the_shape(tmp_path):
-    shape = {"num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "vocab_size": 152064}
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"intermediate_size": 18944}))
     arguments = ["--models", "4", "--params", "7.616e9", "--json"]
-    own, known = (
-        json.loads(simulated(*arguments, *more)) for more in (["--config", str(tmp_path / "config.json")], [])
-    )
-    assert own["seconds"] == known["seconds"]
-    (tmp_path / "config.json").write_text("{}")
+    known = json.loads(simulated(*arguments))
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    arguments += ["--config", str(tmp_path / "config.json")]
+    assert json.loads(simulated(*arguments))["seconds"] == known["seconds"]
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": SHAPE | {"torch_dtype": "float32"}}))
+    twice = json.loads(simulated(*arguments))
+    assert twice["phases"][0]["network_bytes"] == pytest.approx(2 * known["phases"][0]["network_bytes"])
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "text_config": None}))
+    assert json.loads(simulated(*arguments))["seconds"] == known["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{}", "num_hidden_layers"), ("[]", "holds no object"), ("{", "config.json"),
+     (json.dumps(SHAPE | {"intermediate_size": [1, 2]}), "intermediate_size")],
+)  # fmt: skip
+def test_a_config_that_gives_none_is_one_error(tmp_path, content, said):
+    (tmp_path / "config.json").write_text(content)
     result = simmerge("simulate", "--models", "4", "--params", "7e9", "--config", tmp_path / "config.json")
-    assert result.returncode == 2 and "num_hidden_layers" in result.stderr
+    assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_engines_are_of_the_signals_cloud():
+    for machine, prefixes in (("r7i.4xlarge", ("g6", "p4", "p5")), ("n2-highmem-16", ("g2-", "a2-", "a3-"))):
+        found = json.loads(simulated("--models", "4", "--params", "1e9", "--signal-machine", machine, "--json"))
+        assert found["engines"]["machine"].startswith(prefixes)
 
 
 def test_prices_of_one_s_own_count(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from simmerge_ray.signals.queue import Unit, WorkQueue
-from simmerge_ray.simulation.workers import PIECES, Node, Worker, drain
+from simmerge_ray.simulation.workers import Node, Worker, drain
 
 
 def test_what_a_cache_holds_is_fetched_once():
@@ -33,23 +35,31 @@ def test_workers_of_a_node_wait_for_its_link():
     assert node.read("c", 100.0, 50.0)[0] == 10.0
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20), st.floats(0, 3))
-def test_no_more_is_fetched_than_pieces_are_touched_and_no_less_than_once(ranges, room):
-    node = Node(link=1.0, disk=1.0, cache_bytes=room * 64.0)
-    touched, total = set(), 0
+def test_readers_take_no_more_than_they_can():
+    node = Node(link=100.0, disk=100.0, cache_bytes=1e9, one=5.0)
+    assert node.read("a", 1000.0, 0.0, readers=4) == (50.0, 0.0)
+    assert node.read("a", 1000.0, 50.0, readers=4) == (0.0, 50.0)
+    assert node.read("a", 1000.0, 100.0, readers=40) == (0.0, 10.0)  # then it is the disk
+
+
+def test_a_read_that_is_not_planned_takes_its_share_of_the_link():
+    node = Node(link=10.0, disk=100.0, cache_bytes=0.0)
+    assert node.read_alone("a", 100.0, 0.0, 1.0, 3) == pytest.approx(30.0)
+    assert node.read("b", 100.0, 0.0) == (10.0, 0.0)  # nobody waits for it
+
+
+@given(st.lists(st.tuples(st.integers(0, 64), st.integers(0, 64)), min_size=1, max_size=20), st.floats(0, 3))
+def test_what_is_fetched_is_what_a_cache_of_pieces_misses(ranges, room):
+    """Against a list of pieces, the last used at its end."""
+    node, kept, fetched = Node(1.0, 1.0, room * 64.0, pieces=64), [], 0
     for one in ranges:
         first, last = sorted(one)
-        node.read("a", 64.0, 0.0, first, last)
-        pieces = {
-            number
-            for number in range(PIECES)
-            if number <= first * PIECES < number + 1 or first < number / PIECES < last
-        }
-        touched |= pieces
-        total += len(pieces)
-    assert len(touched) - 1e-9 <= node.network_bytes <= total + len(ranges) + 1e-9
-    if room >= 1:
-        assert node.network_bytes <= PIECES
+        node.read("a", 64.0, 0.0, first / 64, last / 64)
+        for piece in range(first, max(last, first + 1)):
+            fetched += piece not in kept
+            kept = [other for other in kept if other != piece] + [piece]
+            kept = kept[-math.floor(room * 64) :] if room * 64 >= 1 else []
+    assert node.network_bytes == pytest.approx(fetched)
 
 
 def seconds_of(units, num_workers):
