@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from simmerge_ray.errors import ConfigError, StorageError
+from simmerge_ray.errors import StorageError
+from simmerge_ray.storage.places import number_in_environment
 
 DIRECTORY_VARIABLE, LIMIT_VARIABLE = "SIMMERGE_CACHE_DIR", "SIMMERGE_CACHE_GB"
 _DEFAULT_DIRECTORY, _DEFAULT_GB = "~/.cache/simmerge_ray/objects", 20.0
@@ -299,13 +300,7 @@ def node_cache() -> NodeCache:
     Raises:
         ConfigError: the limit is no number.
     """
-    text = os.environ.get(LIMIT_VARIABLE)
-    try:
-        limit = _DEFAULT_GB if text is None else float(text)
-    except ValueError:
-        limit = -1.0
-    if not limit >= 0:
-        raise ConfigError(f"{LIMIT_VARIABLE} is {text!r}; expected a number of GB")
+    limit = number_in_environment(LIMIT_VARIABLE, _DEFAULT_GB, "GB")
     root = Path(os.environ.get(DIRECTORY_VARIABLE) or _DEFAULT_DIRECTORY)
     try:
         root = root.expanduser()

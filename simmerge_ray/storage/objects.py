@@ -108,9 +108,7 @@ def file_version(place: Place) -> str:
         FileNotFoundError: there is none.
     """
     if isinstance(place, RemotePath):
-        if (entry := stores.find(place)) is None:
-            raise FileNotFoundError(errno.ENOENT, "no such object", str(place))
-        return entry.version
+        return _object_of(place).version
     status = place.stat()
     return f"{status.st_size}\0{status.st_mtime_ns}"
 
@@ -122,10 +120,14 @@ def file_size(place: Place) -> int:
         FileNotFoundError: there is none.
     """
     if isinstance(place, RemotePath):
-        if (entry := stores.find(place)) is None:
-            raise FileNotFoundError(errno.ENOENT, "no such object", str(place))
-        return entry.size
+        return _object_of(place).size
     return place.stat().st_size
+
+
+def _object_of(place: RemotePath) -> stores.Entry:
+    if (entry := stores.find(place)) is None:
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(place))
+    return entry
 
 
 def file_names(directory: Place) -> set[str] | None:

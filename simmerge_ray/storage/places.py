@@ -7,13 +7,14 @@ both. It has no `__fspath__`: libraries that open files by name get local copies
 from __future__ import annotations
 
 import fnmatch
+import os
 import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from simmerge_ray.errors import InputError
+from simmerge_ray.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -216,3 +217,19 @@ def place_in(directory: Place, name: str | Place) -> Place:
     if isinstance(directory, RemotePath):
         return place if place.is_absolute() else directory / place
     return (directory / place).resolve()
+
+
+def number_in_environment(variable: str, default: float, unit: str) -> float:
+    """A number, 0 or more, that an environment variable may set.
+
+    Raises:
+        ConfigError: it sets something else.
+    """
+    text = os.environ.get(variable)
+    try:
+        number = default if text is None else float(text)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:
+        raise ConfigError(f"{variable} is {text!r}; expected a number of {unit}")
+    return number

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from simmerge_ray.errors import AccessError, ConfigError, InputError, StorageError, unknown_name
-from simmerge_ray.storage.places import RemotePath
+from simmerge_ray.errors import AccessError, InputError, StorageError, unknown_name
+from simmerge_ray.storage.places import RemotePath, number_in_environment
 
 PATIENCE_VARIABLE = "SIMMERGE_STORE_PATIENCE"
 _DEFAULT_PATIENCE_S = 180.0
@@ -99,14 +99,7 @@ def patience_s() -> float:
     Raises:
         ConfigError: the variable is no number.
     """
-    text = os.environ.get(PATIENCE_VARIABLE)
-    try:
-        seconds = _DEFAULT_PATIENCE_S if text is None else float(text)
-    except ValueError:
-        seconds = -1.0
-    if not seconds >= 0:
-        raise ConfigError(f"{PATIENCE_VARIABLE} is {text!r}; expected a number of seconds")
-    return seconds
+    return number_in_environment(PATIENCE_VARIABLE, _DEFAULT_PATIENCE_S, "seconds")
 
 
 def retried(place: RemotePath, action: str, call: Callable[[], Result]) -> Result:
