@@ -30,7 +30,7 @@ RetryInfeasibleOption = Annotated[
 ConcurrencyOption = Annotated[
     int | None, typer.Option(min=1, help="engines at once; default: as many as fit", rich_help_panel=_COST)
 ]
-CpusOption = Annotated[float, typer.Option(help="CPU cores of an engine", rich_help_panel=_COST)]
+CpusOption = Annotated[float, typer.Option(help="CPU cores of an engine or rank; they merge", rich_help_panel=_COST)]
 GpusOption = Annotated[float, typer.Option(help="GPUs of an engine, or a share", rich_help_panel=_COST)]
 TensorParallelOption = Annotated[int, typer.Option(min=1, help="ranks of an engine", rich_help_panel=_COST)]
 ExecutorOption = Annotated[str, typer.Option(help="ranks: mp, one node; ray, several", rich_help_panel=_COST)]
