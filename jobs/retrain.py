@@ -9,8 +9,9 @@ into the registry and begins an epoch in the log, if it is not worse by more tha
 the log with it. The same log and labels give the same version: what is there is not trained again, and what is promoted
 is not promoted twice. `--roll-back` lets a former selector answer again.
 
-The last line says what happened. Exit code 0: done, or nothing to do; 3: `--promote` was asked for and refused, since
-the new selector may be worse; 2: bad input; 1: the database failed.
+The last line but one says what happened, the last one is JSON that does (`simmerge_ray.jobs`). Exit code 0: done, or
+nothing to do; 3: `--promote` was asked for and refused, since the new selector may be worse; 2: bad input; 1: the
+database failed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
@@ -38,23 +40,22 @@ def main() -> int:
     if version is None and (given["dataset"] is None or given["out"] is None):
         parser.error("--dataset and --out are needed (only --roll-back does without)")
 
-    from simmerge_ray.errors import InputError, SimmergeError
+    from simmerge_ray.jobs import local_output, run_job
 
-    try:
+    def work() -> dict[str, Any]:
         from simmerge_ray.config import RetrainConfig, check_config
-
-        config = None if version else check_config(RetrainConfig, given, "options")
         from simmerge_ray.service.retrain_job import run_retraining, run_roll_back
 
-        if config is None:
-            result = run_roll_back(given["database"], given["namespace"], given["registry"], version)
+        registry = local_output(given["registry"], "--registry")
+        if version is not None:
+            result = run_roll_back(given["database"], given["namespace"], registry, version)
         else:
-            result = run_retraining(config, promote, dry_run)
-    except SimmergeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    print(result.line)
-    return 3 if promote and result.refused else 0
+            paths = {"registry": registry, "out": local_output(given["out"])}
+            result = run_retraining(check_config(RetrainConfig, given | paths, "options"), promote, dry_run)
+        print(result.line)
+        return {"status": "refused", "exit_code": 3} if promote and result.refused else {}
+
+    return run_job("retrain", work)
 
 
 if __name__ == "__main__":

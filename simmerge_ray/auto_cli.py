@@ -46,6 +46,7 @@ from simmerge_ray.search_cli import (
 
 if TYPE_CHECKING:
     from simmerge_ray.catalogue import Catalogue
+    from simmerge_ray.storage import Place
 
 
 def auto(
@@ -120,7 +121,7 @@ def auto(
             )
     counted = {name: files[name].sampled(config.max_items, config.seed) for name in request.pool.tasks}
     from simmerge_ray.progress import narrated
-    from simmerge_ray.storage import Manifest, digest_file, local_directory
+    from simmerge_ray.storage import Manifest, digest_file
 
     with narrated(log) as narrator:
         from simmerge_ray.distributed.auto import auto_stage, check_auto, dry_run_lines
@@ -134,15 +135,20 @@ def auto(
             for line in dry_run_lines(study, ranking, checkpoints.own_task, out):
                 narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)
             return
-        inputs = {f"checkpoint {key}": value for key, value in checkpoints.digests().items()}
-        inputs |= {f"task {key}": one.digest for key, one in counted.items()} | {"signals": digest_file(signals)}
-        with local_directory(request.directory) as directory:
-            inputs |= {
-                f"selector {path.relative_to(directory)}": digest_file(path)
-                for path in directory.rglob("*.safetensors")
-            }
+        inputs = {f"task {key}": one.digest for key, one in counted.items()} | {"signals": digest_file(signals)}
+        inputs |= _digests_of(checkpoints, request.directory)
         manifest = Manifest("auto", {"ranking": ranked_by, "search": config.content()}, inputs)
         auto_stage(checkpoints, counted, request.pool.objective, ranking, config, out, narrator, manifest, write)
+
+
+def _digests_of(checkpoints: Catalogue, selector: Place) -> dict[str, str]:
+    """Digests of all checkpoints and of a selector's files, by what a manifest calls them."""
+    from simmerge_ray.storage import digest_file, local_directory
+
+    found = {f"checkpoint {key}": value for key, value in checkpoints.digests().items()}
+    with local_directory(selector) as directory:
+        files = sorted(directory.rglob("*.safetensors"))
+        return found | {f"selector {file.relative_to(directory)}": digest_file(file) for file in files}
 
 
 def counted_tasks(checkpoints: Catalogue, tasks: Sequence[str], objective: str) -> tuple[str, ...]:

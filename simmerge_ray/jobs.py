@@ -1,14 +1,13 @@
 """What the scripts in `jobs/` share: where results may go, and how a job says what happened.
 
-A job ends with an exit code (0 done or nothing to do, 1 failed, 2 bad input, 130 interrupted) and a last line that
-starts with `simmerge-job` and goes on as JSON: `job`, `status` (done, unchanged, refused, failed or interrupted),
-`exit_code`, and what the job adds, such as `out`; `error` where there was one.
+A job ends with an exit code (0 done or nothing to do, 1 failed, 2 bad input, 3 refused, 130 interrupted) and a last
+line that starts with `simmerge-job` and goes on as JSON: `job`, `status` (done, unchanged, refused, failed or
+interrupted), `exit_code`, and what the job adds, such as `out`; `error` where there was one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import traceback
@@ -19,19 +18,7 @@ from typing import Any
 from simmerge_ray.errors import InputError, OutputError, SimmergeError
 
 LAST_LINE = "simmerge-job"
-# Set by Ray for the driver of a submitted job and for nobody else.
-_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _PACKAGES = "working_dir_files"  # where Ray unpacks working directories, below the session's directory
-
-
-def is_submitted() -> bool:
-    """Whether this process is the driver of a job that `ray job submit` has started."""
-    return _SUBMITTED in os.environ
-
-
-def is_uri(place: str | Path) -> bool:
-    """Whether a place is named by a URI such as `s3://bucket/run`, not by a path."""
-    return "://" in str(place)
 
 
 def output_place(place: str | Path, option: str = "--out") -> str:
@@ -43,9 +30,12 @@ def output_place(place: str | Path, option: str = "--out") -> str:
     Raises:
         OutputError: it would lie in the working directory of a submitted job, which is a copy that Ray deletes.
     """
-    if is_uri(place):
-        return str(place)
-    path = Path(place)
+    from simmerge_ray.distributed.resources import is_submitted
+    from simmerge_ray.storage import RemotePath, as_place
+
+    path = as_place(str(place))
+    if isinstance(path, RemotePath):
+        return str(path)
     if is_submitted() and (not path.is_absolute() or _PACKAGES in path.parts):
         raise OutputError(
             f"{option} is {str(place)!r}; under `ray job submit` the working directory is a copy that Ray deletes, so "
@@ -60,7 +50,9 @@ def local_output(place: str | Path, option: str = "--out") -> Path:
     Raises:
         OutputError: as there, or a URI.
     """
-    if is_uri(place):
+    from simmerge_ray.storage import RemotePath, as_place
+
+    if isinstance(as_place(str(place)), RemotePath):
         raise OutputError(
             f"{option} is {str(place)!r}; this job writes files: name an absolute path that every node sees"
         )

@@ -34,6 +34,15 @@ def marked_processes(mark: str, name: str = MARK) -> list[psutil.Process]:
     return [process for process in found.values() if process.pid not in own and _is_running(process)]
 
 
+def kill_marked(mark: str, name: str) -> None:
+    """Kill -9 all of them, also what they start meanwhile, and wait for their ends."""
+    while found := marked_processes(mark, name):
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(found, timeout=20)
+
+
 def _environment(pid: int) -> list[bytes]:
     return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 

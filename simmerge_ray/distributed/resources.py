@@ -63,6 +63,11 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         _own_cluster = False
 
 
+def is_submitted() -> bool:
+    """Whether this process is the driver of a job that `ray job submit` has started."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray for such a driver and for nobody else
+
+
 def on_running_cluster() -> bool:
     """Whether work of this process goes to a cluster that is there already, as in a submitted job."""
     if "RAY_ADDRESS" in os.environ:
@@ -144,7 +149,7 @@ def store_variables() -> dict[str, str]:
     No credentials: whoever sees the dashboard sees a job's environment, and nodes have roles or secrets of their own.
     Nothing under `ray job submit`: its workers have the environment of the job.
     """
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if is_submitted():
         return {}
     return {name: os.environ[name] for name in _STORE_VARIABLES if name in os.environ}
 

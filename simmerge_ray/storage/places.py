@@ -166,11 +166,6 @@ def _checked_remote(value: Any) -> RemotePath:
     raise ValueError("not a URI")
 
 
-def is_uri(text: str) -> bool:
-    """Whether a text names a place in a store, rather than a local path."""
-    return isinstance(as_place(text), RemotePath)
-
-
 def as_place(name: str | Place) -> Place:
     """The place that a path or a URI names; `file://` is a local path.
 

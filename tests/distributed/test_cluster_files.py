@@ -79,9 +79,9 @@ def test_all_parts_are_there():
 
 
 def changed(content: Any, place: str, value: Any) -> Any:
-    """A copy with another value at `a.b.0.c`; None takes the field away."""
+    """A copy with another value at `a/b/0/c` (`~1` is a slash in a key); None takes the field away."""
     result = copy.deepcopy(content)
-    one, keys = result, [int(key) if key.isdigit() else key for key in place.split("/")]
+    one, keys = result, [int(key) if key.isdigit() else key.replace("~1", "/") for key in place.split("/")]
     for key in keys[:-1]:
         one = one[key]
     if value is None:
@@ -175,15 +175,7 @@ WORKER = "spec/workerGroupSpecs/1"
 def test_mistakes_in_a_manifest_are_found(place, value, said):
     content = yaml.safe_load((ROOT / "cluster" / "kuberay" / "raycluster.yaml").read_text())
     content = json.loads(json.dumps(content))  # without the aliases, which a change would follow
-    one = content
-    keys = [int(key) if key.isdigit() else key.replace("~1", "/") for key in place.split("/")]
-    for key in keys[:-1]:
-        one = one[key]
-    if value is None:
-        del one[keys[-1]]
-    else:
-        one[keys[-1]] = value
-    found = lint(content)
+    found = lint(changed(content, place, value))
     assert any(re.search(said, problem) for problem in found), found
 
 

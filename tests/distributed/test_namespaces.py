@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -23,7 +21,7 @@ from simmerge_ray.signals.table import read_signal_table
 from simmerge_ray.storage import write_once
 from tests.conftest import free_port
 from tests.distributed.test_nodes import SEARCH, SIGNALS, local_labels, local_table
-from tests.leftovers import marked_processes
+from tests.leftovers import kill_marked
 from tests.object_store import endpoint, make_bucket, s3_server
 
 ROOT = Path(__file__).parents[2]
@@ -95,13 +93,7 @@ def machines() -> Iterator[tuple[Network, Path, dict[str, str]]]:
         network.begin()
         yield network, disk, {MARK: mark, "HOME": str(disk), "TMPDIR": str(disk), "PYTHONPATH": str(ROOT)}
     finally:
-        while found := marked_processes(mark, MARK):
-            for process in found:
-                try:
-                    process.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(found, timeout=20)
+        kill_marked(mark, MARK)
         network.end()
         shutil.rmtree(disk, ignore_errors=True)
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import uuid
@@ -14,14 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from simmerge_ray.jobs import read_last_line
 from simmerge_ray.labels import LabelStore
 from tests import tiny
 from tests.conftest import free_port
-from tests.leftovers import marked_processes
+from tests.leftovers import kill_marked
 
 ROOT = Path(__file__).parents[2]
 MARK = "TEST_HEAD_MARK"
@@ -95,13 +93,7 @@ class Machine:
 
     def kill(self) -> None:
         """The end of the head, with all that runs on it."""
-        while found := marked_processes(self._mark, MARK):
-            for process in found:
-                try:
-                    process.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(found, timeout=20)
+        kill_marked(self._mark, MARK)
 
     def end(self) -> None:
         self.kill()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from simmerge_ray.errors import EngineError, InputError, OutputError
-from simmerge_ray.jobs import is_submitted, output_place, read_last_line, run_job
+from simmerge_ray.jobs import local_output, output_place, read_last_line, run_job
 from simmerge_ray.labels import LabelStore
 from simmerge_ray.operators.specs import make_arm
 from simmerge_ray.plans import pair_plan, resolve_plan, write_plan
@@ -49,11 +49,16 @@ class TestPlaces:
         assert output_place("s3://bucket/run") == "s3://bucket/run"
         assert output_place("run") == str(tmp_path / "run")
         assert output_place(Path("/shared/run")) == "/shared/run"
+        assert output_place("file:///shared/run") == "/shared/run"
+
+    def test_a_job_that_writes_files_takes_no_store(self):
+        assert local_output("file:///shared/run") == Path("/shared/run")
+        with pytest.raises(OutputError, match="writes files"):
+            local_output("s3://bucket/run")
 
     @pytest.mark.parametrize("place", ["run", "./run", "../run", f"{UNPACKED}/run"])
     def test_under_a_submitted_job_the_working_directory_is_refused(self, monkeypatch, place):
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-        assert is_submitted()
         with pytest.raises(OutputError, match=r"--out is .*run'.*absolute path.*s3://"):
             output_place(place)
         assert output_place("/shared/run") == "/shared/run"

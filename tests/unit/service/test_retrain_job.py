@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from simmerge_ray.config import RetrainConfig
+from simmerge_ray.jobs import read_last_line
 from simmerge_ray.selector.files import find_dataset, read_dataset
 from simmerge_ray.selector.train import train_selector
 from simmerge_ray.service.database import upgrade_database
@@ -39,7 +40,7 @@ def service(tmp_path: Path, study: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def job(tmp_path: Path, study: Path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs the job with more options; exit code, last line, errors."""
+    """Runs the job with more options; exit code, what it says before the last line, errors."""
 
     def run(*options: str, **changed: str) -> tuple[int, str, str]:
         given = {
@@ -56,7 +57,11 @@ def job(tmp_path: Path, study: Path, monkeypatch, capsys) -> Callable[..., tuple
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(JOB), run_name="__main__")
         said = capsys.readouterr()
-        return ended.value.code, (said.out.splitlines() or [""])[-1], said.err
+        lines = said.out.splitlines()
+        if lines:  # the options were understood
+            told = read_last_line(lines[-1])
+            assert told["job"] == "retrain" and told["exit_code"] == ended.value.code
+        return ended.value.code, ["", *lines[:-1]][-1], said.err
 
     return run
 
