@@ -14,7 +14,7 @@ from simmerge_ray.model_size import ModelSize
 from simmerge_ray.operators.specs import OPERATOR_SPECS, Arm
 from simmerge_ray.placement import engine_needs, gpu_offer, how_many_fit
 from simmerge_ray.simulation.costs import Costs, Gpu
-from simmerge_ray.simulation.workers import Node, Worker
+from simmerge_ray.simulation.workers import Node, Worker, total_seconds
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,8 @@ def simulate_labels(
         )
         end = max(end, now + took)
         heapq.heappush(waiting, (now + took, number))
-    causes: dict[str, float] = {}
-    for worker in workers:
-        for cause, seconds in worker.seconds.items():
-            causes[cause] = causes.get(cause, 0.0) + seconds
-    return LabelRun(end, causes, len(trials), sum(node.network_bytes for node in nodes), count)
+    network = sum(node.network_bytes for node in nodes)
+    return LabelRun(end, total_seconds(workers), len(trials), network, count)
 
 
 def generation_seconds(

@@ -21,7 +21,7 @@ from simmerge_ray.signals.signature import (
 )
 from simmerge_ray.signals.stages import Stage, cut_stages
 from simmerge_ray.simulation.costs import Costs
-from simmerge_ray.simulation.workers import Node, Worker, drain
+from simmerge_ray.simulation.workers import Node, Worker, drain, total_seconds
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class SignalSimulation:
             units[name], end = part(start)
             seconds[name] = end - start
             network[name] = sum(node.network_bytes for node in self._nodes) - before
-            self._causes[name] = _summed(self._workers)
+            self._causes[name] = total_seconds(self._workers)
         one_task = outputs_bytes(self._spec, model.config, self._spec.max_tokens + NUM_GREEDY_TOKENS)
         sample = weights_bytes(self._spec, list(model.tensors.values()))
         pairs = count * (count - 1) / 2 * self._tasks
@@ -170,7 +170,7 @@ class SignalSimulation:
             return worker.spend(**{"reading from the store": link, "reading from disks": disk, "hashing": hashed})
 
         end = drain(queue, tasks, work, start=start)
-        self._workers[0].seconds = _summed(tasks)  # they are counted with the actors
+        self._workers[0].seconds = total_seconds(tasks)  # they are counted with the actors
         return len(self._names), end
 
     def _continuations(self, start: float) -> tuple[int, float]:
@@ -246,11 +246,3 @@ class SignalSimulation:
             begin, done = done, done + sum(sizes[name] for name in names)
             found.append((begin / total, done / total))
         return found
-
-
-def _summed(workers: Sequence[Worker]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for worker in workers:
-        for cause, seconds in worker.seconds.items():
-            total[cause] = total.get(cause, 0.0) + seconds
-    return total

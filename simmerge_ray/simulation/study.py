@@ -131,9 +131,9 @@ class Simulated:
         """The longest part."""
         return max(self.phases, key=lambda phase: phase.seconds)
 
-    def node_hours(self, pool: str) -> float:
-        """Of a pool, `signals` or `engines`: its nodes are there for its own parts, idle minutes left out."""
-        place, nodes = ("signals", self.signal_pool.nodes) if pool == "signals" else ("engines", self.engine_pool.nodes)
+    def node_hours(self, place: str) -> float:
+        """Of the nodes for `signals` or `engines`: they are there for their own parts, idle minutes left out."""
+        nodes = {"signals": self.signal_pool.nodes, "engines": self.engine_pool.nodes}[place]
         return nodes * sum(phase.seconds for phase in self.phases if phase.place == place) / 3600
 
     @property

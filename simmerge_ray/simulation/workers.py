@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from simmerge_ray.signals.queue import Unit, WorkQueue
@@ -83,6 +83,15 @@ class Worker:
         for cause, amount in seconds.items():
             self.seconds[cause] = self.seconds.get(cause, 0.0) + amount
         return sum(seconds.values())
+
+
+def total_seconds(workers: Iterable[Worker]) -> dict[str, float]:
+    """Of all workers, by what they were for."""
+    total: dict[str, float] = {}
+    for worker in workers:
+        for cause, seconds in worker.seconds.items():
+            total[cause] = total.get(cause, 0.0) + seconds
+    return total
 
 
 def drain(
