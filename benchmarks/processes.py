@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from simmerge_ray.runs import RunLayout
+from simmerge_ray.base.runs import RunLayout
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 from benchmarks import processes
-from simmerge_ray.labels import LabelStore, Measured
-from simmerge_ray.runs import RunLayout
+from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.base.storage import read_json
+from simmerge_ray.search.labels import LabelStore, Measured
 from simmerge_ray.signals.table import read_signal_table
-from simmerge_ray.storage import read_json
 
 # Seconds into the stage after which the signal is sent, at most: about how long the tiny demo's stages take.
 STAGES = {"zoo": 10.0, "signals": 8.0, "search": 12.0, "train": 0.1, "pick": 8.0, "report": 1.0}

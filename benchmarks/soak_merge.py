@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from simmerge_ray.checkpoints import CheckpointRef, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
 
 _TIMED_FILES = {"simmerge_manifest.json"}  # holds seconds
 
@@ -25,7 +25,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def merge(plan: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "simmerge_ray.cli", "merge", str(plan), str(out)]
+    command = [sys.executable, "-m", "simmerge_ray.cli.app", "merge", str(plan), str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 

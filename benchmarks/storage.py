@@ -37,7 +37,7 @@ def seconds(call: Any) -> float:
 
 
 def read_all(ref: Any) -> None:
-    from simmerge_ray.merging.sources import TensorSource
+    from simmerge_ray.merging.engine.sources import TensorSource
 
     source = TensorSource(ref)
     for name in source.specs:
@@ -47,9 +47,9 @@ def read_all(ref: Any) -> None:
 
 def reading(local: Path, remote: Any, num_bytes: int) -> dict[str, float]:
     """GB/s of whole checkpoints, tensor by tensor, and what a header and one tensor take."""
-    from simmerge_ray.checkpoints import CheckpointRef, read_headers
-    from simmerge_ray.merging.sources import TensorSource
-    from simmerge_ray.storage import stores
+    from simmerge_ray.base.storage import stores
+    from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+    from simmerge_ray.merging.engine.sources import TensorSource
 
     here, there = CheckpointRef("here", local), CheckpointRef("there", remote)
 
@@ -68,7 +68,7 @@ def reading(local: Path, remote: Any, num_bytes: int) -> dict[str, float]:
 
 def away(proxy: Proxy, uri: str, for_s: float) -> dict[str, float]:
     """A store that goes away for so long, with a write and a read that begin then."""
-    from simmerge_ray.storage import read_bytes, write_once
+    from simmerge_ray.base.storage import read_bytes, write_once
 
     write_once(f"{uri}/before", b"x")
     proxy.down()
@@ -92,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root, port = Path(directory), free_port()
         os.environ.update(credentials(port), SIMMERGE_CACHE_DIR=str(root / "cache"))
-        from simmerge_ray.storage import as_place, upload_directory
+        from simmerge_ray.base.storage import as_place, upload_directory
 
         with s3_server(port, root / "log") as url:
             make_bucket(url, "figures")

@@ -6,7 +6,7 @@
 The second form runs on the cluster. Paths in the YAML are relative to it; under `ray job submit` use absolute ones, or
 URIs (`s3://`, `gs://`; docs/storage.md): the working directory is temporary. What is there is not computed again, so an
 interrupted job is run again as it is. With `--dry-run` everything is checked, and what the job would take is printed.
-The last line is JSON that says what happened (`simmerge_ray.jobs`).
+The last line is JSON that says what happened (`simmerge_ray.pipelines.jobs`).
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what it takes, and stop")
     arguments = parser.parse_args()
 
-    from simmerge_ray.jobs import output_place, run_job
+    from simmerge_ray.pipelines.jobs import output_place, run_job
 
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        from simmerge_ray.config import StudyConfig, load_yaml_leniently
-        from simmerge_ray.progress import Narrator
-        from simmerge_ray.storage import as_place
+        from simmerge_ray.base.config import StudyConfig, load_yaml_leniently
+        from simmerge_ray.base.progress import Narrator
+        from simmerge_ray.base.storage import as_place
 
         study = as_place(arguments.study)
         given, _ = load_yaml_leniently(study, StudyConfig)
         if given is not None:
             output_place(given.out, f"`out` in {study}")
-        from simmerge_ray.distributed.stages import build_dataset_stages, load_study
+        from simmerge_ray.pipelines.stages import build_dataset_stages, load_study
 
         config, _, estimate = load_study(study)
         if arguments.dry_run:

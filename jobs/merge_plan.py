@@ -5,7 +5,7 @@
 
 PLAN is mergekit YAML or a plan file of `simmerge plan` or `simmerge search`. OUT and the checkpoints lie where every
 node sees them: on a shared filesystem, or in a store (`s3://`, `gs://`). An interrupted merge goes on where it stopped.
-The last line is JSON that says what happened (`simmerge_ray.jobs`).
+The last line is JSON that says what happened (`simmerge_ray.pipelines.jobs`).
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ def main() -> int:
     if arguments.shard_size < 0.001:
         parser.error(f"--shard-size must be at least 0.001 GB, got {arguments.shard_size}")
 
-    from simmerge_ray.jobs import output_place, run_job
+    from simmerge_ray.pipelines.jobs import output_place, run_job
 
     def work() -> dict[str, Any]:
         from rich.console import Console
 
+        from simmerge_ray.base.progress import Narrator
+        from simmerge_ray.base.storage import as_place
         from simmerge_ray.merging.request import read_request
-        from simmerge_ray.progress import Narrator
-        from simmerge_ray.storage import as_place
 
         out, max_bytes = as_place(output_place(arguments.out, "OUT")), int(arguments.shard_size * 1e9)
         request, narrator = read_request(as_place(arguments.plan), out), Narrator(Console())
         if arguments.dry_run:
             print(*request.lines(max_bytes, arguments.threads), sep="\n")
             return {"status": "unchanged", "out": str(out)}
-        from simmerge_ray.distributed.distributed_merge import ray_runner
+        from simmerge_ray.on_ray.merge_tasks import ray_runner
 
         runner = ray_runner(arguments.workers, arguments.threads)
         with narrator.stage("merge") as stage, narrator.byte_bar("bytes written") as report:

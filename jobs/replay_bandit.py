@@ -4,7 +4,7 @@
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- python jobs/replay_bandit.py /shared/dataset --out /shared/replay
 
 The benchmark `benchmarks.bandit.replay` as a job: minutes on one core, no actors. A domain that was played is not played
-again. OUT gets `bandit-replay.json` and `.png`. The last line is JSON that says what happened (`simmerge_ray.jobs`).
+again. OUT gets `bandit-replay.json` and `.png`. The last line is JSON that says what happened (`simmerge_ray.pipelines.jobs`).
 """  # noqa: E501
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main() -> int:
         if value < 1:
             parser.error(f"{name} must be at least 1, got {value}")
 
-    from simmerge_ray.jobs import local_output, run_job
+    from simmerge_ray.pipelines.jobs import local_output, run_job
 
     def work() -> dict[str, Any]:
         out = local_output(arguments.out)
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are not installed
         from benchmarks.bandit.replay import markdown, replay_dataset
-        from simmerge_ray.storage import as_place
+        from simmerge_ray.base.storage import as_place
 
         rows = replay_dataset(
             as_place(arguments.dataset), out, "bandit-replay", arguments.arm, arguments.orders, arguments.rounds

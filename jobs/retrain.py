@@ -9,9 +9,9 @@ into the registry and begins an epoch in the log, if it is not worse by more tha
 the log with it. The same log and labels give the same version: what is there is not trained again, and what is promoted
 is not promoted twice. `--roll-back` lets a former selector answer again.
 
-The last line but one says what happened, the last one is JSON that does (`simmerge_ray.jobs`). Exit code 0: done, or
-nothing to do; 3: `--promote` was asked for and refused, since the new selector may be worse; 2: bad input; 1: the
-database failed.
+The last line but one says what happened, the last one is JSON that does (`simmerge_ray.pipelines.jobs`). Exit code 0:
+done, or nothing to do; 3: `--promote` was asked for and refused, since the new selector may be worse; 2: bad input; 1:
+the database failed.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def main() -> int:
     if version is None and (given["dataset"] is None or given["out"] is None):
         parser.error("--dataset and --out are needed (only --roll-back does without)")
 
-    from simmerge_ray.jobs import local_output, run_job
+    from simmerge_ray.pipelines.jobs import local_output, run_job
 
     def work() -> dict[str, Any]:
-        from simmerge_ray.config import RetrainConfig, check_config
-        from simmerge_ray.service.retrain_job import run_retraining, run_roll_back
+        from simmerge_ray.base.config import RetrainConfig, check_config
+        from simmerge_ray.pipelines.retrain import run_retraining, run_roll_back
 
         registry = local_output(given["registry"], "--registry")
         if version is not None:

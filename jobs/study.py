@@ -3,9 +3,10 @@
     python jobs/study.py --out runs/study
     ray job submit --working-dir . -- python jobs/study.py --out /shared/study
 
-What is there is not computed again, so an interrupted study goes on with the same command. `--config` names a YAML file
-with other sizes (see `simmerge_ray.config.ZooStudyConfig`), `--stage` runs some stages only. OUT is a directory that
-every node sees: trained checkpoints lie in it. The last line is JSON that says what happened (`simmerge_ray.jobs`).
+What is there is not computed again, so an interrupted study goes on with the same command. `--config` names a YAML
+file with other sizes (see `simmerge_ray.base.config.ZooStudyConfig`), `--stage` runs some stages only. OUT is a
+directory that every node sees: trained checkpoints lie in it. The last line is JSON that says what happened
+(`simmerge_ray.pipelines.jobs`).
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ def main() -> int:
     )
     arguments = parser.parse_args()
 
-    from simmerge_ray.jobs import local_output, run_job
+    from simmerge_ray.pipelines.jobs import local_output, run_job
 
     def work() -> dict[str, Any]:
         out = local_output(arguments.out)
-        from simmerge_ray.config import ZooStudyConfig, load_yaml
-        from simmerge_ray.errors import ConfigError, unknown_name
-        from simmerge_ray.progress import narrated
+        from simmerge_ray.base.config import ZooStudyConfig, load_yaml
+        from simmerge_ray.base.errors import ConfigError, unknown_name
+        from simmerge_ray.base.progress import narrated
 
         config = load_yaml(arguments.config, ZooStudyConfig) if arguments.config else ZooStudyConfig()
-        from simmerge_ray.distributed.study import STAGES, run_study
+        from simmerge_ray.pipelines.study import STAGES, run_study
 
         for stage in arguments.stage or ():
             if stage not in STAGES:

@@ -6,7 +6,7 @@
 
 It takes minutes on one core and needs no actors: `--entrypoint-num-cpus 1` keeps it off a head node that has no CPUs to
 give. A data set that is there is trained on with a report; what is current is not trained again. Every path may be a URI
-(`s3://`, `gs://`). The last line is JSON that says what happened (`simmerge_ray.jobs`).
+(`s3://`, `gs://`). The last line is JSON that says what happened (`simmerge_ray.pipelines.jobs`).
 """  # noqa: E501
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ def main() -> int:
     if (arguments.dataset is None) == (None in pair) or (arguments.dataset and any((*pair, arguments.crossval))):
         parser.error("give DATASET alone, or both --signals and --labels")
 
-    from simmerge_ray.jobs import output_place, run_job
+    from simmerge_ray.pipelines.jobs import output_place, run_job
 
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        from simmerge_ray.config import TrainConfig, check_config
-        from simmerge_ray.progress import Narrator
-        from simmerge_ray.storage import as_place
+        from simmerge_ray.base.config import TrainConfig, check_config
+        from simmerge_ray.base.progress import Narrator
+        from simmerge_ray.base.storage import as_place
 
         out = as_place(output_place(arguments.out))
         crossval = as_place(output_place(arguments.crossval, "--crossval")) if arguments.crossval else None
 
         values = {name: getattr(arguments, name) for name in ("model", "task_encoding", "seed")}
         config, narrator = check_config(TrainConfig, values, "options"), Narrator(Console())
-        from simmerge_ray.distributed.stages import train_dataset_stage, train_stage
+        from simmerge_ray.pipelines.stages import train_dataset_stage, train_stage
 
         if arguments.dataset is not None:
             train_dataset_stage(as_place(arguments.dataset), out, config, narrator, arguments.arm)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from simmerge_ray.catalogue import load_catalogue
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.headroom import Context
-from simmerge_ray.probes import load_probe_sets
-from simmerge_ray.propagation.second_order import SecondOrder
-from simmerge_ray.selector.dataset import SelectionDataset, pair_features
-from simmerge_ray.selector.plan_files import SHORTLIST
-from simmerge_ray.selector.train import train_selector
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.probes import load_probe_sets
+from simmerge_ray.search.headroom import Context
+from simmerge_ray.selector.data.dataset import SelectionDataset, pair_features
+from simmerge_ray.selector.models.train import train_selector
+from simmerge_ray.selector.planning.files import SHORTLIST
 from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.propagation.second_order import SecondOrder
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 
 

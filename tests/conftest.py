@@ -66,7 +66,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
             alone = file.endswith(("test_vllm_evaluator.py", "test_vllm_engines.py", "test_vllm_harness.py"))
-            return "cluster" if file.startswith(("tests/distributed", "tests/e2e")) and not alone else file
+            return "cluster" if file.startswith(("tests/on_ray", "tests/e2e")) and not alone else file
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
@@ -101,7 +101,7 @@ def catalogue_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def catalogue(catalogue_path: Path):
-    from simmerge_ray.catalogue import load_catalogue
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
 
     return load_catalogue(catalogue_path)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from simmerge_ray.errors import StoreError
-from simmerge_ray.service.database import make_engine, store_errors
+from simmerge_ray.base.errors import StoreError
+from simmerge_ray.service.log.database import make_engine, store_errors
 from tests.conftest import free_port
 
 

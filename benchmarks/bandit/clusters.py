@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from simmerge_ray.bandit.environment import Rounds, rounds_of
-from simmerge_ray.bandit.policy import Noise
-from simmerge_ray.bandit.posterior import GaussianPosterior
-from simmerge_ray.bandit.warm_start import Merges, merge_values, merges_of, out_of_fold_level, warm_posteriors
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.evaluation import Scoring
-from simmerge_ray.selector.files import LoadedDataset, find_dataset, read_dataset
-from simmerge_ray.selector.model import FittedModel
-from simmerge_ray.selector.rewards import RewardedMerge
-from simmerge_ray.selector.splits import Fold, checkpoint_folds, domain_folds, pairs_of
-from simmerge_ray.selector.train import fit_models, usable_folds
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.research.replay import Rounds, rounds_of
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.evaluation import Scoring
+from simmerge_ray.selector.data.files import LoadedDataset, find_dataset, read_dataset
+from simmerge_ray.selector.data.rewards import RewardedMerge
+from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, domain_folds, pairs_of
+from simmerge_ray.selector.models.model import FittedModel
+from simmerge_ray.selector.models.train import fit_models, usable_folds
+from simmerge_ray.service.bandit.policy import Noise
+from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.bandit.warm_start import Merges, merge_values, merges_of, out_of_fold_level, warm_posteriors
 
 POWER, RIDGE, COLD_SPREAD = 1.0, 1.0, 0.1
 NUM_RESAMPLES = 2000

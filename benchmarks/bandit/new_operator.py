@@ -17,10 +17,10 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.bandit.clusters import Start, arguments_of, drawn_clusters, interval, load, starts
-from simmerge_ray.bandit.environment import Bandit, Rounds, obtained, replay
-from simmerge_ray.bandit.policy import NeuralLinearTS
-from simmerge_ray.bandit.posterior import GaussianPosterior
-from simmerge_ray.bandit.warm_start import sibling_prior
+from simmerge_ray.research.replay import Bandit, Rounds, obtained, replay
+from simmerge_ray.service.bandit.policy import NeuralLinearTS
+from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.bandit.warm_start import sibling_prior
 
 ARRIVAL, PULLS, BETTER, SIBLING_POWER = 20, 15, 0.10, 0.1
 NEW, MADE_BETTER, DECOY = "new", "better by 0.10", "decoy"

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bandit.clusters import Cluster, Start, arguments_of, drawn_clusters, interval, load, starts_of
-from simmerge_ray.bandit.environment import (
+from simmerge_ray.base.storage import digest_file, digest_json, write_json, write_once
+from simmerge_ray.reports.figures import new_figure, save_figure
+from simmerge_ray.research.replay import (
     Always,
     Bandit,
     Highest,
@@ -30,12 +32,10 @@ from simmerge_ray.bandit.environment import (
     regret,
     replay,
 )
-from simmerge_ray.bandit.policy import NeuralLinearTS, SafeRule
-from simmerge_ray.figures import new_figure, save_figure
-from simmerge_ray.labels import LabelStore
-from simmerge_ray.selector.files import find_dataset
-from simmerge_ray.selector.splits import domain_folds
-from simmerge_ray.storage import digest_file, digest_json, write_json, write_once
+from simmerge_ray.search.labels import LabelStore
+from simmerge_ray.selector.data.files import find_dataset
+from simmerge_ray.selector.data.splits import domain_folds
+from simmerge_ray.service.bandit.policy import NeuralLinearTS, SafeRule
 
 POLICIES = ("uniform", "best fixed", "static selector", "greedy", "cold", "warm", "warm, safe", "oracle")
 THRESHOLD = 0.02

@@ -31,7 +31,9 @@ from benchmarks.bandit.clusters import (
     load,
     repeated,
 )
-from simmerge_ray.bandit.environment import (
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.reports.figures import new_figure, save_figure
+from simmerge_ray.research.replay import (
     Bandit,
     Rounds,
     expected_uniform,
@@ -40,14 +42,12 @@ from simmerge_ray.bandit.environment import (
     replay,
     rounds_of,
 )
-from simmerge_ray.bandit.policy import NeuralLinearTS
-from simmerge_ray.bandit.warm_start import merges_of
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.figures import new_figure, save_figure
-from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.evaluation import units_of
-from simmerge_ray.selector.rewards import RewardedMerge
-from simmerge_ray.selector.splits import domain_folds
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.evaluation import units_of
+from simmerge_ray.selector.data.rewards import RewardedMerge
+from simmerge_ray.selector.data.splits import domain_folds
+from simmerge_ray.service.bandit.policy import NeuralLinearTS
+from simmerge_ray.service.bandit.warm_start import merges_of
 
 LEARNERS = tuple((explore, retrained) for explore in (True, False) for retrained in (False, True))
 BEFORE, FIRST, SECOND = "before", "after, first half", "after, second half"

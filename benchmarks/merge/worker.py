@@ -26,8 +26,8 @@ Side = Callable[[Job], Callable[[], object]]
 
 def ours() -> Side:
     """Our engine."""
-    from simmerge_ray.merging import write_merge
-    from simmerge_ray.plans import read_plan
+    from simmerge_ray.merging.write.directory import write_merge
+    from simmerge_ray.plans.plan import read_plan
 
     def prepare(job: Job) -> Callable[[], object]:
         resolved = read_plan(Path(job["plan"]))[0]

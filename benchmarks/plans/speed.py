@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.operators.specs import parse_arms
-from simmerge_ray.propagation.batch import SecondOrderBatch
-from simmerge_ray.propagation.virtual import Virtual
-from simmerge_ray.selector.plan_search import PlanSearch
-from simmerge_ray.selector.plan_space import PlanSpace
-from simmerge_ray.selector.plan_tasks import TaskPool, task_pool
-from simmerge_ray.selector.scorer import PlanScorer
+from simmerge_ray.plans.operators.specs import parse_arms
+from simmerge_ray.selector.data.tasks import TaskPool, task_pool
+from simmerge_ray.selector.planning.scorer import PlanScorer
+from simmerge_ray.selector.planning.search import PlanSearch
+from simmerge_ray.selector.planning.space import PlanSpace
+from simmerge_ray.signals.propagation.batch import SecondOrderBatch
+from simmerge_ray.signals.propagation.virtual import Virtual
 from simmerge_ray.signals.signature import DENSITIES, TaskOutputs, TensorSample
 from simmerge_ray.signals.table import SignalTable
 from tests.tables import synthetic_table

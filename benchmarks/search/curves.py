@@ -34,10 +34,10 @@ COLORS = {"random": "tab:gray", "tpe": "tab:blue", "cmaes": "tab:orange"}
 
 
 def search(run: Path, labels: Path, sampler: str, seed: int) -> None:
-    from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.config import SearchConfig
-    from simmerge_ray.distributed.merge_search import run_search
-    from simmerge_ray.distributed.search_stage import load_search_tasks
+    from simmerge_ray.base.config import SearchConfig
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
+    from simmerge_ray.on_ray.merge_search import run_search
+    from simmerge_ray.pipelines.dataset import load_search_tasks
 
     config = SearchConfig(
         arms=ARMS,
@@ -81,7 +81,7 @@ def best_at(points: list[tuple[int, float]], items: np.ndarray) -> np.ndarray:
 
 
 def draw(path: Path, items: np.ndarray, found: dict[str, np.ndarray]) -> None:
-    from simmerge_ray.figures import new_figure, save_figure
+    from simmerge_ray.reports.figures import new_figure, save_figure
 
     figure, axes = new_figure(6.4, 4.0)
     axis = axes[0, 0]

@@ -30,7 +30,7 @@ EXCLUDED = tuple(",".join(pair) for pair in product(("math-lora", "code-lora"), 
 
 def search(run: Path, labels: Path, log: Path) -> float:
     """Seconds of the command."""
-    command = [sys.executable, "-m", "simmerge_ray.cli", "search", str(run / "zoo" / "catalogue.yaml")]
+    command = [sys.executable, "-m", "simmerge_ray.cli.app", "search", str(run / "zoo" / "catalogue.yaml")]
     command += ["--tasks", str(run / "zoo" / "tasks"), "--out", str(labels), "--log", str(log)]
     started = time.perf_counter()
     subprocess.run([*command, *(part for pair in EXCLUDED for part in ("--exclude", pair))], check=True)
@@ -55,7 +55,7 @@ def main() -> None:
             seconds.append(search(arguments.run, labels, log))
             if files(labels) != written:
                 raise SystemExit("labels were written again")
-        from simmerge_ray.labels import LabelStore
+        from simmerge_ray.search.labels import LabelStore
 
         found = LabelStore(labels).read()
         num_items = sum(len(label.outcome.items) for label in found)

@@ -51,7 +51,7 @@ class Campaign:
             one["path"] = str(zoo / one["path"])
         catalogue = scratch / "catalogue.yaml"
         catalogue.write_text(yaml.safe_dump({"base": chosen[0], "checkpoints": chosen[1:]}))
-        self._command = ["-m", "simmerge_ray.cli", "search", catalogue, "--tasks", zoo / "tasks"]
+        self._command = ["-m", "simmerge_ray.cli.app", "search", catalogue, "--tasks", zoo / "tasks"]
         self._command += ["--max-items", NUM_ITEMS, "--evaluator", evaluator, "--log", scratch / "search.log"]
         self._num_stores = 0
         self.family: set[psutil.Process] = set()
@@ -102,7 +102,7 @@ class Campaign:
         print(f"{time.monotonic() - self._began:.0f} s: {what} after {after:.1f} s", file=sys.stderr, flush=True)
 
     def compare(self, labels: Path, what: str) -> None:
-        from simmerge_ray.labels import Infeasible, LabelStore
+        from simmerge_ray.search.labels import Infeasible, LabelStore
 
         store = LabelStore(labels)
         found = store.read()

@@ -39,10 +39,10 @@ WARM_UP = 4
 
 
 def zoo_study(run: Path, labels: Path, arms: tuple[str, ...] = ARMS) -> Any:
-    from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.config import SearchConfig
-    from simmerge_ray.distributed.search_stage import load_search_tasks
-    from simmerge_ray.search.study import prepare_study
+    from simmerge_ray.base.config import SearchConfig
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
+    from simmerge_ray.pipelines.dataset import load_search_tasks
+    from simmerge_ray.search.setup import prepare_study
 
     config = SearchConfig(arms=arms, max_items=ITEMS)
     tasks = load_search_tasks(run / "zoo" / "tasks", config)
@@ -51,7 +51,7 @@ def zoo_study(run: Path, labels: Path, arms: tuple[str, ...] = ARMS) -> Any:
 
 def merges(study: Any) -> list[Any]:
     """Its trials that merge a pair, in an order that mixes pairs and arms."""
-    from simmerge_ray.search.study import grid_trials
+    from simmerge_ray.search.setup import grid_trials
 
     found = [trial for trial in grid_trials(study) if trial.plan.steps]
     return [found[(number * 37) % len(found)] for number in range(len(found))]
@@ -71,7 +71,7 @@ class Live:
     """A live engine under a `TrialRunner`; keeps what its evaluator is."""
 
     def __init__(self, study: Any) -> None:
-        from simmerge_ray.distributed.merge_search import start_evaluator
+        from simmerge_ray.on_ray.merge_search import start_evaluator
         from simmerge_ray.search.runner import TrialRunner
 
         def start(study: Any) -> Any:
@@ -96,13 +96,13 @@ class Live:
 
 def merged_on_disk(run: Path, plan: Any) -> dict[str, list[float]]:
     """The way without a live engine: write the merge, start an engine on it, evaluate, end it, delete the merge."""
-    from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.checkpoints import CheckpointRef
-    from simmerge_ray.config import SearchConfig
-    from simmerge_ray.distributed.search_stage import load_search_tasks
-    from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
-    from simmerge_ray.merging import write_merge
-    from simmerge_ray.plans import plan_from_json, resolve_plan
+    from simmerge_ray.base.config import SearchConfig
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
+    from simmerge_ray.checkpoints.references import CheckpointRef
+    from simmerge_ray.merging.write.directory import write_merge
+    from simmerge_ray.on_ray.vllm_evaluator import VllmEvaluator
+    from simmerge_ray.pipelines.dataset import load_search_tasks
+    from simmerge_ray.plans.plan import plan_from_json, resolve_plan
 
     catalogue = load_catalogue(run / "zoo" / "catalogue.yaml")
     tasks = load_search_tasks(run / "zoo" / "tasks", SearchConfig(max_items=ITEMS))
@@ -149,10 +149,10 @@ def zoo(run: Path, num_live: int, num_same: int, num_new: int) -> dict[str, Any]
 
 def large(fixtures: Path, num_trials: int, max_new_tokens: int) -> dict[str, Any]:
     from benchmarks.signals.cost import catalogue_of, copies
-    from simmerge_ray.config import SearchConfig
-    from simmerge_ray.evaluation import Task
-    from simmerge_ray.evaluation.tasks import Item
-    from simmerge_ray.search.study import prepare_study
+    from simmerge_ray.base.config import SearchConfig
+    from simmerge_ray.search.evaluation import Task
+    from simmerge_ray.search.evaluation.tasks import Item
+    from simmerge_ray.search.setup import prepare_study
 
     base, checkpoints = copies(fixtures, 4)
     catalogue = catalogue_of(base, checkpoints)
@@ -173,7 +173,7 @@ def large(fixtures: Path, num_trials: int, max_new_tokens: int) -> dict[str, Any
 
 def tune(run: Path, num_trials: int) -> dict[str, Any]:
     """Seconds from label file to label file of a search with one engine, and of the same trials in this process."""
-    from simmerge_ray.distributed.merge_search import run_search
+    from simmerge_ray.on_ray.merge_search import run_search
 
     with tempfile.TemporaryDirectory(prefix="simmerge-speed-") as scratch:
         study = zoo_study(run, Path(scratch, "labels"))

@@ -24,16 +24,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
 
-    from simmerge_ray.checkpoints import CheckpointRef
-    from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
-    from simmerge_ray.operators.specs import make_arm
-    from simmerge_ray.plans import ResolvedPlan, pair_plan
+    from simmerge_ray.checkpoints.references import CheckpointRef
+    from simmerge_ray.on_ray.vllm_evaluator import VllmEvaluator
+    from simmerge_ray.plans.operators.specs import make_arm
+    from simmerge_ray.plans.plan import ResolvedPlan, pair_plan
 
     a, b = (CheckpointRef(name, options.directory / name) for name in "ab")
     resolved = ResolvedPlan(pair_plan("a", "b", make_arm("linear")), (a, b), None)
     evaluator = VllmEvaluator(CheckpointRef("base", options.directory / "base"), options.dtype, 64)
 
-    from simmerge_ray.distributed import vllm_worker
+    from simmerge_ray.on_ray import vllm_worker
 
     def swap() -> float:
         started = time.process_time()  # of one thread: what else the machine does counts less

@@ -24,7 +24,7 @@ PROMPTS = [[5 + (3 * a + b) % 40, 6, 7 + b, *([8] * (b % 4))] for a in range(3) 
 
 
 def two_way_operators() -> list[str]:
-    from simmerge_ray.operators.specs import OPERATOR_SPECS
+    from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 
     return [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources is None or spec.max_sources >= 2]
 
@@ -42,12 +42,12 @@ def compare(swapped: list[Any], fresh: list[Any]) -> tuple[bool, float]:
 
 
 def run_cell(root: Path, head: str, dtype: str, ranks: int, operators: list[str]) -> list[dict[str, Any]]:
-    from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.checkpoints import CheckpointRef
-    from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
-    from simmerge_ray.merging import write_merge
-    from simmerge_ray.operators.specs import make_arm
-    from simmerge_ray.plans import pair_plan, resolve_plan
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
+    from simmerge_ray.checkpoints.references import CheckpointRef
+    from simmerge_ray.merging.write.directory import write_merge
+    from simmerge_ray.on_ray.vllm_evaluator import VllmEvaluator
+    from simmerge_ray.plans.operators.specs import make_arm
+    from simmerge_ray.plans.plan import pair_plan, resolve_plan
     from tests import tiny
 
     def answers(evaluator: VllmEvaluator) -> list[Any]:

@@ -24,10 +24,10 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=300)
     options = parser.parse_args()
 
-    from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.distributed.vllm_evaluator import VllmEvaluator
-    from simmerge_ray.operators.specs import make_arm
-    from simmerge_ray.plans import pair_plans, resolve_plan
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
+    from simmerge_ray.on_ray.vllm_evaluator import VllmEvaluator
+    from simmerge_ray.plans.operators.specs import make_arm
+    from simmerge_ray.plans.plan import pair_plans, resolve_plan
     from tests import tiny
 
     catalogue = load_catalogue(tiny.make_catalogue(options.out / "zoo"))

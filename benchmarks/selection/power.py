@@ -20,12 +20,12 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=200)
     arguments = parser.parse_args()
 
-    from simmerge_ray.config import TrainConfig
-    from simmerge_ray.labels import LabelStore
-    from simmerge_ray.runs import RunLayout
-    from simmerge_ray.selector.dataset import build_dataset
+    from simmerge_ray.base.config import TrainConfig
+    from simmerge_ray.base.runs import RunLayout
+    from simmerge_ray.research.study.power import estimate_spread, pilot_gains, simulate
+    from simmerge_ray.search.labels import LabelStore
+    from simmerge_ray.selector.data.dataset import build_dataset
     from simmerge_ray.signals.table import read_signal_table
-    from simmerge_ray.study.power import estimate_spread, pilot_gains, simulate
 
     layout = RunLayout(arguments.run)
     dataset = build_dataset(read_signal_table(layout.signals), LabelStore(layout.labels).read())

@@ -19,8 +19,8 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import numpy as np  # noqa: E402
 
-from simmerge_ray.bandit.policy import NeuralLinearTS, Noise, SafeRule  # noqa: E402
-from simmerge_ray.bandit.posterior import GaussianPosterior  # noqa: E402
+from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule  # noqa: E402
+from simmerge_ray.service.bandit.posterior import GaussianPosterior  # noqa: E402
 
 NUM_WARM_UP = 200
 

@@ -28,9 +28,9 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402
 from sqlalchemy import Engine, delete, func, insert, select, text  # noqa: E402
 
-from simmerge_ray.bandit.policy import Noise  # noqa: E402
-from simmerge_ray.bandit.posterior import GaussianPosterior  # noqa: E402
-from simmerge_ray.service.database import (  # noqa: E402
+from simmerge_ray.service.bandit.policy import Noise  # noqa: E402
+from simmerge_ray.service.bandit.posterior import GaussianPosterior  # noqa: E402
+from simmerge_ray.service.log.database import (  # noqa: E402
     events,
     log_head,
     open_database,
@@ -38,8 +38,8 @@ from simmerge_ray.service.database import (  # noqa: E402
     upgrade_database,
     writing,
 )
-from simmerge_ray.service.event_log import EventLog  # noqa: E402
-from simmerge_ray.service.events import (  # noqa: E402
+from simmerge_ray.service.log.event_log import EventLog  # noqa: E402
+from simmerge_ray.service.log.events import (  # noqa: E402
     VERSION,
     Activation,
     DecisionMade,
@@ -50,9 +50,9 @@ from simmerge_ray.service.events import (  # noqa: E402
     encode,
     subject_of,
 )
-from simmerge_ray.service.fold import Array, State, basis_of  # noqa: E402
-from simmerge_ray.service.replica import PAGE, Replica  # noqa: E402
-from simmerge_ray.service.snapshots import row_of, save_snapshot  # noqa: E402
+from simmerge_ray.service.log.fold import Array, State, basis_of  # noqa: E402
+from simmerge_ray.service.log.replica import PAGE, Replica  # noqa: E402
+from simmerge_ray.service.log.snapshots import row_of, save_snapshot  # noqa: E402
 
 NAMESPACE = "default"
 ARMS = ("linear", "ties(density=0.2)", "nuslerp")

@@ -55,13 +55,13 @@ def _serve(arguments: list[str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from simmerge_ray.service.standalone import main
+    from simmerge_ray.service.http.standalone import main
 
     sys.exit(main(arguments))
 
 
 class PlainService:
-    """`simmerge_ray.service.standalone` on one port, as often as it is started.
+    """`simmerge_ray.service.http.standalone` on one port, as often as it is started.
 
     Its processes are forked from one that has the modules in memory, so that a start costs what the service does and
     not the seconds that Python takes to import.
@@ -77,7 +77,7 @@ class PlainService:
         self._arguments = [f"--{name}={value}" for name, value in given.items()] + list(more)
         self._log = directory / "service.log"
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["simmerge_ray.service.standalone"])
+        self._context.set_forkserver_preload(["simmerge_ray.service.http.standalone"])
         self._process: multiprocessing.process.BaseProcess | None = None
         self.url = f"http://127.0.0.1:{port}"
 

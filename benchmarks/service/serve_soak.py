@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.service.running import RayService, database_of, kill_9, wait_until, write_tokens
 from benchmarks.service.soak import Acknowledged, under_load, verify
-from simmerge_ray.service.database import upgrade_database
+from simmerge_ray.service.log.database import upgrade_database
 
 NUM_REPLICAS = 2
 REPLICA, CONTROLLER = "ray::ServeReplica", "ray::ServeController"

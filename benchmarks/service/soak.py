@@ -3,8 +3,8 @@
     python -m benchmarks.service.soak DATABASE --run RUN [--kills 500] [--jobs 12] [--seed 0]
 
 DATABASE is `sqlite`, `postgresql` (a server is started for it) or the URL of an empty database; RUN the directory of
-a finished `simmerge demo`. The service is the plain uvicorn process of `simmerge_ray.service.standalone`. Every job
-decides, and then rewards, voids and rewards again, closes, or does nothing; each of these requests goes out 1 to 5
+a finished `simmerge demo`. The service is the plain uvicorn process of `simmerge_ray.service.http.standalone`. Every
+job decides, and then rewards, voids and rewards again, closes, or does nothing; each of these requests goes out 1 to 5
 times at once with one idempotency key, and again until it is acknowledged, over as many deaths as it takes. Kills
 come at any time: while the service starts, folds or commits.
 
@@ -32,12 +32,12 @@ import httpx
 import numpy as np
 
 from benchmarks.service.running import TOKEN, PlainService, database_of
-from simmerge_ray.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.database import open_database, upgrade_database
-from simmerge_ray.service.event_log import EventLog
-from simmerge_ray.service.events import DecisionMade
-from simmerge_ray.service.fold import EventRow, State, fold
-from simmerge_ray.service.replica import Replica
+from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.log.database import open_database, upgrade_database
+from simmerge_ray.service.log.event_log import EventLog
+from simmerge_ray.service.log.events import DecisionMade
+from simmerge_ray.service.log.fold import EventRow, State, fold
+from simmerge_ray.service.log.replica import Replica
 
 MAX_COPIES = 5
 _LONGEST_LIFE_S = 1.0  # of the service, from its start
@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=12, help="at once")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    from simmerge_ray.runs import RunLayout
+    from simmerge_ray.base.runs import RunLayout
 
     layout = RunLayout(given.run)
     with tempfile.TemporaryDirectory(prefix="simmerge-soak-") as directory:

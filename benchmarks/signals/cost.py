@@ -55,8 +55,8 @@ def copies(root: Path, count: int) -> tuple[Path, list[Path]]:
 
 
 def catalogue_of(base: Path, checkpoints: list[Path]) -> Any:
-    from simmerge_ray.catalogue import Catalogue
-    from simmerge_ray.checkpoints import CheckpointRef
+    from simmerge_ray.checkpoints.catalogue import Catalogue
+    from simmerge_ray.checkpoints.references import CheckpointRef
 
     refs = tuple(CheckpointRef(path.name, path, "base") for path in checkpoints)
     return Catalogue(refs, dict.fromkeys(ref.id for ref in refs), CheckpointRef("base", base))
@@ -139,7 +139,7 @@ def peak_of(root: Path, size: int) -> int:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from simmerge_ray.probes import GENERAL, general_probe_set
+    from simmerge_ray.checkpoints.probes import GENERAL, general_probe_set
     from simmerge_ray.signals.compute import compute_signals
     from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 
@@ -155,8 +155,8 @@ def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from benchmarks.signals.pair_by_pair import pair_signals
-    from simmerge_ray.checkpoints import CheckpointRef, read_headers
-    from simmerge_ray.probes import GENERAL, general_probe_set
+    from simmerge_ray.checkpoints.probes import GENERAL, general_probe_set
+    from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
     from simmerge_ray.signals.compute import compute_signals
     from simmerge_ray.signals.signature import SignatureSpec
 

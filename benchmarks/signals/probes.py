@@ -152,9 +152,9 @@ def signal_values(outputs: Sequence[Any], probes: Array) -> Array:
 
 def probe_sets(tasks: Sequence[str], tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """256 probes of each task, as many of the mixture, the general texts; and what had to be done to the latter."""
-    from simmerge_ray.demo.domains import probe_texts
-    from simmerge_ray.demo.model import MAX_POSITIONS
-    from simmerge_ray.probes import GENERAL, Probe, ProbeSet, general_probe_set
+    from simmerge_ray.checkpoints.probes import GENERAL, Probe, ProbeSet, general_probe_set
+    from simmerge_ray.research.zoo.domains import probe_texts
+    from simmerge_ray.research.zoo.model import MAX_POSITIONS
     from simmerge_ray.signals.signature import NUM_GREEDY_TOKENS
 
     largest, share = max(SIZES), max(SIZES) // len(tasks)
@@ -180,8 +180,8 @@ def run_checkpoints(root: Path) -> tuple[tuple[str, ...], list[str | None], dict
     """Tasks, own task of each checkpoint, outputs of all checkpoints by probe set, and a description."""
     from transformers import AutoTokenizer
 
-    from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.runs import RunLayout
+    from simmerge_ray.base.runs import RunLayout
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.signals.compute import Signatures, local_executor, tokenize_probes
     from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 
@@ -283,7 +283,7 @@ class Agreement:
 
 
 def measure(root: Path, seed: int) -> dict[str, Any]:
-    from simmerge_ray.probes import GENERAL
+    from simmerge_ray.checkpoints.probes import GENERAL
 
     tasks, own, outputs, about = run_checkpoints(root)
     by_probes, by_positions = all_values(tasks, outputs, seed)
@@ -323,7 +323,7 @@ def shown(figures: Sequence[float]) -> str:
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    from simmerge_ray.report import table_lines
+    from simmerge_ray.reports.run import table_lines
 
     kinds, positions = results["kinds"], results["positions"]
     own = [[title, *(shown(kinds["own"][size][column]) for size in SIZES[:-1])] for column, title in MAIN.items()]
@@ -339,7 +339,7 @@ def lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def draw(results: Mapping[str, Any], directory: Path) -> Path:
-    from simmerge_ray.figures import new_figure, save_figure
+    from simmerge_ray.reports.figures import new_figure, save_figure
 
     styles = {  # colour, marker, line, shift along the axis in octaves, so that intervals do not hide each other
         "own": ("C0", "o", "-", 0.0),

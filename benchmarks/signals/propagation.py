@@ -31,17 +31,17 @@ import torch
 import transformers
 from scipy.stats import kendalltau
 
-from simmerge_ray.catalogue import Catalogue, load_catalogue
-from simmerge_ray.operators.specs import parse_arm
-from simmerge_ray.plans import MergePlan, fold_plan
-from simmerge_ray.probes import load_probe_sets
-from simmerge_ray.propagation.evidence import Evidence, read_evidence
-from simmerge_ray.propagation.exact import Exact
-from simmerge_ray.propagation.interface import plan_sources
-from simmerge_ray.propagation.merged import merged_steps
-from simmerge_ray.propagation.table import PROPAGATORS
-from simmerge_ray.propagation.virtual import Virtual
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.checkpoints.probes import load_probe_sets
+from simmerge_ray.plans.operators.specs import parse_arm
+from simmerge_ray.plans.plan import MergePlan, fold_plan
 from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.propagation.evidence import Evidence, read_evidence
+from simmerge_ray.signals.propagation.exact import Exact
+from simmerge_ray.signals.propagation.interface import plan_sources
+from simmerge_ray.signals.propagation.merged import merged_steps
+from simmerge_ray.signals.propagation.table import PROPAGATORS
+from simmerge_ray.signals.propagation.virtual import Virtual
 from simmerge_ray.signals.samples import TensorBlocks
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 

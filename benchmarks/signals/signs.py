@@ -95,11 +95,11 @@ def adjusted(p_values: Array) -> Array:
 
 
 def load_pairs(root: Path) -> tuple[Pairs, dict[str, Any]]:
-    from simmerge_ray.catalogue import load_catalogue
-    from simmerge_ray.labels import LabelStore, pair_contexts, single_items
-    from simmerge_ray.probes import load_probe_sets
-    from simmerge_ray.runs import RunLayout
-    from simmerge_ray.selector.dataset import check_same_checkpoints, common_arms
+    from simmerge_ray.base.runs import RunLayout
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
+    from simmerge_ray.checkpoints.probes import load_probe_sets
+    from simmerge_ray.search.labels import LabelStore, pair_contexts, single_items
+    from simmerge_ray.selector.data.dataset import check_same_checkpoints, common_arms
     from simmerge_ray.signals.compute import compute_signals
 
     layout = RunLayout(root)
@@ -225,7 +225,7 @@ def renamed(column: str) -> str:
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    from simmerge_ray.report import table_lines
+    from simmerge_ray.reports.run import table_lines
 
     found: list[str] = []
     for pooling, table in results["tables"].items():
@@ -248,7 +248,7 @@ def lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def draw(results: Mapping[str, Any], directory: Path) -> Path:
-    from simmerge_ray.figures import new_figure, save_figure
+    from simmerge_ray.reports.figures import new_figure, save_figure
 
     tables = results["tables"]
     figure, axes = new_figure(11.5, 6.4, columns=2)

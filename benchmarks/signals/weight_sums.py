@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from safetensors.torch import save_file
 
-from simmerge_ray.checkpoints import CheckpointRef
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.signals.samples import TensorBlocks, exact_sums, tensor_sample, thresholds_of
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS
 

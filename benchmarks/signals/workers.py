@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.catalogue import load_catalogue
-from simmerge_ray.checkpoints import read_headers
-from simmerge_ray.config import SignalsConfig
-from simmerge_ray.distributed.resources import ray_session
-from simmerge_ray.distributed.signal_actors import compute_signals_on_ray, signature_spec
-from simmerge_ray.probes import load_probe_sets
-from simmerge_ray.runs import RunLayout
+from simmerge_ray.base.config import SignalsConfig
+from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.probes import load_probe_sets
+from simmerge_ray.checkpoints.references import read_headers
+from simmerge_ray.on_ray.resources import ray_session
+from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, signature_spec
 from simmerge_ray.signals.bounds import working_bytes
 from simmerge_ray.signals.signature import SignatureStore
 from simmerge_ray.signals.stages import model_bytes

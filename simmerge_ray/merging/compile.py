@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from simmerge_ray.checkpoints import CheckpointRef, check_compatible, read_config, read_headers
-from simmerge_ray.errors import CheckpointError, PlanError
-from simmerge_ray.merge_graph import DTYPE_BYTES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
-from simmerge_ray.mergekit_format import write_mergekit
-from simmerge_ray.operators.gradients import tensor_positions
-from simmerge_ray.plans import ResolvedPlan
+from simmerge_ray.base.errors import CheckpointError, PlanError
+from simmerge_ray.checkpoints.references import CheckpointRef, check_compatible, read_config, read_headers
+from simmerge_ray.merging.graph import DTYPE_BYTES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
+from simmerge_ray.merging.mergekit import write_mergekit
+from simmerge_ray.plans.operators.gradients import tensor_positions
+from simmerge_ray.plans.plan import ResolvedPlan
 
 
 def compile_plan(resolved: ResolvedPlan, check: bool = True) -> MergeGraph:

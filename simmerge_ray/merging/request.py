@@ -7,18 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.adapters import LoraAdapter
-from simmerge_ray.checkpoints import CheckpointRef, locate_checkpoint, read_headers
-from simmerge_ray.errors import PlanError
-from simmerge_ray.merge_graph import MergeGraph, reads
-from simmerge_ray.mergekit_format import ModelName, compile_mergekit, read_mergekit
+from simmerge_ray.base.errors import PlanError
+from simmerge_ray.base.storage import Place
+from simmerge_ray.checkpoints.adapters import LoraAdapter
+from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint, read_headers
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.compute import is_blockwise, memory_per_thread
-from simmerge_ray.merging.global_trims import global_steps
-from simmerge_ray.merging.layout import plan_layout
-from simmerge_ray.merging.write import MergeResult, Progress, Runner, check_target, default_threads, write_graph
-from simmerge_ray.plans import ResolvedPlan, read_plan, write_plan
-from simmerge_ray.storage import Place
+from simmerge_ray.merging.engine.compute import is_blockwise, memory_per_thread
+from simmerge_ray.merging.engine.global_trims import global_steps
+from simmerge_ray.merging.graph import MergeGraph, reads
+from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_mergekit
+from simmerge_ray.merging.write.directory import (
+    MergeResult,
+    Progress,
+    Runner,
+    check_target,
+    default_threads,
+    write_graph,
+)
+from simmerge_ray.merging.write.layout import plan_layout
+from simmerge_ray.plans.plan import ResolvedPlan, read_plan, write_plan
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 

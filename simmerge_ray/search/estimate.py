@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmerge_ray.checkpoints import CheckpointRef, read_headers
-from simmerge_ray.labels import LabelStore, Measured
-from simmerge_ray.search.study import Study
+from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.search.labels import LabelStore, Measured
+from simmerge_ray.search.setup import Study
 
 # Measured on CPU with vLLM 0.32 (benchmarks/README.md): what an engine's process holds besides weights. Its libraries
 # and compiled loops, and the key-value cache that the engine is given.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmerge_ray.errors import ConfigError, unknown_name
+from simmerge_ray.base.errors import ConfigError, unknown_name
 
 MEAN, WORST = "mean", "worst"
 

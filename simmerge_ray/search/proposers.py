@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from simmerge_ray.errors import ConfigError, unknown_name
-from simmerge_ray.labels import Infeasible, LabeledPlan, Stopped
-from simmerge_ray.plans import MergePlan
+from simmerge_ray.base.errors import ConfigError, unknown_name
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.search.labels import Infeasible, LabeledPlan, Stopped
 from simmerge_ray.search.runner import TrialProgress
+from simmerge_ray.search.setup import Study, Trial
 from simmerge_ray.search.space import STEP, Range
-from simmerge_ray.search.study import Study, Trial
 
 SAMPLERS = ("tpe", "cmaes", "random")
 _MAX_REPEATS = 200  # proposals in a row that were made before, after which the space counts as exhausted

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simmerge_ray.checkpoints import check_compatible
-from simmerge_ray.errors import CheckpointError, EngineError, StorageError
-from simmerge_ray.evaluation import Evaluator, shards
-from simmerge_ray.labels import Infeasible, LabelStore, Measured, Outcome
-from simmerge_ray.merging.fallbacks import linear_form
-from simmerge_ray.plans import MergePlan, ResolvedPlan, resolve_plan
-from simmerge_ray.search.study import Study, Trial
+from simmerge_ray.base.errors import CheckpointError, EngineError, StorageError
+from simmerge_ray.checkpoints.references import check_compatible
+from simmerge_ray.merging.engine.fallbacks import linear_form
+from simmerge_ray.plans.plan import MergePlan, ResolvedPlan, resolve_plan
+from simmerge_ray.search.evaluation import Evaluator, shards
+from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Outcome
+from simmerge_ray.search.setup import Study, Trial
 
 _log = logging.getLogger(__name__)
 

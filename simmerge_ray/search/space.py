@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Protocol
 
-from simmerge_ray.catalogue import Catalogue
-from simmerge_ray.config import SearchConfig
-from simmerge_ray.errors import ConfigError
-from simmerge_ray.operators.specs import OPERATOR_SPECS, Arm, make_arm, parse_arms
-from simmerge_ray.plans import MergePlan, MergeStep, resolve_plan
+from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, Arm, make_arm, parse_arms
+from simmerge_ray.plans.plan import MergePlan, MergeStep, resolve_plan
 
 MAX_SUBSETS = 1000
 STEP = 0.01  # of every number: finer is lost in the noise of any evaluation

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from simmerge_ray.labels import Measured
-from simmerge_ray.plans import MergePlan
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.search.labels import Measured
 from simmerge_ray.search.objectives import pareto_front
-from simmerge_ray.search.study import Study
+from simmerge_ray.search.setup import Study
 
 
 @dataclass(frozen=True)

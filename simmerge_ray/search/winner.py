@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmerge_ray.errors import LabelError, TaskError
-from simmerge_ray.headroom import NUM_STANDARD_ERRORS
-from simmerge_ray.plans import MergePlan
+from simmerge_ray.base.errors import LabelError, TaskError
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.search.headroom import NUM_STANDARD_ERRORS
 from simmerge_ray.search.objectives import WORST, Objective
 
 MIN_ITEMS = 4  # two in each half, or there is no standard error

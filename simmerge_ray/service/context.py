@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmerge_ray.bandit.policy import NeuralLinearTS, Noise, SafeRule, Suggestion
-from simmerge_ray.bandit.posterior import GaussianPosterior
-from simmerge_ray.bandit.warm_start import contexts_of, sibling_prior
-from simmerge_ray.errors import BanditError, SelectorError, unknown_name
-from simmerge_ray.operators.specs import parse_arm
-from simmerge_ray.selector.dataset import pair_features
-from simmerge_ray.selector.model import Selector
-from simmerge_ray.selector.scorer import GROUPS
-from simmerge_ray.service.events import ArmAdded, DecisionMade, EncoderEpoch, WarmStart
-from simmerge_ray.service.fold import View
+from simmerge_ray.base.errors import BanditError, SelectorError, unknown_name
+from simmerge_ray.plans.operators.specs import parse_arm
+from simmerge_ray.selector.data.dataset import pair_features
+from simmerge_ray.selector.models.model import Selector
+from simmerge_ray.selector.planning.recommender import Recommendation, Recommender
+from simmerge_ray.selector.planning.scorer import GROUPS
+from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule, Suggestion
+from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.bandit.warm_start import contexts_of, sibling_prior
+from simmerge_ray.service.log.events import ArmAdded, DecisionMade, EncoderEpoch, WarmStart
+from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.planning import DrawnPlan, PlanRanker
-from simmerge_ray.service.recommender import Recommendation, Recommender
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import (
     ArmPrediction,

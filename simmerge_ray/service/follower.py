@@ -12,16 +12,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from simmerge_ray.errors import StoreError
+from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.context import Contexts
-from simmerge_ray.service.database import open_database
-from simmerge_ray.service.event_log import EventLog
-from simmerge_ray.service.events import Activation, EncoderEpoch, Event
-from simmerge_ray.service.fold import Array, View
-from simmerge_ray.service.ledger import Ledger
-from simmerge_ray.service.outcomes import Outcome
+from simmerge_ray.service.log.database import open_database
+from simmerge_ray.service.log.event_log import EventLog
+from simmerge_ray.service.log.events import Activation, EncoderEpoch, Event
+from simmerge_ray.service.log.fold import Array, View
+from simmerge_ray.service.log.ledger import Ledger
+from simmerge_ray.service.log.outcomes import Outcome
+from simmerge_ray.service.log.replica import Replica
 from simmerge_ray.service.registry import Published, Registry
-from simmerge_ray.service.replica import Replica
 from simmerge_ray.signals.table import SignalTable
 
 _log = logging.getLogger("simmerge.service")

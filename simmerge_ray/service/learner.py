@@ -21,27 +21,28 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from simmerge_ray.bandit.posterior import GaussianPosterior
-from simmerge_ray.catalogue import Catalogue, load_catalogue
-from simmerge_ray.errors import SimmergeError, StoreError
+from simmerge_ray.base.errors import SimmergeError, StoreError
+from simmerge_ray.base.storage import Place
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.context import Contexts, PolicyCache, decide_pair, new_epoch_of, ranked, start_of
-from simmerge_ray.service.events import (
+from simmerge_ray.service.follower import Follower
+from simmerge_ray.service.log.events import (
     DecisionClosed,
     DecisionMade,
     Discounted,
     RewardGiven,
     RewardVoided,
 )
-from simmerge_ray.service.fold import Array, View
-from simmerge_ray.service.follower import Follower
-from simmerge_ray.service.ledger import (
+from simmerge_ray.service.log.fold import Array, View
+from simmerge_ray.service.log.ledger import (
     EXPIRED,
     answer_of,
     decision_record,
     former_versions,
     recent_decisions,
 )
-from simmerge_ray.service.outcomes import Outcome, Status
+from simmerge_ray.service.log.outcomes import Outcome, Status
 from simmerge_ray.service.planning import PlanRanker
 from simmerge_ray.service.registry import Published, Registry
 from simmerge_ray.service.schemas import (
@@ -71,7 +72,6 @@ from simmerge_ray.service.schemas import (
     SignalMatrix,
 )
 from simmerge_ray.signals.table import SignalTable, read_signal_table
-from simmerge_ray.storage import Place
 
 _log = logging.getLogger("simmerge.service")
 _RETRY_S = 5.0  # between attempts of what runs in the background

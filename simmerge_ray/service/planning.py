@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmerge_ray.bandit.policy import _sampled as sampled
-from simmerge_ray.bandit.policy import _uniform as keyed_uniform
-from simmerge_ray.bandit.propensities import Draws, thompson_propensities, with_floor
-from simmerge_ray.catalogue import Catalogue
-from simmerge_ray.errors import InputError, PlanError, SelectorError, unknown_name
-from simmerge_ray.propagation.evidence import stored_evidence
-from simmerge_ray.propagation.interface import Propagator
-from simmerge_ray.propagation.second_order import SecondOrder
-from simmerge_ray.propagation.table import PROPAGATORS
-from simmerge_ray.selector.plan_space import parse_ways, plan_space, scorable_arms
-from simmerge_ray.selector.plan_tasks import TaskPool, task_pool
-from simmerge_ray.selector.scorer import PlanScorer, RankedPlan, Ranking
+from simmerge_ray.base.errors import InputError, PlanError, SelectorError, unknown_name
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.selector.data.tasks import TaskPool, task_pool
+from simmerge_ray.selector.planning.scorer import PlanScorer, RankedPlan, Ranking
+from simmerge_ray.selector.planning.space import parse_ways, plan_space, scorable_arms
+from simmerge_ray.service.bandit.policy import _sampled as sampled
+from simmerge_ray.service.bandit.policy import _uniform as keyed_uniform
+from simmerge_ray.service.bandit.propensities import Draws, thompson_propensities, with_floor
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import Influence, PlanPrediction
+from simmerge_ray.signals.propagation.evidence import stored_evidence
+from simmerge_ray.signals.propagation.interface import Propagator
+from simmerge_ray.signals.propagation.second_order import SecondOrder
+from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.signature import SignatureStore
 from simmerge_ray.signals.table import SignalTable
 

@@ -14,11 +14,11 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from simmerge_ray.bandit.artifact import WarmStartFile, read_warm_start
-from simmerge_ray.errors import SelectorError, StoreError
-from simmerge_ray.selector.model import Selector, read_selector
-from simmerge_ray.selector.plan_files import SHORTLIST
-from simmerge_ray.storage import CONTENTS, Place, local_directory, publish_directory
+from simmerge_ray.base.errors import SelectorError, StoreError
+from simmerge_ray.base.storage import CONTENTS, Place, local_directory, publish_directory
+from simmerge_ray.selector.models.model import Selector, read_selector
+from simmerge_ray.selector.planning.files import SHORTLIST
+from simmerge_ray.service.bandit.artifact import WarmStartFile, read_warm_start
 
 _KEPT = 4  # versions in memory: the present one, and what a fold over old epochs needs
 

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from simmerge_ray.catalogue import Catalogue
-from simmerge_ray.checkpoints import CheckpointRef, local_files, read_config, read_headers
-from simmerge_ray.errors import CheckpointError, ConfigError, ProbeError
-from simmerge_ray.probes import ProbeSet, TokenBatch
+from simmerge_ray.base.errors import CheckpointError, ConfigError, ProbeError
+from simmerge_ray.base.storage import digest_json
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch
+from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files, read_headers
 from simmerge_ray.signals.bounds import stages_for
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
@@ -48,7 +49,6 @@ from simmerge_ray.signals.tokens import (
 )
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, weight_matrices
 from simmerge_ray.signals.worker import SignalWorker, UnitFailure, as_arrays
-from simmerge_ray.storage import digest_json
 
 WEIGHT_MODES = ("exact", "sampled")
 
@@ -128,7 +128,7 @@ def tokenize_probes(
     batches = {t: probes.token_batches(tokenizer, spec.batch_size, spec.max_tokens) for t, probes in probe_sets.items()}
     added = NUM_GREEDY_TOKENS if catalogue.base else 0
     for ref in catalogue.all_refs:
-        context = read_config(ref).get("max_position_embeddings") or read_config(ref).get("n_positions") or math.inf
+        context = context_limit(ref) or math.inf
         for task, found in batches.items():
             longest = max(batch.input_ids.shape[1] for batch in found)
             if longest + added > context:

@@ -17,19 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simmerge_ray.checkpoints import CheckpointRef, TensorSpec, local_files
-from simmerge_ray.errors import CheckpointError
-from simmerge_ray.merging.sources import TensorSource
-from simmerge_ray.merging.stream import flat_tensor
-from simmerge_ray.probes import TokenBatch
-from simmerge_ray.signals.collect import (
-    BatchOutputs,
-    check_logits,
-    config_key,
-    end_of_text,
-    model_outputs,
-    recording,
-)
+from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.checkpoints.probes import TokenBatch
+from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, local_files
+from simmerge_ray.merging.engine.sources import TensorSource
+from simmerge_ray.merging.in_memory import flat_tensor
+from simmerge_ray.merging.model import config_key, end_of_text
+from simmerge_ray.signals.collect import BatchOutputs, check_logits, model_outputs, recording
 from simmerge_ray.signals.stages import FAMILIES, Family, Stage, family_of
 from simmerge_ray.signals.tokens import ProbeBatch
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from simmerge_ray.checkpoints import CheckpointRef, TensorSpec
-from simmerge_ray.errors import CheckpointError
-from simmerge_ray.merge_graph import FLOAT_DTYPES
-from simmerge_ray.merging import kernels
-from simmerge_ray.merging.sources import TensorSource
-from simmerge_ray.operators.shares import kept_count
+from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec
+from simmerge_ray.merging.engine import kernels
+from simmerge_ray.merging.engine.sources import TensorSource
+from simmerge_ray.merging.graph import FLOAT_DTYPES
+from simmerge_ray.plans.operators.shares import kept_count
 from simmerge_ray.signals.signature import DENSITIES, TensorSample, Weights, coordinates
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, TRIM_DENSITY, WeightSums, sums_in_blocks
 

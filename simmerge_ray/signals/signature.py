@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.errors import ConfigError
-from simmerge_ray.storage import Place, as_place, digest_json, read_bytes, write_once
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.storage import Place, as_place, digest_json, read_bytes, write_once
 
 SCHEMA = 1
 NUM_GREEDY_TOKENS = 8  # of the base's continuation of a probe

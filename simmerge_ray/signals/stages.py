@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from simmerge_ray.checkpoints import CheckpointRef, TensorSpec, read_config, read_headers
-from simmerge_ray.errors import CheckpointError, ConfigError, unknown_name
+from simmerge_ray.base.errors import CheckpointError, ConfigError, unknown_name
+from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, read_config, read_headers
 from simmerge_ray.signals.samples import float_tensors_of
 from simmerge_ray.signals.signature import model_shape
 

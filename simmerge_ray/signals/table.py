@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simmerge_ray.errors import ConfigError, PlanError, unknown_name
+from simmerge_ray.base.errors import ConfigError, PlanError, unknown_name
+from simmerge_ray.base.storage import Place, read_bytes, write_once
 from simmerge_ray.signals.features import FEATURE_SCHEMA, swapped_features
-from simmerge_ray.storage import Place, read_bytes, write_once
 
 
 @dataclass(frozen=True)

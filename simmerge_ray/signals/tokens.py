@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simmerge_ray.errors import ProbeError
-from simmerge_ray.probes import TokenBatch
+from simmerge_ray.base.errors import ProbeError
+from simmerge_ray.base.storage import digest_bytes, digest_json
+from simmerge_ray.checkpoints.probes import TokenBatch
 from simmerge_ray.signals.signature import GREEDY_SHARE
-from simmerge_ray.storage import digest_bytes, digest_json
 
 
 @dataclass(frozen=True)

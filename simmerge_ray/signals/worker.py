@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from simmerge_ray.checkpoints import CheckpointRef
-from simmerge_ray.errors import CheckpointError
+from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.signals.collect import BatchOutputs, ProbeModel
 from simmerge_ray.signals.pipeline import StageModel, staged_continuation
 from simmerge_ray.signals.queue import Unit

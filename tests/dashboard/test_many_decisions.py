@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simmerge_ray.service.database import open_database
-from simmerge_ray.service.event_log import EventLog
-from simmerge_ray.service.events import DecisionMade, RewardGiven
-from simmerge_ray.service.outcomes import Status
+from simmerge_ray.service.log.database import open_database
+from simmerge_ray.service.log.event_log import EventLog
+from simmerge_ray.service.log.events import DecisionMade, RewardGiven
+from simmerge_ray.service.log.outcomes import Status
 from tests.dashboard.conftest import keep
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
 
-from simmerge_ray.errors import StoreError
-from simmerge_ray.service.dashboard import COOKIE, router, same_origin
+from simmerge_ray.base.errors import StoreError
+from simmerge_ray.service.http.dashboard import COOKIE, router, same_origin
 
 HOSTILE = '<script>alert("x")</script>'
 TOKENS = {"see": frozenset[str](), "ask": frozenset({"decide"}), "all": frozenset({"admin"}), "schlüssel": frozenset()}

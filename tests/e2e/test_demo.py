@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from simmerge_ray.checkpoints import CheckpointRef, read_headers
-from simmerge_ray.demo.recipe import ARMS
-from simmerge_ray.labels import LabelStore
-from simmerge_ray.progress import Narrator
-from simmerge_ray.runs import RunLayout
-from simmerge_ray.service.recommender import Recommender
-from simmerge_ray.storage import read_json
+from simmerge_ray.base.progress import Narrator
+from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.base.storage import read_json
+from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.research.zoo.recipe import ARMS
+from simmerge_ray.search.labels import LabelStore
+from simmerge_ray.selector.planning.recommender import Recommender
 from tests.e2e.tiny_demo import HELD_OUT, run_tiny_demo
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from simmerge_ray.jobs import read_last_line
-from simmerge_ray.labels import LabelStore
+from simmerge_ray.pipelines.jobs import read_last_line
+from simmerge_ray.search.labels import LabelStore
 from tests import tiny
 from tests.conftest import free_port
 from tests.leftovers import kill_marked

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from simmerge_ray.cli import run_command
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.demo.recipe import ExpertRecipe
-from simmerge_ray.progress import Narrator
-from simmerge_ray.runs import RunLayout
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.progress import Narrator
+from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.cli.app import run_command
+from simmerge_ray.research.zoo.recipe import ExpertRecipe
 
 RECIPES = tuple(
     ExpertRecipe(f"{domain}-few", domain, learning_rate=1e-3, num_steps=6, seed=seed)
@@ -19,7 +19,7 @@ HELD_OUT = ("math-few", "rag-few")
 
 
 def run_tiny_demo(layout: RunLayout, narrator: Narrator) -> None:
-    from simmerge_ray.distributed.demo import run_demo
+    from simmerge_ray.pipelines.demo import run_demo
 
     run_demo(
         layout,

@@ -15,13 +15,13 @@ from typing import Any
 
 import uvicorn
 
-from simmerge_ray.service.access import Access, Client, digest_of
-from simmerge_ray.service.database import upgrade_database
-from simmerge_ray.service.gate import Limits
-from simmerge_ray.service.http_api import create_app
+from simmerge_ray.service.http.access import Access, Client, digest_of
+from simmerge_ray.service.http.api import create_app
+from simmerge_ray.service.http.gate import Limits
+from simmerge_ray.service.http.metrics import PrometheusMetrics
+from simmerge_ray.service.http.slow_clients import impatient
 from simmerge_ray.service.learner import Learner
-from simmerge_ray.service.metrics import PrometheusMetrics
-from simmerge_ray.service.slow_clients import impatient
+from simmerge_ray.service.log.database import upgrade_database
 from tests.conftest import free_port
 from tests.unit.service.published import write_published
 

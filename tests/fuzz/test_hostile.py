@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from simmerge_ray.service.gate import Limits
+from simmerge_ray.service.http.gate import Limits
 from tests.fuzz.live import TOKENS, Answer, LiveService
 from tests.fuzz.test_api import OPERATIONS
 

@@ -1,10 +1,14 @@
-"""The flow of the package: no import points backwards, only `distributed` knows Ray, and imports stay light."""
+"""The house: ten floors of rooms, no import that points up or in a circle, Ray in one room, and light imports.
+
+Everything is computed from the import statements, those inside functions and under TYPE_CHECKING too.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,51 +16,111 @@ import pytest
 import simmerge_ray
 
 ROOT = Path(simmerge_ray.__file__).parent
-# Left to right; a module imports only from its own layer and from what stands before it. Modules of one entry may
-# import each other's members (a package), or do not (alternatives, written apart).
-FLOW = (
-    "errors", "placement", "progress", "storage", "config", "runs", "checkpoints", "adapters", "digests", "catalogue",
-    "probes", "operators", "plans", "merge_graph", "mergekit_format", "merging", "signals", "propagation", "evaluation",
-    "transformers_evaluator", "headroom", "labels", "search", "model_size", "selector", "bandit", "service", "client",
-    "figures", "report", "selector_report", "demo", "study", "cluster_manifests", "cluster_lint", "simulation",
-    "distributed", "jobs", "cli_places", "search_cli", "catalogue_cli", "labels_cli", "serve_cli", "plan_cli",
-    "auto_cli", "client_cli", "db_cli", "cluster_cli", "simulate_cli", "cli",
-)  # fmt: skip
+# From the ground up. A module imports only from its own room and from floors below; rooms of one floor know nothing of
+# each other.
+FLOORS = (
+    ("base",),
+    ("checkpoints",),
+    ("plans",),
+    ("merging",),
+    ("signals", "search"),
+    ("selector", "capacity", "reports"),
+    ("service",),
+    ("on_ray", "research"),
+    ("pipelines",),
+    ("cli",),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LOOSE = {"__init__", "__main__", "errors"}
 
 
-def modules() -> list[Path]:
-    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer(path: Path) -> str:
-    relative = path.relative_to(ROOT)
-    return relative.parts[0].removesuffix(".py")
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def imported(tree: ast.AST) -> list[str]:
-    names = []
-    for node in ast.walk(tree):
+def imported(path: Path) -> set[str]:
+    """Full names of what a file imports; of a name in a package, the module that it is, if it is one."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the layer"
-            names.append(node.module or "")
+            assert node.level == 0, f"{path}: relative imports hide the room"
+            module = node.module or ""
+            for alias in node.names:
+                full = f"{module}.{alias.name}"
+                names.add(full if full in MODULES else module)
     return names
 
 
-def test_every_module_has_its_place_in_the_flow():
-    assert {layer(path) for path in modules()} == set(FLOW)
+IMPORTED = {name: imported(path) for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_import_points_backwards_and_only_distributed_imports_ray(path):
-    own = FLOW.index(layer(path))
-    for name in imported(ast.parse(path.read_text())):
-        parts = name.split(".")
-        if parts[0] == "simmerge_ray" and len(parts) > 1:
-            assert FLOW.index(parts[1]) <= own, f"{path.name} imports {name}, which stands to its right"
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def circles(graph: Mapping[str, Iterable[str]]) -> list[set[str]]:
+    """The strongly connected parts of more than one node."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for node in graph.get(waiting.pop(), ()):
+                if node not in found:
+                    found.add(node)
+                    waiting.append(node)
+        return found
+
+    reach = {node: reached(node) for node in graph}
+    parts = {frozenset({node} | {other for other in reach[node] if node in reach.get(other, ())}) for node in graph}
+    return [set(part) for part in parts if len(part) > 1]
+
+
+def test_circles_are_found():
+    assert circles({"a": "b", "b": "c", "c": "a", "d": "a", "e": ""}) == [{"a", "b", "c"}]
+
+
+def test_nothing_lies_loose_and_every_room_is_on_a_floor():
+    loose = {path.stem for path in ROOT.glob("*.py")}
+    assert loose <= LOOSE
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.count(".") > 0 and name.split(".")[1] not in LOOSE])
+def test_no_import_points_up_and_only_on_ray_imports_ray(name):
+    for other in IMPORTED[name]:
+        parts = other.split(".")
+        if parts[0] == "simmerge_ray" and len(parts) > 1 and parts[1] in FLOOR and room(name) != parts[1]:
+            assert FLOOR[parts[1]] < FLOOR[room(name)], f"{name} imports {other}, which is not on a floor below"
+        assert parts[0] not in ("benchmarks", "tests", "jobs"), f"{name} imports {other}"
         if parts[0] == "ray":
-            assert layer(path) == "distributed", f"{path.name} imports {name}"
+            assert room(name) == "on_ray", f"{name} imports {other}"
+
+
+def test_no_circle_among_files():
+    graph = {name: {other for other in IMPORTED[name] if other in MODULES} for name in MODULES}
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize("place", sorted(FLOOR))
+def test_no_circle_among_the_parts_of_a_room(place):
+    """A part is a folder of the room, or a file that lies in it beside folders."""
+
+    def part(name: str) -> str:
+        return ".".join(name.split(".")[:3])
+
+    graph: dict[str, set[str]] = {}
+    for name in MODULES:
+        if name.startswith(f"simmerge_ray.{place}."):
+            others = {part(other) for other in IMPORTED[name] if other.startswith(f"simmerge_ray.{place}.")}
+            graph.setdefault(part(name), set()).update(others - {part(name)})
+    assert circles(graph) == []
 
 
 def loaded_modules(code: str) -> set[str]:
@@ -94,17 +158,17 @@ def loaded_modules(code: str) -> set[str]:
     ],
 )
 def test_help_and_typos_load_no_heavy_library(arguments):
-    loaded = loaded_modules(f"sys.argv = {arguments}; from simmerge_ray.cli import main; main()")
+    loaded = loaded_modules(f"sys.argv = {arguments}; from simmerge_ray.cli.app import main; main()")
     assert not loaded & {"torch", "ray", "transformers", "vllm", "sklearn", "matplotlib"}
 
 
 def test_importing_the_package_or_a_job_s_config_loads_neither_torch_nor_ray():
     for code in (
         "import simmerge_ray",
-        "import simmerge_ray.config",
-        "import simmerge_ray.operators.specs",
-        "import simmerge_ray.plans",
+        "import simmerge_ray.base.config",
+        "import simmerge_ray.plans.operators.specs",
+        "import simmerge_ray.plans.plan",
         "import simmerge_ray.signals.explain",
-        "import simmerge_ray.client",
+        "import simmerge_ray.service.client",
     ):
         assert not loaded_modules(code) & {"torch", "ray", "transformers"}, code

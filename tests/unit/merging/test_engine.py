@@ -15,18 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simmerge_ray.catalogue import load_catalogue
-from simmerge_ray.checkpoints import CheckpointRef, TensorReader
-from simmerge_ray.errors import CheckpointError, IncompatibleCheckpointsError, OutputError
-from simmerge_ray.merge_graph import Read
-from simmerge_ray.merging import MergeResult, compile_plan, kernels, merged_tensors, write_graph, write_merge
-from simmerge_ray.merging.compute import Computer, Seeds
-from simmerge_ray.merging.fallbacks import linear_form
-from simmerge_ray.merging.sources import TensorSource
-from simmerge_ray.merging.write import JOURNAL, write_tensors
-from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm, parse_arms
-from simmerge_ray.operators.table import two_way
-from simmerge_ray.plans import (
+from simmerge_ray.base.errors import CheckpointError, IncompatibleCheckpointsError, OutputError
+from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.references import CheckpointRef, TensorReader
+from simmerge_ray.merging.compile import compile_plan
+from simmerge_ray.merging.engine import kernels
+from simmerge_ray.merging.engine.compute import Computer, Seeds
+from simmerge_ray.merging.engine.fallbacks import linear_form
+from simmerge_ray.merging.engine.sources import TensorSource
+from simmerge_ray.merging.graph import Read
+from simmerge_ray.merging.in_memory import merged_tensors
+from simmerge_ray.merging.write.directory import JOURNAL, MergeResult, write_graph, write_merge, write_tensors
+from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, make_arm, parse_arms
+from simmerge_ray.plans.operators.table import two_way
+from simmerge_ray.plans.plan import (
     MergePlan,
     MergeStep,
     ResolvedPlan,

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from simmerge_ray.checkpoints import CheckpointRef
-from simmerge_ray.errors import InputError
-from simmerge_ray.merge_graph import Apply, MergeGraph, Node, OutputTensor, Read, promoted
-from simmerge_ray.merging import kernels
-from simmerge_ray.merging.compute import Computer, Seeds
-from simmerge_ray.merging.global_trims import resolve_global_trims
-from simmerge_ray.merging.sources import NUMPY_DTYPES, TensorSource
-from simmerge_ray.operators.specs import OPERATOR_SPECS
+from simmerge_ray.base.errors import InputError
+from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.merging.engine import kernels
+from simmerge_ray.merging.engine.compute import Computer, Seeds
+from simmerge_ray.merging.engine.global_trims import resolve_global_trims
+from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource
+from simmerge_ray.merging.graph import Apply, MergeGraph, Node, OutputTensor, Read, promoted
+from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 VALUES = st.sampled_from([0.0, 1.0, -1.0, 0.5, 3.0, 1e-30, -1e30, float("nan"), float("inf")])

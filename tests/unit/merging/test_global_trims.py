@@ -10,17 +10,18 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from simmerge_ray.catalogue import Catalogue, load_catalogue
-from simmerge_ray.checkpoints import CheckpointRef, TensorReader
-from simmerge_ray.errors import PlanError
-from simmerge_ray.merging import kernels, merged_tensors, write_merge
+from simmerge_ray.base.errors import PlanError
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.checkpoints.references import CheckpointRef, TensorReader
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.global_trims import global_steps, resolve_global_trims
+from simmerge_ray.merging.engine import kernels
+from simmerge_ray.merging.engine.global_trims import global_steps, resolve_global_trims
+from simmerge_ray.merging.in_memory import merged_tensors
 from simmerge_ray.merging.request import read_request
-from simmerge_ray.merging.write import write_graph, write_tensors
-from simmerge_ray.operators.specs import make_arm
-from simmerge_ray.operators.table import two_way
-from simmerge_ray.plans import MergePlan, MergeStep, fold_plan, pair_plan, resolve_plan, write_plan
+from simmerge_ray.merging.write.directory import write_graph, write_merge, write_tensors
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.operators.table import two_way
+from simmerge_ray.plans.plan import MergePlan, MergeStep, fold_plan, pair_plan, resolve_plan, write_plan
 from tests import reference, tiny
 
 GLOBAL = make_arm("ties", {"density": 0.2, "trim_scope": "global"})

@@ -8,16 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simmerge_ray.catalogue import Catalogue, load_catalogue
-from simmerge_ray.checkpoints import CheckpointRef, read_headers
-from simmerge_ray.errors import PlanError
-from simmerge_ray.merge_graph import Apply
-from simmerge_ray.mergekit_format import compile_mergekit, read_mergekit, write_mergekit
-from simmerge_ray.merging import compile_plan, merged_tensors, write_graph, write_merge
-from simmerge_ray.merging.card import model_card
-from simmerge_ray.merging.fallbacks import all_linear, linear_form
-from simmerge_ray.operators.specs import make_arm, parse_arm
-from simmerge_ray.plans import MergePlan, MergeStep, ResolvedPlan, pair_plan, read_plan, resolve_plan, write_plan
+from simmerge_ray.base.errors import PlanError
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.merging.compile import compile_plan
+from simmerge_ray.merging.engine.fallbacks import all_linear, linear_form
+from simmerge_ray.merging.graph import Apply
+from simmerge_ray.merging.in_memory import merged_tensors
+from simmerge_ray.merging.mergekit import compile_mergekit, read_mergekit, write_mergekit
+from simmerge_ray.merging.write.card import model_card
+from simmerge_ray.merging.write.directory import write_graph, write_merge
+from simmerge_ray.plans.operators.specs import make_arm, parse_arm
+from simmerge_ray.plans.plan import MergePlan, MergeStep, ResolvedPlan, pair_plan, read_plan, resolve_plan, write_plan
 from tests import tiny
 
 LAYERS = 7

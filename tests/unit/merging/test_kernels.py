@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmerge_ray.merging import kernels
-from simmerge_ray.operators.ties import trim
+from simmerge_ray.merging.engine import kernels
+from simmerge_ray.plans.operators.ties import trim
 
 BITS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40)
 SPECIAL = [

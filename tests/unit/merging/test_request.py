@@ -11,13 +11,13 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from simmerge_ray.checkpoints import CheckpointRef, TensorReader
-from simmerge_ray.cli import app
-from simmerge_ray.errors import InputError
+from simmerge_ray.base.errors import InputError
+from simmerge_ray.checkpoints.references import CheckpointRef, TensorReader
+from simmerge_ray.cli.app import app
 from simmerge_ray.merging.request import read_request
-from simmerge_ray.operators.specs import make_arm
-from simmerge_ray.operators.table import OPERATORS
-from simmerge_ray.plans import fold_plan, resolve_plan, write_plan
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.operators.table import OPERATORS
+from simmerge_ray.plans.plan import fold_plan, resolve_plan, write_plan
 from tests import tiny
 from tests.unit.test_layers import loaded_modules
 
@@ -113,7 +113,7 @@ def test_different_vocabularies_are_refused_with_what_to_do(zoo, tmp_path):
 
 
 def test_an_adapter_that_does_not_fit_is_found_by_the_dry_run(zoo, tmp_path):
-    from tests.unit.test_adapters import make_adapter
+    from tests.unit.checkpoints.test_adapters import make_adapter
 
     make_adapter(zoo / "adapter", r=2, target_modules=["q_proj"])
     models = [{"model": f"{name}+adapter", "parameters": {"weight": 1}} for name in ("m0", "m1")]
@@ -140,6 +140,6 @@ def test_a_merge_in_blocks_loads_neither_torch_nor_transformers_nor_ray(catalogu
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     write_plan(plan, resolve_plan(fold_plan(("m0", "m1"), [make_arm(operator)]), catalogue))
     arguments = ["simmerge", "merge", str(plan), str(out)]
-    loaded = loaded_modules(f"import sys; sys.argv = {arguments!r}; from simmerge_ray.cli import main; main()")
+    loaded = loaded_modules(f"import sys; sys.argv = {arguments!r}; from simmerge_ray.cli.app import main; main()")
     assert (out / "model.safetensors").exists()
     assert not loaded & {"torch", "transformers", "ray", "pandas", "sklearn"}

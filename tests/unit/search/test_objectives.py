@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmerge_ray.errors import ConfigError
+from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.search.objectives import pareto_front, parse_objective
 
 UTILITIES = {"code": 0.2, "math": 0.8, "rag": 0.5}

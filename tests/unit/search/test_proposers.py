@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simmerge_ray.config import SearchConfig
-from simmerge_ray.evaluation import load_tasks
-from simmerge_ray.labels import Infeasible, LabelStore, Measured, Stopped
+from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.search.evaluation import load_tasks
+from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Stopped
 from simmerge_ray.search.proposers import SAMPLERS, GridProposer, OptunaProposer
 from simmerge_ray.search.runner import TrialProgress
-from simmerge_ray.search.study import Study, Trial, grid_trials, prepare_study
+from simmerge_ray.search.setup import Study, Trial, grid_trials, prepare_study
 
 
 @pytest.fixture

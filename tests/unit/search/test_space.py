@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmerge_ray.config import SearchConfig
-from simmerge_ray.errors import InputError
-from simmerge_ray.operators.specs import OPERATOR_SPECS, make_arm, parse_arms
-from simmerge_ray.plans import MergePlan, pair_plan
+from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.errors import InputError
+from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, make_arm, parse_arms
+from simmerge_ray.plans.plan import MergePlan, pair_plan
 from simmerge_ray.search.space import MAX_SUBSETS, STEP, Range, SearchSpace, free_parameters, make_space
 
 TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources is None or spec.max_sources >= 2]

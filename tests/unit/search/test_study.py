@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import yaml
 
-from simmerge_ray.catalogue import load_catalogue
-from simmerge_ray.cli import main
-from simmerge_ray.config import SearchConfig
-from simmerge_ray.errors import ConfigError
-from simmerge_ray.evaluation import load_tasks
-from simmerge_ray.labels import Infeasible, LabelStore, Measured
+from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.cli.app import main
 from simmerge_ray.search.estimate import engine_bytes, estimate
+from simmerge_ray.search.evaluation import load_tasks
+from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
 from simmerge_ray.search.runner import TrialRunner
-from simmerge_ray.search.study import grid_trials, prepare_study
+from simmerge_ray.search.setup import grid_trials, prepare_study
 from simmerge_ray.search.summary import found
 from tests import tiny
 
@@ -39,7 +39,7 @@ def write_study(root: Path, **changes) -> Path:
 
 
 def test_a_study_says_all_of_its_problems_at_once(root):
-    from simmerge_ray.distributed.stages import load_study
+    from simmerge_ray.pipelines.stages import load_study
 
     lines = [json.dumps({"prompt": "a=", "target": "b"}), json.dumps({"prompt": "c="})]
     (root / "tasks" / "bad.jsonl").write_text("\n".join(lines))
@@ -60,7 +60,7 @@ def test_a_study_says_all_of_its_problems_at_once(root):
 
 
 def test_what_the_tasks_need_is_said_with_the_objectives_and_arms(root):
-    from simmerge_ray.distributed.stages import load_study
+    from simmerge_ray.pipelines.stages import load_study
 
     search = {"arms": ["tise"], "evaluator": "transformers", "max_model_len": 8, "objectives": ["maths"]}
     with pytest.raises(ConfigError) as caught:
@@ -70,7 +70,7 @@ def test_what_the_tasks_need_is_said_with_the_objectives_and_arms(root):
 
 
 def test_an_unknown_task_of_the_catalogue_is_named(root):
-    from simmerge_ray.distributed.stages import load_study
+    from simmerge_ray.pipelines.stages import load_study
 
     (root / "tasks" / "copy.jsonl").unlink()
     with pytest.raises(ConfigError, match="unknown task 'copy'.*known: add"):
@@ -185,7 +185,7 @@ def test_an_engine_takes_its_weights_twice_and_what_it_holds_besides(catalogue):
 
 
 def test_engines_are_as_many_as_cores_gpus_or_memory_allow(root):
-    from simmerge_ray.distributed.merge_search import engines_that_fit
+    from simmerge_ray.on_ray.merge_search import engines_that_fit
 
     size = engine_bytes(load_catalogue(root / "catalogue.yaml").base, "transformers", "float32")
     assert engines_that_fit(make_study(root), {"CPU": 8.0, "memory": 5.5 * size}) == 5
@@ -197,7 +197,7 @@ def test_engines_are_as_many_as_cores_gpus_or_memory_allow(root):
 
 
 def test_a_search_starts_as_many_engines_as_it_was_told_since_the_cluster_may_grow(root):
-    from simmerge_ray.distributed.merge_search import num_engines
+    from simmerge_ray.on_ray.merge_search import num_engines
 
     on_the_head = {"CPU": 0.0, "memory": 8e9}
     assert num_engines(make_study(root, concurrency=3), on_the_head) == 3
@@ -206,7 +206,7 @@ def test_a_search_starts_as_many_engines_as_it_was_told_since_the_cluster_may_gr
 
 
 def test_an_engine_asks_for_its_memory_or_for_a_gpu_that_holds_it(root):
-    from simmerge_ray.distributed.merge_search import trial_resources
+    from simmerge_ray.on_ray.merge_search import trial_resources
 
     size = engine_bytes(load_catalogue(root / "catalogue.yaml").base, "transformers", "float32")
     assert trial_resources(make_study(root)).bundles == [{"CPU": 1.0, "memory": size}]

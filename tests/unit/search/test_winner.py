@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simmerge_ray.errors import LabelError, TaskError
-from simmerge_ray.operators.specs import make_arm
-from simmerge_ray.plans import MergePlan, pair_plan
+from simmerge_ray.base.errors import LabelError, TaskError
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.plan import MergePlan, pair_plan
 from simmerge_ray.search.objectives import parse_objective
 from simmerge_ray.search.winner import Candidate, check_items, decide, difference, estimate, task_shares
 

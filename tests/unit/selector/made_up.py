@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from simmerge_ray.headroom import Context
-from simmerge_ray.labels import EvaluationSettings, LabeledPlan, LabelStore, Measured
-from simmerge_ray.operators.specs import make_arm
-from simmerge_ray.plans import MergePlan, pair_plan
-from simmerge_ray.selector.dataset import SelectionDataset
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.plan import MergePlan, pair_plan
+from simmerge_ray.search.headroom import Context
+from simmerge_ray.search.labels import EvaluationSettings, LabeledPlan, LabelStore, Measured
+from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.signals.table import SignalTable
 from tests.tables import synthetic_table
 

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from simmerge_ray.cli import app
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.distributed.stages import train_dataset_stage
-from simmerge_ray.errors import ConfigError, LabelError
-from simmerge_ray.progress import Narrator
-from simmerge_ray.selector.assessment import (
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import ConfigError, LabelError
+from simmerge_ray.base.progress import Narrator
+from simmerge_ray.cli.app import app
+from simmerge_ray.pipelines.stages import train_dataset_stage
+from simmerge_ray.reports.training import write_selector_report
+from simmerge_ray.selector.assessment.report import (
     ONE_MODEL_UNSEEN,
     RANDOM_PAIR,
     UNSEEN_BASE,
@@ -25,11 +26,10 @@ from simmerge_ray.selector.assessment import (
     calibration,
     permuted_columns,
 )
-from simmerge_ray.selector.dataset import SelectionDataset, join_datasets
-from simmerge_ray.selector.model import read_selector
-from simmerge_ray.selector_report import write_selector_report
+from simmerge_ray.selector.data.dataset import SelectionDataset, join_datasets
+from simmerge_ray.selector.models.model import read_selector
+from tests.unit.cli.test_app import simmerge
 from tests.unit.selector.made_up import COLUMNS, planted, write_study
-from tests.unit.test_cli import simmerge
 
 pytestmark = pytest.mark.slow
 

@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.errors import PlanError
-from simmerge_ray.operators.specs import make_arm
-from simmerge_ray.selector.baselines import BASELINES, expert_plan, permuted_signals, signal_stump
-from simmerge_ray.selector.crossval import crossval_report
-from simmerge_ray.selector.evaluation import NoiseSets, Scoring, option_utilities, shares_of, units_of
-from simmerge_ray.selector.splits import base_folds, pairs_of, random_pair_folds
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import PlanError
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.selector.assessment.baselines import BASELINES, expert_plan, permuted_signals, signal_stump
+from simmerge_ray.selector.assessment.crossval import crossval_report
+from simmerge_ray.selector.data.evaluation import NoiseSets, Scoring, option_utilities, shares_of, units_of
+from simmerge_ray.selector.data.splits import base_folds, pairs_of, random_pair_folds
 from tests.unit.selector.made_up import ARMS, planted
 
 FAST = TrainConfig(model="ridge", num_members=2, num_epochs=60, num_trees=8)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmerge_ray.selector.evaluation import GAP_CLOSED, Bench, NoiseSets, Scoring
+from simmerge_ray.selector.data.evaluation import GAP_CLOSED, Bench, NoiseSets, Scoring
 
 
 def bench_of(num: int, num_tasks: int, seed: int) -> Bench:

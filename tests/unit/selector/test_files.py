@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from simmerge_ray.errors import ConfigError, LabelError
-from simmerge_ray.labels import LabelStore
-from simmerge_ray.plans import pair_plan
-from simmerge_ray.selector.dataset import SelectionDataset, join_datasets
-from simmerge_ray.selector.files import find_dataset, read_dataset
+from simmerge_ray.base.errors import ConfigError, LabelError
+from simmerge_ray.plans.plan import pair_plan
+from simmerge_ray.search.labels import LabelStore
+from simmerge_ray.selector.data.dataset import SelectionDataset, join_datasets
+from simmerge_ray.selector.data.files import find_dataset, read_dataset
 from tests.unit.selector.made_up import made_up_labels, made_up_table, planted, write_study
 
 

@@ -7,13 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from simmerge_ray.config import TrainConfig, check_config
-from simmerge_ray.errors import ConfigError, LabelError, SelectorError
-from simmerge_ray.selector.encoding import TaskEncoding
-from simmerge_ray.selector.fit_sklearn import fit_forest
-from simmerge_ray.selector.model import read_selector
-from simmerge_ray.selector.targets import TrainingSet, level_and_contrasts
-from simmerge_ray.selector.train import train_selector
+from simmerge_ray.base.config import TrainConfig, check_config
+from simmerge_ray.base.errors import ConfigError, LabelError, SelectorError
+from simmerge_ray.selector.data.encoding import TaskEncoding
+from simmerge_ray.selector.data.targets import TrainingSet, level_and_contrasts
+from simmerge_ray.selector.models.fit_sklearn import fit_forest
+from simmerge_ray.selector.models.model import read_selector
+from simmerge_ray.selector.models.train import train_selector
 from tests.unit.selector.made_up import planted
 
 OF_TASK = {"s": (1.0, 2.0), "t": (3.0, 2.5)}
@@ -145,7 +145,7 @@ def test_a_forest_is_evaluated_as_scikit_learn_does(dataset):
 
 
 def test_networks_do_not_depend_on_what_they_are_trained_beside(dataset):
-    from simmerge_ray.selector.train import fit_models
+    from simmerge_ray.selector.models.train import fit_models
 
     config = TrainConfig(num_members=2, num_epochs=40)
     everything = list(range(len(dataset.contexts)))

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.errors import SelectorError
-from simmerge_ray.selector.evaluation import Scoring, units_of
-from simmerge_ray.selector.novelty import fit_novelty
-from simmerge_ray.selector.policy import fit_intervals, fit_override
-from simmerge_ray.selector.splits import pairs_of
-from simmerge_ray.selector.train import train_selector
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import SelectorError
+from simmerge_ray.selector.data.evaluation import Scoring, units_of
+from simmerge_ray.selector.data.splits import pairs_of
+from simmerge_ray.selector.models.novelty import fit_novelty
+from simmerge_ray.selector.models.policy import fit_intervals, fit_override
+from simmerge_ray.selector.models.train import train_selector
 from tests.unit.selector.made_up import ARMS, planted
 
 RIDGE = TrainConfig(model="ridge")

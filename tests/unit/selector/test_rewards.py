@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.errors import SelectorError
-from simmerge_ray.selector.rewards import RewardedMerge, digest_of, single_arms, without
-from simmerge_ray.selector.splits import checkpoint_folds, pairs_of
-from simmerge_ray.selector.train import fit_models, train_selector
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import SelectorError
+from simmerge_ray.selector.data.rewards import RewardedMerge, digest_of, single_arms, without
+from simmerge_ray.selector.data.splits import checkpoint_folds, pairs_of
+from simmerge_ray.selector.models.train import fit_models, train_selector
 from tests.unit.selector.made_up import ARMS, planted
 
 CONFIG = TrainConfig(num_epochs=150, num_members=2, hidden_sizes=(16,), num_folds=4)

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from simmerge_ray.catalogue import Catalogue
-from simmerge_ray.checkpoints import CheckpointRef
-from simmerge_ray.errors import ConfigError, OperatorError, PlanError, SelectorError
-from simmerge_ray.operators.specs import make_arm, parse_arms
-from simmerge_ray.plans import MergePlan, MergeStep, enumerate_plans, fold_plan, pair_plan, read_plan
-from simmerge_ray.propagation.bound import Bound
-from simmerge_ray.propagation.second_order import SecondOrder
-from simmerge_ray.selector.plan_files import write_plans
-from simmerge_ray.selector.plan_space import PlanSpace, parse_ways, plan_space, scorable_arms
-from simmerge_ray.selector.plan_tasks import task_pool
-from simmerge_ray.selector.scorer import PlanScorer, with_arm
+from simmerge_ray.base.errors import ConfigError, OperatorError, PlanError, SelectorError
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.plans.operators.specs import make_arm, parse_arms
+from simmerge_ray.plans.plan import MergePlan, MergeStep, enumerate_plans, fold_plan, pair_plan, read_plan
+from simmerge_ray.selector.data.tasks import task_pool
+from simmerge_ray.selector.planning.files import write_plans
+from simmerge_ray.selector.planning.scorer import PlanScorer, with_arm
+from simmerge_ray.selector.planning.space import PlanSpace, parse_ways, plan_space, scorable_arms
 from simmerge_ray.signals.features import both_orders
+from simmerge_ray.signals.propagation.bound import Bound
+from simmerge_ray.signals.propagation.second_order import SecondOrder
 from simmerge_ray.signals.table import SignalTable
 from tests.tables import synthetic_table
 
@@ -156,8 +156,8 @@ def test_a_wide_beam_is_exhaustive_and_a_narrow_one_scores_about_its_budget():
 
 
 def test_a_beam_that_keeps_all_prefixes_finds_what_the_exhaustive_search_finds():
-    from simmerge_ray.propagation.batch import SecondOrderBatch
-    from simmerge_ray.selector.plan_search import PlanSearch
+    from simmerge_ray.selector.planning.search import PlanSearch
+    from simmerge_ray.signals.propagation.batch import SecondOrderBatch
 
     batch = SecondOrderBatch(TABLE)
     search = PlanSearch(batch, FakeSelector(batch.columns), space_of((3, 4)), pool_of())

@@ -9,14 +9,19 @@ import shutil
 import numpy as np
 import pytest
 
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.errors import LabelError, SelectorError
-from simmerge_ray.headroom import Context, gap_closed
-from simmerge_ray.selector.baselines import best_fixed_arm, uniform_gap_closed
-from simmerge_ray.selector.crossval import crossval_report, picks_per_context, picks_per_merge, predict_unseen
-from simmerge_ray.selector.dataset import SelectionDataset
-from simmerge_ray.selector.model import read_selector
-from simmerge_ray.selector.train import train_selector
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import LabelError, SelectorError
+from simmerge_ray.search.headroom import Context, gap_closed
+from simmerge_ray.selector.assessment.baselines import best_fixed_arm, uniform_gap_closed
+from simmerge_ray.selector.assessment.crossval import (
+    crossval_report,
+    picks_per_context,
+    picks_per_merge,
+    predict_unseen,
+)
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.models.model import read_selector
+from simmerge_ray.selector.models.train import train_selector
 
 ARMS = ("linear", "nuslerp", "ties")
 FAST = TrainConfig(num_members=3, num_epochs=150)

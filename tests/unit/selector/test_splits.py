@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from simmerge_ray.errors import LabelError
-from simmerge_ray.selector.splits import (
+from simmerge_ray.base.errors import LabelError
+from simmerge_ray.selector.data.splits import (
     Fold,
     base_folds,
     checkpoint_folds,

@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 
-from simmerge_ray.service.access import Access, Client, digest_of
-from simmerge_ray.service.database import upgrade_database
-from simmerge_ray.service.gate import Limits
-from simmerge_ray.service.http_api import create_app
+from simmerge_ray.service.http.access import Access, Client, digest_of
+from simmerge_ray.service.http.api import create_app
+from simmerge_ray.service.http.gate import Limits
+from simmerge_ray.service.http.metrics import PrometheusMetrics
 from simmerge_ray.service.learner import Learner
-from simmerge_ray.service.metrics import PrometheusMetrics
+from simmerge_ray.service.log.database import upgrade_database
 from tests.unit.service.published import PublishedFiles
 
 TOKENS = {role: f"token-of-{role}-0123456789" for role in ("decide", "reward", "admin")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simmerge_ray.service.database import upgrade_database
+from simmerge_ray.service.log.database import upgrade_database
 from tests.postgres import new_database, programs, running_server
 
 

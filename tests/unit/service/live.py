@@ -35,7 +35,7 @@ class Live:
 def start(files: PublishedFiles, root: Path, database: str | None = None, more: Sequence[str] = ()) -> Live:
     """Start it; it listens when this returns."""
     log = root / "service.log"
-    command = [sys.executable, "-m", "simmerge_ray.service.standalone", "--port", "0"]
+    command = [sys.executable, "-m", "simmerge_ray.service.http.standalone", "--port", "0"]
     command += ["--database", database or f"sqlite:///{root}/service.db", "--registry", str(root / "registry")]
     command += ["--signals", str(files.signals), "--selector", str(files.selector), *more]
     environment = os.environ | {"SIMMERGE_TOKEN": TOKEN}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from simmerge_ray.bandit.artifact import warm_start_of, write_warm_start
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.propagation.second_order import SecondOrder
-from simmerge_ray.selector.dataset import build_dataset
-from simmerge_ray.selector.plan_files import write_selectors
-from simmerge_ray.selector.train import train_selector
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.selector.data.dataset import build_dataset
+from simmerge_ray.selector.models.train import train_selector
+from simmerge_ray.selector.planning.files import write_selectors
+from simmerge_ray.service.bandit.artifact import warm_start_of, write_warm_start
 from simmerge_ray.service.learner import LearnerSettings
+from simmerge_ray.signals.propagation.second_order import SecondOrder
 from tests.unit.selector.made_up import made_up_labels, made_up_table
 
 CONFIG = TrainConfig(num_members=2, num_epochs=20, num_folds=3)

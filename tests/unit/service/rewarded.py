@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.bandit.policy import Noise
-from simmerge_ray.bandit.posterior import GaussianPosterior
-from simmerge_ray.bandit.warm_start import contexts_of
-from simmerge_ray.config import TrainConfig
-from simmerge_ray.selector.dataset import pair_features
-from simmerge_ray.selector.files import LoadedDataset
-from simmerge_ray.selector.model import Selector, read_selector
-from simmerge_ray.service.database import upgrade_database
-from simmerge_ray.service.event_log import EventLog
-from simmerge_ray.service.events import Activation, DecisionMade, Event, RewardGiven, WarmStart
-from simmerge_ray.service.fold import fold
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.selector.data.dataset import pair_features
+from simmerge_ray.selector.data.files import LoadedDataset
+from simmerge_ray.selector.models.model import Selector, read_selector
+from simmerge_ray.service.bandit.policy import Noise
+from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.bandit.warm_start import contexts_of
+from simmerge_ray.service.log.database import upgrade_database
+from simmerge_ray.service.log.event_log import EventLog
+from simmerge_ray.service.log.events import Activation, DecisionMade, Event, RewardGiven, WarmStart
+from simmerge_ray.service.log.fold import fold
 from simmerge_ray.service.registry import Registry
-from simmerge_ray.service.retraining import (
+from simmerge_ray.service.retraining.retraining import (
     Candidate,
     Material,
     Result,
@@ -32,7 +32,7 @@ from simmerge_ray.service.retraining import (
     promote,
     train_candidate,
 )
-from simmerge_ray.service.reward_labels import all_rows, logged_merges
+from simmerge_ray.service.retraining.reward_labels import all_rows, logged_merges
 from tests.unit.service.event_logs import opened
 
 CONFIG = TrainConfig(num_epochs=60, num_members=2, hidden_sizes=(8,), num_folds=4)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmerge_ray.errors import ConfigError
-from simmerge_ray.service.access import Access, Buckets, Client, digest_of, new_token, read_access, single
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.service.http.access import Access, Buckets, Client, digest_of, new_token, read_access, single
 
 LONG, OTHER = "the-long-token-of-a-team", "another-token-of-a-team"
 

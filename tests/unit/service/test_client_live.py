@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from simmerge_ray.client import Client
-from simmerge_ray.errors import RefusedError, UnavailableError
+from simmerge_ray.base.errors import RefusedError, UnavailableError
+from simmerge_ray.service.client import Client
 from tests.fuzz.live import TOKENS, LiveService, live_service
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from sqlalchemy import insert, select, update
 
-from simmerge_ray.bandit.policy import Noise
-from simmerge_ray.errors import BanditError, ConfigError, StoreError
-from simmerge_ray.service.database import events, log_head, open_database, writing
-from simmerge_ray.service.event_log import EventLog
-from simmerge_ray.service.events import (
+from simmerge_ray.base.errors import BanditError, ConfigError, StoreError
+from simmerge_ray.service.bandit.policy import Noise
+from simmerge_ray.service.log.database import events, log_head, open_database, writing
+from simmerge_ray.service.log.event_log import EventLog
+from simmerge_ray.service.log.events import (
     Activation,
     ArmAdded,
     DecisionClosed,
@@ -27,8 +27,8 @@ from simmerge_ray.service.events import (
     decode,
     encode,
 )
-from simmerge_ray.service.outcomes import Status
-from simmerge_ray.service.replica import Replica
+from simmerge_ray.service.log.outcomes import Status
+from simmerge_ray.service.log.replica import Replica
 from tests.unit.service import event_logs
 from tests.unit.service.event_logs import all_rows, decision, opened, prior
 

@@ -15,14 +15,14 @@ import pytest
 from sqlalchemy import Engine, event, inspect, text
 from sqlalchemy.exc import OperationalError
 
-from simmerge_ray.errors import ConfigError, StoreError
-from simmerge_ray.service import database as database_module
-from simmerge_ray.service import postgres as postgres_module
-from simmerge_ray.service.database import metadata, open_database, upgrade_database, writing
-from simmerge_ray.service.event_log import EventLog
-from simmerge_ray.service.events import ArmAdded, RewardGiven
-from simmerge_ray.service.outcomes import Status
-from simmerge_ray.service.replica import Replica
+from simmerge_ray.base.errors import ConfigError, StoreError
+from simmerge_ray.service.log import database as database_module
+from simmerge_ray.service.log import postgres as postgres_module
+from simmerge_ray.service.log.database import metadata, open_database, upgrade_database, writing
+from simmerge_ray.service.log.event_log import EventLog
+from simmerge_ray.service.log.events import ArmAdded, RewardGiven
+from simmerge_ray.service.log.outcomes import Status
+from simmerge_ray.service.log.replica import Replica
 from tests.unit.service.event_logs import all_rows, bits, decision, encode, folded_bits, opened, prior
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 # Four threads decide and reward for ever; a line is written when the log has acknowledged, never before.
 CHILD = """
 import os, sys, threading
-from simmerge_ray.service.events import RewardGiven
+from simmerge_ray.service.log.events import RewardGiven
 from tests.unit.service.event_logs import decision, opened
 
 with opened(sys.argv[1]) as log:

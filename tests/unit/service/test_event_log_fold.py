@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy import select, text, update
 
-from simmerge_ray.bandit.policy import NeuralLinearTS, Noise
-from simmerge_ray.errors import StoreError
-from simmerge_ray.service.database import snapshots, upgrade_database, writing
-from simmerge_ray.service.events import (
+from simmerge_ray.base.errors import StoreError
+from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise
+from simmerge_ray.service.log.database import snapshots, upgrade_database, writing
+from simmerge_ray.service.log.events import (
     Activation,
     ArmAdded,
     DecisionClosed,
@@ -25,10 +25,10 @@ from simmerge_ray.service.events import (
     RewardVoided,
     WarmStart,
 )
-from simmerge_ray.service.fold import Basis, State, basis_of, fold
-from simmerge_ray.service.outcomes import Known, Outcome, Status, entry_of, row_of
-from simmerge_ray.service.replica import Replica
-from simmerge_ray.service.snapshots import KEPT, dump, load, newest_snapshot
+from simmerge_ray.service.log.fold import Basis, State, basis_of, fold
+from simmerge_ray.service.log.outcomes import Known, Outcome, Status, entry_of, row_of
+from simmerge_ray.service.log.replica import Replica
+from simmerge_ray.service.log.snapshots import KEPT, dump, load, newest_snapshot
 from tests.unit.service.event_logs import (
     ARMS,
     DIMENSIONS,

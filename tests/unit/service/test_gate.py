@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from simmerge_ray.service.access import Access, Client, digest_of
-from simmerge_ray.service.dashboard import COOKIE
-from simmerge_ray.service.gate import CLIENT, Gate, Limits
+from simmerge_ray.service.http.access import Access, Client, digest_of
+from simmerge_ray.service.http.dashboard import COOKIE
+from simmerge_ray.service.http.gate import CLIENT, Gate, Limits
 
 TOKEN, SLOW = "the-token-of-somebody", "the-token-of-a-slow-one"
 BEARER = ("authorization", f"Bearer {TOKEN}")

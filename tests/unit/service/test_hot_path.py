@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from simmerge_ray.service import http_api
+from simmerge_ray.service.http import api as http_api
 from tests.unit.service.asking import PAIR, Service
 from tests.unit.service.published import write_published
 

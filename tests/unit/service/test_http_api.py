@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from simmerge_ray.errors import ConfigError
-from simmerge_ray.service.database import upgrade_database
-from simmerge_ray.service.gate import Gate
-from simmerge_ray.service.standalone import filesystem_of, prepare_database
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.service.http.gate import Gate
+from simmerge_ray.service.http.standalone import filesystem_of, prepare_database
+from simmerge_ray.service.log.database import upgrade_database
 from tests.unit.service.asking import PAIR, SLOW, TOKENS, Service
 from tests.unit.service.live import running
 from tests.unit.service.published import PublishedFiles, write_published
@@ -195,7 +195,7 @@ def test_a_network_filesystem_is_recognised(tmp_path, monkeypatch):
 
     assert filesystem_of(Path("/mnt/shared dir/run/service.db"), mounts) == "nfs4"
     assert filesystem_of(Path("/mnt/local/service.db"), mounts) == "xfs"
-    monkeypatch.setattr("simmerge_ray.service.standalone.filesystem_of", lambda path, mounts: "nfs4")
+    monkeypatch.setattr("simmerge_ray.service.http.standalone.filesystem_of", lambda path, mounts: "nfs4")
     with pytest.raises(ConfigError, match="use PostgreSQL"):
         prepare_database(f"sqlite:///{tmp_path}/service.db")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from simmerge_ray.errors import InputError, StoreError
+from simmerge_ray.base.errors import InputError, StoreError
 from simmerge_ray.service.schemas import Refused
 from tests.unit.service.asking import PAIR, TOKENS, Service
 from tests.unit.service.published import PublishedFiles, write_published

@@ -18,8 +18,8 @@ import pytest
 from sqlalchemy import Engine, event, text
 
 from simmerge_ray.service import follower as follower_module
-from simmerge_ray.service.database import make_engine, open_database, upgrade_database
 from simmerge_ray.service.learner import Learner
+from simmerge_ray.service.log.database import make_engine, open_database, upgrade_database
 from tests.unit.service.asking import PAIR, Service
 from tests.unit.service.published import PublishedFiles, write_published
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from simmerge_ray.errors import BanditError, PlanError, StoreError
-from simmerge_ray.service.database import upgrade_database
+from simmerge_ray.base.errors import BanditError, PlanError, StoreError
 from simmerge_ray.service.learner import Learner
+from simmerge_ray.service.log.database import upgrade_database
 from simmerge_ray.service.schemas import (
     ArmRequest,
     DecisionRequest,

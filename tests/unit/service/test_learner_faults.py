@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from simmerge_ray.errors import StoreError
-from simmerge_ray.selector.model import read_selector
-from simmerge_ray.service.database import upgrade_database
-from simmerge_ray.service.event_log import EventLog
+from simmerge_ray.base.errors import StoreError
+from simmerge_ray.selector.models.model import read_selector
 from simmerge_ray.service.learner import Learner
+from simmerge_ray.service.log.database import upgrade_database
+from simmerge_ray.service.log.event_log import EventLog
 from simmerge_ray.service.schemas import ArmRequest, DecisionRequest, Refused, RewardRequest
 from tests.unit.service.published import PublishedFiles, write_published
 

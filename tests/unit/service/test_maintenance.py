@@ -14,12 +14,12 @@ import pytest
 from sqlalchemy import insert, select
 from typer.testing import CliRunner
 
-from simmerge_ray.bandit.policy import Noise
-from simmerge_ray.cli import app
-from simmerge_ray.errors import ConfigError, OutputError, SimmergeError
-from simmerge_ray.service import maintenance
-from simmerge_ray.service.database import events, log_head, open_database, writing
-from simmerge_ray.service.events import (
+from simmerge_ray.base.errors import ConfigError, OutputError, SimmergeError
+from simmerge_ray.cli.app import app
+from simmerge_ray.service.bandit.policy import Noise
+from simmerge_ray.service.log import maintenance
+from simmerge_ray.service.log.database import events, log_head, open_database, writing
+from simmerge_ray.service.log.events import (
     ArmAdded,
     DecisionClosed,
     DecisionMade,
@@ -27,8 +27,8 @@ from simmerge_ray.service.events import (
     RewardGiven,
     RewardVoided,
 )
-from simmerge_ray.service.outcomes import Status
-from simmerge_ray.service.replica import Replica
+from simmerge_ray.service.log.outcomes import Status
+from simmerge_ray.service.log.replica import Replica
 from tests.unit.service.event_logs import ARMS, all_rows, bits, decision, encode, folded_bits, opened, prior
 
 NOW = 5_000_000.0
@@ -112,7 +112,7 @@ def test_a_backup_of_sqlite_can_be_restored_into_postgresql(tmp_path, postgres_s
     db("backup", source, tmp_path / "copy.parquet")
     from sqlalchemy import text
 
-    from simmerge_ray.service.database import make_engine
+    from simmerge_ray.service.log.database import make_engine
 
     admin = make_engine(f"{postgres_server}/postgres").execution_options(isolation_level="AUTOCOMMIT")
     for name in ("copy.db", "copy.parquet"):
@@ -284,7 +284,7 @@ def test_the_status_says_what_is_there(empty_database):
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, code, tmp_path):
-    command = [sys.executable, "-m", "simmerge_ray.cli", "db", *arguments]
+    command = [sys.executable, "-m", "simmerge_ray.cli.app", "db", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == code and "Traceback" not in result.stderr
     if "--format" not in arguments:

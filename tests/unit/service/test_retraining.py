@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simmerge_ray.bandit.off_policy import Estimate
-from simmerge_ray.bandit.posterior import GaussianPosterior
-from simmerge_ray.errors import LabelError, SelectorError, StoreError
-from simmerge_ray.labels import Infeasible, LabelStore, Measured
-from simmerge_ray.operators.specs import parse_arm
-from simmerge_ray.plans import fold_plan, pair_plan
-from simmerge_ray.selector.files import LoadedDataset, find_dataset, read_dataset
-from simmerge_ray.selector.model import Selector, read_selector
-from simmerge_ray.selector.train import train_selector
-from simmerge_ray.service.events import (
+from simmerge_ray.base.errors import LabelError, SelectorError, StoreError
+from simmerge_ray.plans.operators.specs import parse_arm
+from simmerge_ray.plans.plan import fold_plan, pair_plan
+from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
+from simmerge_ray.selector.data.files import LoadedDataset, find_dataset, read_dataset
+from simmerge_ray.selector.models.model import Selector, read_selector
+from simmerge_ray.selector.models.train import train_selector
+from simmerge_ray.service.bandit.off_policy import Estimate
+from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.log.events import (
     Activation,
     ArmAdded,
     DecisionClosed,
@@ -27,7 +27,7 @@ from simmerge_ray.service.events import (
     RewardGiven,
     RewardVoided,
 )
-from simmerge_ray.service.retraining import (
+from simmerge_ray.service.retraining.retraining import (
     SELECTOR,
     material_of,
     present_setup,
@@ -37,8 +37,8 @@ from simmerge_ray.service.retraining import (
     setups_of,
     train_candidate,
 )
-from simmerge_ray.service.reward_labels import all_rows, logged_merges, reward_labels
-from simmerge_ray.service.shadow import OnLabels, OnLog, compare_on_log, verdict
+from simmerge_ray.service.retraining.reward_labels import all_rows, logged_merges, reward_labels
+from simmerge_ray.service.retraining.shadow import OnLabels, OnLog, compare_on_log, verdict
 from tests.unit.selector.made_up import write_study
 from tests.unit.service.event_logs import bits
 from tests.unit.service.rewarded import ARMS, CONFIG, NAMESPACE, Service, served

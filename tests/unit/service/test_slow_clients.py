@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from simmerge_ray.service.slow_clients import impatient
+from simmerge_ray.service.http.slow_clients import impatient
 from tests.conftest import free_port
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmerge_ray.checkpoints import CheckpointRef
-from simmerge_ray.errors import CheckpointError
-from simmerge_ray.probes import TokenBatch
+from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.checkpoints.probes import TokenBatch
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.signals.collect import BatchOutputs, ProbeModel
 from simmerge_ray.signals.tokens import ProbeBatch
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from simmerge_ray.catalogue import load_catalogue
-from simmerge_ray.checkpoints import TensorReader, read_headers
-from simmerge_ray.errors import CheckpointError, ConfigError, PlanError, ProbeError
-from simmerge_ray.probes import load_probe_sets
+from simmerge_ray.base.errors import CheckpointError, ConfigError, PlanError, ProbeError
+from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.probes import load_probe_sets
+from simmerge_ray.checkpoints.references import TensorReader, read_headers
 from simmerge_ray.signals import compute
 from simmerge_ray.signals.bounds import stages_for, working_bytes
 from simmerge_ray.signals.compute import compute_signals, local_executor, tokenize_probes

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from simmerge_ray.errors import PlanError
+from simmerge_ray.base.errors import PlanError
 from simmerge_ray.signals.explain import Explanation, Rank, explain
 from simmerge_ray.signals.features import SIGNALS, feature_columns
 from simmerge_ray.signals.table import PairSignals, SignalTable

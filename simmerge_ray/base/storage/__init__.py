@@ -1,0 +1,77 @@
+"""Places (local paths and URIs), files and directories that are whole or absent, manifests, and the node's cache.
+
+Layers, left to right: `places` (names), `stores` (object stores, with back-off), `objects` (single files and objects),
+`manifests`, `node_cache`, `ranges` (parts of files), `directories`.
+"""
+
+from simmerge_ray.base.storage.directories import (
+    CONTENTS,
+    filled_in_place,
+    is_complete,
+    local_directory,
+    new_directory,
+    publish_directory,
+    remove_directory,
+    scratch_directory,
+    upload_directory,
+)
+from simmerge_ray.base.storage.manifests import Manifest, versions
+from simmerge_ray.base.storage.objects import (
+    canonical_json,
+    delete_objects,
+    digest_bytes,
+    digest_file,
+    digest_json,
+    file_names,
+    file_size,
+    file_version,
+    jsonl_bytes,
+    list_leftovers,
+    list_objects,
+    read_bytes,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_once,
+)
+from simmerge_ray.base.storage.places import Place, RemotePath, as_place, list_places, name_below, place_in
+from simmerge_ray.base.storage.ranges import RangeReader, open_ranges, read_range
+
+__all__ = [
+    "CONTENTS",
+    "Manifest",
+    "Place",
+    "RangeReader",
+    "RemotePath",
+    "as_place",
+    "canonical_json",
+    "delete_objects",
+    "digest_bytes",
+    "digest_file",
+    "digest_json",
+    "file_names",
+    "file_size",
+    "file_version",
+    "filled_in_place",
+    "is_complete",
+    "jsonl_bytes",
+    "list_leftovers",
+    "list_objects",
+    "list_places",
+    "local_directory",
+    "name_below",
+    "new_directory",
+    "open_ranges",
+    "place_in",
+    "publish_directory",
+    "read_bytes",
+    "read_json",
+    "read_jsonl",
+    "read_range",
+    "remove_directory",
+    "scratch_directory",
+    "upload_directory",
+    "versions",
+    "write_json",
+    "write_once",
+]

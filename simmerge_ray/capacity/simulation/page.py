@@ -1,0 +1,151 @@
+"""A simulated study for people, and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simmerge_ray.capacity.simulation.study import Phase, Pool, Simulated, Workload
+
+_NAMES = {
+    "digests": "digests of the checkpoints",
+    "continuations": "the base's continuations",
+    "signatures": "signatures",
+    "sums": "exact weight sums",
+    "pairs": "pairs of signatures",
+    "labels": "labels",
+}
+_REMEDIES = {
+    "digests: hashing": "nothing: a checkpoint is hashed by one core; once, and never again",
+    "continuations: arithmetic": "nodes that hold a model whole: in stages every token runs all of the text again",
+    "continuations: building models": "nodes that hold a model whole: in stages the base is built for every token",
+    "labels: merging": "more cores a GPU (`search.cpus_per_trial`), or arms that merge faster than ties",
+    "labels: reading from disks": "more engines, or faster disks for the cache; GPUs wait meanwhile",
+    "labels: reading from the store": "a cache that holds the members of a merge: SIMMERGE_CACHE_GB, a larger disk",
+    "labels: evaluating": "more or faster GPUs, fewer items (`search.max_items`), fewer merges",
+}
+_BY_CAUSE = {
+    "arithmetic": "more nodes for the signals, or nodes with more memory a core, so that every core has a worker",
+    "building models": "more nodes for the signals",
+    "reading from the store": "nodes with a faster network or a larger cache",
+    "reading from disks": "faster disks, more nodes",
+    "summing weights": "more nodes for the signals, or `weights: sampled`",
+    "sampling weights": "more nodes for the signals",
+    "comparing signatures": "it runs on the driver alone",
+}
+
+
+def lines(workload: Workload, found: Simulated) -> list[str]:
+    """For a person."""
+    model, placed, engines = workload.model, found.placed, found.engines
+    stages = len(placed.stages)
+    cut = "whole" if stages == 1 else f"in {stages} stages of layers"
+    ranks = f"{engines.ranks} GPU{'s' if engines.ranks > 1 else ''} with {engines.cpus:g} cores each"
+    if not engines.ranks:
+        ranks = f"{engines.cpus:g} cores"
+    count = workload.num_models + 1
+    told = [
+        f"model     {model.parameters / 1e9:.4g} B parameters, {model.dtype}, {_size(model.num_bytes)} each; the shape "
+        f"of {model.name}: {model.layers} layers, {model.hidden_size} wide",
+        f"catalogue {workload.num_models} checkpoints and their base, {_size(count * model.num_bytes)} in the store; "
+        f"{workload.tasks} tasks, {len(workload.arms)} arms",
+        f"signals   {found.signal_pool.nodes} x {found.signal_pool.machine}, {placed.per_node} workers a node, "
+        f"{_size(placed.worker_bytes)} each, a checkpoint {cut}; signature {_size(found.signature_bytes)}, "
+        f"driver {_size(found.driver_bytes)}",
+        f"engines   {found.engine_pool.nodes} x {found.engine_pool.machine}, {engines.per_node} a node, {ranks}; "
+        f"an engine {_size(engines.engine_bytes)}",
+        "",
+        f"{'part':<27}{'where':<9}{'workers':>8}{'units':>9}{'hours':>9}{'network':>10}  most of it",
+    ]
+    for phase in found.phases:
+        told.append(
+            f"{_NAMES[phase.name]:<27}{phase.place:<9}{phase.workers:>8}{phase.units:>9}{_hours(phase.seconds):>9}"
+            f"{_size(phase.network_bytes):>10}  {phase.cause}, {phase.share:.0%}"
+        )
+    network = sum(phase.network_bytes for phase in found.phases)
+    told += [f"{'together':<27}{'':<9}{'':>8}{'':>9}{_hours(found.seconds):>9}{_size(network):>10}", ""]
+    longest = found.bottleneck
+    told.append(
+        f"bottleneck  {_NAMES[longest.name]}, {longest.seconds / found.seconds:.0%} of the time; {longest.cause}. "
+        f"What helps: {remedy(longest)}"
+    )
+    if not found.cache_holds:
+        told.append(
+            f"warning     the cache of a {found.engine_pool.machine} ({_size(found.engine_pool.cache_bytes)}) does not "
+            f"hold {workload.ways} checkpoints: every merge reads them from the store again"
+        )
+    if found.driver_bytes > found.head_bytes:
+        told.append(
+            f"warning     the driver holds {_size(found.driver_bytes)} while it compares signatures; the head has room "
+            f"for {_size(found.head_bytes)}: take a larger one (--head-machine)"
+        )
+    told.append(
+        f"cost        {_pool('signals', found, found.signal_pool)}; {_pool('engines', found, found.engine_pool)}; head "
+        f"${found.dollars['head']:,.0f}; together ${sum(found.dollars.values()):,.0f}"
+    )
+    if found.gpu_hours:
+        told.append(f"GPU hours   {found.gpu_hours:,.0f}")
+    told.append(
+        "Times of CPUs, merges and disks are measured (benchmarks/README.md); GPUs, networks and prices are assumed: "
+        "`--costs FILE` takes yours."
+    )
+    return told
+
+
+def remedy(phase: Phase) -> str:
+    """What would make the part shorter."""
+    return _REMEDIES.get(f"{phase.name}: {phase.cause}") or _BY_CAUSE.get(phase.cause, "more nodes")
+
+
+def to_json(workload: Workload, found: Simulated) -> dict[str, Any]:
+    """All of it, in bytes, seconds and dollars."""
+    return {
+        "model": workload.model.model_dump(),
+        "models": workload.num_models,
+        "signals": {
+            "machine": found.signal_pool.machine,
+            "nodes": found.signal_pool.nodes,
+            "workers_per_node": found.placed.per_node,
+            "worker_bytes": found.placed.worker_bytes,
+            "stages": len(found.placed.stages),
+        },
+        "engines": {
+            "machine": found.engine_pool.machine,
+            "nodes": found.engine_pool.nodes,
+            "per_node": found.engines.per_node,
+            "gpus": found.engines.ranks,
+            "bytes": found.engines.engine_bytes,
+        },
+        "phases": [
+            {
+                "name": phase.name,
+                "place": phase.place,
+                "workers": phase.workers,
+                "units": phase.units,
+                "seconds": phase.seconds,
+                "network_bytes": phase.network_bytes,
+                "worker_seconds": dict(phase.causes),
+            }
+            for phase in found.phases
+        ],
+        "seconds": found.seconds,
+        "bottleneck": found.bottleneck.name,
+        "cache_holds": found.cache_holds,
+        "gpu_hours": found.gpu_hours,
+        "dollars": dict(found.dollars),
+    }
+
+
+def _pool(name: str, found: Simulated, pool: Pool) -> str:
+    return f"{name} {found.node_hours(name):,.0f} node hours at ${pool.dollars:.2f}, ${found.dollars[name]:,.0f}"
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.2f}" if hours < 10 else f"{hours:,.0f}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes / 1e6:.0f} MB"

@@ -1,0 +1,78 @@
+"""The shape of the model and the machine for its engines, where the user names neither."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.capacity.cluster_files.check import MACHINES
+from simmerge_ray.capacity.simulation.costs import Costs
+from simmerge_ray.capacity.simulation.labels import place_engines
+from simmerge_ray.capacity.simulation.study import make_pool
+from simmerge_ray.capacity.size import ModelSize, size_of
+from simmerge_ray.signals.signature import model_shape
+
+
+def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
+    """A model with so many parameters, of the shape in a `config.json`, or of the known model that is nearest in size.
+
+    Raises:
+        ConfigError: the file cannot be read or says nothing of the shape; so few parameters do not have it.
+    """
+    if not math.isfinite(parameters):
+        raise ConfigError(f"--params {parameters:g} is no number of parameters")
+    try:
+        if config is None:
+            return size_of(parameters)
+        content = json.loads(config.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no config.json: it holds no object")
+        text = content.get("text_config") or content
+        shape = model_shape(text)
+        return ModelSize(
+            name=str(config),
+            parameters=parameters,
+            layers=shape["layers"],
+            hidden_size=shape["hidden"],
+            heads=shape["heads"],
+            intermediate_size=text.get("intermediate_size") or text.get("n_inner") or 4 * shape["hidden"],
+            vocab_size=shape["vocabulary"],
+            # transformers' own default, which config.json leaves out
+            tied=text.get("tie_word_embeddings", content.get("tie_word_embeddings", True)),
+            dtype="float32" if (text.get("dtype") or text.get("torch_dtype")) == "float32" else "bfloat16",
+        )
+    except OSError as error:
+        raise ConfigError(f"{config}: {error.strerror}") from None
+    except ValidationError as error:
+        told = error.errors()[0]
+        place = ".".join(map(str, told["loc"]))
+        said = str(told["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"--params {parameters:g}: {place and place + ': '}{said}") from None
+    except ValueError as error:
+        raise ConfigError(f"{config}: {error}") from None
+
+
+def cheapest_engine(model: ModelSize, cloud: str, costs: Costs) -> str:
+    """The machine with GPUs, of those of a cloud that the costs know, whose engines cost least an hour each.
+
+    Raises:
+        ConfigError: none holds an engine.
+    """
+    prices: dict[str, float] = {}
+    for machine, about in costs.assumed.machines.items():
+        if about.cloud == cloud and machine in MACHINES and MACHINES[machine][2]:
+            pool = make_pool(machine, 1, costs)
+            try:
+                engines = place_engines(model, pool.resources, pool.gpu_gb, 1.0)
+            except ConfigError:
+                continue
+            prices[machine] = pool.dollars / engines.per_node
+    if not prices:
+        raise ConfigError(
+            f"no machine of {cloud} that the costs know holds an engine of {model.engine_bytes / 1e9:.0f} GB"
+        )
+    return min(prices, key=prices.__getitem__)

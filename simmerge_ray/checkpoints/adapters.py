@@ -1,0 +1,149 @@
+"""PEFT LoRA adapters, added to the weights of their model as these are read. Hu et al. 2021, arXiv:2106.09685.
+
+The adapted tensor is `W + s B A` with `s = alpha / r` (`alpha / sqrt(r)` for rank-stabilised LoRA), in float32; only
+the rows of a block are multiplied, so no adapted tensor lies anywhere as a whole. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.base.storage import read_range
+from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, read_header
+
+_PREFIX = "base_model.model."
+_FILE = "adapter_model.safetensors"
+# What changes weights in another way than W + s B A.
+_UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "layer_replication": None}
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """`scale * up @ down` has the shape of the tensor; transposed where the layer stores its weight so."""
+
+    up: np.ndarray
+    down: np.ndarray
+    scale: float
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        return self.scale * (self.up[first:last] @ self.down)
+
+
+class LoraAdapter:
+    """The low-rank changes of one adapter, by tensor of its model."""
+
+    def __init__(self, ref: CheckpointRef, specs: Mapping[str, TensorSpec]) -> None:
+        """Read the adapter of `ref` (a few MB).
+
+        Raises:
+            CheckpointError: no LoRA adapter, one of a kind that is not supported, or one that does not fit the model.
+        """
+        self._ref = ref
+        config = self._config()
+        matrices = self._matrices()
+        self._pairs: dict[str, _Pair] = {}
+        for module in sorted({name.rsplit(".lora_", 1)[0] for name in matrices}):
+            self._pairs[f"{module}.weight"] = self._pair(module, matrices, config, specs)
+
+    def changes(self, tensor: str) -> bool:
+        return tensor in self._pairs
+
+    def add_to(self, tensor: str, start: int, values: np.ndarray) -> None:
+        """Add the change to `values`, the flat float32 elements of `tensor` from `start` on."""
+        pair = self._pairs[tensor]
+        width = pair.down.shape[1]
+        first, last = start // width, -(-(start + values.size) // width)
+        offset = start - first * width
+        values += pair.rows(first, last).reshape(-1)[offset : offset + values.size]
+
+    def _config(self) -> dict[str, Any]:
+        assert self._ref.adapter is not None
+        file = self._ref.adapter / "adapter_config.json"
+        try:
+            config = json.loads(file.read_text())
+        except OSError:
+            raise CheckpointError(
+                f"checkpoint {self._ref.id!r}: {self._ref.adapter} holds no adapter_config.json"
+            ) from None
+        except ValueError:
+            raise CheckpointError(f"checkpoint {self._ref.id!r}: {file} is not JSON") from None
+        if config.get("peft_type") != "LORA":
+            raise CheckpointError(
+                f"checkpoint {self._ref.id!r}: adapter type {config.get('peft_type')!r} is not supported; known: 'LORA'"
+            )
+        for key, allowed in _UNSUPPORTED.items():
+            if config.get(key) not in (allowed, None, [], False):
+                raise CheckpointError(
+                    f"checkpoint {self._ref.id!r}: the adapter has {key}: {config[key]!r}; merge it into its model "
+                    "with peft's `merge_and_unload` first"
+                )
+        return dict(config)
+
+    def _matrices(self) -> dict[str, np.ndarray]:
+        assert self._ref.adapter is not None
+        file = self._ref.adapter / _FILE
+        if not file.exists():
+            raise CheckpointError(f"checkpoint {self._ref.id!r}: {self._ref.adapter} holds no {_FILE}")
+        found = {}
+        for name, spec in read_header(self._ref, file).items():
+            if not name.startswith(_PREFIX) or ".lora_" not in name:
+                raise CheckpointError(
+                    f"checkpoint {self._ref.id!r}: the adapter holds {name}, which is no LoRA matrix; merge it into "
+                    "its model with peft's `merge_and_unload` first"
+                )
+            found[name.removeprefix(_PREFIX)] = _read_matrix(spec, self._ref)
+        return found
+
+    def _pair(
+        self,
+        module: str,
+        matrices: Mapping[str, np.ndarray],
+        config: Mapping[str, Any],
+        specs: Mapping[str, TensorSpec],
+    ) -> _Pair:
+        embedding = f"{module}.lora_embedding_A" in matrices
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        try:
+            down, up = (matrices[f"{module}.{name}"] for name in names)
+        except KeyError as error:
+            raise CheckpointError(f"checkpoint {self._ref.id!r}: the adapter lacks {error.args[0]}") from None
+        tensor = f"{module}.weight"
+        if tensor not in specs:
+            raise CheckpointError(f"checkpoint {self._ref.id!r}: the adapter changes {tensor}, which the model lacks")
+        rank = down.shape[0]
+        alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        # (out, in) for a linear layer; an embedding, and a layer with fan_in_fan_out, store the transpose of B A.
+        pair = _Pair(down.T, up.T, scale) if embedding or config.get("fan_in_fan_out") else _Pair(up, down, scale)
+        shape = (pair.up.shape[0], pair.down.shape[1])
+        if shape != specs[tensor].shape:
+            raise CheckpointError(
+                f"checkpoint {self._ref.id!r}: the adapter's change of {tensor} has shape {shape}, the tensor "
+                f"{specs[tensor].shape}"
+            )
+        return pair
+
+
+def _of_module(pattern: Any, module: str, default: Any) -> Any:
+    for key, value in (pattern or {}).items():
+        if module == key or module.endswith(f".{key}"):
+            return value
+    return default
+
+
+def _read_matrix(spec: TensorSpec, ref: CheckpointRef) -> np.ndarray:
+    data = read_range(spec.file, spec.begin, spec.end)
+    if spec.dtype == "BF16":
+        values = (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    elif spec.dtype in ("F32", "F16"):
+        values = np.frombuffer(data, dtype={"F32": "<f4", "F16": "<f2"}[spec.dtype]).astype(np.float32)
+    else:
+        raise CheckpointError(f"checkpoint {ref.id!r}: {spec.file} has dtype {spec.dtype}; known: F32, F16, BF16")
+    return values.reshape(spec.shape)

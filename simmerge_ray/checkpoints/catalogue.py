@@ -1,0 +1,232 @@
+"""The set of checkpoints that may be merged, in one YAML file:
+
+    base: {id: base, path: base}                                # optional: the common ancestor
+    checkpoints:
+      - {id: math-strong, path: math-strong, task: math}        # task: what it was fine-tuned for
+      - {id: code-lora, path: base, adapter: code-lora, task: code}   # a PEFT LoRA adapter and the model it changes
+
+Paths are relative to the file; it, and every path in it, may be a URI.
+Without a `task` a checkpoint takes part in pairs, but not in `cross-task` ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from simmerge_ray.base.config import check_config, load_yaml
+from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
+from simmerge_ray.base.storage import Place, name_below, place_in, write_once
+from simmerge_ray.checkpoints.adapters import LoraAdapter
+from simmerge_ray.checkpoints.digests import DEFAULT_CACHE, cached_digest
+from simmerge_ray.checkpoints.references import CheckpointRef, compatibility_problems, read_headers, refuse_problems
+
+
+class _BaseEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    id: str = Field(min_length=1, pattern=r"^[\w.\-]+$")
+    path: str = Field(min_length=1)
+
+
+class _Entry(_BaseEntry):
+    adapter: str | None = Field(None, min_length=1)
+    task: str | None = None
+
+
+class _Draft(BaseModel):
+    """A catalogue that may still be without checkpoints."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    base: _BaseEntry | None = None
+    checkpoints: tuple[_Entry, ...] = ()
+
+
+class _CatalogueFile(_Draft):
+    checkpoints: tuple[_Entry, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Checkpoints of one architecture, their own tasks by id, and the base they came from (if known)."""
+
+    checkpoints: tuple[CheckpointRef, ...]
+    own_task: Mapping[str, str | None]
+    base: CheckpointRef | None = None
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the checkpoints, in the catalogue's order, the base not included."""
+        return tuple(ref.id for ref in self.checkpoints)
+
+    @property
+    def all_refs(self) -> tuple[CheckpointRef, ...]:
+        """The base, if any, then the checkpoints."""
+        return (*((self.base,) if self.base else ()), *self.checkpoints)
+
+    def ref(self, checkpoint_id: str) -> CheckpointRef:
+        """The checkpoint of that id.
+
+        Raises:
+            PlanError: it is not in the catalogue.
+        """
+        for ref in self.all_refs:
+            if ref.id == checkpoint_id:
+                return ref
+        raise PlanError(unknown_name("checkpoint", checkpoint_id, (r.id for r in self.all_refs)))
+
+    def pairs(self, which: str = "cross-task") -> list[tuple[str, str]]:
+        """Unordered pairs in catalogue order: `all`, or `cross-task`, those whose own tasks differ."""
+        pairs = list(combinations(self.ids, 2))
+        if which == "all":
+            return pairs
+        tasks = self.own_task
+        return [(a, b) for a, b in pairs if tasks[a] and tasks[b] and tasks[a] != tasks[b]]
+
+    def pair_tasks(self, left: str, right: str) -> tuple[str, ...]:
+        """The own tasks of a pair, sorted, without repetition."""
+        return tuple(sorted({task for task in (self.own_task[left], self.own_task[right]) if task}))
+
+    def digests(self, cache: Path = DEFAULT_CACHE) -> dict[str, str]:
+        """Content digest of every checkpoint by id; reads all bytes of those whose files have changed since."""
+        return {ref.id: cached_digest(ref, cache) for ref in self.all_refs}
+
+
+def load_catalogue(path: Place, draft: bool = False) -> Catalogue:
+    """Read a catalogue and check from the headers that its checkpoints can be merged with each other.
+
+    Args:
+        draft: accept a file that has a base and no checkpoints yet.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or an id is used twice.
+        IncompatibleCheckpointsError: with every problem of every checkpoint.
+    """
+    catalogue = _resolved(path, load_yaml(path, _Draft if draft else _CatalogueFile))
+    refuse_problems(_problems(catalogue.all_refs))
+    return catalogue
+
+
+def _resolved(path: Place, file: _Draft) -> Catalogue:
+    base_id = file.base.id if file.base else None
+    ids = [entry.id for entry in file.checkpoints] + ([base_id] if base_id else [])
+    for checkpoint_id in sorted(set(ids)):
+        if ids.count(checkpoint_id) > 1:
+            raise ConfigError(f"catalogue {path}: id {checkpoint_id!r} is used {ids.count(checkpoint_id)} times")
+    root = path.parent.resolve()
+    return Catalogue(
+        checkpoints=tuple(
+            CheckpointRef(
+                entry.id,
+                place_in(root, entry.path),
+                base_id,
+                place_in(root, entry.adapter) if entry.adapter else None,
+            )
+            for entry in file.checkpoints
+        ),
+        own_task={entry.id: entry.task for entry in file.checkpoints},
+        base=CheckpointRef(file.base.id, place_in(root, file.base.path)) if file.base else None,
+    )
+
+
+def _problems(refs: Sequence[CheckpointRef]) -> list[str]:
+    """What keeps the checkpoints from being merged, and adapters that do not fit their model."""
+    problems = compatibility_problems(refs)
+    for ref in refs:
+        if ref.adapter is not None:
+            try:
+                LoraAdapter(ref, read_headers(ref))
+            except CheckpointError as error:
+                problems.append(str(error))
+    return list(dict.fromkeys(problems))  # an unreadable model is a problem of both checks
+
+
+def write_catalogue(path: Place, catalogue: Catalogue) -> None:
+    """Write a catalogue file, paths relative to it where the checkpoints lie below it."""
+    content: dict[str, object] = {"base": _entry(path, catalogue.base)} if catalogue.base else {}
+    content["checkpoints"] = [_entry(path, ref, catalogue.own_task[ref.id]) for ref in catalogue.checkpoints]
+    write_once(path, yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> None:
+    """Refuse what no checkpoint could be added as; reads the catalogue file alone, if it exists.
+
+    Raises:
+        ConfigError: the file or the id is malformed, the id is used already, or there is a base already.
+    """
+    check_config(_BaseEntry, {"id": checkpoint_id, "path": "."}, f"checkpoint {checkpoint_id!r}")
+    if not path.exists():
+        return
+    file = load_yaml(path, _Draft)
+    if checkpoint_id in {entry.id for entry in (*file.checkpoints, *((file.base,) if file.base else ()))}:
+        raise ConfigError(f"catalogue {path}: id {checkpoint_id!r} is used already; choose another one")
+    if as_base and file.base is not None:
+        raise ConfigError(f"catalogue {path}: {file.base.id!r} is its base already; a catalogue has one base")
+
+
+def add_checkpoint(path: Place, ref: CheckpointRef, task: str | None = None, as_base: bool = False) -> Catalogue:
+    """Append a checkpoint to a catalogue file, or make it the base; a file that does not exist is begun.
+
+    The other entries, and comments where the file's style allows it, stay as they are. Nothing is written before all
+    checkpoints, the new one included, are found compatible from their headers.
+
+    Raises:
+        ConfigError: the file is malformed, the id is used already, or there is a base already.
+        IncompatibleCheckpointsError: with every problem of every checkpoint.
+        OutputError: the file cannot be written.
+    """
+    check_addition(path, ref.id, as_base)
+    text = path.read_text() if path.exists() else ""
+    values = yaml.safe_load(text) or {}
+    entry = _entry(path, ref, task)
+    if as_base:
+        if "adapter" in entry or "task" in entry:
+            raise ConfigError(
+                f"base {ref.id!r}: a base takes no adapter (merge it into its model first) and no task; leave them out"
+            )
+        values = {"base": entry} | {key: value for key, value in values.items() if key != "base"}
+    else:
+        values = values | {"checkpoints": [*(values.get("checkpoints") or ()), entry]}
+    catalogue = _resolved(path, check_config(_Draft, values, f"catalogue {path}"))
+    refuse_problems(_problems(catalogue.all_refs))
+    try:
+        write_once(path, _extended_text(text, entry, values).encode())
+    except OSError as error:
+        raise OutputError(f"catalogue {path} cannot be written: {error.strerror}") from None
+    return catalogue
+
+
+def shown_path(path: Place, directory: Place) -> str:
+    """How a catalogue names `path`: relative to the catalogue's directory where it lies below it."""
+    root, path = directory.resolve(), path.resolve()
+    try:
+        return name_below(path, root)
+    except ValueError:
+        return str(path)
+
+
+def _entry(path: Place, ref: CheckpointRef, task: str | None = None) -> dict[str, str]:
+    entry = {"id": ref.id, "path": shown_path(ref.path, path.parent)}
+    if ref.adapter is not None:
+        entry["adapter"] = shown_path(ref.adapter, path.parent)
+    return entry | ({"task": task} if task else {})
+
+
+def _extended_text(text: str, entry: Mapping[str, str], values: Mapping[str, object]) -> str:
+    """`text` with one line more for `entry` if that reads as `values`; otherwise `values` written anew."""
+    line = yaml.safe_dump(dict(entry), default_flow_style=True, sort_keys=False, width=10_000).strip()
+    head = text if not text or text.endswith("\n") else f"{text}\n"
+    before = yaml.safe_load(text) or {}
+    candidates = [f"base: {line}\n{head}"] if "base" not in before else []
+    candidates += [f"{head}{indent}- {line}\n" for indent in ("  ", "", "    ")]
+    candidates += [f"{head}checkpoints:\n  - {line}\n"] if "checkpoints" not in before else []
+    for candidate in candidates:
+        with suppress(yaml.YAMLError):
+            if yaml.safe_load(candidate) == values:
+                return candidate
+    return yaml.safe_dump(dict(values), sort_keys=False)

@@ -1,0 +1,175 @@
+"""`simmerge db ...`: look after the service's database. No torch, no Ray."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simmerge_ray.base.errors import ConfigError
+
+db_app = typer.Typer(
+    help="The service's database: bring its tables up to date, look at it, back it up, export it, throw away.",
+    no_args_is_help=True,
+)
+
+# From the environment as well: the list of processes shows options, and a URL may hold a password.
+Url = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATABASE_URL",
+        envvar="SIMMERGE_DATABASE",
+        help="sqlite:////path/to/service.db or postgresql://user@host/name",
+    ),
+]
+Namespace = Annotated[str, typer.Option(help="of the service")]
+
+
+def _url_and_file(url: str, file: Path | None) -> tuple[str, Path]:
+    """FILE alone is enough where the environment names the database: the parser has taken it for the URL then."""
+    known = os.environ.get("SIMMERGE_DATABASE")
+    if file is not None:
+        return url, file
+    if known and url != known:
+        return known, Path(url)
+    raise ConfigError("name the FILE, too: simmerge db COMMAND [DATABASE_URL] FILE")
+
+
+class Table(StrEnum):
+    """What is exported."""
+
+    decisions = "decisions"
+    events = "events"
+
+
+class Format(StrEnum):
+    """How."""
+
+    parquet = "parquet"
+
+
+@db_app.command("upgrade")
+def upgrade(url: Url) -> None:
+    """Bring a database, maybe an empty one, to the tables of this program; its events stay."""
+    from simmerge_ray.service.log.database import SCHEMA_VERSION, upgrade_database
+
+    upgrade_database(url)
+    typer.echo(f"the database has the schema version {SCHEMA_VERSION}")
+
+
+@db_app.command("status")
+def status(url: Url, as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
+    """Version of the schema, namespaces with their events and snapshots, size."""
+    import json
+    from dataclasses import asdict
+
+    from simmerge_ray.service.log.database import SCHEMA_VERSION
+    from simmerge_ray.service.log.maintenance import status as found_in
+
+    found = found_in(url)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    version = found.schema or "none"
+    if found.schema != SCHEMA_VERSION:
+        version += f" (this program needs {SCHEMA_VERSION}: run `simmerge db upgrade`)"
+    typer.echo(f"{found.url}: schema version {version}, {_size(found.size_bytes)}")
+    for one in found.namespaces:
+        typer.echo(f"namespace {one.namespace}: {one.head} events, {_day(one.first_at)} to {_day(one.last_at)}")
+        for kind, count in one.counts.items():
+            typer.echo(f"  {kind:<16} {count:>10}")
+        newest = f", the newest of event {one.snapshots[-1]}" if one.snapshots else ""
+        typer.echo(f"  {len(one.snapshots)} snapshots of {_size(one.snapshot_bytes)}{newest}")
+
+
+@db_app.command("backup")
+def backup(
+    url: Url,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="new file; one that ends in .parquet can be restored into either database"),
+    ] = None,
+) -> None:
+    """Write one consistent state of all namespaces to a file, while services go on."""
+    from simmerge_ray.service.log.maintenance import backup as write
+
+    url, target = _url_and_file(url, file)
+    heads = write(url, target)
+    typer.echo(f"{target} holds {_heads(heads)}")
+
+
+@db_app.command("restore")
+def restore(
+    url: Url,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="as `simmerge db backup` wrote it")] = None,
+) -> None:
+    """Fill an empty database from a backup; a namespace that has events is refused."""
+    from simmerge_ray.service.log.maintenance import restore as read
+
+    url, source = _url_and_file(url, file)
+    heads = read(url, source)
+    typer.echo(f"restored {_heads(heads)}")
+
+
+@db_app.command("export")
+def export(
+    url: Url,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="new file")] = None,
+    table: Annotated[Table, typer.Option(help="decisions with their rewards, one a row, or the events as they are")] = (
+        Table.decisions
+    ),
+    format_: Annotated[Format, typer.Option("--format", help="of the file")] = Format.parquet,
+    namespace: Namespace = "default",
+) -> None:
+    """Write decisions with their rewards, or raw events, for other programs."""
+    import time
+
+    from simmerge_ray.service.log.maintenance import export_decisions, export_events
+
+    url, target = _url_and_file(url, file)
+    if table is Table.events:
+        count = export_events(url, namespace, target)
+    else:
+        count = export_decisions(url, namespace, target, time.time())
+    typer.echo(f"{target} has {count} {table.value}")
+
+
+@db_app.command("prune")
+def prune(
+    url: Url,
+    older_than_days: Annotated[float, typer.Option(min=0, help="closed so long ago")] = 90.0,
+    keep_snapshots: Annotated[int, typer.Option(min=0, help="the newest ones")] = 8,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    namespace: Namespace = "default",
+) -> None:
+    """Throw away what nothing will be learned from: features of decisions that were closed without a reward."""
+    import time
+
+    from simmerge_ray.service.log.maintenance import prune as throw_away
+
+    gone = throw_away(url, namespace, time.time() - older_than_days * 86400, keep_snapshots, dry_run)
+    would = "would throw" if dry_run else "threw"
+    typer.echo(
+        f"{would} away features of {gone.decisions} decisions ({_size(gone.bytes)}) and {gone.snapshots} snapshots; "
+        "every event stays"
+    )
+
+
+def _heads(heads: dict[str, int]) -> str:
+    return ", ".join(f"{count} events of {name}" for name, count in heads.items()) or "no events"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def _day(at: float | None) -> str:
+    return "-" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,188 @@
+"""`simmerge labels ...`: look at label stores, check them, and bring them together. No torch, no Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simmerge_ray.base.errors import LabelError, SimmergeError, unknown_name
+from simmerge_ray.base.storage import as_place
+
+if TYPE_CHECKING:
+    from simmerge_ray.search.labels import LabeledPlan, LabelStore
+
+labels_app = typer.Typer(help="Look at label stores, check them, bring them together.", no_args_is_help=True)
+
+StoreUri = Annotated[
+    str, typer.Argument(metavar="STORE", help="directory or URI that `simmerge search` wrote labels to")
+]
+
+
+class Format(StrEnum):
+    """How `show` writes."""
+
+    table = "table"
+    csv = "csv"
+    jsonl = "jsonl"
+
+
+@labels_app.command("show")
+def show(
+    store: StoreUri,
+    task: Annotated[str | None, typer.Option(help="only labels of this task")] = None,
+    best: Annotated[int | None, typer.Option(min=1, metavar="N", help="only the first N rows")] = None,
+    format_: Annotated[Format, typer.Option("--format", help="csv and jsonl: data alone on stdout")] = Format.table,
+) -> None:
+    """List the labels, the highest utility first; then the stopped ones, then those without a utility."""
+    labels = _existing(store).read()
+    if task is not None:
+        if not any(label.task == task for label in labels):
+            raise LabelError(f"{store}: {unknown_name('task', task, {label.task for label in labels})}")
+        labels = [label for label in labels if label.task == task]
+    rows = sorted(map(_row, labels), key=_place)
+    shown = rows[:best]
+    if format_ is Format.table:
+        _print_table(shown, title=store)
+    elif format_ is Format.csv:
+        _print_csv(shown)
+    else:
+        from simmerge_ray.base.storage import jsonl_bytes
+
+        typer.echo(jsonl_bytes(shown), nl=False)
+    kinds = Counter(row["outcome"] for row in rows)
+    num_tasks = len({row["task"] for row in rows})
+    counts = _counts(len(rows), *(kinds[kind] for kind in ("measured", "stopped", "infeasible")))
+    first = f", the first {len(shown)} shown" if len(shown) < len(rows) else ""
+    typer.echo(f"{counts}; {_num(num_tasks, 'task')}{first}", err=format_ is not Format.table)
+
+
+@labels_app.command("check")
+def check(store: StoreUri) -> None:
+    """Look at every row of every file. Exit code 1, and all that is wrong, if something is."""
+    report = _existing(store).check()
+    counts = _counts(report.num_labels, report.num_measured, report.num_stopped, report.num_infeasible)
+    files = f"{_num(report.num_files, 'file')}, {_num(report.num_duplicates, 'row')} more than labels"
+    typer.echo(f"{counts}; {files}")
+    if report.problems:
+        raise SimmergeError("\n  ".join((f"{_num(len(report.problems), 'problem')} in {store}:", *report.problems)))
+    typer.echo("no problems")
+
+
+@labels_app.command("merge")
+def merge(
+    into: Annotated[str, typer.Argument(metavar="INTO", help="store to copy into; begun if it is not there")],
+    sources: Annotated[list[str], typer.Argument(metavar="FROM...", help="stores to copy from; left as they are")],
+) -> None:
+    """Copy labels into a store; refused, and nothing written, if they were not made in the same way."""
+    from simmerge_ray.search.labels import LabelStore
+
+    others = [_existing(source) for source in sources]
+    target = LabelStore(into)
+    _label_files(into)
+    for source, num_new in zip(sources, target.merge(others), strict=True):
+        typer.echo(f"{source}: {_num(num_new, 'new label')}")
+    typer.echo(f"{into} holds {_num(len(target.read()), 'label')}")
+
+
+@labels_app.command("compact")
+def compact(store: StoreUri) -> None:
+    """Fold the files of a store into one. Safe while a search writes to it; of conflicting rows one is kept."""
+    num_folded = _existing(store).compact()
+    typer.echo(f"{_num(num_folded, 'file')} folded into one" if num_folded else "nothing to fold: one file already")
+
+
+def _existing(uri: str) -> LabelStore:
+    """The store, if there is one.
+
+    Raises:
+        LabelError: no directory, or no label file in it.
+    """
+    from simmerge_ray.search.labels import LabelStore
+
+    if not _label_files(uri):
+        raise LabelError(f"no label files in {uri}; `simmerge search ... --out {uri}` makes them")
+    return LabelStore(uri)
+
+
+def _label_files(uri: str) -> list[str]:
+    from simmerge_ray.base.storage import list_objects
+
+    if as_place(uri).is_file():
+        raise LabelError(f"{uri} is a file; a label store is the directory that holds such files")
+    try:
+        return list_objects(uri, ".parquet")
+    except OSError as error:
+        raise LabelError(f"cannot open {uri}: {error}") from None
+
+
+def _row(label: LabeledPlan) -> dict[str, Any]:
+    """What `show` says of a label; the columns of csv and jsonl."""
+    from simmerge_ray.search.labels import Infeasible, Stopped
+
+    outcome = label.outcome
+    evaluated = None if isinstance(outcome, Infeasible) else outcome
+    kind = "infeasible" if evaluated is None else "stopped" if isinstance(evaluated, Stopped) else "measured"
+    return {
+        "plan": label.plan.label,
+        "task": label.task,
+        "outcome": kind,
+        "utility": evaluated.utility if evaluated else None,
+        "se": evaluated.standard_error if evaluated else None,
+        "num_items": len(evaluated.items) if evaluated else 0,
+        "seconds": label.seconds,
+        "evaluator": label.settings.evaluator,
+        "reason": outcome.reason if isinstance(outcome, Infeasible) else None,
+        "same_as": label.same_as,
+        "plan_id": label.plan.id,
+        "key": label.key,
+    }
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """A part of the items makes no rank among the whole, so stopped labels come after all measured ones."""
+    rank = ("measured", "stopped", "infeasible").index(row["outcome"])
+    return rank, -(row["utility"] or 0.0), row["task"], row["plan"], row["key"]
+
+
+def _print_table(rows: Iterable[dict[str, Any]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("plan", "task", "utility", "items", "seconds", "evaluator", "outcome"):
+        right = column in ("utility", "items", "seconds")
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    for row in rows:
+        table.add_row(
+            row["plan"],
+            row["task"],
+            "-" if row["utility"] is None else f"{row['utility']:.3f} ± {row['se']:.3f}",
+            str(row["num_items"]),
+            f"{row['seconds']:.1f}",
+            row["evaluator"],
+            f"infeasible: {row['reason']}" if row["outcome"] == "infeasible" else row["outcome"],
+        )
+    Console(markup=False, highlight=False, emoji=False).print(table)
+
+
+def _print_csv(rows: Sequence[dict[str, Any]]) -> None:
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    typer.echo(text.getvalue(), nl=False)
+
+
+def _counts(num_labels: int, num_measured: int, num_stopped: int, num_infeasible: int) -> str:
+    return f"{_num(num_labels, 'label')}: {num_measured} measured, {num_stopped} stopped, {num_infeasible} infeasible"
+
+
+def _num(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,36 @@
+"""Arguments of commands that are a path or a URI (`s3://`, `gs://`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import typer
+
+from simmerge_ray.base.errors import InputError
+from simmerge_ray.base.storage import RemotePath, as_place
+
+if TYPE_CHECKING:
+    PathOrUri: TypeAlias = Path | RemotePath
+else:
+
+    class PathOrUri:
+        """What typer sees, which takes no unions: the name that `--help` shows; `place` makes the value."""
+
+
+def place(text: str | Path) -> Path | RemotePath:
+    """`parser` of an option or argument."""
+    try:
+        return as_place(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def place_option(*names: str, help: str, **rest: Any) -> Any:
+    """`typer.Option` of a `PathOrUri`."""
+    return typer.Option(*names, parser=place, metavar="PATH|URI", help=help, **rest)
+
+
+def place_argument(help: str, **rest: Any) -> Any:
+    """`typer.Argument` of a `PathOrUri`."""
+    return typer.Argument(parser=place, help=help, **rest)

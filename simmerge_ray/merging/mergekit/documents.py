@@ -1,0 +1,218 @@
+"""One mergekit document as frozen values, parameter settings evaluated at a tensor, and documents as text again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simmerge_ray.base.storage import Place, place_in
+from simmerge_ray.plans.operators.gradients import Scalar, gradient_value
+
+# mergekit's names of dtypes, and how safetensors names them.
+DTYPE_NAMES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model as a file names it: `model`, `model@revision`, `model+adapter`, `model+adapter@revision`.
+
+    directory: that of the file; relative paths start there. It is no part of the identity.
+    """
+
+    model: str
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    directory: Place = field(default=Path(), compare=False)
+
+    @property
+    def id(self) -> str:
+        """The text form."""
+        text = self.model + (f"@{self.revision}" if self.revision else "")
+        if self.adapter is None:
+            return text
+        return f"{text}+{self.adapter}" + (f"@{self.adapter_revision}" if self.adapter_revision else "")
+
+    @property
+    def path(self) -> Place:
+        """Where the model lies if it is a local directory."""
+        return place_in(self.directory, self.model)
+
+    @property
+    def adapter_path(self) -> Place | None:
+        """Where the LoRA adapter lies if it is a local directory."""
+        return None if self.adapter is None else place_in(self.directory, self.adapter)
+
+
+def parse_model_name(text: str, directory: Place = Path()) -> ModelName:
+    """`model[@revision][+adapter[@revision]]` -> ModelName.
+
+    Raises:
+        ValueError: more than one `+`, more than one `@` in a part, or an empty part.
+    """
+    parts = text.split("+")
+    if len(parts) > 2:
+        raise ValueError(f"{text!r} has more than one '+'; the form is model[@revision][+adapter[@revision]]")
+    names: list[str | None] = []
+    for part in parts:
+        name, *revision = part.split("@")
+        if not name or len(revision) > 1 or revision == [""]:
+            raise ValueError(f"{text!r} is not of the form model[@revision][+adapter[@revision]]")
+        names += [name, revision[0] if revision else None]
+    model, revision_, adapter, adapter_revision = (*names, None, None)[:4]
+    return ModelName(str(model), revision_, adapter, adapter_revision, directory)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Values of a parameter for tensors whose name contains `filter` (None: for all); several are a layer gradient."""
+
+    values: tuple[Scalar, ...]
+    filter: str | None = None
+
+    def matches(self, tensor: str) -> bool:
+        return self.filter is None or self.filter in tensor
+
+
+Setting = tuple[Rule, ...]
+Parameters = Mapping[str, Setting]
+
+
+def value_at(setting: Setting, tensor: str, position: float) -> Scalar | None:
+    """The value for a tensor at `position` in [0, 1] of the slice, or None: the first rule that matches decides."""
+    rule = next((rule for rule in setting if rule.matches(tensor)), None)
+    if rule is None or not rule.values:
+        return None
+    return gradient_value(rule.values, position)
+
+
+def resolve(scopes: Iterable[Parameters], name: str, tensor: str, position: float) -> Scalar | None:
+    """The value of a parameter from the first of `scopes` (source, slice, document) that has one for this tensor."""
+    for parameters in scopes:
+        if name in parameters and (value := value_at(parameters[name], tensor, position)) is not None:
+            return value
+    return None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that enters a slice, with the layers taken [begin, end); None takes all."""
+
+    model: ModelName
+    layer_range: tuple[int, int] | None = None
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the output in a row, each merged from one layer of every source."""
+
+    sources: tuple[Source, ...]
+    base_model: ModelName | None = None
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergekitDocument:
+    """One merge. Either `models` (whole) or `slices`. Parameters carry mergekit's names.
+
+    tokenizer_source: `base`, or a model, or None for the tokenizer of the base (else of the first model).
+    """
+
+    method: str
+    models: tuple[Source, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    base_model: ModelName | None = None
+    parameters: Parameters = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | ModelName | None = None
+    name: str | None = None
+
+    def references(self) -> tuple[ModelName, ...]:
+        """Every model named, in the order of the file, each once."""
+        names = [source.model for source in self.models]
+        names += [source.model for piece in self.slices for source in piece.sources]
+        names += [piece.base_model for piece in self.slices if piece.base_model]
+        names += [self.base_model] if self.base_model else []
+        names += [self.tokenizer_source] if isinstance(self.tokenizer_source, ModelName) else []
+        return tuple(dict.fromkeys(names))
+
+
+Rename = Callable[[ModelName], ModelName]
+
+
+def documents_text(documents: Iterable[MergekitDocument], rename: Rename = lambda name: name) -> str:
+    """Documents as the text of a YAML file, with the names of models passed through `rename`."""
+    return yaml.safe_dump_all(
+        [_document_json(document, rename) for document in documents],
+        sort_keys=False,
+        default_flow_style=None,
+        width=120,
+    )
+
+
+def _document_json(document: MergekitDocument, rename: Rename) -> dict[str, Any]:
+    tokenizer = document.tokenizer_source
+    fields = {
+        "name": document.name,
+        "merge_method": document.method,
+        "base_model": document.base_model and _model_json(rename(document.base_model)),
+        "models": [_source_json(source, rename) for source in document.models],
+        "slices": [
+            _kept(
+                {
+                    "sources": [_source_json(source, rename) for source in piece.sources],
+                    "base_model": piece.base_model and _model_json(rename(piece.base_model)),
+                    "parameters": _parameters_json(piece.parameters),
+                }
+            )
+            for piece in document.slices
+        ],
+        "parameters": _parameters_json(document.parameters),
+        "dtype": document.dtype,
+        "out_dtype": document.out_dtype,
+        "tokenizer_source": _model_json(rename(tokenizer)) if isinstance(tokenizer, ModelName) else tokenizer,
+    }
+    return _kept(fields)
+
+
+def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value not in (None, {}, [])}
+
+
+def _source_json(source: Source, rename: Rename) -> dict[str, Any]:
+    return _kept(
+        {
+            "model": _model_json(rename(source.model)),
+            "layer_range": source.layer_range and list(source.layer_range),
+            "parameters": _parameters_json(source.parameters),
+        }
+    )
+
+
+def _model_json(name: ModelName) -> Any:
+    """Text where it can be read back, else the mapping that mergekit takes too (a path with `+` or `@`)."""
+    parts = [part for part in (name.model, name.revision, name.adapter, name.adapter_revision) if part is not None]
+    if not any(sign in part for part in parts for sign in "+@"):
+        return name.id
+    lora = _kept({"path": name.adapter, "revision": name.adapter_revision})
+    return _kept({"model": _kept({"path": name.model, "revision": name.revision}), "lora": lora})
+
+
+def _parameters_json(parameters: Parameters) -> dict[str, Any]:
+    return {name: _setting_json(setting) for name, setting in parameters.items()}
+
+
+def _setting_json(setting: Setting) -> Any:
+    values = [rule.values[0] if len(rule.values) == 1 else list(rule.values) for rule in setting]
+    if len(setting) == 1 and setting[0].filter is None:
+        return values[0]
+    return [
+        {"value": value} if rule.filter is None else {"filter": rule.filter, "value": value}
+        for rule, value in zip(setting, values, strict=True)
+    ]

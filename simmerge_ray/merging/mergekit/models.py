@@ -1,0 +1,118 @@
+"""What the headers of a checkpoint say, as far as a merge needs it, and whether checkpoints fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from simmerge_ray.base.errors import InputError
+from simmerge_ray.checkpoints.references import (
+    CheckpointRef,
+    read_config,
+    read_headers,
+    tokenizer_files,
+    tokenizer_problems,
+    unsupported_problems,
+)
+from simmerge_ray.merging.graph import Node, Read
+from simmerge_ray.merging.mergekit.documents import ModelName
+from simmerge_ray.plans.operators.gradients import split_layer
+
+# What must be equal for tensors to mean the same thing, whatever the number of layers.
+_ARCHITECTURE_KEYS = (
+    "model_type", "architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "tie_word_embeddings", "n_embd", "n_head",
+)  # fmt: skip
+_VOCABULARY_REMEDY = "resize or choose models with the same vocabulary; tokenizer_source: union is not supported"
+# Every value of the first is a value of the second.
+_EXACT = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
+
+
+def exact_in(stored: str, dtype: str) -> bool:
+    """Whether a cast changes no value."""
+    return stored == dtype or (stored, dtype) in _EXACT
+
+
+@dataclass(frozen=True)
+class TensorValue:
+    """A tensor that can be an input: how it is made, its shape and dtype.
+
+    casts: for every tensor read, its stored dtype and the one to which the document that reads it casts it (or None).
+    """
+
+    node: Node
+    shape: tuple[int, ...]
+    dtype: str
+    casts: frozenset[tuple[str, str | None]] = frozenset()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint (`ref`), or the result of a document (without). Without tensors it could not be read."""
+
+    id: str
+    tensors: Mapping[str, TensorValue]
+    config: Mapping[str, Any]
+    ref: CheckpointRef | None = None
+    has_tokenizer: bool = False
+    problems: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def stacks(self) -> dict[str, dict[int, list[str]]]:
+        """Suffixes of the tensors of each layer, by the prefix of the stack and the layer's number."""
+        stacks: dict[str, dict[int, list[str]]] = {}
+        for name in self.tensors:
+            if parts := split_layer(name):
+                stacks.setdefault(parts[0], {}).setdefault(parts[1], []).append(parts[2])
+        return stacks
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the deepest stack."""
+        return max((max(layers) + 1 for layers in self.stacks.values()), default=0)
+
+
+def load_model(name: ModelName, locate: Callable[[ModelName], CheckpointRef]) -> LoadedModel:
+    """Headers, config and tokenizer of a checkpoint; what cannot be read is in `problems`."""
+    problems: list[str] = []
+
+    def attempt(read: Callable[[CheckpointRef], Any], ref: CheckpointRef, default: Any) -> Any:
+        try:
+            return read(ref)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:  # InputError is a ValueError
+            message = str(error) if isinstance(error, InputError) else f"{ref.path} is damaged: {error}"
+            problems.append(message)
+            return default
+
+    try:
+        ref = locate(name)
+    except (InputError, OSError) as error:
+        return LoadedModel(name.id, {}, {}, problems=(f"model {name.id!r}: {error}",))
+    specs, config = attempt(read_headers, ref, {}), attempt(read_config, ref, {})
+    has_tokenizer = bool(attempt(tokenizer_files, ref, []))
+    problems += unsupported_problems(ref, specs, config)
+    tensors = {key: TensorValue(Read(ref.id, key), spec.shape, spec.dtype) for key, spec in specs.items()}
+    return LoadedModel(name.id, tensors, config, ref, has_tokenizer, tuple(problems))
+
+
+def architecture_problems(models: Sequence[LoadedModel]) -> list[str]:
+    """Differences in config and tokenizer that no merge may have; numbers of layers may differ between slices."""
+    readable = [model for model in models if model.ref is not None and model.config]
+    problems = []
+    for model in readable[1:]:
+        first = readable[0]
+        for key in _ARCHITECTURE_KEYS:
+            if model.config.get(key) != first.config.get(key):
+                problems.append(
+                    f"{key}: {model.id!r} has {model.config.get(key)!r}, {first.id!r} has {first.config.get(key)!r}"
+                )
+        sizes = model.config.get("vocab_size"), first.config.get("vocab_size")
+        if sizes[0] != sizes[1]:
+            problems.append(
+                f"vocab_size: {model.id!r} has {sizes[0]!r}, {first.id!r} has {sizes[1]!r}; {_VOCABULARY_REMEDY}"
+            )
+        elif model.ref and first.ref and model.has_tokenizer and first.has_tokenizer:
+            problems += tokenizer_problems(first.ref, model.ref)
+    return problems

@@ -1,0 +1,139 @@
+"""A checkpoint as a transformers model in memory: built, loaded, and given the weights of another one in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.checkpoints.references import CheckpointRef, local_files, read_config
+from simmerge_ray.merging.engine.sources import TensorSource
+from simmerge_ray.merging.in_memory import flat_tensor
+
+# Of config.json; what else differs may change the outputs.
+_COSMETIC_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The checkpoint as a transformers causal language model, eager attention, in evaluation mode.
+
+    The weights of one in a store are read by ranges into a model that is built from its `config.json`.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or a weight of it is absent or not finite.
+    """
+    if not isinstance(ref.path, Path) and (built := _built_model(ref, dtype)) is not None:
+        check_finite(built, ref)
+        return built.eval().to(device)
+    with local_files(ref, weights=True) as directory:
+        model = _loaded_model(ref, directory, dtype)
+    check_finite(model, ref)
+    return model.eval().to(device)
+
+
+def _built_model(ref: CheckpointRef, dtype: torch.dtype) -> Any | None:
+    """A model whose weights come by ranges; None where the names of its files do not cover its parameters."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    with local_files(ref) as directory:
+        try:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            if (directory / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
+    return model if put_weights(model, ref) else None
+
+
+def _loaded_model(ref: CheckpointRef, directory: Path, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
+    if absent := sorted(info["missing_keys"]):  # transformers would only warn, and draw random numbers for them
+        raise CheckpointError(f"checkpoint {ref.id!r} lacks tensors: {', '.join(absent[:5])}")
+    if ref.adapter is not None and not put_weights(model, ref):
+        raise CheckpointError(f"checkpoint {ref.id!r}: its adapter's tensors have no place in the model")
+    return model
+
+
+def check_finite(model: nn.Module, ref: CheckpointRef) -> None:
+    """Raises CheckpointError naming the first tensor that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        # A finite sum has finite terms, and is four times as fast; a sum of finite terms may still overflow.
+        if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(f"checkpoint {ref.id!r}: tensor {name} holds NaN or infinity")
+
+
+@torch.no_grad()
+def put_weights(model: Any, ref: CheckpointRef) -> bool:
+    """Put a checkpoint's tensors, its adapter's change included, into a model of the same architecture.
+
+    Much cheaper than building another one. Tensors that the model does not know are left out, as transformers does.
+    Returns False, with the model unusable, where the files' names do not cover the model's parameters one by one; then
+    load it anew.
+    """
+    parameters = dict(model.named_parameters())  # tied ones once
+    aliases = {name: p for name, p in model.named_parameters(remove_duplicate=False)} | dict(model.named_buffers())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    filled: set[int] = set()
+    source = TensorSource(ref)
+    try:
+        for name, spec in source.specs.items():
+            target = aliases.get(name, aliases.get(prefix + name))
+            if target is None:
+                continue
+            if tuple(target.shape) != spec.shape:
+                return False
+            values = flat_tensor(source.read_whole(name)).reshape(spec.shape)
+            if id(target) in filled and not torch.equal(target, values.to(target)):
+                return False  # tied in the model, yet stored twice with other values: transformers does not tie these
+            target.copy_(values)
+            filled.add(id(target))
+    finally:
+        source.close()
+    return all(id(parameter) in filled for parameter in parameters.values())
+
+
+def config_key(ref: CheckpointRef) -> str:
+    """What `config.json` says of the computation: a model built from it can take weights of the same key only.
+
+    Checkpoints of one catalogue have the same shapes, yet may differ in the base of the rotary embedding and the like.
+    """
+    return json.dumps({key: v for key, v in read_config(ref).items() if key not in _COSMETIC_KEYS}, sort_keys=True)
+
+
+def end_of_text(ref: CheckpointRef, config: Any) -> Tensor:
+    """The tokens that end a text, int64: of `generation_config.json`, else of the model's configuration.
+
+    Raises:
+        CheckpointError: `generation_config.json` is damaged.
+    """
+    from transformers import GenerationConfig
+
+    text = config.get_text_config()
+    found = text.eos_token_id
+    with local_files(ref) as directory:
+        if (directory / "generation_config.json").exists():
+            try:
+                found = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+            except (OSError, ValueError) as error:
+                message = f"checkpoint {ref.id!r}: cannot read its generation_config.json: {error}"
+                raise CheckpointError(message) from error
+    ends = torch.tensor([] if found is None else found, dtype=torch.int64).reshape(-1)
+    return ends[ends < text.vocab_size]

@@ -1,0 +1,53 @@
+"""The model card of a merge: front matter that hubs read, the plan, utilities, and what its readers must know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.merging.graph import MergeGraph
+
+
+def licence_of(ref: CheckpointRef) -> str | None:
+    """The `license` of a checkpoint's own model card, if it has one."""
+    try:
+        text = (ref.path / "README.md").read_text()
+        matter = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return None
+    licence = matter.get("license") if isinstance(matter, dict) else None
+    return str(licence) if licence else None
+
+
+def model_card(graph: MergeGraph, predicted: Mapping[str, Any] | None, not_finite: Sequence[str] = ()) -> str:
+    """Markdown of the card.
+
+    Args:
+        predicted: by task, an object with `utility` and `sd`. not_finite: tensors that hold NaN or infinity.
+    """
+    licences = {key: licence for key, ref in graph.checkpoints.items() if (licence := licence_of(ref))}
+    distinct = sorted(set(licences.values()))
+    matter: dict[str, Any] = {
+        "library_name": "transformers",
+        "base_model": list(graph.checkpoints),
+        "tags": ["merge", "simmerge_ray"],
+    }
+    if len(distinct) == 1 and len(licences) == len(graph.checkpoints):
+        matter["license"] = distinct[0]
+    lines = ["---", yaml.safe_dump(matter, sort_keys=False).strip(), "---", ""]
+    lines += [f"# Merge of {' and '.join(graph.members)}", "", f"`{graph.title}`", ""]
+    if len(distinct) > 1:
+        named = ", ".join(f"{key}: {licence}" for key, licence in licences.items())
+        lines += [f"> **The parents' licences differ ({named}).** Check whether they allow this merge.", ""]
+    if not_finite:
+        lines += [f"> **{len(not_finite)} tensors hold NaN or infinity**, the first is `{not_finite[0]}`.", ""]
+    if predicted:
+        lines += ["| task | predicted utility | sd |", "|---|---|---|"]
+        lines += [f"| {task} | {value['utility']:.3f} | {value['sd']:.3f} |" for task, value in predicted.items()]
+        lines += [""]
+    lines += ["Made by simmerge_ray from:", "", "```json", json.dumps(dict(graph.description), indent=2), "```", ""]
+    return "\n".join(lines)

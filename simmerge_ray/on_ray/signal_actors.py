@@ -1,0 +1,105 @@
+"""Signals on Ray: units of work spread over `SignalWorker` actors, each on its own core or share of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from simmerge_ray.base.config import SignalsConfig
+from simmerge_ray.base.progress import Report
+from simmerge_ray.capacity.placement import Needs, signal_worker_needs
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.probes import ProbeSet
+from simmerge_ray.on_ray.resources import ActorPool, check_room, offered_resources, ray_session
+from simmerge_ray.search.estimate import PROCESS_BYTES
+from simmerge_ray.signals.bounds import bounds
+from simmerge_ray.signals.compute import compute_signals, tokenize_probes
+from simmerge_ray.signals.queue import Executor, WorkQueue
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+from simmerge_ray.signals.table import SignalTable
+
+
+@contextmanager
+def ray_executor(
+    catalogue: Catalogue,
+    num_workers: int,
+    gpus_per_worker: float = 0.0,
+    report: Report | None = None,
+    worker_bytes: float = 0.0,
+) -> Iterator[Executor]:
+    """An executor over actors of the current Ray cluster, for the time of a block.
+
+    The units of a lost actor are run again by another; they are functions of the files, so the numbers are the same.
+    Every actor reads whole checkpoints: they are spread over the nodes, so that each node's disk and network carry a
+    part, and ask for the bytes that they hold.
+
+    Args:
+        gpus_per_worker: share of a GPU for each actor; 0 runs on the CPU, one core each.
+        worker_bytes: memory of an actor, on the GPU where it has a share of one.
+
+    Raises:
+        ConfigError: a local cluster has no room for one actor.
+    """
+    import ray
+
+    from simmerge_ray.signals.worker import SignalWorker
+
+    device = "cuda" if gpus_per_worker > 0 else "cpu"
+    needs = signal_worker_needs(worker_bytes, gpus_per_worker, offered_resources())
+    check_room(needs, "a signal worker (memory_per_worker runs a checkpoint in parts)")
+    actor_class = ray.remote(SignalWorker).options(**spread_options(needs))
+
+    def spawn() -> Any:
+        return actor_class.remote(catalogue.all_refs, catalogue.base, num_threads=1, device=device)
+
+    with ActorPool(spawn) as pool:
+
+        def run(queue: WorkQueue) -> Iterator[tuple[int, Any]]:
+            # Actors are started when there is work: a run that finds all signatures in place starts none.
+            num_actors = min(num_workers, len(queue))
+            for done, (index, result) in enumerate(pool.drain("run_unit", queue.take, num_actors), 1):
+                if report:
+                    report(done, len(queue))
+                yield index, result
+
+        yield run
+
+
+def compute_signals_on_ray(
+    catalogue: Catalogue,
+    probe_sets: dict[str, ProbeSet],
+    config: SignalsConfig,
+    report: Report | None = None,
+    store: SignatureStore | None = None,
+) -> SignalTable:
+    """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit."""
+    tokenize_probes(catalogue, probe_sets, signature_spec(config))  # a probe that does not fit, before Ray is started
+    held = bounds(catalogue, signature_spec(config), [1] * len(probe_sets), config.memory_per_worker).worker
+    worker_bytes = held + (0 if config.gpus_per_worker else PROCESS_BYTES["transformers"])
+    with (
+        ray_session(),
+        ray_executor(catalogue, config.num_workers, config.gpus_per_worker, report, worker_bytes) as executor,
+    ):
+        return compute_signals(
+            catalogue,
+            probe_sets,
+            signature_spec(config),
+            config.weights,
+            store,
+            executor,
+            memory_per_worker=config.memory_per_worker,
+        )
+
+
+def spread_options(needs: Needs) -> dict[str, Any]:
+    """Options of Ray actors that need so much, one node after the other."""
+    named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {named[kind]: amount for kind, amount in needs.items() if kind in named}
+    custom = {kind: amount for kind, amount in needs.items() if kind not in named}
+    return options | {"resources": custom, "scheduling_strategy": "SPREAD"}
+
+
+def signature_spec(config: SignalsConfig) -> SignatureSpec:
+    """What a signature keeps under a config."""
+    return SignatureSpec(**{name: getattr(config, name) for name in SignatureSpec.__match_args__})

@@ -1,0 +1,208 @@
+"""The search as a stage of a run: reads files, writes labels, what was found, and a manifest."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.table import Table
+
+from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.errors import ConfigError, InputError, TaskError
+from simmerge_ray.base.progress import Narrator
+from simmerge_ray.base.storage import Manifest, Place, write_json
+from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.on_ray.digests import digest_on_nodes
+from simmerge_ray.plans.operators.specs import parse_arms
+from simmerge_ray.plans.plan import resolve_plan, write_plan
+from simmerge_ray.search.estimate import SearchEstimate, estimate
+from simmerge_ray.search.evaluation import EvaluationTask, load_tasks
+from simmerge_ray.search.headroom import headroom
+from simmerge_ray.search.labels import LabelStore, pair_contexts
+from simmerge_ray.search.setup import Study, prepare_study
+from simmerge_ray.search.status import SearchStatus
+from simmerge_ray.search.summary import Found, found
+
+UNCHANGED = "unchanged since the last run"
+FOUND = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
+_NUM_SHOWN = 10
+
+
+def load_search_tasks(tasks_dir: Place | None, config: SearchConfig) -> dict[str, EvaluationTask]:
+    """The task files of a directory and the config's tasks of lm-evaluation-harness, items sampled as it says.
+
+    Raises:
+        TaskError: with every problem of all of them; or there is no task at all.
+    """
+    tasks: dict[str, EvaluationTask] = {}
+    problems = []
+    if tasks_dir is not None:
+        try:
+            for name, task in load_tasks(tasks_dir).items():
+                tasks[name] = task.sampled(config.max_items, config.seed)
+        except TaskError as error:
+            problems.append(str(error))
+    if config.lm_eval:
+        from simmerge_ray.search.evaluation.harness import load_harness_tasks
+
+        try:
+            harness = load_harness_tasks(
+                config.lm_eval,
+                include_path=config.lm_eval_include,
+                num_fewshot=config.lm_eval_fewshot,
+                max_items=config.max_items,
+                seed=config.seed,
+            )
+            problems += [f"task {name!r} is a file and a task of lm-eval" for name in harness.keys() & tasks.keys()]
+            tasks |= harness
+        except TaskError as error:
+            problems.append(str(error))
+    if problems:
+        raise TaskError("\n".join(problems))
+    if not tasks:
+        raise TaskError("no tasks: name a directory of <task>.jsonl files, or tasks of lm-eval")
+    return tasks
+
+
+def search_stage(
+    catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig, narrator: Narrator
+) -> None:
+    """Labels that are missing, into the store `labels`, and into its directory `_search` the manifest `search.json`
+    and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file.
+
+    Raises:
+        InputError: whatever cannot be used, before Ray is started. EngineError: the evaluator did not start.
+    """
+    catalogue = load_catalogue(catalogue_path)
+    tasks = load_search_tasks(tasks_dir, config)
+    with narrator.stage("search") as stage:
+        digest_on_nodes(catalogue)
+        inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
+        inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
+        manifest = Manifest("search", config.content(), inputs)
+        found_dir = labels / FOUND
+        if manifest.is_current(found_dir / "search.json"):
+            stage.result = UNCHANGED
+            return
+        from simmerge_ray.on_ray.merge_search import run_search
+
+        started = time.monotonic()
+        with search_bar(narrator) as report:
+            # Absolute: trial actors write the labels, and may run in another working directory.
+            result = run_search(catalogue, tasks, config, labels.resolve(), report=report)
+        for name, reason in sorted(result.infeasible.items()):
+            narrator.say(f"           infeasible: {name}: {reason}")
+        if config.budget is None:
+            write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], found_dir / "headroom.json")
+        _write_found(result.study, found_dir, narrator)
+        results = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
+        left = ""
+        if result.num_left:
+            left = f", {result.num_left} not run (limit reached; run the same command again to go on)"
+        else:
+            manifest.write(found_dir / "search.json", time.monotonic() - started, results)
+        stage.result = (
+            f"{result.num_trials_run} trials run{left}, {result.num_labels} labels "
+            f"({len(result.infeasible)} infeasible) by {config.evaluator} -> {labels}"
+        )
+
+
+@contextmanager
+def search_bar(narrator: Narrator) -> Iterator[Callable[[SearchStatus], None]]:
+    """A progress bar for a search."""
+    with narrator.status_bar("merges evaluated") as report:
+        yield lambda status: report(status.done, status.total, status.line)
+
+
+def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
+    """Headroom report of a label store as JSON; where GapClosed is nowhere defined, the reason instead."""
+    contexts = pair_contexts(LabelStore(labels).read(), arms)
+    content: dict[str, Any]
+    try:
+        content = headroom(contexts).to_json()
+    except InputError as error:
+        content = {"undefined": str(error)}
+    write_json(out, content)
+
+
+def _write_found(study: Study, out: Place, narrator: Narrator) -> None:
+    """`best.json`, the best merge's plan file, and a table of the best merges and checkpoints."""
+    merges, singles = found(study)
+    if study.space is not None:
+        write_json(out / "best.json", {"merges": [_row(one) for one in merges], "singles": [_row(o) for o in singles]})
+        for number, one in enumerate([one for one in merges if one.best], 1):
+            predicted = {task: {"utility": utility, "se": se} for task, (utility, se) in one.utilities.items()}
+            name = "best.plan.json" if len(study.objectives) == 1 else f"front-{number}.plan.json"
+            write_plan(out / name, resolve_plan(one.plan, study.catalogue), predicted)
+            if number == 1:
+                narrator.say(f"           make it with: simmerge merge {out / name} OUT")
+    if merges and not narrator.console.is_terminal:
+        for one in (merges[0], *singles[:1]):
+            narrator.say(f"           best {'merge' if one.plan.steps else 'checkpoint'}: {_text(one)}")
+    elif merges:
+        narrator.console.print(_table(study, merges, singles))
+
+
+def _text(one: Found) -> str:
+    values = ", ".join(f"{value:.3f}" for value in one.values)
+    return f"{values} {one.plan.label} ({_by_task(one)})"
+
+
+def _by_task(one: Found) -> str:
+    return ", ".join(f"{task} {utility:.3f}±{se:.3f}" for task, (utility, se) in one.utilities.items())
+
+
+def _row(one: Found) -> dict[str, Any]:
+    utilities = {task: {"utility": utility, "se": se} for task, (utility, se) in one.utilities.items()}
+    row = {"label": one.plan.label, "plan": one.plan.to_json(), "objectives": list(one.values), "utilities": utilities}
+    return row | {"best": one.best}
+
+
+def _table(study: Study, merges: Sequence[Found], singles: Sequence[Found]) -> Table:
+    names = [objective.name for objective in study.objectives] if study.space is not None else ["mean of own tasks"]
+    title = "Best merges" if len(names) == 1 else "Merges; * is the Pareto front"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "merge", *names, "by task"):
+        table.add_column(column, justify="right" if column in names else "left")
+    shown = merges[:_NUM_SHOWN] if len(names) == 1 else [one for one in merges if one.best]
+    for one in [*shown, *singles[:3]]:
+        values = (f"{value:.3f}" for value in one.values)
+        table.add_row("*" if one.best and one.plan.steps else "", one.plan.label, *values, _by_task(one))
+    return table
+
+
+def plan_search(
+    catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig
+) -> tuple[Study, SearchEstimate]:
+    """Everything that `search_stage` checks before Ray starts, and what it would take. Reads every checkpoint once.
+
+    Raises:
+        ConfigError: with all problems that were found.
+    """
+    problems: list[str] = []
+    catalogue = tasks = None
+    try:
+        catalogue = load_catalogue(catalogue_path)
+    except InputError as error:
+        problems.append(str(error))
+    try:
+        tasks = load_search_tasks(tasks_dir, config)
+    except InputError as error:
+        problems.append(str(error))
+    if catalogue is None or tasks is None:
+        raise ConfigError("\n".join(problems))
+    from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
+
+    study = prepare_study(catalogue, tasks, config, str(labels.resolve()))
+    return study, estimate(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
+
+
+def local_resources() -> dict[str, float]:
+    """What Ray would count on this machine."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": 0.7 * memory}

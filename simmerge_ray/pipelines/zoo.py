@@ -1,0 +1,123 @@
+"""Small zoos on Ray: bases and their experts trained in parallel, their probes and tasks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from simmerge_ray.base.progress import Report
+from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, write_once
+from simmerge_ray.checkpoints.catalogue import Catalogue, write_catalogue
+from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.on_ray.resources import ray_session
+from simmerge_ray.research.study.zoo import ZooPart
+from simmerge_ray.research.zoo.recipe import EXPERT_RECIPES, BaseRecipe, ExpertRecipe
+
+NUM_ITEMS = 400
+NUM_PROBES = 64
+MAX_NEW_TOKENS = 14
+BASE_ID = "base"
+
+
+def make_zoo(
+    out: Path,
+    recipes: Sequence[ExpertRecipe] = EXPERT_RECIPES,
+    num_items: int = NUM_ITEMS,
+    num_probes: int = NUM_PROBES,
+    report: Report | None = None,
+) -> int:
+    """Fill `out` with checkpoints, `probes/`, `tasks/` and `catalogue.yaml`; returns how many experts were trained.
+
+    The base is the one that is shipped. An expert whose directory was made by the same recipe is kept, so an
+    interrupted call goes on where it stopped.
+    """
+    out = out.resolve()  # tasks of Ray may run in another working directory
+    if not (out / BASE_ID / "model.safetensors").exists():
+        with (
+            resources.as_file(resources.files("simmerge_ray.research.zoo") / "base") as shipped,
+            new_directory(out / BASE_ID) as target,
+        ):
+            shutil.copytree(shipped, target, dirs_exist_ok=True)
+    write_questions(out, num_items, num_probes)
+    num_trained = _train([(recipe, out / BASE_ID, out / recipe.name) for recipe in recipes], [], report)
+    _write_catalogue(out, BASE_ID, recipes)
+    return num_trained
+
+
+def make_zoo_parts(out: Path, parts: Sequence[ZooPart], report: Report | None = None) -> int:
+    """Train the bases and experts of several catalogues, each in a directory of its name below `out`.
+
+    Returns how many checkpoints were trained; those made by the same recipe are kept.
+    """
+    out = out.resolve()
+    bases = [(part.base, out / part.name / part.base_id) for part in parts]
+    experts = [
+        (expert, out / part.name / part.base_id, out / part.name / expert.name)
+        for part in parts
+        for expert in part.experts
+    ]
+    num_trained = _train(experts, bases, report)
+    for part in parts:
+        _write_catalogue(out / part.name, part.base_id, part.experts)
+    return num_trained
+
+
+def write_questions(out: Path, num_items: int = NUM_ITEMS, num_probes: int = NUM_PROBES) -> None:
+    """Write `probes/` and `tasks/`: texts and items of every domain, the same in every zoo."""
+    from simmerge_ray.research.zoo.domains import DOMAINS, evaluation_items, probe_texts
+
+    for domain in DOMAINS:
+        probes = [{"text": text} for text in probe_texts(domain, num_probes)]
+        write_once(out / "probes" / f"{domain}.jsonl", jsonl_bytes(probes))
+        items = [
+            {"prompt": item.prompt, "target": item.target, "max_new_tokens": MAX_NEW_TOKENS}
+            for item in evaluation_items(domain, num_items)
+        ]
+        write_once(out / "tasks" / f"{domain}.jsonl", jsonl_bytes(items))
+
+
+def _write_catalogue(directory: Path, base_id: str, recipes: Sequence[ExpertRecipe]) -> None:
+    refs = tuple(CheckpointRef(recipe.name, directory / recipe.name, base_id) for recipe in recipes)
+    own_task = {recipe.name: recipe.domain for recipe in recipes}
+    catalogue = Catalogue(refs, own_task, CheckpointRef(base_id, directory / base_id))
+    write_catalogue(directory / "catalogue.yaml", catalogue)
+
+
+def _is_trained(directory: Path, recipe: BaseRecipe | ExpertRecipe) -> bool:
+    try:
+        return bool(read_json(directory / "recipe.json")["digest"] == recipe.digest())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _train(
+    experts: Sequence[tuple[ExpertRecipe, Path, Path]], bases: Sequence[tuple[BaseRecipe, Path]], report: Report | None
+) -> int:
+    """Train what is missing, an expert (recipe, base, directory) as soon as its base (recipe, directory) is there."""
+    missing_bases = [(recipe, path) for recipe, path in bases if not _is_trained(path, recipe)]
+    anew = {path for _, path in missing_bases}
+    missing = [(recipe, base, path) for recipe, base, path in experts if base in anew or not _is_trained(path, recipe)]
+    total = len(missing_bases) + len(missing)
+    if not total:
+        return 0
+    import ray
+
+    from simmerge_ray.research.zoo.training import train_base, train_expert
+
+    with ray_session():
+        options = {"num_cpus": 1, "max_retries": 2}
+        made = {
+            path: ray.remote(train_base).options(**options).remote(recipe, str(path)) for recipe, path in missing_bases
+        }
+        remote = ray.remote(train_expert).options(**options)
+        # The result of a base's task is its path: Ray starts an expert when that is there.
+        pending = [remote.remote(recipe, made.get(base, str(base)), str(path)) for recipe, base, path in missing]
+        pending += made.values()
+        for done in range(total):
+            finished, pending = ray.wait(pending, num_returns=1)
+            ray.get(finished[0])
+            if report:
+                report(done + 1, total)
+    return total

@@ -1,0 +1,110 @@
+"""The primary test of the study: the selector beside the best fixed arm, on checkpoints and bases it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import LabelError
+from simmerge_ray.search.headroom import headroom
+from simmerge_ray.selector.assessment.baselines import best_fixed
+from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.evaluation import GAP_CLOSED, Scoring, keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.splits import base_folds, pairs_of, resampled_weights
+
+NUM_RESAMPLES = 2000
+CLAIMED_GAIN = 0.04
+MARGIN = 0.03  # of non-inferiority in a domain
+LEVEL = 0.05
+
+Array = np.ndarray
+
+
+def primary_test(dataset: SelectionDataset, base_of: Mapping[str, str], config: TrainConfig) -> dict[str, Any]:
+    """Gain of the selector over the best fixed arm, one arm for a merge, every base left out in turn.
+
+    Returns:
+        gain, interval (95 %, bases and then checkpoints resampled), claimed; by_base: the gain on the merges of each
+        base alone, its mean and 95 % interval by Student's t over bases; domains: gain of each task with its interval,
+        p of `gain <= -MARGIN` by the resampling, whether it is rejected after Holm; oracle: gain of the split-half
+        oracle over the best fixed arm, and the share of it that the selector has (None where there is none).
+
+    Raises:
+        LabelError: fewer than two bases, or GapClosed is nowhere defined.
+    """
+    pairs = pairs_of(dataset.contexts)
+    trial = Trial.start(dataset, config, base_folds(pairs, base_of))
+    scoring, units = trial.scoring, units_of(dataset.contexts, per_merge=True)
+    if scoring.unit != GAP_CLOSED:
+        raise LabelError("the checkpoints differ on no task by enough to measure GapClosed")
+    predicted = keeping_no_parent(trial.averaged(trial.predictions(trial.models(dataset, config))))
+    fixed = trial.averaged([best_fixed(dataset, scoring, fold.training, fold.tested) for fold in trial.folds])
+    gained = scoring.taken(shares_of(predicted, units)) - scoring.taken(shares_of(fixed, units))
+    samples = resampled_weights([pairs[row] for row in scoring.rows], base_of, NUM_RESAMPLES, config.seed)
+    gain, drawn = float(scoring.headline(gained)), scoring.headline(gained, samples)
+    interval = _interval(drawn)
+    bases = np.array([base_of[pairs[row][0]] for row in scoring.rows])
+    room = headroom(dataset.contexts).per_merge.gain
+    return {
+        "gain": gain,
+        "interval": interval,
+        "claimed": gain >= CLAIMED_GAIN and interval[0] > 0,
+        "best_fixed": sorted(set(trial.best_fixed())),
+        "by_base": _by_base(scoring, gained, bases),
+        "domains": _domains(scoring, gained, samples),
+        "oracle": {"gain": room, "share": gain / room if room > 0 else None},
+        "num_merges": len(units),
+        "num_defined": len(scoring.rows),
+    }
+
+
+def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
+    """Which hypotheses are rejected by Holm's step-down procedure (Holm 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    rejected = [False] * len(p_values)
+    for step, place in enumerate(order):
+        if p_values[place] > level / (len(p_values) - step):
+            break
+        rejected[place] = True
+    return rejected
+
+
+def _by_base(scoring: Scoring, gained: Array, bases: Array) -> dict[str, Any]:
+    gains = {
+        str(base): float(scoring.among(scoring.rows[bases == base].tolist()).headline(gained[bases == base]))
+        for base in sorted(set(bases.tolist()))
+    }
+    values = np.array(list(gains.values()))
+    half = float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    mean = float(values.mean())
+    return {"gains": gains, "mean": mean, "interval": [mean - half, mean + half]}
+
+
+def _domains(scoring: Scoring, gained: Array, samples: Array) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {}
+    for task in np.unique(scoring.tasks).tolist():
+        kept = scoring.tasks == task
+        part = scoring.among(scoring.rows[kept].tolist())
+        drawn = part.headline(gained[kept], samples[:, kept])
+        drawn = drawn[~np.isnan(drawn)]
+        # One more than there are: a p of 0 cannot be shown by counting.
+        p = (1 + int((drawn <= -MARGIN).sum())) / (1 + len(drawn))
+        found[task] = {
+            "gain": float(part.headline(gained[kept])),
+            "interval": _interval(drawn),
+            "p": p,
+            "num_defined": int(kept.sum()),
+        }
+    for one, rejected in zip(found.values(), holm([one["p"] for one in found.values()]), strict=True):
+        one["non_inferior"] = rejected
+    return found
+
+
+def _interval(drawn: Array) -> list[float]:
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return [float(low), float(high)]

@@ -1,0 +1,74 @@
+"""Where things lie in the directory of a study, and reading what is complete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simmerge_ray.base.storage import read_json
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.search.labels import LabeledPlan, LabelStore
+from simmerge_ray.signals.table import SignalTable, read_signal_table
+
+
+@dataclass(frozen=True)
+class StudyLayout:
+    """Paths below the directory of a study."""
+
+    root: Path
+
+    @property
+    def zoo(self) -> Path:
+        return self.root / "zoo"
+
+    def catalogue(self, part: str) -> Path:
+        return self.zoo / part / "catalogue.yaml"
+
+    def probes(self, variant: str = "") -> Path:
+        return self.zoo / f"probes{variant and '-'}{variant}"
+
+    def signals(self, part: str, variant: str = "") -> Path:
+        """Table of a part; `variant`: with other probes than the study's own."""
+        return self.root / f"signals{variant and '-'}{variant}" / part / "pairs.parquet"
+
+    def labels(self, part: str) -> Path:
+        return self.root / "labels" / part
+
+    def exact(self, part: str) -> Path:
+        """Exact features of a sample of plans."""
+        return self.root / "exact" / f"{part}.json"
+
+    @property
+    def results(self) -> Path:
+        """What is published: labels, signals, results.md with figures, and the trained selector."""
+        return self.root / "results"
+
+    def parts(self) -> list[str]:
+        """Names of the catalogues that have labels, sorted by kind and seed."""
+        names = [path.name for path in (self.root / "labels").iterdir() if self.signals(path.name).exists()]
+        return sorted(names, key=lambda name: (name[0] != "s", int(name[1:])))
+
+
+@dataclass(frozen=True)
+class LoadedPart:
+    """Everything that is known of one base and its experts. signal_seconds: that its table took."""
+
+    name: str
+    catalogue: Catalogue
+    table: SignalTable
+    labels: tuple[LabeledPlan, ...]
+    signatures: str
+    signal_seconds: float = 0.0
+
+
+def load_part(layout: StudyLayout, name: str) -> LoadedPart:
+    """Read a part.
+
+    Raises:
+        InputError: a file is missing or broken.
+    """
+    table = read_signal_table(layout.signals(name))
+    labels = tuple(LabelStore(layout.labels(name)).read())
+    signatures = str(layout.signals(name).parent / "signatures")
+    seconds = read_json(layout.signals(name).with_suffix(".json"))["seconds"]
+    return LoadedPart(name, load_catalogue(layout.catalogue(name)), table, labels, signatures, float(seconds))

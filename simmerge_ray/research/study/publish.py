@@ -1,0 +1,28 @@
+"""Labels and signals of a study as a few small files, for others to compute its results again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from simmerge_ray.base.storage import write_once
+from simmerge_ray.research.study.layout import LoadedPart
+from simmerge_ray.search.labels import LabelStore
+
+
+def export_dataset(parts: Sequence[LoadedPart], directory: Path) -> Path:
+    """Write `labels.parquet` and `signals/<part>.parquet`, a data set as `simmerge train` takes it.
+
+    Returns:
+        the file of labels.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        store = LabelStore(scratch)
+        store.append([label for part in parts for label in part.labels])
+        store.compact()
+        (made,) = Path(scratch).glob("*.parquet")
+        write_once(directory / "labels.parquet", made.read_bytes())
+    for part in parts:
+        part.table.write(directory / "signals" / f"{part.name}.parquet")
+    return directory / "labels.parquet"

@@ -1,0 +1,169 @@
+"""Predictions for the longer plans of each base by selectors that were trained on pairs of the other bases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import LabelError
+from simmerge_ray.research.study.layout import LoadedPart
+from simmerge_ray.research.study.longer import (
+    Candidate,
+    candidates,
+    choices,
+    compare,
+    rank_agreement,
+    resampled_interval,
+    unmerged,
+)
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.evaluation import Scoring
+from simmerge_ray.selector.data.tasks import task_pool
+from simmerge_ray.selector.models.model import FittedModel
+from simmerge_ray.selector.models.train import fit_models
+from simmerge_ray.selector.planning.scorer import PlanScorer
+from simmerge_ray.signals.propagation.interface import Propagator
+
+AGGREGATES = ("last", "mean", "sum")
+Group = tuple[str, tuple[str, ...], str]
+
+
+@dataclass(frozen=True)
+class UnseenBaseModel:
+    """What the plan scorer needs of a selector, without its calibration."""
+
+    arms: tuple[str, ...]
+    columns: tuple[str, ...]
+    best_fixed: str
+    fitted: FittedModel
+
+    def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.fitted.predict(features)
+
+
+def models_without_base(
+    dataset: SelectionDataset, base_of: Mapping[str, str], bases: Sequence[str], config: TrainConfig
+) -> dict[str, UnseenBaseModel]:
+    """For each base a model of all pairs of other bases; a base without pairs in the dataset is simply not excluded.
+
+    Raises:
+        LabelError: there are no pairs of other bases.
+    """
+    rows = [[row for row, c in enumerate(dataset.contexts) if base_of[c.left] != base] for base in bases]
+    for base, others in zip(bases, rows, strict=True):
+        if not others:
+            raise LabelError(f"all labels are of one base, {base}; a model that has not seen it needs a second one")
+    scoring = Scoring.of(dataset.contexts, dataset.arms)
+    found = {}
+    for base, training, fitted in zip(bases, rows, fit_models(dataset, rows, config), strict=True):
+        best_fixed = dataset.arms[scoring.among(training).best_fixed(len(dataset.arms))]
+        found[base] = UnseenBaseModel(dataset.arms, dataset.columns, best_fixed, fitted)
+    return found
+
+
+def scores_of(
+    part: LoadedPart, plans: Sequence[Candidate], propagator: Propagator, model: UnseenBaseModel
+) -> dict[str, dict[str, float]]:
+    """Score by aggregate and plan id, on the tasks of each plan's members."""
+    pool = task_pool("mean", (), part.table.tasks, part.table.checkpoint_ids, part.catalogue.own_task)
+    scorer = PlanScorer(part.table, propagator, model)
+    ranked = scorer.score_by_aggregate([one.plan for one in plans], pool, AGGREGATES)
+    return {
+        aggregate: {one.plan.id: row.score for one, row in zip(plans, rows, strict=True)}
+        for aggregate, rows in ranked.items()
+    }
+
+
+def longer_plans(
+    parts: Sequence[LoadedPart],
+    dataset: SelectionDataset,
+    base_of: Mapping[str, str],
+    config: TrainConfig,
+    propagators: Mapping[str, Callable[[LoadedPart], Propagator]],
+    report: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The comparison of `longer.compare` for every propagator, size and weighting, and the agreement of ranks.
+
+    Args:
+        propagators: how each is made for a part.
+
+    Returns:
+        `tables`: rows by "propagator, size, weighting" (aggregate `last`; size `all` pools them); `aggregates`: pooled
+        utility of the predicted plan by propagator and aggregate; `tau`: by propagator and size, mean over groups with
+        interval.
+
+    Raises:
+        LabelError: no plan of three or more has a pooled utility.
+    """
+    bases = [part.catalogue.base.id for part in parts if part.catalogue.base is not None]
+    own_task = {name: task for part in parts for name, task in part.catalogue.own_task.items()}
+    utilities = {base: unmerged(part.labels) for base, part in zip(bases, parts, strict=True)}
+    tables: dict[str, Any] = {}
+    aggregates: dict[str, Any] = {}
+    taus: dict[str, Any] = {}
+    for done, (name, make) in enumerate(propagators.items()):
+        picks: dict[str, dict[Group, dict[str, list[Candidate]]]] = {aggregate: {} for aggregate in AGGREGATES}
+        agreement: dict[int, list[tuple[float, tuple[str, tuple[str, ...]]]]] = {}
+        columns, models = None, {}
+        for base, part in zip(bases, parts, strict=True):
+            propagator = make(part)
+            if columns is None:
+                columns = [column for column in dataset.columns if column in set(propagator.columns)]
+                models = models_without_base(dataset.restricted(columns), base_of, bases, config)
+            found = candidates(part.labels, part.catalogue)
+            for aggregate, scores in scores_of(part, found, propagator, models[base]).items():
+                for key, group in _grouped(found).items():
+                    linear = [one for one in found if one.arm == "linear" and _is_equal(one, key)]
+                    picks[aggregate][key] = choices(
+                        group, scores, models[base].best_fixed, utilities[base], part.catalogue, linear
+                    )
+                    tau = rank_agreement(group, scores) if aggregate == "last" else None
+                    if tau is not None:
+                        agreement.setdefault(len(key[1]), []).append((tau, key[:2]))
+        if report:
+            report(done + 1, len(propagators))
+        if not any(compare(chosen, utilities, own_task) for chosen in picks.values()):
+            raise LabelError("no plan of three or more was measured where pooled utility is defined")
+        for label, keys in _selections(picks["last"]).items():
+            chosen = {key: picks["last"][key] for key in keys}
+            tables[f"{name}, {label}"] = compare(chosen, utilities, own_task)
+        aggregates[name] = {
+            aggregate: compare(chosen, utilities, own_task)[0]["pooled"] for aggregate, chosen in picks.items()
+        }
+        taus[name] = {
+            str(size): {
+                "tau": float(np.mean([tau for tau, _ in values])),
+                "interval": resampled_interval(np.array([tau for tau, _ in values]), [unit for _, unit in values]),
+                "num_groups": len(values),
+            }
+            for size, values in sorted(agreement.items())
+        }
+    return {"tables": tables, "aggregates": aggregates, "tau": taus}
+
+
+def _grouped(found: Sequence[Candidate]) -> dict[Group, list[Candidate]]:
+    groups: dict[Group, list[Candidate]] = {}
+    for one in found:
+        groups.setdefault(one.group, []).append(one)
+    # A catalogue of which every subset is labelled has a few plans of each; a choice needs more.
+    return {
+        key: group for key, group in sorted(groups.items()) if len({one.arm for one in group}) > 1 and len(group) > 4
+    }
+
+
+def _is_equal(one: Candidate, key: Group) -> bool:
+    return one.weighting == "equal" and one.group[:2] == key[:2]
+
+
+def _selections(picks: Mapping[Group, Any]) -> dict[str, list[Group]]:
+    """Names of the tables and the groups that they are of."""
+    found: dict[str, list[Group]] = {}
+    for key in picks:
+        for size in (f"{len(key[1])}-way", "all"):
+            for weighting in (key[2], "both"):
+                found.setdefault(f"{size}, {weighting}", []).append(key)
+    return found

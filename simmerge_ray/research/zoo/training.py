@@ -1,0 +1,200 @@
+"""Train the base and its experts: plain functions of one process, seeded, bit for bit repeatable on one machine.
+
+They run on one thread whatever the process is set to, because the order of float32 sums depends on the threads.
+An output directory appears under its name when it is complete, never before.
+"""
+
+import json
+import math
+import random
+import shutil
+import string
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from simmerge_ray.research.zoo.domains import DOMAINS, Split, example_stream
+from simmerge_ray.research.zoo.model import build_model, build_tokenizer
+from simmerge_ray.research.zoo.recipe import BaseRecipe, ExpertRecipe
+
+ROW_TOKENS = 64
+PROMPT_WEIGHT = 0.1  # of a prompt's tokens in the loss: most are random, but probes read the model's view of them
+COPIED_CHARACTERS = string.ascii_lowercase + string.digits + string.ascii_uppercase + "=+,: "
+Progress = Callable[[int, int], None]
+
+
+class Row(NamedTuple):
+    """ROW_TOKENS ids, their positions (0 at the start of each example) and their weights as targets in the loss."""
+
+    ids: list[int]
+    positions: list[int]
+    weights: list[float]
+
+
+def train_base(recipe: BaseRecipe, out_dir: str | Path, progress: Progress | None = None) -> Path:
+    """Train the base from scratch and save it, model and tokenizer, in `out_dir`.
+
+    It first learns to copy, on repeated random strings, and then the mixture of all domains. Without the first part
+    the attention heads that look something up do not form, and retrieval stays at chance for thousands of steps.
+    """
+    num_steps = recipe.num_copy_steps + recipe.num_steps
+    with _reproducible(recipe.seed):
+        tokenizer = build_tokenizer()
+        model = build_model(tokenizer, recipe.num_layers, recipe.hidden_size, recipe.intermediate_size)
+        batches = _batches(repeated_rows(tokenizer, recipe.seed), recipe.num_rows)
+        copy_progress = _shifted(progress, 0, num_steps)
+        _fit(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, copy_progress, _constant)
+        batches = _batches(packed_rows(tokenizer, dict(recipe.shares), recipe.seed), recipe.num_rows)
+        progress = _shifted(progress, recipe.num_copy_steps, num_steps)
+        _fit(model, batches, recipe.learning_rate, recipe.num_steps, progress)
+    return _save(model, tokenizer, recipe, Path(out_dir))
+
+
+def train_expert(
+    recipe: ExpertRecipe, base_dir: str | Path, out_dir: str | Path, progress: Progress | None = None
+) -> Path:
+    """Fine-tune the checkpoint in `base_dir` and save a full checkpoint in `out_dir`; LoRA factors are merged in."""
+    shares = {domain: recipe.replay for domain in DOMAINS if recipe.replay > 0 and domain != recipe.domain}
+    shares[recipe.domain] = 1 - sum(shares.values())
+    with _reproducible(recipe.seed):
+        tokenizer = AutoTokenizer.from_pretrained(base_dir)
+        model = LlamaForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+        batches = _batches(packed_rows(tokenizer, shares, recipe.seed), recipe.num_rows)
+        if recipe.lora_rank is None:
+            _fit(model, batches, recipe.learning_rate, recipe.num_steps, progress)
+        else:
+            from peft import LoraConfig, get_peft_model
+
+            adapted = get_peft_model(
+                model, LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear")
+            )
+            _fit(adapted, batches, recipe.learning_rate, recipe.num_steps, progress)
+            model = adapted.merge_and_unload()
+    return _save(model, tokenizer, recipe, Path(out_dir))
+
+
+def packed_rows(tokenizer: PreTrainedTokenizerFast, shares: Mapping[str, float], seed: int) -> Iterator[Row]:
+    """Endless rows of as many whole examples as fit, each `<bos> prompt target <eos>`, then padding of weight 0.
+
+    The domain of each example is drawn with the weights `shares`.
+    """
+    generator = random.Random(f"mixture/{seed}")
+    streams = {domain: example_stream(domain, Split.TRAINING, seed) for domain in shares}
+    row = Row([], [], [])
+    while True:
+        (domain,) = generator.choices(list(shares), weights=list(shares.values()))
+        example = next(streams[domain])
+        prompt = tokenizer(example.prompt).input_ids
+        target = [*tokenizer(example.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        num_tokens = len(prompt) + len(target)
+        num_free = ROW_TOKENS - len(row.ids)
+        if num_tokens > num_free:
+            row.ids.extend([tokenizer.pad_token_id] * num_free)
+            row.positions.extend(range(num_free))
+            row.weights.extend([0.0] * num_free)
+            yield row
+            row = Row([], [], [])
+        row.ids.extend(prompt + target)
+        row.positions.extend(range(num_tokens))
+        row.weights.extend([0.0] + [PROMPT_WEIGHT] * (len(prompt) - 1) + [1.0] * len(target))
+
+
+def repeated_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row]:
+    """Endless rows that repeat a random string of 4 to 24 characters; what can be copied counts in the loss."""
+    generator = random.Random(seed)
+    characters = tokenizer.convert_tokens_to_ids(list(COPIED_CHARACTERS))
+    while True:
+        num_characters = generator.randrange(4, 25)
+        repeated = [generator.choice(characters) for _ in range(num_characters)]
+        ids = [tokenizer.bos_token_id] + repeated * (ROW_TOKENS // num_characters + 1)
+        num_random = num_characters + 1
+        yield Row(ids[:ROW_TOKENS], list(range(ROW_TOKENS)), [0.0] * num_random + [1.0] * (ROW_TOKENS - num_random))
+
+
+def _batches(rows: Iterator[Row], num_rows: int) -> Iterator[list[Row]]:
+    while True:
+        yield [next(rows) for _ in range(num_rows)]
+
+
+def _shifted(progress: Progress | None, offset: int, num_steps: int) -> Progress | None:
+    return None if progress is None else lambda step, _: progress(offset + step, num_steps)
+
+
+def _constant(step: int, num_steps: int) -> float:
+    return min(1.0, (step + 1) / 50)
+
+
+def _cosine(step: int, num_steps: int) -> float:
+    num_warmup = max(1, round(0.05 * num_steps))
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+
+def _fit(
+    model: torch.nn.Module,
+    batches: Iterator[list[Row]],
+    learning_rate: float,
+    num_steps: int,
+    progress: Progress | None,
+    schedule: Callable[[int, int], float] = _cosine,
+) -> None:
+    """AdamW on the weighted cross-entropy of the next token; `schedule` scales the learning rate at each step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(step, num_steps)
+        ids, positions, weights = (torch.tensor(column) for column in zip(*next(batches), strict=True))
+        weights = weights[:, 1:]
+        # Positions start again at each example, as where it stands alone; attention crosses the border, as is usual in
+        # packed training.
+        logits = model(input_ids=ids, position_ids=positions).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights.flatten()).sum() / weights.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if progress is not None:
+            progress(step + 1, num_steps)
+    model.eval()
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """One thread and a seeded global generator inside, both restored outside."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe | ExpertRecipe, out_dir: Path
+) -> Path:
+    """Write a Hugging Face directory beside `out_dir`, then rename it; a complete older directory is replaced."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out_dir.with_name(f".{out_dir.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        content = {"digest": recipe.digest(), "kind": type(recipe).__name__, **asdict(recipe)}
+        (temporary / "recipe.json").write_text(json.dumps(content, indent=2) + "\n")
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        temporary.rename(out_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out_dir

@@ -1,0 +1,127 @@
+"""Evaluator on transformers: slower than vLLM, runs wherever torch does, and is the truth vLLM is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simmerge_ray.base.errors import EngineError
+from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files
+from simmerge_ray.merging.in_memory import FiniteStream
+from simmerge_ray.merging.model import load_model
+from simmerge_ray.plans.plan import ResolvedPlan
+from simmerge_ray.search.evaluation.evaluator import LogLikelihood, TokenPair, cut
+
+_LOGIT_BYTES = 1 << 28  # of float32 logits held at once
+
+
+class TransformersEvaluator:
+    """Holds one model built from `template`, whose weights `load` replaces in place.
+
+    Args:
+        device: `cpu` or `cuda`. batch_size: sequences at once. merge_threads: that compute a merge.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        template: CheckpointRef,
+        dtype: str = "float32",
+        batch_size: int = 256,
+        device: str = "cpu",
+        max_model_len: int | None = None,
+        merge_threads: int = 1,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self._model: Any = load_model(template, getattr(torch, dtype)).to(device)
+        self._device, self._batch_size, self._merge_threads = device, batch_size, merge_threads
+        with local_files(template) as directory:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="left")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.max_model_len = max_model_len or context_limit(template) or 4096
+
+    def load(self, resolved: ResolvedPlan) -> None:
+        """Replace the weights by those of the merge.
+
+        Raises:
+            CheckpointError: the merge is not finite.
+            EngineError: the merge does not have exactly this model's parameters.
+        """
+        stream = FiniteStream(resolved, self._merge_threads)
+        result = self._model.load_state_dict(dict(stream), strict=False)
+        stream.check()
+        tied = {name for name in result.missing_keys if self._is_tied(name)}
+        if result.unexpected_keys or set(result.missing_keys) - tied:
+            raise EngineError(
+                f"weights do not fit: missing {result.missing_keys[:3]}, unexpected {result.unexpected_keys[:3]}"
+            )
+
+    def _is_tied(self, name: str) -> bool:
+        return name == "lm_head.weight" and bool(self._model.config.tie_word_embeddings)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """Greedy answers to prompts of token ids, special tokens removed, cut before the first stop string."""
+        answers = [""] * len(prompts)
+        for indices in _equal_lengths(prompts, self._batch_size):
+            input_ids = torch.tensor([list(prompts[index]) for index in indices], device=self._device)
+            output = self._model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            texts = self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+            for index, text in zip(indices, texts, strict=True):
+                answers[index] = cut(text, stop)
+        return answers
+
+    @torch.no_grad()
+    def log_likelihoods(self, pairs: Sequence[TokenPair]) -> list[LogLikelihood]:
+        """Of the second part of each pair of token ids after the first."""
+        found: list[LogLikelihood | None] = [None] * len(pairs)
+        wholes = [[*before, *after] for before, after in pairs]
+        vocabulary = int(self._model.config.vocab_size)
+        longest = max((len(whole) for whole in wholes), default=1)
+        batch_size = max(1, min(self._batch_size, _LOGIT_BYTES // (4 * vocabulary * longest)))
+        for indices in _equal_lengths(wholes, batch_size):
+            input_ids = torch.tensor([wholes[index] for index in indices], device=self._device)
+            log_probs = torch.log_softmax(self._model(input_ids=input_ids).logits.float(), dim=-1)
+            for row, index in enumerate(indices):
+                found[index] = _likelihood(log_probs[row], input_ids[row], len(pairs[index][0]))
+        return [one for one in found if one is not None]
+
+    @torch.no_grad()
+    def log_probs(self, ids: Sequence[int]) -> Tensor:
+        """Log-probabilities (T, vocabulary) float32 of what follows each of a sequence of token ids (T,)."""
+        input_ids = torch.tensor([list(ids)], device=self._device)
+        return torch.log_softmax(self._model(input_ids=input_ids).logits[0].float(), dim=-1).cpu()
+
+    def next_token_log_probs(self, prompt: Sequence[int]) -> Tensor:
+        """Log-probabilities (vocabulary,) float32 of the token after a prompt of token ids."""
+        return self.log_probs(prompt)[-1]
+
+
+def _likelihood(log_probs: Tensor, ids: Tensor, num_before: int) -> LogLikelihood:
+    """From the log-probabilities (T, V) after every token of a sequence (T,)."""
+    answer, predicted = ids[num_before:], log_probs[num_before - 1 : -1]
+    total = float(predicted.gather(1, answer[:, None]).double().sum())
+    return LogLikelihood(total, len(answer), bool((predicted.argmax(dim=-1) == answer).all()))
+
+
+def _equal_lengths(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of sequences of one length, at most `batch_size` at once: so nothing is padded, and padding would change
+    float32 sums, and with them now and then an answer."""
+    by_length: dict[int, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        by_length.setdefault(len(sequence), []).append(index)
+    for _, indices in sorted(by_length.items()):
+        for start in range(0, len(indices), batch_size):
+            yield indices[start : start + batch_size]

@@ -1,0 +1,434 @@
+"""How much is there to gain by choosing the merge operator? Measured before any selector is trained.
+
+A *context* is one pair of checkpoints on one task, with the utility of every item under both parents and under the
+merge of every arm. Everything is computed from two halves of the items, the even and the odd ones. In the direction
+(choose, score), the *choosing* half decides which parent is the expert and which arm is taken, and the *scoring* half
+gives every utility, so no choice is rewarded for the noise that it was made on.
+
+    GapClosed = (u(merge) - u(auxiliary)) / (u(expert) - u(auxiliary))
+
+A direction is defined where the parents' gap on the choosing half is at least `MIN_GAP` and at least two paired
+standard errors; else it is missing, never 0. The two directions of a context are combined by averaging numerators and
+denominators over the defined ones, so that a context counts once. It is missing when both directions are, or when the
+averaged denominator is not positive: then the halves do not agree which parent is the expert. A set of contexts is
+summarised by the ratio of sums per task, then the mean over tasks; the mean of the contexts' ratios stands beside it.
+
+Two objectives are reported. `per_context` may take another arm for each task of a pair. `per_merge`, the headline,
+takes one arm per pair: the best on the choosing half by GapClosed averaged over the pair's defined tasks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.base.errors import InputError
+
+MIN_GAP = 0.10
+NUM_STANDARD_ERRORS = 2.0
+_HALVES = (slice(0, None, 2), slice(1, None, 2))
+
+
+@dataclass(frozen=True)
+class Context:
+    """One pair on one task; every array holds one utility per item, in the same order of items."""
+
+    left: str
+    right: str
+    task: str
+    arms: Mapping[str, np.ndarray]
+    left_items: np.ndarray
+    right_items: np.ndarray
+
+
+@dataclass(frozen=True)
+class TaskHeadroom:
+    """One task's share of an `ObjectiveHeadroom`; every figure is a ratio of sums over the task's defined contexts."""
+
+    num_contexts: int
+    arm_gap_closed: Mapping[str, float]
+    best_fixed_arm: str
+    split_half_oracle: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class ObjectiveHeadroom:
+    """GapClosed when one arm is taken per context, or per merge.
+
+    `num_units` counts what one arm is chosen for. `split_half_oracle` chooses on one half and is scored on the other;
+    `maximum` chooses and scores on the same items and is inflated by noise. `gain` is the oracle minus `best_fixed`,
+    the arm that is best over all contexts; `gain_interval` is its 95 % interval when checkpoints are resampled, that
+    arm kept (None when no resample holds a pair). `arm_win_share` is the share of units in which an arm leads the
+    runner-up by two paired standard errors.
+    """
+
+    num_units: int
+    best_fixed_arm: str
+    best_fixed: float
+    split_half_oracle: float
+    maximum: float
+    gain: float
+    gain_interval: tuple[float, float] | None
+    split_half_oracle_mean_ratio: float
+    arm_win_share: Mapping[str, float]
+    tasks: Mapping[str, TaskHeadroom]
+
+
+@dataclass(frozen=True)
+class HeadroomReport:
+    """`arm_gap_closed` and `arm_mean_ratio` are of one arm taken everywhere, so they belong to both objectives."""
+
+    num_contexts: int
+    num_defined: int
+    num_checkpoints: int
+    min_items: int
+    arm_gap_closed: Mapping[str, float]
+    arm_mean_ratio: Mapping[str, float]
+    per_context: ObjectiveHeadroom
+    per_merge: ObjectiveHeadroom
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers."""
+        content = asdict(self)
+        for objective in ("per_context", "per_merge"):
+            interval = content[objective]["gain_interval"]
+            content[objective]["gain_interval"] = None if interval is None else list(interval)
+        return content
+
+
+def headroom(contexts: Sequence[Context], num_resamples: int = 2000, seed: int = 0) -> HeadroomReport:
+    """All statistics of a set of contexts; raises `InputError` when none of them is defined."""
+    arms = _checked_arms(contexts)
+    gaps = [gap for gap in (_gap(context, arms) for context in contexts) if gap is not None]
+    if not gaps:
+        raise InputError(
+            f"none of the {len(contexts)} contexts has parents that differ by {MIN_GAP} and by "
+            f"{NUM_STANDARD_ERRORS:g} standard errors, so GapClosed is not defined"
+        )
+    fixed = {arm: np.array([gap.closed[k] for gap in gaps]) for k, arm in enumerate(arms)}
+    arm_gap_closed = {arm: _mean_over_tasks(gaps, closed) for arm, closed in fixed.items()}
+    best_fixed_arm = max(arms, key=lambda arm: arm_gap_closed[arm])
+    merges: dict[tuple[str, str], list[int]] = {}
+    for i, gap in enumerate(gaps):
+        merges.setdefault(gap.checkpoints, []).append(i)
+
+    def objective(units: Sequence[Sequence[int]]) -> ObjectiveHeadroom:
+        return _objective(gaps, arms, fixed, best_fixed_arm, units, num_resamples, seed)
+
+    return HeadroomReport(
+        num_contexts=len(contexts),
+        num_defined=len(gaps),
+        num_checkpoints=len({name for context in contexts for name in (context.left, context.right)}),
+        min_items=min(len(context.left_items) for context in contexts),
+        arm_gap_closed=arm_gap_closed,
+        arm_mean_ratio={arm: _mean_ratio(gaps, closed) for arm, closed in fixed.items()},
+        per_context=objective([[i] for i in range(len(gaps))]),
+        per_merge=objective(list(merges.values())),
+    )
+
+
+def gap_closed(contexts: Sequence[Context], chosen_arms: Sequence[str]) -> float | None:
+    """Headline GapClosed of any policy, the arm that it took for each context in order; None where none is defined."""
+    arms = _checked_arms(contexts)
+    gaps, closed = [], []
+    for context, arm in zip(contexts, chosen_arms, strict=True):
+        if arm not in arms:
+            raise InputError(f"unknown arm {arm!r} for {context.left} + {context.right}; known: {list(arms)}")
+        if (gap := _gap(context, arms)) is not None:
+            gaps.append(gap)
+            closed.append(gap.closed[arms.index(arm)])
+    return _mean_over_tasks(gaps, np.array(closed)) if gaps else None
+
+
+@dataclass(frozen=True)
+class DefinedGaps:
+    """The D defined ones of a set of contexts.
+
+    rows: (D,) their indices. tasks: (D,). closed: (D, K) numerators of GapClosed per arm. gap: (D,) denominators.
+    """
+
+    rows: np.ndarray
+    tasks: tuple[str, ...]
+    closed: np.ndarray
+    gap: np.ndarray
+
+
+def defined_gaps(contexts: Sequence[Context], arms: Sequence[str]) -> DefinedGaps:
+    """Numerators and denominators of GapClosed for all arms, from which that of any policy follows; D may be 0."""
+    found = [(row, gap) for row, gap in enumerate(_gap(context, arms) for context in contexts) if gap is not None]
+    return DefinedGaps(
+        rows=np.array([row for row, _ in found], dtype=np.int64),
+        tasks=tuple(gap.task for _, gap in found),
+        closed=np.array([gap.closed for _, gap in found]).reshape(len(found), len(arms)),
+        gap=np.array([gap.gap for _, gap in found]),
+    )
+
+
+@dataclass(frozen=True)
+class PolicyGain:
+    """GapClosed of a policy beside a reference policy, their difference, and its 95 % interval over checkpoints."""
+
+    policy: float
+    reference: float
+    gain: float
+    gain_interval: tuple[float, float] | None
+
+
+def policy_gain(
+    contexts: Sequence[Context],
+    chosen_arms: Sequence[str],
+    reference_arms: Sequence[str],
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> PolicyGain:
+    """Compare two policies, each the arm that it took for every context in order, on the defined contexts.
+
+    Raises:
+        InputError: no context is defined, or an arm is unknown.
+    """
+    arms = _checked_arms(contexts)
+    for arm in (*chosen_arms, *reference_arms):
+        if arm not in arms:
+            raise InputError(f"unknown arm {arm!r}; known: {list(arms)}")
+    rows = [(_gap(c, arms), a, b) for c, a, b in zip(contexts, chosen_arms, reference_arms, strict=True)]
+    gaps = [gap for gap, _, _ in rows if gap is not None]
+    if not gaps:
+        raise InputError("GapClosed is defined in none of the contexts")
+    policy = np.array([gap.closed[arms.index(a)] for gap, a, _ in rows if gap is not None])
+    reference = np.array([gap.closed[arms.index(b)] for gap, _, b in rows if gap is not None])
+
+    policy_figure, reference_figure = _mean_over_tasks(gaps, policy), _mean_over_tasks(gaps, reference)
+    return PolicyGain(
+        policy=policy_figure,
+        reference=reference_figure,
+        gain=policy_figure - reference_figure,
+        gain_interval=_bootstrap_interval(gaps, policy - reference, num_resamples, seed),
+    )
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """One defined direction: per arm the GapClosed on the choosing half, and the numerator on the scoring half."""
+
+    choosing_ratio: np.ndarray  # (num_arms,)
+    choosing_gap: float
+    closed: np.ndarray  # (num_arms,)
+    gap: float
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """A defined context: numerators per arm and denominator of GapClosed, averaged over the defined directions."""
+
+    checkpoints: tuple[str, str]  # sorted, so that the order of the parents does not matter
+    task: str
+    directions: tuple[_Direction | None, _Direction | None]
+    closed: np.ndarray  # (num_arms,)
+    gap: float
+    items: np.ndarray  # (num_arms, num_items)
+
+    @property
+    def choosing_gap(self) -> float:
+        return float(np.mean([direction.choosing_gap for direction in self.directions if direction is not None]))
+
+
+def _checked_arms(contexts: Sequence[Context]) -> tuple[str, ...]:
+    if not contexts:
+        raise InputError("no contexts: headroom needs at least one pair with the utilities of its merges")
+    arms = tuple(contexts[0].arms)
+    if not arms:
+        raise InputError(f"{_name(contexts[0])} has no arms")
+    for context in contexts:
+        if set(context.arms) != set(arms):
+            raise InputError(f"{_name(context)} has arms {sorted(context.arms)}, the first context {sorted(arms)}")
+        shape = np.shape(context.left_items)
+        if len(shape) != 1 or shape[0] < 4:
+            raise InputError(f"{_name(context)} has items of shape {shape}; both halves need at least two items")
+        for what, items in (("right parent", context.right_items), *context.arms.items()):
+            if np.shape(items) != shape:
+                raise InputError(f"{_name(context)}: {what} has items of shape {np.shape(items)}, the left {shape}")
+        if not all(np.isfinite(items).all() for items in _all_items(context)):
+            raise InputError(f"{_name(context)} has a utility that is not a finite number")
+    return arms
+
+
+def _name(context: Context) -> str:
+    return f"context {context.left} + {context.right} on {context.task}"
+
+
+def _all_items(context: Context) -> list[np.ndarray]:
+    return [context.left_items, context.right_items, *context.arms.values()]
+
+
+def _gap(context: Context, arms: Sequence[str]) -> _Gap | None:
+    items = np.array([context.arms[arm] for arm in arms], dtype=np.float64)
+    parents = np.array([context.left_items, context.right_items], dtype=np.float64)
+    halves = (_HALVES, _HALVES[::-1])
+    directions = tuple(_direction(items, parents, choosing, scoring) for choosing, scoring in halves)
+    defined = [direction for direction in directions if direction is not None]
+    gap = float(np.mean([direction.gap for direction in defined])) if defined else 0.0
+    if gap <= 0:
+        return None
+    first, second = sorted((context.left, context.right))
+    return _Gap(
+        checkpoints=(first, second),
+        task=context.task,
+        directions=(directions[0], directions[1]),
+        closed=np.mean([direction.closed for direction in defined], axis=0),
+        gap=gap,
+        items=items,
+    )
+
+
+def _direction(items: np.ndarray, parents: np.ndarray, choosing: slice, scoring: slice) -> _Direction | None:
+    lead, standard_error = _paired(parents[0, choosing] - parents[1, choosing])
+    if abs(lead) < max(MIN_GAP, NUM_STANDARD_ERRORS * standard_error):
+        return None
+    expert, auxiliary = parents if lead > 0 else parents[::-1]
+    floor = auxiliary[scoring].mean()
+    return _Direction(
+        choosing_ratio=(items[:, choosing].mean(axis=1) - auxiliary[choosing].mean()) / abs(lead),
+        choosing_gap=abs(lead),
+        closed=items[:, scoring].mean(axis=1) - floor,
+        gap=float(expert[scoring].mean() - floor),
+    )
+
+
+def _paired(differences: np.ndarray) -> tuple[float, float]:
+    """Mean of paired differences and its standard error."""
+    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(len(differences)))
+
+
+def _objective(
+    gaps: Sequence[_Gap],
+    arms: Sequence[str],
+    fixed: Mapping[str, np.ndarray],
+    best_fixed_arm: str,
+    units: Sequence[Sequence[int]],
+    num_resamples: int,
+    seed: int,
+) -> ObjectiveHeadroom:
+    """`units` lists the contexts (indices into `gaps`) for which one and the same arm is taken."""
+    oracle, maximum = np.empty(len(gaps)), np.empty(len(gaps))
+    num_wins = np.zeros(len(arms))
+    for unit in units:
+        members = [gaps[i] for i in unit]
+        oracle[unit] = _split_half(members)
+        pooled = np.mean([member.closed / member.choosing_gap for member in members], axis=0)
+        maximum[unit] = [_over(_best(pooled), member.closed) for member in members]
+        winner = _clear_winner(members)
+        if winner is not None:
+            num_wins[winner] += 1
+
+    best_fixed, split_half_oracle = (_mean_over_tasks(gaps, closed) for closed in (fixed[best_fixed_arm], oracle))
+    return ObjectiveHeadroom(
+        num_units=len(units),
+        best_fixed_arm=best_fixed_arm,
+        best_fixed=best_fixed,
+        split_half_oracle=split_half_oracle,
+        maximum=_mean_over_tasks(gaps, maximum),
+        gain=split_half_oracle - best_fixed,
+        gain_interval=_bootstrap_interval(gaps, oracle - fixed[best_fixed_arm], num_resamples, seed),
+        split_half_oracle_mean_ratio=_mean_ratio(gaps, oracle),
+        arm_win_share=dict(zip(arms, (num_wins / len(units)).tolist(), strict=True)),
+        tasks=_per_task(gaps, fixed, oracle, maximum),
+    )
+
+
+def _split_half(members: Sequence[_Gap]) -> list[float]:
+    """Numerator of each member when the arm of all of them is chosen on one half and scored on the other."""
+    scores: list[list[float]] = [[] for _ in members]
+    for side in (0, 1):
+        directions = [member.directions[side] for member in members]
+        ratios = [direction.choosing_ratio for direction in directions if direction is not None]
+        if not ratios:
+            continue
+        best = _best(np.mean(ratios, axis=0))
+        for score, direction in zip(scores, directions, strict=True):
+            if direction is not None:
+                score.append(_over(best, direction.closed))
+    return [float(np.mean(score)) for score in scores]
+
+
+def _best(values: np.ndarray) -> np.ndarray:
+    """Indices of the best arms: tied arms are averaged, so that their order in the table decides nothing."""
+    return np.flatnonzero(values >= values.max() - 1e-12)
+
+
+def _over(best: np.ndarray, values: np.ndarray) -> float:
+    return float(values[best].mean())
+
+
+def _clear_winner(members: Sequence[_Gap]) -> int | None:
+    """The arm that leads the runner-up by two paired standard errors, pooled over the members, if there is one."""
+    if len(members[0].items) == 1:
+        return None
+    means = np.mean([member.items.mean(axis=1) / member.choosing_gap for member in members], axis=0)
+    runner_up, winner = np.argsort(means, kind="stable")[-2:]
+    leads = [_paired(member.items[winner] - member.items[runner_up]) for member in members]
+    scaled = np.array(leads) / np.array([[member.choosing_gap] for member in members])
+    lead = scaled[:, 0].mean()
+    standard_error = np.sqrt((scaled[:, 1] ** 2).sum()) / len(members)
+    return int(winner) if lead > 0 and lead >= NUM_STANDARD_ERRORS * standard_error else None
+
+
+def _mean_over_tasks(gaps: Sequence[_Gap], closed: np.ndarray) -> float:
+    """Ratio of sums per task, then the mean over tasks."""
+    rows_of_tasks = _rows_by_task(gaps).values()
+    return float(np.mean([closed[rows].sum() / sum(gaps[i].gap for i in rows) for rows in rows_of_tasks]))
+
+
+def _mean_ratio(gaps: Sequence[_Gap], closed: np.ndarray) -> float:
+    return float(np.mean([value / gap.gap for value, gap in zip(closed, gaps, strict=True)]))
+
+
+def _rows_by_task(gaps: Sequence[_Gap]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for i, gap in enumerate(gaps):
+        rows.setdefault(gap.task, []).append(i)
+    return dict(sorted(rows.items()))
+
+
+def _per_task(
+    gaps: Sequence[_Gap], fixed: Mapping[str, np.ndarray], oracle: np.ndarray, maximum: np.ndarray
+) -> dict[str, TaskHeadroom]:
+    tasks = {}
+    for task, rows in _rows_by_task(gaps).items():
+        of_task = [gaps[i] for i in rows]
+        arm_gap_closed = {arm: _mean_over_tasks(of_task, closed[rows]) for arm, closed in fixed.items()}
+        tasks[task] = TaskHeadroom(
+            num_contexts=len(rows),
+            arm_gap_closed=arm_gap_closed,
+            best_fixed_arm=max(arm_gap_closed, key=lambda arm: arm_gap_closed[arm]),
+            split_half_oracle=_mean_over_tasks(of_task, oracle[rows]),
+            maximum=_mean_over_tasks(of_task, maximum[rows]),
+        )
+    return tasks
+
+
+def _bootstrap_interval(
+    gaps: Sequence[_Gap], gains: np.ndarray, num_resamples: int, seed: int
+) -> tuple[float, float] | None:
+    """95 % percentile interval of the headline of `gains` (numerators) when checkpoints are drawn with replacement.
+
+    A pair weighs the product of how often its two checkpoints were drawn: pairs that share one are not independent.
+    A resample counts the tasks that it holds; None when no resample holds a pair at all.
+    """
+    checkpoints = sorted({name for gap in gaps for name in gap.checkpoints})
+    pairs = np.array([[checkpoints.index(name) for name in gap.checkpoints] for gap in gaps])
+    num = len(checkpoints)
+    drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=num_resamples)
+    weights = (drawn[:, pairs[:, 0]] * drawn[:, pairs[:, 1]]).astype(np.float64)
+    rows_of_tasks = list(_rows_by_task(gaps).values())
+    totals = np.array([weights[:, rows] @ np.array([gaps[i].gap for i in rows]) for rows in rows_of_tasks])
+    numerators = np.array([weights[:, rows] @ gains[rows] for rows in rows_of_tasks])
+    held = totals > 0
+    ratios = np.divide(numerators, totals, out=np.zeros_like(totals), where=held)
+    any_held = held.any(axis=0)
+    if not any_held.any():
+        return None
+    values = ratios.sum(axis=0)[any_held] / held.sum(axis=0)[any_held]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,268 @@
+"""What a search measures: the merges, the tasks, the settings, and which labels are missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.errors import ConfigError, InputError, LabelError, TaskError, unknown_name
+from simmerge_ray.base.storage import versions
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files
+from simmerge_ray.merging.engine.fallbacks import SPHERICAL, all_linear
+from simmerge_ray.plans.operators.specs import parse_arms
+from simmerge_ray.plans.plan import MergePlan, pair_plans, plan_from_json, resolve_plan
+from simmerge_ray.search.evaluation import EvaluationTask
+from simmerge_ray.search.labels import (
+    EvaluationSettings,
+    Infeasible,
+    LabeledPlan,
+    LabelStore,
+    Measured,
+    Outcome,
+    label_key,
+    used_digests,
+)
+from simmerge_ray.search.objectives import Objective, parse_objective
+from simmerge_ray.search.space import SearchSpace, make_space
+
+_MAX_MODEL_LEN = 4096
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan, and the tasks whose labels are missing.
+
+    rivals: plans that may turn out to be the same merge, with labels (there, or made by this search) for these tasks.
+    num_shards: parts of the items after each of which the trial may be stopped.
+    """
+
+    plan: MergePlan
+    tasks: tuple[str, ...]
+    rivals: tuple[MergePlan, ...] = ()
+    num_shards: int = 1
+
+    def to_text(self) -> str:
+        """JSON text that `from_text` reads: a trial on its way to an actor."""
+        rivals = [rival.to_json() for rival in self.rivals]
+        return json.dumps([self.plan.to_json(), self.tasks, rivals, self.num_shards])
+
+    @staticmethod
+    def from_text(text: str) -> Trial:
+        plan, tasks, rivals, num_shards = json.loads(text)
+        return Trial(plan_from_json(plan), tuple(tasks), tuple(plan_from_json(one) for one in rivals), num_shards)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all trials of a search share; small enough to send to every actor."""
+
+    catalogue: Catalogue
+    tasks: Mapping[str, EvaluationTask]
+    config: SearchConfig
+    settings: EvaluationSettings
+    digests: Mapping[str, str]
+    labels_uri: str
+    objectives: tuple[Objective, ...]
+    space: SearchSpace | None = None
+
+    @property
+    def template(self) -> CheckpointRef:
+        """An engine is started on this checkpoint, and checked by a swap to `other`."""
+        return self.catalogue.base or self.catalogue.checkpoints[0]
+
+    @property
+    def other(self) -> CheckpointRef:
+        return self.catalogue.checkpoints[-1]
+
+    def key(self, plan: MergePlan, task: str) -> str:
+        """Key of the label of a plan."""
+        return label_key(plan, self.tasks[task].digest, self.settings, self._used(plan))
+
+    def label(
+        self, plan: MergePlan, task: str, outcome: Outcome, seconds: float, same_as: MergePlan | None = None
+    ) -> LabeledPlan:
+        """A label with everything that it depends on."""
+        return LabeledPlan(
+            plan=plan,
+            task=task,
+            task_digest=self.tasks[task].digest,
+            outcome=outcome,
+            settings=self.settings,
+            checkpoints=self._used(plan),
+            seconds=seconds,
+            versions=versions(),
+            same_as=same_as.label if same_as else None,
+        )
+
+    def _used(self, plan: MergePlan) -> dict[str, str]:
+        return used_digests(plan, self.digests, self.catalogue.base.id if self.catalogue.base else None)
+
+    def labels(self) -> dict[MergePlan, dict[str, LabeledPlan]]:
+        """The labels in the store that this study would make itself (same contents, items and settings), by plan and
+        task."""
+        known = {ref.id for ref in self.catalogue.all_refs}
+        found: dict[MergePlan, dict[str, LabeledPlan]] = {}
+        for label in LabelStore(self.labels_uri).read():
+            ours = label.task in self.tasks and set(label.plan.members) <= known
+            if ours and self.key(label.plan, label.task) == label.key:
+                found.setdefault(label.plan, {})[label.task] = label
+        return found
+
+    def values(self, utilities: Mapping[str, float]) -> tuple[float, ...]:
+        """Values of the objectives; in a grid, where a merge has its members' tasks only, the mean of those."""
+        if self.space is None:
+            return (sum(utilities.values()) / len(utilities),)
+        return tuple(objective.value(utilities) for objective in self.objectives)
+
+    def tasks_of(self, plan: MergePlan) -> tuple[str, ...]:
+        """The tasks that a plan is evaluated on: its members' own tasks, all tasks for a checkpoint as it is and for
+        members without one; in a search for the best merge those of its objectives."""
+        if self.space is not None:
+            needed = [objective.tasks for objective in self.objectives]
+            named = sorted({task for tasks in needed if tasks is not None for task in tasks})
+            return tuple(sorted(self.tasks)) if None in needed else tuple(named)
+        every_task = tuple(sorted(self.tasks))
+        return every_task if plan.source is not None else (plan_tasks(plan, self.catalogue) or every_task)
+
+
+def prepare_study(
+    catalogue: Catalogue, tasks: Mapping[str, EvaluationTask], config: SearchConfig, labels_uri: str
+) -> Study:
+    """Check everything that can be checked before an engine exists.
+
+    Raises:
+        InputError: one of what cannot be used, or a `ConfigError` with all of it.
+    """
+    problems: list[str] = []
+    context = _collected(problems, lambda: _context_limit(catalogue, config.max_model_len))
+    objectives = _collected(problems, lambda: [parse_objective(text, tasks) for text in config.objectives])
+    _collected(problems, lambda: parse_arms(config.arms))
+    space = None
+    if config.budget is not None:
+        space = _collected(problems, lambda: make_space(catalogue, config))
+    else:
+        _collected(problems, lambda: _check_pairs(catalogue, tasks, config))
+    if context is not None:
+        _collected(problems, lambda: check_lengths(tasks, catalogue, context))
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+    assert context is not None and objectives is not None
+    settings = EvaluationSettings(config.evaluator, config.dtype, context)
+    return Study(catalogue, dict(tasks), config, settings, catalogue.digests(), labels_uri, tuple(objectives), space)
+
+
+def _collected(problems: list[str], check: Callable[[], Found]) -> Found | None:
+    try:
+        return check()
+    except InputError as error:
+        problems.append(str(error))
+        return None
+
+
+def _check_pairs(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask], config: SearchConfig) -> None:
+    own_tasks = {task for task in catalogue.own_task.values() if task}
+    if absent := sorted(own_tasks - set(tasks)):
+        raise TaskError(unknown_name("task", absent[0], tasks))
+    for pair in config.exclude:
+        for checkpoint_id in pair:
+            catalogue.ref(checkpoint_id)
+    if not _pairs(catalogue, config):
+        raise LabelError(f"the catalogue has no {config.pairs} pairs; give its checkpoints a 'task', or use pairs: all")
+
+
+def _pairs(catalogue: Catalogue, config: SearchConfig) -> list[tuple[str, str]]:
+    excluded = {frozenset(pair) for pair in config.exclude}
+    return [pair for pair in catalogue.pairs(config.pairs) if frozenset(pair) not in excluded]
+
+
+def grid_trials(study: Study, plans: Sequence[MergePlan] | None = None) -> list[Trial]:
+    """The trials whose labels are missing: every checkpoint and the base on every task, then pairs x arms on their
+    parents' own tasks. With `plans`: these and their parents, on the plans' tasks.
+
+    Raises:
+        OperatorError, PlanError: a plan that the catalogue cannot make.
+    """
+    catalogue, config = study.catalogue, study.config
+    if plans is None:
+        needed = [(MergePlan(source=ref.id), study.tasks_of(MergePlan(source=ref.id))) for ref in catalogue.all_refs]
+        merges = pair_plans(_pairs(catalogue, config), parse_arms(config.arms))
+        needed += [(plan, study.tasks_of(plan)) for plan in merges]
+    else:
+        needed = [(plan, study.tasks_of(plan)) for plan in plans]
+        parents = dict.fromkeys((member, names) for plan, names in needed for member in plan.members)
+        needed += [(MergePlan(source=member), names) for member, names in parents]
+        needed = list(dict.fromkeys(needed))
+    for plan, _ in needed:
+        resolve_plan(plan, catalogue)
+    rivals = _rivals(needed)
+    final = Measured if config.retry_infeasible else (Measured, Infeasible)
+    known = {label.key for label in LabelStore(study.labels_uri).read() if isinstance(label.outcome, final)}
+    trials = []
+    for plan, names in needed:
+        if missing := tuple(task for task in names if study.key(plan, task) not in known):
+            trials.append(Trial(plan, missing, rivals.get(plan.id, ())))
+    return trials
+
+
+def _rivals(needed: Sequence[tuple[MergePlan, Sequence[str]]]) -> dict[str, tuple[MergePlan, ...]]:
+    """By the id of a plan with spherical steps: those that it may equal if they fall back, with labels for its tasks.
+
+    Those with fewer spherical steps come first, then those that stand before it, so that no two wait for each other.
+    """
+    groups: dict[str, list[tuple[int, int, MergePlan, set[str]]]] = {}
+    for number, (plan, names) in enumerate(needed):
+        if plan.steps:
+            spherical = sum(step.arm.operator in SPHERICAL for step in plan.steps)
+            groups.setdefault(all_linear(plan).id, []).append((spherical, number, plan, set(names)))
+    found = {}
+    for group in groups.values():
+        group.sort(key=lambda one: one[:2])
+        for place, (_, _, plan, tasks) in enumerate(group):
+            before = [other for _, _, other, theirs in group[:place] if tasks <= theirs and other.id != plan.id]
+            found[plan.id] = tuple(before)
+    return found
+
+
+def _context_limit(catalogue: Catalogue, requested: int | None) -> int:
+    template = catalogue.base or catalogue.checkpoints[0]
+    own = context_limit(template) or _MAX_MODEL_LEN
+    if requested is not None and requested > own:
+        raise ConfigError(f"max_model_len is {requested}; the checkpoints' own limit is {own} tokens")
+    return requested or min(own, _MAX_MODEL_LEN)
+
+
+def check_lengths(tasks: Mapping[str, EvaluationTask], catalogue: Catalogue, max_model_len: int) -> None:
+    """Refuse items whose prompt and answer do not fit an engine.
+
+    Raises:
+        TaskError: with the longest item of every such task.
+    """
+    from transformers import AutoTokenizer
+
+    template = catalogue.base or catalogue.checkpoints[0]
+    with local_files(template) as directory:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    problems = []
+    for name, task in tasks.items():
+        try:
+            num_tokens, number = task.longest(tokenizer)
+        except TaskError as error:
+            problems.append(str(error))
+            continue
+        if num_tokens > max_model_len:
+            problems.append(
+                f"task {name!r}, item {number}: prompt and answer take {num_tokens} tokens, "
+                f"the engine holds {max_model_len} (max_model_len)"
+            )
+    if problems:
+        raise TaskError("\n  ".join(problems))
+
+
+def plan_tasks(plan: MergePlan, catalogue: Catalogue) -> tuple[str, ...]:
+    """The own tasks of a plan's members, sorted."""
+    return tuple(sorted({task for member in plan.members if (task := catalogue.own_task.get(member))}))

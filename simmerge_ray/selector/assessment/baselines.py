@@ -1,0 +1,150 @@
+"""Choices that need no model of the signals, or less of them: what a selector has to beat.
+
+Each row of `BASELINES` gives scores (num tested, K + 2) for the arms and both parents from the training rows alone; the
+same rule as for a selector makes choices of them (`evaluation.shares_of`). Those that need a trained model on other
+features are data sets of their own: `single_checkpoint_features`, `parents_utilities`, `permuted_signals`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from simmerge_ray.base.errors import LabelError, PlanError
+from simmerge_ray.plans.operators.specs import Arm
+from simmerge_ray.plans.plan import MergePlan, fold_plan
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.evaluation import GAP_CLOSED, Scoring, keeping_no_parent, option_utilities, units_of
+from simmerge_ray.signals.features import column_signal
+
+Rows = Sequence[int]
+Policy = Callable[[SelectionDataset, Scoring, Rows, Rows], np.ndarray]
+SCALE_MATCHED = "scale_matched_linear"
+_STUMP_QUANTILES = np.linspace(0.1, 0.9, 9)
+
+
+def best_fixed_arm(dataset: SelectionDataset) -> str:
+    """The one arm that closes most of the gap over all contexts; by mean utility where no gap is defined."""
+    return dataset.arms[Scoring.of(dataset.contexts, dataset.arms).best_fixed(len(dataset.arms))]
+
+
+def uniform_gap_closed(dataset: SelectionDataset) -> float | None:
+    """Expected GapClosed of an arm drawn at random for every context: the mean over the fixed arms."""
+    scoring = Scoring.of(dataset.contexts, dataset.arms)
+    return None if scoring.unit != GAP_CLOSED else float(scoring.fixed()[: len(dataset.arms)].mean())
+
+
+def _always(index: int, num_arms: int, num_rows: int) -> np.ndarray:
+    return keeping_no_parent(np.tile(np.eye(num_arms)[index], (num_rows, 1)))
+
+
+def uniform(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
+    """An arm drawn at random: all tied."""
+    return keeping_no_parent(np.zeros((len(tested), len(dataset.arms))))
+
+
+def best_fixed(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
+    """The arm that closes most of the gap on the training rows."""
+    return _always(scoring.among(training).best_fixed(len(dataset.arms)), len(dataset.arms), len(tested))
+
+
+def best_fixed_per_task(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
+    """Mean training utility of each arm on the task; over all tasks for one that was not trained on."""
+    means = {"": dataset.utilities[list(training)].mean(0)}
+    for task in {dataset.contexts[row].task for row in training}:
+        means[task] = dataset.utilities[[row for row in training if dataset.contexts[row].task == task]].mean(0)
+    return keeping_no_parent(np.array([means.get(dataset.contexts[row].task, means[""]) for row in tested]))
+
+
+def better_parent(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
+    """No merge: the parent with the higher measured utility. Chosen on the items it is scored on: an advantage."""
+    parents = option_utilities([dataset.contexts[row] for row in tested], dataset.arms)[:, -2:]
+    return np.hstack([np.full((len(tested), len(dataset.arms)), -np.inf), parents])
+
+
+def signal_stump(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
+    """The one signal and threshold whose two arms, one for each side, have the highest mean training utility.
+
+    A signal of a pair is the mean, or the larger, of its values in both orders.
+    """
+    values = np.concatenate([dataset.features.mean(1), dataset.features.max(1)], axis=1)
+    known, answers = values[list(training)], dataset.utilities[list(training)]
+    thresholds = np.quantile(known, _STUMP_QUANTILES, axis=0)
+    above = (known[None] > thresholds[:, None]).reshape(len(thresholds), len(known), -1)
+    high = np.einsum("tnf,nk->tfk", above.astype(np.float64), answers)
+    low = answers.sum(0) - high
+    total = high.max(-1) + low.max(-1)
+    where = np.unravel_index(int(total.argmax()), total.shape)
+    side = values[list(tested), where[1]] > thresholds[where]
+    arms = np.where(side, high[where].argmax(), low[where].argmax())
+    return keeping_no_parent(np.eye(len(dataset.arms))[arms])
+
+
+def _fixed(label: str, what: str) -> Policy:
+    def policy(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
+        if label not in dataset.arms:
+            raise LabelError(f"{what}: the arm {label!r} was not measured; known: {', '.join(dataset.arms)}")
+        return _always(dataset.arms.index(label), len(dataset.arms), len(tested))
+
+    return policy
+
+
+BASELINES: Mapping[str, Policy] = {
+    "uniform": uniform,
+    "best fixed": best_fixed,
+    "best fixed per task": best_fixed_per_task,
+    "better parent": better_parent,
+    "single-signal stump": signal_stump,
+    "equal-weight linear": _fixed("linear", "the equal-weight average"),
+    "scale-matched linear": _fixed(SCALE_MATCHED, "the average of task vectors brought to one norm"),
+}
+
+
+def single_checkpoint_features(dataset: SelectionDataset) -> SelectionDataset:
+    """Only what is known of each checkpoint alone (norm of its task vector, entropy, loss), nothing of the pair.
+
+    Raises:
+        LabelError: there is no such feature.
+    """
+    kept = [i for i, column in enumerate(dataset.columns) if column_signal(column).family == "single"]
+    if not kept:
+        raise LabelError("the signals have no feature of a single checkpoint")
+    return replace(dataset, columns=tuple(dataset.columns[i] for i in kept), features=dataset.features[:, :, kept])
+
+
+def parents_utilities(dataset: SelectionDataset) -> SelectionDataset:
+    """Only the measured utilities of both parents on the task: what an evaluation of the parents alone would say."""
+    parents = option_utilities(dataset.contexts, dataset.arms)[:, -2:]
+    features = np.stack([parents, parents[:, ::-1]], axis=1)
+    return replace(dataset, columns=("utility_left", "utility_right"), features=features)
+
+
+def permuted_signals(dataset: SelectionDataset, training: Rows, seed: int) -> SelectionDataset:
+    """Negative control: in the training rows each pair gets the signals of another one, drawn at random."""
+    position = {row: index for index, row in enumerate(training)}
+    units = units_of([dataset.contexts[row] for row in position], per_merge=True)
+    order = np.random.default_rng([seed, len(units)]).permutation(len(units))
+    rows, features = list(position), dataset.features.copy()
+    for unit, other in zip(units, order, strict=True):
+        for place, row in enumerate(unit):
+            features[rows[row]] = dataset.features[rows[units[other][place % len(units[other])]]]
+    return replace(dataset, features=features)
+
+
+def expert_plan(
+    utilities: Mapping[str, float], arm: Arm, expert_last: bool = True, weighting: str = "equal"
+) -> MergePlan:
+    """k-way plan that merges the checkpoints in the order of their own utility: the expert last, or first.
+
+    Args:
+        utilities: of each member on the task, at least two. With weighting `halving` the last member counts half.
+
+    Raises:
+        PlanError: fewer than two members, or an unknown weighting.
+    """
+    if len(utilities) < 2:
+        raise PlanError(f"a merge needs two checkpoints or more, got {sorted(utilities) or 'none'}")
+    order = sorted(utilities, key=lambda name: (utilities[name], name), reverse=not expert_last)
+    return fold_plan(order, [arm] * (len(order) - 1), weighting)

@@ -1,0 +1,334 @@
+"""What a selector can do and what it rests on: all splits, ablations, feature importance, calibration, as plain JSON.
+
+Only the headline split is run with the whole ensembles of the config. The other splits, the ablations and the
+importance compare many models with each other, all of the same smaller size (`small_config`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import InputError, LabelError
+from simmerge_ray.search.headroom import headroom
+from simmerge_ray.selector.assessment.baselines import best_fixed
+from simmerge_ray.selector.assessment.crossval import ONE_MODEL_UNSEEN, Progress, bench_of, crossval_report
+from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.evaluation import Bench, keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.splits import (
+    Fold,
+    base_folds,
+    checkpoint_folds,
+    domain_folds,
+    pairs_of,
+    random_pair_folds,
+)
+from simmerge_ray.selector.models.model import FittedModel
+from simmerge_ray.signals.features import column_signal
+
+RANDOM_PAIR, UNSEEN_BASE, UNSEEN_DOMAIN = "random pair", "unseen model and base", "unseen domain"
+ALL_SIGNALS = "all signals"
+NUM_PERMUTATIONS = 5
+SHOWN_SIGNALS = (
+    "kl_lr_mean", "activation_cosine_mean", "attention_cosine_mean", "weight_cosine_global", "weight_l2_global",
+    "task_vector_cosine_global",
+)  # fmt: skip
+_NUM_BINS = 10
+_NUM_INNER_FOLDS = 6
+
+
+def small_config(config: TrainConfig) -> TrainConfig:
+    """For models that are only compared with each other."""
+    return config.model_copy(
+        update={"num_members": min(2, config.num_members), "num_trees": max(1, config.num_trees // 4)}
+    )
+
+
+def assess(
+    dataset: SelectionDataset,
+    config: TrainConfig,
+    base_of: Mapping[str, str] | None = None,
+    report: Progress | None = None,
+    column_sets: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """All that the report of a training says.
+
+    Args:
+        base_of: base of each checkpoint; None takes all for one base's. column_sets: columns that are delivered by a
+            propagator, by name, for the ablation.
+
+    Returns:
+        `splits`: `crossval_report` by split, predictions of the headline split alone; a `reason` instead where a split
+        is not possible. `headline`: name of that split. `ablations`, `importance`, `calibration`: on it, or a `reason`.
+        `headroom`. `signals`: the scaled means of some signals by context, beside `utilities` (N, K).
+    """
+    known = base_of or {}
+    names = sorted({name for pair in pairs_of(dataset.contexts) for name in pair})
+    bases = [known.get(name, "") for name in names]
+    splits = _splits(dataset, config, known if len(set(bases)) > 1 else None)
+    headline = UNSEEN_BASE if len(set(bases)) > 1 else ONE_MODEL_UNSEEN
+    variants = _variants(dataset, config, column_sets or {})
+    tell = _Steps(report, len(splits) + len(variants) + 1)
+    result: dict[str, Any] = {
+        "num_contexts": len(dataset.contexts),
+        "num_pairs": len(units_of(dataset.contexts, per_merge=True)),
+        "num_checkpoints": len(names),
+        "bases": {base: bases.count(base) for base in sorted(set(bases))},
+        "tasks": sorted({context.task for context in dataset.contexts}),
+        "arms": list(dataset.arms),
+        "model": config.model,
+        "task_encoding": config.task_encoding,
+        "headline": headline,
+        "small": {"num_members": small_config(config).num_members, "num_trees": small_config(config).num_trees},
+    }
+    try:
+        result["headroom"] = headroom(dataset.contexts).to_json()
+    except InputError as error:
+        result["headroom"] = {"reason": str(error)}
+    result["splits"] = {}
+    for name, folds in splits.items():
+        result["splits"][name] = _split_report(dataset, config, base_of, name, folds, name == headline)
+        tell.one_more()
+    shown = [i for i, column in enumerate(dataset.columns) if column in SHOWN_SIGNALS]
+    result["signals"] = {dataset.columns[i]: dataset.features[:, :, i].mean(1).tolist() for i in shown}
+    result["utilities"] = dataset.utilities.tolist()
+    main = result["splits"][headline]
+    if "reason" in main:
+        reason = {"reason": main["reason"]}
+        return result | {"ablations": reason, "importance": reason, "calibration": reason}
+    folds = splits[headline]
+    assert not isinstance(folds, str)  # else the split would have a reason
+    result["calibration"] = calibration(
+        np.array([row["predicted"] for row in main["predictions"]]),
+        np.array([row["measured"] for row in main["predictions"]]),
+    )
+    stand = _Stand.build(dataset, config, folds, base_of)
+    result["importance"] = stand.importance()
+    tell.one_more()
+    return result | {"ablations": stand.ablations(variants, tell.one_more)}
+
+
+class _Steps:
+    def __init__(self, report: Progress | None, total: int) -> None:
+        self._report, self._total, self._done = report, total, 0
+
+    def one_more(self) -> None:
+        self._done += 1
+        if self._report:
+            self._report(self._done, self._total)
+
+
+def _splits(
+    dataset: SelectionDataset, config: TrainConfig, base_of: Mapping[str, str] | None
+) -> dict[str, list[Fold] | str]:
+    """Folds by split, or why there are none; from the easiest to the hardest."""
+    pairs = pairs_of(dataset.contexts)
+    makers: dict[str, Callable[[], list[Fold]]] = {
+        RANDOM_PAIR: lambda: random_pair_folds(pairs, config.num_folds, config.seed),
+        ONE_MODEL_UNSEEN: lambda: checkpoint_folds(pairs, config.num_folds, config.seed),
+        UNSEEN_BASE: lambda: base_folds(pairs, base_of or dict.fromkeys((n for pair in pairs for n in pair), "one")),
+        UNSEEN_DOMAIN: lambda: domain_folds(dataset.contexts),
+    }
+    found: dict[str, list[Fold] | str] = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except LabelError as error:
+            found[name] = str(error)
+    if base_of is None:
+        found[UNSEEN_BASE] = "the labels are of one base; an unseen base needs a second one"
+    return found
+
+
+def _split_report(
+    dataset: SelectionDataset,
+    config: TrainConfig,
+    base_of: Mapping[str, str] | None,
+    name: str,
+    folds: list[Fold] | str,
+    is_headline: bool,
+) -> dict[str, Any]:
+    if isinstance(folds, str):
+        return {"reason": folds}
+    used = config
+    if not is_headline:
+        # Folds inside folds for the safe policy are most of the work.
+        used = small_config(config).model_copy(update={"num_folds": min(_NUM_INNER_FOLDS, config.num_folds)})
+    if name == UNSEEN_DOMAIN:
+        used = used.model_copy(update={"task_encoding": "none"})
+    found = crossval_report(dataset, used, None, folds, name, base_of)
+    if not is_headline:
+        found.pop("predictions", None)
+    return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the ablations: the same folds with other features or another config; `reason` where that cannot be."""
+
+    group: str
+    name: str
+    dataset: SelectionDataset
+    config: TrainConfig
+    reason: str = ""
+
+
+def _variants(
+    dataset: SelectionDataset,
+    config: TrainConfig,
+    column_sets: Mapping[str, Sequence[str]],
+) -> list[Variant]:
+    small = small_config(config)
+    found = []
+
+    def columns_variant(group: str, name: str, columns: Sequence[str]) -> None:
+        kept = [column for column in dataset.columns if column in set(columns)]
+        reason = "" if kept else "no such features are in the signal tables"
+        found.append(Variant(group, name, dataset.restricted(kept) if kept else dataset, small, reason))
+
+    of_weights = [column for column in dataset.columns if column_signal(column).of_weights]
+    columns_variant("signals", "no probes", of_weights)
+    columns_variant("signals", "no weights", [column for column in dataset.columns if column not in of_weights])
+    for name, columns in column_sets.items():
+        columns_variant("columns of propagator", name, columns)
+    for encoding in ("none", "onehot", "probe_stats"):
+        reason = ""
+        if encoding == "probe_stats" and dataset.statistics is None:
+            reason = "the signal table was made without a base"
+        update = {"task_encoding": encoding}
+        found.append(Variant("task encoding", encoding, dataset, small.model_copy(update=update), reason))
+    for model in ("mlp", "ridge", "knn", "forest"):
+        found.append(Variant("model", model, dataset, small.model_copy(update={"model": model})))
+    return found
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """The headline split with small models: what ablations and permutations are compared with."""
+
+    trial: Trial
+    bench: Bench
+    models: list[FittedModel]
+    fixed: np.ndarray
+    full: np.ndarray
+
+    @staticmethod
+    def build(
+        dataset: SelectionDataset,
+        config: TrainConfig,
+        folds: Sequence[Fold],
+        base_of: Mapping[str, str] | None,
+    ) -> _Stand:
+        trial = Trial.start(dataset, small_config(config), folds)
+        bench = bench_of(trial, True, base_of)
+        models = trial.models(dataset, trial.config)
+        always = [best_fixed(dataset, trial.scoring, fold.training, fold.tested) for fold in trial.folds]
+        fixed = shares_of(trial.averaged(always), bench.units)
+        full = shares_of(keeping_no_parent(trial.averaged(trial.predictions(models))), bench.units)
+        return _Stand(trial, bench, models, fixed, full)
+
+    def shares(self, predicted: Sequence[np.ndarray]) -> np.ndarray:
+        return shares_of(keeping_no_parent(self.trial.averaged(predicted)), self.bench.units)
+
+    def compared(self, shares: np.ndarray) -> dict[str, Any]:
+        """Gain over the best fixed arm, and change against all signals."""
+        gain, change = self.bench.measure(shares, self.fixed), self.bench.measure(shares, self.full)
+        return {
+            "gain": gain["gain"],
+            "gain_interval": gain["gain_interval"],
+            "change": change["gain"],
+            "change_interval": change["gain_interval"],
+        }
+
+    def ablations(self, variants: Sequence[Variant], done: Callable[[], None]) -> dict[str, Any]:
+        num = len(self.trial.dataset.columns)
+        rows = [{"group": "signals", "name": ALL_SIGNALS, "num_columns": num} | self.compared(self.full)]
+        missing = {}
+        for one in variants:
+            name = f"{one.group}: {one.name}"
+            try:
+                if one.reason:
+                    raise LabelError(one.reason)
+                models = self.trial.models(one.dataset, one.config)
+                predicted = self.trial.predictions(models, one.dataset)
+            except InputError as error:
+                missing[name] = str(error)
+            else:
+                row = {"group": one.group, "name": one.name, "num_columns": len(one.dataset.columns)}
+                rows.append(row | self.compared(self.shares(predicted)))
+            done()
+        return {"rows": rows, "missing": missing}
+
+    def importance(self) -> dict[str, Any]:
+        """Change of the headline gain when the columns of a family come from another pair, in the tested rows alone."""
+        columns = self.trial.dataset.columns
+        families = list(dict.fromkeys(column_signal(column).family for column in columns))
+        gain = self.compared(self.full)["gain"]
+        rows = []
+        for family in families:
+            index = [i for i, column in enumerate(columns) if column_signal(column).family == family]
+            changes = [self.change_without(index, seed) for seed in range(NUM_PERMUTATIONS)]
+            rows.append(
+                {
+                    "family": family,
+                    "num_columns": len(index),
+                    "change": float(np.mean(changes)),
+                    "low": min(changes),
+                    "high": max(changes),
+                }
+            )
+        return {"gain": gain, "num_permutations": NUM_PERMUTATIONS, "rows": rows}
+
+    def change_without(self, columns: Sequence[int], seed: int) -> float:
+        dataset = self.trial.dataset
+        predicted = []
+        for number, (fold, model) in enumerate(zip(self.trial.folds, self.models, strict=True)):
+            generator = np.random.default_rng([self.trial.config.seed, seed, number])
+            part = permuted_columns(dataset.subset(fold.tested), columns, generator)
+            predicted.append(model.predict(part.features, [one.task for one in part.contexts], part.statistics)[0])
+        taken, full = (self.trial.scoring.taken(shares) for shares in (self.shares(predicted), self.full))
+        tested = ~np.isnan(full)
+        rows = self.trial.scoring.rows[tested].tolist()
+        return float(self.trial.scoring.among(rows).headline((taken - full)[tested]))
+
+
+def permuted_columns(
+    dataset: SelectionDataset, columns: Sequence[int], generator: np.random.Generator
+) -> SelectionDataset:
+    """Each pair gets these columns of a pair drawn at random, the same one on all its tasks; the rest stays."""
+    units = units_of(dataset.contexts, per_merge=True)
+    features = dataset.features.copy()
+    for unit, other in zip(units, generator.permutation(len(units)), strict=True):
+        for place, row in enumerate(unit):
+            source = units[other][place % len(units[other])]
+            features[row][:, list(columns)] = dataset.features[source][:, list(columns)]
+    return replace(dataset, features=features)
+
+
+def calibration(predicted: np.ndarray, measured: np.ndarray) -> dict[str, list[dict[str, float]]]:
+    """Tenths of the predictions beside the mean that was measured for them; (N, K) each.
+
+    `utility`: of an arm on a context. `advantage`: over the mean of the arms on the context, which is what a choice
+    rests on.
+    """
+    values = {
+        "utility": (predicted, measured),
+        "advantage": (
+            predicted - predicted.mean(1, keepdims=True),
+            measured - measured.mean(1, keepdims=True),
+        ),
+    }
+    return {name: _bins(said.ravel(), true.ravel()) for name, (said, true) in values.items()}
+
+
+def _bins(said: np.ndarray, true: np.ndarray) -> list[dict[str, float]]:
+    parts = np.array_split(np.argsort(said, kind="stable"), min(_NUM_BINS, len(said)))
+    return [
+        {"predicted": float(said[part].mean()), "measured": float(true[part].mean()), "count": len(part)}
+        for part in parts
+    ]

@@ -1,0 +1,201 @@
+"""One split of a data set: its folds, and the predictions and choices of everything that is compared on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import LabelError
+from simmerge_ray.selector.assessment.baselines import (
+    BASELINES,
+    parents_utilities,
+    permuted_signals,
+    single_checkpoint_features,
+)
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.evaluation import Scoring, keeping_no_parent, units_of
+from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, checkpoint_groups, fold_mean, pairs_of
+from simmerge_ray.selector.models.model import FittedModel
+from simmerge_ray.selector.models.novelty import fit_novelty
+from simmerge_ray.selector.models.policy import INTERVAL_LEVELS, safe_scores
+from simmerge_ray.selector.models.train import calibrate, check_enough, fit_models, predict_folds, usable_folds
+
+OBJECTIVES = ("per_merge", "per_context")
+PERMUTED = "signals permuted"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A data set, its folds, and what every policy is fitted and scored with."""
+
+    dataset: SelectionDataset
+    config: TrainConfig
+    folds: list[Fold]
+    scoring: Scoring
+
+    @staticmethod
+    def start(
+        dataset: SelectionDataset,
+        config: TrainConfig,
+        folds: Sequence[Fold] | None,
+    ) -> Trial:
+        if folds is None:
+            folds = checkpoint_folds(pairs_of(dataset.contexts), config.num_folds, config.seed)
+        folds = [fold for fold in folds if fold.tested]
+        for fold in folds:
+            check_enough(dataset.subset(fold.training), len(dataset.arms))
+        if not folds:
+            raise LabelError("there are no contexts to leave out: search more pairs")
+        return Trial(dataset, config, list(folds), Scoring.of(dataset.contexts, dataset.arms))
+
+    def models(self, dataset: SelectionDataset, config: TrainConfig) -> list[FittedModel]:
+        """One for each fold, on features that may be others than those of the trial."""
+        return fit_models(dataset, [fold.training for fold in self.folds], config)
+
+    def predictions(self, models: Sequence[FittedModel], dataset: SelectionDataset | None = None) -> list[np.ndarray]:
+        return predict_folds(dataset or self.dataset, self.folds, models)
+
+    def averaged(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        return fold_mean(self.folds, values, len(self.dataset.contexts))
+
+    def best_fixed(self) -> tuple[str, ...]:
+        arms = self.dataset.arms
+        found = [""] * len(self.dataset.contexts)
+        for fold in self.folds:
+            arm = arms[self.scoring.among(fold.training).best_fixed(len(arms))]
+            for row in fold.tested:
+                found[row] = found[row] or arm
+        return tuple(arm or arms[0] for arm in found)
+
+    def baseline_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Scores (N, K + 2) by baseline, and why one has none."""
+        scores, missing = {}, {}
+        for name, policy in BASELINES.items():
+            try:
+                found = [policy(self.dataset, self.scoring, fold.training, fold.tested) for fold in self.folds]
+            except LabelError as error:
+                missing[name] = str(error)
+            else:
+                scores[name] = self.averaged(found)
+        return scores, missing
+
+    def control_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """The same model on less than the signals, and on those of other pairs; and why one has no scores."""
+        scores, missing = {}, {}
+        for name, reduce in {
+            "single-checkpoint features": single_checkpoint_features,
+            "parents' utilities": parents_utilities,
+        }.items():
+            try:
+                reduced = reduce(self.dataset)
+            except LabelError as error:
+                missing[name] = str(error)
+                continue
+            models = self.models(reduced, self.config)
+            scores[name] = keeping_no_parent(self.averaged(self.predictions(models, reduced)))
+        scores[PERMUTED] = keeping_no_parent(self.averaged(self._permuted_predictions()))
+        return scores, missing
+
+    def _permuted_predictions(self) -> list[np.ndarray]:
+        # All folds in one data set, so that networks are trained side by side: rows of fold i start at i * N.
+        num, seed, statistics = len(self.dataset.contexts), self.config.seed, self.dataset.statistics
+        joined = replace(
+            self.dataset,
+            contexts=self.dataset.contexts * len(self.folds),
+            features=np.concatenate(
+                [permuted_signals(self.dataset, fold.training, seed).features for fold in self.folds]
+            ),
+            utilities=np.tile(self.dataset.utilities, (len(self.folds), 1)),
+            statistics=None if statistics is None else np.tile(statistics, (len(self.folds), 1)),
+        )
+        parts = [[i * num + row for row in fold.training] for i, fold in enumerate(self.folds)]
+        return self.predictions(fit_models(joined, parts, self.config))
+
+
+@dataclass(frozen=True)
+class SafeResults:
+    """Results of the safe override and of the intervals, chosen inside each fold.
+
+    scores: per objective (N, K) one-hot choices averaged over folds. thresholds: per fold, None for infinity.
+    abstained: share of (fold, pair) too far from the training data. covered: per level, share of measured utilities
+    inside. width: per level, mean half-width.
+    """
+
+    scores: Mapping[str, np.ndarray]
+    thresholds: list[float | None]
+    abstained: float
+    covered: dict[str, float]
+    width: dict[str, float]
+
+
+def _inner_config(config: TrainConfig) -> TrainConfig:
+    """Smaller ensembles for the models of the inner folds: many, and each only for a threshold."""
+    return config.model_copy(
+        update={"num_members": min(2, config.num_members), "num_trees": max(1, config.num_trees // 4)}
+    )
+
+
+def _inner_folds(trial: Trial) -> list[list[Fold]]:
+    """For every fold the folds inside its training part, of the whole data set's groups of checkpoints."""
+    pairs = pairs_of(trial.dataset.contexts)
+    groups = checkpoint_groups(pairs, trial.config.num_folds, trial.config.seed)
+    inner = []
+    for fold in trial.folds:
+        found = []
+        for group in groups:
+            kept = tuple(row for row in fold.training if group.isdisjoint(pairs[row]))
+            left_out = tuple(row for row in fold.training if not group.isdisjoint(pairs[row]))
+            found.append(Fold(", ".join(sorted(group)), kept, left_out))
+        inner.append(usable_folds(found))
+    return inner
+
+
+def safe_results(trial: Trial, models: Sequence[FittedModel], predicted: Sequence[np.ndarray]) -> SafeResults:
+    dataset, inner = trial.dataset, _inner_folds(trial)
+    # Leaving out A, then B, is leaving out B, then A: with one checkpoint a fold half of the models are enough.
+    distinct = {fold.training: None for folds in inner for fold in folds}
+    fitted = fit_models(dataset, list(distinct), _inner_config(trial.config)) if distinct else []
+    model_of = dict(zip(distinct, fitted, strict=True))
+    pairs, arms = pairs_of(dataset.contexts), dataset.arms
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in OBJECTIVES}
+    thresholds: list[float | None] = []
+    distant, inside, widths = [], [], []
+    for fold, folds, model, utility in zip(trial.folds, inner, models, predicted, strict=True):
+        inner_predicted = predict_folds(dataset, folds, [model_of[one.training] for one in folds])
+        training = list(fold.training)
+        novelty = fit_novelty(
+            model.standardised(dataset.features[training]), [pairs[i] for i in training], trial.config.novelty_quantile
+        )
+        tested = list(fold.tested)
+        far = novelty.distances(model.standardised(dataset.features[tested])) > novelty.limit
+        distant.append(far)
+        best = arms[trial.scoring.among(training).best_fixed(len(arms))]
+        override = intervals = None
+        if folds:
+            override, intervals = calibrate(dataset, folds, inner_predicted, trial.scoring.among(training))
+        threshold = override.threshold if override else np.inf
+        thresholds.append(None if np.isinf(threshold) else threshold)
+        for name in OBJECTIVES:
+            chosen = np.tile(np.eye(len(arms))[arms.index(best)], (len(tested), 1))
+            for rows in units_of([dataset.contexts[row] for row in tested], name == "per_merge"):
+                if override is not None:
+                    pooled, known = utility[rows].mean(0)[None], np.array([not far[rows].any()])
+                    chosen[rows] = safe_scores(override, arms, pooled, known)
+            scores[name].append(chosen)
+        if intervals is not None:
+            errors = np.abs(utility - dataset.utilities[tested])
+            inside.append(errors[None] <= intervals.half_widths[:, None])
+            widths.append(intervals.half_widths.mean(1))
+    covered = np.concatenate(inside, axis=1).mean((1, 2)) if inside else np.zeros(0)
+    width = np.mean(widths, axis=0) if widths else np.zeros(0)
+    levels = [str(level) for level in INTERVAL_LEVELS]
+    return SafeResults(
+        {name: trial.averaged(values) for name, values in scores.items()},
+        thresholds,
+        float(np.concatenate(distant).mean()),
+        dict(zip(levels, covered.tolist(), strict=False)),
+        dict(zip(levels, width.tolist(), strict=False)),
+    )

@@ -1,0 +1,134 @@
+"""What is left out when a selector is tested: pairs, checkpoints, bases or domains.
+
+A fold names rows to train on and rows to test. A pair that is tested in several folds is averaged over them and counted
+once (`fold_mean`); figures have intervals by resampling bases, then checkpoints (`resampled_weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmerge_ray.base.errors import LabelError
+from simmerge_ray.search.headroom import Context
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """name: what is left out. training, tested: rows."""
+
+    name: str
+    training: tuple[int, ...]
+    tested: tuple[int, ...]
+
+
+def pairs_of(contexts: Iterable[Context]) -> tuple[Pair, ...]:
+    """(left, right) of each context."""
+    return tuple((context.left, context.right) for context in contexts)
+
+
+def checkpoint_groups(pairs: Iterable[Pair], max_groups: int, seed: int) -> list[frozenset[str]]:
+    """Checkpoints in at most so many groups of about one size, drawn at random when there are more checkpoints."""
+    names = sorted({name for pair in pairs for name in pair})
+    if len(names) > max_groups:
+        names = [names[index] for index in np.random.default_rng([seed, len(names)]).permutation(len(names))]
+    num_groups = min(max_groups, len(names))
+    return [frozenset(names[index::num_groups]) for index in range(num_groups)]
+
+
+def checkpoint_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:
+    """Each group of checkpoints left out in turn, with all its pairs: *one model unseen*."""
+    return [
+        _fold(", ".join(sorted(group)), [not group.isdisjoint(pair) for pair in pairs])
+        for group in checkpoint_groups(pairs, max_groups, seed)
+    ]
+
+
+def random_pair_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:
+    """Pairs left out at random, whose checkpoints were seen in other pairs: the easiest split, shown to compare."""
+    keys = [tuple(sorted(pair)) for pair in pairs]
+    unique = sorted(set(keys))
+    order = np.random.default_rng([seed, len(unique)]).permutation(len(unique))
+    num_groups = min(max_groups, len(unique))
+    group = {unique[pair]: place % num_groups for place, pair in enumerate(order)}
+    return [_fold(f"pairs {number}", [group[key] == number for key in keys]) for number in range(num_groups)]
+
+
+def base_folds(pairs: Sequence[Pair], base_of: Mapping[str, str]) -> list[Fold]:
+    """All checkpoints of a base left out together: *unseen model and unseen base*.
+
+    Raises:
+        LabelError: a checkpoint without a base, a pair of two bases, or a single base.
+    """
+    for pair in pairs:
+        bases = [base_of.get(name) for name in pair]
+        if None in bases or bases[0] != bases[1]:
+            raise LabelError(f"checkpoints {pair[0]!r} and {pair[1]!r} have the bases {bases}; one base is needed")
+    bases_found = sorted({base_of[left] for left, _ in pairs})
+    if len(bases_found) < 2:
+        raise LabelError(f"the labels are of one base ({', '.join(bases_found)}); an unseen base needs a second one")
+    return [_fold(base, [base_of[left] == base for left, _ in pairs]) for base in bases_found]
+
+
+def domain_folds(contexts: Sequence[Context]) -> list[Fold]:
+    """Each task left out in turn, with every pair that was measured on it: *unseen domain*.
+
+    Such pairs are tested whole, on both parents' tasks: one arm serves the merge, and is chosen for both together.
+
+    Raises:
+        LabelError: fewer than three tasks, so that nothing is left to train on.
+    """
+    tasks = sorted({context.task for context in contexts})
+    if len(tasks) < 3:
+        raise LabelError(f"the labels are of the tasks {', '.join(tasks)}; an unseen domain needs three tasks at least")
+    folds = []
+    for task in tasks:
+        touching = {tuple(sorted((c.left, c.right))) for c in contexts if c.task == task}
+        folds.append(_fold(task, [tuple(sorted((c.left, c.right))) in touching for c in contexts]))
+    return folds
+
+
+def _fold(name: str, left_out: Sequence[bool]) -> Fold:
+    rows = range(len(left_out))
+    return Fold(name, tuple(i for i in rows if not left_out[i]), tuple(i for i in rows if left_out[i]))
+
+
+def fold_mean(folds: Sequence[Fold], values: Sequence[np.ndarray], num_rows: int) -> np.ndarray:
+    """Per fold (num tested, ...) -> (num_rows, ...): the mean over the folds that tested a row, NaN where none did."""
+    total = np.zeros((num_rows, *values[0].shape[1:]))
+    count = np.zeros((num_rows,) + (1,) * (values[0].ndim - 1))
+    for fold, value in zip(folds, values, strict=True):
+        total[list(fold.tested)] += value
+        count[list(fold.tested)] += 1
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def resampled_weights(
+    pairs: Sequence[Pair], base_of: Mapping[str, str] | None, num_resamples: int, seed: int
+) -> np.ndarray:
+    """(num_resamples, N): how often each pair is in a sample of bases with replacement, then of their checkpoints.
+
+    A pair weighs the product of how often its two checkpoints were drawn, since pairs that share one are not
+    independent. Without `base_of`, or with one base, only checkpoints are drawn.
+    """
+    generator = np.random.default_rng(seed)
+    names = sorted({name for pair in pairs for name in pair})
+    bases = {name: (base_of or {}).get(name, "") for name in names}
+    groups = [[name for name in names if bases[name] == base] for base in sorted(set(bases.values()))]
+    weights = np.zeros((num_resamples, len(pairs)))
+    drawn = generator.integers(len(groups), size=(num_resamples, len(groups)))
+    place = {name: (index, member) for index, group in enumerate(groups) for member, name in enumerate(group)}
+    for slot in range(len(groups)):
+        for index, group in enumerate(groups):
+            chosen = np.flatnonzero(drawn[:, slot] == index)
+            inside = [row for row, pair in enumerate(pairs) if place[pair[0]][0] == place[pair[1]][0] == index]
+            if not len(chosen) or not inside:
+                continue
+            counts = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=len(chosen))
+            left, right = (np.array([place[pairs[row][side]][1] for row in inside]) for side in (0, 1))
+            weights[np.ix_(chosen, np.array(inside))] += counts[:, left] * counts[:, right]
+    return weights

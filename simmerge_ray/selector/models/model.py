@@ -1,0 +1,334 @@
+"""The selector: signals of a pair in, utilities of the arms and a choice out. numpy; stored as safetensors and JSON.
+
+What predicts is a row of `predictors.PREDICTORS`. Around it: the scaling of the features, what is said about the task,
+when to leave the best fixed arm, which pairs are too far from the training data to be answered, and intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.base.errors import SelectorError
+from simmerge_ray.base.storage import Place, digest_json, local_directory, new_directory, versions, write_json
+from simmerge_ray.selector.data.dataset import pair_features
+from simmerge_ray.selector.data.encoding import TaskEncoding, statistics_of
+from simmerge_ray.selector.models.novelty import Novelty
+from simmerge_ray.selector.models.policy import Choice, Intervals, SafeOverride, explain
+from simmerge_ray.selector.models.predictors import PREDICTORS, MlpPredictor, Network, Predictor
+from simmerge_ray.signals.features import FEATURE_SCHEMA
+from simmerge_ray.signals.table import SignalTable
+
+SELECTOR_SCHEMA = 2
+_WEIGHTS = "selector.safetensors"
+_DESCRIPTION = "selector.json"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted utilities of the arms, in the selector's order. utility, sd: (K,)."""
+
+    arms: tuple[str, ...]
+    utility: np.ndarray
+    sd: np.ndarray
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """A predictor with the scaling of its inputs. centre, scale: (F,), of the features over both orders."""
+
+    centre: np.ndarray
+    scale: np.ndarray
+    encoding: TaskEncoding
+    predictor: Predictor
+
+    def standardised(self, features: np.ndarray) -> np.ndarray:
+        """(N, 2, F) -> (N, 2, F).
+
+        Raises:
+            SelectorError: features of another number, or one that is not finite.
+        """
+        if features.ndim != 3 or features.shape[1:] != (2, len(self.centre)):
+            raise SelectorError(
+                f"features have the shape {features.shape}; the selector takes (N, 2, {len(self.centre)}): "
+                "both orders of each pair"
+            )
+        if not np.isfinite(features.sum()):  # without a second array of that size
+            raise SelectorError("a feature is missing or not a finite number; compute the signals again")
+        return (features - self.centre) / self.scale
+
+    def inputs(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(N, 2, F) features and the tasks -> (N, 2, D): standardised, the task's code appended to both orders."""
+        codes = self.encoding.codes(len(features), tasks, statistics)
+        inputs = self.standardised(features)
+        return np.concatenate([inputs, np.repeat(codes[:, None], 2, axis=1)], axis=2) if codes.shape[1] else inputs
+
+    def predict(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(N, 2, F) -> utility (N, K) and sd (N, K)."""
+        if not len(features):
+            # Of one made-up row, for the number of arms.
+            utility, _ = self.predictor.predict(np.zeros((1, 2, len(self.centre) + self.encoding.width)))
+            return np.zeros((0, utility.shape[1])), np.zeros((0, utility.shape[1]))
+        return self.predictor.predict(self.inputs(features, tasks, statistics))
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Predicts utilities of arms from the signals of a pair on a task, and chooses an arm.
+
+    reference: the arms over which contrasts sum to zero; any other arm is a contrast to their mean. intervals: None
+    where there were too few checkpoints to leave some out. provenance: digest of the training data, config, metrics.
+    """
+
+    arms: tuple[str, ...]
+    reference: tuple[str, ...]
+    columns: tuple[str, ...]
+    fitted: FittedModel
+    override: SafeOverride
+    novelty: Novelty
+    intervals: Intervals | None
+    provenance: Mapping[str, Any]
+
+    @property
+    def best_fixed(self) -> str:
+        """The arm with the best headline in the training data."""
+        return self.override.best_fixed
+
+    @property
+    def version(self) -> str:
+        """Identity of what it was trained from and how: data, config, arms and features; 12 hexadecimal digits."""
+        parts = [self.provenance.get("data_digest"), self.provenance.get("config"), self.arms, self.columns]
+        return digest_json(parts)[:12]
+
+    @property
+    def members(self) -> tuple[Network, ...]:
+        """Networks of an `mlp` selector."""
+        return self._mlp().members
+
+    def _mlp(self) -> MlpPredictor:
+        predictor = self.fitted.predictor
+        if not isinstance(predictor, MlpPredictor):
+            raise SelectorError(f"a {predictor.kind} selector has no encoder; train one with model: mlp")
+        return predictor
+
+    def predict(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Utilities, averaged over both orders of each pair (all arms here are symmetric).
+
+        Args:
+            features: (N, 2, F) scaled features, as in `SelectionDataset`. tasks: of each context, unknown to the
+                encoding `onehot` when left out. statistics: (N, S), as there; needed by `probe_stats`.
+
+        Returns:
+            utility (N, K) and sd (N, K).
+
+        Raises:
+            SelectorError: features of another number, missing ones, or a task that cannot be encoded.
+        """
+        return self.fitted.predict(features, tasks, statistics)
+
+    def encode(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(N, 2, F) -> (N, E, hidden): outputs of the encoders of the E networks, averaged over both orders.
+
+        Raises:
+            SelectorError: not an `mlp` selector, or as in `predict`.
+        """
+        return self._mlp().encode(self.fitted.inputs(features, tasks, statistics))
+
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """(N, 2, F) -> (N,): distance of each context to the training data; beyond `novelty.limit` it is not known."""
+        return self.novelty.distances(self.fitted.standardised(features))
+
+    def half_widths(self, level: float) -> np.ndarray:
+        """(K,): utility plus and minus this covers the measured one with probability `level`, for unseen checkpoints.
+
+        Raises:
+            SelectorError: another level than those of the artifact, or none were computed.
+        """
+        if self.intervals is None:
+            raise SelectorError("this selector has no intervals: there were too few checkpoints to leave some out")
+        if level not in self.intervals.levels:
+            raise SelectorError(f"no interval of level {level}; known: {', '.join(map(str, self.intervals.levels))}")
+        return self.intervals.half_widths[self.intervals.levels.index(level)]
+
+    def choose(
+        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
+    ) -> Choice:
+        """One arm for one pair on T tasks together: the default policy.
+
+        Args:
+            features: (T, 2, F), the pair's features on each task.
+        """
+        if not len(features):
+            raise SelectorError("a choice needs the features of one task at least")
+        utility, _ = self.predict(features, tasks, statistics)
+        distance = float(self.distances(features).max())
+        return explain(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
+
+    def predict_pair(self, table: SignalTable, left: str, right: str, tasks: Sequence[str]) -> dict[str, Prediction]:
+        """Predictions for one pair, per task.
+
+        Raises:
+            SelectorError: the table does not have the features that this selector was trained with.
+            PlanError: the pair or a task is not in the table.
+        """
+        utility, sd = self.predict(*self._from_table(table, left, right, tasks))
+        return {task: Prediction(self.arms, utility[i], sd[i]) for i, task in enumerate(tasks)}
+
+    def choose_pair(self, table: SignalTable, left: str, right: str, tasks: Sequence[str]) -> Choice:
+        """`choose` for a pair of a table; raises as `predict_pair`."""
+        return self.choose(*self._from_table(table, left, right, tasks))
+
+    def _from_table(
+        self, table: SignalTable, left: str, right: str, tasks: Sequence[str]
+    ) -> tuple[np.ndarray, Sequence[str], np.ndarray | None]:
+        self.check_table(table)
+        features = np.array([pair_features(table, left, right, task) for task in tasks])
+        statistics = statistics_of(table, tasks) if self.fitted.encoding.kind == "probe_stats" else None
+        return features.reshape(len(tasks), 2, len(self.columns)), tasks, statistics
+
+    def check_table(self, table: SignalTable) -> None:
+        """Refuse a table of other features, or of weight signals of another kind, than this selector was trained with.
+
+        Raises:
+            SelectorError: saying what differs.
+        """
+        if self.columns != table.columns:
+            missing = sorted(set(self.columns) - set(table.columns)) or sorted(set(table.columns) - set(self.columns))
+            raise SelectorError(
+                f"the signal table and the selector have different features, e.g. {missing[0]!r}; "
+                "compute the signals as for training (with or without a base)"
+            )
+        trained, given = self.provenance.get("weights", "exact"), table.provenance.get("weights", "exact")
+        if trained != given:
+            raise SelectorError(
+                f"the selector was trained with {trained} weight signals, the table has {given} ones; "
+                f"compute it with --weights {trained}"
+            )
+
+    def write(self, path: Place) -> None:
+        """Write the artifact directory, whole or not at all."""
+        from safetensors.numpy import save_file
+
+        tensors = {"centre": self.fitted.centre, "scale": self.fitted.scale, "novelty": self.novelty.rows}
+        tensors |= {f"model.{name}": value for name, value in self.fitted.predictor.tensors().items()}
+        if self.intervals is not None:
+            tensors["half_widths"] = self.intervals.half_widths
+        threshold = self.override.threshold
+        override = asdict(self.override) | {"threshold": None if math.isinf(threshold) else threshold}
+        with new_directory(path) as target:
+            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, str(target / _WEIGHTS))
+            write_json(
+                target / _DESCRIPTION,
+                {
+                    "schema": SELECTOR_SCHEMA,
+                    "feature_schema": FEATURE_SCHEMA,
+                    "model": self.fitted.predictor.kind,
+                    "arms": self.arms,
+                    "reference": self.reference,
+                    "columns": self.columns,
+                    "encoding": asdict(self.fitted.encoding),
+                    "best_fixed": self.best_fixed,
+                    "override": override,
+                    "novelty_limit": self.novelty.limit,
+                    "interval_levels": self.intervals.levels if self.intervals else [],
+                    "provenance": self.provenance,
+                    "versions": versions(),
+                },
+            )
+
+
+def read_selector(path: Place) -> Selector:
+    """Load an artifact.
+
+    Raises:
+        SelectorError: missing, damaged, or of another schema, saying what differs.
+    """
+    try:
+        with local_directory(path) as directory:
+            return _read_selector(path, directory)
+    except FileNotFoundError:
+        raise SelectorError(f"no selector at {path}; `simmerge train` makes one") from None
+
+
+def _read_selector(named: Place, path: Path) -> Selector:
+    """As `read_selector`; `named` is what the user calls the directory `path`."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        description = json.loads((path / _DESCRIPTION).read_text())
+    except OSError:
+        raise SelectorError(f"no selector at {named}; `simmerge train` makes one") from None
+    except ValueError:
+        raise SelectorError(f"{named / _DESCRIPTION} is not JSON") from None
+    if not isinstance(description, dict):
+        raise SelectorError(f"{named / _DESCRIPTION} is not a JSON object")
+    for key, expected in (("schema", SELECTOR_SCHEMA), ("feature_schema", FEATURE_SCHEMA)):
+        if description.get(key) != expected:
+            raise SelectorError(
+                f"selector {named}: {key} is {description.get(key)}, this version reads {expected}; train it again"
+            )
+    if description.get("model") not in PREDICTORS:
+        raise SelectorError(f"selector {named}: model is {description.get('model')}; known: {', '.join(PREDICTORS)}")
+    try:
+        return _checked(_from_artifact(description, load_file(str(path / _WEIGHTS))))
+    except (OSError, KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
+        raise SelectorError(f"selector {named} is damaged: {error}; train it again") from None
+
+
+def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Selector:
+    of_model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    encoding = description["encoding"]
+    told = TaskEncoding(encoding["kind"], *(tuple(encoding[name]) for name in ("tasks", "centre", "scale")))
+    override = dict(description["override"])
+    if override["threshold"] is None:
+        override["threshold"] = math.inf
+    levels = tuple(description["interval_levels"])
+    return Selector(
+        arms=tuple(description["arms"]),
+        reference=tuple(description["reference"]),
+        columns=tuple(description["columns"]),
+        fitted=FittedModel(
+            tensors["centre"],
+            tensors["scale"],
+            told,
+            PREDICTORS[description["model"]].from_tensors(of_model),
+        ),
+        override=SafeOverride(**override),
+        novelty=Novelty(tensors["novelty"], float(description["novelty_limit"])),
+        intervals=Intervals(levels, tensors["half_widths"]) if levels else None,
+        provenance=description["provenance"],
+    )
+
+
+def _checked(selector: Selector) -> Selector:
+    """A selector whose parts fit each other; raises ValueError otherwise."""
+    num_features, num_arms = len(selector.columns), len(selector.arms)
+    fitted = selector.fitted
+    if fitted.centre.shape != (num_features,) or fitted.scale.shape != (num_features,):
+        raise ValueError(f"it scales {len(fitted.centre)} features, {num_features} are named")
+    if selector.novelty.rows.shape[1:] != (num_features,):
+        raise ValueError(f"its training rows are not of {num_features} features")
+    if selector.best_fixed not in selector.arms or not set(selector.reference) <= set(selector.arms):
+        raise ValueError("the best fixed arm or a reference arm is not among the arms")
+    if selector.intervals and selector.intervals.half_widths.shape != (len(selector.intervals.levels), num_arms):
+        raise ValueError("its intervals are not of its arms")
+    width = num_features + fitted.encoding.width
+    utility, _ = fitted.predictor.predict(np.zeros((1, 2, width)))
+    if utility.shape != (1, num_arms):
+        raise ValueError(f"the model predicts {utility.shape[1]} arms, {num_arms} are named")
+    return selector

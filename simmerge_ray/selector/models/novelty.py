@@ -1,0 +1,85 @@
+"""Is a pair like those that were trained on? Distance to the nearest of them, beside what is usual among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from simmerge_ray.selector.models.predictors import squared_distances
+from simmerge_ray.signals.features import scaled_features
+
+if TYPE_CHECKING:
+    from simmerge_ray.selector.data.tasks import TaskPool
+    from simmerge_ray.selector.models.model import Selector
+    from simmerge_ray.signals.table import SignalTable
+
+NUM_NEIGHBOURS = 5
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """Root mean square over the features of the mean Euclidean distance to the 5 nearest training rows.
+
+    rows: (M, F) standardised features of the training pairs, both orders. limit: distance beyond which a pair is not
+    answered, the stated quantile of what training pairs have to those that share no checkpoint with them: what a pair
+    of two new checkpoints of the same kind meets.
+    """
+
+    rows: np.ndarray
+    limit: float
+
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """(N, 2, F) standardised features -> (N,), the mean over both orders. 1 is one standard deviation a feature."""
+        flat = features.reshape(-1, features.shape[-1])
+        return _mean_of_nearest(squared_distances(flat, self.rows), flat.shape[1]).reshape(-1, 2).mean(1)
+
+
+def fit_novelty(features: np.ndarray, pairs: Sequence[tuple[str, str]], quantile: float) -> Novelty:
+    """From (N, 2, F) standardised features of N contexts and their pairs.
+
+    A pair that shares a checkpoint with (nearly) all others is compared with all pairs but itself.
+    """
+    rows = features.reshape(-1, features.shape[-1])
+    owners = [pair for pair in pairs for _ in range(2)]
+    names = {name: index for index, name in enumerate(sorted({name for pair in owners for name in pair}))}
+    member = np.zeros((len(owners), len(names)), dtype=bool)
+    for row, pair in enumerate(owners):
+        member[row, [names[name] for name in pair]] = True
+    shared = member.astype(np.int64) @ member.T.astype(np.int64)
+    few = (shared == 0).sum(1) < NUM_NEIGHBOURS
+    excluded = np.where(few[:, None], shared > 1, shared > 0)
+    squared = np.where(excluded, np.inf, squared_distances(rows, rows))
+    distances = _mean_of_nearest(squared, rows.shape[1]).reshape(-1, 2).mean(1)
+    finite = distances[np.isfinite(distances)]
+    # "higher": with few pairs the quantile is the largest distance, not something below it.
+    limit = float(np.quantile(finite, quantile, method="higher")) if len(finite) else 0.0
+    return Novelty(rows, limit)
+
+
+def unlike_pairs(selector: Selector, table: SignalTable, ids: Sequence[str], pool: TaskPool) -> list[tuple[str, str]]:
+    """Pairs of checkpoints of a table that are not like the training data, on one of the tasks that count for them."""
+    place = {name: index for index, name in enumerate(table.checkpoint_ids)}
+    pairs = list(combinations(ids, 2))
+    counted = pool.counted(np.array([[place[left], place[right]] for left, right in pairs]))
+    owners, rows = [], []
+    for pair, wanted in zip(pairs, np.broadcast_to(counted, (len(pairs), len(pool.tasks))), strict=True):
+        for task in np.asarray(pool.tasks)[wanted]:
+            row = table.get(*pair, str(task))
+            owners.append(pair)
+            rows.append([scaled_features(side.features, selector.columns) for side in (row, row.swap())])
+    far = selector.distances(np.array(rows)) > selector.novelty.limit
+    found = {pair for pair, is_far in zip(owners, far, strict=True) if is_far}
+    return [pair for pair in pairs if pair in found]
+
+
+def _mean_of_nearest(squared: np.ndarray, num_features: int) -> np.ndarray:
+    """(N, M) squared distances -> (N,), infinite ones left out; infinite where all are."""
+    count = min(NUM_NEIGHBOURS, squared.shape[1])
+    nearest = np.partition(squared, count - 1, axis=1)[:, :count]
+    known = np.isfinite(nearest)
+    total = np.sqrt(np.where(known, nearest, 0.0) / max(num_features, 1)).sum(1)
+    return np.where(known.any(1), total / np.maximum(known.sum(1), 1), np.inf)

@@ -1,0 +1,183 @@
+"""What turns the signals of a pair into utilities: four families behind one interface, evaluated with numpy alone.
+
+Every family predicts a level (what any merge of this pair reaches) and a contrast per arm, `U_o = level + contrast_o`,
+with contrasts that sum to zero over the reference arms: the contrast chooses the arm within a merge, both together rank
+merges. What is stored is centred already, so nothing here needs to know which arms are the reference. `sd` is how
+far the answer itself is uncertain (spread of an ensemble, of neighbours, of a posterior), not the noise of a label.
+
+Shapes: N contexts, 2 orders of the pair, D standardised inputs, K arms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from simmerge_ray.selector.models.forest import ForestPredictor
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class Predictor(Protocol):
+    """Utilities from standardised inputs, averaged over both orders of each pair."""
+
+    kind: ClassVar[str]
+
+    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N, 2, D) -> utility (N, K) and sd (N, K)."""
+        ...
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All that `from_tensors` needs, by name."""
+        ...
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors) -> Predictor:
+        """The inverse of `tensors`; a KeyError, IndexError or ValueError where they are not those of this family."""
+        ...
+
+
+@dataclass(frozen=True)
+class Network:
+    """Weights of one member of the ensemble.
+
+    layers: encoder layers (weight (in, out), bias (out,)). level: (hidden, 1), (1,). contrast: (hidden, K), (K,),
+    centred over the reference arms.
+    """
+
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
+    level: tuple[np.ndarray, np.ndarray]
+    contrast: tuple[np.ndarray, np.ndarray]
+
+    def encode(self, inputs: np.ndarray) -> np.ndarray:
+        """(..., D) standardised inputs -> (..., hidden)."""
+        for weight, bias in self.layers:
+            inputs = np.maximum(inputs @ weight + bias, 0.0)
+        return inputs
+
+    def utilities(self, inputs: np.ndarray) -> np.ndarray:
+        """(..., D) standardised inputs -> (..., K)."""
+        encoded = self.encode(inputs)
+        return encoded @ self.level[0] + self.level[1] + encoded @ self.contrast[0] + self.contrast[1]
+
+
+@dataclass(frozen=True)
+class MlpPredictor:
+    """An ensemble of small networks: an encoder z = relu(... relu(x W + b)) with two linear heads on it."""
+
+    kind: ClassVar[str] = "mlp"
+    members: tuple[Network, ...]
+
+    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        outputs = np.stack([member.utilities(inputs).mean(1) for member in self.members])
+        return outputs.mean(0), outputs.std(0)
+
+    def encode(self, inputs: np.ndarray) -> np.ndarray:
+        """(N, 2, D) -> (N, E, hidden), averaged over both orders; the heads are linear on it."""
+        return np.stack([member.encode(inputs).mean(1) for member in self.members], axis=1)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        found = {"shape": np.array([len(self.members), len(self.members[0].layers)])}
+        for index, member in enumerate(self.members):
+            for number, pair in enumerate((*member.layers, member.level, member.contrast)):
+                found[f"member{index}.layer{number}.weight"], found[f"member{index}.layer{number}.bias"] = pair
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors) -> MlpPredictor:
+        num_members, num_layers = (int(number) for number in tensors["shape"])
+        members = []
+        for index in range(num_members):
+            names = [f"member{index}.layer{number}" for number in range(num_layers + 2)]
+            pairs = [(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names]
+            *layers, level, contrast = pairs
+            widths = [weight.shape[1] for weight, _ in layers]
+            if [weight.shape[0] for weight, _ in (*layers[1:], level, contrast)] != [*widths, widths[-1]]:
+                raise ValueError(f"the layers of member {index} do not fit each other")
+            members.append(Network(tuple(layers), level, contrast))
+        if not members:
+            raise ValueError("an ensemble without members")
+        return cls(tuple(members))
+
+
+@dataclass(frozen=True)
+class RidgePredictor:
+    """Linear level and contrasts, each with its own penalty; sd is that of the posterior of the coefficients.
+
+    coefficients: (D + 1, K), the last row the intercept. level_root, contrast_root: (D + 1, D + 1), square roots of the
+    posterior covariances at unit noise. noise: (K + 1,), residual sd of the level, then of the contrasts.
+    """
+
+    kind: ClassVar[str] = "ridge"
+    coefficients: np.ndarray
+    level_root: np.ndarray
+    contrast_root: np.ndarray
+    noise: np.ndarray
+
+    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        both = inputs.mean(1)  # linear, so the mean over both orders is that of the mean input
+        both = np.hstack([both, np.ones((len(both), 1))])
+        level = np.linalg.norm(both @ self.level_root, axis=1, keepdims=True) * self.noise[0]
+        contrast = np.linalg.norm(both @ self.contrast_root, axis=1, keepdims=True) * self.noise[1:]
+        return both @ self.coefficients, np.hypot(level, contrast)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors) -> RidgePredictor:
+        found = cls(*(tensors[name] for name in ("coefficients", "level_root", "contrast_root", "noise")))
+        if found.noise.shape != (found.coefficients.shape[1] + 1,):
+            raise ValueError("noise and coefficients are of different arms")
+        return found
+
+
+@dataclass(frozen=True)
+class KnnPredictor:
+    """Mean of the k nearest training rows; sd is theirs.
+
+    inputs: (M, D), both orders of every training pair. utilities: (M, K), NaN where a later arm was not measured.
+    mean: (K,), for an arm that none of the neighbours has. num_neighbours: (1,), k.
+    """
+
+    kind: ClassVar[str] = "knn"
+    inputs: np.ndarray
+    utilities: np.ndarray
+    mean: np.ndarray
+    num_neighbours: np.ndarray
+
+    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        count = min(int(self.num_neighbours[0]), len(self.inputs))
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        nearest = np.argsort(squared_distances(flat, self.inputs), axis=1, kind="stable")[:, :count]
+        found = self.utilities[nearest]
+        known = ~np.isnan(found)
+        number = np.maximum(known.sum(1), 1)
+        mean = np.where(known.any(1), np.where(known, found, 0.0).sum(1) / number, self.mean)
+        spread = np.where(known, (found - mean[:, None]) ** 2, 0.0).sum(1) / number
+        shape = (*inputs.shape[:2], -1)
+        return mean.reshape(shape).mean(1), np.sqrt(spread.reshape(shape).mean(1))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors) -> KnnPredictor:
+        found = cls(*(tensors[name] for name in ("inputs", "utilities", "mean", "num_neighbours")))
+        if len(found.inputs) != len(found.utilities) or not len(found.inputs):
+            raise ValueError("inputs and utilities are of different rows")
+        return found
+
+
+def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(N, D), (M, D) -> (N, M) squared Euclidean distances."""
+    squares = (left**2).sum(1)[:, None] + (right**2).sum(1)[None]
+    return np.maximum(squares - 2.0 * left @ right.T, 0.0)
+
+
+PREDICTORS: Mapping[str, type[Any]] = {
+    row.kind: row for row in (MlpPredictor, RidgePredictor, KnnPredictor, ForestPredictor)
+}

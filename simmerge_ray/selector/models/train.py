@@ -1,0 +1,248 @@
+"""Fit a selector and calibrate it on checkpoints that are left out. Seeded; seconds for a few hundred contexts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import LabelError, SelectorError, unknown_name
+from simmerge_ray.base.storage import digest_bytes
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.encoding import TaskEncoding
+from simmerge_ray.selector.data.evaluation import Scoring, units_of
+from simmerge_ray.selector.data.rewards import RewardedMerge, digest_of, single_arms, without
+from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
+from simmerge_ray.selector.data.targets import TrainingSet, level_and_contrasts
+from simmerge_ray.selector.models.fit_mlp import fit_mlps
+from simmerge_ray.selector.models.fit_sklearn import fit_forest, fit_knn, fit_ridge
+from simmerge_ray.selector.models.model import FittedModel, Selector
+from simmerge_ray.selector.models.novelty import fit_novelty
+from simmerge_ray.selector.models.policy import Intervals, SafeOverride, fit_intervals, fit_override
+from simmerge_ray.selector.models.predictors import Predictor
+
+MIN_CONTEXTS = 8
+
+Rows = Sequence[int]
+
+
+def _each(fit: Callable[[TrainingSet, TrainConfig], Predictor]) -> Callable[..., list[Predictor]]:
+    return lambda sets, config: [fit(one, config) for one in sets]
+
+
+_FITTERS: Mapping[str, Callable[[Sequence[TrainingSet], TrainConfig], Sequence[Predictor]]] = {
+    "mlp": fit_mlps,
+    "ridge": _each(fit_ridge),
+    "knn": _each(fit_knn),
+    "forest": _each(fit_forest),
+}
+
+
+def train_selector(
+    dataset: SelectionDataset,
+    config: TrainConfig,
+    reference: Sequence[str] | None = None,
+    rewards: Sequence[RewardedMerge] = (),
+) -> Selector:
+    """Fit a model on all contexts, and calibrate it on models that were fitted without some of the checkpoints.
+
+    Every context enters with both orders of its pair, so nothing depends on which checkpoint is called left, nor on the
+    order of the contexts. With too few checkpoints to leave some out the selector never leaves the best fixed arm and
+    has no intervals.
+
+    Args:
+        reference: arms whose contrasts sum
+            to zero; None takes all. Contexts in which one of them was not measured (NaN) are dropped; another arm is a
+            contrast to their mean, learned from the contexts that have it. rewards: single arms of merges, learned
+            beside the contexts; thresholds and intervals are calibrated on the contexts alone.
+
+    Raises:
+        LabelError: fewer than `MIN_CONTEXTS` contexts, or fewer than two reference arms.
+        SelectorError: the task encoding needs statistics that were not given, or the model cannot learn from rewards.
+    """
+    names = tuple(reference) if reference is not None else dataset.arms
+    columns = _reference_columns(dataset, names)
+    dataset = dataset.subset(_known_rows(dataset, columns))
+    check_enough(dataset, len(columns))
+    fitted = fit_models(dataset, [range(len(dataset.contexts))], config, columns, rewards)[0]
+    pairs = pairs_of(dataset.contexts)
+    override, intervals = _calibrated(dataset, config, columns, rewards)
+    unique = sorted({(min(pair), max(pair)) for pair in pairs})
+    order = _canonical(dataset, range(len(pairs)))
+    provenance: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "num_contexts": len(pairs),
+        "num_pairs": len(unique),
+        "tasks": sorted({context.task for context in dataset.contexts}),
+        "checkpoints": sorted({name for pair in pairs for name in pair}),
+        "pairs": [list(pair) for pair in unique],
+        "weights": dataset.weights,
+        "data_digest": digest_bytes(dataset.features[order].tobytes(), dataset.utilities[order].tobytes()),
+    }
+    novelty = fit_novelty(
+        fitted.standardised(dataset.features[order]), [pairs[row] for row in order], config.novelty_quantile
+    )
+    if rewards:
+        provenance["num_rewards"] = len(rewards)
+        provenance["data_digest"] = digest_bytes(provenance["data_digest"].encode(), digest_of(rewards).encode())
+        # Merges like the rewarded ones are known now; what counts as far stays: rewards from afar must not widen it.
+        known = [fitted.standardised(one.features).reshape(-1, len(dataset.columns)) for one in rewards]
+        novelty = replace(novelty, rows=np.concatenate([novelty.rows, *known]))
+    return Selector(dataset.arms, names, dataset.columns, fitted, override, novelty, intervals, provenance)
+
+
+def check_enough(dataset: SelectionDataset, num_reference: int) -> None:
+    """Refuse data that is too little to train on.
+
+    Raises:
+        LabelError: saying what is needed.
+    """
+    if len(dataset.contexts) < MIN_CONTEXTS or num_reference < 2:
+        raise LabelError(
+            f"{len(dataset.contexts)} contexts with {num_reference} arms are too few to train on; at least "
+            f"{MIN_CONTEXTS} contexts and 2 arms are needed: search more pairs"
+        )
+    if not np.isfinite(dataset.features).all():
+        row, _, column = np.argwhere(~np.isfinite(dataset.features))[0]
+        context = dataset.contexts[row]
+        raise LabelError(
+            f"the feature {dataset.columns[column]!r} of {context.left} + {context.right} on {context.task} is "
+            "missing; compute the signals again"
+        )
+
+
+def _reference_columns(dataset: SelectionDataset, names: Sequence[str]) -> tuple[int, ...]:
+    for name in names:
+        if name not in dataset.arms:
+            raise LabelError(unknown_name("reference arm", name, dataset.arms))
+    return tuple(dataset.arms.index(name) for name in names)
+
+
+def _known_rows(dataset: SelectionDataset, reference: Sequence[int]) -> list[int]:
+    return np.flatnonzero(~np.isnan(dataset.utilities[:, list(reference)]).any(1)).tolist()
+
+
+def _canonical(dataset: SelectionDataset, rows: Rows) -> list[int]:
+    """The rows in the order of their pairs and tasks, so that the order in which labels came plays no part."""
+    keys = {row: (dataset.contexts[row].left, dataset.contexts[row].right, dataset.contexts[row].task) for row in rows}
+    return sorted(rows, key=lambda row: keys[row])
+
+
+def fit_models(
+    dataset: SelectionDataset,
+    parts: Sequence[Rows],
+    config: TrainConfig,
+    reference: Sequence[int] | None = None,
+    rewards: Sequence[RewardedMerge] = (),
+) -> list[FittedModel]:
+    """One model for each set of rows; scaling and encoding are those of its rows. Networks are trained side by side.
+
+    Args:
+        reference: columns of the reference arms; None takes all. rewards: learned beside the rows, except those of
+            merges with a checkpoint that the data set has and the rows leave out.
+
+    Raises:
+        SelectorError: there are rewards, and the model is none that can learn from a single arm.
+    """
+    if rewards and config.model != "mlp":
+        raise SelectorError(f"a {config.model} selector cannot learn from rewards of single arms; take the model mlp")
+    columns = tuple(range(len(dataset.arms))) if reference is None else tuple(reference)
+    level, contrasts = level_and_contrasts(dataset.utilities, columns)
+    pairs = pairs_of(dataset.contexts)
+    every = {name for pair in pairs for name in pair}
+    prepared, sets = [], []
+    for part in parts:
+        rows = _canonical(dataset, part)
+        features = dataset.features[rows]
+        flat = features.reshape(-1, features.shape[-1])
+        centre, scale = flat.mean(0), flat.std(0)
+        scale = np.where(scale > 1e-9, scale, 1.0)
+        tasks = [dataset.contexts[row].task for row in rows]
+        statistics = None if dataset.statistics is None else dataset.statistics[rows]
+        encoding = TaskEncoding.fit(config.task_encoding, tasks, statistics)
+        codes = np.repeat(encoding.codes(len(rows), tasks, statistics)[:, None], 2, axis=1)
+        inputs = np.concatenate([(features - centre) / scale, codes], axis=2)
+        prepared.append((centre, scale, encoding))
+        used = without(rewards, every - {name for row in rows for name in pairs[row]})
+        told = [_reward_inputs(one, centre, scale, encoding) for one in used]
+        of_part = tuple(pairs[row] for row in rows)
+        singles = single_arms(used, dataset.arms, told)
+        sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, of_part, singles))
+    # Codes of the task are of another width where a part has other tasks; these cannot be trained side by side.
+    fitted: list[FittedModel | None] = [None] * len(sets)
+    for width in sorted({one.inputs.shape[-1] for one in sets}):
+        index = [i for i, one in enumerate(sets) if one.inputs.shape[-1] == width]
+        for i, predictor in zip(index, _FITTERS[config.model]([sets[i] for i in index], config), strict=True):
+            fitted[i] = FittedModel(*prepared[i], predictor)
+    return [model for model in fitted if model is not None]
+
+
+def _reward_inputs(
+    reward: RewardedMerge,
+    centre: np.ndarray,
+    scale: np.ndarray,
+    encoding: TaskEncoding,
+) -> np.ndarray:
+    """(T, 2, D)."""
+    codes = encoding.codes(len(reward.tasks), reward.tasks)
+    return np.concatenate([(reward.features - centre) / scale, np.repeat(codes[:, None], 2, axis=1)], axis=2)
+
+
+def predict_folds(dataset: SelectionDataset, folds: Sequence[Fold], models: Sequence[FittedModel]) -> list[np.ndarray]:
+    """Per fold (num tested, K): predictions of its model for what it tests."""
+    parts = [dataset.subset(fold.tested) for fold in folds]
+    return [
+        model.predict(part.features, [context.task for context in part.contexts], part.statistics)[0]
+        for part, model in zip(parts, models, strict=True)
+    ]
+
+
+def calibrate(
+    dataset: SelectionDataset, folds: Sequence[Fold], predicted: Sequence[np.ndarray], scoring: Scoring | None = None
+) -> tuple[SafeOverride, Intervals | None]:
+    """When to leave the best fixed arm, and intervals, from the predictions of folds.
+
+    Args:
+        folds: their tested rows may leave out some of the data set, which then counts for the best fixed arm alone.
+    """
+    scoring = scoring or Scoring.of(dataset.contexts, dataset.arms)
+    mean = fold_mean(folds, predicted, len(dataset.contexts))
+    pairs = pairs_of(dataset.contexts)
+    override = fit_override(scoring, dataset.arms, units_of(dataset.contexts, per_merge=True), pairs, mean)
+    return override, fit_intervals(*fold_errors(dataset, folds, predicted))
+
+
+def fold_errors(
+    dataset: SelectionDataset, folds: Sequence[Fold], predicted: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], int]:
+    """Per fold (num tested, K) predicted minus measured utility, and how many contexts these are of."""
+    errors = [value - dataset.utilities[list(fold.tested)] for fold, value in zip(folds, predicted, strict=True)]
+    return errors, len({row for fold in folds for row in fold.tested})
+
+
+def usable_folds(folds: Sequence[Fold]) -> list[Fold]:
+    """Those that test something and have enough to train on."""
+    return [fold for fold in folds if fold.tested and len(fold.training) >= MIN_CONTEXTS]
+
+
+def _calibrated(
+    dataset: SelectionDataset,
+    config: TrainConfig,
+    reference: tuple[int, ...],
+    rewards: Sequence[RewardedMerge],
+) -> tuple[SafeOverride, Intervals | None]:
+    # Labels of later arms are too few for a fixed choice or a threshold: these come from the reference arms.
+    arms = tuple(dataset.arms[k] for k in reference)
+    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, list(reference)])
+    folds = usable_folds(checkpoint_folds(pairs_of(dataset.contexts), config.num_folds, config.seed))
+    if not folds:
+        scoring = Scoring.of(known.contexts, arms)
+        return SafeOverride(arms[scoring.best_fixed(len(arms))], math.inf, None, None, 0.0, scoring.unit), None
+    models = fit_models(dataset, [fold.training for fold in folds], config, reference, rewards)
+    predicted = predict_folds(dataset, folds, models)
+    override, _ = calibrate(known, folds, [value[:, list(reference)] for value in predicted])
+    return override, fit_intervals(*fold_errors(dataset, folds, predicted))

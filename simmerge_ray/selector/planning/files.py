@@ -1,0 +1,68 @@
+"""What the plan scorer reads and writes: the two selectors, the parents' utilities, and the plans it has ranked."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simmerge_ray.base.storage import Place, write_json
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.plans.plan import resolve_plan, write_plan
+
+if TYPE_CHECKING:
+    from simmerge_ray.selector.data.dataset import SelectionDataset
+    from simmerge_ray.selector.models.model import Selector
+    from simmerge_ray.selector.planning.scorer import RankedPlan, Ranking
+
+SHORTLIST = "shortlist"  # in a selector's directory: a second artifact, on the features of propagator `second_order`
+PARENTS = "parents.json"  # beside it: measured utilities of the checkpoints as they are, task -> id -> utility
+
+
+def default_selector() -> Path:
+    """The selector that comes with the package, trained on the labels of docs/study.md."""
+    return Path(str(files("simmerge_ray.selector"))) / "default"
+
+
+def write_selectors(out: Place, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:
+    """What `simmerge plan` and the service read: a selector, beside it that of the shortlist and the parents."""
+    from simmerge_ray.selector.data.dataset import parent_utilities
+
+    selector.write(out)
+    shortlist.write(out / SHORTLIST)
+    write_json(out / PARENTS, parent_utilities(dataset))
+
+
+def write_plans(directory: Place, ranking: Ranking, catalogue: Catalogue) -> list[Place]:
+    """`plan-1.json`, ... from best to worst, for `simmerge merge`, and `ranking.json` with what is said of them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, one in enumerate(ranking.plans, 1):
+        paths.append(directory / f"plan-{number}.json")
+        predicted = {task: {"utility": utility, "sd": sd} for task, (utility, sd) in one.by_task.items()}
+        write_plan(paths[-1], resolve_plan(one.plan, catalogue), predicted)
+    content = {
+        "plans": [ranked_json(one) for one in ranking.plans],
+        "best_fixed": ranked_json(ranking.best_fixed),
+        "num_scored": ranking.num_scored,
+        "beam_width": ranking.width,
+        "num_reranked": ranking.num_reranked,
+    }
+    write_json(directory / "ranking.json", content)
+    return paths
+
+
+def ranked_json(one: RankedPlan) -> dict[str, Any]:
+    """JSON value of a ranked plan."""
+    return {
+        "plan": one.plan.to_json(),
+        "label": one.plan.label,
+        "utility": one.utility,
+        "sd": one.sd,
+        "score": one.score,
+        "interval": list(one.interval),
+        "by_task": {task: {"utility": utility, "sd": sd} for task, (utility, sd) in one.by_task.items()},
+        "why": dict(one.why),
+        "propagator": one.propagator,
+        "approximate": list(one.approximate),
+    }

@@ -1,0 +1,322 @@
+"""The plan scorer: ranks merges of several checkpoints that nobody has made.
+
+Two stages. `second_order` features, which cost next to nothing, make a shortlist of all plans, or of a beam of them
+(see `plan_search`); a better propagator, `virtual` by default, computes the features of the shortlist's steps anew and
+ranks it. Each stage has a selector of its own, trained with exactly the features that its propagator delivers.
+
+A plan's score is the predicted utility of its last step, whose left side is the merge of all before (`last`), or the
+`mean` or `sum` over its steps. Plans are ranked by it less `caution` times the spread of the ensemble, predictions
+taken to be in [0, 1] as utilities are: the best of many thousand predictions is otherwise the one that extrapolates
+most. In the demo, where only checkpoints of different tasks were merged for training, pairs of one task are predicted
+to reach 1.1 (median) with a spread of 0.6, those like the training 0.8 with 0.05.
+
+Selectors are trained on merges of two checkpoints with weight 1/2 each; what they say of a step with another weight, or
+of more checkpoints, is extrapolated, and `RankedPlan.approximate` says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simmerge_ray.base.errors import ConfigError, SelectorError, unknown_name
+from simmerge_ray.plans.operators.specs import parse_arm
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.selector.data.tasks import TaskPool
+from simmerge_ray.selector.planning.search import AGGREGATES, Model, PlanSearch, aggregated, best_first
+from simmerge_ray.selector.planning.space import PlanSpace, scorable_arms
+from simmerge_ray.signals.features import both_orders, column_signal
+from simmerge_ray.signals.propagation.batch import SecondOrderBatch
+from simmerge_ray.signals.propagation.interface import PlanStep, Propagator, Source, plan_sources
+from simmerge_ray.signals.propagation.second_order import blend_like
+from simmerge_ray.signals.table import SignalTable
+
+Array = np.ndarray
+BUDGET = 1_000_000  # plans
+SHORTLIST_SIZE = 500
+CAUTION = 1.0
+Z95 = 1.96
+GROUPS = {
+    "divergence": "KL",
+    "activations": "activations",
+    "attention": "attention",
+    "weights": "weights",
+    "task vectors": "task vectors",
+    "single": "entropy, loss and norms",
+}
+_SAID = 3  # groups of signals in a `why`
+_NOTHING = 0.0005  # a change of the prediction that is shown as 0.000
+
+
+@dataclass(frozen=True)
+class RankedPlan:
+    """A plan and what is predicted of it.
+
+    utility, sd: pooled over the tasks. score: what it is ranked by. by_task: (utility, sd) for each task that counts.
+    why: groups of signals and how far each moves the prediction from the average plan's, the largest first (see
+    `PlanScorer.why`).
+    propagator: which computed the features. approximate: what they, or the prediction, rest on beyond signals that were
+    measured.
+    """
+
+    plan: MergePlan
+    utility: float
+    sd: float
+    score: float
+    by_task: Mapping[str, tuple[float, float]]
+    propagator: str
+    approximate: tuple[str, ...] = ()
+    why: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the spread of the ensemble, within [0, 1]: how far its members agree, not how far they err."""
+        low, high = np.clip((self.utility - Z95 * self.sd, self.utility + Z95 * self.sd), 0.0, 1.0)
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """plans: from best to worst. best_fixed: the first plan's checkpoints, in its order, by the best fixed arm alone.
+    num_scored: plans of the first stage. width: of its beam; None where it was exhaustive. num_reranked: of the second.
+    """
+
+    plans: tuple[RankedPlan, ...]
+    best_fixed: RankedPlan
+    num_scored: int
+    width: int | None
+    num_reranked: int
+
+    def with_best_fixed(self) -> Ranking:
+        """For what is to be measured: `best_fixed` takes the last place where it has none, unless it is the only one.
+
+        In the study the first prediction was hardly better than the best fixed arm: who measures anyway should know.
+        """
+        kept = self.plans[:-1]
+        if not kept or any(one.plan.id == self.best_fixed.plan.id for one in self.plans):
+            return self
+        return replace(self, plans=(*kept, self.best_fixed))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Features of steps. place: row by (left, right, task). values: (F, N), unscaled. inputs: (N, 2, F). tasks: of the
+    rows."""
+
+    place: Mapping[tuple[Source, Source, str], int]
+    inputs: Array
+    tasks: Array
+
+
+class PlanScorer:
+    """Scores plans over the checkpoints of a signal table.
+
+    Args:
+        selector: knows columns that `propagator` delivers. shortlist: the same for `second_order`, needed by `rank`.
+
+    Raises:
+        SelectorError: a selector with columns that its propagator does not deliver.
+    """
+
+    def __init__(
+        self,
+        table: SignalTable,
+        propagator: Propagator,
+        selector: Model,
+        shortlist: Model | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        self._table, self._propagator, self._selector, self._shortlist = table, propagator, selector, shortlist
+        self._num_threads = num_threads or min(4, os.cpu_count() or 1)
+        self._batch = SecondOrderBatch(table)
+        check_columns(selector, propagator.name, propagator.columns)
+        if shortlist is not None:
+            check_columns(shortlist, "second_order", self._batch.columns)
+            if shortlist.arms != selector.arms:
+                raise SelectorError("the selector and its shortlist know different arms; run `simmerge train` again")
+
+    def rank(
+        self,
+        space: PlanSpace,
+        pool: TaskPool,
+        top: int = 10,
+        budget: int = BUDGET,
+        shortlist_size: int = SHORTLIST_SIZE,
+        aggregate: str = "last",
+        caution: float = CAUTION,
+    ) -> Ranking:
+        """The best plans of a space: all are scored where there are at most `budget`, else a beam of about so many.
+
+        Raises:
+            SelectorError: no shortlist selector, or an arm it does not know. ConfigError: an unknown aggregate, or a
+            negative caution.
+        """
+        if self._shortlist is None:
+            raise SelectorError("ranking needs the selector of the shortlist, too; `simmerge train` writes both")
+        _check_aggregate(aggregate, caution)
+        scorable_arms([arm.label for arm in space.arms], self._shortlist.arms, self._with_base)
+        search = PlanSearch(self._batch, self._shortlist, space, pool, aggregate, caution, self._num_threads)
+        found = search.run(space.beam_width(budget), max(shortlist_size, top))
+        steps = self._steps(found.plans, pool, aggregate)
+        scored = self._scored(found.plans, pool, steps, aggregate, caution)
+        order = best_first(np.array([one.score for one in scored]))[:top]
+        plans = [replace(scored[i], why=self.why(scored[i].plan, pool, steps, aggregate)) for i in order]
+        fixed = with_arm(plans[0].plan, self._selector.best_fixed)
+        (best_fixed,) = self.score([fixed], pool, aggregate, caution)
+        return Ranking(tuple(plans), best_fixed, found.num_scored, found.width, len(scored))
+
+    def score(
+        self, plans: Sequence[MergePlan], pool: TaskPool, aggregate: str = "last", caution: float = CAUTION
+    ) -> list[RankedPlan]:
+        """Predictions for given plans, in their order, folds or not.
+
+        Raises:
+            SelectorError: an arm that the selector does not know. PlanError, OperatorError: see `Propagator.steps`
+            (a weight that changes with depth among them). ConfigError: an unknown aggregate.
+        """
+        return self.score_by_aggregate(plans, pool, (aggregate,), caution)[aggregate]
+
+    def score_by_aggregate(
+        self, plans: Sequence[MergePlan], pool: TaskPool, aggregates: Sequence[str], caution: float = CAUTION
+    ) -> dict[str, list[RankedPlan]]:
+        """`score` for several aggregates; the features of a step, which are most of the work, are computed once."""
+        for aggregate in aggregates:
+            _check_aggregate(aggregate, caution)
+        for plan in plans:
+            scorable_arms(
+                sorted({step.arm.label for step in plan.steps}) or ["passthrough"], self._selector.arms, self._with_base
+            )
+        # Any aggregate but `last` needs all steps.
+        widest = next((aggregate for aggregate in aggregates if aggregate != "last"), "last")
+        steps = self._steps(plans, pool, widest)
+        return {aggregate: self._scored(plans, pool, steps, aggregate, caution) for aggregate in aggregates}
+
+    def why(
+        self, plan: MergePlan, pool: TaskPool, steps: _Steps, aggregate: str = "last"
+    ) -> tuple[tuple[str, float], ...]:
+        """What moves the prediction of a plan most, against the average plan.
+
+        The features of one group of signals (KL; activations; attention; weights; task vectors; entropy, loss and
+        norms) are set to their averages over all steps in `steps` on the same task, the others left as they are; the
+        change of the pooled prediction, plan minus that, is the group's. Changes are those of a nonlinear model, one
+        group at a time: they need not add up, and where groups say the same, as KL and weights often do, each hides the
+        other.
+
+        Returns:
+            the three largest in size, of those that would not be shown as 0.000.
+        """
+        arm, rows, tasks = self._selector.arms.index(plan.steps[-1].arm.label), [], self._plan_tasks(plan, pool)
+        left, right = plan_sources(plan)[-1]
+        rows = [steps.place[left, right, pool.tasks[task]] for task in tasks]
+        families = np.array([column_signal(column).family for column in self._selector.columns])
+        variants = [steps.inputs[rows]]
+        for family in GROUPS:
+            changed = steps.inputs[rows].copy()
+            for index, task in enumerate(tasks):
+                average = steps.inputs[steps.tasks == task].mean(0)
+                changed[index][:, families == family] = average[:, families == family]
+            variants.append(changed)
+        utility, _ = self._selector.predict(np.concatenate(variants))
+        by_task = np.zeros((len(variants), len(pool.tasks)))
+        by_task[:, tasks] = utility[:, arm].reshape(len(variants), len(tasks))
+        counted = np.isin(np.arange(len(pool.tasks)), tasks)
+        pooled, _ = pool.pooled(by_task, np.zeros_like(by_task), counted)
+        changes = dict(zip(GROUPS.values(), (pooled[0] - pooled[1:]).tolist(), strict=True))
+        largest = sorted(changes.items(), key=lambda item: -abs(item[1]))[:_SAID]
+        return tuple((name, change) for name, change in largest if abs(change) >= _NOTHING)
+
+    @property
+    def _with_base(self) -> bool:
+        return self._table.provenance.get("base") is not None
+
+    def _plan_tasks(self, plan: MergePlan, pool: TaskPool) -> list[int]:
+        """Places in `pool.tasks` of those that count for a plan."""
+        members = np.array([self._batch.ids.index(member) for member in plan.members])
+        return np.flatnonzero(pool.counted(members)).tolist()
+
+    def _steps(self, plans: Sequence[MergePlan], pool: TaskPool, aggregate: str) -> _Steps:
+        """Features of the steps that count, each computed once however many plans share it."""
+        wanted: dict[tuple[Source, Source, str], PlanStep] = {}
+        for plan in plans:
+            sources, counted = plan_sources(plan), [pool.tasks[task] for task in self._plan_tasks(plan, pool)]
+            for number in range(len(sources) - 1 if aggregate == "last" else 0, len(sources)):
+                for task in counted:
+                    wanted.setdefault((*sources[number], task), PlanStep(plan, number, task))
+        values = self._propagator.batch(list(wanted.values()), self._selector.columns, self._num_threads)
+        place = {key: row for row, key in enumerate(wanted)}
+        tasks = np.array([pool.tasks.index(task) for *_, task in wanted])
+        return _Steps(place, both_orders(values, self._selector.columns), tasks)
+
+    def _scored(
+        self, plans: Sequence[MergePlan], pool: TaskPool, steps: _Steps, aggregate: str, caution: float
+    ) -> list[RankedPlan]:
+        utility, sd = self._selector.predict(steps.inputs)
+        utility = utility.clip(0.0, 1.0)
+        ranked = []
+        for plan in plans:
+            sources, tasks = plan_sources(plan), self._plan_tasks(plan, pool)
+            total = np.zeros((2, len(pool.tasks)))
+            for number in range(len(sources) - 1 if aggregate == "last" else 0, len(sources)):
+                arm = self._selector.arms.index(plan.steps[number].arm.label)
+                rows = [steps.place[(*sources[number], pool.tasks[task])] for task in tasks]
+                total[:, tasks] += utility[rows, arm], sd[rows, arm]
+            mean, spread = aggregated(total, len(sources), aggregate)
+            counted = np.isin(np.arange(len(pool.tasks)), tasks)
+            pooled, pooled_sd = pool.pooled(mean, spread, counted)
+            by_task = {pool.tasks[task]: (float(mean[task]), float(spread[task])) for task in tasks}
+            approximate = approximations(plan, self._propagator.name)
+            score = float(pooled - caution * pooled_sd)
+            ranked.append(
+                RankedPlan(plan, float(pooled), float(pooled_sd), score, by_task, self._propagator.name, approximate)
+            )
+        return ranked
+
+
+def check_columns(selector: Model, propagator: str, columns: Sequence[str]) -> None:
+    """Refuse a selector that was trained with features which a propagator does not deliver.
+
+    Raises:
+        SelectorError: naming one of them, and what to do.
+    """
+    missing = sorted(set(selector.columns) - set(columns))
+    if missing:
+        raise SelectorError(
+            f"propagator {propagator!r} does not deliver {len(missing)} of the features that the selector was trained "
+            f"with, e.g. {missing[0]!r}; take propagator 'virtual', a selector of these features (`simmerge train` "
+            "writes one for 'second_order'), or compute the signals as for training (with or without a base)"
+        )
+
+
+def with_arm(plan: MergePlan, arm: str) -> MergePlan:
+    """The same plan by one arm in every step."""
+    steps = [replace(step, arm=parse_arm(arm)) for step in plan.steps]
+    return replace(plan, steps=(steps[0].canonical(), *steps[1:]))
+
+
+def approximations(plan: MergePlan, propagator: str) -> tuple[str, ...]:
+    """What the score of a plan rests on beyond measured signals and merges like those of the training."""
+    said = []
+    inner = [step.arm for step in plan.steps[:-1]]
+    if inner and propagator != "exact":
+        said.append(
+            "outputs of intermediates are " + {"bound": "bounds"}.get(propagator, "mixtures of the checkpoints'")
+        )
+        if propagator in ("bound", "second_order"):
+            said.append("entropy and loss of intermediates are weighted means")
+        if propagator == "second_order":
+            said += [f"{arm.label} counts as {blend_like(arm).label}" for arm in inner if blend_like(arm) != arm]
+    if any(step.weight != 0.5 for step in plan.steps):
+        said.append("the selector was trained on weights of 1/2")
+    if len(plan.steps) > 1:
+        said.append("the selector was trained on pairs")
+    return tuple(dict.fromkeys(said))
+
+
+def _check_aggregate(aggregate: str, caution: float) -> None:
+    if not 0.0 <= caution < float("inf"):
+        raise ConfigError(f"caution must be a number from 0 on, got {caution}")
+    if aggregate not in AGGREGATES:
+        raise ConfigError(unknown_name("aggregate", aggregate, AGGREGATES))

@@ -1,0 +1,264 @@
+"""Neural-linear Thompson sampling: which arm for a merge, and learning from its reward.
+
+The context z is the output of the selector's frozen encoder (Riquelme et al. 2018, arXiv:1802.09127), with one Bayesian
+linear model for each arm on it. `suggest` learns nothing, `update` takes what is new; rewards may come late, in any
+order, or never. A decision's draw is a function of its id and of the arm's name alone: it can be replayed from the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.special import ndtri, stdtrit
+
+from simmerge_ray.base.errors import BanditError, unknown_name
+from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.bandit.propensities import (
+    Draws,
+    safe_propensities,
+    thompson_propensities,
+    with_floor,
+)
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class SafeRule:
+    """Leave the arm `fixed` only for a draw that exceeds its own by `threshold` (utility; infinity: never)."""
+
+    fixed: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Spread of the rewards around the model: known (`variance`), or learned for each arm (NIG).
+
+    shape, rate: of the inverse gamma prior of the variance; None takes `variance` as it is. shape is at least 1.5, so
+    that the marginals are t distributions of 3 degrees or more.
+    """
+
+    variance: float
+    shape: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.variance > 0 and math.isfinite(self.variance)):
+            raise BanditError(f"the noise variance is {self.variance}; it must be a finite number above 0")
+        if self.shape is not None and not self.shape >= 1.5:
+            raise BanditError(f"the shape of the noise prior is {self.shape}; it must be at least 1.5")
+
+    @property
+    def rate(self) -> float:
+        """`shape * variance`: the scale of the marginals, `rate / shape`, starts at `variance`."""
+        return (self.shape or 0.0) * self.variance
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What was decided for one context, and how.
+
+    arm: to play. propensities: probability of each arm under the policy, all that the log needs for off-policy
+    evaluation; 1 for `arm` without exploration. means, sds: of the arms' rewards given what is known. draws: that were
+    compared. explored: whether it was drawn at all.
+    """
+
+    decision_id: str
+    arms: tuple[str, ...]
+    arm: str
+    propensities: Array
+    means: Array
+    sds: Array
+    draws: Array
+    explored: bool
+
+
+class NeuralLinearTS:
+    """Posteriors of the arms and the rule that plays them.
+
+    Args:
+        posteriors: by arm, of equal dimensions; a prior for an arm that was never played. noise: of the rewards. safe:
+            None plays plain Thompson sampling. floor: probability that every arm is played with at least, mixed in
+            before the draw. priors: what a discount leaves whole, and NIG starts from; None takes `posteriors`.
+
+    Raises:
+        BanditError: no arms, dimensions that differ, a fixed arm that is none of them, or a floor that leaves nothing
+            (K floor > 1), or is 0 where the threshold is infinite and exploration would never happen.
+    """
+
+    def __init__(
+        self,
+        posteriors: Mapping[str, GaussianPosterior],
+        noise: Noise,
+        safe: SafeRule | None = None,
+        floor: float = 0.0,
+        priors: Mapping[str, GaussianPosterior] | None = None,
+    ) -> None:
+        if not posteriors:
+            raise BanditError("a policy needs an arm at least")
+        if len({posterior.num_dimensions for posterior in posteriors.values()}) > 1:
+            raise BanditError("the arms' posteriors have different dimensions")
+        if safe is not None and safe.fixed not in posteriors:
+            raise BanditError(unknown_name("fixed arm", safe.fixed, posteriors))
+        if not 0 <= floor * len(posteriors) <= 1:
+            raise BanditError(
+                f"the floor is {floor}; with {len(posteriors)} arms it must be in [0, 1/{len(posteriors)}]"
+            )
+        if safe is not None and math.isinf(safe.threshold) and floor == 0:
+            raise BanditError("a policy that never leaves its fixed arm needs a floor above 0, or it never learns")
+        self._posteriors = dict(posteriors)
+        self._priors = dict(priors or posteriors)
+        self.noise, self.safe, self.floor = noise, safe, floor
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(self._posteriors)
+
+    def posterior(self, arm: str) -> GaussianPosterior:
+        """Raises BanditError for an unknown arm."""
+        if arm not in self._posteriors:
+            raise BanditError(unknown_name("arm", arm, self._posteriors))
+        return self._posteriors[arm]
+
+    def suggest(
+        self,
+        z: Array,
+        decision_id: str,
+        explore: bool = True,
+        classes: Iterable[Sequence[str]] = (),
+        among: Sequence[str] | None = None,
+    ) -> Suggestion:
+        """Choose an arm for a context z (d,). Nothing is learned, and the same call gives the same answer.
+
+        Args:
+            explore: False plays the arm of the highest mean (under the safe rule, with its means in place of draws);
+                its propensity is logged as 1, and such decisions are left out of off-policy estimates. classes: arms
+                whose merge is one and the same here; a class is played as one arm, the one that is known best (the
+                fixed arm in its own class), and has one propensity, shown at that arm. among: arms that may be played;
+                None takes all.
+
+        Raises:
+            BanditError: an unknown arm, or none that may be played.
+        """
+        arms, fixed = self._representatives(z, among, classes)
+        draws = self._draws(arms, z)
+        if explore:
+            values = sampled(draws, np.array([keyed_uniform(decision_id, arm) for arm in arms]))
+            propensities = with_floor(self._propensities(draws, fixed), min(self.floor, 1 / len(arms)))
+            chosen = self._chosen(values, fixed)
+            if self.floor and keyed_uniform(decision_id, "", "floor") < len(arms) * self.floor:
+                chosen = int(keyed_uniform(decision_id, "", "floor arm") * len(arms))
+        else:
+            values = draws.location
+            chosen = self._chosen(values, fixed)
+            propensities = np.eye(len(arms))[chosen]
+        return Suggestion(
+            decision_id, tuple(arms), arms[chosen], propensities, draws.location, draws.scale, values, explore
+        )
+
+    def update(self, observations: Iterable[tuple[str, Array, float]]) -> None:
+        """Learn rewards, in the given order: (arm, z, r) each, r the utility less the level of the decision.
+
+        For arms whose merges were identical give one observation for each of them: they share the reward.
+
+        Raises:
+            BanditError: an unknown arm, or numbers that are not finite; what came before it was learned.
+        """
+        for arm, z, reward in observations:
+            self._posteriors[arm] = self.posterior(arm).updated(z, reward)
+
+    def discount(self, factor: float) -> None:
+        """All that was observed counts `factor` of what it did. An explicit event of the log, never a side effect."""
+        discounted = {arm: one.discounted(factor, self._priors[arm]) for arm, one in self._posteriors.items()}
+        self._posteriors = discounted
+
+    def add_arm(self, arm: str, prior: GaussianPosterior) -> None:
+        """An arm that may be played from now on.
+
+        Raises:
+            BanditError: there is one of that name, or the prior has other dimensions.
+        """
+        if arm in self._posteriors:
+            raise BanditError(f"arm {arm!r} exists already")
+        dimensions = next(iter(self._posteriors.values())).num_dimensions
+        if prior.num_dimensions != dimensions:
+            raise BanditError(f"the prior of {arm!r} has {prior.num_dimensions} dimensions, the others {dimensions}")
+        self._posteriors[arm] = self._priors[arm] = prior
+
+    def _representatives(
+        self, z: Array, among: Sequence[str] | None, classes: Iterable[Sequence[str]]
+    ) -> tuple[list[str], int | None]:
+        """The arms that may be played, of each class of identical ones that with the smallest spread at z, and which of
+        them is the fixed arm or the same merge."""
+        allowed = list(self.arms if among is None else dict.fromkeys(among))
+        for arm in allowed:
+            self.posterior(arm)
+        if not allowed:
+            raise BanditError("no arm may be played")
+        fixed = self.safe.fixed if self.safe else None
+        for members in classes:
+            same = [arm for arm in allowed if arm in members]
+            if len(same) > 1:
+                kept = min(same, key=lambda arm: (arm != fixed, self._posteriors[arm].marginal(z)[1], arm))
+                allowed = [arm for arm in allowed if arm not in same or arm == kept]
+            if same and fixed in members and fixed not in allowed:
+                fixed = next(arm for arm in same if arm in allowed)
+        return allowed, allowed.index(fixed) if fixed in allowed else None
+
+    def _draws(self, arms: Sequence[str], z: Array) -> Draws:
+        marginals = np.array([self._posteriors[arm].marginal(z) for arm in arms])
+        location, spread = marginals[:, 0], marginals[:, 1]
+        if self.noise.shape is None:
+            return Draws(location, math.sqrt(self.noise.variance) * spread)
+        learned = np.array(
+            [
+                self._posteriors[arm].noise_posterior(self.noise.shape, self.noise.rate, self._priors[arm])
+                for arm in arms
+            ]
+        )
+        return Draws(location, np.sqrt(learned[:, 1] / learned[:, 0]) * spread, 2 * learned[:, 0])
+
+    def _propensities(self, draws: Draws, fixed: int | None) -> Array:
+        if self.safe is None or fixed is None:
+            return thompson_propensities(draws)
+        return safe_propensities(draws, fixed, self.safe.threshold)
+
+    def _chosen(self, values: Array, fixed: int | None) -> int:
+        if self.safe is None or fixed is None:
+            return int(values.argmax())
+        others = values.copy()
+        others[fixed] = -np.inf
+        best = int(others.argmax())
+        return best if others[best] - values[fixed] > self.safe.threshold else fixed
+
+
+def with_prior_mean(prior: GaussianPosterior, mean: Array) -> GaussianPosterior:
+    """The same precision around another mean: a new arm that starts where a sibling stands.
+
+    Raises:
+        BanditError: a mean of another shape.
+    """
+    if np.shape(mean) != prior.moment.shape:
+        raise BanditError(f"the mean has the shape {np.shape(mean)}; it must be {prior.moment.shape}")
+    return replace(prior, moment=prior.precision @ np.asarray(mean, dtype=np.float64))
+
+
+def keyed_uniform(decision_id: str, name: str, purpose: str = "draw") -> float:
+    """In (0, 1), from a keyed hash: the same on every machine, and adding an arm changes no other arm's draw."""
+    text = f"{decision_id}\0{name}\0{purpose}".encode()
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 12
+    return (number + 0.5) / (1 << 52)
+
+
+def sampled(draws: Draws, uniforms: Array) -> Array:
+    """(K,) draws by inversion."""
+    standard = ndtri(uniforms) if draws.degrees is None else stdtrit(draws.degrees, uniforms)
+    result: Array = draws.location + draws.scale * standard
+    return result
+
+
+_uniform, _sampled = keyed_uniform, sampled

@@ -1,0 +1,148 @@
+"""Bayesian linear regression by sufficient statistics: one posterior for each arm.
+
+With a prior `N(mu0, (ridge I)^-1)` on the weights w and rewards `r = z^T w + noise`:
+
+    A = ridge I + sum_i z_i z_i^T        b = ridge mu0 + sum_i z_i r_i        mean = A^-1 b
+
+`A` and `b` are all that is stored, so a posterior is the fold of its observations and nothing else; means and spreads
+come from one Cholesky factor of A. Everything is float64, and an update is one addition in a fixed order: the same
+observations in the same order give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.linalg.lapack import dpotrf, dtrtri
+
+from simmerge_ray.base.errors import BanditError
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianPosterior:
+    """precision A (d, d), moment b (d,), number and sum of squares of the rewards, those of the prior not counted.
+
+    weight: of the observations, in observations; it differs from `count` after a discount or with a power prior.
+    """
+
+    precision: Array
+    moment: Array
+    count: int = 0
+    sum_squares: float = 0.0
+    weight: float = 0.0
+
+    @staticmethod
+    def prior(num_dimensions: int, ridge: float = 1.0, mean: Array | None = None) -> GaussianPosterior:
+        """A prior that has seen nothing.
+
+        Args:
+            ridge: its precision, above 0. mean: (d,); None is 0.
+
+        Raises:
+            BanditError: a ridge that is not above 0, or a mean of another shape.
+        """
+        if not (ridge > 0 and math.isfinite(ridge)):
+            raise BanditError(f"ridge is {ridge}; it must be a finite number above 0")
+        centre = np.zeros(num_dimensions) if mean is None else _vector(mean, num_dimensions, "the prior's mean")
+        return GaussianPosterior(ridge * np.eye(num_dimensions), ridge * centre)
+
+    @property
+    def num_dimensions(self) -> int:
+        return len(self.moment)
+
+    def updated(self, z: Array, reward: float, weight: float = 1.0) -> GaussianPosterior:
+        """With one more observation: z (d,), and its reward.
+
+        Args:
+            weight: how many observations it counts as (the a0 of a power prior), above 0.
+
+        Raises:
+            BanditError: z of another shape, or a number that is not finite.
+        """
+        z = _vector(z, self.num_dimensions, "z")
+        if not math.isfinite(reward):
+            raise BanditError(f"a reward is {reward}; it must be a finite number")
+        if not (weight > 0 and math.isfinite(weight)):
+            raise BanditError(f"the weight of an observation is {weight}; it must be above 0")
+        scaled = z if weight == 1.0 else weight * z
+        return GaussianPosterior(
+            self.precision + np.outer(scaled, z),
+            self.moment + scaled * reward,
+            self.count + 1,
+            self.sum_squares + weight * reward * reward,
+            self.weight + weight,
+        )
+
+    def fold(self, observations: Iterable[tuple[Array, float]], weight: float = 1.0) -> GaussianPosterior:
+        """`updated` for one (z, reward) after the other."""
+        posterior = self
+        for z, reward in observations:
+            posterior = posterior.updated(z, reward, weight)
+        return posterior
+
+    def discounted(self, factor: float, prior: GaussianPosterior) -> GaussianPosterior:
+        """What was observed counts `factor` of what it did; the prior counts whole, so nothing is forgotten below it.
+
+        Raises:
+            BanditError: a factor outside (0, 1], or a prior of other dimensions.
+        """
+        if not 0 < factor <= 1:
+            raise BanditError(f"the discount factor is {factor}; it must be above 0 and at most 1")
+        if prior.num_dimensions != self.num_dimensions:
+            raise BanditError(f"the prior has {prior.num_dimensions} dimensions, the posterior {self.num_dimensions}")
+        return GaussianPosterior(
+            prior.precision + factor * (self.precision - prior.precision),
+            prior.moment + factor * (self.moment - prior.moment),
+            self.count,
+            factor * self.sum_squares,
+            factor * self.weight,
+        )
+
+    @property
+    def mean(self) -> Array:
+        """(d,): of the weights."""
+        result: Array = self._projection[-1]
+        return result
+
+    @cached_property
+    def _projection(self) -> Array:
+        """(d + 1, d): `L^-1`, with `A = L L^T`, and the mean below it: one product has all that a decision needs."""
+        factor, status = dpotrf(self.precision, lower=1)
+        if status != 0:
+            raise BanditError("the precision of a posterior is not positive definite")
+        inverse, status = dtrtri(factor, lower=1)
+        assert status == 0
+        projection = np.empty((self.num_dimensions + 1, self.num_dimensions))
+        projection[:-1] = inverse
+        projection[-1] = projection[:-1].T @ (projection[:-1] @ self.moment)
+        return projection
+
+    def marginal(self, z: Array) -> tuple[float, float]:
+        """`z^T mean` and `|L^-1 z|`: the predicted reward, and its spread for noise of spread 1."""
+        projected = self._projection @ z
+        spread = projected[:-1]
+        return projected.item(-1), math.sqrt(spread @ spread)
+
+    def noise_posterior(self, shape: float, rate: float, prior: GaussianPosterior) -> tuple[float, float]:
+        """Shape and rate of the inverse gamma posterior of the noise variance (normal inverse gamma, NIG).
+
+        `a = a0 + n / 2`, `b = b0 + (mu0^T A0 mu0 + sum r^2 - mean^T A mean) / 2`; n is the weight of the observations.
+        """
+        fitted = float(self.mean @ self.precision @ self.mean)
+        before = float(prior.mean @ prior.precision @ prior.mean)
+        return shape + 0.5 * self.weight, max(rate + 0.5 * (before + self.sum_squares - fitted), rate * 1e-12)
+
+
+def _vector(values: Array, num_dimensions: int, what: str) -> Array:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.shape != (num_dimensions,):
+        raise BanditError(f"{what} has the shape {vector.shape}; it must be ({num_dimensions},)")
+    if not np.isfinite(vector).all():
+        raise BanditError(f"{what} has an entry that is not a finite number")
+    return vector

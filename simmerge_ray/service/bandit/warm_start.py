@@ -1,0 +1,126 @@
+"""From a selector and labels to contexts, and to posteriors that know what the labels say.
+
+The context of a merge is what the networks of the selector's ensemble make of its signals: their encoders' outputs side
+by side, divided by the root of their number, and a bias of 1. Hidden units of different networks have nothing to do
+with each other, so they are not averaged. The regression is on `r = utility - level`, the level being the selector's
+own: offline contrasts and online rewards are the same quantity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import BanditError
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.evaluation import units_of
+from simmerge_ray.selector.data.splits import Fold, fold_mean
+from simmerge_ray.selector.models.model import FittedModel
+from simmerge_ray.selector.models.predictors import MlpPredictor
+from simmerge_ray.selector.models.train import fit_models
+from simmerge_ray.service.bandit.policy import Noise
+from simmerge_ray.service.bandit.posterior import GaussianPosterior
+
+Array = np.ndarray
+
+MIN_VARIANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Merges:
+    """M merges, each on all of its tasks together.
+
+    rows: of the dataset, by merge. z: (M, d). level: (M,), predicted. utility: (M, K), measured.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    z: Array
+    level: Array
+    utility: Array
+
+
+def contexts_of(model: FittedModel, features: Array, tasks: Sequence[str] | None) -> tuple[Array, Array]:
+    """(N, 2, F) features -> z (N, d) and level (N,), the mean over the networks. Without tasks each is unknown.
+
+    Raises:
+        BanditError: a model without an encoder.
+    """
+    predictor = model.predictor
+    if not isinstance(predictor, MlpPredictor):
+        raise BanditError(f"the bandit needs the encoder of an mlp selector; this one is {predictor.kind}")
+    encoded = predictor.encode(model.inputs(features, tasks))
+    heads = [(member.level[0][:, 0], float(member.level[1][0])) for member in predictor.members]
+    level = np.mean([encoded[:, i] @ weight + bias for i, (weight, bias) in enumerate(heads)], axis=0)
+    flat = encoded.reshape(len(encoded), -1) / np.sqrt(len(predictor.members))
+    return np.hstack([flat, np.ones((len(flat), 1))]), level
+
+
+def merges_of(dataset: SelectionDataset, model: FittedModel, rows: Sequence[int]) -> Merges:
+    """The merges among the given rows; what a merge has several tasks for is averaged over them."""
+    index = list(rows)
+    part = dataset.subset(index)
+    z, level = contexts_of(model, part.features, [context.task for context in part.contexts])
+    units = units_of(part.contexts, per_merge=True)
+    return Merges(
+        tuple(tuple(index[row] for row in unit) for unit in units),
+        np.array([z[unit].mean(0) for unit in units]).reshape(len(units), z.shape[1]),
+        np.array([level[unit].mean() for unit in units]),
+        np.array([part.utilities[unit].mean(0) for unit in units]).reshape(len(units), len(dataset.arms)),
+    )
+
+
+def out_of_fold_level(
+    dataset: SelectionDataset, folds: Sequence[Fold], config: TrainConfig, models: Sequence[FittedModel] | None = None
+) -> Array:
+    """(N,) level of every context by a model that was not trained on its checkpoints; NaN where no fold tests it.
+
+    In its training data a model's level is better than it will be online, and contrasts would look too clean.
+
+    Args:
+        models: of the folds, where they are fitted already.
+    """
+    models = models or fit_models(dataset, [fold.training for fold in folds], config)
+    levels = []
+    for fold, model in zip(folds, models, strict=True):
+        part = dataset.subset(fold.tested)
+        levels.append(contexts_of(model, part.features, [context.task for context in part.contexts])[1])
+    return fold_mean(folds, levels, len(dataset.contexts))
+
+
+def warm_posteriors(
+    merges: Merges, arms: Sequence[str], level: Array, ridge: float = 1.0, power: float = 1.0
+) -> tuple[dict[str, GaussianPosterior], Noise]:
+    """Posteriors of the arms from merges of which all arms were measured, and the noise that is left.
+
+    Args:
+        level: (M,), out of fold (see `out_of_fold_level`); rows with NaN are left out. power: the a0 of the power
+            prior, how much of an observation a label counts as, in (0, 1].
+
+    Raises:
+        BanditError: a power outside (0, 1], or no merge with a level.
+    """
+    if not 0 < power <= 1:
+        raise BanditError(f"the power of the prior is {power}; it must be above 0 and at most 1")
+    known = np.flatnonzero(~np.isnan(level))
+    if not len(known):
+        raise BanditError("no merge has a level that was predicted without it: there are too few labels to start from")
+    rewards = merges.utility - level[:, None]
+    prior = GaussianPosterior.prior(merges.z.shape[1], ridge)
+    posteriors, residuals = {}, []
+    for column, arm in enumerate(arms):
+        posteriors[arm] = prior.fold([(merges.z[row], float(rewards[row, column])) for row in known], power)
+        residuals.append(rewards[known, column] - merges.z[known] @ posteriors[arm].mean)
+    return posteriors, Noise(max(float(np.square(residuals).mean()), MIN_VARIANCE))
+
+
+def sibling_prior(posterior: GaussianPosterior, prior: GaussianPosterior, power: float) -> GaussianPosterior:
+    """A prior for a new arm that is expected to be like a known one: what that has seen, counting `power` of it."""
+    return posterior.discounted(power, prior)
+
+
+def merge_values(values: Mapping[int, float] | Array, merges: Merges) -> Array:
+    """(M,): values of the dataset's rows averaged over each merge."""
+    return np.array([np.mean([values[row] for row in unit]) for unit in merges.rows])

@@ -1,8 +1,0 @@
-"""The page at `/`: what the service knows and does, to look at and to try. It talks to the JSON API like any client."""
-
-from __future__ import annotations
-
-from simmerge_ray.service.dashboard.pages import PageSource, router
-from simmerge_ray.service.dashboard.session import COOKIE, same_origin, token_of
-
-__all__ = ["COOKIE", "PageSource", "router", "same_origin", "token_of"]

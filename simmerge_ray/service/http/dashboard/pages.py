@@ -1,0 +1,233 @@
+"""Routes of the dashboard: the page, its login, and the files that it ships.
+
+| route | answers |
+|---|---|
+| GET / | the page; 401 and a form that asks for a token |
+| GET /?token=T, POST /login | the token goes into a cookie, then 303 to / |
+| POST /logout | the cookie is taken back |
+| GET /static/... | files of the page, for whoever may see the page |
+
+All data that changes comes from the JSON API under /v1, which the page asks with the same cookie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mimetypes
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from starlette.exceptions import HTTPException
+
+from simmerge_ray.base.errors import StoreError
+from simmerge_ray.service.http.dashboard.session import forget, remember, same_origin, token_of
+from simmerge_ray.signals.features import SIGNALS
+
+HERE = Path(__file__).parent
+ROLES = frozenset({"decide", "reward", "admin"})
+MAX_FORM_BYTES = 8192
+
+PAGE_POLICY = (
+    "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+RolesOf = Callable[[str | None], frozenset[str] | None]
+
+
+class PageSource(Protocol):
+    """What the page shows before its scripts have asked for more; fields as in the JSON API, as items or attributes."""
+
+    def catalogue(self) -> Awaitable[Any]:
+        """As GET /v1/catalogue. Raises StoreError."""
+
+    def policy(self) -> Awaitable[Any]:
+        """As GET /v1/policy. Raises StoreError."""
+
+
+def router(source: Callable[[], PageSource], roles_of: RolesOf) -> APIRouter:
+    """The routes of the page.
+
+    Args:
+        source: of the first view, asked at every load. roles_of: the roles of a token, None for one that is not known;
+            of no token at all, None where one is needed. It may raise a 429 of its own.
+    """
+    routes = APIRouter(include_in_schema=False)
+    pages = _Pages()
+
+    @routes.get("/")
+    async def page(request: Request, token: str | None = None) -> Response:
+        if token is not None:
+            return _enter(pages, roles_of, request, token)
+        roles = _roles(pages, roles_of, token_of(request))
+        if isinstance(roles, Response):
+            return roles
+        if roles is None:
+            if request.headers.get("sec-fetch-site") == "cross-site":
+                return pages.bounce()
+            return pages.login()
+        return await _view(pages, source(), roles)
+
+    @routes.post("/login")
+    async def login(request: Request) -> Response:
+        if not same_origin(request.headers):  # or another page could log its visitor in as somebody else
+            return pages.login("Log in from this page, not from another one.", 403)
+        body = await request.body()
+        if len(body) > MAX_FORM_BYTES:
+            return pages.login("That is too long for a token.", 413)
+        form = parse_qs(body.decode("utf-8", "replace"))
+        return _enter(pages, roles_of, request, form.get("token", [""])[0].strip())
+
+    @routes.post("/logout")
+    async def logout(request: Request) -> Response:
+        response = Response(status_code=204 if same_origin(request.headers) else 403)
+        if response.status_code == 204:
+            forget(response)
+        return response
+
+    @routes.get("/static/{path:path}")
+    async def static(request: Request, path: str) -> Response:
+        roles = _roles(pages, roles_of, token_of(request))
+        if isinstance(roles, Response):
+            return roles
+        if roles is None:
+            return Response(status_code=401, headers={"WWW-Authenticate": "Bearer"})
+        return _static(request, pages.files.get(path))
+
+    return routes
+
+
+def _roles(pages: _Pages, roles_of: RolesOf, token: str | None) -> frozenset[str] | Response | None:
+    """Roles of a token; a page for an error that `roles_of` raises."""
+    try:
+        roles = roles_of(token)
+    except HTTPException as error:
+        return pages.login(str(error.detail), error.status_code, error.headers)
+    return ROLES if roles is not None and "admin" in roles else roles
+
+
+def _enter(pages: _Pages, roles_of: RolesOf, request: Request, token: str) -> Response:
+    roles = _roles(pages, roles_of, token) if token else None
+    if isinstance(roles, Response):
+        return roles
+    if roles is None or not token.isascii():  # no header can carry it
+        return pages.login("This token is not known here. Nothing was changed.")
+    response = RedirectResponse(
+        f"{request.scope.get('root_path', '')}/", status_code=303, headers={"Cache-Control": "no-store"}
+    )
+    remember(response, token, request)
+    return response
+
+
+async def _view(pages: _Pages, source: PageSource, roles: frozenset[str]) -> Response:
+    catalogue: Any = {"checkpoints": [], "tasks": [], "arms": [], "signals": [], "example": None}
+    policy, trouble = None, ""
+    try:
+        catalogue = await source.catalogue()
+        policy = await source.policy()
+    except StoreError as error:
+        trouble = str(error)
+    columns = catalogue["signals"] if isinstance(catalogue, Mapping) else catalogue.signals
+    groups = _signal_groups(columns)
+    view = {"catalogue": catalogue, "policy": policy, "trouble": trouble, "roles": sorted(roles)}
+    return pages.dashboard({**view, "signal_groups": groups}, 503 if trouble else 200)
+
+
+@dataclass(frozen=True)
+class _SignalGroup:
+    """Columns of the signal table that are statistics of one signal."""
+
+    meaning: str
+    of_weights: bool
+    columns: list[str]
+
+
+def _signal_groups(columns: Iterable[str]) -> list[_SignalGroup]:
+    groups: dict[str, _SignalGroup] = {}
+    for column in columns:
+        # A table of a later version may have columns that this one has no words for.
+        signal = next((one for one in SIGNALS.values() if column in one.columns), None)
+        name, of_weights = (signal.meaning, signal.of_weights) if signal else ("others", False)
+        groups.setdefault(name, _SignalGroup(name, of_weights, [])).columns.append(column)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class _File:
+    body: bytes
+    media_type: str
+    tag: str
+
+
+def _static(request: Request, file: _File | None) -> Response:
+    if file is None:
+        return Response("there is no such file\n", 404, media_type="text/plain")
+    headers = {"ETag": file.tag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+    if file.tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(file.body, headers=headers, media_type=file.media_type)
+
+
+class _Pages:
+    """Templates and files, read once."""
+
+    def __init__(self) -> None:
+        self._templates = Environment(
+            loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        )
+        root = HERE / "static"
+        # A table of what there is, not a directory to look into: no path of a request reaches the file system.
+        self.files = {str(path.relative_to(root)): _read(path) for path in sorted(root.rglob("*")) if path.is_file()}
+        # The login page has its style inside, allowed by digest: without a token no other file is served.
+        self._style = (HERE / "templates" / "login.css").read_text(encoding="utf-8")
+        digest = b64encode(hashlib.sha256(self._style.encode()).digest()).decode()
+        self._login_policy = (
+            f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; "
+            "frame-ancestors 'none'; base-uri 'none'"
+        )
+
+    def dashboard(self, view: Mapping[str, Any], status: int) -> Response:
+        """The page."""
+        headers = {"Retry-After": "5"} if status == 503 else {}
+        return self._html("dashboard.html", view, status, PAGE_POLICY, headers)
+
+    def login(self, trouble: str = "", status: int = 401, headers: Mapping[str, str] | None = None) -> Response:
+        """The form that asks for a token."""
+        view = {"trouble": trouble, "style": Markup(self._style)}
+        own = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        return self._html("login.html", view, status, self._login_policy, own | dict(headers or {}))
+
+    def bounce(self) -> Response:
+        """Loads itself again: the browser holds back a SameSite=Strict cookie where a link of another site led here,
+        also after the redirect of such a link, and sends it where a page of our own leads.
+        """
+        return self._html("bounce.html", {}, 401, self._login_policy, {"WWW-Authenticate": "Bearer"})
+
+    def _html(
+        self, name: str, view: Mapping[str, Any], status: int, policy: str, headers: Mapping[str, str]
+    ) -> Response:
+        safe = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "same-origin",
+            "Cache-Control": "no-store",
+            "Cross-Origin-Opener-Policy": "same-origin",
+        }
+        body = self._templates.get_template(name).render(view)
+        return HTMLResponse(body, status, safe | dict(headers))
+
+
+def _read(path: Path) -> _File:
+    body = path.read_bytes()
+    media_type = mimetypes.guess_type(path.name)[0] or "text/plain"
+    # As the types of a machine's own table may be any: a browser runs a module as JavaScript alone.
+    media_type = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}.get(path.suffix, media_type)
+    return _File(body, media_type, f'"{hashlib.sha256(body).hexdigest()[:20]}"')

@@ -1,0 +1,79 @@
+"""What is counted of a service, for Prometheus. `ray.serve` has its own metrics; see `distributed.serve_app`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from simmerge_ray.service.log.fold import View
+from simmerge_ray.service.schemas import Decision
+
+LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics(Protocol):
+    """An observer of the learner that is told of requests, too."""
+
+    def decided(self, decision: Decision) -> None: ...
+
+    def rewarded(self, outcome: str) -> None: ...
+
+    def state(self, view: View, entropies: dict[str, float]) -> None: ...
+
+    def requested(self, route: str, method: str, status: int, seconds: float) -> None: ...
+
+    def text(self) -> str:
+        """In Prometheus' format."""
+        ...
+
+
+class PrometheusMetrics:
+    """In a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._decisions = Counter(
+            "simmerge_decisions", "Decisions made", ["arm", "explored", "kind"], registry=self._registry
+        )
+        self._rewards = Counter("simmerge_rewards", "Rewards asked for", ["outcome"], registry=self._registry)
+        self._pending = Gauge("simmerge_decisions_pending", "Decisions without a reward", registry=self._registry)
+        self._seq = Gauge("simmerge_log_seq", "Number of the last event that was folded", registry=self._registry)
+        self._entropy = Gauge(
+            "simmerge_posterior_entropy_nats",
+            "Of the posterior over an arm's weights",
+            ["arm"],
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "simmerge_request_seconds",
+            "Time to answer",
+            ["route", "method", "status"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=self._registry,
+        )
+
+    def decided(self, decision: Decision) -> None:
+        """One more decision. Plans are counted under their kind alone: there are too many of them."""
+        arm = decision.arm if decision.kind == "pair" else "plan"
+        self._decisions.labels(arm, str(decision.explored).lower(), decision.kind).inc()
+
+    def rewarded(self, outcome: str) -> None:
+        """One more request with a reward, by what became of it."""
+        self._rewards.labels(outcome).inc()
+
+    def state(self, view: View, entropies: dict[str, float]) -> None:
+        """Gauges of the present state."""
+        self._pending.set(view.num_open)
+        self._seq.set(view.seq)
+        for arm, entropy in entropies.items():
+            self._entropy.labels(arm).set(entropy)
+
+    def requested(self, route: str, method: str, status: int, seconds: float) -> None:
+        """One more request, by the template of its path."""
+        self._seconds.labels(route, method, str(status)).observe(seconds)
+
+    def text(self) -> str:
+        """In Prometheus' format."""
+        return generate_latest(self._registry).decode()

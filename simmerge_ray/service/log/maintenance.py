@@ -1,0 +1,384 @@
+"""Looking after an event log: what is in it, backup and restore, export, and what may be thrown away.
+
+A backup is one consistent state of the database, taken while services go on: a copy of SQLite's file, or Parquet with
+the rows as they are, which either database can be restored from. A log is restored byte for byte, into namespaces that
+are empty. Only arrays of decisions that can never be rewarded are ever thrown away: see `prune`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sqlalchemy import (
+    Connection,
+    Engine,
+    bindparam,
+    delete,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.engine import make_url
+
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.service.log.backups import copy_sqlite, heads_of_copy, new_file, read_backup, write_rows
+from simmerge_ray.service.log.database import (
+    SCHEMA_VERSION,
+    events,
+    log_head,
+    make_engine,
+    open_database,
+    shown,
+    snapshots,
+    store_errors,
+    upgrade_database,
+    writing,
+)
+from simmerge_ray.service.log.events import DecisionMade, encode
+from simmerge_ray.service.log.fold import EventRow
+from simmerge_ray.service.log.ledger import state_of
+
+_PAGE = 256  # decisions whose other events are looked up at once
+_ROW = [events.c[name] for name in EventRow._fields]
+_ABOUT = select(*_ROW).where(
+    events.c.namespace == bindparam("own"), events.c.subject.in_(bindparam("names", expanding=True))
+)
+_NOTHING = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class NamespaceStatus:
+    """head: number of the last event. counts: of events by kind. first_at, last_at: seconds since 1970."""
+
+    namespace: str
+    head: int
+    counts: Mapping[str, int]
+    first_at: float | None
+    last_at: float | None
+    snapshots: tuple[int, ...]
+    snapshot_bytes: int
+
+
+@dataclass(frozen=True)
+class DatabaseStatus:
+    """schema: version of the tables, None without any. size_bytes: of the whole database."""
+
+    url: str
+    schema: str | None
+    size_bytes: int
+    namespaces: tuple[NamespaceStatus, ...]
+
+
+def status(url: str) -> DatabaseStatus:
+    """What is in a database, whatever the version of its schema.
+
+    Raises:
+        ConfigError: a URL that names no database. StoreError: it cannot be read.
+    """
+    engine = make_engine(_existing(url), patient=True)
+    try:
+        with _reading(engine) as connection:
+            tables = set(inspect(connection).get_table_names())
+            schema = None
+            if "alembic_version" in tables:
+                schema = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            names = []
+            if schema == SCHEMA_VERSION:
+                names = list(connection.execute(select(log_head.c.namespace).order_by(log_head.c.namespace)).scalars())
+            found = tuple(_namespace(connection, name) for name in names)
+            return DatabaseStatus(shown(engine), schema, _size(connection), found)
+    finally:
+        engine.dispose()
+
+
+def _namespace(connection: Connection, name: str) -> NamespaceStatus:
+    own = events.c.namespace == name
+    head = connection.execute(select(log_head.c.seq).where(log_head.c.namespace == name)).scalar_one()
+    kinds = connection.execute(select(events.c.kind, func.count()).where(own).group_by(events.c.kind)).all()
+    ends = select(events.c.at).where(own).limit(1)
+    first = connection.execute(ends.order_by(events.c.seq)).scalar()
+    last = connection.execute(ends.order_by(events.c.seq.desc())).scalar()
+    stored = select(snapshots.c.seq, func.length(snapshots.c.data)).where(snapshots.c.namespace == name)
+    kept = connection.execute(stored.order_by(snapshots.c.seq)).all()
+    counts = {kind: int(count) for kind, count in sorted(kinds)}
+    return NamespaceStatus(
+        name, head, counts, first, last, tuple(seq for seq, _ in kept), sum(size for _, size in kept)
+    )
+
+
+def _size(connection: Connection) -> int:
+    if connection.dialect.name == "postgresql":
+        return int(connection.execute(text("SELECT pg_database_size(current_database())")).scalar_one())
+    pages = connection.execute(text("PRAGMA page_count")).scalar_one()
+    return int(pages * connection.execute(text("PRAGMA page_size")).scalar_one())
+
+
+def backup(url: str, target: Path) -> dict[str, int]:
+    """Write one consistent state of all namespaces to a new file; heads by namespace.
+
+    Args:
+        target: a name that ends in `.parquet` takes the rows, from either database; any other a copy of SQLite's file,
+            which is a database at once. It appears when it is whole and on disk.
+
+    Raises:
+        ConfigError: PostgreSQL and another name. OutputError: the file exists, or cannot be written. StoreError.
+    """
+    engine = open_database(_existing(url), patient=True)
+    try:
+        if target.suffix == ".parquet":
+            with _reading(engine) as connection, new_file(target) as partial:
+                return write_rows(connection, partial, None)
+        if engine.dialect.name != "sqlite":
+            raise ConfigError(f"a backup of PostgreSQL is a Parquet file; call it {target.name}.parquet")
+        with new_file(target) as partial, store_errors("the backup"):
+            copy_sqlite(make_url(url).database or "", partial)
+            return heads_of_copy(partial)
+    finally:
+        engine.dispose()
+
+
+def restore(url: str, source: Path) -> dict[str, int]:
+    """Fill a database from a backup, all of it or nothing; numbers of events by namespace. It may have no tables yet.
+
+    Raises:
+        ConfigError: the file is no whole backup, or a namespace of it has events here. StoreError.
+    """
+    heads, rows = read_backup(source)
+    upgrade_database(url)
+    engine = open_database(url, patient=True)
+    try:
+        with store_errors("restoring the event log"), writing(engine) as connection:
+            for name in heads:
+                first = text("INSERT INTO log_head (namespace, seq) VALUES (:namespace, 0) ON CONFLICT DO NOTHING")
+                connection.execute(first, {"namespace": name})
+                held = select(log_head.c.seq).where(log_head.c.namespace == name).with_for_update()
+                if connection.execute(held).scalar_one() != 0:
+                    raise ConfigError(f"the namespace {name!r} of {shown(engine)} has events already")
+            counted = dict.fromkeys(heads, 0)
+            for batch in rows:
+                for row in batch:
+                    name = row["namespace"]
+                    if name not in counted or row["seq"] != counted[name] + 1:
+                        raise ConfigError(f"{source} is damaged: event {row['seq']} of {name!r} is out of order")
+                    counted[name] += 1
+                connection.execute(insert(events), batch)
+            if counted != heads:
+                raise ConfigError(f"{source} is damaged: it has {counted} events and names {heads}")
+            for name, head in heads.items():
+                connection.execute(update(log_head).where(log_head.c.namespace == name).values(seq=head))
+        return heads
+    finally:
+        engine.dispose()
+
+
+def export_events(url: str, namespace: str, target: Path) -> int:
+    """Write the events of a namespace as they are; how many. The file is a backup of this namespace as well.
+
+    Raises:
+        ConfigError: no such namespace. OutputError, StoreError: as `backup`.
+    """
+    engine = open_database(_existing(url), patient=True)
+    try:
+        with _reading(engine) as connection, new_file(target) as partial:
+            _check_namespace(connection, namespace)
+            return sum(write_rows(connection, partial, namespace).values())
+    finally:
+        engine.dispose()
+
+
+_DECISIONS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("seq", pa.int64()),
+        ("at", pa.float64()),
+        ("kind", pa.string()),
+        ("left", pa.string()),
+        ("right", pa.string()),
+        ("tasks", pa.list_(pa.string())),
+        ("arm", pa.string()),
+        ("explored", pa.bool_()),
+        ("arms", pa.list_(pa.string())),
+        ("propensities", pa.list_(pa.float64())),
+        ("propensity", pa.float64()),
+        ("utility", pa.float64()),
+        ("status", pa.string()),
+        ("closed_reason", pa.string()),
+        ("expires_at", pa.float64()),
+        ("epoch", pa.int64()),
+        ("model_version", pa.string()),
+    ]
+)
+
+
+def export_decisions(url: str, namespace: str, target: Path, now: float) -> int:
+    """Write a table of the decisions, one a row, with their rewards; how many.
+
+    Its columns are in docs/event-log.md.
+
+    Args:
+        now: seconds since 1970; decisions whose time is over are called expired.
+
+    Raises:
+        As `export_events`.
+    """
+    engine = open_database(_existing(url), patient=True)
+    count = 0
+    try:
+        with _reading(engine) as connection, new_file(target) as partial:
+            _check_namespace(connection, namespace)
+            with pq.ParquetWriter(partial, _DECISIONS, compression="zstd") as writer:
+                for rows in _decisions(connection, namespace):
+                    about = _histories(connection, namespace, [row.subject or "" for row in rows])
+                    table = [_flat(row, about[row.subject or ""], now) for row in rows]
+                    writer.write_table(pa.Table.from_pylist(table, _DECISIONS))
+                    count += len(rows)
+    finally:
+        engine.dispose()
+    return count
+
+
+def _flat(row: EventRow, others: Sequence[EventRow], now: float) -> dict[str, Any]:
+    body = json.loads(row.body)
+    state, utility, reason = state_of(row, others, now)
+    answer, request = body.get("answer") or {}, body["request"]
+    # A plan is drawn by its id, and its label is what the answer calls its arm.
+    arms, drawn = body["arms"], body["propensities"]
+    played = (answer.get("plan") or {}).get("id", body["arm"])
+    return {
+        "id": body["decision_id"],
+        "seq": row.seq,
+        "at": row.at,
+        "kind": answer.get("kind", "pair"),
+        "left": answer.get("left", request.get("left")),
+        "right": answer.get("right", request.get("right")),
+        "tasks": answer.get("tasks", request.get("tasks")),
+        "arm": answer.get("arm", body["arm"]),
+        "explored": body["explored"],
+        "arms": arms,
+        "propensities": drawn,
+        "propensity": dict(zip(arms, drawn, strict=True)).get(played if played in arms else body["arm"]),
+        "utility": utility,
+        "status": state,
+        "closed_reason": reason,
+        "expires_at": body["expires_at"],
+        "epoch": body["epoch"],
+        "model_version": body["model_version"],
+    }
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was thrown away."""
+
+    decisions: int
+    bytes: int
+    snapshots: int
+
+
+def prune(url: str, namespace: str, before: float, keep_snapshots: int, dry_run: bool = False) -> Pruned:
+    """Throw away what no fold will ever need, whatever encoder comes.
+
+    That is the raw features and the context of decisions that were closed without a reward before a time: no reward of
+    them is ever taken, so nothing is learned from them. The events themselves stay, with what was asked, answered and
+    drawn; rewarded and open decisions stay whole. Snapshots but the newest go as well.
+
+    Args:
+        before: seconds since 1970, when a decision was closed. dry_run: only count.
+
+    Raises:
+        ConfigError: no such namespace. StoreError.
+    """
+    engine = open_database(_existing(url), patient=True)
+    own = (events.c.namespace == namespace, events.c.kind == "decision_closed", events.c.at < before)
+    changed, freed = 0, 0
+    try:
+        with _reading(engine) as connection:
+            _check_namespace(connection, namespace)
+            closed = list(connection.execute(select(events.c.subject).where(*own).order_by(events.c.seq)).scalars())
+        for start in range(0, len(closed), _PAGE):
+            with store_errors("pruning the event log"), writing(engine) as connection:
+                histories = _histories(connection, namespace, closed[start : start + _PAGE])
+                smaller = [one for rows in histories.values() if (one := _without_arrays(rows, before)) is not None]
+                for row, saved in smaller:
+                    changed, freed = changed + 1, freed + saved
+                    if not dry_run:
+                        which = (events.c.namespace == namespace, events.c.seq == row.seq)
+                        connection.execute(update(events).where(*which).values(body=row.body, data=row.data))
+        with store_errors("pruning snapshots"), writing(engine) as connection:
+            mine = snapshots.c.namespace == namespace
+            kept = select(snapshots.c.seq).where(mine).order_by(snapshots.c.seq.desc())
+            old = list(connection.execute(kept).scalars())[keep_snapshots:]
+            if old and not dry_run:
+                connection.execute(delete(snapshots).where(mine, snapshots.c.seq.in_(old)))
+    finally:
+        engine.dispose()
+    return Pruned(changed, freed, len(old))
+
+
+def _without_arrays(rows: Sequence[EventRow], now: float) -> tuple[EventRow, int] | None:
+    """The decision without its arrays, and the bytes saved; None where there is nothing to save."""
+    decision = next((row for row in rows if row.kind == "decision"), None)
+    if decision is None or not decision.data or state_of(decision, rows, now)[0] not in ("closed", "expired"):
+        return None
+    event = decision.event
+    assert isinstance(event, DecisionMade)
+    body, data = encode(replace(event, features=_NOTHING, z=_NOTHING))
+    saved = len(decision.body) + len(decision.data) - len(body) - len(data)
+    return decision._replace(body=body, data=data), saved
+
+
+# Reading the database.
+
+
+def _existing(url: str) -> str:
+    """Raises ConfigError for a SQLite file that is not there: opening it would make an empty one."""
+    make_engine(url).dispose()
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
+        raise ConfigError(f"there is no database file {parsed.database}; `simmerge db upgrade` makes an empty one")
+    return url
+
+
+@contextmanager
+def _reading(engine: Engine) -> Iterator[Connection]:
+    """A transaction that sees one state of the database from its first query on."""
+    with store_errors("reading the event log"), engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            connection = connection.execution_options(isolation_level="REPEATABLE READ")
+        with connection.begin():
+            yield connection
+
+
+def _check_namespace(connection: Connection, namespace: str) -> None:
+    known = list(connection.execute(select(log_head.c.namespace).order_by(log_head.c.namespace)).scalars())
+    if namespace not in known:
+        raise ConfigError(f"no namespace {namespace!r} in the database; known: {', '.join(known) or 'none'}")
+
+
+def _decisions(connection: Connection, namespace: str) -> Iterator[list[EventRow]]:
+    own = (events.c.namespace == namespace, events.c.kind == "decision")
+    after = 0
+    query = select(*_ROW).where(*own, events.c.seq > bindparam("after")).order_by(events.c.seq).limit(_PAGE)
+    while rows := [EventRow._make(one) for one in connection.execute(query, {"after": after})]:
+        yield rows
+        after = rows[-1].seq
+
+
+def _histories(connection: Connection, namespace: str, names: Sequence[str]) -> dict[str, list[EventRow]]:
+    """All events about each of the decisions, in order."""
+    found: dict[str, list[EventRow]] = {name: [] for name in names}
+    rows = [EventRow._make(one) for one in connection.execute(_ABOUT, {"own": namespace, "names": list(names)})]
+    for row in sorted(rows, key=lambda one: one.seq):
+        found[row.subject or ""].append(row)
+    return found

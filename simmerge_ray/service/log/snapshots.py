@@ -1,0 +1,132 @@
+"""Snapshots of the state: they shorten a fold and decide nothing.
+
+A snapshot is a header in JSON and the arrays as raw float64, with a checksum; one that is damaged or of another
+format is as good as none. It may be gone on from if nothing that it has folded was changed later: it is of the current
+encoder epoch, and no reward up to its number was voided after it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Engine, delete, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from simmerge_ray.base.errors import StoreError
+from simmerge_ray.base.storage import digest_bytes
+from simmerge_ray.service.log.database import snapshots, store_errors, writing
+from simmerge_ray.service.log.events import (
+    read_array,
+    read_noise,
+    read_posterior,
+    write_array,
+    write_noise,
+    write_posterior,
+)
+from simmerge_ray.service.log.fold import Arm, Basis, Encoder, EventRow, OpenDecision, State, voided_seq
+
+FORMAT = 1
+KEPT = 8  # snapshots of a namespace: old ones serve voids of old rewards
+_COUNTERS = ("seq", "model_version", "num_decisions", "num_rewards", "num_closed")
+
+
+def dump(state: State) -> bytes:
+    """The state as bytes; `load` gives it back bit for bit."""
+    data = bytearray()
+    arms = [
+        {"arm": name, "prior": write_posterior(arm.prior, data), "posterior": write_posterior(arm.posterior, data)}
+        for name, arm in state.arms.items()
+    ]
+    opened = [
+        {
+            "id": name,
+            "seq": one.seq,
+            "learns": one.learns,
+            "level": one.level,
+            "z": write_array(one.z, data),
+            "features": None if one.features is None else write_array(one.features, data),
+            "expires_at": one.expires_at,
+        }
+        for name, one in state.open.items()
+    ]
+    header = {"format": FORMAT, "arms": arms, "open": opened, "noise": write_noise(state.noise)}
+    header |= {name: getattr(state, name) for name in _COUNTERS}
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(data)
+
+
+def load(content: bytes, basis: Basis, encode: Encoder) -> State:
+    """The state that was dumped, to be gone on from with a basis that does not change its past.
+
+    Raises:
+        StoreError: a snapshot of another format.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    if header["format"] != FORMAT:
+        raise StoreError(f"the snapshot has the format {header['format']}; this program reads {FORMAT}")
+    state = State(basis, encode, noise=read_noise(header["noise"]), **{name: header[name] for name in _COUNTERS})
+    for one in header["arms"]:
+        state.arms[one["arm"]] = Arm(read_posterior(one["prior"], data), read_posterior(one["posterior"], data))
+    for one in header["open"]:
+        features = None if one["features"] is None else read_array(one["features"], data)
+        state.open[one["id"]] = OpenDecision(
+            one["seq"], tuple(one["learns"]), one["level"], read_array(one["z"], data), features, one["expires_at"]
+        )
+    return state
+
+
+def row_of(namespace: str, state: State) -> dict[str, Any]:
+    """A state as a row of `snapshots`."""
+    content = dump(state)
+    return {
+        "namespace": namespace,
+        "seq": state.seq,
+        "epoch_seq": state.basis.epoch_seq,
+        "checksum": digest_bytes(content),
+        "data": content,
+    }
+
+
+def save_snapshot(engine: Engine, row: Mapping[str, Any]) -> None:
+    """Store a snapshot and drop the oldest ones; a second one of the same number is left out. Raises StoreError."""
+    own = snapshots.c.namespace == row["namespace"]
+    with store_errors("writing a snapshot"):
+        try:
+            with writing(engine) as connection:
+                connection.execute(insert(snapshots), [row])
+                newest = select(snapshots.c.seq).where(own).order_by(snapshots.c.seq.desc()).offset(KEPT - 1).limit(1)
+                oldest_kept = connection.execute(newest).scalar()
+                if oldest_kept is not None:
+                    connection.execute(delete(snapshots).where(own, snapshots.c.seq < oldest_kept))
+        except IntegrityError:  # another replica was first, with the same bytes
+            return
+
+
+def newest_snapshot(
+    engine: Engine, namespace: str, basis: Basis, voids: Sequence[EventRow], last: int, encode: Encoder
+) -> State:
+    """The newest good snapshot up to number `last`, as the start of a fold; an empty state where there is none.
+
+    Args:
+        basis: of the events up to `last`. voids: the `reward_voided` events among them.
+
+    Raises:
+        StoreError: the database.
+    """
+    own = snapshots.c.namespace == namespace
+    query = select(snapshots.c.seq).where(own, snapshots.c.epoch_seq == basis.epoch_seq, snapshots.c.seq <= last)
+    with store_errors("reading snapshots"), engine.connect() as connection:
+        for (seq,) in connection.execute(query.order_by(snapshots.c.seq.desc())).all():
+            if any(voided_seq(void) <= seq < void.seq for void in voids):
+                continue
+            stored = select(snapshots.c.data, snapshots.c.checksum).where(own, snapshots.c.seq == seq)
+            row = connection.execute(stored).one_or_none()
+            if row is not None and digest_bytes(row.data) == row.checksum:
+                try:
+                    return load(row.data, basis, encode)
+                except StoreError:
+                    continue
+    return State(basis, encode)

@@ -1,0 +1,160 @@
+"""What the log knows about merges: rewarded decisions, as training data and as labels.
+
+The log is read once, in pages, strictly by sequence. A voided reward does not count, whenever the void came; decisions
+without a reward are left out, those that were closed as infeasible become labels without a utility.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmerge_ray.base.errors import InputError, LabelError
+from simmerge_ray.base.storage import digest_json
+from simmerge_ray.plans.operators.specs import parse_arm
+from simmerge_ray.plans.plan import MergePlan, pair_plan, plan_from_json
+from simmerge_ray.search.labels import EvaluationSettings, Infeasible, LabeledPlan, Measured
+from simmerge_ray.selector.data.rewards import RewardedMerge
+from simmerge_ray.service.log.event_log import EventLog
+from simmerge_ray.service.log.events import DecisionClosed, DecisionMade, RewardGiven
+from simmerge_ray.service.log.fold import EventRow, voided_seq
+
+PAGE = 512
+SETUP_KINDS = ("arm_added", "warm_start", "encoder_epoch", "activation")
+INFEASIBLE = "infeasible"  # how the reason of a close begins when the merge cannot be made
+
+
+@dataclass(frozen=True, eq=False)
+class Rewarded:
+    """seq: of the reward. plan: what was chosen, a pair's merge or several steps. tasks: that `utility` is of."""
+
+    seq: int
+    decision: DecisionMade
+    utility: float
+    plan: MergePlan
+    tasks: tuple[str, ...]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it may serve off-policy estimates: an arm of a pair, drawn with the propensities that it has."""
+        return self.decision.explored and self.decision.request["kind"] == "pair"
+
+
+@dataclass(frozen=True)
+class LoggedMerges:
+    """head: the last event that was read. rewarded: by the number of their rewards. infeasible: plan, tasks, reason.
+
+    setups: events of the kinds in SETUP_KINDS, in order: which selectors answered.
+    """
+
+    head: int
+    rewarded: tuple[Rewarded, ...]
+    infeasible: tuple[tuple[MergePlan, tuple[str, ...], str], ...]
+    setups: tuple[EventRow, ...]
+
+
+def all_rows(log: EventLog, after: int = 0) -> Iterator[EventRow]:
+    """All events that follow number `after`, up to the present head. Raises StoreError."""
+    last, seq = log.head(), after
+    while seq < last:
+        for row in log.tail(seq, PAGE, last):
+            yield row
+            seq = row.seq
+
+
+def logged_merges(rows: Iterable[EventRow]) -> LoggedMerges:
+    """What a log says about merges.
+
+    Raises:
+        LabelError: a decision that retraining cannot read.
+    """
+    open_: dict[str, DecisionMade] = {}
+    given: dict[int, tuple[DecisionMade, float]] = {}
+    closed: list[tuple[DecisionMade, str]] = []
+    setups: list[EventRow] = []
+    head = 0
+    for row in rows:
+        head = row.seq
+        if row.kind == "reward_voided":  # its decision is open again
+            decision, _ = given.pop(voided_seq(row))
+            open_[decision.decision_id] = decision
+        elif row.kind in SETUP_KINDS:
+            setups.append(row)
+        elif row.kind in ("decision", "reward", "decision_closed"):
+            event = row.event
+            if isinstance(event, DecisionMade):
+                open_[event.decision_id] = event
+            elif isinstance(event, RewardGiven):
+                given[row.seq] = open_.pop(event.decision_id), event.utility
+            elif isinstance(event, DecisionClosed):
+                closed.append((open_.pop(event.decision_id), event.reason))
+    rewarded = [Rewarded(seq, one, utility, *_asked(one)) for seq, (one, utility) in sorted(given.items())]
+    infeasible = [(*_asked(one), reason) for one, reason in closed if reason.startswith(INFEASIBLE)]
+    return LoggedMerges(head, tuple(rewarded), tuple(infeasible), tuple(setups))
+
+
+def _asked(decision: DecisionMade) -> tuple[MergePlan, tuple[str, ...]]:
+    """The plan that was chosen, and the tasks that its reward is about."""
+    request = decision.request
+    try:
+        if request["kind"] == "plan":
+            plan = plan_from_json(request["plan"])
+        else:
+            plan = pair_plan(request["left"], request["right"], parse_arm(decision.arm))
+        return plan, tuple(request["tasks"])
+    except (KeyError, TypeError, InputError) as error:
+        raise LabelError(f"decision {decision.decision_id!r} cannot be read for retraining: {error}") from None
+
+
+def training_rewards(rewarded: Sequence[Rewarded], arms: Sequence[str], num_features: int) -> list[RewardedMerge]:
+    """Rewards that a selector of these arms learns from: the arm is that of the last step, whose features are logged,
+    as the score of a plan is predicted from these. Of plans that were logged with other features only labels are made.
+
+    Raises:
+        LabelError: a pair's features are of another number, so the new encoder could not fold the log.
+    """
+    found = []
+    for one in rewarded:
+        features, arm, wanted = one.decision.features, one.plan.steps[-1].arm.label, (len(one.tasks), 2, num_features)
+        if features.shape == wanted:
+            if arm in arms:
+                found.append(RewardedMerge(one.plan.members, one.tasks, arm, one.utility, features))
+        elif one.decision.learns and one.decision.request["kind"] == "pair":
+            raise LabelError(
+                f"decision {one.decision.decision_id!r} was logged with features of the shape {features.shape}; with "
+                f"{len(one.tasks)} tasks and these signals it must be {wanted}: retrain with the service's signals"
+            )
+    return found
+
+
+def reward_labels(logged: LoggedMerges, namespace: str, digests: Mapping[str, str]) -> list[LabeledPlan]:
+    """A label for each plan and set of tasks; its items are the rewards, in their order.
+
+    Their settings say where they are from, so that they are not mixed with labels of known items.
+
+    Args:
+        digests: contents of the checkpoints, by id; one that is not known is left out.
+    """
+    items: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    plans: dict[str, MergePlan] = {}
+    reasons: dict[tuple[str, tuple[str, ...]], str] = {}
+    for one in logged.rewarded:
+        plans[one.plan.id] = one.plan
+        items.setdefault((one.plan.id, one.tasks), []).append(one.utility)
+    for plan, tasks, reason in logged.infeasible:
+        plans[plan.id] = plan
+        if (plan.id, tasks) not in items:
+            reasons[plan.id, tasks] = reason
+    settings = EvaluationSettings(f"rewards of {namespace}", "", 0)
+
+    def label(plan_id: str, tasks: tuple[str, ...], outcome: Measured | Infeasible) -> LabeledPlan:
+        plan = plans[plan_id]
+        known = {name: digests[name] for name in sorted(set(plan.members)) if name in digests}
+        return LabeledPlan(
+            plan, " + ".join(tasks), digest_json(["rewards", namespace, tasks]), outcome, settings, known
+        )
+
+    measured = [label(*key, Measured(np.array(values))) for key, values in items.items()]
+    return measured + [label(*key, Infeasible(reason)) for key, reason in reasons.items()]

@@ -1,0 +1,251 @@
+"""Is a new selector worse than the present one? On held-out rewards from the log, and on the labels.
+
+On the log: what each selector's own choices would have earned, doubly robust, and their difference decision by decision
+(`bandit.off_policy`). The rewards are later than all that either selector was trained on. On the labels: the same
+training with and without the new rewards, on checkpoints that are left out of both. The first sees merges of the kind
+that is asked for now, but few; the second sees many, but old ones: it shows what was forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.selector.assessment.crossval import bench_of
+from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.evaluation import UTILITY, Scoring, keeping_no_parent, shares_of
+from simmerge_ray.selector.data.rewards import RewardedMerge
+from simmerge_ray.selector.data.splits import Fold, fold_mean
+from simmerge_ray.selector.models.model import FittedModel, Selector
+from simmerge_ray.selector.models.policy import SafeOverride
+from simmerge_ray.selector.models.train import fit_models, predict_folds
+from simmerge_ray.service.bandit.off_policy import Estimate, doubly_robust, doubly_robust_gain
+from simmerge_ray.service.retraining.reward_labels import Rewarded
+
+Array = np.ndarray
+
+MARGIN = 0.03  # utility on the log, GapClosed on the labels: what counts as not worse
+MIN_DRAWN = 20
+_ONE_SIDED_95 = 1.645
+
+
+@dataclass(frozen=True)
+class OnLog:
+    """Mean rewards (utility) of the choices of both selectors on `num` drawn decisions; in `num_differ` they differ."""
+
+    num: int
+    num_differ: int
+    observed: float
+    present: Estimate
+    candidate: Estimate
+    gain: Estimate
+
+    @property
+    def low(self) -> float:
+        """The gain is above this with 95 %."""
+        return self.gain.value - _ONE_SIDED_95 * self.gain.standard_error
+
+    @property
+    def high(self) -> float:
+        """The gain is below this with 95 %."""
+        return self.gain.value + _ONE_SIDED_95 * self.gain.standard_error
+
+
+@dataclass(frozen=True)
+class OnLabels:
+    """Headline, in `unit`, of the best predicted arm on checkpoints that were left out, with and without new rewards.
+
+    interval: of the gain, 95 %, over checkpoints; None where there are too few.
+    """
+
+    num_contexts: int
+    unit: str
+    present: float
+    candidate: float
+    gain: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to promote, and why."""
+
+    promote: bool
+    reason: str
+
+
+def compare_on_log(present: Selector, candidate: Selector, held_out: Sequence[Rewarded]) -> OnLog | None:
+    """None where fewer than two of the decisions were drawn.
+
+    Each selector plays what it would choose (its safe policy) among the arms that the decision had. The rewards' model
+    is the mean of both selectors' predictions, so that it favours neither; what it gets wrong is corrected with the
+    logged propensities.
+    """
+    drawn = [one for one in held_out if one.drawn]
+    if len(drawn) < 2:
+        return None
+    rows = [_row(present, candidate, one) for one in drawn]
+    utilities = np.array([one.utility for one in drawn])
+    old, new, logged, predicted, expected_old, expected_new = (np.array(column) for column in zip(*rows, strict=True))
+    return OnLog(
+        len(drawn),
+        int((expected_old != expected_new).sum()),
+        float(utilities.mean()),
+        doubly_robust(utilities, old, logged, predicted, expected_old),
+        doubly_robust(utilities, new, logged, predicted, expected_new),
+        doubly_robust_gain(utilities, new, old, logged, predicted, expected_new - expected_old),
+    )
+
+
+def _row(present: Selector, candidate: Selector, one: Rewarded) -> tuple[float, float, float, float, float, float]:
+    """For the logged arm: probability under both selectors, propensity, model; and the model at both choices."""
+    arms, played = one.decision.arms, one.decision.arms.index(one.decision.arm)
+    choices, predictions = zip(*(_choice(selector, one) for selector in (present, candidate)), strict=True)
+    known = ~np.isnan(predictions)
+    total = np.where(known, predictions, 0.0).sum(0)
+    model = np.divide(total, known.sum(0), out=np.full(len(arms), one.decision.level), where=known.any(0))
+    old, new = choices
+    propensity = one.decision.propensities[played]
+    return float(old == played), float(new == played), propensity, model[played], model[old], model[new]
+
+
+def _choice(selector: Selector, one: Rewarded) -> tuple[int, Array]:
+    """Place of the arm that a selector takes among those of the decision, and (K,) what it predicts of them."""
+    arms, features = one.decision.arms, one.decision.features
+    utility = selector.predict(features, one.tasks)[0].mean(0)
+    known = dict(zip(selector.arms, utility.tolist(), strict=True))
+    predicted = np.array([known.get(arm, np.nan) for arm in arms])
+    chosen = selector.choose(features, one.tasks).arm
+    if chosen in arms:
+        return arms.index(chosen), predicted
+    # The same merge by another arm's name, or an arm that came later: the best of those that it could have taken.
+    return int(np.nan_to_num(predicted, nan=-np.inf).argmax()), predicted
+
+
+def override_on_log(
+    override: SafeOverride,
+    arms: Sequence[str],
+    rewarded: Sequence[Rewarded],
+    folds: Sequence[tuple[frozenset[str], FittedModel]],
+) -> SafeOverride:
+    """When to leave the best fixed arm, from drawn decisions, where they say more than the labels did.
+
+    Labels on which leaving it has not paid forbid it for good, whatever rewards say; so the threshold is chosen on the
+    rewards as well, in the way of `selector.policy.fit_override`: that with the largest gain (doubly robust), if the
+    gain is above 0 with 95 %, else all stays as it is.
+
+    Args:
+        folds: checkpoints that were left out, and the model that was trained without them. Merges of checkpoints that
+            no fold leaves out do not count: their predictions would be those of a model that knew them.
+    """
+    rows = []
+    for one in rewarded:
+        models = [model for left_out, model in folds if left_out.intersection(one.plan.members)]
+        names = one.decision.arms
+        if not (one.drawn and models and override.best_fixed in names and set(names) <= set(arms)):
+            continue
+        columns = [arms.index(name) for name in names]
+        every = [model.predict(one.decision.features, one.tasks)[0].mean(0) for model in models]
+        predicted = np.mean(every, axis=0)[columns]
+        pick, fixed, played = int(predicted.argmax()), names.index(override.best_fixed), names.index(one.decision.arm)
+        weight = (float(played == pick) - float(played == fixed)) / one.decision.propensities[played]
+        advantage = predicted[pick] - predicted[fixed]
+        rows.append((advantage, advantage + weight * (one.utility - predicted[played])))
+    if len(rows) < MIN_DRAWN:
+        return override
+    advantages, gained = np.array(rows).T
+    candidates = np.array([0.0, *np.unique(advantages[advantages > 0])])
+    applied = (advantages > candidates[:, None]) * gained
+    gains = applied.mean(1)
+    chosen = int(np.flatnonzero(gains >= gains.max() - 1e-12)[-1])
+    error = float(applied[chosen].std(ddof=1) / np.sqrt(len(rows)))
+    if gains[chosen] <= _ONE_SIDED_95 * error:
+        return override
+    threshold, share = float(candidates[chosen]), float((advantages > candidates[chosen]).mean())
+    return SafeOverride(override.best_fixed, threshold, float(gains[chosen]), error, share, UTILITY)
+
+
+def left_out(dataset: SelectionDataset, fold: Fold) -> frozenset[str]:
+    """Checkpoints of the data set that a fold's training part does not have."""
+    trained = {name for row in fold.training for name in (dataset.contexts[row].left, dataset.contexts[row].right)}
+    return frozenset(name for one in dataset.contexts for name in (one.left, one.right) if name not in trained)
+
+
+def fold_models(
+    dataset: SelectionDataset,
+    folds: Sequence[Fold],
+    config: TrainConfig,
+    reference: Sequence[int],
+    rewards: Sequence[RewardedMerge],
+) -> list[FittedModel]:
+    """A model for each fold, from its contexts and from the rewards of merges without its checkpoints."""
+    return fit_models(dataset, [fold.training for fold in folds], config, reference, rewards)
+
+
+def compare_on_labels(
+    dataset: SelectionDataset,
+    folds: Sequence[Fold],
+    config: TrainConfig,
+    reference: Sequence[int],
+    present: Sequence[FittedModel],
+    candidate: Sequence[FittedModel],
+    base_of: Mapping[str, str],
+) -> OnLabels | None:
+    """The fold models of both on what their folds left out, one arm per merge; None without folds."""
+    if not folds:
+        return None
+    arms = tuple(dataset.arms[k] for k in reference)
+    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, list(reference)])
+    trial = Trial(known, config, list(folds), Scoring.of(known.contexts, arms))
+    bench = bench_of(trial, True, base_of)
+    shares = []
+    for models in (present, candidate):
+        predicted = [values[:, list(reference)] for values in predict_folds(dataset, folds, models)]
+        scores = keeping_no_parent(fold_mean(folds, predicted, len(dataset.contexts)))
+        shares.append(shares_of(scores, bench.units))
+    old, new = shares
+    measured = bench.measure(new, old)
+    if measured["gain"] is None:
+        return None
+    interval = measured["gain_interval"]
+    num = int((~np.isnan(new).any(1)).sum())
+    return OnLabels(
+        num,
+        trial.scoring.unit,
+        measured["gap_closed"] - measured["gain"],
+        measured["gap_closed"],
+        measured["gain"],
+        (interval[0], interval[1]) if interval else None,
+    )
+
+
+def verdict(log: OnLog | None, labels: OnLabels | None, margin: float) -> Verdict:
+    """Promote what is not worse than the present selector by more than the margin, on the log and on the labels.
+
+    On the log that has to be shown: the 95 % bound of the difference is above the margin. On the labels the difference
+    itself is: both were measured on the very same merges, and their interval, over checkpoints, is of what other
+    catalogues would show.
+    """
+    if log is None or log.num < MIN_DRAWN:
+        found = log.num if log else 0
+        return Verdict(
+            False, f"{found} of the held-out rewards are of drawn decisions; {MIN_DRAWN} are needed to compare"
+        )
+    if log.high < 0:
+        return Verdict(False, f"on the log it is worse: {log.gain.value:+.3f} utility, below {log.high:+.3f} with 95 %")
+    if log.low < -margin:
+        return Verdict(
+            False,
+            f"the log cannot rule out that it is worse by more than {margin:g}: {log.gain.value:+.3f} utility, above "
+            f"{log.low:+.3f} with 95 %; more rewards of drawn decisions narrow that",
+        )
+    if labels is not None and labels.gain < -margin:
+        return Verdict(False, f"on the labels it is worse: {labels.gain:+.3f} {labels.unit}, at most {-margin:g}")
+    said = f"on the log {log.gain.value:+.3f} utility, above {log.low:+.3f} with 95 %"
+    if labels is None:
+        return Verdict(True, f"{said}; too few checkpoints to compare on the labels")
+    return Verdict(True, f"{said}; on the labels {labels.gain:+.3f} {labels.unit}")

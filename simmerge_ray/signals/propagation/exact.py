@@ -1,0 +1,120 @@
+"""The audit: merge in memory, run the probes, sum over all coordinates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.signals.compute import matrix_entry
+from simmerge_ray.signals.features import feature_columns
+from simmerge_ray.signals.pairs import output_matrices
+from simmerge_ray.signals.propagation.interface import PlanStep, Source, one_by_one, plan_results, propagated
+from simmerge_ray.signals.propagation.merged import Tensors, merged_steps, model_of, run_probes
+from simmerge_ray.signals.propagation.span import kth_largest
+from simmerge_ray.signals.samples import TensorBlocks, trim_threshold
+from simmerge_ray.signals.signature import TaskOutputs, Weights
+from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.tokens import ProbeTokens
+from simmerge_ray.signals.weights import BLOCK_ELEMENTS, TRIM_DENSITY, WeightSums, sums_in_blocks, weight_matrices
+
+Array = np.ndarray
+
+
+class Exact:
+    """Delivers every column, by doing what the others predict; all intermediates of a plan are in memory meanwhile.
+
+    Args:
+        tokens: of every task. outputs: of a checkpoint on a task, from the same tokens. weights: the samples by id, for
+            the exact trim thresholds of the checkpoints. dtype: to which an intermediate is rounded before it is run
+            and compared (what a merge on disk would be); float32 leaves it as it is.
+    """
+
+    name = "exact"
+
+    def __init__(
+        self,
+        table: SignalTable,
+        catalogue: Catalogue,
+        tokens: Mapping[str, ProbeTokens],
+        outputs: Callable[[str, str], TaskOutputs],
+        weights: Mapping[str, Weights],
+        dtype: str = "F32",
+    ) -> None:
+        self._table, self._catalogue, self._tokens = table, catalogue, tokens
+        self._outputs, self._weights, self._dtype = outputs, weights, dtype
+        self.columns = feature_columns(catalogue.base is not None)
+        # One plan at a time, for all its tasks.
+        self._merges = lru_cache(1)(self._merge)
+        self._run = lru_cache(8)(self._run_probes)
+        self._weight_signals = lru_cache(8)(self._compare_weights)
+
+    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
+        features = partial(self._between, plan, task=task)
+        return propagated(plan, task, self._table, self.columns, features, gradients=True, first=first)
+
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+        return one_by_one(self, steps, columns, 1)  # two threads cannot load models at the same time
+
+    def _between(self, plan: MergePlan, left: Source, right: Source, task: str) -> Mapping[str, float]:
+        outputs = [self._run(plan, source, task) for source in (left, right)]
+        matrices = self._weight_signals(plan, left, right) | output_matrices(outputs, self._catalogue.base is not None)
+        return {column: matrix_entry(matrices, column, 0, 1) for column in self.columns}
+
+    def _merge(self, plan: MergePlan) -> dict[Source, tuple[Tensors, Any]]:
+        """Tensors and model of every intermediate."""
+        like = self._catalogue.ref(plan.members[0])
+        merges = zip(plan_results(plan)[:-1], merged_steps(plan, self._catalogue, self._dtype), strict=False)
+        return {source: (tensors, model_of(tensors, like, plan.label)) for source, tensors in merges}
+
+    def _run_probes(self, plan: MergePlan, source: Source, task: str) -> TaskOutputs:
+        if isinstance(source, str):
+            return self._outputs(source, task)
+        return run_probes(self._merges(plan)[source][1], self._catalogue.ref(plan.members[0]), self._tokens[task])
+
+    def _compare_weights(self, plan: MergePlan, left: Source, right: Source) -> dict[str, Array]:
+        with ExitStack() as stack:
+            blocks = {ref.id: TensorBlocks(ref) for ref in self._catalogue.all_refs}
+            for one in blocks.values():
+                stack.callback(one.close)
+            sums = {
+                name: self._tensor_sums(plan, name, left, right, blocks) for name in next(iter(self._weights.values()))
+            }
+        return weight_matrices(sums, self._catalogue.base is not None)
+
+    def _tensor_sums(
+        self, plan: MergePlan, name: str, left: Source, right: Source, blocks: Mapping[str, TensorBlocks]
+    ) -> WeightSums:
+        base = self._catalogue.base
+
+        def centre(start: int, stop: int) -> Array:
+            if base is not None:
+                return blocks[base.id].read(name, start, stop)
+            rows = np.stack([one.read(name, start, stop) for one in blocks.values()])
+            return rows.mean(0, dtype=np.float64).astype(np.float32)
+
+        def values(source: Source, start: int, stop: int) -> Array:
+            if isinstance(source, str):
+                return blocks[source].read(name, start, stop)
+            return self._merges(plan)[source][0][name].reshape(-1)[start:stop].numpy()
+
+        def vectors(start: int, stop: int) -> tuple[Array, Array]:
+            middle = centre(start, stop)
+            return np.stack([values(source, start, stop) - middle for source in (left, right)]), middle
+
+        def threshold(source: Source) -> float:
+            if isinstance(source, str) or base is None:
+                return trim_threshold(self._weights[source][name]) if isinstance(source, str) else math.inf
+            vector = np.concatenate([values(source, *span) - centre(*span) for span in spans])
+            return kth_largest(vector, TRIM_DENSITY)
+
+        size = next(iter(blocks.values())).num_elements(name)
+        spans = [(start, min(start + BLOCK_ELEMENTS, size)) for start in range(0, size, BLOCK_ELEMENTS)]
+        thresholds = np.array([threshold(source) for source in (left, right)], dtype=np.float32)
+        return sums_in_blocks(vectors, size, thresholds)

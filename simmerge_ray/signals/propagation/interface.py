@@ -1,0 +1,217 @@
+"""What a propagator is, and the intermediates of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from simmerge_ray.base.errors import OperatorError, PlanError, unknown_name
+from simmerge_ray.plans.operators.specs import Arm, Weight
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.signals.features import column_signal, feature_columns
+from simmerge_ray.signals.table import PairSignals, SignalTable
+
+Array = np.ndarray
+NAMES = ("bound", "second_order", "virtual", "curved", "exact")  # of `table.PROPAGATORS`, without its imports
+_NO_GRADIENTS = "a weight that changes with depth cannot be propagated; give one number, or take propagator 'exact'"
+
+
+class Propagator(Protocol):
+    """Signals of the steps of any plan: folds and DAGs of two-way steps, every operator that a step can have.
+
+    columns: the feature columns that it delivers, in the order of `feature_columns`.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+
+    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
+        """Signals of (left, right) of every step, in order; sources are named as in the plan, `#n` for results.
+
+        The first so many steps are left out (-1: all but the last step).
+
+        A step of two checkpoints has the table's own values.
+
+        Raises:
+            PlanError: a checkpoint or the task is not in the table, or a weight changes with depth (which `exact`
+                takes). OperatorError: an operator needs a base and the table has none; see also the operator.
+        """
+        ...
+
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+        """Some of its columns for many steps at once, of any plans and tasks: the numbers of `steps`, to rounding.
+
+        Returns:
+            (F, N), a row for each column.
+
+        Raises:
+            PlanError, OperatorError: see `steps`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One step of a plan, on one task. number: of the step, from 0."""
+
+    plan: MergePlan
+    number: int
+    task: str
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """A step with all the steps under it: the same in every plan that merges so, whatever its number there.
+
+    step, seed: number of the step and seed of the plan where the operator is random, else 0.
+    """
+
+    arm: Arm
+    weight: Weight
+    left: Source
+    right: Source
+    step: int = 0
+    seed: int = 0
+
+    @property
+    def constant_weight(self) -> float:
+        """The weight, for propagators that know numbers only.
+
+        Raises:
+            PlanError: it changes with depth.
+        """
+        if isinstance(self.weight, tuple):
+            raise PlanError(_NO_GRADIENTS)
+        return self.weight
+
+    def __hash__(self) -> int:
+        return self._hash  # of the whole fold, so it is computed once
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.arm, self.weight, self.left, self.right, self.step, self.seed))
+
+
+Source = str | Intermediate
+
+
+@lru_cache(1024)
+def plan_results(plan: MergePlan) -> tuple[Intermediate, ...]:
+    """The result of every step; commuting sources are sorted, so that plans share it."""
+    results: list[Intermediate] = []
+    for number, step in enumerate(plan.steps, 1):
+        left, right = (_resolved(source, results) for source in (step.left, step.right))
+        random = step.arm.spec.random
+        if step.arm.spec.symmetric and step.weight == 0.5 and _order(right) < _order(left):
+            left, right = right, left
+        results.append(
+            Intermediate(step.arm, step.weight, left, right, number if random else 0, plan.seed if random else 0)
+        )
+    return tuple(results)
+
+
+def plan_sources(plan: MergePlan) -> list[tuple[Source, Source]]:
+    """(left, right) of every step."""
+    results = plan_results(plan)
+    return [(_resolved(step.left, results), _resolved(step.right, results)) for step in plan.steps]
+
+
+def _resolved(source: str, results: Sequence[Intermediate]) -> Source:
+    return results[int(source[1:]) - 1] if source.startswith("#") else source
+
+
+def _order(source: Source) -> tuple[bool, str]:
+    return isinstance(source, Intermediate), str(source)
+
+
+def members(source: Source) -> tuple[str, ...]:
+    """Ids of the checkpoints under a source, sorted."""
+    if isinstance(source, str):
+        return (source,)
+    return tuple(sorted({*members(source.left), *members(source.right)}))
+
+
+def fold_path(source: Source) -> tuple[str, ...]:
+    """A key that sorts sources so that those which begin alike stand together."""
+    if isinstance(source, str):
+        return (source,)
+    right = "\0".join(fold_path(source.right))
+    return (*fold_path(source.left), f"{right}\0{source.arm.label}\0{source.weight}\0{source.step}\0{source.seed}")
+
+
+def one_by_one(propagator: Propagator, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+    """`Propagator.batch` by `Propagator.steps`; steps with the same left source are asked for one after the other."""
+    groups: dict[Source, list[int]] = {}
+    for place, step in enumerate(steps):
+        groups.setdefault(plan_sources(step.plan)[step.number][0], []).append(place)
+    values = np.empty((len(columns), len(steps)))
+
+    def fill(places: Sequence[int]) -> None:
+        for place in places:
+            step = steps[place]
+            found = propagator.steps(step.plan, step.task, step.number - len(step.plan.steps))[0].features
+            values[:, place] = [found[column] for column in columns]
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(fill, (groups[left] for left in sorted(groups, key=fold_path))))
+    return values
+
+
+def propagated(
+    plan: MergePlan,
+    task: str,
+    table: SignalTable,
+    columns: tuple[str, ...],
+    features: Callable[[Source, Source], Mapping[str, float]],
+    gradients: bool = False,
+    first: int = 0,
+) -> list[PairSignals]:
+    """`Propagator.steps` by a function that knows the features of two sources, not both checkpoints.
+
+    Args:
+        gradients: whether it knows those of steps whose weight changes with depth. first: see `Propagator.steps`.
+
+    Raises:
+        PlanError, OperatorError: see `Propagator.steps`.
+    """
+    check_plan(plan, task, table, gradients)
+    signals = []
+    for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
+        both = isinstance(left, str) and isinstance(right, str)
+        found = table.get(step.left, step.right, task).features if both else features(left, right)
+        signals.append(PairSignals(step.left, step.right, task, {column: found[column] for column in columns}))
+    return signals
+
+
+def check_plan(plan: MergePlan, task: str, table: SignalTable, gradients: bool = False) -> None:
+    """Refuse what a propagator cannot know.
+
+    Raises:
+        PlanError, OperatorError: see `Propagator.steps`.
+    """
+    for member in plan.members:
+        if member not in table.checkpoint_ids:
+            raise PlanError(unknown_name("checkpoint", member, table.checkpoint_ids))
+    if task not in table.tasks:
+        raise PlanError(unknown_name("task", task, table.tasks))
+    if plan.needs_base and table.provenance.get("base") is None:
+        names = sorted({step.arm.operator for step in plan.steps if step.arm.spec.needs_base})
+        raise OperatorError(f"operator {', '.join(names)} needs a base checkpoint; the signal table was made without")
+    for number, step in enumerate(plan.steps, 1):
+        if isinstance(step.weight, tuple) and not gradients:
+            raise PlanError(f"step {number}: {_NO_GRADIENTS}")
+
+
+def mean_columns(with_base: bool, without: tuple[str, ...]) -> tuple[str, ...]:
+    """Columns that follow from a table of means: no quantiles, minima or spreads, and not the signals named."""
+    beyond = ("median", "q10", "q90", "min", "sd")
+    return tuple(
+        column
+        for column in feature_columns(with_base)
+        if not column.endswith(beyond) and column_signal(column).name not in without
+    )

@@ -1,0 +1,114 @@
+"""Merges in memory, and what they do on the probes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.references import CheckpointRef, local_files
+from simmerge_ray.merging.compile import compile_plan
+from simmerge_ray.merging.engine.compute import Computer, Seeds
+from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource
+from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, Node
+from simmerge_ray.merging.in_memory import as_tensor
+from simmerge_ray.merging.model import check_finite
+from simmerge_ray.plans.plan import MergePlan, resolve_plan
+from simmerge_ray.signals.collect import ProbeModel
+from simmerge_ray.signals.compute import join_outputs
+from simmerge_ray.signals.signature import TaskOutputs
+from simmerge_ray.signals.tokens import ProbeTokens
+
+Array = np.ndarray
+Tensors = Mapping[str, torch.Tensor]
+
+
+def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors of the result of every step, in order, by the merge engine, each made when it is asked for.
+
+    Args:
+        dtype: to which results are rounded before they are given as float32, as safetensors names it. (The engine's
+            own output has the dtype of its inputs.)
+
+    Raises:
+        see `compile_plan`.
+    """
+    graph = compile_plan(resolve_plan(plan, catalogue))
+    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
+    try:
+        computer = Computer(graph, sources, Seeds(graph))
+        for number in range(1, len(plan.steps) + 1):
+            tensors = {}
+            for whole in graph.outputs:
+                kept = dtype if whole.dtype in FLOAT_DTYPES else whole.dtype
+                output = replace(whole, dtype=kept, node=_step(whole.node, number))
+                array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
+
+                def keep(start: int, block: Array, into: Array = array) -> None:
+                    into[start : start + block.size] = block
+
+                computer.compute(output, keep)
+                tensor = as_tensor(array, output)
+                tensors[output.name] = tensor.float() if output.dtype in FLOAT_DTYPES else tensor
+            yield tensors
+    finally:
+        for source in sources.values():
+            source.close()
+
+
+def _step(node: Node, number: int) -> Node:
+    """The node of that step, somewhere under `node`."""
+    found = _find(node, number)
+    assert found is not None  # every step is used by the last one
+    return found
+
+
+def _find(node: Node, number: int) -> Node | None:
+    if not isinstance(node, Apply) or node.step < number:
+        return None
+    if node.step == number:
+        return node
+    return next((found for source in node.sources if (found := _find(source, number)) is not None), None)
+
+
+class MergedModel(ProbeModel):
+    """Runs probes over a merge that lies in memory."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._merged = model
+
+    def load(self, ref: CheckpointRef) -> Any:
+        return self._merged
+
+
+def model_of(tensors: Tensors, like: CheckpointRef, name: str) -> Any:
+    """A transformers model with these tensors and the configuration of `like`, in float32, as `model.load_model`.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    with local_files(like) as directory:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=dict(tensors), dtype=torch.float32, attn_implementation="eager"
+    )
+    check_finite(model, replace(like, id=name))
+    return model.eval()
+
+
+def run_probes(model: Any, like: CheckpointRef, tokens: ProbeTokens) -> TaskOutputs:
+    """Outputs of a model on one task.
+
+    Raises:
+        CheckpointError: its logits are not finite.
+    """
+    held = MergedModel(model)
+    parts = [held.outputs(like, batch) for batch in tokens.batches]
+    return join_outputs([(part.logits.numpy(), part.hidden.numpy(), part.attention.numpy()) for part in parts], tokens)

@@ -1,0 +1,143 @@
+"""Signals on Ray actors: the same bits as in one process, whatever the number of workers, and after a crash."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from simmerge_ray.base.config import SignalsConfig
+from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.checkpoints.probes import load_probe_sets
+from simmerge_ray.on_ray.resources import ActorPool
+from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, ray_executor, signature_spec
+from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.worker import SignalWorker
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+CONFIG = SignalsConfig(num_workers=2, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def probe_sets(catalogue_path):
+    return load_probe_sets(catalogue_path.parent / "probes")
+
+
+@pytest.fixture(scope="module")
+def local_table(catalogue, probe_sets):
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the actors: float32 sums depend on the number of threads
+    try:
+        return compute_signals(catalogue, probe_sets, signature_spec(CONFIG))
+    finally:
+        torch.set_num_threads(threads)
+
+
+class DyingWorker(SignalWorker):
+    """Dies by its own hand in the middle, once."""
+
+    marker = ""
+
+    def run_unit(self, unit):
+        if unit.kind == "outputs" and unit.checkpoint == "m1" and not os.path.exists(self.marker):
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run_unit(unit)
+
+
+def test_the_table_has_the_same_bits_as_in_one_process_also_when_a_worker_dies(
+    catalogue, probe_sets, local_table, monkeypatch, tmp_path
+):
+    marker = str(tmp_path / "died")
+    worker = type("DyingWorker", (DyingWorker,), {"marker": marker})
+    monkeypatch.setattr("simmerge_ray.signals.worker.SignalWorker", worker)
+    seen: list[tuple[int, int]] = []
+    store = SignatureStore(tmp_path / "signatures")
+    table = compute_signals_on_ray(catalogue, probe_sets, CONFIG, lambda *x: seen.append(x), store)
+    assert os.path.exists(marker)
+    assert table == local_table
+    assert seen[-1][0] == seen[-1][1]
+    # Everything is in the store: no actor is started any more.
+    with ray_executor(catalogue, 2) as run:
+        again = compute_signals(catalogue, probe_sets, signature_spec(CONFIG), store=store, executor=run)
+    assert again == local_table
+
+
+class Square:
+    """Squares numbers; dies by its own hand at the first 3, and raises at a negative one."""
+
+    def __init__(self, marker: str) -> None:
+        self._marker = marker
+
+    def run(self, number: int) -> int:
+        if number < 0:
+            raise CheckpointError("negative")
+        if number == 3 and not os.path.exists(self._marker):
+            open(self._marker, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number * number
+
+
+def taking(numbers):
+    waiting = list(enumerate(numbers))
+    return lambda _: waiting.pop(0) if waiting else None
+
+
+def pool_of(marker=""):
+    import ray
+
+    return ActorPool(lambda: ray.remote(Square).options(num_cpus=1).remote(marker))
+
+
+def test_a_killed_actor_is_replaced_and_no_result_is_missing_or_double(tmp_path):
+    with pool_of(str(tmp_path / "died")) as pool:  # the cluster has room for two of the three
+        assert sorted(pool.drain("run", taking(range(8)), 3)) == [(n, n * n) for n in range(8)]
+    assert (tmp_path / "died").exists()
+
+
+def test_work_that_arrives_while_others_run_is_done_and_errors_keep_their_type():
+    waiting = [(0, 5)]
+    found = []
+    with pool_of() as pool:
+        for index, result in pool.drain("run", lambda _: waiting.pop() if waiting else None, 1):
+            found.append((index, result))
+            if index < 2:
+                waiting.append((index + 1, result))
+        assert found == [(0, 25), (1, 625), (2, 390625)]
+        with pytest.raises(CheckpointError, match="negative"):
+            list(pool.drain("run", taking([-1]), 1))
+
+
+class Slow:
+    """Hangs at the first 5 until somebody has answered another 5, as on a node that hardly gets on."""
+
+    def __init__(self, marker: str) -> None:
+        self._marker = Path(marker)
+
+    def run(self, number: int) -> int:
+        if number == 5 and not self._marker.exists():
+            self._marker.touch()
+            while not self._marker.with_suffix(".answered").exists():
+                time.sleep(0.05)
+        elif number == 5:
+            self._marker.with_suffix(".answered").touch()
+        return number * number
+
+
+def test_a_call_that_takes_long_is_given_to_another_actor_and_counts_once(tmp_path):
+    import ray
+
+    def spawn():
+        return ray.remote(Slow).options(num_cpus=1).remote(str(tmp_path / "slow"))
+
+    with ActorPool(spawn, patience_s=0.1) as pool:
+        assert sorted(pool.drain("run", taking([5, 1, 2, 3]), 2)) == [(0, 25), (1, 1), (2, 4), (3, 9)]
+        assert (tmp_path / "slow.answered").exists()
+        assert sorted(pool.drain("run", taking([5, 1]), 2)) == [(0, 25), (1, 1)]  # late answers are not mixed in

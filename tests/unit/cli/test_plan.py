@@ -1,0 +1,168 @@
+"""`simmerge plan CATALOGUE` on the tiny catalogue: what it shows and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from simmerge_ray.base.errors import ConfigError, PlanError, SelectorError
+from simmerge_ray.cli.app import app
+from simmerge_ray.cli.plan import best_single, plan_request
+from simmerge_ray.plans.plan import fold_plan, fold_text, read_plan
+from simmerge_ray.search.objectives import Objective
+from simmerge_ray.selector.data.tasks import TaskPool
+from simmerge_ray.selector.models.model import read_selector
+from simmerge_ray.selector.models.novelty import unlike_pairs
+from simmerge_ray.selector.planning.files import SHORTLIST, default_selector
+from simmerge_ray.selector.planning.recommender import Recommender
+from simmerge_ray.signals.table import read_signal_table
+from tests.artifacts import write_artifacts
+from tests.tables import synthetic_table
+
+
+@pytest.fixture(scope="module")
+def run(catalogue_path, tmp_path_factory):
+    return write_artifacts(tmp_path_factory.mktemp("run"), catalogue_path)
+
+
+def invoke(run, catalogue_path, *options: str):
+    fixed = ["plan", str(catalogue_path), "--selector", str(run / "selector"), "--signals", str(run / "pairs.parquet")]
+    return CliRunner().invoke(app, [*fixed, *options], env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("propagator", ["second_order", "virtual"])
+def test_it_shows_a_table_and_writes_plans_that_can_be_read(run, catalogue_path, tmp_path, propagator):
+    result = invoke(
+        run, catalogue_path, "--ways", "2-3", "--top", "4", "--propagator", propagator, "--out", str(tmp_path / "p")
+    )
+    assert result.exit_code == 0, result.output
+    assert f"ranked by {propagator}" in result.output and "predicted" in result.output
+    resolved, predicted = read_plan(tmp_path / "p" / "plan-1.json")
+    assert set(resolved.plan.members) <= {"m0", "m1", "m2"} and predicted
+    assert len(list((tmp_path / "p").glob("plan-*.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (("--ways", "x"), ConfigError, "--ways"),
+        (("--propagator", "virtul"), ConfigError, "did you mean 'virtual'"),
+        (("--propagator", "exact"), ConfigError, "give --probes"),
+        (("--arm", "slerp"), SelectorError, "simmerge search"),
+        (("--task", "sing"), PlanError, "simmerge signals --probes"),
+        (("--must-contain", "m9"), PlanError, "unknown checkpoint"),
+        (("--left", "m0"), ConfigError, "give both"),
+        (("--signatures", "/nowhere"), ConfigError, "lacks signatures"),
+    ],
+)
+def test_bad_input_is_refused(run, catalogue_path, options, error, message):
+    result = invoke(run, catalogue_path, *options)
+    assert isinstance(result.exception, error) and message in str(result.exception)
+
+
+def test_a_plan_in_one_line():
+    from simmerge_ray.plans.operators.specs import parse_arms
+
+    arms = parse_arms(["linear", "ties"])
+    assert fold_text(fold_plan("abc", arms)) == "a + b (linear) + c (ties)"
+    assert fold_text(fold_plan("abc", arms[:1])) == "linear: a + b + c"
+
+
+def test_the_best_single_checkpoint_is_a_measured_one_where_there_is_any():
+    table = synthetic_table(3)
+    assert "c01, measured 0.700" in best_single("s", table, {"s": {"c00": 0.2, "c01": 0.7, "gone": 0.9}})
+    assert "no checkpoint was measured alone" in best_single("s", table, {})
+
+
+def pair(run, catalogue_path, selector, out):
+    options = ("--left", "m0", "--right", "m1", "--out", str(out))
+    fixed = ["plan", str(catalogue_path), "--selector", str(selector), "--signals", str(run / "pairs.parquet")]
+    return CliRunner().invoke(app, [*fixed, *options], env={"COLUMNS": "200"})
+
+
+def test_for_a_pair_the_plan_of_the_safe_choice_is_written_with_its_reason(run, catalogue_path, tmp_path):
+    result = pair(run, catalogue_path, run / "selector", tmp_path / "plan.json")
+    assert result.exit_code == 0, result.output
+    answer = Recommender.load(run / "selector", run / "pairs.parquet").recommend("m0", "m1")
+    resolved, predicted = read_plan(tmp_path / "plan.json")
+    assert resolved.plan.steps[0].arm.label == answer.choice.arm and predicted == answer.chosen.predicted
+    assert f"* take {answer.choice.arm}: {answer.choice.reason}" in result.output
+    (marked,) = [line for line in result.output.splitlines() if line.startswith("│ *")]
+    assert answer.choice.arm in marked and all(one.arm in result.output for one in answer.ranked)
+
+
+def test_a_pair_unlike_those_of_the_training_gets_the_best_fixed_arm(run, catalogue_path, tmp_path):
+    selector = read_selector(run / "selector")
+    eager = replace(selector.override, threshold=-1.0)
+    replace(selector, override=eager, novelty=replace(selector.novelty, limit=0.0)).write(tmp_path / "selector")
+    result = pair(run, catalogue_path, tmp_path / "selector", tmp_path / "plan.json")
+    assert "not trained for such checkpoints" in result.output
+    assert read_plan(tmp_path / "plan.json")[0].plan.steps[0].arm.label == selector.best_fixed
+
+
+def test_missing_artifacts_say_which_command_makes_them(run, catalogue_path, tmp_path):
+    for place, message in (("selector", "simmerge train"), ("signals", "simmerge signals")):
+        given = {"selector": run / "selector", "signals": run / "pairs.parquet"} | {place: tmp_path / "absent"}
+        options = [f"--{name}={path}" for name, path in given.items()]
+        result = CliRunner().invoke(app, ["plan", str(catalogue_path), *options])
+        assert message in str(result.exception) and "no s" in str(result.exception)
+
+
+def test_without_a_selector_the_one_in_the_package_ranks_and_says_that_it_knows_no_such_checkpoints(
+    run, catalogue_path, tmp_path
+):
+    fixed = ["plan", str(catalogue_path), "--signals", str(run / "pairs.parquet")]
+    result = CliRunner().invoke(app, [*fixed, "--ways", "2", "--out", str(tmp_path)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    shipped = read_selector(default_selector())
+    assert "3 of 3 pairs are unlike" in result.output and f"arm, {shipped.best_fixed}, is the safe" in result.output
+    made = [read_plan(path)[0].plan for path in tmp_path.glob("plan-*.json")]
+    assert {step.arm.label for plan in made for step in plan.steps} <= set(shipped.arms)
+    one = CliRunner().invoke(app, [*fixed, "--left", "m0", "--right", "m1"], env={"COLUMNS": "200"})
+    assert one.exit_code == 0 and f"* take {shipped.best_fixed}: not trained for such" in one.output
+
+
+def test_a_ranking_says_when_leaving_the_best_fixed_arm_has_not_paid(run, catalogue_path, tmp_path):
+    selector = read_selector(run / "selector")
+    for threshold, said in ((math.inf, True), (0.02, False)):
+        changed = tmp_path / str(threshold)
+        replace(selector, override=replace(selector.override, threshold=threshold)).write(changed)
+        read_selector(run / "selector" / SHORTLIST).write(changed / SHORTLIST)
+        result = CliRunner().invoke(
+            app,
+            ["plan", str(catalogue_path), "--selector", str(changed), "--signals", str(run / "pairs.parquet")],
+            env={"COLUMNS": "400"},
+        )
+        assert ("has not paid" in result.output) == said, result.output
+
+
+def test_pairs_like_the_training_are_not_called_unlike(run, catalogue_path):
+    table = read_signal_table(run / "pairs.parquet")
+    selector = read_selector(run / "selector")
+    pool = TaskPool(Objective("mean"), table.tasks)
+    near = replace(selector, novelty=replace(selector.novelty, limit=1e9))
+    far = replace(selector, novelty=replace(selector.novelty, limit=-1.0))
+    assert unlike_pairs(near, table, ("m0", "m1", "m2"), pool) == []
+    assert unlike_pairs(far, table, ("m0", "m1", "m2"), pool) == [("m0", "m1"), ("m0", "m2"), ("m1", "m2")]
+
+
+def test_what_is_measured_has_the_best_fixed_arm_in_it(run, catalogue_path):
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
+
+    request = plan_request(
+        load_catalogue(catalogue_path), run / "selector", run / "pairs.parquet", (), (2, 2), (), (), (), "equal",
+        "mean", "second_order", None, None,
+    )  # fmt: skip
+    ranking = request.scorer.rank(request.space, request.pool, top=6)
+    plans = [one.plan.id for one in ranking.plans]
+    first_others = replace(
+        ranking, plans=tuple(one for one in ranking.plans if one.plan.id != ranking.best_fixed.plan.id)
+    )
+    assert [one.plan.id for one in ranking.with_best_fixed().plans] == plans  # all plans: it is there
+    measured = [one.plan.id for one in first_others.with_best_fixed().plans]
+    others = [one.plan.id for one in first_others.plans]
+    assert measured == [*others[:-1], ranking.best_fixed.plan.id]
+    assert replace(first_others, plans=first_others.plans[:1]).with_best_fixed().plans == first_others.plans[:1]
