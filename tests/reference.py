@@ -388,3 +388,29 @@ def _weight_signals(base, left, right, members, weights, density):
         "sign_conflict": np.mean(a[both_moved] * b[both_moved] < 0) if both_moved.any() else 0.0,
         "trimmed_overlap": (kept[0] & kept[1]).sum() / both,
     }
+
+
+def answer_scores(candidate: np.ndarray, own: np.ndarray, tokens: np.ndarray, answer: np.ndarray) -> dict[str, list]:
+    """What `signals.candidates.scores` computes, from whole logits, one answer and one token at a time.
+
+    Args:
+        candidate, own: (S, V) logits. tokens: (S,) of the answers. answer: (S,) which answer each belongs to.
+    """
+
+    def log_softmax(row: np.ndarray) -> np.ndarray:
+        row = row.astype(np.float64)
+        return row - row.max() - np.log(np.exp(row - row.max()).sum())
+
+    found: dict[str, list] = {"kept": [], "nll": [], "kl": [], "entropy": [], "num_tokens": []}
+    for number in sorted(set(answer.tolist())):
+        kept, nll, kl, entropy, count = True, 0.0, 0.0, 0.0, 0
+        for place in np.flatnonzero(answer == number):
+            q, p = log_softmax(candidate[place]), log_softmax(own[place])
+            kept = kept and int(q.argmax()) == int(tokens[place])
+            nll -= q[tokens[place]]
+            kl += float((np.exp(p) * (p - q)).sum())
+            entropy -= float((np.exp(q) * q).sum())
+            count += 1
+        for key, value in zip(found, (kept, nll, kl, entropy, count), strict=True):
+            found[key].append(value)
+    return found

@@ -1,0 +1,264 @@
+"""Recipes: one n-ary step with a weight for every member, or one checkpoint as it is. No torch.
+
+A recipe is what a candidate merge is made by: operator, members, weights, parameters. It stands wherever a plan may
+stand. A weight is a number, anchors of a gradient over the depth of the model, or one number for each group of tensors
+(a layer, a block of it, a tensor), as mergekit's filters name them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from simmerge_ray.base.errors import PlanError, unknown_name
+from simmerge_ray.base.storage import digest_json
+from simmerge_ray.plans.operators.gradients import gradient_value
+from simmerge_ray.plans.operators.specs import MAX_ANCHORS, OPERATOR_SPECS, Arm, make_arm, parameter_text
+
+MAX_GROUPS = 100_000
+# Operators that only the ratio of the weights matters to (their parameter that says so), and those whose weights may
+# take in the scale.
+_BY_RATIO = {"linear": "normalize", "scale_matched_linear": None}
+
+
+@dataclass(frozen=True)
+class GroupWeights:
+    """A number for each group of tensors: of the first filter that the tensor's name contains, else `default`."""
+
+    filters: tuple[tuple[str, float], ...]
+    default: float = 0.0
+
+    def of(self, tensor: str) -> float:
+        return next((value for part, value in self.filters if part in tensor), self.default)
+
+
+MemberWeight = float | tuple[float, ...] | GroupWeights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`arm(base, members, weights)`, or with `arm` None the only member as it is (`keep`).
+
+    weights: one for each member, as the n-ary operator takes them. seed: of random operators.
+
+    Raises:
+        PlanError: no member, one twice, a wrong number of members for the operator, a weight that is no finite number.
+    """
+
+    arm: Arm | None
+    members: tuple[str, ...]
+    weights: tuple[MemberWeight, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.arm is None:
+            if len(self.members) != 1 or self.weights:
+                raise PlanError("a recipe without an operator keeps one checkpoint as it is, without a weight")
+            return
+        spec, count = self.arm.spec, len(self.members)
+        if len(set(self.members)) < count:
+            twice = next(name for name in self.members if self.members.count(name) > 1)
+            raise PlanError(f"recipe {self.arm.label!r}: member {twice!r} is given twice")
+        if count < spec.min_sources or (spec.max_sources is not None and count > spec.max_sources):
+            most = "any number of" if spec.max_sources is None else f"at most {spec.max_sources}"
+            raise PlanError(
+                f"recipe {self.arm.label!r}: operator {spec.name!r} takes at least {spec.min_sources} and {most} "
+                f"members, got {count}"
+            )
+        if len(self.weights) != count:
+            raise PlanError(f"recipe {self.arm.label!r}: {count} members need {count} weights, got {len(self.weights)}")
+        object.__setattr__(
+            self, "weights", tuple(_checked(self, *pair) for pair in zip(self.members, self.weights, strict=True))
+        )
+
+    @property
+    def needs_base(self) -> bool:
+        return self.arm is not None and self.arm.spec.needs_base
+
+    @property
+    def uses_base(self) -> bool:
+        """Whether the operator takes the base when there is one."""
+        return self.arm is not None and self.arm.spec.uses_base
+
+    def weights_at(self, tensor: str, position: float) -> tuple[float, ...]:
+        """One number for each member, for one tensor. position: of its layer in [0, 1] (`operators.gradients`)."""
+        return tuple(
+            weight.of(tensor)
+            if isinstance(weight, GroupWeights)
+            else float(gradient_value(weight, position))
+            if isinstance(weight, tuple)
+            else weight
+            for weight in self.weights
+        )
+
+    def canonical(self) -> Recipe:
+        """The same merge in one form: members sorted where their order changes nothing, a scale taken into the weights
+        of task arithmetic, weights that only count by their ratio divided by their sum."""
+        if self.arm is None:
+            return self
+        recipe = self
+        if self.arm.operator == "task_arithmetic" and not dict(self.arm.params).get("normalize"):
+            scale = float(self.arm.param_dict()["scale"])
+            if scale != 1.0:
+                kept = {name: value for name, value in self.arm.params if name != "scale"}
+                weights = tuple(_scaled(weight, scale) for weight in self.weights)
+                recipe = replace(recipe, arm=make_arm(self.arm.operator, kept), weights=weights)
+        by_ratio = _BY_RATIO.get(self.arm.operator, "")
+        if (by_ratio is None or (by_ratio and self.arm.param_dict()[by_ratio])) and _numbers(recipe.weights):
+            total = math.fsum(weight for weight in recipe.weights if isinstance(weight, float))
+            if total > 0:
+                recipe = replace(recipe, weights=tuple(_scaled(weight, 1.0 / total) for weight in recipe.weights))
+        if not self.arm.spec.random and self.arm.operator not in ("slerp", "nuslerp"):
+            order = sorted(range(len(self.members)), key=self.members.__getitem__)
+            recipe = replace(
+                recipe,
+                members=tuple(recipe.members[index] for index in order),
+                weights=tuple(recipe.weights[index] for index in order),
+            )
+        return recipe
+
+    @property
+    def id(self) -> str:
+        """Digest of the canonical form: one merge, one id. A kept checkpoint has that of its plan."""
+        return digest_json(self.canonical().to_json())[:16]
+
+    @property
+    def label(self) -> str:
+        """Short text, e.g. `task_arithmetic: 0.8 math-a + 0.6 code-b`."""
+        if self.arm is None:
+            return self.members[0]
+        parts = [f"{_weight_text(weight)} {name}" for name, weight in zip(self.members, self.weights, strict=True)]
+        return f"{self.arm.label}: {' + '.join(parts)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON value that `recipe_from_json` reads."""
+        if self.arm is None:
+            return {"source": self.members[0]}
+        options = {"seed": self.seed} if self.seed else {}
+        return options | {
+            "operator": self.arm.operator,
+            "parameters": dict(self.arm.params),
+            "members": [
+                {"checkpoint": name, "weight": _weight_json(weight)}
+                for name, weight in zip(self.members, self.weights, strict=True)
+            ],
+        }
+
+
+def keep(checkpoint: str) -> Recipe:
+    """The recipe of one checkpoint as it is."""
+    return Recipe(None, (checkpoint,))
+
+
+def recipe(arm: Arm, weights: Mapping[str, MemberWeight], seed: int = 0) -> Recipe:
+    """A recipe from the weights by member."""
+    return Recipe(arm, tuple(weights), tuple(weights.values()), seed)
+
+
+def plain_average(members: Sequence[str]) -> Recipe:
+    """Every member with the same share: what one would do without any signal."""
+    return Recipe(make_arm("linear"), tuple(members), (1.0 / len(members),) * len(members))
+
+
+def recipe_from_json(value: Mapping[str, Any]) -> Recipe:
+    """Parse the JSON form.
+
+    Raises:
+        PlanError, OperatorError: what is wrong.
+    """
+    if isinstance(value.get("source"), str):
+        return keep(value["source"])
+    for key in value:
+        if key not in (keys := ("operator", "parameters", "members", "seed")):
+            raise PlanError(unknown_name("key", str(key), keys))
+    operator, members, seed = value.get("operator"), value.get("members"), value.get("seed", 0)
+    if not isinstance(operator, str):
+        raise PlanError(f"a recipe needs an operator's name under 'operator', got {operator!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise PlanError(f"'seed' must be an integer, got {seed!r}")
+    parameters = value.get("parameters", {})
+    if not isinstance(parameters, Mapping):
+        raise PlanError(f"'parameters' must be an object, got {parameters!r}")
+    if not isinstance(members, list) or not all(isinstance(m, Mapping) for m in members):
+        raise PlanError("a recipe needs a list under 'members', each {'checkpoint': id, 'weight': w}")
+    names, weights = [], []
+    for number, member in enumerate(members, 1):
+        for key in member:
+            if key not in ("checkpoint", "weight"):
+                raise PlanError(f"member {number}: {unknown_name('key', str(key), ('checkpoint', 'weight'))}")
+        if not isinstance(member.get("checkpoint"), str):
+            raise PlanError(f"member {number}: 'checkpoint' must be a string, got {member.get('checkpoint')!r}")
+        names.append(member["checkpoint"])
+        weights.append(_weight_from_json(member.get("weight", 1.0), number))
+    return Recipe(make_arm(operator, parameters), tuple(names), tuple(weights), seed)
+
+
+def _checked(recipe: Recipe, member: str, weight: Any) -> MemberWeight:
+    where = f"recipe {recipe.arm.label!r}: weight of {member!r}" if recipe.arm else ""
+    if isinstance(weight, GroupWeights):
+        if not 0 < len(weight.filters) <= MAX_GROUPS:
+            raise PlanError(f"{where}: from 1 to {MAX_GROUPS} groups, got {len(weight.filters)}")
+        values = (*weight.filters, ("default", weight.default))
+        for part, value in values:
+            if not part or not _is_number(value):
+                raise PlanError(f"{where}: group {part!r} has {value!r}; a finite number is needed")
+        filters = tuple((part, float(value)) for part, value in weight.filters)
+        return GroupWeights(filters, float(weight.default))
+    if isinstance(weight, list | tuple):
+        if not 2 <= len(weight) <= MAX_ANCHORS or not all(map(_is_number, weight)):
+            raise PlanError(f"{where}: a list needs 2 to {MAX_ANCHORS} finite numbers, got {weight!r}")
+        anchors = tuple(map(float, weight))
+        return anchors[0] if len(set(anchors)) == 1 else anchors
+    if not _is_number(weight):
+        raise PlanError(f"{where}: {weight!r} is not a finite number")
+    return float(weight)
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
+def _numbers(weights: Sequence[MemberWeight]) -> bool:
+    return all(isinstance(weight, float) for weight in weights)
+
+
+def _scaled(weight: MemberWeight, factor: float) -> MemberWeight:
+    if isinstance(weight, GroupWeights):
+        filters = tuple((part, value * factor) for part, value in weight.filters)
+        return GroupWeights(filters, weight.default * factor)
+    return tuple(anchor * factor for anchor in weight) if isinstance(weight, tuple) else weight * factor
+
+
+def _weight_text(weight: MemberWeight) -> str:
+    if isinstance(weight, GroupWeights):
+        return f"<{len(weight.filters)} groups>"
+    if isinstance(weight, tuple):
+        return f"[{', '.join(map(parameter_text, weight))}]"
+    return parameter_text(round(weight, 6))
+
+
+def _weight_json(weight: MemberWeight) -> Any:
+    if isinstance(weight, GroupWeights):
+        return {"groups": [list(pair) for pair in weight.filters], "default": weight.default}
+    return list(weight) if isinstance(weight, tuple) else weight
+
+
+def _weight_from_json(value: Any, number: int) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    groups = value.get("groups")
+    if not isinstance(groups, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in groups
+    ):
+        raise PlanError(f"member {number}: 'groups' must be a list of [part of a tensor's name, number]")
+    return GroupWeights(tuple((part, weight) for part, weight in groups), value.get("default", 0.0))
+
+
+def is_recipe(value: Any) -> bool:
+    """Whether a JSON value has the form of a recipe, not of a plan of steps."""
+    return isinstance(value, Mapping) and "members" in value and "steps" not in value
+
+
+assert set(_BY_RATIO) <= set(OPERATOR_SPECS)

@@ -1,0 +1,199 @@
+"""A member's own greedy answers to its task's probes: what a merge is asked to give as well.
+
+Answers need no labels. They are written once for each member, in fixed micro-batches, and end with the token that ends
+a text or after `AnswerSpec.max_tokens`. A candidate is then run over probe and answer together (teacher forcing): the
+logits at the position before each token of the answer say whether the candidate would give it. Shapes: B rows, T
+tokens, S positions, V vocabulary, K kept tokens of a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simmerge_ray.base.errors import ProbeError
+from simmerge_ray.base.storage import digest_bytes
+from simmerge_ray.checkpoints.probes import TokenBatch
+
+
+@dataclass(frozen=True)
+class AnswerSpec:
+    """max_tokens: longest answer. num_kept: tokens of a position whose log-probability is kept, the rest as one sum;
+    a vocabulary of no more tokens is kept whole."""
+
+    max_tokens: int = 16
+    num_kept: int = 32
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """One micro-batch of probes with their answers behind them, right-padded.
+
+    input_ids, attention_mask: (B, T) int64. rows, columns: (S,) int64, the positions whose logits predict the tokens
+    of the answers. tokens: (S,) int64, these tokens. answer: (S,) int64, which answer of the set a token belongs to.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    columns: Tensor
+    tokens: Tensor
+    answer: Tensor
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers of one checkpoint to one task's probes, in the probes' order."""
+
+    batches: tuple[AnswerBatch, ...]
+
+    @property
+    def num_answers(self) -> int:
+        return sum(len(batch.input_ids) for batch in self.batches)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(S,) int64 over all micro-batches."""
+        return torch.cat([batch.tokens for batch in self.batches]).numpy()
+
+    @property
+    def answer(self) -> np.ndarray:
+        """(S,) int64 over all micro-batches, ascending."""
+        return torch.cat([batch.answer for batch in self.batches]).numpy()
+
+    @property
+    def digest(self) -> str:
+        """Identity of probes, answers and micro-batches."""
+        parts = []
+        for batch in self.batches:
+            for field in (batch.input_ids, batch.attention_mask, batch.rows, batch.columns):
+                parts += [f"{tuple(field.shape)}".encode(), field.numpy().tobytes()]
+        return digest_bytes(*parts)
+
+    def first(self, num_answers: int) -> Answers:
+        """The answers to the first probes: a cheaper, coarser look."""
+        kept, total = [], 0
+        for batch in self.batches:
+            if total >= num_answers:
+                break
+            rows = min(len(batch.input_ids), num_answers - total)
+            total += rows
+            of_rows = batch.rows < rows
+            fields = (batch.rows, batch.columns, batch.tokens, batch.answer)
+            kept.append(
+                AnswerBatch(batch.input_ids[:rows], batch.attention_mask[:rows], *(field[of_rows] for field in fields))
+            )
+        return Answers(tuple(kept))
+
+
+def join_answers(batches: Sequence[TokenBatch], written: Sequence[Sequence[Sequence[int]]], task: str) -> Answers:
+    """Probes with their answers.
+
+    Args:
+        written: the tokens of each answer, by micro-batch and row.
+
+    Raises:
+        ProbeError: an answer without a token, or none with more than the token that ends a text.
+    """
+    found, number = [], 0
+    for batch, answers in zip(batches, written, strict=True):
+        lengths = batch.attention_mask.sum(1).tolist()
+        width = max(length + len(answer) for length, answer in zip(lengths, answers, strict=True))
+        ids, mask = (torch.zeros((len(lengths), width), dtype=torch.int64) for _ in range(2))
+        rows: list[int] = []
+        columns: list[int] = []
+        tokens: list[int] = []
+        owners: list[int] = []
+        for row, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
+            if not answer:
+                raise ProbeError(f"probe set {task!r}: probe {number + 1} has no answer")
+            ids[row, :length] = batch.input_ids[row, :length]
+            ids[row, length : length + len(answer)] = torch.tensor(answer)
+            mask[row, : length + len(answer)] = 1
+            rows += [row] * len(answer)
+            columns += range(length - 1, length - 1 + len(answer))
+            tokens += answer
+            owners += [number] * len(answer)
+            number += 1
+        found.append(AnswerBatch(ids, mask, *(torch.tensor(one) for one in (rows, columns, tokens, owners))))
+    return Answers(tuple(found))
+
+
+@torch.no_grad()
+def write_answers(model: Any, batch: TokenBatch, ends: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Greedy answers of a transformers model to one micro-batch, each up to and with a token that ends a text.
+
+    Args:
+        ends: tokens that end a text (`merging.model.end_of_text`).
+    """
+    from transformers import GenerationConfig
+
+    width = batch.input_ids.shape[1]
+    shift = width - batch.attention_mask.sum(1, keepdim=True)
+    source = torch.arange(width)[None, :] - shift  # negative in the padding, which generation needs in front
+    ids = torch.where(source >= 0, batch.input_ids.gather(1, source.clamp_min(0)), 0)
+    # `generate` fills what is not given from the model, which may have come with another checkpoint's penalties.
+    model.generation_config = GenerationConfig()
+    settings = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, num_beams=1, pad_token_id=0, eos_token_id=list(ends) or None
+    )
+    device = model.device
+    written = model.generate(
+        ids.to(device), attention_mask=(source >= 0).long().to(device), generation_config=settings
+    )[:, width:].tolist()
+    stops = set(ends)
+    answers = []
+    for row in written:
+        stop = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+        answers.append(row[:stop])
+    return answers
+
+
+def answer_logits(model: Any, batch: AnswerBatch) -> Tensor:
+    """Logits of a transformers model at the answers' positions, (S, V), float32 (float64 of a float64 model), with
+    their gradient where that is enabled.
+
+    The head sees only these positions. Does not look whether they are finite.
+    """
+    device = model.device
+
+    def on_head(_: Any, args: tuple[Any, ...]) -> Any:
+        return (args[0][batch.rows.to(device), batch.columns.to(device)][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(on_head)
+    try:
+        logits = model(
+            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
+        ).logits[0]
+    finally:
+        handle.remove()
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def kept_tokens(own: Tensor, base: Tensor | None, num_kept: int) -> np.ndarray:
+    """Which tokens of each position are kept, (S, K) int64, the answer's own first: the likeliest for the answering
+    checkpoint or for the base, so that the choice does not depend on the rest of the catalogue.
+
+    Args:
+        own, base: logits (S, V) of the answering checkpoint and of the base (None without one).
+    """
+    likely = own.float().log_softmax(-1)
+    if base is not None:
+        likely = torch.maximum(likely, base.float().log_softmax(-1))
+    likely[torch.arange(len(own)), own.argmax(-1)] = 1.0  # the answer's token stands first
+    return likely.topk(min(num_kept, own.shape[1]), dim=-1).indices.numpy()
+
+
+def kept_log_probabilities(logits: Tensor, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of the kept tokens (S, K), and of all others together (S,), float32; -inf where K is V."""
+    upcast = logits.double()
+    total = upcast.logsumexp(-1, keepdim=True)
+    index = torch.from_numpy(kept)
+    of_kept = upcast.gather(1, index)
+    others = upcast.scatter(1, index, -torch.inf).logsumexp(-1, keepdim=True)
+    return (of_kept - total).float().numpy(), (others - total)[:, 0].float().numpy()

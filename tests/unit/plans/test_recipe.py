@@ -1,0 +1,98 @@
+"""Recipes: what they refuse, their JSON and their ids."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simmerge_ray.base.errors import PlanError
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.plans.recipe import (
+    GroupWeights,
+    Recipe,
+    is_recipe,
+    keep,
+    plain_average,
+    recipe,
+    recipe_from_json,
+)
+
+NUMBERS = st.floats(0.0, 1.5, allow_subnormal=False)
+GROUPS = st.builds(
+    GroupWeights,
+    st.lists(
+        st.tuples(st.sampled_from(["layers.0.", "layers.1.", "mlp", "embed"]), NUMBERS), min_size=1, max_size=3
+    ).map(tuple),
+    NUMBERS,
+)
+WEIGHTS = st.one_of(NUMBERS, st.lists(NUMBERS, min_size=2, max_size=4).map(tuple), GROUPS)
+ARMS = st.sampled_from(
+    [make_arm("linear"), make_arm("task_arithmetic"), make_arm("task_arithmetic", {"scale": 0.5}),
+     make_arm("ties", {"density": 0.2}), make_arm("scale_matched_linear"), make_arm("dare_ties", {"density": 0.5})]
+)  # fmt: skip
+RECIPES = st.builds(
+    lambda arm, weights, seed: Recipe(arm, tuple(f"m{n}" for n in range(len(weights))), tuple(weights), seed),
+    ARMS, st.lists(WEIGHTS, min_size=1, max_size=4), st.integers(0, 5),
+)  # fmt: skip
+
+
+@given(RECIPES)
+def test_json_and_canonical_form_are_the_same_recipe(one):
+    assert recipe_from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert is_recipe(one.to_json())
+    assert recipe_from_json(one.to_json()).id == one.id
+
+
+@given(RECIPES, st.randoms(use_true_random=False))
+def test_the_order_of_members_changes_no_id(one, random):
+    order = list(range(len(one.members)))
+    random.shuffle(order)
+    shuffled = Recipe(one.arm, tuple(one.members[n] for n in order), tuple(one.weights[n] for n in order), one.seed)
+    assert (shuffled.id == one.id) or one.arm.spec.random
+
+
+def test_one_merge_has_one_id():
+    def of(operator, weights, **params):
+        return recipe(make_arm(operator, params), dict(zip("ab", weights, strict=True)))
+
+    assert of("linear", (1, 1)).id == of("linear", (0.5, 0.5)).id == plain_average(["a", "b"]).id
+    assert of("task_arithmetic", (1, 0.5), scale=0.5).id == of("task_arithmetic", (0.5, 0.25)).id
+    assert of("linear", (1, 1), normalize=False).id != of("linear", (0.5, 0.5), normalize=False).id
+    assert of("task_arithmetic", (0.5, 0.25)).id != of("task_arithmetic", (0.25, 0.5)).id
+    assert keep("a").id == MergePlan(source="a").id
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: recipe(make_arm("linear"), {}), "takes at least 1"),
+        (lambda: Recipe(make_arm("linear"), ("a", "a"), (1, 1)), "'a' is given twice"),
+        (lambda: Recipe(make_arm("linear"), ("a", "b"), (1,)), "2 members need 2 weights, got 1"),
+        (lambda: recipe(make_arm("slerp"), {"a": 1, "b": 1, "c": 1}), "at most 2 members, got 3"),
+        (lambda: recipe(make_arm("linear"), {"a": float("nan")}), "weight of 'a': nan is not a finite number"),
+        (lambda: recipe(make_arm("linear"), {"a": (1.0,)}), "a list needs 2 to"),
+        (lambda: recipe(make_arm("linear"), {"a": GroupWeights((("", 1.0),))}), "group '' has 1.0"),
+        (lambda: Recipe(None, ("a", "b")), "keeps one checkpoint"),
+        (lambda: recipe_from_json({"operator": "linear", "members": "a"}), "a list under 'members'"),
+        (lambda: recipe_from_json({"operator": "linear", "members": [{"checkpont": "a"}]}), "did you mean"),
+        (lambda: recipe_from_json({"members": []}), "an operator's name under 'operator'"),
+    ],
+)
+def test_a_wrong_recipe_is_one_error(make, message):
+    with pytest.raises(PlanError, match=message.replace("(", r"\(")):
+        make()
+
+
+def test_weights_of_a_tensor():
+    one = recipe(
+        make_arm("task_arithmetic"),
+        {"a": GroupWeights((("layers.1.", 0.25), ("mlp", 0.5)), 1.0), "b": (0.0, 1.0), "c": 0.3},
+    )
+    assert one.weights_at("model.layers.1.mlp.up", 0.5) == (0.25, 0.5, 0.3)
+    assert one.weights_at("model.layers.0.mlp.up", 0.0) == (0.5, 0.0, 0.3)
+    assert one.weights_at("model.embed_tokens.weight", 0.0) == (1.0, 0.0, 0.3)
+    assert one.label == "task_arithmetic: <2 groups> a + [0, 1] b + 0.3 c"
