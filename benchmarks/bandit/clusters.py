@@ -25,9 +25,16 @@ from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.train import fit_models, usable_folds
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import Merges, merge_values, merges_of, out_of_fold_level, warm_posteriors
+from simmerge_ray.service.bandit.warm_start import (
+    Merges,
+    cold_ridge,
+    merge_values,
+    merges_of,
+    out_of_fold_level,
+    warm_posteriors,
+)
 
-POWER, RIDGE, COLD_SPREAD = 1.0, 1.0, 0.1
+POWER, RIDGE = 1.0, 1.0
 NUM_RESAMPLES = 2000
 STUDY_FOLDS = 4  # for the level out of fold where there are several bases: hundreds of contexts need no more
 
@@ -90,7 +97,7 @@ def learned(
     merges = merges_of(training, model, range(len(training.contexts)))
     level = merge_values(out_of_fold_level(training, folds, config, models), merges)
     warm, noise = warm_posteriors(merges, training.arms, level, RIDGE, power)
-    prior = GaussianPosterior.prior(merges.z.shape[1], noise.variance / COLD_SPREAD**2)
+    prior = GaussianPosterior.prior(merges.z.shape[1], cold_ridge(noise))
     return Knowledge(model, warm, prior, noise)
 
 

@@ -35,8 +35,8 @@ from benchmarks.service.running import TOKEN, PlainService, database_of
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.log.database import open_database, upgrade_database
 from simmerge_ray.service.log.event_log import EventLog
-from simmerge_ray.service.log.events import DecisionMade
-from simmerge_ray.service.log.fold import EventRow, State, fold
+from simmerge_ray.service.log.events import DecisionMade, EventRow
+from simmerge_ray.service.log.fold import State, fold
 from simmerge_ray.service.log.replica import Replica
 
 MAX_COPIES = 5

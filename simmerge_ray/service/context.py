@@ -17,7 +17,7 @@ from simmerge_ray.selector.planning.recommender import Recommendation, Recommend
 from simmerge_ray.selector.planning.scorer import GROUPS
 from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule, Suggestion
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import contexts_of, sibling_prior
+from simmerge_ray.service.bandit.warm_start import cold_ridge, contexts_of, sibling_prior
 from simmerge_ray.service.log.events import ArmAdded, DecisionMade, EncoderEpoch, WarmStart
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.planning import DrawnPlan, PlanRanker
@@ -33,9 +33,7 @@ from simmerge_ray.service.schemas import (
 from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.table import SignalTable
 
-Array = np.ndarray
 COLD_NOISE = Noise(0.01)  # of rewards where no labels say: a spread of 0.1
-COLD_SPREAD = 0.1  # of an arm's weights where nothing is known of it
 _KEPT_CONTEXTS = 20_000
 _MAX_AVERAGED = 200  # pairs that the average pair is taken of
 _NOTHING = 0.0005
@@ -53,8 +51,8 @@ class PairContext:
     left: str
     right: str
     tasks: tuple[str, ...]
-    features: Array
-    z: Array
+    features: np.ndarray
+    z: np.ndarray
     level: float
     answer: Recommendation
     classes: tuple[tuple[str, ...], ...]
@@ -80,12 +78,12 @@ class Contexts:
         self._published, self._table = published, table
         self._recommender = Recommender(selector, table)
         self._known: OrderedDict[tuple[str, str, str | None], PairContext] = OrderedDict()
-        self._averages: dict[str, Array] = {}
+        self._averages: dict[str, np.ndarray] = {}
         self.best_fixed = selector.best_fixed
         z, _ = self.encode(np.zeros((1, 2, len(selector.columns))))
         self.num_dimensions = len(z)
 
-    def encode(self, features: Array) -> tuple[Array, float]:
+    def encode(self, features: np.ndarray) -> tuple[np.ndarray, float]:
         """Raw features (T, 2, F) of a decision -> z (d,) and level, means over the tasks."""
         z, level = contexts_of(self._published.selector.fitted, features, None)
         return z.mean(0), float(level.mean())
@@ -133,7 +131,7 @@ class Contexts:
         largest = sorted(effects, key=lambda one: -abs(one[1]))[:_SAID]
         return [Influence(signal=name, effect=effect) for name, effect in largest if abs(effect) >= _NOTHING]
 
-    def _average(self, task: str) -> Array:
+    def _average(self, task: str) -> np.ndarray:
         """(2, F): of pairs of the table, evenly spread."""
         if task not in self._averages:
             ids = self._table.checkpoint_ids
@@ -344,11 +342,6 @@ def new_epoch_of(published: Published, num_dimensions: int, view: View) -> Encod
         prior = GaussianPosterior.prior(num_dimensions, cold_ridge(COLD_NOISE))
         priors, noise = dict.fromkeys(published.selector.arms, prior), COLD_NOISE
     return EncoderEpoch(view.epoch + 1, num_dimensions, cold_ridge(noise), priors, noise, published.version)
-
-
-def cold_ridge(noise: Noise) -> float:
-    """Precision of a prior that knows nothing, in units of the noise: weights spread by `COLD_SPREAD`."""
-    return noise.variance / COLD_SPREAD**2
 
 
 def _class_of(arm: str, context: PairContext, view: View) -> tuple[str, ...]:

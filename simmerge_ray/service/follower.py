@@ -12,12 +12,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.context import Contexts
 from simmerge_ray.service.log.database import open_database
 from simmerge_ray.service.log.event_log import EventLog
 from simmerge_ray.service.log.events import Activation, EncoderEpoch, Event
-from simmerge_ray.service.log.fold import Array, View
+from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.log.ledger import Ledger
 from simmerge_ray.service.log.outcomes import Outcome
 from simmerge_ray.service.log.replica import Replica
@@ -172,14 +174,15 @@ class Follower:
             view = replica.catch_up()
         return view
 
-    def _encode(self, epoch: int, features: Array) -> tuple[Array, float]:
+    def _encode(self, epoch: int, features: np.ndarray) -> tuple[np.ndarray, float]:
         """For the fold: z and level of raw features by the selector of an epoch."""
         assert self._log is not None
         if epoch not in self._encoders:
-            found = [row.event for row in self._log.history(str(epoch)) if row.kind == "encoder_epoch"]
-            if not found or not isinstance(found[0], EncoderEpoch):
+            begun = [row for row in self._log.history(str(epoch)) if row.kind == EncoderEpoch.kind]
+            if not begun:
                 raise StoreError(f"the log is damaged: it has no encoder epoch {epoch}")
-            self._encoders = {epoch: Contexts(self._registry.load(found[0].model_version), self._table)}
+            version = begun[0].decoded(EncoderEpoch).model_version
+            self._encoders = {epoch: Contexts(self._registry.load(version), self._table)}
         return self._encoders[epoch].encode(features)
 
     def _save_snapshot(self) -> None:

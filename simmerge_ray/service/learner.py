@@ -34,14 +34,8 @@ from simmerge_ray.service.log.events import (
     RewardGiven,
     RewardVoided,
 )
-from simmerge_ray.service.log.fold import Array, View
-from simmerge_ray.service.log.ledger import (
-    EXPIRED,
-    answer_of,
-    decision_record,
-    former_versions,
-    recent_decisions,
-)
+from simmerge_ray.service.log.fold import EXPIRED, View
+from simmerge_ray.service.log.ledger import answer_of, decision_record, former_versions, recent_decisions
 from simmerge_ray.service.log.outcomes import Outcome, Status
 from simmerge_ray.service.planning import PlanRanker
 from simmerge_ray.service.registry import Published, Registry
@@ -445,7 +439,7 @@ def _summary(outcome: Outcome) -> tuple[int, EventSummary]:
     return int(outcome.status), EventSummary(seq=row.seq, at=row.at, kind=row.kind, status=_said(outcome))
 
 
-def _arm_state(arm: str, one: GaussianPosterior, context: Array | None, noise_sd: float) -> ArmState:
+def _arm_state(arm: str, one: GaussianPosterior, context: np.ndarray | None, noise_sd: float) -> ArmState:
     mean, sd = (None, None) if context is None else one.marginal(context)
     spread = None if sd is None else noise_sd * sd
     return ArmState(arm=arm, count=one.count, weight=one.weight, mean=mean, sd=spread, entropy=_entropy(one, noise_sd))

@@ -18,7 +18,7 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 
-from simmerge_ray.service.http.access import Access, Client
+from simmerge_ray.service.http.access import Access, Principal
 from simmerge_ray.service.http.dashboard import same_origin, token_of
 from simmerge_ray.service.http.metrics import Metrics
 
@@ -150,7 +150,7 @@ class Gate:
     def _finish(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or ("refused" if status else "gone")
         self._metrics.requested(route, scope["method"], status, seconds)
-        client: Client | None = scope.get(CLIENT)
+        client: Principal | None = scope.get(CLIENT)
         if client is not None and scope["method"] != "GET":
             line = {
                 "route": route,

@@ -56,6 +56,8 @@ log_head = Table(
     "log_head", metadata, Column("namespace", String(200), primary_key=True), Column("seq", BigInteger, nullable=False)
 )
 
+FIRST_HEAD = text("INSERT INTO log_head (namespace, seq) VALUES (:namespace, 0) ON CONFLICT DO NOTHING")
+
 # subject: the decision's id, an arm, an epoch; empty where nothing else can be the same. attempt: which of the events
 # of this kind about this subject; a reward has the number of voided ones before it, so that two un-voided rewards of a
 # decision would be the same row. digest: of what was asked, which tells a retry from a conflict.
@@ -109,7 +111,7 @@ def open_database(url: str, patient: bool = False) -> Engine:
     """
     engine = make_engine(url, patient)
     with store_errors("opening the event log"), engine.connect() as connection:
-        found = _schema_version(connection)
+        found = schema_version(connection)
     if found != SCHEMA_VERSION:
         what = "has no event log" if found is None else f"has the schema version {found}"
         raise StoreError(
@@ -255,7 +257,8 @@ def store_error(doing: str, error: Exception) -> StoreError:
     return StoreError(f"{doing} failed: {reason[0] if reason else type(error).__name__}")
 
 
-def _schema_version(connection: Connection) -> str | None:
+def schema_version(connection: Connection) -> str | None:
+    """Of the tables; None without any."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from simmerge_ray.service.log.event_log import EventLog
-from simmerge_ray.service.log.fold import Encoder, EventRow, State, View, basis_of
-from simmerge_ray.service.log.snapshots import newest_snapshot, row_of, save_snapshot
+from simmerge_ray.service.log.events import EventRow, RewardVoided
+from simmerge_ray.service.log.fold import Encoder, State, View, basis_of
+from simmerge_ray.service.log.snapshots import newest_snapshot, save_snapshot, snapshot_row
 
 PAGE = 512  # events that are read at once: about 1 MB, so that they are still in the cache when they are folded
 
@@ -54,7 +55,7 @@ class Replica:
         with self._lock:
             if self._state is None or self._state.seq == 0:
                 return
-            row = row_of(self._log.namespace, self._state)
+            row = snapshot_row(self._log.namespace, self._state)
         save_snapshot(self._log.engine, row)  # nobody waits for the disk
 
     def _fold(self, state: State, rows: list[EventRow]) -> None:
@@ -69,7 +70,7 @@ class Replica:
         """The state at the present head: a snapshot, and what follows it."""
         last = self._log.head()
         past = self._log.changes_of_the_past(last)
-        basis, voids = basis_of(past), [row for row in past if row.kind == "reward_voided"]
+        basis, voids = basis_of(past), [row for row in past if row.kind == RewardVoided.kind]
         state = newest_snapshot(self._log.engine, self._log.namespace, basis, voids, last, self._encode)
         with _without_collection():
             while state.seq < last:

@@ -23,10 +23,8 @@ from simmerge_ray.selector.data.splits import Fold, fold_mean
 from simmerge_ray.selector.models.model import FittedModel, Selector
 from simmerge_ray.selector.models.policy import SafeOverride
 from simmerge_ray.selector.models.train import fit_models, predict_folds
-from simmerge_ray.service.bandit.off_policy import Estimate, doubly_robust, doubly_robust_gain
+from simmerge_ray.service.bandit.off_policy import ValueEstimate, doubly_robust, doubly_robust_gain
 from simmerge_ray.service.retraining.reward_labels import Rewarded
-
-Array = np.ndarray
 
 MARGIN = 0.03  # utility on the log, GapClosed on the labels: what counts as not worse
 MIN_DRAWN = 20
@@ -40,9 +38,9 @@ class OnLog:
     num: int
     num_differ: int
     observed: float
-    present: Estimate
-    candidate: Estimate
-    gain: Estimate
+    present: ValueEstimate
+    candidate: ValueEstimate
+    gain: ValueEstimate
 
     @property
     def low(self) -> float:
@@ -71,7 +69,7 @@ class OnLabels:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ShadowVerdict:
     """Whether to promote, and why."""
 
     promote: bool
@@ -113,7 +111,7 @@ def _row(present: Selector, candidate: Selector, one: Rewarded) -> tuple[float, 
     return float(old == played), float(new == played), propensity, model[played], model[old], model[new]
 
 
-def _choice(selector: Selector, one: Rewarded) -> tuple[int, Array]:
+def _choice(selector: Selector, one: Rewarded) -> tuple[int, np.ndarray]:
     """Place of the arm that a selector takes among those of the decision, and (K,) what it predicts of them."""
     arms, features = one.decision.arms, one.decision.features
     utility = selector.predict(features, one.tasks)[0].mean(0)
@@ -223,7 +221,7 @@ def compare_on_labels(
     )
 
 
-def verdict(log: OnLog | None, labels: OnLabels | None, margin: float) -> Verdict:
+def verdict(log: OnLog | None, labels: OnLabels | None, margin: float) -> ShadowVerdict:
     """Promote what is not worse than the present selector by more than the margin, on the log and on the labels.
 
     On the log that has to be shown: the 95 % bound of the difference is above the margin. On the labels the difference
@@ -232,20 +230,22 @@ def verdict(log: OnLog | None, labels: OnLabels | None, margin: float) -> Verdic
     """
     if log is None or log.num < MIN_DRAWN:
         found = log.num if log else 0
-        return Verdict(
+        return ShadowVerdict(
             False, f"{found} of the held-out rewards are of drawn decisions; {MIN_DRAWN} are needed to compare"
         )
     if log.high < 0:
-        return Verdict(False, f"on the log it is worse: {log.gain.value:+.3f} utility, below {log.high:+.3f} with 95 %")
+        return ShadowVerdict(
+            False, f"on the log it is worse: {log.gain.value:+.3f} utility, below {log.high:+.3f} with 95 %"
+        )
     if log.low < -margin:
-        return Verdict(
+        return ShadowVerdict(
             False,
             f"the log cannot rule out that it is worse by more than {margin:g}: {log.gain.value:+.3f} utility, above "
             f"{log.low:+.3f} with 95 %; more rewards of drawn decisions narrow that",
         )
     if labels is not None and labels.gain < -margin:
-        return Verdict(False, f"on the labels it is worse: {labels.gain:+.3f} {labels.unit}, at most {-margin:g}")
+        return ShadowVerdict(False, f"on the labels it is worse: {labels.gain:+.3f} {labels.unit}, at most {-margin:g}")
     said = f"on the log {log.gain.value:+.3f} utility, above {log.low:+.3f} with 95 %"
     if labels is None:
-        return Verdict(True, f"{said}; too few checkpoints to compare on the labels")
-    return Verdict(True, f"{said}; on the labels {labels.gain:+.3f} {labels.unit}")
+        return ShadowVerdict(True, f"{said}; too few checkpoints to compare on the labels")
+    return ShadowVerdict(True, f"{said}; on the labels {labels.gain:+.3f} {labels.unit}")
