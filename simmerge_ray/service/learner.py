@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -92,27 +92,17 @@ class LearnerSettings:
     snapshot_every: int = 1000
 
 
-class Observer(Protocol):
-    """Told of everything that is worth a metric; must not fail or wait."""
-
-    def decided(self, decision: Decision) -> None: ...
-
-    def rewarded(self, outcome: str) -> None: ...
-
-    def state(self, view: View, entropies: dict[str, float]) -> None: ...
-
-
-class Silent:
-    """An observer that does nothing."""
+class Observer:
+    """Told of everything that is worth a metric, which it ignores here; must not fail or wait."""
 
     def decided(self, decision: Decision) -> None:
-        """Nothing."""
+        """One more decision."""
 
     def rewarded(self, outcome: str) -> None:
-        """Nothing."""
+        """One more request with a reward, by what became of it."""
 
     def state(self, view: View, entropies: dict[str, float]) -> None:
-        """Nothing."""
+        """The present state, and the entropy of each arm's posterior in nats."""
 
 
 class Learner:
@@ -127,7 +117,7 @@ class Learner:
 
     def __init__(self, settings: LearnerSettings, clock: Callable[[], float] = time.time) -> None:
         self.settings, self._clock = settings, clock
-        self.observer: Observer = Silent()
+        self.observer = Observer()
         self.registry = Registry(settings.registry)
         self._table: SignalTable = read_signal_table(settings.signals)
         self._catalogue: Catalogue | None = load_catalogue(settings.catalogue) if settings.catalogue else None

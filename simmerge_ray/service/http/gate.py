@@ -20,7 +20,7 @@ from starlette.requests import HTTPConnection
 
 from simmerge_ray.service.http.access import Access, Principal
 from simmerge_ray.service.http.dashboard import same_origin, token_of
-from simmerge_ray.service.http.metrics import Metrics
+from simmerge_ray.service.http.metrics import PrometheusMetrics
 
 _log = logging.getLogger("simmerge.service")
 Scope = MutableMapping[str, Any]
@@ -61,7 +61,7 @@ class Gate:
         app: App,
         access: Access,
         limits: Limits,
-        metrics: Metrics,
+        metrics: PrometheusMetrics,
         role_of: Callable[[Scope], str | None] = lambda scope: None,
     ) -> None:
         self._app, self._access, self._limits, self._metrics = app, access, limits, metrics
