@@ -18,7 +18,7 @@ from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.context import Contexts
 from simmerge_ray.service.log.database import open_database
 from simmerge_ray.service.log.event_log import EventLog
-from simmerge_ray.service.log.events import Activation, EncoderEpoch, Event
+from simmerge_ray.service.log.events import Activation, EncoderEpoch, Event, WarmStart
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.log.ledger import Ledger
 from simmerge_ray.service.log.outcomes import Outcome
@@ -99,9 +99,7 @@ class Follower:
 
     async def append(self, event: Event, key: str | None, payload: Any = None) -> Outcome:
         """Raises StoreError."""
-        log = await self.opened()
-        outcome = await log.append_async(event, key, payload)
-        return outcome
+        return await (await self.opened()).append_async(event, key, payload)
 
     def published(self, view: View) -> Published:
         """The selector that is in force. Raises StoreError."""
@@ -169,7 +167,7 @@ class Follower:
                 _log.warning("the log was begun with the selector %s; %s is not used", view.model_version, self._given)
         if not view.posteriors:
             published = self.published(view)
-            warm = Contexts(published, self._table).warm_start()
+            warm = WarmStart(*Contexts(published, self._table).priors())
             self._log.append(warm, "start/warm", {"version": published.version})
             view = replica.catch_up()
         return view
