@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.reports.figures import new_figure, save_figure
 from simmerge_ray.research.replay import Rounds, rounds_of
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.evaluation import Scoring
@@ -184,6 +185,24 @@ def interval(weights: np.ndarray, values: np.ndarray, divisor: np.ndarray | None
         return np.full((2, *values.shape[1:]), np.nan)
     result: np.ndarray = np.nanquantile(ratio, [0.025, 0.975], axis=0)
     return result
+
+
+def draw_regret(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], label: str, path: Path, marks: Sequence[float] = ()
+) -> Path:
+    """By policy the cumulative regret (T,) after each round, and its interval (2, T). marks: rounds to point out."""
+    figure, axes = new_figure(7, 4.5)
+    axis = np.ravel(axes)[0]
+    for name, (mean, (low, high)) in curves.items():
+        numbers = range(1, len(mean) + 1)
+        (line,) = axis.plot(numbers, mean, label=name)
+        axis.fill_between(numbers, low, high, alpha=0.12, color=line.get_color())
+    for where in marks:
+        axis.axvline(where, color="grey", linestyle=":", linewidth=1)
+    axis.set_xlabel(label)
+    axis.set_ylabel("cumulative regret (utility)")
+    axis.legend()
+    return save_figure(figure, path.parent, path.name)
 
 
 def arguments_of(text: str | None, orders: int, rounds: int) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from simmerge_ray.service.http.dashboard import router as dashboard_router
 from simmerge_ray.service.http.gate import Gate, Limits
 from simmerge_ray.service.http.hot_path import HotPath
 from simmerge_ray.service.http.metrics import PrometheusMetrics
-from simmerge_ray.service.http.routes import changes, looks, role_needed
+from simmerge_ray.service.http.routes import changes, looks, probes, role_needed
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.schemas import Refused
 
@@ -55,7 +55,8 @@ def create_app(
     _describe(api)
     _handle_errors(api)
     api.include_router(changes(current))  # first, since they are asked for most
-    api.include_router(looks(current, metrics))
+    api.include_router(probes(current, metrics))
+    api.include_router(looks(current))
     api.include_router(dashboard_router(current, access.roles_of))
     gate = Gate(HotPath(api, current, _refusal), access, limits or Limits(), metrics, role_needed(api.routes))
     gate.api = api  # type: ignore[attr-defined]

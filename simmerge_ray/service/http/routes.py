@@ -10,31 +10,11 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.routing import BaseRoute
 
+from simmerge_ray.service import schemas
 from simmerge_ray.service.http.gate import SAID, Scope
 from simmerge_ray.service.http.hot_path import DECIDE, KEY, REWARD
 from simmerge_ray.service.http.metrics import CONTENT_TYPE, PrometheusMetrics
 from simmerge_ray.service.learner import Learner
-from simmerge_ray.service.schemas import (
-    ArmRequest,
-    CatalogueAnswer,
-    CurveAnswer,
-    Decision,
-    DecisionList,
-    DecisionRecord,
-    DecisionRequest,
-    DiscountRequest,
-    EventSummary,
-    PlansAnswer,
-    PlansRequest,
-    PolicyAnswer,
-    Ranked,
-    RankRequest,
-    ReasonRequest,
-    Refused,
-    RewardAnswer,
-    RewardRequest,
-    SignalMatrix,
-)
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 MAX_LISTED = 200
@@ -117,12 +97,14 @@ def role_needed(routes: Iterable[BaseRoute]) -> Callable[[Scope], str | None]:
 def _key(request: Request) -> str | None:
     key = request.headers.get("idempotency-key")
     if key is not None and not KEY.fullmatch(key):
-        raise Refused(422, "header.Idempotency-Key: it must have 1 to 200 printable characters of ASCII, and no space")
+        raise schemas.Refused(
+            422, "header.Idempotency-Key: it must have 1 to 200 printable characters of ASCII, and no space"
+        )
     return key
 
 
-def looks(current: Callable[[], Learner], metrics: PrometheusMetrics) -> APIRouter:
-    """Routes that change nothing."""
+def probes(current: Callable[[], Learner], metrics: PrometheusMetrics) -> APIRouter:
+    """Routes for what watches the service."""
     routes = APIRouter()
 
     @routes.get("/healthz", operation_id="healthz", openapi_extra=_OPEN)
@@ -140,31 +122,38 @@ def looks(current: Callable[[], Learner], metrics: PrometheusMetrics) -> APIRout
         """For Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
+    return routes
+
+
+def looks(current: Callable[[], Learner]) -> APIRouter:
+    """Routes that change nothing."""
+    routes = APIRouter()
+
     @routes.get("/v1/decisions", operation_id="list_decisions", responses=errors())
     async def recent(
         limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 50,
         before: Annotated[int | None, Query(ge=1, le=2**62)] = None,
-    ) -> DecisionList:
+    ) -> schemas.DecisionList:
         """Decisions, newest first."""
         return await current().recent(limit, before)
 
     @routes.get("/v1/decisions/{decision_id}", operation_id="get_decision", responses=errors())
-    async def get(decision_id: DecisionId) -> DecisionRecord:
+    async def get(decision_id: DecisionId) -> schemas.DecisionRecord:
         """A decision and what became of it."""
         return await current().get(decision_id)
 
     @routes.get("/v1/policy", operation_id="get_policy", responses=errors())
-    async def policy() -> PolicyAnswer:
+    async def policy() -> schemas.PolicyAnswer:
         """Posteriors of the arms, counts, and how well it goes."""
         return await current().policy()
 
     @routes.get("/v1/rewards/curve", operation_id="reward_curve", responses=errors())
-    async def curve(points: Annotated[int, Query(ge=2, le=2000)] = 300) -> CurveAnswer:
+    async def curve(points: Annotated[int, Query(ge=2, le=2000)] = 300) -> schemas.CurveAnswer:
         """Cumulative reward, and an estimate of what the best fixed arm would have had."""
         return await current().curve(points)
 
     @routes.get("/v1/catalogue", operation_id="get_catalogue", responses=errors())
-    async def catalogue() -> CatalogueAnswer:
+    async def catalogue() -> schemas.CatalogueAnswer:
         """Checkpoints, tasks, arms and signals."""
         return await current().catalogue()
 
@@ -172,17 +161,17 @@ def looks(current: Callable[[], Learner], metrics: PrometheusMetrics) -> APIRout
     async def signals(
         signal: Annotated[str, Query(min_length=1, max_length=100)],
         task: Annotated[str | None, Query(max_length=200)] = None,
-    ) -> SignalMatrix:
+    ) -> schemas.SignalMatrix:
         """One signal of all pairs."""
         return await current().signals(signal, task or None)
 
     @routes.post("/v1/rank", operation_id="rank_arms", responses=errors(), openapi_extra={_ROLE: "decide"})
-    async def rank(body: RankRequest) -> Ranked:
+    async def rank(body: schemas.RankRequest) -> schemas.Ranked:
         """All arms for a pair, without a decision."""
         return await current().rank(body)
 
     @routes.post("/v1/plans", operation_id="rank_plans", responses=errors(), openapi_extra={_ROLE: "decide"})
-    async def plans(body: PlansRequest) -> PlansAnswer:
+    async def plans(body: schemas.PlansRequest) -> schemas.PlansAnswer:
         """The best plans over several checkpoints, without a decision."""
         return await current().plans(body)
 
@@ -200,44 +189,48 @@ def changes(current: Callable[[], Learner]) -> APIRouter:
         extra = {_ROLE: role, **_WITH_KEY}
         return routes.post(path, status_code=201, operation_id=name, responses=responses, openapi_extra=extra)
 
-    @change(DECIDE, "decide", "decide", Decision)
-    async def decide(body: DecisionRequest, request: Request, response: Response) -> Decision:
+    @change(DECIDE, "decide", "decide", schemas.Decision)
+    async def decide(body: schemas.DecisionRequest, request: Request, response: Response) -> schemas.Decision:
         """Which merge should be made? Give an Idempotency-Key to be able to ask again safely."""
         response.status_code, decision = await current().decide(body, _key(request))
         _say(request, decision.decision_id, arm=decision.arm)
         return decision
 
-    @change(REWARD, "reward", "reward", RewardAnswer)
+    @change(REWARD, "reward", "reward", schemas.RewardAnswer)
     async def reward(
-        decision_id: DecisionId, body: RewardRequest, request: Request, response: Response
-    ) -> RewardAnswer:
+        decision_id: DecisionId, body: schemas.RewardRequest, request: Request, response: Response
+    ) -> schemas.RewardAnswer:
         """The measured utility, in [0, 1], of what was decided."""
         _say(request, decision_id, utility=body.utility)
         response.status_code, answer = await current().reward(decision_id, body, _key(request))
         return answer
 
-    @change("/v1/decisions/{decision_id}/void", "void_reward", "admin", RewardAnswer)
-    async def void(decision_id: DecisionId, body: ReasonRequest, request: Request, response: Response) -> RewardAnswer:
+    @change("/v1/decisions/{decision_id}/void", "void_reward", "admin", schemas.RewardAnswer)
+    async def void(
+        decision_id: DecisionId, body: schemas.ReasonRequest, request: Request, response: Response
+    ) -> schemas.RewardAnswer:
         """The reward was wrong: it counts as if it had never been given. Another may follow."""
         _say(request, decision_id)
         response.status_code, answer = await current().void(decision_id, body, _key(request))
         return answer
 
-    @change("/v1/decisions/{decision_id}/close", "close_decision", "reward", RewardAnswer)
-    async def close(decision_id: DecisionId, body: ReasonRequest, request: Request, response: Response) -> RewardAnswer:
+    @change("/v1/decisions/{decision_id}/close", "close_decision", "reward", schemas.RewardAnswer)
+    async def close(
+        decision_id: DecisionId, body: schemas.ReasonRequest, request: Request, response: Response
+    ) -> schemas.RewardAnswer:
         """No reward will come: the merge was infeasible (begin the reason with that word), or was not made."""
         _say(request, decision_id)
         response.status_code, answer = await current().close(decision_id, body, _key(request))
         return answer
 
-    @change("/v1/arms", "add_arm", "admin", EventSummary)
-    async def add_arm(body: ArmRequest, request: Request, response: Response) -> EventSummary:
+    @change("/v1/arms", "add_arm", "admin", schemas.EventSummary)
+    async def add_arm(body: schemas.ArmRequest, request: Request, response: Response) -> schemas.EventSummary:
         """An operator that may be played from now on."""
         response.status_code, answer = await current().add_arm(body, _key(request))
         return answer
 
-    @change("/v1/discount", "discount", "admin", EventSummary)
-    async def discount(body: DiscountRequest, request: Request, response: Response) -> EventSummary:
+    @change("/v1/discount", "discount", "admin", schemas.EventSummary)
+    async def discount(body: schemas.DiscountRequest, request: Request, response: Response) -> schemas.EventSummary:
         """What was observed so far counts less: the world has changed."""
         response.status_code, answer = await current().discount(body, _key(request))
         return answer
