@@ -1,4 +1,4 @@
-"""One replica's side of the event log: it opens the database, begins an empty log, folds, and keeps snapshots.
+"""One replica's side of the event log: it opens the database, starts an empty log, folds, and saves snapshots.
 
 What blocks runs in two threads: the log's own, which looks at the log, makes events of what it sees and commits them;
 and one that reads and folds for everybody else.
@@ -133,7 +133,7 @@ class Follower:
         assert self._replica is not None
         view = self._replica.catch_up()
         if not _is_begun(view):
-            self._has_begun = False  # the next request begins it; this thread cannot, since it would wait for itself
+            self._has_begun = False  # the next request starts it; this thread would wait for itself
             raise StoreError("the event log was emptied; it begins anew")
         self._snapshot_if_due(view)
         return view

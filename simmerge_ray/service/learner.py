@@ -2,8 +2,8 @@
 
 One `Learner` is one replica. It has no state of its own that matters: before every decision it folds the tail of the
 log (requests that arrive while the log is read or written share the next read), and a decision or reward is
-acknowledged when its transaction is committed. Pairs are decided in the log's own thread (see `follower`), plans are
-ranked in another, which also reads for people.
+acknowledged when its transaction is committed. Pairs are decided in the log's own thread (see `follower`); plans are
+ranked in another, which also serves the dashboard's reads.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Learner:
         self._ids = random.Random()
 
     async def start(self) -> None:
-        """Begin to serve; a database that is away now is waited for, request by request."""
+        """Start serving. If the database is unreachable, each request tries it again."""
         try:
             await self.ready()
         except StoreError as error:
@@ -177,7 +177,7 @@ class Learner:
         self.registry.load(view.model_version or "")
         return view.seq
 
-    # What changes the log.
+    # Calls that change the log.
 
     async def decide(self, request: DecisionRequest, key: str | None = None) -> tuple[int, Decision]:
         """Status 201 or 200 (a retry with the same key), and what was decided the first time.
@@ -226,16 +226,16 @@ class Learner:
         return reward_answer(decision_id, outcome, reason=request.reason)
 
     async def add_arm(self, request: ArmRequest, key: str | None = None) -> tuple[int, EventSummary]:
-        """A new arm, from a prior that knows nothing or from what a sibling has seen. Raises InputError, Refused."""
+        """Add an arm with an uninformative prior or a sibling's. Raises InputError, Refused."""
         view = await self._follower.view()
         arm, log = start_of(request, view), await self._follower.opened()
-        # An arm that came by such a request is left to the log, which tells a retry from a conflict.
+        # An arm that a request added is left to the log, which tells a retry from a conflict.
         if arm.arm in view.posteriors and not await self._in_other(lambda: log.history(arm.arm)):
             raise Refused(409, f"arm {arm.arm!r} exists already")
         return event_summary(await self._follower.append(arm, key, request.model_dump(mode="json")))
 
     async def discount(self, request: DiscountRequest, key: str | None = None) -> tuple[int, EventSummary]:
-        """What was observed so far counts less. Raises Refused, StoreError."""
+        """Give past observations less weight. Raises Refused, StoreError."""
         return event_summary(await self._follower.append(Discounted(request.factor, request.reason), key))
 
     async def publish(self, selector: Place, only_new: bool = False) -> str:
@@ -244,7 +244,7 @@ class Learner:
         Nothing happens where it is in force already.
 
         Args:
-            only_new: nor where it was in force once, so that what is said again at every start takes nothing back.
+            only_new: do nothing if it was ever in force, so that an option of the start undoes no later promotion.
 
         Raises:
             InputError: it cannot be read, or does not fit the signal table. StoreError.
@@ -267,7 +267,7 @@ class Learner:
             if view.epoch == (await self._follower.view()).epoch:  # else another one was published meanwhile
                 raise Refused(409, outcome.reason)
 
-    # What only looks.
+    # Read-only calls.
 
     async def get(self, decision_id: str) -> DecisionRecord:
         """Raises Refused (404), StoreError."""
@@ -280,7 +280,7 @@ class Learner:
         return await self._in_other(lambda: recent_decisions(log, limit, before, self._clock()))
 
     async def policy(self) -> PolicyAnswer:
-        """What is known, and how well it goes. Raises StoreError."""
+        """The state of the policy and its performance so far. Raises StoreError."""
         view = await self._follower.view()
         published, ledger = self._follower.published(view), await self._follower.ledger()
         (regret, alarm), context = await self._in_other(lambda: (ledger.regret(), ledger.mean_context(view.epoch)))
@@ -308,7 +308,7 @@ class Learner:
         return await self._in_other(lambda: ledger.curve(points))
 
     async def catalogue(self) -> CatalogueAnswer:
-        """What may be asked for; without a database that answers, the arms of the selector that was given."""
+        """What may be asked for. Without a database it lists the arms of the configured selector."""
         try:
             view = await self._follower.view()
             arms, published = list(view.posteriors), self._follower.published(view)
@@ -333,7 +333,7 @@ class Learner:
         published = self._follower.published(await self._follower.view())
         return await self._in_other(lambda: self._rank_plans(published, request))
 
-    # Inside.
+    # Internals.
 
     def _decide_pair(self, view: View, request: DecisionRequest, decision_id: str) -> tuple[DecisionMade, Decision]:
         """In the log's thread."""
@@ -372,7 +372,7 @@ class Learner:
         return await asyncio.get_running_loop().run_in_executor(self._others, call)
 
     async def _close_expired(self) -> None:
-        """Log that decisions are closed whose time is over; another replica may be first."""
+        """Close expired decisions in the log; another replica may be first."""
         while True:
             await asyncio.sleep(_EXPIRE_S)
             try:
@@ -382,7 +382,7 @@ class Learner:
                 _log.warning("expired decisions are not closed: %s", error)
 
     async def _watch(self) -> None:
-        """Tell the observer of the state."""
+        """Report the state to the observer."""
         while True:
             try:
                 view = await self._follower.view()

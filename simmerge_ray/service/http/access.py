@@ -1,4 +1,4 @@
-"""Who may ask what: bearer tokens with roles, from a YAML file or the environment, and how often.
+"""Access control: bearer tokens with roles and rate limits, from a YAML file or the environment.
 
     - {name: trainer, role: decide, token_sha256: 2c26b4...}      # tokens of the file may be given as their SHA-256
     - {name: evaluation, role: reward, token: "...", requests_per_second: 20}
@@ -76,7 +76,7 @@ class Access:
     """The clients of a service.
 
     Args:
-        failures_per_s: wrong tokens that are answered to one address; of more it is only said that they are too many.
+        failures_per_s: wrong tokens that one address may send; more are refused for their number alone.
 
     Raises:
         ConfigError: no client, or two with the same name or token.
@@ -130,7 +130,7 @@ def token_digest(token: str) -> str:
 
 
 def new_token() -> str:
-    """A token that nobody guesses."""
+    """A random token."""
     return secrets.token_urlsafe(24)
 
 

@@ -1,7 +1,7 @@
-"""What stands before the routes: who asks, how much and how fast, and headers for every answer. Plain ASGI.
+"""The gate in front of the routes: authentication, limits of size and rate, and headers for every answer. Plain ASGI.
 
-A request is refused here before anything of it is parsed. The whole body is read within a time, since a client that
-sends a byte now and then would otherwise hold a task for ever.
+Requests are refused here before they are parsed. The whole body must arrive within a time limit: a client that sends
+a byte now and then would otherwise hold a task for ever.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Gate:
             self._finish(scope, told["status"], time.perf_counter() - started)
 
     def _refusal(self, scope: Scope) -> tuple[int, str, dict[str, str]] | None:
-        """Who may not go on; sets the client of the scope."""
+        """The refusal of a request, None if it may proceed; sets the client of the scope."""
         path = scope["path"]
         address = (scope.get("client") or ("",))[0]
         if path in _OPEN or path in _OF_PAGE or path.startswith("/static/"):

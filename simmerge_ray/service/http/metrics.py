@@ -1,4 +1,4 @@
-"""What is counted of a service, for Prometheus. `ray.serve` has its own metrics; see `on_ray.serve_app`."""
+"""Metrics of the service for Prometheus. `ray.serve` has its own metrics; see `on_ray.serve_app`."""
 
 from __future__ import annotations
 

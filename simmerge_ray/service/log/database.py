@@ -122,7 +122,7 @@ def open_database(url: str, patient: bool = False) -> Engine:
 
 
 def upgrade_database(url: str) -> None:
-    """Bring a database, maybe an empty one, to the schema of this program; one that has it is left as it is.
+    """Bring a database, empty or of an older version, to this program's schema; no change if it is current.
 
     Raises:
         ConfigError, StoreError: as `open_database`.
@@ -147,7 +147,7 @@ def upgrade_database(url: str) -> None:
 
 
 def make_engine(url: str, patient: bool = False) -> Engine:
-    """An engine without a look at the database.
+    """An engine, without connecting to the database.
 
     Args:
         patient: as `open_database`.
@@ -181,7 +181,7 @@ def make_engine(url: str, patient: bool = False) -> Engine:
 
 
 def shown(engine: Engine) -> str:
-    """Its URL as people write it, without the password."""
+    """Its URL, without driver and password."""
     return engine.url.set(drivername=engine.url.get_backend_name()).render_as_string()
 
 

@@ -212,7 +212,7 @@ class EventLog:
                     ends = True
                 else:
                     batch.append(item)
-            # Who was cancelled before this point is not in the log; afterwards a future cannot be cancelled.
+            # Appends cancelled before this point never reach the log; later ones cannot be cancelled.
             going_on = [one for one in batch if one.future.set_running_or_notify_cancel()]
             self._commit(self._made(going_on))
             _wake(going_on)
@@ -229,7 +229,7 @@ class EventLog:
         if self._look is not None and any(isinstance(one.proposal, _Draft) for one in batch):
             try:
                 seen = self._look()
-            except Exception as error:  # told to who waits; the others do not need it
+            except Exception as error:  # reported to those that need the look
                 failed = error
         for one in batch:
             proposal = one.proposal
@@ -255,7 +255,7 @@ class EventLog:
                 for one in batch:  # one event that the database cannot take must not fail the others
                     self._commit([one])
                 return
-            # Whatever it is, it is told to who waits: this thread lives on.
+            # Any error goes to the callers; this thread must survive it.
             known = isinstance(error, SQLAlchemyError)
             for _, future in batch:
                 future.set_exception(store_error("appending to the event log", error) if known else error)
@@ -318,13 +318,13 @@ def _padded(names: list[str]) -> list[str]:
 
 
 def _wake(batch: Sequence[_Waiting]) -> None:
-    """Tell the event loops, each once: that costs a system call."""
+    """Wake each event loop once: a wake-up costs a system call."""
     loops: dict[asyncio.AbstractEventLoop, list[_Waiting]] = {}
     for one in batch:
         if one.task is not None:
             loops.setdefault(one.task.get_loop(), []).append(one)
     for loop, waiting in loops.items():
-        with suppress(RuntimeError):  # a loop that was closed meanwhile: nobody waits
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
             loop.call_soon_threadsafe(_settle, waiting)
 
 

@@ -126,14 +126,12 @@ class Decisions(Generic[Kept]):
 
     def apply(self, row: EventRow) -> None:
         """The next event, of any kind."""
-        if row.subject is None:
-            return
         if row.kind == DecisionMade.kind:
-            if (kept := self._keep(row)) is not None:
+            if row.subject is not None and (kept := self._keep(row)) is not None:
                 self.courses[row.subject] = Course(kept)
-        elif (take := EFFECTS.get(row.kind, _NOTHING).course) is not None and (
-            course := self.courses.get(row.subject)
-        ) is not None:
+            return
+        take, course = EFFECTS.get(row.kind, _NOTHING).course, self.courses.get(row.subject or "")
+        if take is not None and course is not None:
             take(course, row)
 
 

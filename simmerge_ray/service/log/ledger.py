@@ -1,6 +1,6 @@
-"""What the log says of decisions, for people: lists, records, and rewards beside an estimate for the best fixed arm.
+"""What the dashboard shows of decisions: lists, records, and rewards beside an estimate for the best fixed arm.
 
-It folds the log beside the posteriors: it is asked for now and then, and a decision never waits for it.
+It folds the log apart from the posteriors, on demand: no decision waits for it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Drawn:
 class Ledger:
     """Rewards of drawn decisions between two arms, in order, and the contexts of the present encoder.
 
-    Threads may share it; all of it reads the log or computes for long, so none of it belongs into an event loop.
+    Thread-safe. Every call reads the log or computes for long, so none belongs in an event loop.
     """
 
     def __init__(self, log: EventLog) -> None:

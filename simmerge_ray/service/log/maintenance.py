@@ -1,4 +1,4 @@
-"""Looking after an event log: what is in it, backup and restore, export, and what may be thrown away.
+"""Maintenance of an event log: status, backup and restore, export, and pruning.
 
 A backup is one consistent state of the database, taken while services go on: a copy of SQLite's file, or Parquet with
 the rows as they are, which either database can be restored from. A log is restored byte for byte, into namespaces that
@@ -254,7 +254,7 @@ def _flat(course: Course[EventRow], now: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was thrown away."""
+    """What was deleted."""
 
     decisions: int
     bytes: int
@@ -262,7 +262,7 @@ class Pruned:
 
 
 def prune(url: str, namespace: str, before: float, keep_snapshots: int, dry_run: bool = False) -> Pruned:
-    """Throw away what no fold will ever need, whatever encoder comes.
+    """Delete what no fold will ever need, whatever the encoder.
 
     That is the raw features and the context of decisions that were closed without a reward before a time: no reward of
     them is ever taken, so nothing is learned from them. The events themselves stay, with what was asked, answered and

@@ -1,4 +1,4 @@
-"""One replica's view of the log: the fold of all events that were committed when it looked. No replica is special."""
+"""One replica's view of the log: the fold of all events committed so far. All replicas are equal."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Replica:
             if self._state is None or self._state.seq == 0:
                 return
             row = snapshot_row(self._log.namespace, self._state)
-        save_snapshot(self._log.engine, row)  # nobody waits for the disk
+        save_snapshot(self._log.engine, row)  # outside the lock: nobody waits for the disk
 
     def _fold(self, state: State, rows: list[EventRow]) -> None:
-        self._state = None  # a state that failed in the middle of an event is not gone on from
+        self._state = None  # a state that failed within an event is not continued
         for row in rows:
             if not state.apply(row):
                 state = self._recovered()

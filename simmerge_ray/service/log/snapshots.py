@@ -1,8 +1,8 @@
 """Snapshots of the state: they shorten a fold and decide nothing.
 
-A snapshot is a header in JSON and the arrays as raw float64, with a checksum; one that is damaged or of another
-format is as good as none. It may be gone on from if nothing that it has folded was changed later: it is of the current
-encoder epoch, and no reward up to its number was voided after it.
+A snapshot is a header in JSON and the arrays as raw float64, with a checksum; a damaged one or one of another format is
+ignored. A fold may continue from it if nothing in it was changed later: it is of the current encoder epoch, and no
+reward up to its number was voided after it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def dump(state: State) -> bytes:
 
 
 def load(content: bytes, basis: Basis, encode: Encoder) -> State:
-    """The state that was dumped, to be gone on from with a basis that does not change its past.
+    """The dumped state, to continue with a basis that does not change its past.
 
     Raises:
         StoreError: a snapshot of another format.
@@ -113,7 +113,7 @@ def save_snapshot(engine: Engine, row: Mapping[str, Any]) -> None:
 def newest_snapshot(
     engine: Engine, namespace: str, basis: Basis, voids: Sequence[EventRow], last: int, encode: Encoder
 ) -> State:
-    """The newest good snapshot up to number `last`, as the start of a fold; an empty state where there is none.
+    """The newest intact snapshot up to number `last`, as the start of a fold; an empty state if there is none.
 
     Args:
         basis: of the events up to `last`. voids: the `reward_voided` events among them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,10 +17,9 @@ from simmerge_ray.selector.data.files import LoadedDataset
 from simmerge_ray.selector.data.rewards import RewardedMerge, digest_of
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, pairs_of
 from simmerge_ray.selector.models.model import FittedModel, Selector
-from simmerge_ray.selector.models.train import usable_folds
+from simmerge_ray.selector.models.train import fit_models, usable_folds
 from simmerge_ray.service.bandit.artifact import Classes
 from simmerge_ray.service.retraining.reward_labels import LoggedMerges, Rewarded, training_rewards
-from simmerge_ray.service.retraining.shadow import fold_models
 
 FORMAT = 1
 HELD_OUT = 0.25  # of the rewards, the last ones
@@ -75,7 +75,12 @@ class Material:
     @cached_property
     def fold_models(self) -> list[FittedModel]:
         """What the candidate would be without each group."""
-        return fold_models(self.dataset, self.folds, self.config, self.reference, self.rewards)
+        return self.models_without_groups(self.rewards)
+
+    def models_without_groups(self, rewards: Sequence[RewardedMerge]) -> list[FittedModel]:
+        """A model for each fold, from its contexts and from the rewards of merges without its checkpoints."""
+        parts = [fold.training for fold in self.folds]
+        return fit_models(self.dataset, parts, self.config, self.reference, rewards)
 
 
 def material_of(

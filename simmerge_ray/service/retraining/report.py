@@ -1,4 +1,4 @@
-"""A retraining for people, in Markdown."""
+"""The report of a retraining, in Markdown."""
 
 from __future__ import annotations
 

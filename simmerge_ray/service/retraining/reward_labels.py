@@ -1,4 +1,4 @@
-"""What the log knows about merges: rewarded decisions, as training data and as labels.
+"""Rewarded decisions of the log, as training data and as labels.
 
 The log is read once, in pages, strictly by sequence. A voided reward does not count, whenever the void came; decisions
 without a reward are left out, those that were closed as infeasible become labels without a utility.

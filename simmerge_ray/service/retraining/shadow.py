@@ -18,11 +18,10 @@ from simmerge_ray.selector.assessment.crossval import bench_of
 from simmerge_ray.selector.assessment.trial import Trial
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.evaluation import UTILITY, Scoring, keeping_no_parent, shares_of
-from simmerge_ray.selector.data.rewards import RewardedMerge
 from simmerge_ray.selector.data.splits import Fold, fold_mean
 from simmerge_ray.selector.models.model import FittedModel, Selector
 from simmerge_ray.selector.models.policy import SafeOverride
-from simmerge_ray.selector.models.train import fit_models, predict_folds
+from simmerge_ray.selector.models.train import predict_folds
 from simmerge_ray.service.bandit.off_policy import ValueEstimate, doubly_robust, doubly_robust_gain
 from simmerge_ray.service.retraining.reward_labels import Rewarded
 
@@ -130,11 +129,11 @@ def override_on_log(
     rewarded: Sequence[Rewarded],
     folds: Sequence[tuple[frozenset[str], FittedModel]],
 ) -> SafeOverride:
-    """When to leave the best fixed arm, from drawn decisions, where they say more than the labels did.
+    """The override fitted on drawn decisions, where these support leaving the best fixed arm and the labels did not.
 
     Labels on which leaving it has not paid forbid it for good, whatever rewards say; so the threshold is chosen on the
     rewards as well, in the way of `selector.policy.fit_override`: that with the largest gain (doubly robust), if the
-    gain is above 0 with 95 %, else all stays as it is.
+    gain is above 0 with 95 %; otherwise the override is unchanged.
 
     Args:
         folds: checkpoints that were left out, and the model that was trained without them. Merges of checkpoints that
@@ -171,17 +170,6 @@ def left_out(dataset: SelectionDataset, fold: Fold) -> frozenset[str]:
     """Checkpoints of the data set that a fold's training part does not have."""
     trained = {name for row in fold.training for name in (dataset.contexts[row].left, dataset.contexts[row].right)}
     return frozenset(name for one in dataset.contexts for name in (one.left, one.right) if name not in trained)
-
-
-def fold_models(
-    dataset: SelectionDataset,
-    folds: Sequence[Fold],
-    config: TrainConfig,
-    reference: Sequence[int],
-    rewards: Sequence[RewardedMerge],
-) -> list[FittedModel]:
-    """A model for each fold, from its contexts and from the rewards of merges without its checkpoints."""
-    return fit_models(dataset, [fold.training for fold in folds], config, reference, rewards)
 
 
 def compare_on_labels(

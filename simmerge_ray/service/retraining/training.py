@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.base.storage import new_directory, write_json
+from simmerge_ray.base.storage import new_directory, read_json, write_json
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.rewards import RewardedMerge
@@ -17,7 +17,6 @@ from simmerge_ray.selector.models.model import Selector, read_selector
 from simmerge_ray.selector.models.train import MIN_CONTEXTS, train_selector
 from simmerge_ray.selector.planning.files import write_selectors
 from simmerge_ray.service.bandit.artifact import POWER, RIDGE, WarmStartFile, read_warm_start, write_warm_start
-from simmerge_ray.service.bandit.off_policy import ValueEstimate
 from simmerge_ray.service.bandit.warm_start import (
     cold_ridge,
     merge_values,
@@ -33,13 +32,20 @@ from simmerge_ray.service.retraining.shadow import (
     OnLog,
     compare_on_labels,
     compare_on_log,
-    fold_models,
     left_out,
     override_on_log,
 )
 from simmerge_ray.signals.propagation.second_order import SecondOrder
 
 SELECTOR, LABELS = "selector", "labels"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """With the present selector: on held-out rewards, and on the labels."""
+
+    log: OnLog | None
+    labels: OnLabels | None
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,10 @@ def train_candidate(material: Material, present: Selector, out: Path) -> Retrain
         return Retrained(event.model_version, target, event, None, None)
     compared = target / f"comparison-{present.version}.json"
     if not compared.exists():
-        log = compare_on_log(present, selector, material.held_out)
-        write_json(compared, {"log": _plain(log), "labels": _plain(_on_labels(material))})
-    return Retrained(event.model_version, target, event, *_read_comparison(compared))
+        made = Comparison(compare_on_log(present, selector, material.held_out), _on_labels(material))
+        write_json(compared, asdict(made))
+    comparison = TypeAdapter(Comparison).validate_python(read_json(compared))
+    return Retrained(event.model_version, target, event, comparison.log, comparison.labels)
 
 
 def _trained(material: Material, dataset: SelectionDataset, rewards: Sequence[RewardedMerge]) -> Selector:
@@ -115,20 +122,5 @@ def _warm_start(material: Material, selector: Selector) -> WarmStartFile:
 
 def _on_labels(material: Material) -> OnLabels | None:
     dataset, folds, config, reference = material.dataset, material.folds, material.config, material.reference
-    old = fold_models(dataset, folds, config, reference, material.known)
-    return compare_on_labels(dataset, folds, config, reference, old, material.fold_models, material.loaded.base_of)
-
-
-def _plain(value: OnLog | OnLabels | None) -> dict[str, Any] | None:
-    return None if value is None else asdict(value)
-
-
-def _read_comparison(path: Path) -> tuple[OnLog | None, OnLabels | None]:
-    content = json.loads(path.read_text())
-    log, labels = content["log"], content["labels"]
-    if log is not None:
-        log = OnLog(**{**log, **{name: ValueEstimate(**log[name]) for name in ("present", "candidate", "gain")}})
-    if labels is not None:
-        interval = labels["interval"]
-        labels = OnLabels(**{**labels, "interval": tuple(interval) if interval else None})
-    return log, labels
+    old, new = material.models_without_groups(material.known), material.fold_models
+    return compare_on_labels(dataset, folds, config, reference, old, new, material.loaded.base_of)
