@@ -26,16 +26,8 @@ from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.train import fit_models, usable_folds
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import (
-    Merges,
-    cold_ridge,
-    merge_values,
-    merges_of,
-    out_of_fold_level,
-    warm_posteriors,
-)
+from simmerge_ray.service.bandit.warm_start import Merges, cold_ridge, merges_of, start_from_labels
 
-POWER, RIDGE = 1.0, 1.0
 NUM_RESAMPLES = 2000
 STUDY_FOLDS = 4  # for the level out of fold where there are several bases: hundreds of contexts need no more
 
@@ -88,17 +80,14 @@ def repeated(num_merges: int, num_rounds: int, number: int) -> np.ndarray:
     return np.concatenate([generator.permutation(num_merges) for _ in range(times)])[:num_rounds]
 
 
-def learned(
-    training: SelectionDataset, config: TrainConfig, rewards: Sequence[RewardedMerge] = (), power: float = POWER
-) -> Knowledge:
+def learned(training: SelectionDataset, config: TrainConfig, rewards: Sequence[RewardedMerge] = ()) -> Knowledge:
     """Train a selector on labels and rewards; the arms' posteriors come from the labels, as in `service.retraining`."""
     (model,) = fit_models(training, [range(len(training.contexts))], config, None, rewards)
     folds = usable_folds(checkpoint_folds(pairs_of(training.contexts), config.num_folds, config.seed))
     models = fit_models(training, [fold.training for fold in folds], config, None, rewards)
-    merges = merges_of(training, model, range(len(training.contexts)))
-    level = merge_values(out_of_fold_level(training, folds, config, models), merges)
-    warm, noise = warm_posteriors(merges, training.arms, level, RIDGE, power)
-    prior = GaussianPosterior.prior(merges.z.shape[1], cold_ridge(noise))
+    warm, noise = start_from_labels(training, model, folds, config, models)
+    size = next(iter(warm.values())).num_dimensions
+    prior = GaussianPosterior.prior(size, cold_ridge(noise))
     return Knowledge(model, warm, prior, noise)
 
 

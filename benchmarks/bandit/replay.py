@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,6 @@ from simmerge_ray.service.bandit.policy import NeuralLinearTS, SafeRule
 POLICIES = ("uniform", "best fixed", "static selector", "greedy", "cold", "warm", "warm, safe", "oracle")
 THRESHOLD = 0.02
 
-Say = Callable[[str], None]
 Results = Mapping[Cluster, Mapping[str, np.ndarray]]
 """By cluster and policy (orders x halves, rounds, 2): regret in utility, and in GapClosed."""
 
@@ -115,7 +114,7 @@ def draw(results: Results, out: Path, name: str) -> Path:
 
 
 def replay_dataset(
-    path: Path, out: Path, name: str, arms: Sequence[str] | None, num_orders: int, num_rounds: int, say: Say = print
+    path: Path, out: Path, name: str, arms: Sequence[str] | None, num_orders: int, num_rounds: int
 ) -> list[dict[str, Any]]:
     """Play all clusters of a data set; `table`'s rows, also in `NAME.json`, with the curves in `NAME.png`.
 
@@ -139,14 +138,14 @@ def replay_dataset(
                 buffer, **{json.dumps([*key, policy]): v for key, of in played.items() for policy, v in of.items()}
             )
             write_once(part, buffer.getvalue())
-            say(f"{fold.name}: {len(played)} clusters played")
+            print(f"{fold.name}: {len(played)} clusters played")
         with np.load(part) as arrays:
             for key in arrays.files:
                 base, domain, policy = json.loads(key)
                 results[base, domain] = {**results.get((base, domain), {}), policy: arrays[key]}
     rows = table(results)
     write_json(out / f"{name}.json", rows)
-    say(str(draw(results, out, name)))
+    print(draw(results, out, name))
     return rows
 
 

@@ -57,7 +57,7 @@ class PolicyCache:
         return self._latest[1][novel]
 
 
-def decide_pair(
+def pair_decision(
     view: View, contexts: Contexts, policy: NeuralLinearTS, context: PairContext, asked: Asked
 ) -> tuple[DecisionMade, Decision]:
     """Draw an arm for a pair; the event that says so, and the answer."""
@@ -82,7 +82,7 @@ def decide_pair(
     return _event(answer, told, suggestion.arm, context, _class_of(suggestion.arm, context, view)), answer
 
 
-def decide_plan(
+def plan_decision(
     view: View, contexts: Contexts, ranker: PlanRanker, drawn: DrawnPlan, request: DecisionRequest, asked: Asked
 ) -> tuple[DecisionMade, Decision]:
     """The event of a drawn plan, and the answer.

@@ -36,10 +36,10 @@ from simmerge_ray.service.context import Contexts
 from simmerge_ray.service.deciding import (
     Asked,
     PolicyCache,
-    decide_pair,
-    decide_plan,
     new_epoch_of,
     noise_of,
+    pair_decision,
+    plan_decision,
     ranked,
     start_of,
 )
@@ -341,14 +341,14 @@ class Learner:
         contexts = self._follower.contexts_of(view)
         context = contexts.of(request.left, request.right, request.task)
         policy = self._policies.of(view, contexts.published.selector, context.novel)
-        return decide_pair(view, contexts, policy, context, self._asked(request, decision_id))
+        return pair_decision(view, contexts, policy, context, self._asked(request, decision_id))
 
     def _decide_plan(self, view: View, request: DecisionRequest, decision_id: str) -> tuple[DecisionMade, Decision]:
         contexts, asked = self._follower.contexts_of(view), self._asked(request, decision_id)
         ranker, tasks = self._ranker(contexts.published), [request.task] if request.task else []
         names = request.checkpoints or ()
         drawn = ranker.draw(names, tasks, request.ways, decision_id, request.explore, self.settings.floor)
-        return decide_plan(view, contexts, ranker, drawn, request, asked)
+        return plan_decision(view, contexts, ranker, drawn, request, asked)
 
     def _rank_plans(self, published: Published, request: PlansRequest) -> PlansAnswer:
         ranker = self._ranker(published)

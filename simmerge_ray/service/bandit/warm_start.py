@@ -120,6 +120,23 @@ def cold_ridge(noise: Noise) -> float:
     return noise.variance / COLD_SPREAD**2
 
 
+def start_from_labels(
+    labelled: SelectionDataset,
+    model: FittedModel,
+    folds: Sequence[Fold],
+    config: TrainConfig,
+    models: Sequence[FittedModel] | None = None,
+) -> tuple[dict[str, GaussianPosterior], Noise]:
+    """What the arms of a model start from: posteriors from the labels that it was trained on, level out of fold.
+
+    Raises:
+        BanditError: as `contexts_of` and `warm_posteriors`.
+    """
+    merges = merges_of(labelled, model, range(len(labelled.contexts)))
+    level = merge_values(out_of_fold_level(labelled, folds, config, models), merges)
+    return warm_posteriors(merges, labelled.arms, level)
+
+
 def sibling_prior(posterior: GaussianPosterior, prior: GaussianPosterior, power: float) -> GaussianPosterior:
     """A prior for a new arm that is expected to be like a known one: what that has seen, counting `power` of it."""
     return posterior.discounted(power, prior)

@@ -16,14 +16,8 @@ from simmerge_ray.selector.data.rewards import RewardedMerge
 from simmerge_ray.selector.models.model import Selector, read_selector
 from simmerge_ray.selector.models.train import MIN_CONTEXTS, train_selector
 from simmerge_ray.selector.planning.files import write_selectors
-from simmerge_ray.service.bandit.artifact import POWER, RIDGE, WarmStartFile, read_warm_start, write_warm_start
-from simmerge_ray.service.bandit.warm_start import (
-    cold_ridge,
-    merge_values,
-    merges_of,
-    out_of_fold_level,
-    warm_posteriors,
-)
+from simmerge_ray.service.bandit.artifact import WarmStartFile, read_warm_start, write_warm_start
+from simmerge_ray.service.bandit.warm_start import cold_ridge, start_from_labels
 from simmerge_ray.service.log.events import EncoderEpoch
 from simmerge_ray.service.retraining.material import Material
 from simmerge_ray.service.retraining.reward_labels import reward_labels
@@ -114,9 +108,7 @@ def _warm_start(material: Material, selector: Selector) -> WarmStartFile:
         raise LabelError(
             f"no checkpoint can be left out and {MIN_CONTEXTS} contexts kept: the bandit cannot start from these labels"
         )
-    merges = merges_of(labelled, selector.fitted, range(len(labelled.contexts)))
-    level = merge_values(out_of_fold_level(labelled, folds, material.config, material.fold_models), merges)
-    posteriors, noise = warm_posteriors(merges, labelled.arms, level, RIDGE, POWER)
+    posteriors, noise = start_from_labels(labelled, selector.fitted, folds, material.config, material.fold_models)
     return WarmStartFile(posteriors, noise, material.identical)
 
 

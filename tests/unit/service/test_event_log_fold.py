@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from typing import get_args
 
@@ -27,8 +28,9 @@ from simmerge_ray.service.log.events import (
     RewardGiven,
     RewardVoided,
     WarmStart,
+    voided_seq,
 )
-from simmerge_ray.service.log.fold import EFFECTS, Basis, State, basis_of, fold
+from simmerge_ray.service.log.fold import EFFECTS, Basis, Decisions, State, basis_of, fold, setups_of
 from simmerge_ray.service.log.outcomes import Known, Outcome, Status, proposal_of
 from simmerge_ray.service.log.replica import Replica
 from simmerge_ray.service.log.snapshots import KEPT, dump, load, newest_snapshot
@@ -151,6 +153,21 @@ def test_the_fold_is_its_definition_and_a_snapshot_anywhere_changes_nothing(even
         for row in rows[cut:]:
             assert state.apply(row)
         assert dump(state) == dump(whole)
+
+
+@given(histories())
+def test_every_view_of_the_log_counts_the_same(events):
+    rows = rows_of(events)
+    view = fold(rows, encode).view()
+    courses = Decisions.of(rows).values()
+    statuses = Counter(course.status(None, 0.0) for course in courses)
+    assert (len(courses), statuses["open"], statuses["closed"]) == (view.num_decisions, view.num_open, view.num_closed)
+    assert statuses["rewarded"] == view.num_rewards
+    given = {row.seq: row.event.utility for row in rows if row.kind == RewardGiven.kind}
+    voided = {voided_seq(row) for row in rows if row.kind == RewardVoided.kind}
+    assert dict(course.reward for course in courses if course.reward) == {s: given[s] for s in given.keys() - voided}
+    setups = setups_of(rows)
+    assert (setups[-1].version if setups else None) == view.model_version
 
 
 @settings(max_examples=25)
