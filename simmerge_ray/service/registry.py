@@ -77,12 +77,6 @@ class Registry:
             raise SelectorError(f"no selector of version {version!r} in {self._directory}; publish it there")
         return found
 
-    def versions(self) -> list[str]:
-        """All of them, sorted."""
-        if not self._directory.is_dir():
-            return []
-        return sorted(one.name for one in self._directory.iterdir() if one.is_dir() and one.name[0] != ".")
-
     def load(self, version: str) -> Published:
         """A version, from memory where it was asked for lately.
 
