@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,23 +106,19 @@ class Ledger:
             interval=(mean - half, mean + half),
         )
         if len(gain) > 1.01 * self._alarm[0]:  # hundreds of resamples: not for every reward of a long log
-            found, alarm = regret_slope(-gain), None
-            if found is not None:
-                alarm = AlarmState(linear=found.linear, slope=found.slope, low=found.low, high=found.high)
+            slope = regret_slope(-gain)
+            alarm = None if slope is None else AlarmState.model_validate(slope, from_attributes=True)
             self._alarm = (len(gain), alarm)
         return estimate, self._alarm[1]
 
     def curve(self, points: int) -> CurveAnswer:
         """Cumulative, thinned out to at most so many points, the last one included. Raises as `regret`."""
         seq, reward, fixed = self._series()
-        shown = (
-            np.unique(np.linspace(0, len(seq) - 1, min(points, len(seq))).astype(int)) if len(seq) else np.zeros(0, int)
-        )
-        total, other = np.cumsum(reward), np.cumsum(fixed)
+        shown = np.unique(np.linspace(0, len(seq) - 1, min(points, len(seq))).astype(int))
         return CurveAnswer(
-            seq=[int(seq[i]) for i in shown],
-            reward=[float(total[i]) for i in shown],
-            best_fixed=[float(other[i]) for i in shown],
+            seq=seq[shown].tolist(),
+            reward=np.cumsum(reward)[shown].tolist(),
+            best_fixed=np.cumsum(fixed)[shown].tolist(),
             num=len(seq),
         )
 
@@ -130,12 +126,10 @@ class Ledger:
         """Numbers, rewards, and estimates for the best fixed arm."""
         self.catch_up()
         with self._lock:
-            rewarded = [(*one.reward, one.decision.fixed(one.reward[1])) for one in self._courses() if one.reward]
+            courses = self._decisions.courses.values()
+            rewarded = [(*one.reward, one.decision.fixed(one.reward[1])) for one in courses if one.reward]
         seq, reward, fixed = zip(*sorted(rewarded), strict=True) if rewarded else ((), (), ())
         return np.array(seq), np.array(reward), np.array(fixed)
-
-    def _courses(self) -> Iterable[Course[_Drawn]]:
-        return self._decisions.courses.values()
 
     def _decided(self, row: EventRow) -> _Drawn | None:
         """What is kept of a decision; None where it was not drawn, or says nothing of the best fixed arm."""
