@@ -90,7 +90,7 @@ def out_of_fold_level(
 
 
 def warm_posteriors(
-    merges: Merges, arms: Sequence[str], level: np.ndarray, ridge: float = 1.0, power: float = 1.0
+    merges: Merges, arms: Sequence[str], level: np.ndarray, power: float = 1.0
 ) -> tuple[dict[str, GaussianPosterior], Noise]:
     """Posteriors of the arms from merges of which all arms were measured, and the noise that is left.
 
@@ -107,7 +107,7 @@ def warm_posteriors(
     if not len(known):
         raise BanditError("no merge has a level that was predicted without it: there are too few labels to start from")
     rewards = merges.utility - level[:, None]
-    prior = GaussianPosterior.prior(merges.z.shape[1], ridge)
+    prior = GaussianPosterior.prior(merges.z.shape[1])
     posteriors, residuals = {}, []
     for column, arm in enumerate(arms):
         posteriors[arm] = prior.fold([(merges.z[row], float(rewards[row, column])) for row in known], power)
