@@ -17,17 +17,24 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.research.replay import Rounds, rounds_of
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Scoring
 from simmerge_ray.selector.data.files import LoadedDataset, find_dataset, read_dataset
 from simmerge_ray.selector.data.rewards import RewardedMerge
+from simmerge_ray.selector.data.scoring import Scoring
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, domain_folds, pairs_of
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.train import fit_models, usable_folds
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import Merges, merge_values, merges_of, out_of_fold_level, warm_posteriors
+from simmerge_ray.service.bandit.warm_start import (
+    Merges,
+    cold_prior,
+    merge_values,
+    merges_of,
+    out_of_fold_level,
+    warm_posteriors,
+)
 
-POWER, RIDGE, COLD_SPREAD = 1.0, 1.0, 0.1
+POWER, RIDGE = 1.0, 1.0
 NUM_RESAMPLES = 2000
 STUDY_FOLDS = 4  # for the level out of fold where there are several bases: hundreds of contexts need no more
 
@@ -90,7 +97,7 @@ def learned(
     merges = merges_of(training, model, range(len(training.contexts)))
     level = merge_values(out_of_fold_level(training, folds, config, models), merges)
     warm, noise = warm_posteriors(merges, training.arms, level, RIDGE, power)
-    prior = GaussianPosterior.prior(merges.z.shape[1], noise.variance / COLD_SPREAD**2)
+    prior = cold_prior(merges.z.shape[1], noise)
     return Knowledge(model, warm, prior, noise)
 
 

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.plans.operators.specs import parse_arms
-from simmerge_ray.selector.data.tasks import TaskPool, task_pool
 from simmerge_ray.selector.planning.scorer import PlanScorer
 from simmerge_ray.selector.planning.search import PlanSearch
 from simmerge_ray.selector.planning.space import PlanSpace
+from simmerge_ray.selector.planning.tasks import TaskPool, task_pool
 from simmerge_ray.signals.propagation.batch import SecondOrderBatch
 from simmerge_ray.signals.propagation.virtual import Virtual
 from simmerge_ray.signals.signature import DENSITIES, TaskOutputs, TensorSample

@@ -13,11 +13,11 @@ from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
 
 if TYPE_CHECKING:
     from simmerge_ray.checkpoints.catalogue import Catalogue
-    from simmerge_ray.selector.data.tasks import TaskPool
     from simmerge_ray.selector.models.model import Selector
     from simmerge_ray.selector.planning.recommender import Recommendation
     from simmerge_ray.selector.planning.scorer import PlanScorer, RankedPlan, Ranking
     from simmerge_ray.selector.planning.space import PlanSpace
+    from simmerge_ray.selector.planning.tasks import TaskPool
     from simmerge_ray.signals.propagation.interface import Propagator
     from simmerge_ray.signals.table import SignalTable
 
@@ -171,10 +171,10 @@ def plan_request(
     Raises:
         InputError: an artifact is missing or does not fit, or a name is unknown; nothing has been computed.
     """
-    from simmerge_ray.selector.data.tasks import task_pool
     from simmerge_ray.selector.models.model import read_selector
     from simmerge_ray.selector.planning.files import SHORTLIST, default_selector
     from simmerge_ray.selector.planning.space import plan_space, scorable_arms
+    from simmerge_ray.selector.planning.tasks import task_pool
     from simmerge_ray.signals.table import read_signal_table
 
     directory = selector or default_selector()

@@ -12,12 +12,12 @@ import numpy as np
 from simmerge_ray.base.errors import BanditError, SelectorError, unknown_name
 from simmerge_ray.plans.operators.specs import parse_arm
 from simmerge_ray.selector.data.dataset import pair_features
+from simmerge_ray.selector.models.influence import influences
 from simmerge_ray.selector.models.model import Selector
 from simmerge_ray.selector.planning.recommender import Recommendation, Recommender
-from simmerge_ray.selector.planning.scorer import GROUPS
 from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule, Suggestion
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import contexts_of, sibling_prior
+from simmerge_ray.service.bandit.warm_start import COLD_NOISE, cold_prior, cold_ridge, contexts_of, sibling_prior
 from simmerge_ray.service.log.events import ArmAdded, DecisionMade, EncoderEpoch, WarmStart
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.planning import DrawnPlan, PlanRanker
@@ -30,16 +30,11 @@ from simmerge_ray.service.schemas import (
     Ranked,
     RankRequest,
 )
-from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.table import SignalTable
 
 Array = np.ndarray
-COLD_NOISE = Noise(0.01)  # of rewards where no labels say: a spread of 0.1
-COLD_SPREAD = 0.1  # of an arm's weights where nothing is known of it
 _KEPT_CONTEXTS = 20_000
 _MAX_AVERAGED = 200  # pairs that the average pair is taken of
-_NOTHING = 0.0005
-_SAID = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,28 +105,20 @@ class Contexts:
 
     def warm_start(self) -> WarmStart:
         """What the arms start from: posteriors from the labels, or priors that know nothing."""
-        warm = self._published.warm
-        if warm is not None:
-            return WarmStart(dict(warm.posteriors), warm.noise)
-        prior = GaussianPosterior.prior(self.num_dimensions, cold_ridge(COLD_NOISE))
-        return WarmStart(dict.fromkeys(self._published.selector.arms, prior), COLD_NOISE)
+        return WarmStart(*_priors(self._published, self.num_dimensions))
 
     def why(self, context: PairContext) -> list[Influence]:
         """Groups of signals, and how far each moves the prediction of the chosen arm from that of the average pair."""
         selector = self._published.selector
         arm = selector.arms.index(context.answer.choice.arm)
-        families = np.array([column_signal(column).family for column in selector.columns])
         average = np.array([self._average(task) for task in context.tasks])
-        variants = [context.features]
-        for family in GROUPS:
-            changed = context.features.copy()
-            changed[:, :, families == family] = average[:, :, families == family]
-            variants.append(changed)
-        utility, _ = selector.predict(np.concatenate(variants), list(context.tasks) * len(variants))
-        pooled = utility[:, arm].reshape(len(variants), -1).mean(1)
-        effects = zip(GROUPS.values(), (pooled[0] - pooled[1:]).tolist(), strict=True)
-        largest = sorted(effects, key=lambda one: -abs(one[1]))[:_SAID]
-        return [Influence(signal=name, effect=effect) for name, effect in largest if abs(effect) >= _NOTHING]
+
+        def predict(features: np.ndarray) -> np.ndarray:
+            utility, _ = selector.predict(features, list(context.tasks) * (len(features) // len(context.tasks)))
+            return utility[:, arm].reshape(-1, len(context.tasks)).mean(1)
+
+        found = influences(predict, context.features, average, selector.columns)
+        return [Influence(signal=name, effect=effect) for name, effect in found]
 
     def _average(self, task: str) -> Array:
         """(2, F): of pairs of the table, evenly spread."""
@@ -325,7 +312,7 @@ def start_of(request: ArmRequest, view: View) -> ArmAdded:
     if arm.spec.max_sources == 1:
         raise BanditError(f"arm {arm.label!r} takes one checkpoint; an arm merges two")
     dimensions = next(iter(view.posteriors.values())).num_dimensions
-    nothing = GaussianPosterior.prior(dimensions, cold_ridge(view.noise or COLD_NOISE))
+    nothing = cold_prior(dimensions, view.noise or COLD_NOISE)
     if request.sibling is None:
         return ArmAdded(arm.label, nothing, view.epoch)
     if request.sibling not in view.posteriors:
@@ -337,18 +324,15 @@ def start_of(request: ArmRequest, view: View) -> ArmAdded:
 
 def new_epoch_of(published: Published, num_dimensions: int, view: View) -> EncoderEpoch:
     """The event that puts another selector into force; the whole log is folded again with it."""
-    warm = published.warm
-    if warm is not None:
-        priors, noise = dict(warm.posteriors), warm.noise
-    else:
-        prior = GaussianPosterior.prior(num_dimensions, cold_ridge(COLD_NOISE))
-        priors, noise = dict.fromkeys(published.selector.arms, prior), COLD_NOISE
+    priors, noise = _priors(published, num_dimensions)
     return EncoderEpoch(view.epoch + 1, num_dimensions, cold_ridge(noise), priors, noise, published.version)
 
 
-def cold_ridge(noise: Noise) -> float:
-    """Precision of a prior that knows nothing, in units of the noise: weights spread by `COLD_SPREAD`."""
-    return noise.variance / COLD_SPREAD**2
+def _priors(published: Published, num_dimensions: int) -> tuple[dict[str, GaussianPosterior], Noise]:
+    """What the arms of a selector start from: posteriors from the labels, or cold priors; and the noise."""
+    if (warm := published.warm) is not None:
+        return dict(warm.posteriors), warm.noise
+    return dict.fromkeys(published.selector.arms, cold_prior(num_dimensions, COLD_NOISE)), COLD_NOISE
 
 
 def _class_of(arm: str, context: PairContext, view: View) -> tuple[str, ...]:

@@ -21,11 +21,11 @@ from simmerge_ray.research.study.longer import (
     unmerged,
 )
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Scoring
-from simmerge_ray.selector.data.tasks import task_pool
+from simmerge_ray.selector.data.scoring import Scoring
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.train import fit_models
 from simmerge_ray.selector.planning.scorer import PlanScorer
+from simmerge_ray.selector.planning.tasks import task_pool
 from simmerge_ray.signals.propagation.interface import Propagator
 
 AGGREGATES = ("last", "mean", "sum")

@@ -6,8 +6,9 @@ importance compare many models with each other, all of the same smaller size (`s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import InputError, LabelError
 from simmerge_ray.search.headroom import headroom
-from simmerge_ray.selector.assessment.baselines import best_fixed
+from simmerge_ray.selector.assessment.baselines import best_fixed, permuted_columns
+from simmerge_ray.selector.assessment.bench import Bench
 from simmerge_ray.selector.assessment.crossval import ONE_MODEL_UNSEEN, Progress, bench_of, crossval_report
-from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.assessment.folds import CrossValidation, small_config
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Bench, keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.data.splits import (
     Fold,
     base_folds,
@@ -42,13 +44,6 @@ _NUM_BINS = 10
 _NUM_INNER_FOLDS = 6
 
 
-def small_config(config: TrainConfig) -> TrainConfig:
-    """For models that are only compared with each other."""
-    return config.model_copy(
-        update={"num_members": min(2, config.num_members), "num_trees": max(1, config.num_trees // 4)}
-    )
-
-
 def assess(
     dataset: SelectionDataset,
     config: TrainConfig,
@@ -69,48 +64,48 @@ def assess(
     """
     known = base_of or {}
     names = sorted({name for pair in pairs_of(dataset.contexts) for name in pair})
-    bases = [known.get(name, "") for name in names]
-    splits = _splits(dataset, config, known if len(set(bases)) > 1 else None)
-    headline = UNSEEN_BASE if len(set(bases)) > 1 else ONE_MODEL_UNSEEN
+    bases = Counter(known.get(name, "") for name in names)
+    headline = UNSEEN_BASE if len(bases) > 1 else ONE_MODEL_UNSEEN
+    splits = _splits(dataset, config, known if len(bases) > 1 else None)
     variants = _variants(dataset, config, column_sets or {})
     tell = _Steps(report, len(splits) + len(variants) + 1)
+    small = small_config(config)
     result: dict[str, Any] = {
         "num_contexts": len(dataset.contexts),
         "num_pairs": len(units_of(dataset.contexts, per_merge=True)),
         "num_checkpoints": len(names),
-        "bases": {base: bases.count(base) for base in sorted(set(bases))},
+        "bases": dict(sorted(bases.items())),
         "tasks": sorted({context.task for context in dataset.contexts}),
         "arms": list(dataset.arms),
         "model": config.model,
         "task_encoding": config.task_encoding,
         "headline": headline,
-        "small": {"num_members": small_config(config).num_members, "num_trees": small_config(config).num_trees},
+        "small": {"num_members": small.num_members, "num_trees": small.num_trees},
+        "headroom": _headroom(dataset),
+        "splits": {},
     }
-    try:
-        result["headroom"] = headroom(dataset.contexts).to_json()
-    except InputError as error:
-        result["headroom"] = {"reason": str(error)}
-    result["splits"] = {}
     for name, folds in splits.items():
         result["splits"][name] = _split_report(dataset, config, base_of, name, folds, name == headline)
         tell.one_more()
     shown = [i for i, column in enumerate(dataset.columns) if column in SHOWN_SIGNALS]
     result["signals"] = {dataset.columns[i]: dataset.features[:, :, i].mean(1).tolist() for i in shown}
     result["utilities"] = dataset.utilities.tolist()
-    main = result["splits"][headline]
-    if "reason" in main:
-        reason = {"reason": main["reason"]}
-        return result | {"ablations": reason, "importance": reason, "calibration": reason}
-    folds = splits[headline]
-    assert not isinstance(folds, str)  # else the split would have a reason
-    result["calibration"] = calibration(
-        np.array([row["predicted"] for row in main["predictions"]]),
-        np.array([row["measured"] for row in main["predictions"]]),
-    )
+    main, folds = result["splits"][headline], splits[headline]
+    if isinstance(folds, str) or "reason" in main:
+        return result | dict.fromkeys(("ablations", "importance", "calibration"), {"reason": main["reason"]})
+    predicted, measured = (np.array([row[key] for row in main["predictions"]]) for key in ("predicted", "measured"))
+    result["calibration"] = calibration(predicted, measured)
     stand = _Stand.build(dataset, config, folds, base_of)
     result["importance"] = stand.importance()
     tell.one_more()
     return result | {"ablations": stand.ablations(variants, tell.one_more)}
+
+
+def _headroom(dataset: SelectionDataset) -> dict[str, Any]:
+    try:
+        return headroom(dataset.contexts).to_json()
+    except InputError as error:
+        return {"reason": str(error)}
 
 
 class _Steps:
@@ -211,7 +206,7 @@ def _variants(
 class _Stand:
     """The headline split with small models: what ablations and permutations are compared with."""
 
-    trial: Trial
+    crossval: CrossValidation
     bench: Bench
     models: list[FittedModel]
     fixed: np.ndarray
@@ -224,16 +219,16 @@ class _Stand:
         folds: Sequence[Fold],
         base_of: Mapping[str, str] | None,
     ) -> _Stand:
-        trial = Trial.start(dataset, small_config(config), folds)
-        bench = bench_of(trial, True, base_of)
-        models = trial.models(dataset, trial.config)
-        always = [best_fixed(dataset, trial.scoring, fold.training, fold.tested) for fold in trial.folds]
-        fixed = shares_of(trial.averaged(always), bench.units)
-        full = shares_of(keeping_no_parent(trial.averaged(trial.predictions(models))), bench.units)
-        return _Stand(trial, bench, models, fixed, full)
+        crossval = CrossValidation.of(dataset, small_config(config), folds)
+        bench = bench_of(crossval, True, base_of)
+        models = crossval.models(dataset, crossval.config)
+        always = [best_fixed(dataset, crossval.scoring, fold.training, fold.tested) for fold in crossval.folds]
+        fixed = shares_of(crossval.averaged(always), bench.units)
+        full = shares_of(keeping_no_parent(crossval.averaged(crossval.predictions(models))), bench.units)
+        return _Stand(crossval, bench, models, fixed, full)
 
-    def shares(self, predicted: Sequence[np.ndarray]) -> np.ndarray:
-        return shares_of(keeping_no_parent(self.trial.averaged(predicted)), self.bench.units)
+    def shares(self, predicted: np.ndarray) -> np.ndarray:
+        return shares_of(keeping_no_parent(predicted), self.bench.units)
 
     def compared(self, shares: np.ndarray) -> dict[str, Any]:
         """Gain over the best fixed arm, and change against all signals."""
@@ -246,7 +241,7 @@ class _Stand:
         }
 
     def ablations(self, variants: Sequence[Variant], done: Callable[[], None]) -> dict[str, Any]:
-        num = len(self.trial.dataset.columns)
+        num = len(self.crossval.dataset.columns)
         rows = [{"group": "signals", "name": ALL_SIGNALS, "num_columns": num} | self.compared(self.full)]
         missing = {}
         for one in variants:
@@ -254,19 +249,18 @@ class _Stand:
             try:
                 if one.reason:
                     raise LabelError(one.reason)
-                models = self.trial.models(one.dataset, one.config)
-                predicted = self.trial.predictions(models, one.dataset)
+                shares = self.shares(self.crossval.unseen(one.dataset, one.config))
             except InputError as error:
                 missing[name] = str(error)
             else:
                 row = {"group": one.group, "name": one.name, "num_columns": len(one.dataset.columns)}
-                rows.append(row | self.compared(self.shares(predicted)))
+                rows.append(row | self.compared(shares))
             done()
         return {"rows": rows, "missing": missing}
 
     def importance(self) -> dict[str, Any]:
         """Change of the headline gain when the columns of a family come from another pair, in the tested rows alone."""
-        columns = self.trial.dataset.columns
+        columns = self.crossval.dataset.columns
         families = list(dict.fromkeys(column_signal(column).family for column in columns))
         gain = self.compared(self.full)["gain"]
         rows = []
@@ -285,29 +279,16 @@ class _Stand:
         return {"gain": gain, "num_permutations": NUM_PERMUTATIONS, "rows": rows}
 
     def change_without(self, columns: Sequence[int], seed: int) -> float:
-        dataset = self.trial.dataset
+        dataset = self.crossval.dataset
         predicted = []
-        for number, (fold, model) in enumerate(zip(self.trial.folds, self.models, strict=True)):
-            generator = np.random.default_rng([self.trial.config.seed, seed, number])
-            part = permuted_columns(dataset.subset(fold.tested), columns, generator)
+        for number, (fold, model) in enumerate(zip(self.crossval.folds, self.models, strict=True)):
+            generator = np.random.default_rng([self.crossval.config.seed, seed, number])
+            part = permuted_columns(dataset.subset(fold.tested), range(len(fold.tested)), columns, generator)
             predicted.append(model.predict(part.features, [one.task for one in part.contexts], part.statistics)[0])
-        taken, full = (self.trial.scoring.taken(shares) for shares in (self.shares(predicted), self.full))
+        shares, scoring = self.shares(self.crossval.averaged(predicted)), self.crossval.scoring
+        taken, full = scoring.taken(shares), scoring.taken(self.full)
         tested = ~np.isnan(full)
-        rows = self.trial.scoring.rows[tested].tolist()
-        return float(self.trial.scoring.among(rows).headline((taken - full)[tested]))
-
-
-def permuted_columns(
-    dataset: SelectionDataset, columns: Sequence[int], generator: np.random.Generator
-) -> SelectionDataset:
-    """Each pair gets these columns of a pair drawn at random, the same one on all its tasks; the rest stays."""
-    units = units_of(dataset.contexts, per_merge=True)
-    features = dataset.features.copy()
-    for unit, other in zip(units, generator.permutation(len(units)), strict=True):
-        for place, row in enumerate(unit):
-            source = units[other][place % len(units[other])]
-            features[row][:, list(columns)] = dataset.features[source][:, list(columns)]
-    return replace(dataset, features=features)
+        return float(scoring.among(scoring.rows[tested].tolist()).headline((taken - full)[tested]))
 
 
 def calibration(predicted: np.ndarray, measured: np.ndarray) -> dict[str, list[dict[str, float]]]:

@@ -16,7 +16,6 @@ import numpy as np
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.signals.table import SignalTable
 
-Array = np.ndarray
 STATISTICS = ("entropy", "loss")
 
 
@@ -34,7 +33,7 @@ class TaskEncoding:
     scale: tuple[float, ...] = ()
 
     @staticmethod
-    def fit(kind: str, tasks: Sequence[str], statistics: Array | None = None) -> TaskEncoding:
+    def fit(kind: str, tasks: Sequence[str], statistics: np.ndarray | None = None) -> TaskEncoding:
         """The encoding of the tasks of a training set, one entry a context.
 
         Args:
@@ -55,7 +54,9 @@ class TaskEncoding:
         """Number of columns."""
         return {"none": 0, "onehot": len(self.tasks) + 1, "probe_stats": len(self.centre)}[self.kind]
 
-    def codes(self, num_contexts: int, tasks: Sequence[str] | None = None, statistics: Array | None = None) -> Array:
+    def codes(
+        self, num_contexts: int, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
+    ) -> np.ndarray:
         """(N, T) columns for the tasks of N contexts; without `tasks` every task is unknown.
 
         Raises:
@@ -66,11 +67,11 @@ class TaskEncoding:
         if self.kind == "none":
             return np.zeros((num_contexts, 0))
         if self.kind == "onehot":
-            codes: Array = np.zeros((num_contexts, len(self.tasks) + 1))
+            codes: np.ndarray = np.zeros((num_contexts, len(self.tasks) + 1))
             columns = [self.tasks.index(t) if t in self.tasks else -1 for t in tasks or [""] * num_contexts]
             codes[np.arange(num_contexts), columns] = 1.0
             return codes
-        standardised: Array = (_checked(statistics, num_contexts) - self.centre) / self.scale
+        standardised: np.ndarray = (_checked(statistics, num_contexts) - self.centre) / self.scale
         return standardised
 
 
@@ -92,7 +93,7 @@ def base_statistics(table: SignalTable) -> dict[str, tuple[float, ...]]:
     return found
 
 
-def statistics_of(table: SignalTable, tasks: Sequence[str]) -> Array | None:
+def statistics_of(table: SignalTable, tasks: Sequence[str]) -> np.ndarray | None:
     """(N, S): `base_statistics` for the task of each context; None where the table was made without a base."""
     try:
         known = base_statistics(table)
@@ -101,7 +102,7 @@ def statistics_of(table: SignalTable, tasks: Sequence[str]) -> Array | None:
     return np.array([known[task] for task in tasks]).reshape(len(tasks), len(STATISTICS))
 
 
-def _checked(statistics: Array | None, num_contexts: int) -> Array:
+def _checked(statistics: np.ndarray | None, num_contexts: int) -> np.ndarray:
     if statistics is None:
         raise SelectorError(
             f"the task encoding probe_stats needs the base's {' and '.join(STATISTICS)} on the task of every context: "

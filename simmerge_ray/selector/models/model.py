@@ -20,7 +20,7 @@ from simmerge_ray.base.storage import Place, digest_json, local_directory, new_d
 from simmerge_ray.selector.data.dataset import pair_features
 from simmerge_ray.selector.data.encoding import TaskEncoding, statistics_of
 from simmerge_ray.selector.models.novelty import Novelty
-from simmerge_ray.selector.models.policy import Choice, Intervals, SafeOverride, explain
+from simmerge_ray.selector.models.policy import Choice, Intervals, SafeOverride, safe_choice
 from simmerge_ray.selector.models.predictors import PREDICTORS, MlpPredictor, Network, Predictor
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.table import SignalTable
@@ -176,7 +176,7 @@ class Selector:
             raise SelectorError("a choice needs the features of one task at least")
         utility, _ = self.predict(features, tasks, statistics)
         distance = float(self.distances(features).max())
-        return explain(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
+        return safe_choice(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
 
     def predict_pair(self, table: SignalTable, left: str, right: str, tasks: Sequence[str]) -> dict[str, Prediction]:
         """Predictions for one pair, per task.

@@ -13,8 +13,8 @@ from simmerge_ray.selector.models.predictors import squared_distances
 from simmerge_ray.signals.features import scaled_features
 
 if TYPE_CHECKING:
-    from simmerge_ray.selector.data.tasks import TaskPool
     from simmerge_ray.selector.models.model import Selector
+    from simmerge_ray.selector.planning.tasks import TaskPool
     from simmerge_ray.signals.table import SignalTable
 
 NUM_NEIGHBOURS = 5

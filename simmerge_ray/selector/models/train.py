@@ -14,8 +14,8 @@ from simmerge_ray.base.errors import LabelError, SelectorError, unknown_name
 from simmerge_ray.base.storage import digest_bytes
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.encoding import TaskEncoding
-from simmerge_ray.selector.data.evaluation import Scoring, units_of
-from simmerge_ray.selector.data.rewards import RewardedMerge, digest_of, single_arms, without
+from simmerge_ray.selector.data.rewards import RewardedMerge, rewards_digest, single_arms, without
+from simmerge_ray.selector.data.scoring import Scoring, units_of
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
 from simmerge_ray.selector.data.targets import TrainingSet, level_and_contrasts
 from simmerge_ray.selector.models.fit_mlp import fit_mlps
@@ -88,7 +88,7 @@ def train_selector(
     )
     if rewards:
         provenance["num_rewards"] = len(rewards)
-        provenance["data_digest"] = digest_bytes(provenance["data_digest"].encode(), digest_of(rewards).encode())
+        provenance["data_digest"] = digest_bytes(provenance["data_digest"].encode(), rewards_digest(rewards).encode())
         # Merges like the rewarded ones are known now; what counts as far stays: rewards from afar must not widen it.
         known = [fitted.standardised(one.features).reshape(-1, len(dataset.columns)) for one in rewards]
         novelty = replace(novelty, rows=np.concatenate([novelty.rows, *known]))

@@ -25,30 +25,20 @@ import numpy as np
 from simmerge_ray.base.errors import ConfigError, SelectorError, unknown_name
 from simmerge_ray.plans.operators.specs import parse_arm
 from simmerge_ray.plans.plan import MergePlan
-from simmerge_ray.selector.data.tasks import TaskPool
+from simmerge_ray.selector.models.influence import influences
 from simmerge_ray.selector.planning.search import AGGREGATES, Model, PlanSearch, aggregated, best_first
 from simmerge_ray.selector.planning.space import PlanSpace, scorable_arms
-from simmerge_ray.signals.features import both_orders, column_signal
+from simmerge_ray.selector.planning.tasks import TaskPool
+from simmerge_ray.signals.features import both_orders
 from simmerge_ray.signals.propagation.batch import SecondOrderBatch
 from simmerge_ray.signals.propagation.interface import PlanStep, Propagator, Source, plan_sources
 from simmerge_ray.signals.propagation.second_order import blend_like
 from simmerge_ray.signals.table import SignalTable
 
-Array = np.ndarray
 BUDGET = 1_000_000  # plans
 SHORTLIST_SIZE = 500
 CAUTION = 1.0
 Z95 = 1.96
-GROUPS = {
-    "divergence": "KL",
-    "activations": "activations",
-    "attention": "attention",
-    "weights": "weights",
-    "task vectors": "task vectors",
-    "single": "entropy, loss and norms",
-}
-_SAID = 3  # groups of signals in a `why`
-_NOTHING = 0.0005  # a change of the prediction that is shown as 0.000
 
 
 @dataclass(frozen=True)
@@ -56,8 +46,7 @@ class RankedPlan:
     """A plan and what is predicted of it.
 
     utility, sd: pooled over the tasks. score: what it is ranked by. by_task: (utility, sd) for each task that counts.
-    why: groups of signals and how far each moves the prediction from the average plan's, the largest first (see
-    `PlanScorer.why`).
+    why: groups of signals and how far each moves the prediction from the average plan's (see `influences`).
     propagator: which computed the features. approximate: what they, or the prediction, rest on beyond signals that were
     measured.
     """
@@ -107,8 +96,8 @@ class _Steps:
     rows."""
 
     place: Mapping[tuple[Source, Source, str], int]
-    inputs: Array
-    tasks: Array
+    inputs: np.ndarray
+    tasks: np.ndarray
 
 
 class PlanScorer:
@@ -163,7 +152,7 @@ class PlanScorer:
         steps = self._steps(found.plans, pool, aggregate)
         scored = self._scored(found.plans, pool, steps, aggregate, caution)
         order = best_first(np.array([one.score for one in scored]))[:top]
-        plans = [replace(scored[i], why=self.why(scored[i].plan, pool, steps, aggregate)) for i in order]
+        plans = [replace(scored[i], why=self._why(scored[i].plan, pool, steps)) for i in order]
         fixed = with_arm(plans[0].plan, self._selector.best_fixed)
         (best_fixed,) = self.score([fixed], pool, aggregate, caution)
         return Ranking(tuple(plans), best_fixed, found.num_scored, found.width, len(scored))
@@ -194,39 +183,21 @@ class PlanScorer:
         steps = self._steps(plans, pool, widest)
         return {aggregate: self._scored(plans, pool, steps, aggregate, caution) for aggregate in aggregates}
 
-    def why(
-        self, plan: MergePlan, pool: TaskPool, steps: _Steps, aggregate: str = "last"
-    ) -> tuple[tuple[str, float], ...]:
-        """What moves the prediction of a plan most, against the average plan.
-
-        The features of one group of signals (KL; activations; attention; weights; task vectors; entropy, loss and
-        norms) are set to their averages over all steps in `steps` on the same task, the others left as they are; the
-        change of the pooled prediction, plan minus that, is the group's. Changes are those of a nonlinear model, one
-        group at a time: they need not add up, and where groups say the same, as KL and weights often do, each hides the
-        other.
-
-        Returns:
-            the three largest in size, of those that would not be shown as 0.000.
-        """
-        arm, rows, tasks = self._selector.arms.index(plan.steps[-1].arm.label), [], self._plan_tasks(plan, pool)
+    def _why(self, plan: MergePlan, pool: TaskPool, steps: _Steps) -> tuple[tuple[str, float], ...]:
+        """`influences` on the prediction of the last step, against the average of all steps on the same tasks."""
+        arm, tasks = self._selector.arms.index(plan.steps[-1].arm.label), self._plan_tasks(plan, pool)
         left, right = plan_sources(plan)[-1]
         rows = [steps.place[left, right, pool.tasks[task]] for task in tasks]
-        families = np.array([column_signal(column).family for column in self._selector.columns])
-        variants = [steps.inputs[rows]]
-        for family in GROUPS:
-            changed = steps.inputs[rows].copy()
-            for index, task in enumerate(tasks):
-                average = steps.inputs[steps.tasks == task].mean(0)
-                changed[index][:, families == family] = average[:, families == family]
-            variants.append(changed)
-        utility, _ = self._selector.predict(np.concatenate(variants))
-        by_task = np.zeros((len(variants), len(pool.tasks)))
-        by_task[:, tasks] = utility[:, arm].reshape(len(variants), len(tasks))
-        counted = np.isin(np.arange(len(pool.tasks)), tasks)
-        pooled, _ = pool.pooled(by_task, np.zeros_like(by_task), counted)
-        changes = dict(zip(GROUPS.values(), (pooled[0] - pooled[1:]).tolist(), strict=True))
-        largest = sorted(changes.items(), key=lambda item: -abs(item[1]))[:_SAID]
-        return tuple((name, change) for name, change in largest if abs(change) >= _NOTHING)
+        average = np.array([steps.inputs[steps.tasks == task].mean(0) for task in tasks])
+
+        def predict(inputs: np.ndarray) -> np.ndarray:
+            utility = self._selector.predict(inputs)[0][:, arm].reshape(-1, len(tasks))
+            by_task = np.zeros((len(utility), len(pool.tasks)))
+            by_task[:, tasks] = utility
+            pooled, _ = pool.pooled(by_task, np.zeros_like(by_task), np.isin(np.arange(len(pool.tasks)), tasks))
+            return pooled
+
+        return influences(predict, steps.inputs[rows], average, self._selector.columns)
 
     @property
     def _with_base(self) -> bool:

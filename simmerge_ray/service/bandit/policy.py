@@ -259,6 +259,3 @@ def sampled(draws: Draws, uniforms: Array) -> Array:
     standard = ndtri(uniforms) if draws.degrees is None else stdtrit(draws.degrees, uniforms)
     result: Array = draws.location + draws.scale * standard
     return result
-
-
-_uniform, _sampled = keyed_uniform, sampled

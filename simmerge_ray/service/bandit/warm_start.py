@@ -16,7 +16,7 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import BanditError
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import units_of
+from simmerge_ray.selector.data.scoring import units_of
 from simmerge_ray.selector.data.splits import Fold, fold_mean
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.predictors import MlpPredictor
@@ -27,6 +27,8 @@ from simmerge_ray.service.bandit.posterior import GaussianPosterior
 Array = np.ndarray
 
 MIN_VARIANCE = 1e-6
+COLD_NOISE = Noise(0.01)  # of rewards where no labels tell: a spread of 0.1
+_COLD_SPREAD = 0.1  # of an arm's weights where nothing is known of it
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,16 @@ def warm_posteriors(
         posteriors[arm] = prior.fold([(merges.z[row], float(rewards[row, column])) for row in known], power)
         residuals.append(rewards[known, column] - merges.z[known] @ posteriors[arm].mean)
     return posteriors, Noise(max(float(np.square(residuals).mean()), MIN_VARIANCE))
+
+
+def cold_ridge(noise: Noise) -> float:
+    """Precision of a prior that knows nothing, in units of the noise."""
+    return noise.variance / _COLD_SPREAD**2
+
+
+def cold_prior(num_dimensions: int, noise: Noise) -> GaussianPosterior:
+    """What an arm starts from where nothing is known of it."""
+    return GaussianPosterior.prior(num_dimensions, cold_ridge(noise))
 
 
 def sibling_prior(posterior: GaussianPosterior, prior: GaussianPosterior, power: float) -> GaussianPosterior:

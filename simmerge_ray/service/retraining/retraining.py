@@ -28,7 +28,7 @@ from simmerge_ray.base.storage import digest_bytes, digest_json, new_directory, 
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.files import LoadedDataset
-from simmerge_ray.selector.data.rewards import RewardedMerge, digest_of
+from simmerge_ray.selector.data.rewards import RewardedMerge, rewards_digest
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, pairs_of
 from simmerge_ray.selector.models.model import FittedModel, Selector, read_selector
 from simmerge_ray.selector.models.train import MIN_CONTEXTS, train_selector, usable_folds
@@ -37,7 +37,13 @@ from simmerge_ray.service.bandit.artifact import POWER, RIDGE, Classes, WarmStar
 from simmerge_ray.service.bandit.off_policy import Estimate
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import merge_values, merges_of, out_of_fold_level, warm_posteriors
+from simmerge_ray.service.bandit.warm_start import (
+    cold_ridge,
+    merge_values,
+    merges_of,
+    out_of_fold_level,
+    warm_posteriors,
+)
 from simmerge_ray.service.log.event_log import EventLog
 from simmerge_ray.service.log.events import Activation, ArmAdded, EncoderEpoch, WarmStart
 from simmerge_ray.service.log.fold import EventRow
@@ -68,7 +74,6 @@ from simmerge_ray.signals.propagation.second_order import SecondOrder
 FORMAT = 1
 HELD_OUT = 0.25  # of the rewards, the last ones
 MIN_REWARDS_OF_ARM = 8  # below that an arm without labels stays with the bandit, and is none of the selector's
-NEW_ARM_SPREAD = 0.1  # of an arm's weights where nothing is known of it, as in the replays
 SELECTOR, LABELS = "selector", "labels"
 
 
@@ -122,7 +127,7 @@ class Material:
         read = [contexts, self.dataset.arms, self.dataset.columns, arrays]
         # The held-out rewards as well: they are in the comparison, and in the labels.
         every = [[one.seq, one.plan.id, one.tasks, one.utility] for one in self.logged.rewarded]
-        told = [digest_of(self.rewards), every, self.last_seq, self.namespace]
+        told = [rewards_digest(self.rewards), every, self.last_seq, self.namespace]
         return digest_json([FORMAT, read, told, self.config.model_dump(mode="json")])
 
     @cached_property
@@ -261,8 +266,7 @@ def train_candidate(material: Material, present: Selector, out: Path) -> Candida
     selector, warm = read_selector(target / SELECTOR), read_warm_start(target / SELECTOR)
     assert warm is not None, "written with the selector"
     size = next(iter(warm.posteriors.values())).num_dimensions
-    ridge = warm.noise.variance / NEW_ARM_SPREAD**2
-    event = EncoderEpoch(1, size, ridge, warm.posteriors, warm.noise, selector.version)
+    event = EncoderEpoch(1, size, cold_ridge(warm.noise), warm.posteriors, warm.noise, selector.version)
     if event.model_version == present.version:
         return Candidate(event.model_version, target, event, None, None)
     compared = target / f"comparison-{present.version}.json"
@@ -390,8 +394,7 @@ def roll_back(log: EventLog, registry: Registry, version: str) -> Result:
     if former.noise is None or not former.priors:
         raise LabelError(f"selector {version!r} answered without priors in the log; it cannot begin an epoch")
     registry.path(version)
-    ridge = former.noise.variance / NEW_ARM_SPREAD**2
-    epoch = EncoderEpoch(1, former.num_dimensions, ridge, former.priors, former.noise, version)
+    epoch = EncoderEpoch(1, former.num_dimensions, cold_ridge(former.noise), former.priors, former.noise, version)
     _begin(log, epoch, present)
     return Result(PROMOTED, version, f"rolled back from {present.version}")
 

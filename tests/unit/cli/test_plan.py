@@ -13,11 +13,11 @@ from simmerge_ray.cli.app import app
 from simmerge_ray.cli.plan import best_single, plan_request
 from simmerge_ray.plans.plan import fold_plan, fold_text, read_plan
 from simmerge_ray.search.objectives import Objective
-from simmerge_ray.selector.data.tasks import TaskPool
 from simmerge_ray.selector.models.model import read_selector
 from simmerge_ray.selector.models.novelty import unlike_pairs
 from simmerge_ray.selector.planning.files import SHORTLIST, default_selector
 from simmerge_ray.selector.planning.recommender import Recommender
+from simmerge_ray.selector.planning.tasks import TaskPool
 from simmerge_ray.signals.table import read_signal_table
 from tests.artifacts import write_artifacts
 from tests.tables import synthetic_table

@@ -17,6 +17,7 @@ from simmerge_ray.base.progress import Narrator
 from simmerge_ray.cli.app import app
 from simmerge_ray.pipelines.stages import train_dataset_stage
 from simmerge_ray.reports.training import write_selector_report
+from simmerge_ray.selector.assessment.baselines import permuted_columns
 from simmerge_ray.selector.assessment.report import (
     ONE_MODEL_UNSEEN,
     RANDOM_PAIR,
@@ -24,7 +25,6 @@ from simmerge_ray.selector.assessment.report import (
     UNSEEN_DOMAIN,
     assess,
     calibration,
-    permuted_columns,
 )
 from simmerge_ray.selector.data.dataset import SelectionDataset, join_datasets
 from simmerge_ray.selector.models.model import read_selector
@@ -106,7 +106,7 @@ def test_too_few_labels_give_a_report_of_reasons(tmp_path):
 
 def test_permuted_columns_move_with_their_pair_and_leave_the_rest():
     dataset = planted(6)
-    moved = permuted_columns(dataset, [5], np.random.default_rng(0)).features
+    moved = permuted_columns(dataset, range(len(dataset.contexts)), [5], np.random.default_rng(0)).features
     np.testing.assert_array_equal(moved[..., :5], dataset.features[..., :5])
     assert sorted(moved[:, 0, 5]) == sorted(dataset.features[:, 0, 5]) and (moved != dataset.features).any()
     assert len(COLUMNS) == moved.shape[-1]

@@ -13,10 +13,10 @@ from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.plans.operators.specs import make_arm, parse_arms
 from simmerge_ray.plans.plan import MergePlan, MergeStep, enumerate_plans, fold_plan, pair_plan, read_plan
-from simmerge_ray.selector.data.tasks import task_pool
 from simmerge_ray.selector.planning.files import write_plans
 from simmerge_ray.selector.planning.scorer import PlanScorer, with_arm
 from simmerge_ray.selector.planning.space import PlanSpace, parse_ways, plan_space, scorable_arms
+from simmerge_ray.selector.planning.tasks import task_pool
 from simmerge_ray.signals.features import both_orders
 from simmerge_ray.signals.propagation.bound import Bound
 from simmerge_ray.signals.propagation.second_order import SecondOrder
