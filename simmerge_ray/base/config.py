@@ -6,11 +6,12 @@ Paths in a YAML file are relative to that file; `Place`s may be URIs (`s3://`, `
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import Place, place_in
@@ -22,63 +23,164 @@ class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def option(
+    default: Any = ...,
+    *,
+    description: str,
+    flag: str | None = None,
+    panel: str | None = None,
+    shown: str | None = None,
+    **rules: Any,
+) -> Any:
+    """A field that is an option of commands as well (`cli.options`); other fields are set in YAML only.
+
+    Args:
+        flag: name of the option without its dashes, if it is not the field's; `arm` of `arms`, once for each value.
+        panel: heading of the option in `--help`.
+        shown: the default in `--help`, if it is not the default's own text.
+        rules: of `pydantic.Field`, such as `ge`.
+    """
+    extra: Any = {"flag": flag, "panel": panel, "shown": shown}
+    return Field(default, description=description, json_schema_extra={"option": extra}, **rules)
+
+
+def parse_ways(text: str) -> tuple[int, int]:
+    """`3` or `2-4`.
+
+    Raises:
+        ConfigError: the text has neither form.
+    """
+    low, _, high = text.partition("-")
+    if not (low.isdecimal() and (high or low).isdecimal()):
+        raise ConfigError(f"ways is a number of checkpoints or a range, 3 or 2-4, got {text!r}")
+    return int(low), int(high or low)
+
+
+def _parse_pair(text: str) -> tuple[str, ...]:
+    """`LEFT,RIGHT`."""
+    if text.count(",") != 1 or not all(text.split(",")):
+        raise ConfigError(f"a pair is LEFT,RIGHT, got {text!r}")
+    return tuple(text.split(","))
+
+
+# Values that an option, and YAML too, may give as text.
+Ways: TypeAlias = Annotated[
+    tuple[int, int], BeforeValidator(lambda value: parse_ways(value) if isinstance(value, str) else value)
+]
+Pair: TypeAlias = Annotated[
+    tuple[str, str], BeforeValidator(lambda value: _parse_pair(value) if isinstance(value, str) else value)
+]
+Evaluator: TypeAlias = Literal["vllm", "transformers"]
+
+_EVALUATION, _COST, _BEST = "Evaluation", "Resources and limits", "Search for the best merge"
+
+
 class SignalsConfig(_Config):
     """Signals of all pairs of a catalogue."""
 
-    num_workers: int = Field(2, ge=1, description="signal actors; 0 is not allowed, 1 is one actor")
-    gpus_per_worker: float = Field(0.0, ge=0, description="share of a GPU for each actor; 0 runs on CPU cores")
-    memory_per_worker: float | None = Field(
-        None, gt=0, description="GB for weights and activations; a checkpoint that needs more is run layer by layer"
+    weights: Literal["exact", "sampled"] = option(
+        "exact", description="weight signals from all weights (exact) or a sample (sampled)"
     )
-    weights: str = Field("exact", pattern="^(exact|sampled)$", description="weight signals of all weights or a sample")
-    batch_size: int = Field(16, ge=1, description="probes per micro-batch, the fixed unit of work")
-    max_tokens: int = Field(256, ge=2, description="longest probe in tokens; a longer one is an error")
-    num_positions: int = Field(64, ge=1, description="sampled token positions per task; a quarter more greedy ones")
-    num_attention_positions: int = Field(16, ge=1, description="at how many of them attention rows are kept")
-    num_coordinates: int = Field(10_000, ge=1, description="sampled coordinates per tensor")
-
-
-class SearchConfig(_Config):
-    """Ground-truth merge-and-evaluate search: pairs x arms, or with a `budget` the best merge that can be found."""
-
-    arms: tuple[str, ...] = Field(
-        ("linear", "nuslerp", "task_arithmetic", "ties(density=0.2)"), min_length=1, description="arms to try on a pair"
+    num_positions: int = option(64, flag="positions", ge=1, description="sampled token positions per task")
+    num_attention_positions: int = option(
+        16, flag="attention-positions", ge=1, description="positions that keep attention rows"
     )
-    pairs: str = Field("cross-task", pattern="^(cross-task|all)$", description="which pairs of checkpoints to merge")
-    exclude: tuple[tuple[str, str], ...] = Field((), description="pairs to leave out, e.g. to test on")
-
-    evaluator: str = Field("vllm", pattern="^(vllm|transformers)$", description="what evaluates; said in every label")
-    dtype: str = Field("float32", pattern="^(float32|bfloat16)$", description="dtype of the engine")
-    max_model_len: int | None = Field(
-        None, ge=8, description="longest prompt + answer in tokens; None takes the model's own limit, at most 4096"
+    num_coordinates: int = option(10_000, flag="coordinates", ge=1, description="sampled coordinates per tensor")
+    num_workers: int = option(2, flag="workers", ge=1, description="signal actors")
+    memory_per_worker: float | None = option(
+        None, gt=0, description="GB; a checkpoint that needs more is run layer by layer"
     )
-    max_items: int | None = Field(None, ge=1, description="items of each task, a sample by `seed`; None takes all")
-    seed: int = Field(0, description="of the sample of items and of the search's proposals")
-    lm_eval: tuple[str, ...] = Field((), description="tasks of lm-evaluation-harness by name")
-    lm_eval_include: Path | None = Field(None, description="directory of lm-evaluation-harness task YAML files")
-    lm_eval_fewshot: int | None = Field(None, ge=0, description="examples before each prompt; None: as the task says")
+    gpus_per_worker: float = option(0.0, ge=0, description="share of a GPU for each actor; 0 runs on CPU cores")
+    batch_size: int = option(16, ge=1, description="probes per micro-batch, the fixed unit of work")
+    max_tokens: int = option(256, ge=2, description="longest probe in tokens; a longer one is an error")
 
-    concurrency: int | None = Field(None, ge=1, description="engines at the same time; None: as many as fit")
-    cpus_per_trial: float = Field(1.0, ge=0, description="CPU cores of an engine or of each rank; up to four merge")
-    gpus_per_trial: float = Field(0.0, ge=0, description="GPUs of an engine; a fraction for small models")
-    tensor_parallel: int = Field(1, ge=1, description="ranks that a model is split over")
-    executor: str = Field("mp", pattern="^(mp|ray)$", description="ranks on one node (mp) or over several (ray)")
 
-    max_trials: int | None = Field(None, ge=1, description="stop after so many trials")
-    max_hours: float | None = Field(None, gt=0, description="stop after so long")
-    max_gpu_hours: float | None = Field(None, gt=0, description="stop when engines have held GPUs for so long")
-    retry_infeasible: bool = Field(False, description="evaluate merges again that could not be measured")
+class EngineConfig(_Config):
+    """What evaluates a merge, and with what resources."""
 
-    budget: int | None = Field(None, ge=1, description="merges to try in a search for the best one; None: pairs x arms")
-    objectives: tuple[str, ...] = Field(
-        ("mean",), min_length=1, description="mean, worst, a task, or math=2,code=1; several keep the Pareto front"
+    evaluator: Evaluator = option("vllm", panel=_EVALUATION, description="engine; recorded in every label")
+    dtype: Literal["float32", "bfloat16"] = option("float32", panel=_EVALUATION, description="of the engine")
+    max_model_len: int | None = option(
+        None,
+        ge=8,
+        panel=_EVALUATION,
+        description="longest prompt + answer in tokens; default: the model's own limit, at most 4096",
     )
-    sampler: str = Field("tpe", pattern="^(tpe|cmaes|random)$", description="what proposes merges")
-    members: tuple[str, ...] = Field((), description="checkpoints to merge; none named: all")
-    ways: tuple[int, int] = Field((2, 2), description="fewest and most checkpoints of a merge")
-    layer_groups: int = Field(1, ge=1, le=16, description="anchors of a step's weight over the depth of the model")
-    shards: int | None = Field(None, ge=1, description="parts of the items; a bad trial stops after some (None: 4)")
-    reduction_factor: int = Field(3, ge=2, description="one trial of so many goes on after a part of the items")
+    max_items: int | None = option(
+        None, ge=1, panel=_EVALUATION, description="items of each task, a sample by the seed; default: all"
+    )
+    seed: int = option(0, panel=_EVALUATION, description="of the sample of items and of the proposed merges")
+    retry_infeasible: bool = option(
+        False, panel=_EVALUATION, description="evaluate merges again that could not be measured"
+    )
+    concurrency: int | None = option(
+        None, ge=1, panel=_COST, description="engines at the same time; default: as many as fit"
+    )
+    cpus_per_trial: float = option(
+        1.0, ge=0, panel=_COST, description="CPU cores of an engine or of each rank; up to four merge"
+    )
+    gpus_per_trial: float = option(0.0, ge=0, panel=_COST, description="GPUs of an engine; a fraction for small models")
+    tensor_parallel: int = option(1, ge=1, panel=_COST, description="ranks that a model is split over")
+    executor: Literal["mp", "ray"] = option("mp", panel=_COST, description="ranks on one node (mp) or over several")
+
+
+class _TrialsConfig(EngineConfig):
+    """Merges that are made and evaluated."""
+
+    arms: tuple[str, ...] = option(
+        ("linear", "nuslerp", "task_arithmetic", "ties(density=0.2)"),
+        flag="arm",
+        min_length=1,
+        description="merge operator to try, e.g. linear or 'ties(density=0.2)'; repeatable",
+    )
+    exclude: tuple[Pair, ...] = option((), description="LEFT,RIGHT: a pair to leave out; repeatable")
+    lm_eval: tuple[str, ...] = option((), panel=_EVALUATION, description="task of lm-evaluation-harness; repeatable")
+    lm_eval_include: Path | None = option(
+        None, panel=_EVALUATION, description="directory of lm-evaluation-harness task YAML files"
+    )
+    lm_eval_fewshot: int | None = option(
+        None, ge=0, panel=_EVALUATION, description="examples before each prompt; default: as the task says"
+    )
+    max_trials: int | None = option(None, ge=1, panel=_COST, description="stop after this many trials")
+    max_hours: float | None = option(None, gt=0, panel=_COST, description="stop after this many hours")
+    max_gpu_hours: float | None = option(
+        None, gt=0, panel=_COST, description="stop when the engines have held GPUs for this many hours"
+    )
+
+
+class LabelsConfig(_TrialsConfig):
+    """Labels of pairs x arms."""
+
+    pairs: Literal["cross-task", "all"] = option("cross-task", description="which pairs of checkpoints to merge")
+
+
+class BestMergeConfig(_TrialsConfig):
+    """The best merge that can be found within a budget."""
+
+    budget: int | None = option(None, ge=1, panel=_BEST, description="merges to try")
+    objectives: tuple[str, ...] = option(
+        ("mean",),
+        flag="objective",
+        panel=_BEST,
+        min_length=1,
+        description="mean, worst, a task, or math=2,code=1; repeatable: several keep the Pareto front",
+    )
+    sampler: Literal["tpe", "cmaes", "random"] = option("tpe", panel=_BEST, description="what proposes merges")
+    members: tuple[str, ...] = option(
+        (), flag="member", panel=_BEST, description="checkpoint to merge; repeatable; default: all"
+    )
+    ways: Ways = option((2, 2), panel=_BEST, shown="2", description="checkpoints of a merge: 2, or 2-4")
+    layer_groups: int = option(
+        1, ge=1, le=16, panel=_BEST, description="anchors of a step's weight over the depth of the model"
+    )
+    shards: int | None = option(
+        None, ge=1, panel=_BEST, description="parts of the items; a bad trial stops after some; default: 4"
+    )
+    reduction_factor: int = Field(3, ge=2, description="one trial in so many goes on after a part of the items")
+
+
+class SearchConfig(LabelsConfig, BestMergeConfig):
+    """Merge-and-evaluate search: pairs x arms without a `budget`, with one the best merge that can be found."""
 
     @property
     def num_shards(self) -> int:
@@ -94,9 +196,9 @@ class SearchConfig(_Config):
 class TrainConfig(_Config):
     """Selector training."""
 
-    model: str = Field("mlp", pattern="^(mlp|ridge|knn|forest)$", description="what predicts utilities from signals")
-    task_encoding: str = Field(
-        "none", pattern="^(none|onehot|probe_stats)$", description="what is said about the task beside the signals"
+    model: Literal["mlp", "ridge", "knn", "forest"] = option("mlp", description="what predicts utilities from signals")
+    task_encoding: Literal["none", "onehot", "probe_stats"] = option(
+        "none", description="what is said about the task beside the signals"
     )
     hidden_sizes: tuple[int, ...] = Field((32, 16), min_length=1, description="mlp: layers of the encoder")
     num_members: int = Field(5, ge=1, description="mlp: networks in the ensemble")
@@ -113,13 +215,13 @@ class TrainConfig(_Config):
     novelty_quantile: float = Field(
         0.99, gt=0, le=1, description="of the training distances; what lies beyond is not answered"
     )
-    seed: int = 0
+    seed: int = option(0, description="of the training")
 
     @field_validator("penalties", "neighbours")
     @classmethod
     def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if any(value <= 0 for value in values):
-            raise ValueError("every value must be above 0")
+            raise ValueError(f"every value must be above 0, got {values}")
         return values
 
 
@@ -149,7 +251,7 @@ class ZooStudyConfig(_Config):
     num_mixed: int = Field(4, ge=0, description="plans of each subset and weighting with an arm drawn for each step")
     step_share: float = Field(1.0, gt=0, le=1, description="of the training steps; below 1 for a trial run")
     num_full: int = Field(6, ge=0, description="checkpoints of the first base of which every subset is merged")
-    evaluator: str = Field("vllm", pattern="^(vllm|transformers)$", description="what evaluates")
+    evaluator: Evaluator = Field("vllm", description="what evaluates")
     concurrency: int | None = Field(None, ge=1, description="engines at the same time; None: as many as fit")
 
 
@@ -184,11 +286,12 @@ class RetrainConfig(_Config):
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the rewards, the last ones, to compare on")
 
 
-def _problem_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
+def _problem_lines(error: ValidationError, model: type[BaseModel], flags: Mapping[str, str]) -> list[str]:
     """One line a problem: where, value, rule, and the nearest known key for an unknown one."""
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"])
+        where = flags.get(str(next(iter(problem["loc"]), "")), repr(key))
         if problem["type"] == "extra_forbidden":
             owner: type[BaseModel] = model
             for part in problem["loc"][:-1]:
@@ -198,16 +301,22 @@ def _problem_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
             known = sorted(owner.model_fields)
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            lines.append(f"unknown key {where!r}{hint}; known: {', '.join(known)}")
+            lines.append(f"unknown key {where}{hint}; known: {', '.join(known)}")
         elif problem["type"] == "missing":
-            lines.append(f"key {where!r} is missing")
+            lines.append(f"key {where} is missing")
         else:
-            lines.append(f"{where!r}: {problem['msg']}, got {problem['input']!r}")
+            got = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}")
     return lines
 
 
-def check_config(model: type[ConfigType], values: dict[str, Any], source: str) -> ConfigType:
+def check_config(
+    model: type[ConfigType], values: Mapping[str, Any], source: str, flags: Mapping[str, str] | None = None
+) -> ConfigType:
     """Build a config.
+
+    Args:
+        flags: what errors call a field, if not by its name; `--arm` for `arms`.
 
     Raises:
         ConfigError: with every problem, one a line.
@@ -215,7 +324,7 @@ def check_config(model: type[ConfigType], values: dict[str, Any], source: str) -
     try:
         return model(**values)
     except ValidationError as error:
-        raise ConfigError("\n  ".join([f"{source}:", *_problem_lines(error, model)])) from None
+        raise ConfigError("\n  ".join([f"{source}:", *_problem_lines(error, model, flags or {})])) from None
 
 
 def load_yaml(path: Place, model: type[ConfigType]) -> ConfigType:
@@ -238,7 +347,7 @@ def load_yaml_leniently(path: Place, model: type[ConfigType]) -> tuple[ConfigTyp
     try:
         return _with_paths_from(model(**values), path.parent), []
     except ValidationError as error:
-        problems = _problem_lines(error, model)
+        problems = _problem_lines(error, model, {})
         for problem in error.errors():
             _remove(values, problem["loc"])
     try:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simmerge_ray.base.config import EngineConfig, SearchConfig
 from simmerge_ray.base.errors import ConfigError, TaskError
+from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
 from simmerge_ray.cli.plan import (
     AggregateOption,
@@ -29,26 +31,13 @@ from simmerge_ray.cli.plan import (
     check_names,
     plan_request,
 )
-from simmerge_ray.cli.search import (
-    SHARED_NAMES,
-    ConcurrencyOption,
-    CpusOption,
-    DtypeOption,
-    EvaluatorOption,
-    ExecutorOption,
-    GpusOption,
-    MaxItemsOption,
-    MaxModelLenOption,
-    RetryInfeasibleOption,
-    SeedOption,
-    TensorParallelOption,
-)
 
 if TYPE_CHECKING:
     from simmerge_ray.base.storage import Place
     from simmerge_ray.checkpoints.catalogue import Catalogue
 
 
+@with_config_options
 def auto(
     catalogue: Annotated[PathOrUri, place_argument(help="catalogue YAML: base and checkpoints")],
     signals: SignalsOption,
@@ -57,6 +46,7 @@ def auto(
         place_option(help="directory of <task>.jsonl with prompt and target per line"),
     ],
     out: Annotated[Path, typer.Option(help="directory for labels, plans, the answer and the merge")],
+    engine: EngineConfig,
     selector: SelectorOption = None,
     task: Annotated[
         list[str] | None, typer.Option(help="count on these tasks; default: all own tasks; repeatable")
@@ -77,33 +67,19 @@ def auto(
     shortlist: ShortlistOption = 500,
     caution: CautionOption = 1.0,
     aggregate: AggregateOption = "last",
-    evaluator: EvaluatorOption = "vllm",
-    dtype: DtypeOption = "float32",
-    max_model_len: MaxModelLenOption = None,
-    max_items: MaxItemsOption = None,
-    seed: SeedOption = 0,
-    retry_infeasible: RetryInfeasibleOption = False,
-    concurrency: ConcurrencyOption = None,
-    cpus_per_trial: CpusOption = 1.0,
-    gpus_per_trial: GpusOption = 0.0,
-    tensor_parallel: TensorParallelOption = 1,
-    executor: ExecutorOption = "mp",
-    log: Annotated[Path, typer.Option("--log", help="where the output of libraries goes")] = Path("simmerge.log"),
+    log: LogOption = DEFAULT_LOG,
 ) -> None:
     """Rank the merges of a catalogue, measure the first few beside the checkpoints, and make the best, if it is better.
 
     An interrupted run goes on with the same command.
     """
-    from simmerge_ray.base.config import SearchConfig, check_config
-
     ranked_names = (
         "task", "evaluate", "ways", "must_contain", "exclude", "arm", "weighting", "objective", "propagator", "budget",
         "shortlist", "caution", "aggregate",
     )  # fmt: skip
     given = locals()
-    values: dict[str, Any] = {name: given[name] for name in SHARED_NAMES}
     ranked_by = {name: given[name] for name in ranked_names}
-    config = check_config(SearchConfig, values | {"pairs": "all"}, "options")
+    config = SearchConfig(**engine.model_dump(), pairs="all")
     chosen_ways = check_names(ways, propagator, probes)
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.search.evaluation import load_tasks

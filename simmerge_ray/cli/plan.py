@@ -137,7 +137,7 @@ def check_names(ways: str, propagator: str, probes: PathOrUri | None) -> tuple[i
     Raises:
         ConfigError: saying which option.
     """
-    from simmerge_ray.selector.planning.space import parse_ways
+    from simmerge_ray.base.config import parse_ways
     from simmerge_ray.signals.propagation.interface import NAMES
 
     chosen_ways = parse_ways(ways)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simmerge_ray.base.config import parse_ways
 from simmerge_ray.base.errors import InputError, PlanError, SelectorError, unknown_name
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.selector.planning.scorer import PlanScorer, RankedPlan, Ranking
-from simmerge_ray.selector.planning.space import parse_ways, plan_space, scorable_arms
+from simmerge_ray.selector.planning.space import plan_space, scorable_arms
 from simmerge_ray.selector.planning.tasks import TaskPool, task_pool
 from simmerge_ray.service.bandit.policy import keyed_uniform, sampled
 from simmerge_ray.service.bandit.propensities import Draws, thompson_propensities, with_floor

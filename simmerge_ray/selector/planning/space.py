@@ -117,15 +117,3 @@ def scorable_arms(texts: Sequence[str], trained: Sequence[str], with_base: bool)
         if arm.spec.needs_base and not with_base:
             raise OperatorError(f"arm {arm.label!r} needs a base checkpoint, and the signal table was made without one")
     return arms
-
-
-def parse_ways(text: str) -> tuple[int, int]:
-    """`3` or `2-4`.
-
-    Raises:
-        ConfigError: the text has neither form.
-    """
-    low, _, high = text.partition("-")
-    if not (low.isdecimal() and (high or low).isdecimal()):
-        raise ConfigError(f"--ways takes a number or a range, 3 or 2-4, got {text!r}")
-    return int(low), int(high or low)

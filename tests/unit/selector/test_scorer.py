@@ -15,7 +15,7 @@ from simmerge_ray.plans.operators.specs import make_arm, parse_arms
 from simmerge_ray.plans.plan import MergePlan, MergeStep, enumerate_plans, fold_plan, pair_plan, read_plan
 from simmerge_ray.selector.planning.files import write_plans
 from simmerge_ray.selector.planning.scorer import PlanScorer, with_arm
-from simmerge_ray.selector.planning.space import PlanSpace, parse_ways, plan_space, scorable_arms
+from simmerge_ray.selector.planning.space import PlanSpace, plan_space, scorable_arms
 from simmerge_ray.selector.planning.tasks import task_pool
 from simmerge_ray.signals.features import both_orders
 from simmerge_ray.signals.propagation.bound import Bound
@@ -264,9 +264,6 @@ def test_what_cannot_be_scored_is_refused_with_the_remedy():
         space_of((6, 7))
     with pytest.raises(ConfigError, match="2 or more"):
         space_of((1, 2))
-    with pytest.raises(ConfigError, match="2-4, got 'x'"):
-        parse_ways("x")
-    assert (parse_ways("3"), parse_ways("2-4")) == ((3, 3), (2, 4))
 
 
 def test_a_selector_of_features_that_the_propagator_does_not_deliver_is_refused():
