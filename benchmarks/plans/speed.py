@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.config import RankingConfig
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.selector.planning.scorer import PlanScorer
 from simmerge_ray.selector.planning.search import PlanSearch
@@ -153,7 +154,9 @@ def main() -> None:
         space = space_over(table, ways, arms)
         search = PlanSearch(SecondOrderBatch(table), shortlist, space, pool_over(table), "last", 1.0, options.threads)
         _, first = timed(lambda search=search, space=space, b=budget: search.run(space.beam_width(b), 500))
-        found, cost = timed(lambda s=scorer, space=space, t=table, b=budget: s.rank(space, pool_over(t), budget=b))
+        found, cost = timed(
+            lambda s=scorer, space=space, t=table, b=budget: s.rank(space, pool_over(t), config=RankingConfig(budget=b))
+        )
         rows[name] = cost | {
             "plans": found.num_scored, "width": found.width, "first_stage_seconds": first["seconds"],
             "first_stage_cpu_seconds": first["cpu_seconds"],

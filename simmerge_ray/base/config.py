@@ -73,6 +73,7 @@ Pair: TypeAlias = Annotated[
 Evaluator: TypeAlias = Literal["vllm", "transformers"]
 
 _EVALUATION, _COST, _BEST = "Evaluation", "Resources and limits", "Search for the best merge"
+_SPACE, _SCORING = "Which plans", "How they are scored"
 
 
 class SignalsConfig(_Config):
@@ -191,6 +192,48 @@ class SearchConfig(LabelsConfig, BestMergeConfig):
         """What the labels depend on: everything but how much is run where, and when it stops."""
         resources = {"concurrency", "cpus_per_trial", "gpus_per_trial", "tensor_parallel", "executor"}
         return self.model_dump(mode="json", exclude=resources | {"max_trials", "max_hours", "max_gpu_hours"})
+
+
+class RankingFiles(_Config):
+    """What a ranking of merges is computed from, beside the catalogue."""
+
+    signals: Place = option(description="signal table (Parquet)")
+    selector: Place | None = option(
+        None, description="directory that `simmerge train` wrote; default: the one in the package"
+    )
+    signatures: Place | None = option(None, panel=_SCORING, description="default: `signatures` beside the table")
+    probes: Place | None = option(None, panel=_SCORING, description="probe files, for curved and exact")
+
+
+class RankingConfig(_Config):
+    """Which merges of a catalogue are ranked, and by what score."""
+
+    tasks: tuple[str, ...] = option(
+        (), flag="task", description="count on this task; repeatable; default: the checkpoints' own tasks"
+    )
+    ways: Ways = option((2, 3), panel=_SPACE, shown="2-3", description="checkpoints of a merge: 2, or 2-4")
+    must_contain: tuple[str, ...] = option((), panel=_SPACE, description="checkpoint id; repeatable")
+    exclude: tuple[str, ...] = option((), panel=_SPACE, description="checkpoint id; repeatable")
+    arms: tuple[str, ...] = option(
+        (), flag="arm", panel=_SPACE, description="choose from these, e.g. 'ties(density=0.2)'; default: all known"
+    )
+    weighting: Literal["equal", "halving"] = option(
+        "equal", panel=_SPACE, description="equal: every member counts the same; halving: each step weighs 1/2"
+    )
+    objective: str = option("mean", panel=_SCORING, description="mean, worst, a task, or math=2,code=1")
+    propagator: Literal["bound", "second_order", "virtual", "curved", "exact"] = option(
+        "virtual", panel=_SCORING, description="ranks the shortlist"
+    )
+    budget: int = option(
+        1_000_000, ge=1, panel=_SCORING, description="plans; if there are more, a beam of about so many"
+    )
+    shortlist: int = option(500, ge=1, panel=_SCORING, description="plans that the propagator ranks")
+    caution: float = option(
+        1.0, ge=0, allow_inf_nan=False, panel=_SCORING, description="rank by the prediction less so many spreads"
+    )
+    aggregate: Literal["last", "mean", "sum"] = option(
+        "last", panel=_SCORING, description="last step, mean or sum over steps"
+    )
 
 
 class TrainConfig(_Config):

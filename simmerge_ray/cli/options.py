@@ -70,6 +70,12 @@ def _config(model: type[BaseModel], values: dict[str, Any]) -> BaseModel:
     return check_config(model, given, "options", flags)
 
 
+def changed_options(config: BaseModel) -> list[str]:
+    """Options whose value is not the default."""
+    fields = [(name, field) for name, field in _options(type(config)) if not field.is_required()]
+    return [_flag(name, field) for name, field in fields if getattr(config, name) != field.default]
+
+
 def _options(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
         if isinstance(field.json_schema_extra, dict) and "option" in field.json_schema_extra:

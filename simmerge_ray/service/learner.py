@@ -43,7 +43,7 @@ from simmerge_ray.service.log.ledger import (
     recent_decisions,
 )
 from simmerge_ray.service.log.outcomes import Outcome, Status
-from simmerge_ray.service.planning import PlanRanker
+from simmerge_ray.service.planning import PlanRanker, shown
 from simmerge_ray.service.registry import Published, Registry
 from simmerge_ray.service.schemas import (
     ArmRequest,
@@ -371,22 +371,20 @@ class Learner:
         return decide_pair(view, published, policy, context, decision_id, request.explore, self._expiry(request))
 
     def _decide_plan(self, view: View, request: DecisionRequest, decision_id: str) -> tuple[DecisionMade, Decision]:
-        ranker = self._ranker(self._follower.published(view))
         tasks = [request.task] if request.task else []
-        drawn = ranker.draw(
+        drawn = self._ranker(self._follower.published(view)).draw(
             request.checkpoints or (), tasks, request.ways, decision_id, request.explore, self.settings.floor
         )
         contexts = self._follower.contexts_of(view)
         return contexts.plan_decision(
-            ranker, drawn, view, tasks, decision_id, request.explore, self._expiry(request), request.checkpoints or ()
+            drawn, view, tasks, decision_id, request.explore, self._expiry(request), request.checkpoints or ()
         )
 
     def _rank_plans(self, published: Published, request: PlansRequest) -> PlansAnswer:
-        ranker = self._ranker(published)
         tasks = [request.task] if request.task else []
-        ranking, _, exhaustive = ranker.rank(request.checkpoints or (), tasks, request.ways, request.top)
-        plans: list[PlanPrediction] = [ranker.shown(one) for one in ranking.plans]
-        return PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=exhaustive)
+        ranking = self._ranker(published).rank(request.checkpoints or (), tasks, request.ways, request.top)
+        plans: list[PlanPrediction] = [shown(one) for one in ranking.plans]
+        return PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=ranking.width is None)
 
     def _ranker(self, published: Published) -> PlanRanker:
         """One for each version; in the thread of `_others` alone."""

@@ -201,7 +201,7 @@ class Selector:
         return features.reshape(len(tasks), 2, len(self.columns)), tasks, statistics
 
     def check_table(self, table: SignalTable) -> None:
-        """Refuse a table of other features, or of weight signals of another kind, than this selector was trained with.
+        """Refuse a table of other features than this selector was trained with; and see `check_weights`.
 
         Raises:
             SelectorError: saying what differs.
@@ -212,7 +212,15 @@ class Selector:
                 f"the signal table and the selector have different features, e.g. {missing[0]!r}; "
                 "compute the signals as for training (with or without a base)"
             )
-        trained, given = self.provenance.get("weights", "exact"), table.provenance.get("weights", "exact")
+        self.check_weights(table)
+
+    def check_weights(self, table: SignalTable) -> None:
+        """Refuse a table of weight signals of another kind than this selector was trained with.
+
+        Raises:
+            SelectorError: saying which to compute.
+        """
+        trained, given = (one.provenance.get("weights", "exact") for one in (self, table))
         if trained != given:
             raise SelectorError(
                 f"the selector was trained with {trained} weight signals, the table has {given} ones; "

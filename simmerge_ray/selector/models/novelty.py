@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simmerge_ray.selector.models.predictors import squared_distances
-from simmerge_ray.signals.features import scaled_features
-
-if TYPE_CHECKING:
-    from simmerge_ray.selector.models.model import Selector
-    from simmerge_ray.selector.planning.tasks import TaskPool
-    from simmerge_ray.signals.table import SignalTable
 
 NUM_NEIGHBOURS = 5
 
@@ -58,22 +50,6 @@ def fit_novelty(features: np.ndarray, pairs: Sequence[tuple[str, str]], quantile
     # "higher": with few pairs the quantile is the largest distance, not something below it.
     limit = float(np.quantile(finite, quantile, method="higher")) if len(finite) else 0.0
     return Novelty(rows, limit)
-
-
-def unlike_pairs(selector: Selector, table: SignalTable, ids: Sequence[str], pool: TaskPool) -> list[tuple[str, str]]:
-    """Pairs of checkpoints of a table that are not like the training data, on one of the tasks that count for them."""
-    place = {name: index for index, name in enumerate(table.checkpoint_ids)}
-    pairs = list(combinations(ids, 2))
-    counted = pool.counted(np.array([[place[left], place[right]] for left, right in pairs]))
-    owners, rows = [], []
-    for pair, wanted in zip(pairs, np.broadcast_to(counted, (len(pairs), len(pool.tasks))), strict=True):
-        for task in np.asarray(pool.tasks)[wanted]:
-            row = table.get(*pair, str(task))
-            owners.append(pair)
-            rows.append([scaled_features(side.features, selector.columns) for side in (row, row.swap())])
-    far = selector.distances(np.array(rows)) > selector.novelty.limit
-    found = {pair for pair, is_far in zip(owners, far, strict=True) if is_far}
-    return [pair for pair in pairs if pair in found]
 
 
 def _mean_of_nearest(squared: np.ndarray, num_features: int) -> np.ndarray:

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simmerge_ray.base.errors import ConfigError, SelectorError, unknown_name
+from simmerge_ray.base.config import RankingConfig
+from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.plans.operators.specs import parse_arm
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.selector.models.influence import influences
@@ -35,10 +36,8 @@ from simmerge_ray.signals.propagation.interface import PlanStep, Propagator, Sou
 from simmerge_ray.signals.propagation.second_order import blend_like
 from simmerge_ray.signals.table import SignalTable
 
-BUDGET = 1_000_000  # plans
-SHORTLIST_SIZE = 500
-CAUTION = 1.0
-Z95 = 1.96
+_DEFAULTS = RankingConfig()
+_Z95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,14 @@ class RankedPlan:
     why: tuple[tuple[str, float], ...] = ()
 
     @property
+    def predicted(self) -> dict[str, dict[str, float]]:
+        """By task, as plan files and model cards have it."""
+        return {task: {"utility": utility, "sd": sd} for task, (utility, sd) in self.by_task.items()}
+
+    @property
     def interval(self) -> tuple[float, float]:
         """95 % of the spread of the ensemble, within [0, 1]: how far its members agree, not how far they err."""
-        low, high = np.clip((self.utility - Z95 * self.sd, self.utility + Z95 * self.sd), 0.0, 1.0)
+        low, high = np.clip((self.utility - _Z95 * self.sd, self.utility + _Z95 * self.sd), 0.0, 1.0)
         return float(low), float(high)
 
 
@@ -127,53 +131,46 @@ class PlanScorer:
             if shortlist.arms != selector.arms:
                 raise SelectorError("the selector and its shortlist know different arms; run `simmerge train` again")
 
-    def rank(
-        self,
-        space: PlanSpace,
-        pool: TaskPool,
-        top: int = 10,
-        budget: int = BUDGET,
-        shortlist_size: int = SHORTLIST_SIZE,
-        aggregate: str = "last",
-        caution: float = CAUTION,
-    ) -> Ranking:
-        """The best plans of a space: all are scored where there are at most `budget`, else a beam of about so many.
+    def rank(self, space: PlanSpace, pool: TaskPool, top: int = 10, config: RankingConfig = _DEFAULTS) -> Ranking:
+        """The best plans of a space: all are scored if that fits the budget, else a beam of about so many.
+
+        Args:
+            config: budget, shortlist, aggregate and caution count; the space and the pool were made from the others.
 
         Raises:
-            SelectorError: no shortlist selector, or an arm it does not know. ConfigError: an unknown aggregate, or a
-            negative caution.
+            SelectorError: no shortlist selector, or an arm it does not know.
         """
         if self._shortlist is None:
             raise SelectorError("ranking needs the selector of the shortlist, too; `simmerge train` writes both")
-        _check_aggregate(aggregate, caution)
+        aggregate, caution = config.aggregate, config.caution
         scorable_arms([arm.label for arm in space.arms], self._shortlist.arms, self._with_base)
         search = PlanSearch(self._batch, self._shortlist, space, pool, aggregate, caution, self._num_threads)
-        found = search.run(space.beam_width(budget), max(shortlist_size, top))
+        found = search.run(space.beam_width(config.budget), max(config.shortlist, top))
         steps = self._steps(found.plans, pool, aggregate)
         scored = self._scored(found.plans, pool, steps, aggregate, caution)
         order = best_first(np.array([one.score for one in scored]))[:top]
         plans = [replace(scored[i], why=self._why(scored[i].plan, pool, steps)) for i in order]
         fixed = with_arm(plans[0].plan, self._selector.best_fixed)
-        (best_fixed,) = self.score([fixed], pool, aggregate, caution)
+        (best_fixed,) = self.score([fixed], pool, config)
         return Ranking(tuple(plans), best_fixed, found.num_scored, found.width, len(scored))
 
-    def score(
-        self, plans: Sequence[MergePlan], pool: TaskPool, aggregate: str = "last", caution: float = CAUTION
-    ) -> list[RankedPlan]:
-        """Predictions for given plans, in their order, folds or not.
+    def score(self, plans: Sequence[MergePlan], pool: TaskPool, config: RankingConfig = _DEFAULTS) -> list[RankedPlan]:
+        """Predictions for given plans, in their order, folds or not; raises as `score_by_aggregate`."""
+        return self.score_by_aggregate(plans, pool, (config.aggregate,), config.caution)[config.aggregate]
+
+    def score_by_aggregate(
+        self,
+        plans: Sequence[MergePlan],
+        pool: TaskPool,
+        aggregates: Sequence[str] = AGGREGATES,
+        caution: float = _DEFAULTS.caution,
+    ) -> dict[str, list[RankedPlan]]:
+        """`score` for several aggregates; the features of a step, which are most of the work, are computed once.
 
         Raises:
             SelectorError: an arm that the selector does not know. PlanError, OperatorError: see `Propagator.steps`
-            (a weight that changes with depth among them). ConfigError: an unknown aggregate.
+            (a weight that changes with depth among them).
         """
-        return self.score_by_aggregate(plans, pool, (aggregate,), caution)[aggregate]
-
-    def score_by_aggregate(
-        self, plans: Sequence[MergePlan], pool: TaskPool, aggregates: Sequence[str], caution: float = CAUTION
-    ) -> dict[str, list[RankedPlan]]:
-        """`score` for several aggregates; the features of a step, which are most of the work, are computed once."""
-        for aggregate in aggregates:
-            _check_aggregate(aggregate, caution)
         for plan in plans:
             scorable_arms(
                 sorted({step.arm.label for step in plan.steps}) or ["passthrough"], self._selector.arms, self._with_base
@@ -284,10 +281,3 @@ def approximations(plan: MergePlan, propagator: str) -> tuple[str, ...]:
     if len(plan.steps) > 1:
         said.append("the selector was trained on pairs")
     return tuple(dict.fromkeys(said))
-
-
-def _check_aggregate(aggregate: str, caution: float) -> None:
-    if not 0.0 <= caution < float("inf"):
-        raise ConfigError(f"caution must be a number from 0 on, got {caution}")
-    if aggregate not in AGGREGATES:
-        raise ConfigError(unknown_name("aggregate", aggregate, AGGREGATES))
