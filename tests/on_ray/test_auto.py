@@ -63,7 +63,7 @@ def invoke(run, catalogue_path, out, *options: str, **changes):
         (("--must-contain", "m9"), PlanError, "unknown checkpoint 'm9'"),
         (("--ways", "x"), ConfigError, "--ways"),
         (("--arm", "slerp"), SelectorError, "simmerge search"),
-        (("--evaluator", "vlm"), ConfigError, "'evaluator'"),
+        (("--evaluator", "vlm"), SystemExit, "2"),
         (("--max-items", "3"), TaskError, "task 'add' has 3 items"),
         (("--max-model-len", "500"), ConfigError, "max_model_len is 500"),
     ],

@@ -75,31 +75,17 @@ class TaskEncoding:
         return standardised
 
 
-def base_statistics(table: SignalTable) -> dict[str, tuple[float, ...]]:
-    """Entropy and loss of the base on the probes of every task, in nats, from the table's pairs with the base.
+def statistics_of(table: SignalTable, tasks: Sequence[str]) -> np.ndarray | None:
+    """(N, S): entropy and loss of the base on the probes of each context's task, in nats, from its pairs in the table.
 
-    Raises:
-        SelectorError: the table was made without a base.
+    None where the table was made without a base.
     """
     base = table.provenance.get("base")
-    found: dict[str, tuple[float, ...]] = {}
+    known: dict[str, list[float]] = {}
     for (left, _, task), row in table.rows.items():
         if left == base and base is not None:
-            found.setdefault(task, tuple(row.features[f"{name}_left"] for name in STATISTICS))
-    if not found:
-        raise SelectorError(
-            "the task encoding probe_stats needs a signal table with a base; name a base in the catalogue, or use none"
-        )
-    return found
-
-
-def statistics_of(table: SignalTable, tasks: Sequence[str]) -> np.ndarray | None:
-    """(N, S): `base_statistics` for the task of each context; None where the table was made without a base."""
-    try:
-        known = base_statistics(table)
-    except SelectorError:
-        return None
-    return np.array([known[task] for task in tasks]).reshape(len(tasks), len(STATISTICS))
+            known.setdefault(task, [row.features[f"{name}_left"] for name in STATISTICS])
+    return np.array([known[task] for task in tasks]).reshape(len(tasks), len(STATISTICS)) if known else None
 
 
 def _checked(statistics: np.ndarray | None, num_contexts: int) -> np.ndarray:

@@ -17,11 +17,10 @@ import numpy as np
 
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.base.storage import Place, digest_json, local_directory, new_directory, versions, write_json
-from simmerge_ray.selector.data.dataset import pair_features
-from simmerge_ray.selector.data.encoding import TaskEncoding, statistics_of
+from simmerge_ray.selector.data.encoding import TaskEncoding
 from simmerge_ray.selector.models.novelty import Novelty
 from simmerge_ray.selector.models.policy import Choice, Intervals, SafeOverride, safe_choice
-from simmerge_ray.selector.models.predictors import PREDICTORS, MlpPredictor, Network, Predictor
+from simmerge_ray.selector.models.predictors import PREDICTORS, Predictor
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.table import SignalTable
 
@@ -31,22 +30,21 @@ _DESCRIPTION = "selector.json"
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Predicted utilities of the arms, in the selector's order. utility, sd: (K,)."""
-
-    arms: tuple[str, ...]
-    utility: np.ndarray
-    sd: np.ndarray
-
-
-@dataclass(frozen=True)
-class FittedModel:
-    """A predictor with the scaling of its inputs. centre, scale: (F,), of the features over both orders."""
+class InputScaling:
+    """From features to what a predictor takes. centre, scale: (F,), of the features over both orders."""
 
     centre: np.ndarray
     scale: np.ndarray
     encoding: TaskEncoding
-    predictor: Predictor
+
+    @staticmethod
+    def fit(features: np.ndarray, encoding: str, tasks: Sequence[str], statistics: np.ndarray | None) -> InputScaling:
+        """Of (N, 2, F) training features and the tasks of their contexts; encoding: a kind, see `TaskEncoding`."""
+        flat = features.reshape(-1, features.shape[-1])
+        scale = flat.std(0)
+        return InputScaling(
+            flat.mean(0), np.where(scale > 1e-9, scale, 1.0), TaskEncoding.fit(encoding, tasks, statistics)
+        )
 
     def standardised(self, features: np.ndarray) -> np.ndarray:
         """(N, 2, F) -> (N, 2, F).
@@ -70,6 +68,13 @@ class FittedModel:
         codes = self.encoding.codes(len(features), tasks, statistics)
         inputs = self.standardised(features)
         return np.concatenate([inputs, np.repeat(codes[:, None], 2, axis=1)], axis=2) if codes.shape[1] else inputs
+
+
+@dataclass(frozen=True)
+class FittedModel(InputScaling):
+    """A predictor with the scaling of its inputs."""
+
+    predictor: Predictor
 
     def predict(
         self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
@@ -110,17 +115,6 @@ class Selector:
         parts = [self.provenance.get("data_digest"), self.provenance.get("config"), self.arms, self.columns]
         return digest_json(parts)[:12]
 
-    @property
-    def members(self) -> tuple[Network, ...]:
-        """Networks of an `mlp` selector."""
-        return self._mlp().members
-
-    def _mlp(self) -> MlpPredictor:
-        predictor = self.fitted.predictor
-        if not isinstance(predictor, MlpPredictor):
-            raise SelectorError(f"a {predictor.kind} selector has no encoder; train one with model: mlp")
-        return predictor
-
     def predict(
         self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -137,16 +131,6 @@ class Selector:
             SelectorError: features of another number, missing ones, or a task that cannot be encoded.
         """
         return self.fitted.predict(features, tasks, statistics)
-
-    def encode(
-        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
-    ) -> np.ndarray:
-        """(N, 2, F) -> (N, E, hidden): outputs of the encoders of the E networks, averaged over both orders.
-
-        Raises:
-            SelectorError: not an `mlp` selector, or as in `predict`.
-        """
-        return self._mlp().encode(self.fitted.inputs(features, tasks, statistics))
 
     def distances(self, features: np.ndarray) -> np.ndarray:
         """(N, 2, F) -> (N,): distance of each context to the training data; beyond `novelty.limit` it is not known."""
@@ -177,28 +161,6 @@ class Selector:
         utility, _ = self.predict(features, tasks, statistics)
         distance = float(self.distances(features).max())
         return safe_choice(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
-
-    def predict_pair(self, table: SignalTable, left: str, right: str, tasks: Sequence[str]) -> dict[str, Prediction]:
-        """Predictions for one pair, per task.
-
-        Raises:
-            SelectorError: the table does not have the features that this selector was trained with.
-            PlanError: the pair or a task is not in the table.
-        """
-        utility, sd = self.predict(*self._from_table(table, left, right, tasks))
-        return {task: Prediction(self.arms, utility[i], sd[i]) for i, task in enumerate(tasks)}
-
-    def choose_pair(self, table: SignalTable, left: str, right: str, tasks: Sequence[str]) -> Choice:
-        """`choose` for a pair of a table; raises as `predict_pair`."""
-        return self.choose(*self._from_table(table, left, right, tasks))
-
-    def _from_table(
-        self, table: SignalTable, left: str, right: str, tasks: Sequence[str]
-    ) -> tuple[np.ndarray, Sequence[str], np.ndarray | None]:
-        self.check_table(table)
-        features = np.array([pair_features(table, left, right, task) for task in tasks])
-        statistics = statistics_of(table, tasks) if self.fitted.encoding.kind == "probe_stats" else None
-        return features.reshape(len(tasks), 2, len(self.columns)), tasks, statistics
 
     def check_table(self, table: SignalTable) -> None:
         """Refuse a table of other features than this selector was trained with; and see `check_weights`.

@@ -13,14 +13,13 @@ from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError, SelectorError, unknown_name
 from simmerge_ray.base.storage import digest_bytes
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.encoding import TaskEncoding
 from simmerge_ray.selector.data.rewards import RewardedMerge, rewards_digest, single_arms, without
 from simmerge_ray.selector.data.scoring import Scoring, units_of
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
 from simmerge_ray.selector.data.targets import TrainingSet, level_and_contrasts
 from simmerge_ray.selector.models.fit_mlp import fit_mlps
 from simmerge_ray.selector.models.fit_sklearn import fit_forest, fit_knn, fit_ridge
-from simmerge_ray.selector.models.model import FittedModel, Selector
+from simmerge_ray.selector.models.model import FittedModel, InputScaling, Selector
 from simmerge_ray.selector.models.novelty import fit_novelty
 from simmerge_ray.selector.models.policy import Intervals, SafeOverride, fit_intervals, fit_override
 from simmerge_ray.selector.models.predictors import Predictor
@@ -154,21 +153,16 @@ def fit_models(
     level, contrasts = level_and_contrasts(dataset.utilities, columns)
     pairs = pairs_of(dataset.contexts)
     every = {name for pair in pairs for name in pair}
-    prepared, sets = [], []
+    scalings, sets = [], []
     for part in parts:
         rows = _canonical(dataset, part)
-        features = dataset.features[rows]
-        flat = features.reshape(-1, features.shape[-1])
-        centre, scale = flat.mean(0), flat.std(0)
-        scale = np.where(scale > 1e-9, scale, 1.0)
         tasks = [dataset.contexts[row].task for row in rows]
         statistics = None if dataset.statistics is None else dataset.statistics[rows]
-        encoding = TaskEncoding.fit(config.task_encoding, tasks, statistics)
-        codes = np.repeat(encoding.codes(len(rows), tasks, statistics)[:, None], 2, axis=1)
-        inputs = np.concatenate([(features - centre) / scale, codes], axis=2)
-        prepared.append((centre, scale, encoding))
+        scaling = InputScaling.fit(dataset.features[rows], config.task_encoding, tasks, statistics)
+        inputs = scaling.inputs(dataset.features[rows], tasks, statistics)
+        scalings.append(scaling)
         used = without(rewards, every - {name for row in rows for name in pairs[row]})
-        told = [_reward_inputs(one, centre, scale, encoding) for one in used]
+        told = [scaling.inputs(reward.features, reward.tasks) for reward in used]
         of_part = tuple(pairs[row] for row in rows)
         singles = single_arms(used, dataset.arms, told)
         sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, of_part, singles))
@@ -177,19 +171,8 @@ def fit_models(
     for width in sorted({one.inputs.shape[-1] for one in sets}):
         index = [i for i, one in enumerate(sets) if one.inputs.shape[-1] == width]
         for i, predictor in zip(index, _FITTERS[config.model]([sets[i] for i in index], config), strict=True):
-            fitted[i] = FittedModel(*prepared[i], predictor)
+            fitted[i] = FittedModel(**vars(scalings[i]), predictor=predictor)
     return [model for model in fitted if model is not None]
-
-
-def _reward_inputs(
-    reward: RewardedMerge,
-    centre: np.ndarray,
-    scale: np.ndarray,
-    encoding: TaskEncoding,
-) -> np.ndarray:
-    """(T, 2, D)."""
-    codes = encoding.codes(len(reward.tasks), reward.tasks)
-    return np.concatenate([(reward.features - centre) / scale, np.repeat(codes[:, None], 2, axis=1)], axis=2)
 
 
 def predict_folds(dataset: SelectionDataset, folds: Sequence[Fold], models: Sequence[FittedModel]) -> list[np.ndarray]:

@@ -93,7 +93,7 @@ def test_the_order_of_a_pair_does_not_change_its_prediction():
 
 def test_contrasts_of_a_network_sum_to_zero():
     dataset = made_up_dataset(4)
-    network = train_selector(dataset, FAST).members[0]
+    network = train_selector(dataset, FAST).fitted.predictor.members[0]
     inputs = np.random.default_rng(0).normal(size=(7, 4))
     level = network.encode(inputs) @ network.level[0] + network.level[1]
     np.testing.assert_allclose(network.utilities(inputs).mean(1, keepdims=True), level, rtol=1e-9)
