@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -11,13 +12,14 @@ from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.selector.assessment.baselines import (
     BASELINES,
+    Policy,
     parents_utilities,
     permuted_signals,
     single_checkpoint_features,
 )
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.scoring import Scoring, keeping_no_parent, units_of
-from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, checkpoint_groups, fold_mean, pairs_of
+from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.novelty import fit_novelty
 from simmerge_ray.selector.models.policy import INTERVAL_LEVELS, safe_scores
@@ -77,31 +79,22 @@ class CrossValidation:
 
     def baseline_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Scores (N, K + 2) by baseline, and why one has none."""
-        scores, missing = {}, {}
-        for name, policy in BASELINES.items():
-            try:
-                found = [policy(self.dataset, self.scoring, fold.training, fold.tested) for fold in self.folds]
-            except LabelError as error:
-                missing[name] = str(error)
-            else:
-                scores[name] = self.averaged(found)
-        return scores, missing
+
+        def scores(policy: Policy) -> np.ndarray:
+            found = [policy(self.dataset, self.scoring, fold.training, fold.tested) for fold in self.folds]
+            return self.averaged(found)
+
+        return _possible({name: partial(scores, policy) for name, policy in BASELINES.items()})
 
     def control_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """The same model on less than the signals, and on those of other pairs; and why one has no scores."""
-        scores, missing = {}, {}
-        for name, reduce in {
-            "single-checkpoint features": single_checkpoint_features,
-            "parents' utilities": parents_utilities,
-        }.items():
-            try:
-                reduced = reduce(self.dataset)
-            except LabelError as error:
-                missing[name] = str(error)
-                continue
-            scores[name] = keeping_no_parent(self.unseen(reduced, self.config))
-        scores[PERMUTED] = keeping_no_parent(self.averaged(self._permuted_predictions()))
-        return scores, missing
+        controls = {
+            "single-checkpoint features": lambda: self.unseen(single_checkpoint_features(self.dataset), self.config),
+            "parents' utilities": lambda: self.unseen(parents_utilities(self.dataset), self.config),
+            PERMUTED: lambda: self.averaged(self._permuted_predictions()),
+        }
+        predicted, missing = _possible(controls)
+        return {name: keeping_no_parent(values) for name, values in predicted.items()}, missing
 
     def _permuted_predictions(self) -> list[np.ndarray]:
         # All folds in one data set, so that networks are trained side by side: rows of fold i start at i * N.
@@ -117,6 +110,17 @@ class CrossValidation:
         )
         parts = [[i * num + row for row in fold.training] for i, fold in enumerate(self.folds)]
         return self.predictions(fit_models(joined, parts, self.config))
+
+
+def _possible(makers: Mapping[str, Callable[[], np.ndarray]]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What can be made of the labels, by name, and for the others why not."""
+    made, missing = {}, {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except LabelError as error:
+            missing[name] = str(error)
+    return made, missing
 
 
 @dataclass(frozen=True)
@@ -144,17 +148,9 @@ def small_config(config: TrainConfig) -> TrainConfig:
 
 def _inner_folds(crossval: CrossValidation) -> list[list[Fold]]:
     """For every fold the folds inside its training part, of the whole data set's groups of checkpoints."""
-    pairs = pairs_of(crossval.dataset.contexts)
-    groups = checkpoint_groups(pairs, crossval.config.num_folds, crossval.config.seed)
-    inner = []
-    for fold in crossval.folds:
-        found = []
-        for group in groups:
-            kept = tuple(row for row in fold.training if group.isdisjoint(pairs[row]))
-            left_out = tuple(row for row in fold.training if not group.isdisjoint(pairs[row]))
-            found.append(Fold(", ".join(sorted(group)), kept, left_out))
-        inner.append(usable_folds(found))
-    return inner
+    config = crossval.config
+    every = checkpoint_folds(pairs_of(crossval.dataset.contexts), config.num_folds, config.seed)
+    return [usable_folds([one.among(fold.training) for one in every]) for fold in crossval.folds]
 
 
 def safe_results(

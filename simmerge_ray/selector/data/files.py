@@ -84,33 +84,8 @@ def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> Load
     if not labels:
         raise LabelError(f"no labels at {files.labels[0]}; `simmerge search` makes them")
     tables = [read_signal_table(path) for path in files.signals]
-    owner: dict[str, int] = {}
-    for index, table in enumerate(tables):
-        for name in table.checkpoint_ids:
-            if owner.setdefault(name, index) != index:
-                raise LabelError(
-                    f"checkpoint {name!r} is in {files.signals[owner[name]]} and in {files.signals[index]}; ids must "
-                    "be unique over the bases"
-                )
-    of_table: dict[int, list[LabeledPlan]] = {}
-    base_ids = {table.provenance.get("base") for table in tables}
-    without: set[str] = set()
-    for label in labels:
-        members = [name for name in label.plan.members if name not in base_ids]
-        owners = {owner.get(name) for name in members}
-        if None in owners:
-            without.update(name for name in members if name not in owner)
-        elif len(owners) > 1:
-            raise LabelError(f"{label.plan.label} merges checkpoints of different signal tables; one table is needed")
-        for place in owners:
-            if place is not None:
-                of_table.setdefault(place, []).append(label)
-    if without:
-        shown = ", ".join(sorted(without)[:4]) + (" ..." if len(without) > 4 else "")
-        raise LabelError(
-            f"labels of {len(without)} checkpoints have no signals ({shown}): no table of "
-            f"{files.signals[0].parent} names them; compute the signals of their base, or leave the labels out"
-        )
+    owner = _owners(tables, files)
+    of_table = _labels_by_table(labels, tables, owner, files)
     used = sorted(of_table)
     pair_labels = [label for index in used for label in of_table[index]]
     measured = {label.plan.steps[0].arm.label for label in pair_labels if measures_arm(label)}
@@ -129,6 +104,42 @@ def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> Load
         {name: names[index] for name, index in owner.items() if index in of_table},
         tuple(names[index] for index in range(len(tables)) if index not in of_table),
     )
+
+
+def _owners(tables: Sequence[SignalTable], files: DatasetFiles) -> dict[str, int]:
+    """The table of each checkpoint."""
+    owner: dict[str, int] = {}
+    for index, table in enumerate(tables):
+        for name in table.checkpoint_ids:
+            if owner.setdefault(name, index) != index:
+                raise LabelError(
+                    f"checkpoint {name!r} is in {files.signals[owner[name]]} and in {files.signals[index]}; ids must "
+                    "be unique over the bases"
+                )
+    return owner
+
+
+def _labels_by_table(
+    labels: Sequence[LabeledPlan], tables: Sequence[SignalTable], owner: Mapping[str, int], files: DatasetFiles
+) -> dict[int, list[LabeledPlan]]:
+    base_ids = {table.provenance.get("base") for table in tables}
+    of_table: dict[int, list[LabeledPlan]] = {}
+    unknown: set[str] = set()
+    for label in labels:
+        members = {name for name in label.plan.members if name not in base_ids}
+        owners = {owner[name] for name in members if name in owner}
+        unknown |= members - owner.keys()
+        if len(owners) > 1 and members <= owner.keys():
+            raise LabelError(f"{label.plan.label} merges checkpoints of different signal tables; one table is needed")
+        for index in owners:
+            of_table.setdefault(index, []).append(label)
+    if unknown:
+        shown = ", ".join(sorted(unknown)[:4]) + (" ..." if len(unknown) > 4 else "")
+        raise LabelError(
+            f"labels of {len(unknown)} checkpoints have no signals ({shown}): no table of "
+            f"{files.signals[0].parent} names them; compute the signals of their base, or leave the labels out"
+        )
+    return of_table
 
 
 def _base_name(table: SignalTable, path: Place) -> str:

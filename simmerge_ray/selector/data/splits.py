@@ -25,6 +25,11 @@ class Fold:
     training: tuple[int, ...]
     tested: tuple[int, ...]
 
+    def among(self, rows: Iterable[int]) -> Fold:
+        """The same fold of these rows alone."""
+        kept = set(rows)
+        return Fold(self.name, *(tuple(row for row in part if row in kept) for part in (self.training, self.tested)))
+
 
 def pairs_of(contexts: Iterable[Context]) -> tuple[Pair, ...]:
     """(left, right) of each context."""

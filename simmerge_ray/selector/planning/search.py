@@ -8,7 +8,6 @@ Its answer for (prefix, right) holds the utilities of all arms of that step.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -151,10 +150,8 @@ class PlanSearch:
         expand = partial(self._expand, frontier, number, rows)
         with ThreadPoolExecutor(self._num_threads) as pool:
             blocks = list(pool.map(expand, starts))
-        parts = [[getattr(block, name) for block in blocks] for name in ("prefix", "right", "arm", "score")]
-        prefix, right, arm, score = (np.concatenate(part) for part in parts)
-        steps = np.concatenate([block.steps for block in blocks], axis=1)
-        return _Made(prefix, right, arm, score, steps, np.concatenate([block.complete for block in blocks]))
+        columns = {name: [getattr(block, name) for block in blocks] for name in vars(blocks[0])}
+        return _Made(**{name: np.concatenate(parts, axis=int(name == "steps")) for name, parts in columns.items()})
 
     def _expand(self, frontier: _Prefixes, number: int, rows: int, start: int) -> _Made:
         """The prefixes from `start` on with every checkpoint and every arm, those that may be."""
@@ -214,9 +211,6 @@ class PlanSearch:
 
     def _plan(self, frontier: _Prefixes, made: _Made, index: int) -> MergePlan:
         prefix = made.prefix[index]
-        members = [*frontier.members[prefix], made.right[index]]
-        arms = [*frontier.arms[prefix], made.arm[index]]
-        return self._fold([self._batch.ids[i] for i in members], arms)
-
-    def _fold(self, members: Sequence[str], arms: Sequence[int]) -> MergePlan:
-        return fold_plan(members, [self._space.arms[i] for i in arms], self._space.weighting)
+        members = [self._batch.ids[i] for i in (*frontier.members[prefix], made.right[index])]
+        arms = [self._space.arms[i] for i in (*frontier.arms[prefix], made.arm[index])]
+        return fold_plan(members, arms, self._space.weighting)
