@@ -19,7 +19,7 @@ from simmerge_ray.base.storage import Place, place_in
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
-class _Config(BaseModel):
+class FrozenConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -75,7 +75,7 @@ Evaluator: TypeAlias = Literal["vllm", "transformers"]
 _EVALUATION, _COST, _BEST = "Evaluation", "Resources and limits", "Search for the best merge"
 
 
-class SignalsConfig(_Config):
+class SignalsConfig(FrozenConfig):
     """Signals of all pairs of a catalogue."""
 
     weights: Literal["exact", "sampled"] = option(
@@ -95,7 +95,7 @@ class SignalsConfig(_Config):
     max_tokens: int = option(256, ge=2, description="longest probe in tokens; a longer one is an error")
 
 
-class EngineConfig(_Config):
+class EngineConfig(FrozenConfig):
     """What evaluates a merge, and with what resources."""
 
     evaluator: Evaluator = option("vllm", panel=_EVALUATION, description="engine; recorded in every label")
@@ -193,7 +193,7 @@ class SearchConfig(LabelsConfig, BestMergeConfig):
         return self.model_dump(mode="json", exclude=resources | {"max_trials", "max_hours", "max_gpu_hours"})
 
 
-class TrainConfig(_Config):
+class TrainConfig(FrozenConfig):
     """Selector training."""
 
     model: Literal["mlp", "ridge", "knn", "forest"] = option("mlp", description="what predicts utilities from signals")
@@ -225,7 +225,7 @@ class TrainConfig(_Config):
         return values
 
 
-class StudyConfig(_Config):
+class StudyConfig(FrozenConfig):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 
     catalogue: Place
@@ -236,7 +236,7 @@ class StudyConfig(_Config):
     search: SearchConfig = SearchConfig()
 
 
-class ZooStudyConfig(_Config):
+class ZooStudyConfig(FrozenConfig):
     """The study that says whether selection works: a zoo of its own, trained and labelled. `jobs/study.py` runs it."""
 
     num_bases: int = Field(12, ge=1, description="bases of different seeds")
@@ -255,35 +255,53 @@ class ZooStudyConfig(_Config):
     concurrency: int | None = Field(None, ge=1, description="engines at the same time; None: as many as fit")
 
 
-class ServeConfig(_Config):
-    """HTTP endpoint of a selector."""
+class ServeConfig(FrozenConfig):
+    """Settings of the service that `simmerge serve` takes; what is None follows from the run or the other settings."""
 
-    selector: Path
-    signals: Path
-    catalogue: Path | None = Field(None, description="for better plans")
-    out: Path | None = Field(
-        None, description="event log, tokens and selectors; default: `service` beside the selector"
+    selector: Place | None = option(
+        None, description="for a log that has not begun, or to publish beside the log's own; default: RUN's"
     )
-    database: str | None = Field(None, description="URL; default: SQLite in `out`")
-    namespace: str = Field("default", min_length=1, max_length=200)
-    tokens: Path | None = Field(None, description="YAML file; default: one that is made in `out`")
-    floor: float = Field(0.02, gt=0, lt=1, description="probability that every arm is played with at least")
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    num_replicas: int = Field(1, ge=1)
-    max_replicas: int | None = Field(None, ge=1, description="under load")
+    signals: Place | None = option(None, description="table of the pairs that may be asked for; default: RUN's")
+    catalogue: Place | None = option(None, description="for better plans; default: RUN's")
+    signatures: str | None = option(None, description="default with a catalogue: `signatures` beside the table")
+    database: str | None = option(None, description="URL of the event log; default: SQLite in RUN/service")
+    registry: Path | None = option(None, description="directory of published selectors; default: RUN/service/selectors")
+    namespace: str = option(
+        "default", min_length=1, max_length=200, description="services of one namespace share what they learn"
+    )
+    tokens: Path | None = option(
+        None, description="YAML file of tokens and roles; default: the environment, or one admin token that is made"
+    )
+    floor: float = option(0.02, gt=0, lt=1, description="probability that every arm is played with at least")
+    snapshot_every: int = option(1000, ge=1, description="events")
+    ttl_seconds: float | None = Field(30 * 86400.0, gt=0, description="of a decision; None: for ever")
+    num_replicas: int = option(1, flag="replicas", ge=1, description="with Ray")
+    max_replicas: int | None = option(None, ge=1, description="under load; default: as many as --replicas")
 
 
-class RetrainConfig(_Config):
+class ServiceConfig(ServeConfig):
+    """All settings of a service: `args` in `cluster/serve.yaml`. Paths are absolute and readable on every node."""
+
+    signals: Place
+    database: str
+    registry: Path
+
+    @property
+    def signature_store(self) -> str | None:
+        """Plans are ranked with signatures if there is a catalogue."""
+        return self.signatures or (str(self.signals.parent / "signatures") if self.catalogue else None)
+
+
+class RetrainConfig(FrozenConfig):
     """A new selector from the rewards of a service."""
 
-    database: str = Field(min_length=1, description="URL of the event log")
-    namespace: str = Field("default", min_length=1, max_length=200, description="of the log")
-    registry: Path
-    dataset: Path
-    out: Path
-    margin: float = Field(0.03, ge=0, le=1, description="what counts as not worse, in utility and in GapClosed")
-    held_out: float = Field(0.25, gt=0, lt=1, description="share of the rewards, the last ones, to compare on")
+    database: str = option(min_length=1, description="URL of the event log")
+    namespace: str = option("default", min_length=1, max_length=200, description="of the log")
+    registry: Path = option(description="directory of published selectors")
+    dataset: Path | None = option(None, description="labels and signals that the present selector was trained on")
+    out: Path | None = option(None, description="directory for what is trained")
+    margin: float = option(0.03, ge=0, le=1, description="what counts as not worse, in utility and in GapClosed")
+    held_out: float = option(0.25, gt=0, lt=1, description="share of the rewards, the last ones, to compare on")
 
 
 def _problem_lines(error: ValidationError, model: type[BaseModel], flags: Mapping[str, str]) -> list[str]:

@@ -9,14 +9,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from simmerge_ray.base.config import Pair, Ways, _Config, check_config, option
+from simmerge_ray.base.config import FrozenConfig, Pair, Ways, check_config, option
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import Place, RemotePath
 from simmerge_ray.cli.options import with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument
 
 
-class Kettle(_Config):
+class Kettle(FrozenConfig):
     """One of each kind of field."""
 
     size: Literal["small", "large"] = option("small", panel="Kettle", description="of the kettle")
@@ -32,7 +32,7 @@ class Kettle(_Config):
     altitude: float = 0.0
 
 
-class Table(_Config):
+class Table(FrozenConfig):
     """A second config."""
 
     legs: int = option(description="no default")

@@ -48,7 +48,7 @@ def test_it_shows_a_table_and_writes_plans_that_can_be_read(run, catalogue_path,
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (("--ways", "x"), ConfigError, "--ways"),
+        (("--ways", "x"), ConfigError, "ways is a number"),
         (("--propagator", "virtul"), ConfigError, "did you mean 'virtual'"),
         (("--propagator", "exact"), ConfigError, "give --probes"),
         (("--arm", "slerp"), SelectorError, "simmerge search"),
