@@ -6,6 +6,7 @@ import logging
 import resource
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -103,6 +104,6 @@ def serve_alone(config: ServeConfig, host: str, port: int) -> None:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     address = f"http://{host}:{listening.getsockname()[1]}"
     print(f"listening on {address}" + (f" token {token}" if token else ""), flush=True)
-    with listening:
+    with listening, suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has shut down
         server = uvicorn.Server(uvicorn.Config(app, http=impatient(), log_level="warning", access_log=False))
         server.run(sockets=[listening])
