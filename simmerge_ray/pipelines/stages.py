@@ -131,7 +131,7 @@ def train_stage(
     store = LabelStore(labels)
     read = store.read()
     if not read:
-        raise LabelError(f"no labels at {labels}; `simmerge search` makes them")
+        raise LabelError(f"no labels at {labels}; `simmerge labels make` makes them")
     with narrator.stage("train") as stage:
         inputs = {"signals": digest_file(signals), "labels": store.digest()}
         kept = config.model_dump(mode="json") | {"arms": list(arms or ()), "shortlist": "second_order"}
