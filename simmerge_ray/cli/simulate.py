@@ -15,29 +15,27 @@ from simmerge_ray.cli.options import with_config_options
 class SimulationConfig(FrozenConfig):
     """A study and the cluster that it runs on."""
 
-    models: int = option(ge=2, description="checkpoints, beside their base")
-    params: float = option(ge=1, description="parameters of one, e.g. 7e9")
-    nodes: int = option(8, ge=1, description="of each pool")
-    signal_machine: str = option("r7i.4xlarge", description="for signals, spot nodes")
-    engine_machine: str | None = option(
-        None, description="for labels  [default: the cheapest with GPUs that holds one]"
-    )
-    engine_nodes: int | None = option(None, ge=1, description="[default: --nodes]")
-    head_machine: str | None = option(None, description="where the driver runs  [default: m7i.xlarge, n2-standard-4]")
-    tasks: int = option(4, ge=1, description="evaluation tasks")
-    items: int = option(400, ge=1, description="of a task")
-    prompt_tokens: int = option(300, ge=1, description="of an item")
-    answer_tokens: int = option(100, ge=0, description="of an item")
-    probes: int = option(48, ge=1, description="texts of a probe set")
-    probe_tokens: float = option(99, ge=1, description="of a text, padding included")
+    models: int = option(..., "checkpoints, beside their base", ge=2)
+    params: float = option(..., "parameters of one, e.g. 7e9", ge=1)
+    nodes: int = option(8, "of each pool", ge=1)
+    signal_machine: str = option("r7i.4xlarge", "for signals, spot nodes")
+    engine_machine: str | None = option(None, "for labels  [default: the cheapest with GPUs that holds one]")
+    engine_nodes: int | None = option(None, "[default: --nodes]", ge=1)
+    head_machine: str | None = option(None, "where the driver runs  [default: m7i.xlarge, n2-standard-4]")
+    tasks: int = option(4, "evaluation tasks", ge=1)
+    items: int = option(400, "of a task", ge=1)
+    prompt_tokens: int = option(300, "of an item", ge=1)
+    answer_tokens: int = option(100, "of an item", ge=0)
+    probes: int = option(48, "texts of a probe set", ge=1)
+    probe_tokens: float = option(99, "of a text, padding included", ge=1)
     arms: tuple[str, ...] = option(
-        ("linear", "nuslerp", "scale_matched_linear", "ties(density=0.1)"), flag="arm", description="repeatable"
+        ("linear", "nuslerp", "scale_matched_linear", "ties(density=0.1)"), "repeatable", flag="arm"
     )
-    ways: int = option(2, ge=2, description="checkpoints of a merge")
-    merges: int | None = option(None, ge=0, description="at most  [default: all pairs across tasks, with every arm]")
-    cache_gb: float | None = option(None, ge=0, description="of a node, SIMMERGE_CACHE_GB")
-    config: Path | None = option(None, description="a config.json, for the model's shape")
-    costs: Path | None = option(None, description="unit costs and prices of your own")
+    ways: int = option(2, "checkpoints of a merge", ge=2)
+    merges: int | None = option(None, "at most  [default: all pairs across tasks, with every arm]", ge=0)
+    cache_gb: float | None = option(None, "of a node, SIMMERGE_CACHE_GB", ge=0)
+    config: Path | None = option(None, "a config.json, for the model's shape")
+    costs: Path | None = option(None, "unit costs and prices of your own")
 
 
 @with_config_options
