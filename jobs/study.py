@@ -11,42 +11,38 @@ directory that every node sees: trained checkpoints lie in it. The last line is 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from simmerge_ray.base.config import ZooStudyConfig, load_yaml
+from simmerge_ray.cli.app import run_as_job
+from simmerge_ray.cli.job_line import with_job_line
+from simmerge_ray.cli.places import path_option
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="directory of the study")
-    parser.add_argument("--config", type=Path, help="YAML file with sizes that differ from the study's")
-    parser.add_argument(
-        "--stage", action="append", help="zoo, signals, pairs, plans, probes, exact or analysis; repeatable"
-    )
-    arguments = parser.parse_args()
+@with_job_line("study", "out")
+def study(
+    out: Annotated[Path, path_option(help="directory of the study")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with sizes that differ from the study's")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="zoo, signals, pairs, plans, probes, exact or analysis; repeatable")
+    ] = None,
+) -> dict[str, Any]:
+    sizes = load_yaml(config, ZooStudyConfig) if config else ZooStudyConfig()
+    from simmerge_ray.base.errors import ConfigError, unknown_name
+    from simmerge_ray.base.progress import narrated
+    from simmerge_ray.pipelines.study import STAGES, run_study
 
-    from simmerge_ray.pipelines.jobs import local_output, run_job
-
-    def work() -> dict[str, Any]:
-        out = local_output(arguments.out)
-        from simmerge_ray.base.config import ZooStudyConfig, load_yaml
-        from simmerge_ray.base.errors import ConfigError, unknown_name
-        from simmerge_ray.base.progress import narrated
-
-        config = load_yaml(arguments.config, ZooStudyConfig) if arguments.config else ZooStudyConfig()
-        from simmerge_ray.pipelines.study import STAGES, run_study
-
-        for stage in arguments.stage or ():
-            if stage not in STAGES:
-                raise ConfigError(unknown_name("stage", stage, STAGES))
-        with narrated(out / "simmerge.log") as narrator:
-            run_study(out, config, narrator, arguments.stage or STAGES)
-        print(f"study in {out}: zoo/, signals/, labels/ and results/")
-        return {"out": str(out), "stages": arguments.stage or list(STAGES)}
-
-    return run_job("study", work)
+    for name in stage or ():
+        if name not in STAGES:
+            raise ConfigError(unknown_name("stage", name, STAGES))
+    with narrated(out / "simmerge.log") as narrator:
+        run_study(out, sizes, narrator, stage or STAGES)
+    print(f"study in {out}: zoo/, signals/, labels/ and results/")
+    return {"out": str(out), "stages": stage or list(STAGES)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_job(study, __doc__)

@@ -19,14 +19,14 @@ from simmerge_ray.base.storage import Place, place_in
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
-class _Config(BaseModel):
+class FrozenConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def option(
-    default: Any = ...,
-    *,
+    default: Any,
     description: str,
+    *,
     flag: str | None = None,
     panel: str | None = None,
     shown: str | None = None,
@@ -76,53 +76,40 @@ _EVALUATION, _COST, _BEST = "Evaluation", "Resources and limits", "Search for th
 _SPACE, _SCORING = "Which plans", "How they are scored"
 
 
-class SignalsConfig(_Config):
+class SignalsConfig(FrozenConfig):
     """Signals of all pairs of a catalogue."""
 
     weights: Literal["exact", "sampled"] = option(
-        "exact", description="weight signals from all weights (exact) or a sample (sampled)"
+        "exact", "weight signals from all weights (exact) or a sample (sampled)"
     )
-    num_positions: int = option(64, flag="positions", ge=1, description="sampled token positions per task")
-    num_attention_positions: int = option(
-        16, flag="attention-positions", ge=1, description="positions that keep attention rows"
-    )
-    num_coordinates: int = option(10_000, flag="coordinates", ge=1, description="sampled coordinates per tensor")
-    num_workers: int = option(2, flag="workers", ge=1, description="signal actors")
-    memory_per_worker: float | None = option(
-        None, gt=0, description="GB; a checkpoint that needs more is run layer by layer"
-    )
-    gpus_per_worker: float = option(0.0, ge=0, description="share of a GPU for each actor; 0 runs on CPU cores")
-    batch_size: int = option(16, ge=1, description="probes per micro-batch, the fixed unit of work")
-    max_tokens: int = option(256, ge=2, description="longest probe in tokens; a longer one is an error")
+    num_positions: int = option(64, "sampled token positions per task", flag="positions", ge=1)
+    num_attention_positions: int = option(16, "positions that keep attention rows", flag="attention-positions", ge=1)
+    num_coordinates: int = option(10_000, "sampled coordinates per tensor", flag="coordinates", ge=1)
+    num_workers: int = option(2, "signal actors", flag="workers", ge=1)
+    memory_per_worker: float | None = option(None, "GB; a checkpoint that needs more is run layer by layer", gt=0)
+    gpus_per_worker: float = option(0.0, "share of a GPU for each actor; 0 runs on CPU cores", ge=0)
+    batch_size: int = option(16, "probes per micro-batch, the fixed unit of work", ge=1)
+    max_tokens: int = option(256, "longest probe in tokens; a longer one is an error", ge=2)
 
 
-class EngineConfig(_Config):
+class EngineConfig(FrozenConfig):
     """What evaluates a merge, and with what resources."""
 
-    evaluator: Evaluator = option("vllm", panel=_EVALUATION, description="engine; recorded in every label")
-    dtype: Literal["float32", "bfloat16"] = option("float32", panel=_EVALUATION, description="of the engine")
+    evaluator: Evaluator = option("vllm", "engine; recorded in every label", panel=_EVALUATION)
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the engine", panel=_EVALUATION)
     max_model_len: int | None = option(
-        None,
-        ge=8,
-        panel=_EVALUATION,
-        description="longest prompt + answer in tokens; default: the model's own limit, at most 4096",
+        None, "longest prompt + answer in tokens; default: the model's own limit, at most 4096", ge=8, panel=_EVALUATION
     )
     max_items: int | None = option(
-        None, ge=1, panel=_EVALUATION, description="items of each task, a sample by the seed; default: all"
+        None, "items of each task, a sample by the seed; default: all", ge=1, panel=_EVALUATION
     )
-    seed: int = option(0, panel=_EVALUATION, description="of the sample of items and of the proposed merges")
-    retry_infeasible: bool = option(
-        False, panel=_EVALUATION, description="evaluate merges again that could not be measured"
-    )
-    concurrency: int | None = option(
-        None, ge=1, panel=_COST, description="engines at the same time; default: as many as fit"
-    )
-    cpus_per_trial: float = option(
-        1.0, ge=0, panel=_COST, description="CPU cores of an engine or of each rank; up to four merge"
-    )
-    gpus_per_trial: float = option(0.0, ge=0, panel=_COST, description="GPUs of an engine; a fraction for small models")
-    tensor_parallel: int = option(1, ge=1, panel=_COST, description="ranks that a model is split over")
-    executor: Literal["mp", "ray"] = option("mp", panel=_COST, description="ranks on one node (mp) or over several")
+    seed: int = option(0, "of the sample of items and of the proposed merges", panel=_EVALUATION)
+    retry_infeasible: bool = option(False, "evaluate merges again that could not be measured", panel=_EVALUATION)
+    concurrency: int | None = option(None, "engines at the same time; default: as many as fit", ge=1, panel=_COST)
+    cpus_per_trial: float = option(1.0, "CPU cores of an engine or of each rank; up to four merge", ge=0, panel=_COST)
+    gpus_per_trial: float = option(0.0, "GPUs of an engine; a fraction for small models", ge=0, panel=_COST)
+    tensor_parallel: int = option(1, "ranks that a model is split over", ge=1, panel=_COST)
+    executor: Literal["mp", "ray"] = option("mp", "ranks on one node (mp) or over several", panel=_COST)
 
 
 class _TrialsConfig(EngineConfig):
@@ -130,53 +117,45 @@ class _TrialsConfig(EngineConfig):
 
     arms: tuple[str, ...] = option(
         ("linear", "nuslerp", "task_arithmetic", "ties(density=0.2)"),
+        "merge operator to try, e.g. linear or 'ties(density=0.2)'; repeatable",
         flag="arm",
         min_length=1,
-        description="merge operator to try, e.g. linear or 'ties(density=0.2)'; repeatable",
     )
-    exclude: tuple[Pair, ...] = option((), description="LEFT,RIGHT: a pair to leave out; repeatable")
-    lm_eval: tuple[str, ...] = option((), panel=_EVALUATION, description="task of lm-evaluation-harness; repeatable")
-    lm_eval_include: Path | None = option(
-        None, panel=_EVALUATION, description="directory of lm-evaluation-harness task YAML files"
-    )
+    exclude: tuple[Pair, ...] = option((), "LEFT,RIGHT: a pair to leave out; repeatable")
+    lm_eval: tuple[str, ...] = option((), "task of lm-evaluation-harness; repeatable", panel=_EVALUATION)
+    lm_eval_include: Path | None = option(None, "directory of lm-evaluation-harness task YAML files", panel=_EVALUATION)
     lm_eval_fewshot: int | None = option(
-        None, ge=0, panel=_EVALUATION, description="examples before each prompt; default: as the task says"
+        None, "examples before each prompt; default: as the task says", ge=0, panel=_EVALUATION
     )
-    max_trials: int | None = option(None, ge=1, panel=_COST, description="stop after this many trials")
-    max_hours: float | None = option(None, gt=0, panel=_COST, description="stop after this many hours")
+    max_trials: int | None = option(None, "stop after this many trials", ge=1, panel=_COST)
+    max_hours: float | None = option(None, "stop after this many hours", gt=0, panel=_COST)
     max_gpu_hours: float | None = option(
-        None, gt=0, panel=_COST, description="stop when the engines have held GPUs for this many hours"
+        None, "stop when the engines have held GPUs for this many hours", gt=0, panel=_COST
     )
 
 
 class LabelsConfig(_TrialsConfig):
     """Labels of pairs x arms."""
 
-    pairs: Literal["cross-task", "all"] = option("cross-task", description="which pairs of checkpoints to merge")
+    pairs: Literal["cross-task", "all"] = option("cross-task", "which pairs of checkpoints to merge")
 
 
 class BestMergeConfig(_TrialsConfig):
     """The best merge that can be found within a budget."""
 
-    budget: int | None = option(None, ge=1, panel=_BEST, description="merges to try")
+    budget: int | None = option(None, "merges to try", ge=1, panel=_BEST)
     objectives: tuple[str, ...] = option(
         ("mean",),
+        "mean, worst, a task, or math=2,code=1; repeatable: several keep the Pareto front",
         flag="objective",
         panel=_BEST,
         min_length=1,
-        description="mean, worst, a task, or math=2,code=1; repeatable: several keep the Pareto front",
     )
-    sampler: Literal["tpe", "cmaes", "random"] = option("tpe", panel=_BEST, description="what proposes merges")
-    members: tuple[str, ...] = option(
-        (), flag="member", panel=_BEST, description="checkpoint to merge; repeatable; default: all"
-    )
-    ways: Ways = option((2, 2), panel=_BEST, shown="2", description="checkpoints of a merge: 2, or 2-4")
-    layer_groups: int = option(
-        1, ge=1, le=16, panel=_BEST, description="anchors of a step's weight over the depth of the model"
-    )
-    shards: int | None = option(
-        None, ge=1, panel=_BEST, description="parts of the items; a bad trial stops after some; default: 4"
-    )
+    sampler: Literal["tpe", "cmaes", "random"] = option("tpe", "what proposes merges", panel=_BEST)
+    members: tuple[str, ...] = option((), "checkpoint to merge; repeatable; default: all", flag="member", panel=_BEST)
+    ways: Ways = option((2, 2), "checkpoints of a merge: 2, or 2-4", panel=_BEST, shown="2")
+    layer_groups: int = option(1, "anchors of a step's weight over the depth of the model", ge=1, le=16, panel=_BEST)
+    shards: int | None = option(None, "parts of the items; a bad trial stops after some; default: 4", ge=1, panel=_BEST)
     reduction_factor: int = Field(3, ge=2, description="one trial in so many goes on after a part of the items")
 
 
@@ -194,54 +173,48 @@ class SearchConfig(LabelsConfig, BestMergeConfig):
         return self.model_dump(mode="json", exclude=resources | {"max_trials", "max_hours", "max_gpu_hours"})
 
 
-class RankingFiles(_Config):
+class RankingFiles(FrozenConfig):
     """What a ranking of merges is computed from, beside the catalogue."""
 
-    signals: Place = option(description="signal table (Parquet)")
-    selector: Place | None = option(
-        None, description="directory that `simmerge train` wrote; default: the one in the package"
-    )
-    signatures: Place | None = option(None, panel=_SCORING, description="default: `signatures` beside the table")
-    probes: Place | None = option(None, panel=_SCORING, description="probe files, for curved and exact")
+    signals: Place = option(..., "signal table (Parquet)")
+    selector: Place | None = option(None, "directory that `simmerge train` wrote; default: the one in the package")
+    signatures: Place | None = option(None, "default: `signatures` beside the table", panel=_SCORING)
+    probes: Place | None = option(None, "probe files, for curved and exact", panel=_SCORING)
 
 
-class RankingConfig(_Config):
+class RankingConfig(FrozenConfig):
     """Which merges of a catalogue are ranked, and by what score."""
 
     tasks: tuple[str, ...] = option(
-        (), flag="task", description="count on this task; repeatable; default: the checkpoints' own tasks"
+        (), "count on this task; repeatable; default: the checkpoints' own tasks", flag="task"
     )
-    ways: Ways = option((2, 3), panel=_SPACE, shown="2-3", description="checkpoints of a merge: 2, or 2-4")
-    must_contain: tuple[str, ...] = option((), panel=_SPACE, description="checkpoint id; repeatable")
-    exclude: tuple[str, ...] = option((), panel=_SPACE, description="checkpoint id; repeatable")
+    ways: Ways = option((2, 3), "checkpoints of a merge: 2, or 2-4", panel=_SPACE, shown="2-3")
+    must_contain: tuple[str, ...] = option((), "checkpoint id; repeatable", panel=_SPACE)
+    exclude: tuple[str, ...] = option((), "checkpoint id; repeatable", panel=_SPACE)
     arms: tuple[str, ...] = option(
-        (), flag="arm", panel=_SPACE, description="choose from these, e.g. 'ties(density=0.2)'; default: all known"
+        (), "choose from these, e.g. 'ties(density=0.2)'; repeatable; default: all known", flag="arm", panel=_SPACE
     )
     weighting: Literal["equal", "halving"] = option(
-        "equal", panel=_SPACE, description="equal: every member counts the same; halving: each step weighs 1/2"
+        "equal", "equal: every member counts the same; halving: each step weighs 1/2", panel=_SPACE
     )
-    objective: str = option("mean", panel=_SCORING, description="mean, worst, a task, or math=2,code=1")
+    objective: str = option("mean", "mean, worst, a task, or math=2,code=1", panel=_SCORING)
     propagator: Literal["bound", "second_order", "virtual", "curved", "exact"] = option(
-        "virtual", panel=_SCORING, description="ranks the shortlist"
+        "virtual", "ranks the shortlist", panel=_SCORING
     )
-    budget: int = option(
-        1_000_000, ge=1, panel=_SCORING, description="plans; if there are more, a beam of about so many"
-    )
-    shortlist: int = option(500, ge=1, panel=_SCORING, description="plans that the propagator ranks")
+    budget: int = option(1_000_000, "plans; if there are more, a beam of about so many", panel=_SCORING, ge=1)
+    shortlist: int = option(500, "plans that the propagator ranks", panel=_SCORING, ge=1)
     caution: float = option(
-        1.0, ge=0, allow_inf_nan=False, panel=_SCORING, description="rank by the prediction less so many spreads"
+        1.0, "rank by the prediction less so many spreads", panel=_SCORING, ge=0, allow_inf_nan=False
     )
-    aggregate: Literal["last", "mean", "sum"] = option(
-        "last", panel=_SCORING, description="last step, mean or sum over steps"
-    )
+    aggregate: Literal["last", "mean", "sum"] = option("last", "last step, mean or sum over steps", panel=_SCORING)
 
 
-class TrainConfig(_Config):
+class TrainConfig(FrozenConfig):
     """Selector training."""
 
-    model: Literal["mlp", "ridge", "knn", "forest"] = option("mlp", description="what predicts utilities from signals")
+    model: Literal["mlp", "ridge", "knn", "forest"] = option("mlp", "what predicts utilities from signals")
     task_encoding: Literal["none", "onehot", "probe_stats"] = option(
-        "none", description="what is said about the task beside the signals"
+        "none", "what is said about the task beside the signals"
     )
     hidden_sizes: tuple[int, ...] = Field((32, 16), min_length=1, description="mlp: layers of the encoder")
     num_members: int = Field(5, ge=1, description="mlp: networks in the ensemble")
@@ -258,7 +231,7 @@ class TrainConfig(_Config):
     novelty_quantile: float = Field(
         0.99, gt=0, le=1, description="of the training distances; what lies beyond is not answered"
     )
-    seed: int = option(0, description="of the training")
+    seed: int = option(0, "of the training")
 
     @field_validator("penalties", "neighbours")
     @classmethod
@@ -268,7 +241,7 @@ class TrainConfig(_Config):
         return values
 
 
-class StudyConfig(_Config):
+class StudyConfig(FrozenConfig):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 
     catalogue: Place
@@ -279,7 +252,7 @@ class StudyConfig(_Config):
     search: SearchConfig = SearchConfig()
 
 
-class ZooStudyConfig(_Config):
+class ZooStudyConfig(FrozenConfig):
     """The study that says whether selection works: a zoo of its own, trained and labelled. `jobs/study.py` runs it."""
 
     num_bases: int = Field(12, ge=1, description="bases of different seeds")
@@ -298,35 +271,51 @@ class ZooStudyConfig(_Config):
     concurrency: int | None = Field(None, ge=1, description="engines at the same time; None: as many as fit")
 
 
-class ServeConfig(_Config):
-    """HTTP endpoint of a selector."""
+class ServeConfig(FrozenConfig):
+    """Settings of the service that `simmerge serve` takes; what is None follows from the run or the other settings."""
 
-    selector: Path
-    signals: Path
-    catalogue: Path | None = Field(None, description="for better plans")
-    out: Path | None = Field(
-        None, description="event log, tokens and selectors; default: `service` beside the selector"
+    selector: Place | None = option(
+        None, "for a log that has not begun, or to publish beside the log's own; default: RUN's"
     )
-    database: str | None = Field(None, description="URL; default: SQLite in `out`")
-    namespace: str = Field("default", min_length=1, max_length=200)
-    tokens: Path | None = Field(None, description="YAML file; default: one that is made in `out`")
-    floor: float = Field(0.02, gt=0, lt=1, description="probability that every arm is played with at least")
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    num_replicas: int = Field(1, ge=1)
-    max_replicas: int | None = Field(None, ge=1, description="under load")
+    signals: Place | None = option(None, "table of the pairs that may be asked for; default: RUN's")
+    catalogue: Place | None = option(None, "for better plans; default: RUN's")
+    signatures: str | None = option(None, "default with a catalogue: `signatures` beside the table")
+    database: str | None = option(None, "URL of the event log; default: SQLite in RUN/service")
+    registry: Path | None = option(None, "directory of published selectors; default: RUN/service/selectors")
+    namespace: str = option("default", "services of one namespace share what they learn", min_length=1, max_length=200)
+    tokens: Path | None = option(
+        None, "YAML file of tokens and roles; default: the environment, or one admin token that is made"
+    )
+    floor: float = option(0.02, "probability that every arm is played with at least", gt=0, lt=1)
+    snapshot_every: int = option(1000, "events", ge=1)
+    ttl_seconds: float | None = Field(30 * 86400.0, gt=0, description="of a decision; None: for ever")
+    num_replicas: int = option(1, "with Ray", flag="replicas", ge=1)
+    max_replicas: int | None = option(None, "under load; default: as many as --replicas", ge=1)
 
 
-class RetrainConfig(_Config):
+class ServiceConfig(ServeConfig):
+    """All settings of a service: `args` in `cluster/serve.yaml`. Paths are absolute and readable on every node."""
+
+    signals: Place
+    database: str
+    registry: Path
+
+    @property
+    def signature_store(self) -> str | None:
+        """Plans are ranked with signatures if there is a catalogue."""
+        return self.signatures or (str(self.signals.parent / "signatures") if self.catalogue else None)
+
+
+class RetrainConfig(FrozenConfig):
     """A new selector from the rewards of a service."""
 
-    database: str = Field(min_length=1, description="URL of the event log")
-    namespace: str = Field("default", min_length=1, max_length=200, description="of the log")
-    registry: Path
-    dataset: Path
-    out: Path
-    margin: float = Field(0.03, ge=0, le=1, description="what counts as not worse, in utility and in GapClosed")
-    held_out: float = Field(0.25, gt=0, lt=1, description="share of the rewards, the last ones, to compare on")
+    database: str = option(..., "URL of the event log", min_length=1)
+    namespace: str = option("default", "of the log", min_length=1, max_length=200)
+    registry: Path = option(..., "directory of published selectors")
+    dataset: Path | None = option(None, "labels and signals that the present selector was trained on")
+    out: Path | None = option(None, "directory for what is trained")
+    margin: float = option(0.03, "what counts as not worse, in utility and in GapClosed", ge=0, le=1)
+    held_out: float = option(0.25, "share of the rewards, the last ones, to compare on", gt=0, lt=1)
 
 
 def _problem_lines(error: ValidationError, model: type[BaseModel], flags: Mapping[str, str]) -> list[str]:

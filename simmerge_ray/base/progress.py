@@ -114,8 +114,11 @@ class Narrator:
 
 
 @contextmanager
-def narrated(log: Path) -> Iterator[Narrator]:
-    """A narrator on the terminal; what libraries print goes to the log file."""
+def narrated(log: Path | None) -> Iterator[Narrator]:
+    """A narrator on the terminal; what libraries print goes to the log file, or with None to the terminal as well."""
+    if log is None:
+        yield Narrator(Console())
+        return
     with redirected_output(log) as console:
         narrator = Narrator(console)
         narrator.say(f"[dim]log of libraries: {log}[/dim]")

@@ -15,8 +15,8 @@ from simmerge_ray.base.config import LabelsConfig, SearchConfig
 from simmerge_ray.base.errors import LabelError, SimmergeError, unknown_name
 from simmerge_ray.base.storage import as_place
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
+from simmerge_ray.cli.places import CatalogueArgument
 from simmerge_ray.cli.search import (
-    CatalogueArgument,
     DryRunOption,
     StoreOption,
     TasksOption,

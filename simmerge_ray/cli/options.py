@@ -1,7 +1,7 @@
 """Options of commands, made from the fields of configs: a name, a default, a bound and a help text stand once.
 
     @with_config_options
-    def train(out: ..., config: TrainConfig) -> None: ...
+    def train(out: ..., config: TrainConfig): ...
 
 is a command with an option for each field of `TrainConfig` that was declared with `base.config.option`, and is called
 with the config that was built from them.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel
@@ -26,14 +26,16 @@ from pydantic.fields import FieldInfo
 
 from simmerge_ray.base.config import check_config
 from simmerge_ray.base.storage import RemotePath
-from simmerge_ray.cli.places import PathOrUri, place_option
+from simmerge_ray.cli.places import PathOrUri, path_option, place_option
 
+Returned = TypeVar("Returned")
 LogOption = Annotated[Path, typer.Option("--log", help="where the output of libraries goes")]
 DEFAULT_LOG = Path("simmerge.log")
 _TYPES = (bool, int, float, str, Path)
+_MAKERS: dict[Any, Callable[..., Any]] = {PathOrUri: place_option, Path: path_option}
 
 
-def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_config_options(command: Callable[..., Returned]) -> Callable[..., Returned]:
     """Let a command be called with options instead of the configs that are its parameters."""
     hints = get_type_hints(command, include_extras=True)
     configs: dict[str, type[BaseModel]] = {}
@@ -47,10 +49,10 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
 
     @wraps(command)
-    def with_options(**values: Any) -> None:
+    def with_options(**values: Any) -> Returned:
         for name, model in configs.items():
             values[name] = _config(model, values)
-        command(**values)
+        return command(**values)
 
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -108,8 +110,8 @@ def _parameters(model: type[BaseModel]) -> Iterator[inspect.Parameter]:
             about |= {"min": _bound(field, "ge"), "max": _bound(field, "le")}
         if kind is bool and default:
             flag += f"/--no-{flag.removeprefix('--')}"
-        made = place_option(flag, **about) if kind is PathOrUri else typer.Option(flag, **about)
-        hint: Any = Annotated[kind | None if default is None else kind, made]
+        make = _MAKERS.get(kind, typer.Option)
+        hint: Any = Annotated[kind | None if default is None else kind, make(flag, **about)]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 

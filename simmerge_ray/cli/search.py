@@ -10,9 +10,8 @@ import typer
 from simmerge_ray.base.config import BestMergeConfig, SearchConfig
 from simmerge_ray.base.errors import ConfigError, TaskError
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
-from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
+from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, place_option
 
-CatalogueArgument = Annotated[PathOrUri, place_argument(help="catalogue YAML: base and checkpoints")]
 StoreOption = Annotated[PathOrUri, place_option(help="directory of the label store")]
 TasksOption = Annotated[
     PathOrUri | None, place_option(help="directory of <task>.jsonl with prompt and target per line")
@@ -63,7 +62,7 @@ def run_search_command(
         from simmerge_ray.pipelines.dataset import plan_search, search_stage
 
         if dry_run:
-            _, estimate = plan_search(catalogue, tasks, out, config)
+            estimate = plan_search(catalogue, tasks, out, config)
             narrator.print_lines(estimate.lines())
         else:
             search_stage(catalogue, tasks, out, config, narrator)

@@ -174,10 +174,8 @@ def _table(study: Study, merges: Sequence[Found], singles: Sequence[Found]) -> T
     return table
 
 
-def plan_search(
-    catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig
-) -> tuple[Study, SearchEstimate]:
-    """Everything that `search_stage` checks before Ray starts, and what it would take. Reads every checkpoint once.
+def plan_search(catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig) -> SearchEstimate:
+    """Check everything that `search_stage` checks before Ray starts; what it would take. Reads every checkpoint once.
 
     Raises:
         ConfigError: with all problems that were found.
@@ -197,7 +195,7 @@ def plan_search(
     from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
 
     study = prepare_study(catalogue, tasks, config, str(labels.resolve()))
-    return study, estimate(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
+    return estimate(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
 
 
 def local_resources() -> dict[str, float]:

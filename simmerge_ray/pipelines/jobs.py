@@ -1,4 +1,4 @@
-"""What the scripts in `jobs/` share: where results may go, and how a job says what happened.
+"""What the scripts in `jobs/` and `--job-line` of a command share: where results may go, and how a job says its end.
 
 A job ends with an exit code (0 done or nothing to do, 1 failed, 2 bad input, 3 refused, 130 interrupted) and a last
 line that starts with `simmerge-job` and goes on as JSON: `job`, `status` (done, unchanged, refused, failed or
@@ -12,16 +12,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.errors import InputError, OutputError, SimmergeError
+from simmerge_ray.base.storage import Place, RemotePath
 
 LAST_LINE = "simmerge-job"
 _PACKAGES = "working_dir_files"  # where Ray unpacks working directories, below the session's directory
 
 
-def output_place(place: str | Path, option: str = "--out") -> str:
+def output_place(place: Place, option: str = "--out") -> Place:
     """An output's URI as it is, or its absolute path.
 
     Args:
@@ -30,33 +30,16 @@ def output_place(place: str | Path, option: str = "--out") -> str:
     Raises:
         OutputError: it would lie in the working directory of a submitted job, which is a copy that Ray deletes.
     """
-    from simmerge_ray.base.storage import RemotePath, as_place
     from simmerge_ray.on_ray.resources import is_submitted
 
-    path = as_place(str(place))
-    if isinstance(path, RemotePath):
-        return str(path)
-    if is_submitted() and (not path.is_absolute() or _PACKAGES in path.parts):
+    if isinstance(place, RemotePath):
+        return place
+    if is_submitted() and (not place.is_absolute() or _PACKAGES in place.parts):
         raise OutputError(
             f"{option} is {str(place)!r}; under `ray job submit` the working directory is a copy that Ray deletes, so "
             "name an absolute path on a filesystem that every node sees, or a URI such as s3://bucket/run"
         )
-    return str(path.absolute())
-
-
-def local_output(place: str | Path, option: str = "--out") -> Path:
-    """`output_place` of a job that writes files only.
-
-    Raises:
-        OutputError: as there, or a URI.
-    """
-    from simmerge_ray.base.storage import RemotePath, as_place
-
-    if isinstance(as_place(str(place)), RemotePath):
-        raise OutputError(
-            f"{option} is {str(place)!r}; this job writes files: name an absolute path that every node sees"
-        )
-    return Path(output_place(place, option))
+    return place.absolute()
 
 
 def run_job(name: str, work: Callable[[], Mapping[str, Any]]) -> int:

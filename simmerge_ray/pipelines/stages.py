@@ -18,9 +18,9 @@ from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, general_probe_set
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.on_ray.resources import only_job
 from simmerge_ray.pipelines.dataset import UNCHANGED, plan_search, search_stage
+from simmerge_ray.pipelines.jobs import output_place
 from simmerge_ray.search.estimate import SearchEstimate
 from simmerge_ray.search.labels import LabelStore
-from simmerge_ray.search.setup import Study
 from simmerge_ray.signals.bounds import bounds
 from simmerge_ray.signals.compute import tokenize_probes
 from simmerge_ray.signals.features import FEATURE_SCHEMA
@@ -131,7 +131,7 @@ def train_stage(
     store = LabelStore(labels)
     read = store.read()
     if not read:
-        raise LabelError(f"no labels at {labels}; `simmerge search` makes them")
+        raise LabelError(f"no labels at {labels}; `simmerge labels make` makes them")
     with narrator.stage("train") as stage:
         inputs = {"signals": digest_file(signals), "labels": store.digest()}
         kept = config.model_dump(mode="json") | {"arms": list(arms or ()), "shortlist": "second_order"}
@@ -237,7 +237,7 @@ def _shown_gain(crossval: dict[str, Any]) -> str:
     return f"GapClosed {per_merge['selector']:.3f}, best fixed {per_merge['best_fixed']:.3f}"
 
 
-def check_study(config: StudyConfig) -> tuple[Study, SearchEstimate]:
+def check_study(config: StudyConfig) -> SearchEstimate:
     """Read and check every input of a study; what its search will take.
 
     Raises:
@@ -246,9 +246,9 @@ def check_study(config: StudyConfig) -> tuple[Study, SearchEstimate]:
     from simmerge_ray.on_ray.signal_actors import signature_spec
 
     problems: dict[str, None] = {}
-    planned = None
+    estimate = None
     try:
-        planned = plan_search(config.catalogue, config.tasks, config.out / "labels", config.search)
+        estimate = plan_search(config.catalogue, config.tasks, config.out / "labels", config.search)
     except InputError as error:
         problems[str(error)] = None
     try:
@@ -257,34 +257,34 @@ def check_study(config: StudyConfig) -> tuple[Study, SearchEstimate]:
     except InputError as error:
         if str(error) not in "".join(problems):  # the catalogue's problems, a second time
             problems[str(error)] = None
-    if planned is None or problems:
+    if estimate is None or problems:
         raise ConfigError("\n".join(problems))
-    return planned
+    return estimate
 
 
-def load_study(path: Place) -> tuple[StudyConfig, Study, SearchEstimate]:
-    """Read a study file and check it and everything that it names.
+def load_study(path: Place) -> tuple[StudyConfig, SearchEstimate]:
+    """Read a study file and check it and everything that it names; what its search will take.
 
     Raises:
-        ConfigError: with all problems, of the file and of what it names.
+        ConfigError: with all problems, of the file and of what it names. OutputError: a submitted job would lose `out`.
     """
     config, problems = load_yaml_leniently(path, StudyConfig)
-    planned = None
+    estimate = None
     if config is not None:
+        output_place(config.out, f"`out` in {path}")
         try:
-            planned = check_study(config)
+            estimate = check_study(config)
         except ConfigError as error:
             problems += str(error).split("\n")
-    if config is None or planned is None or problems:
+    if config is None or estimate is None or problems:
         raise ConfigError("\n  ".join([f"study {path}:", *problems]))
-    return config, *planned
+    return config, estimate
 
 
-def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> Place:
-    """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`. Returns the output directory."""
+def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> None:
+    """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`."""
     # Alone in its cluster: another submission of the same job waits, and then finds everything in place.
     with only_job(str(config.out), narrator.say) if "RAY_ADDRESS" in os.environ else nullcontext():
         signals = config.out / "signals" / "pairs.parquet"
         signals_stage(config.catalogue, config.probes, signals, config.signals, narrator)
         search_stage(config.catalogue, config.tasks, config.out / "labels", config.search, narrator)
-    return config.out

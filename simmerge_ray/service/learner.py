@@ -15,12 +15,11 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.base.errors import SimmergeError, StoreError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
@@ -80,24 +79,6 @@ _MAX_EXPIRED = 1000  # closed in one go
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class LearnerSettings:
-    """database: URL. registry: directory of published selectors. selector: for a log that has not begun, or one to be
-    published beside it. signals: table of the pairs that may be asked for. catalogue, signatures: for better plans.
-    ttl_seconds: of a decision, None: for ever. floor: probability that every arm is played with at least."""
-
-    database: str
-    registry: Path
-    signals: Place
-    selector: Place | None = None
-    catalogue: Place | None = None
-    signatures: str | None = None
-    namespace: str = "default"
-    floor: float = 0.02
-    ttl_seconds: float | None = 30 * 86400.0
-    snapshot_every: int = 1000
-
-
 class Observer(Protocol):
     """Told of everything that is worth a metric; must not fail or wait."""
 
@@ -131,7 +112,7 @@ class Learner:
         InputError: the signal table, the catalogue or the selector cannot be read, or do not fit each other.
     """
 
-    def __init__(self, settings: LearnerSettings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, settings: ServiceConfig, clock: Callable[[], float] = time.time) -> None:
         self.settings, self._clock = settings, clock
         self.observer: Observer = Silent()
         self.registry = Registry(settings.registry)
@@ -389,7 +370,7 @@ class Learner:
     def _ranker(self, published: Published) -> PlanRanker:
         """One for each version; in the thread of `_others` alone."""
         if published.version not in self._rankers:
-            signatures = self.settings.signatures
+            signatures = self.settings.signature_store
             self._rankers = {published.version: PlanRanker(published, self._table, self._catalogue, signatures)}
         return self._rankers[published.version]
 

@@ -62,7 +62,7 @@ def invoke(run, catalogue_path, out, *options: str, **changes):
         (("--objective", "ad"), ConfigError, "did you mean 'add'"),
         (("--must-contain", "m9"), PlanError, "unknown checkpoint 'm9'"),
         (("--ways", "x"), ConfigError, "--ways"),
-        (("--arm", "slerp"), SelectorError, "simmerge search"),
+        (("--arm", "slerp"), SelectorError, "simmerge labels make"),
         (("--evaluator", "vlm"), SystemExit, "2"),
         (("--max-items", "3"), TaskError, "task 'add' has 3 items"),
         (("--max-model-len", "500"), ConfigError, "max_model_len is 500"),

@@ -48,7 +48,7 @@ def find_dataset(path: Place) -> DatasetFiles:
         ConfigError: there is no such path, or it has none of the forms.
     """
     if not path.exists():
-        raise ConfigError(f"no data set at {path}; `simmerge search` or jobs/build_dataset.py makes labels")
+        raise ConfigError(f"no data set at {path}; `simmerge labels make` or jobs/build_dataset.py makes labels")
     if path.is_dir() and (path / "labels.parquet").is_file():
         path /= "labels.parquet"
     if path.is_file():
@@ -82,7 +82,7 @@ def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> Load
     """
     labels = [label for path in files.labels for label in LabelStore(path).read()]
     if not labels:
-        raise LabelError(f"no labels at {files.labels[0]}; `simmerge search` makes them")
+        raise LabelError(f"no labels at {files.labels[0]}; `simmerge labels make` makes them")
     tables = [read_signal_table(path) for path in files.signals]
     owner = _owners(tables, files)
     of_table = _labels_by_table(labels, tables, owner, files)

@@ -112,7 +112,7 @@ def scorable_arms(texts: Sequence[str], trained: Sequence[str], with_base: bool)
         if arm.label not in trained:
             raise SelectorError(
                 f"{unknown_name('arm', arm.label, trained)}; the selector has no labels of it: measure it with "
-                f"`simmerge search ... --arm '{arm.label}'` and train again"
+                f"`simmerge labels make ... --arm '{arm.label}'` and train again"
             )
         if arm.spec.needs_base and not with_base:
             raise OperatorError(f"arm {arm.label!r} needs a base checkpoint, and the signal table was made without one")

@@ -9,33 +9,33 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from simmerge_ray.base.config import Pair, Ways, _Config, check_config, option
+from simmerge_ray.base.config import FrozenConfig, Pair, Ways, check_config, option
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import Place, RemotePath
 from simmerge_ray.cli.options import with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument
 
 
-class Kettle(_Config):
+class Kettle(FrozenConfig):
     """One of each kind of field."""
 
-    size: Literal["small", "large"] = option("small", panel="Kettle", description="of the kettle")
-    num_cups: int = option(2, flag="cups", ge=1, le=9, description="cups to boil")
-    litres: float | None = option(None, gt=0, description="default: what the cups hold")
-    teas: tuple[str, ...] = option(("green", "black"), flag="tea", min_length=1, description="repeatable")
-    avoid: tuple[Pair, ...] = option((), description="LEFT,RIGHT")
-    ways: Ways = option((2, 3), shown="2-3", description="teas of a mixture")
-    whistle: bool = option(True, description="when it boils")
-    loud: bool = option(False, description="the whistle")
-    water: Place | None = option(None, description="where it is")
-    recipe: Path | None = option(None, description="a file")
+    size: Literal["small", "large"] = option("small", "of the kettle", panel="Kettle")
+    num_cups: int = option(2, "cups to boil", flag="cups", ge=1, le=9)
+    litres: float | None = option(None, "default: what the cups hold", gt=0)
+    teas: tuple[str, ...] = option(("green", "black"), "repeatable", flag="tea", min_length=1)
+    avoid: tuple[Pair, ...] = option((), "LEFT,RIGHT")
+    ways: Ways = option((2, 3), "teas of a mixture", shown="2-3")
+    whistle: bool = option(True, "when it boils")
+    loud: bool = option(False, "the whistle")
+    water: Place | None = option(None, "where it is")
+    recipe: Path | None = option(None, "a file")
     altitude: float = 0.0
 
 
-class Table(_Config):
+class Table(FrozenConfig):
     """A second config."""
 
-    legs: int = option(description="no default")
+    legs: int = option(..., "no default")
 
 
 def called(*arguments: str) -> Any:

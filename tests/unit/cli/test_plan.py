@@ -53,9 +53,9 @@ def test_it_shows_a_table_and_writes_plans_that_can_be_read(run, catalogue_path,
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (("--ways", "x"), ConfigError, "--ways"),
+        (("--ways", "x"), ConfigError, "ways is a number"),
         (("--propagator", "exact"), ConfigError, "give --probes"),
-        (("--arm", "slerp"), SelectorError, "simmerge search"),
+        (("--arm", "slerp"), SelectorError, "simmerge labels make"),
         (("--task", "sing"), PlanError, "simmerge signals --probes"),
         (("--must-contain", "m9"), PlanError, "unknown checkpoint"),
         (("--left", "m0"), ConfigError, "give both"),

@@ -28,7 +28,6 @@ from simmerge_ray.selector.assessment.report import (
 )
 from simmerge_ray.selector.data.dataset import SelectionDataset, join_datasets
 from simmerge_ray.selector.models.model import read_selector
-from tests.unit.cli.test_app import simmerge
 from tests.unit.selector.made_up import COLUMNS, planted, write_study
 
 pytestmark = pytest.mark.slow
@@ -172,6 +171,6 @@ def test_a_study_of_several_bases_is_trained_on_with_one_command(study, tmp_path
     assert {"none", "onehot", "probe_stats"} <= {row["name"] for row in rows}
 
 
-def test_bad_input_ends_with_code_two(tmp_path):
+def test_bad_input_ends_with_code_two(tmp_path, simmerge):
     result = simmerge("train", tmp_path / "none", "--out", tmp_path / "out")
     assert result.returncode == 2 and "no data set at" in result.stderr and "Traceback" not in result.stderr

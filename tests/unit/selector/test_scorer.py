@@ -244,7 +244,7 @@ def test_plan_files_can_be_read_and_say_what_was_predicted(tmp_path):
 def test_what_cannot_be_scored_is_refused_with_the_remedy():
     with pytest.raises(OperatorError, match="passthrough.*no plan with it can be scored"):
         scorable_arms(["passthrough"], ARMS, True)
-    with pytest.raises(SelectorError, match="simmerge search ... --arm 'ties'"):
+    with pytest.raises(SelectorError, match="simmerge labels make ... --arm 'ties'"):
         scorable_arms(["ties"], ARMS, True)
     with pytest.raises(OperatorError, match="needs a base"):
         scorable_arms(["dare_linear"], ARMS, False)
