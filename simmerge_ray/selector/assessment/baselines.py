@@ -1,4 +1,4 @@
-"""Choices that need no model of the signals, or less of them: what a selector has to beat.
+"""What a selector has to beat: choices that use no model of the signals, or a part of them.
 
 Each row of `BASELINES` gives scores (num tested, K + 2) for the arms and both parents from the training rows alone; the
 same rule as for a selector makes choices of them (`scoring.shares_of`). Those that need a trained model on other
@@ -102,7 +102,7 @@ def single_checkpoint_features(dataset: SelectionDataset) -> SelectionDataset:
 
 
 def parents_utilities(dataset: SelectionDataset) -> SelectionDataset:
-    """Only the measured utilities of both parents on the task: what an evaluation of the parents alone would say."""
+    """Only the measured utilities of both parents on the task: what evaluating the parents alone would tell."""
     parents = option_utilities(dataset.contexts, dataset.arms)[:, -2:]
     features = np.stack([parents, parents[:, ::-1]], axis=1)
     return replace(dataset, columns=("utility_left", "utility_right"), features=features)

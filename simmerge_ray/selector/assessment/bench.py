@@ -48,7 +48,7 @@ class NoiseSets:
 
     @property
     def majority_share(self) -> float:
-        """Share of units in whose noise set the arm lies that is within the most: the best constant, in hindsight."""
+        """Share of units whose noise set holds the arm that is in the most of them: the best constant in hindsight."""
         return float(self.within[:, : self.num_arms].mean(0).max())
 
 
@@ -130,7 +130,7 @@ class Bench:
         }
 
     def arm_accuracy(self, shares: np.ndarray, arms: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Per arm: how often "this arm is the best one" is answered rightly, beside the better constant answer."""
+        """Per arm: how often "this arm is the best one" is answered correctly, and the better constant answer."""
         units = [(i, rows[0]) for i, rows in enumerate(self.units) if not np.isnan(shares[rows]).any()]
         best = self.noise.best[[i for i, _ in units]]
         found = {}

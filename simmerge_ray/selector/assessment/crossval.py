@@ -1,9 +1,9 @@
-"""A selector beside its baselines on checkpoints that it was not trained on: the report of `simmerge train`.
+"""A selector and its baselines on checkpoints that it was not trained on: the report of `simmerge train`.
 
-One split at a time: *one model unseen* (a group of checkpoints left out, with all its pairs) is that of the report; any
-other folds of `splits` can be given. Predictions of a pair that is tested in several folds are averaged, then one
-choice is made. What the safe override and the intervals need is chosen inside the training part of each fold: its
-checkpoints are left out in turn once more, so nothing is chosen on what it is scored on.
+One split at a time. The default is *one model unseen* (a group of checkpoints left out, with all its pairs); other
+folds of `splits` can be given. If a pair is tested in several folds, its predictions are averaged before the choice.
+The threshold of the safe override and the intervals are chosen inside the training part of each fold, whose checkpoints
+are left out in turn once more, so nothing is chosen on what it is scored on.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def crossval_report(
         GapClosed of selector, best fixed, uniform and split-half oracle. `policies`: for both objectives the figures of
         `Bench.measure` of every policy, `lead` of the selector over each of the others, `majority_in_noise_set` and
         `arm_accuracy` of the selector. `missing`: policies without figures, and why. `override`, `intervals`,
-        `abstained`: of the safe policy. `predictions`: a row per
-        context. A `reason` instead where there are too few labels for the folds, or GapClosed is nowhere defined.
+        `abstained`: of the safe policy. `predictions`: a row for each tested context. Or `reason` alone, if there are
+        too few labels for the folds or GapClosed is nowhere defined.
     """
     result: dict[str, Any] = {"arms": list(dataset.arms), "num_contexts": len(dataset.contexts), "split": split}
     policies: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""One split of a data set: its folds, and the predictions and choices of everything that is compared on them."""
+"""Cross-validation: the folds of a data set, and the predictions and choices that are compared on them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class CrossValidation:
         return CrossValidation(dataset, config, list(folds), Scoring.of(dataset.contexts, dataset.arms))
 
     def models(self, dataset: SelectionDataset, config: TrainConfig) -> list[FittedModel]:
-        """One for each fold, on features that may be others than those of the crossval."""
+        """One for each fold; the features may differ from those of the cross-validation."""
         return fit_models(dataset, [fold.training for fold in self.folds], config)
 
     def predictions(self, models: Sequence[FittedModel], dataset: SelectionDataset | None = None) -> list[np.ndarray]:
@@ -87,7 +87,7 @@ class CrossValidation:
         return _possible({name: partial(scores, policy) for name, policy in BASELINES.items()})
 
     def control_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """The same model on less than the signals, and on those of other pairs; and why one has no scores."""
+        """Scores of the same model on part of the signals and on those of other pairs; and why one has none."""
         controls = {
             "single-checkpoint features": lambda: self.unseen(single_checkpoint_features(self.dataset), self.config),
             "parents' utilities": lambda: self.unseen(parents_utilities(self.dataset), self.config),
@@ -113,7 +113,7 @@ class CrossValidation:
 
 
 def _possible(makers: Mapping[str, Callable[[], np.ndarray]]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What can be made of the labels, by name, and for the others why not."""
+    """What the labels suffice for, by name; and the reasons why not for the others."""
     made, missing = {}, {}
     for name, make in makers.items():
         try:

@@ -51,7 +51,7 @@ def assess(
     report: Progress | None = None,
     column_sets: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """All that the report of a training says.
+    """The content of a training's report.
 
     Args:
         base_of: base of each checkpoint; None takes all for one base's. column_sets: columns that are delivered by a
@@ -204,7 +204,7 @@ def _variants(
 
 @dataclass(frozen=True)
 class _Stand:
-    """The headline split with small models: what ablations and permutations are compared with."""
+    """The headline split with small models, which ablations and permutations are compared with."""
 
     crossval: CrossValidation
     bench: Bench
@@ -292,7 +292,7 @@ class _Stand:
 
 
 def calibration(predicted: np.ndarray, measured: np.ndarray) -> dict[str, list[dict[str, float]]]:
-    """Tenths of the predictions beside the mean that was measured for them; (N, K) each.
+    """Deciles of the predictions and the mean measured for each; (N, K) both.
 
     `utility`: of an arm on a context. `advantage`: over the mean of the arms on the context, which is what a choice
     rests on.

@@ -1,7 +1,7 @@
-"""What a selector is told about the task beside the signals, which are computed on the task's probes already.
+"""What a selector knows of the task beyond the signals, which are computed on the task's probes already.
 
 none         nothing (the default: an encoding can only be wrong about a task that was not trained on)
-onehot       one column a known task, and one that says that the task is unknown
+onehot       one column for each known task, and one for an unknown task
 probe_stats  entropy and loss of the context's base on the task's probes, standardised over bases and tasks of the
              training; the length of the probes is not in a signal table, so it is not used
 """

@@ -143,6 +143,6 @@ def _labels_by_table(
 
 
 def _base_name(table: SignalTable, path: Place) -> str:
-    """Of its base; a table made without one stands for itself."""
+    """The id of its base; a table made without one has its own name."""
     name = table.provenance.get("base")
     return str(name) if name is not None else str(path.parent.name if path.name == _PAIRS else path.stem)

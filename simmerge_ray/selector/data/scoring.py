@@ -45,7 +45,7 @@ class Scoring:
         )
 
     def among(self, rows: Sequence[int]) -> Scoring:
-        """The part that lies in the given rows; they keep their numbers."""
+        """The contexts among the given rows, which keep their numbers."""
         kept = np.isin(self.rows, np.asarray(rows, dtype=np.int64))
         return Scoring(self.rows[kept], self.tasks[kept], self.closed[kept], self.gap[kept], self.unit)
 

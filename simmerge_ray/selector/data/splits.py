@@ -37,7 +37,7 @@ def pairs_of(contexts: Iterable[Context]) -> tuple[Pair, ...]:
 
 
 def checkpoint_groups(pairs: Iterable[Pair], max_groups: int, seed: int) -> list[frozenset[str]]:
-    """Checkpoints in at most so many groups of about one size, drawn at random when there are more checkpoints."""
+    """Checkpoints in at most `max_groups` groups of about one size, drawn at random if there are more checkpoints."""
     names = sorted({name for pair in pairs for name in pair})
     if len(names) > max_groups:
         names = [names[index] for index in np.random.default_rng([seed, len(names)]).permutation(len(names))]

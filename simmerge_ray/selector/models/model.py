@@ -1,7 +1,7 @@
 """The selector: signals of a pair in, utilities of the arms and a choice out. numpy; stored as safetensors and JSON.
 
-What predicts is a row of `predictors.PREDICTORS`. Around it: the scaling of the features, what is said about the task,
-when to leave the best fixed arm, which pairs are too far from the training data to be answered, and intervals.
+A row of `predictors.PREDICTORS` predicts. Around it: the scaling of the features, the encoding of the task, when to
+leave the best fixed arm, which pairs are too far from the training data to be answered, and intervals.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DESCRIPTION = "selector.json"
 
 @dataclass(frozen=True)
 class InputScaling:
-    """From features to what a predictor takes. centre, scale: (F,), of the features over both orders."""
+    """From features to a predictor's inputs. centre, scale: (F,), of the features over both orders."""
 
     centre: np.ndarray
     scale: np.ndarray
@@ -91,8 +91,8 @@ class FittedModel(InputScaling):
 class Selector:
     """Predicts utilities of arms from the signals of a pair on a task, and chooses an arm.
 
-    reference: the arms over which contrasts sum to zero; any other arm is a contrast to their mean. intervals: None
-    where there were too few checkpoints to leave some out. provenance: digest of the training data, config, metrics.
+    reference: the arms over which contrasts sum to zero; any other arm is a contrast to their mean. intervals: None if
+    there were too few checkpoints to leave some out. provenance: digest of the training data, config, metrics.
     """
 
     arms: tuple[str, ...]
@@ -140,7 +140,7 @@ class Selector:
         """(K,): utility plus and minus this covers the measured one with probability `level`, for unseen checkpoints.
 
         Raises:
-            SelectorError: another level than those of the artifact, or none were computed.
+            SelectorError: the artifact has no interval of this level.
         """
         if self.intervals is None:
             raise SelectorError("this selector has no intervals: there were too few checkpoints to leave some out")

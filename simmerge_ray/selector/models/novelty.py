@@ -1,4 +1,4 @@
-"""Is a pair like those that were trained on? Distance to the nearest of them, beside what is usual among them."""
+"""Is a pair like those of the training? Its distance to the nearest of them, against the usual distance among them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Novelty:
     """Root mean square over the features of the mean Euclidean distance to the 5 nearest training rows.
 
     rows: (M, F) standardised features of the training pairs, both orders. limit: distance beyond which a pair is not
-    answered, the stated quantile of what training pairs have to those that share no checkpoint with them: what a pair
-    of two new checkpoints of the same kind meets.
+    answered: a quantile of the distances of training pairs to those that share no checkpoint with them, as seen by a
+    pair of two new checkpoints of the same kind.
     """
 
     rows: np.ndarray

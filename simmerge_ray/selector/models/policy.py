@@ -41,7 +41,7 @@ class Choice:
     """An arm for a pair.
 
     overrode: whether it is another than the best fixed one. reason: why, in words. advantage: predicted utility of the
-    arm that looks best over the best fixed one. distance: to the training data, beside its limit in the selector.
+    arm that looks best over the best fixed one. distance: to the training data; the selector has its limit.
     """
 
     arm: str

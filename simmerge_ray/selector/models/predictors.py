@@ -1,4 +1,4 @@
-"""What turns the signals of a pair into utilities: four families behind one interface, evaluated with numpy alone.
+"""From the signals of a pair to utilities: four families behind one interface, evaluated with numpy alone.
 
 Every family predicts a level (what any merge of this pair reaches) and a contrast per arm, `U_o = level + contrast_o`,
 with contrasts that sum to zero over the reference arms: the contrast chooses the arm within a merge, both together rank
@@ -36,7 +36,7 @@ class Predictor(Protocol):
 
     @classmethod
     def from_tensors(cls, tensors: Tensors) -> Predictor:
-        """The inverse of `tensors`; a KeyError, IndexError or ValueError where they are not those of this family."""
+        """The inverse of `tensors`; a KeyError, IndexError or ValueError if they do not belong to this family."""
         ...
 
 

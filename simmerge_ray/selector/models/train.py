@@ -54,10 +54,10 @@ def train_selector(
     has no intervals.
 
     Args:
-        reference: arms whose contrasts sum
-            to zero; None takes all. Contexts in which one of them was not measured (NaN) are dropped; another arm is a
-            contrast to their mean, learned from the contexts that have it. rewards: single arms of merges, learned
-            beside the contexts; thresholds and intervals are calibrated on the contexts alone.
+        reference: arms whose contrasts sum to zero; None takes all. Contexts in which one of them was not measured
+            (NaN) are dropped; another arm is a contrast to their mean, learned from the contexts that have it.
+            rewards: single arms of merges, learned along with the contexts; thresholds and intervals are calibrated on
+            the contexts alone.
 
     Raises:
         LabelError: fewer than `MIN_CONTEXTS` contexts, or fewer than two reference arms.
@@ -141,7 +141,7 @@ def fit_models(
     """One model for each set of rows; scaling and encoding are those of its rows. Networks are trained side by side.
 
     Args:
-        reference: columns of the reference arms; None takes all. rewards: learned beside the rows, except those of
+        reference: columns of the reference arms; None takes all. rewards: learned along with the rows, except those of
             merges with a checkpoint that the data set has and the rows leave out.
 
     Raises:

@@ -25,7 +25,7 @@ def default_selector() -> Path:
 
 
 def write_selectors(out: Place, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:
-    """What `simmerge plan` and the service read: a selector, beside it that of the shortlist and the parents."""
+    """What `simmerge plan` and the service read: a selector, and beside it the shortlist's and the parents."""
     from simmerge_ray.selector.data.dataset import parent_utilities
 
     selector.write(out)
@@ -34,13 +34,13 @@ def write_selectors(out: Place, selector: Selector, shortlist: Selector, dataset
 
 
 def read_parents(selector: Place) -> dict[str, dict[str, float]]:
-    """Measured utilities of the checkpoints as they are; empty where the selector has none beside it."""
+    """Measured utilities of the checkpoints as they are; empty if the selector has none beside it."""
     path = selector / PARENTS
     return read_json(path) if path.exists() else {}
 
 
 def write_plans(directory: Place, ranking: Ranking, catalogue: Catalogue) -> list[Place]:
-    """`plan-1.json`, ... from best to worst, for `simmerge merge`, and `ranking.json` with what is said of them."""
+    """`plan-1.json`, ... from best to worst, for `simmerge merge`, and `ranking.json` with their predictions."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, one in enumerate(ranking.plans, 1):

@@ -1,17 +1,17 @@
 """The plan scorer: ranks merges of several checkpoints that nobody has made.
 
 Two stages. `second_order` features, which cost next to nothing, make a shortlist of all plans, or of a beam of them
-(see `plan_search`); a better propagator, `virtual` by default, computes the features of the shortlist's steps anew and
+(see `search`); a better propagator, `virtual` by default, computes the features of the shortlist's steps anew and
 ranks it. Each stage has a selector of its own, trained with exactly the features that its propagator delivers.
 
-A plan's score is the predicted utility of its last step, whose left side is the merge of all before (`last`), or the
-`mean` or `sum` over its steps. Plans are ranked by it less `caution` times the spread of the ensemble, predictions
-taken to be in [0, 1] as utilities are: the best of many thousand predictions is otherwise the one that extrapolates
-most. In the demo, where only checkpoints of different tasks were merged for training, pairs of one task are predicted
-to reach 1.1 (median) with a spread of 0.6, those like the training 0.8 with 0.05.
+A plan's score is the predicted utility of its last step, whose left side is the merge of all earlier ones (`last`), or
+the `mean` or `sum` over its steps. Plans are ranked by the score minus `caution` times the spread of the ensemble, with
+predictions clipped to [0, 1]: otherwise the best of many thousand predictions is the one that extrapolates most. In the
+demo, where only checkpoints of different tasks were merged for training, pairs of one task are predicted to reach 1.1
+(median) with a spread of 0.6, pairs like those of the training 0.8 with 0.05.
 
-Selectors are trained on merges of two checkpoints with weight 1/2 each; what they say of a step with another weight, or
-of more checkpoints, is extrapolated, and `RankedPlan.approximate` says so.
+Selectors are trained on merges of two checkpoints with weight 1/2 each. Predictions for a step with another weight, or
+for more checkpoints, are extrapolated, and `RankedPlan.approximate` says so.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _Z95 = 1.96
 
 @dataclass(frozen=True)
 class RankedPlan:
-    """A plan and what is predicted of it.
+    """A plan and its prediction.
 
     utility, sd: pooled over the tasks. score: what it is ranked by. by_task: (utility, sd) for each task that counts.
     why: groups of signals and how far each moves the prediction from the average plan's (see `influences`).
-    propagator: which computed the features. approximate: what they, or the prediction, rest on beyond signals that were
-    measured.
+    propagator: the one that computed the features. approximate: what features and prediction rest on beyond measured
+    signals.
     """
 
     plan: MergePlan
@@ -66,7 +66,7 @@ class RankedPlan:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % of the spread of the ensemble, within [0, 1]: how far its members agree, not how far they err."""
+        """95 % of the spread of the ensemble, within [0, 1]: how far its members disagree, not how far they err."""
         low, high = np.clip((self.utility - _Z95 * self.sd, self.utility + _Z95 * self.sd), 0.0, 1.0)
         return float(low), float(high)
 
@@ -84,9 +84,9 @@ class Ranking:
     num_reranked: int
 
     def with_best_fixed(self) -> Ranking:
-        """For what is to be measured: `best_fixed` takes the last place where it has none, unless it is the only one.
+        """For merges to be measured: `best_fixed` takes the last place, unless it is ranked or there is only one.
 
-        In the study the first prediction was hardly better than the best fixed arm: who measures anyway should know.
+        In the study the first prediction was hardly better than the best fixed arm, so it is measured as well.
         """
         kept = self.plans[:-1]
         if not kept or any(one.plan.id == self.best_fixed.plan.id for one in self.plans):
@@ -244,7 +244,7 @@ class PlanScorer:
 
 
 def check_columns(selector: Model, propagator: str, columns: Sequence[str]) -> None:
-    """Refuse a selector that was trained with features which a propagator does not deliver.
+    """Refuse a selector that was trained with features that a propagator does not deliver.
 
     Raises:
         SelectorError: naming one of them, and what to do.
@@ -265,19 +265,19 @@ def with_arm(plan: MergePlan, arm: str) -> MergePlan:
 
 
 def approximations(plan: MergePlan, propagator: str) -> tuple[str, ...]:
-    """What the score of a plan rests on beyond measured signals and merges like those of the training."""
-    said = []
+    """What a plan's score rests on beyond measured signals and merges like those of the training."""
+    notes = []
     inner = [step.arm for step in plan.steps[:-1]]
     if inner and propagator != "exact":
-        said.append(
+        notes.append(
             "outputs of intermediates are " + {"bound": "bounds"}.get(propagator, "mixtures of the checkpoints'")
         )
         if propagator in ("bound", "second_order"):
-            said.append("entropy and loss of intermediates are weighted means")
+            notes.append("entropy and loss of intermediates are weighted means")
         if propagator == "second_order":
-            said += [f"{arm.label} counts as {blend_like(arm).label}" for arm in inner if blend_like(arm) != arm]
+            notes += [f"{arm.label} counts as {blend_like(arm).label}" for arm in inner if blend_like(arm) != arm]
     if any(step.weight != 0.5 for step in plan.steps):
-        said.append("the selector was trained on weights of 1/2")
+        notes.append("the selector was trained on weights of 1/2")
     if len(plan.steps) > 1:
-        said.append("the selector was trained on pairs")
-    return tuple(dict.fromkeys(said))
+        notes.append("the selector was trained on pairs")
+    return tuple(dict.fromkeys(notes))

@@ -27,7 +27,7 @@ _DIGITS = 12  # predictions that differ by less are equal, whatever the order of
 
 
 class Model(Protocol):
-    """What of a selector the scorer needs."""
+    """The part of a selector that the scorer needs."""
 
     @property
     def arms(self) -> tuple[str, ...]: ...

@@ -32,7 +32,7 @@ class TaskPool:
         return counted
 
     def pooled(self, utility: np.ndarray, sd: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The objective and its spread, that of tasks taken to err together.
+        """The objective and its spread, assuming that the errors of all tasks have one sign.
 
         Args:
             utility, sd: (..., T). counted: (..., T) bool, or what broadcasts to it.

@@ -148,7 +148,7 @@ def test_the_stage_writes_selector_and_report_once(study, tmp_path):
         (("nowhere",), ConfigError, "no data set at nowhere"),
         (("--signals", "s.parquet"), ConfigError, "both --signals and --labels"),
         (("STUDY", "--labels", "l"), ConfigError, "DATASET alone"),
-        (("STUDY", "--model", "tree"), ConfigError, "model"),
+        (("STUDY", "--model", "tree"), SystemExit, "2"),
         (("STUDY", "--arm", "tees"), LabelError, "did you mean 'ties'"),
         (("STUDY", "--arm", "ties"), LabelError, "1 arms are too few"),
     ],
