@@ -33,7 +33,7 @@ CheckpointId = Annotated[str, typer.Argument(metavar="ID", help="checkpoint id: 
 
 
 @catalogue_app.command("add")
-def add(
+def add_to_catalogue(
     catalogue: CataloguePath,
     checkpoint_id: CheckpointId,
     path: Annotated[
@@ -58,7 +58,7 @@ def add(
 
 
 @catalogue_app.command("list")
-def list_(catalogue: CataloguePath) -> None:
+def list_checkpoints(catalogue: CataloguePath) -> None:
     """List the checkpoints of a catalogue, the base first."""
     from rich.console import Console
     from rich.table import Table
@@ -86,7 +86,7 @@ def list_(catalogue: CataloguePath) -> None:
 
 
 @catalogue_app.command("show")
-def show(catalogue: CataloguePath, checkpoint_id: CheckpointId) -> None:
+def show_checkpoint(catalogue: CataloguePath, checkpoint_id: CheckpointId) -> None:
     """Say what a checkpoint is: architecture, weights, identity. The first time its digest reads all weights."""
     from rich.console import Console
     from rich.table import Table

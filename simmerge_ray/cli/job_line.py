@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from typer.models import ArgumentInfo
 
-from simmerge_ray.cli.options import DEFAULT_LOG
+from simmerge_ray.cli.options import DEFAULT_LOG, set_parameters
 
 Results: TypeAlias = Mapping[str, Any] | None
 _HELP = "end with a line of JSON that says what happened, as the scripts in jobs/ do; output of libraries is not hidden"
@@ -46,9 +46,7 @@ def with_job_line(name: str, *outputs: str) -> Callable[[Callable[..., Results]]
 
         option = Annotated[bool, typer.Option("--job-line", help=_HELP)]
         last = inspect.Parameter("job_line", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
-        signature = inspect.Signature([*parameters.values(), last])
-        with_line.__signature__ = signature  # type: ignore[attr-defined]
-        with_line.__annotations__ = {key: one.annotation for key, one in signature.parameters.items()}
+        set_parameters(with_line, *parameters.values(), last)
         return with_line
 
     return decorate

@@ -46,7 +46,7 @@ def with_config_options(command: Callable[..., Returned]) -> Callable[..., Retur
             configs[parameter.name] = hint
             parameters += _parameters(hint)
         else:
-            parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(parameter.replace(annotation=hint))
 
     @wraps(command)
     def with_options(**values: Any) -> Returned:
@@ -54,9 +54,15 @@ def with_config_options(command: Callable[..., Returned]) -> Callable[..., Retur
             values[name] = _config(model, values)
         return command(**values)
 
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    set_parameters(with_options, *parameters)
     return with_options
+
+
+def set_parameters(command: Callable[..., Any], *parameters: inspect.Parameter) -> None:
+    """Say what typer calls a command with."""
+    by_keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    command.__signature__ = inspect.Signature(by_keyword)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def _config(model: type[BaseModel], values: dict[str, Any]) -> BaseModel:
