@@ -149,7 +149,7 @@ def starts_of(
     gaps, found = gaps_of(dataset), {}
     training = dataset.subset(fold.training)
     known = learned(training, config or config_for(base_of))
-    predicted = known.model.predict(dataset.features, [context.task for context in dataset.contexts])[0]
+    predicted = known.model.utilities(dataset)
     bases = [base_of[dataset.contexts[row].left] for row in fold.tested]
     for base in sorted(set(bases)):
         rows = [row for row, of in zip(fold.tested, bases, strict=True) if of == base]

@@ -43,7 +43,7 @@ def primary_test(dataset: SelectionDataset, base_of: Mapping[str, str], config: 
     if scoring.unit != GAP_CLOSED:
         raise LabelError("the checkpoints differ on no task by enough to measure GapClosed")
     predicted = keeping_no_parent(crossval.unseen(dataset, config))
-    fixed = crossval.averaged([best_fixed(dataset, scoring, fold.training, fold.tested) for fold in crossval.folds])
+    fixed = crossval.baseline(best_fixed)
     gained = scoring.taken(shares_of(predicted, units)) - scoring.taken(shares_of(fixed, units))
     samples = resampled_weights([pairs[row] for row in scoring.rows], base_of, NUM_RESAMPLES, config.seed)
     gain, drawn = float(scoring.headline(gained)), scoring.headline(gained, samples)

@@ -77,14 +77,13 @@ class CrossValidation:
                 found[row] = found[row] or arm
         return tuple(arm or arms[0] for arm in found)
 
+    def baseline(self, policy: Policy) -> np.ndarray:
+        """(N, K + 2): its scores."""
+        return self.averaged([policy(self.dataset, self.scoring, fold.training, fold.tested) for fold in self.folds])
+
     def baseline_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Scores (N, K + 2) by baseline, and why one has none."""
-
-        def scores(policy: Policy) -> np.ndarray:
-            found = [policy(self.dataset, self.scoring, fold.training, fold.tested) for fold in self.folds]
-            return self.averaged(found)
-
-        return _possible({name: partial(scores, policy) for name, policy in BASELINES.items()})
+        return _possible({name: partial(self.baseline, policy) for name, policy in BASELINES.items()})
 
     def control_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Scores of the same model on part of the signals and on those of other pairs; and why one has none."""

@@ -16,6 +16,7 @@ import numpy as np
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.signals.table import SignalTable
 
+KINDS = ("none", "onehot", "probe_stats")
 STATISTICS = ("entropy", "loss")
 
 
@@ -91,8 +92,8 @@ def statistics_of(table: SignalTable, tasks: Sequence[str]) -> np.ndarray | None
 def _checked(statistics: np.ndarray | None, num_contexts: int) -> np.ndarray:
     if statistics is None:
         raise SelectorError(
-            f"the task encoding probe_stats needs the base's {' and '.join(STATISTICS)} on the task of every context: "
-            "signals computed with a base; or train with task_encoding none"
+            f"the task encoding probe_stats needs the base's {' and '.join(STATISTICS)} on the task of every context, "
+            "which signals computed without a base lack: name a base in the catalogue, or take task_encoding none"
         )
     if statistics.shape != (num_contexts, len(STATISTICS)):
         raise SelectorError(f"the statistics have the shape {statistics.shape}; it must be ({num_contexts}, 2)")

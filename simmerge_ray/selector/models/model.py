@@ -17,6 +17,7 @@ import numpy as np
 
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.base.storage import Place, digest_json, local_directory, new_directory, versions, write_json
+from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.encoding import TaskEncoding
 from simmerge_ray.selector.models.novelty import Novelty
 from simmerge_ray.selector.models.policy import Choice, Intervals, SafeOverride, safe_choice
@@ -38,13 +39,11 @@ class InputScaling:
     encoding: TaskEncoding
 
     @staticmethod
-    def fit(features: np.ndarray, encoding: str, tasks: Sequence[str], statistics: np.ndarray | None) -> InputScaling:
-        """Of (N, 2, F) training features and the tasks of their contexts; encoding: a kind, see `TaskEncoding`."""
-        flat = features.reshape(-1, features.shape[-1])
-        scale = flat.std(0)
-        return InputScaling(
-            flat.mean(0), np.where(scale > 1e-9, scale, 1.0), TaskEncoding.fit(encoding, tasks, statistics)
-        )
+    def fit(dataset: SelectionDataset, encoding: str) -> InputScaling:
+        """Of training contexts; encoding: a kind, see `TaskEncoding`."""
+        flat = dataset.features.reshape(-1, len(dataset.columns))
+        scale = np.where(flat.std(0) > 1e-9, flat.std(0), 1.0)
+        return InputScaling(flat.mean(0), scale, TaskEncoding.fit(encoding, dataset.tasks, dataset.statistics))
 
     def standardised(self, features: np.ndarray) -> np.ndarray:
         """(N, 2, F) -> (N, 2, F).
@@ -85,6 +84,10 @@ class FittedModel(InputScaling):
             utility, _ = self.predictor.predict(np.zeros((1, 2, len(self.centre) + self.encoding.width)))
             return np.zeros((0, utility.shape[1])), np.zeros((0, utility.shape[1]))
         return self.predictor.predict(self.inputs(features, tasks, statistics))
+
+    def utilities(self, dataset: SelectionDataset) -> np.ndarray:
+        """(N, K): predictions for contexts whose utilities are known or not."""
+        return self.predict(dataset.features, dataset.tasks, dataset.statistics)[0]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,11 @@ def train_selector(
         SelectorError: the task encoding needs statistics that were not given, or the model cannot learn from rewards.
     """
     names = tuple(reference) if reference is not None else dataset.arms
-    columns = _reference_columns(dataset, names)
-    dataset = dataset.subset(_known_rows(dataset, columns))
+    for name in names:
+        if name not in dataset.arms:
+            raise LabelError(unknown_name("reference arm", name, dataset.arms))
+    columns = tuple(dataset.arms.index(name) for name in names)
+    dataset = dataset.subset(np.flatnonzero(~np.isnan(dataset.utilities[:, columns]).any(1)).tolist())
     check_enough(dataset, len(columns))
     fitted = fit_models(dataset, [range(len(dataset.contexts))], config, columns, rewards)[0]
     pairs = pairs_of(dataset.contexts)
@@ -114,21 +118,9 @@ def check_enough(dataset: SelectionDataset, num_reference: int) -> None:
         )
 
 
-def _reference_columns(dataset: SelectionDataset, names: Sequence[str]) -> tuple[int, ...]:
-    for name in names:
-        if name not in dataset.arms:
-            raise LabelError(unknown_name("reference arm", name, dataset.arms))
-    return tuple(dataset.arms.index(name) for name in names)
-
-
-def _known_rows(dataset: SelectionDataset, reference: Sequence[int]) -> list[int]:
-    return np.flatnonzero(~np.isnan(dataset.utilities[:, list(reference)]).any(1)).tolist()
-
-
 def _canonical(dataset: SelectionDataset, rows: Rows) -> list[int]:
     """The rows in the order of their pairs and tasks, so that the order in which labels came plays no part."""
-    keys = {row: (dataset.contexts[row].left, dataset.contexts[row].right, dataset.contexts[row].task) for row in rows}
-    return sorted(rows, key=lambda row: keys[row])
+    return sorted(rows, key=lambda row: attrgetter("left", "right", "task")(dataset.contexts[row]))
 
 
 def fit_models(
@@ -156,10 +148,9 @@ def fit_models(
     scalings, sets = [], []
     for part in parts:
         rows = _canonical(dataset, part)
-        tasks = [dataset.contexts[row].task for row in rows]
-        statistics = None if dataset.statistics is None else dataset.statistics[rows]
-        scaling = InputScaling.fit(dataset.features[rows], config.task_encoding, tasks, statistics)
-        inputs = scaling.inputs(dataset.features[rows], tasks, statistics)
+        contexts = dataset.subset(rows)
+        scaling = InputScaling.fit(contexts, config.task_encoding)
+        inputs = scaling.inputs(contexts.features, contexts.tasks, contexts.statistics)
         scalings.append(scaling)
         used = without(rewards, every - {name for row in rows for name in pairs[row]})
         told = [scaling.inputs(reward.features, reward.tasks) for reward in used]
@@ -167,21 +158,17 @@ def fit_models(
         singles = single_arms(used, dataset.arms, told)
         sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, of_part, singles))
     # Codes of the task are of another width where a part has other tasks; these cannot be trained side by side.
-    fitted: list[FittedModel | None] = [None] * len(sets)
+    fitted: dict[int, FittedModel] = {}
     for width in sorted({one.inputs.shape[-1] for one in sets}):
         index = [i for i, one in enumerate(sets) if one.inputs.shape[-1] == width]
         for i, predictor in zip(index, _FITTERS[config.model]([sets[i] for i in index], config), strict=True):
             fitted[i] = FittedModel(**vars(scalings[i]), predictor=predictor)
-    return [model for model in fitted if model is not None]
+    return [fitted[i] for i in range(len(sets))]
 
 
 def predict_folds(dataset: SelectionDataset, folds: Sequence[Fold], models: Sequence[FittedModel]) -> list[np.ndarray]:
     """Per fold (num tested, K): predictions of its model for what it tests."""
-    parts = [dataset.subset(fold.tested) for fold in folds]
-    return [
-        model.predict(part.features, [context.task for context in part.contexts], part.statistics)[0]
-        for part, model in zip(parts, models, strict=True)
-    ]
+    return [model.utilities(dataset.subset(fold.tested)) for fold, model in zip(folds, models, strict=True)]
 
 
 def calibrate(

@@ -64,7 +64,7 @@ def merges_of(dataset: SelectionDataset, model: FittedModel, rows: Sequence[int]
     """The merges among the given rows; what a merge has several tasks for is averaged over them."""
     index = list(rows)
     part = dataset.subset(index)
-    z, level = contexts_of(model, part.features, [context.task for context in part.contexts])
+    z, level = contexts_of(model, part.features, part.tasks)
     units = units_of(part.contexts, per_merge=True)
     return Merges(
         tuple(tuple(index[row] for row in unit) for unit in units),
@@ -88,7 +88,7 @@ def out_of_fold_level(
     levels = []
     for fold, model in zip(folds, models, strict=True):
         part = dataset.subset(fold.tested)
-        levels.append(contexts_of(model, part.features, [context.task for context in part.contexts])[1])
+        levels.append(contexts_of(model, part.features, part.tasks)[1])
     return fold_mean(folds, levels, len(dataset.contexts))
 
 
