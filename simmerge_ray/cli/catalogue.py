@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simmerge_ray.base.storage import file_size
-from simmerge_ray.cli.places import PathOrUri, place_argument
+from simmerge_ray.cli.places import CatalogueArgument
 
 if TYPE_CHECKING:
     from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec
@@ -28,13 +28,12 @@ _ARCHITECTURE = {
 }
 
 
-CataloguePath = Annotated[PathOrUri, place_argument(metavar="CATALOGUE", help="catalogue YAML: base and checkpoints")]
 CheckpointId = Annotated[str, typer.Argument(metavar="ID", help="checkpoint id: letters, digits, _ . -")]
 
 
 @catalogue_app.command("add")
 def add_to_catalogue(
-    catalogue: CataloguePath,
+    catalogue: CatalogueArgument,
     checkpoint_id: CheckpointId,
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="checkpoint directory, or hub id owner/name (fetched to the cache)")
@@ -58,7 +57,7 @@ def add_to_catalogue(
 
 
 @catalogue_app.command("list")
-def list_checkpoints(catalogue: CataloguePath) -> None:
+def list_checkpoints(catalogue: CatalogueArgument) -> None:
     """List the checkpoints of a catalogue, the base first."""
     from rich.console import Console
     from rich.table import Table
@@ -86,7 +85,7 @@ def list_checkpoints(catalogue: CataloguePath) -> None:
 
 
 @catalogue_app.command("show")
-def show_checkpoint(catalogue: CataloguePath, checkpoint_id: CheckpointId) -> None:
+def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -> None:
     """Say what a checkpoint is: architecture, weights, identity. The first time its digest reads all weights."""
     from rich.console import Console
     from rich.table import Table
