@@ -228,7 +228,7 @@ def _time(at: float) -> str:
 
 
 @_command("decide", _show_decision)
-def decide_pair(
+def decide_arm(
     client: Client, left: Left, right: Right, task: Task = None, explore: Explore = True, key: Key = None
 ) -> Any:
     """Which operator should merge two checkpoints? The decision is logged and waits for its reward."""
