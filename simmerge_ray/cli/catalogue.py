@@ -1,5 +1,5 @@
-"""`simmerge catalogue ...`: begin and extend a catalogue file, and say what is in it. No torch, weights are not read
-(`show` reads them once, for the digest).
+"""`simmerge catalogue ...`: start, extend and inspect a catalogue file. No torch. Weights are read only by
+`show`, once, for the digest.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from simmerge_ray.cli.places import CatalogueArgument
 if TYPE_CHECKING:
     from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec
 
-catalogue_app = typer.Typer(help="Begin, extend and look at a catalogue of checkpoints.", no_args_is_help=True)
+catalogue_app = typer.Typer(help="Start, extend and inspect a catalogue of checkpoints.", no_args_is_help=True)
 
 _NONE = "-"
-# What a row of `show` says, and its names in config.json.
+# Rows of `show`, and their names in config.json.
 _ARCHITECTURE = {
     "model type": ("model_type",),
     "layers": ("num_hidden_layers", "n_layer"),
@@ -86,7 +86,7 @@ def list_checkpoints(catalogue: CatalogueArgument) -> None:
 
 @catalogue_app.command("show")
 def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -> None:
-    """Say what a checkpoint is: architecture, weights, identity. The first time its digest reads all weights."""
+    """Show a checkpoint: architecture, weights, identity. The first time, its digest reads all weights."""
     from rich.console import Console
     from rich.table import Table
 

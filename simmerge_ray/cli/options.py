@@ -78,7 +78,7 @@ def _config(model: type[BaseModel], values: dict[str, Any]) -> BaseModel:
 
 
 def _options(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
-    """Name and field, with what `base.config.option` was told."""
+    """Name and field, with the arguments of `base.config.option`."""
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and isinstance(about := extra.get("option"), dict):
