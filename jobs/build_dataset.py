@@ -6,7 +6,7 @@
 The second form runs on the cluster. Paths in the YAML are relative to it; under `ray job submit` use absolute ones, or
 URIs (`s3://`, `gs://`; docs/storage.md): the working directory is temporary. What is there is not computed again, so an
 interrupted job is run again as it is. With `--dry-run` everything is checked, and what the job would take is printed.
-The last line is JSON that says what happened (`simmerge_ray.pipelines.jobs`).
+The last line is JSON that reports what happened (`simmerge_ray.pipelines.jobs`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 PLAN is mergekit YAML or a plan file of `simmerge plan` or `simmerge search`. OUT and the checkpoints lie where every
 node sees them: on a shared filesystem, or in a store (`s3://`, `gs://`). An interrupted merge goes on where it stopped.
-The default is two workers of one thread each. The last line is JSON that says what happened
+The default is two workers of one thread each. The last line is JSON that reports what happened
 (`simmerge_ray.pipelines.jobs`).
 """
 

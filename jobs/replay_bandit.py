@@ -1,10 +1,10 @@
-"""What the bandit would have reached on labels that are there, beside policies that do not learn: regret and its figure.
+"""What the bandit would have reached on existing labels, beside policies that do not learn: regret and its figure.
 
     python jobs/replay_bandit.py /shared/dataset --out /shared/replay
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- python jobs/replay_bandit.py /shared/dataset --out /shared/replay
 
 The benchmark `benchmarks.bandit.replay` as a job: minutes on one core, no actors. A domain that was played is not played
-again. OUT gets `bandit-replay.json` and `.png`. The last line is JSON that says what happened (`simmerge_ray.pipelines.jobs`).
+again. OUT gets `bandit-replay.json` and `.png`. The last line is JSON that reports what happened (`simmerge_ray.pipelines.jobs`).
 """  # noqa: E501
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ into the registry and begins an epoch in the log, if it is not worse by more tha
 the log with it. The same log and labels give the same version: what is there is not trained again, and what is promoted
 is not promoted twice. `--roll-back` lets a former selector answer again.
 
-The last line but one says what happened, the last one is JSON that does (`simmerge_ray.pipelines.jobs`). Exit code 0:
+The last line but one says what happened, the last one the same as JSON (`simmerge_ray.pipelines.jobs`). Exit code 0:
 done, or nothing to do; 3: `--promote` was asked for and refused, since the new selector may be worse; 2: bad input; 1:
 the database failed.
 """

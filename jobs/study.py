@@ -1,11 +1,11 @@
-"""The study that says whether selection works: trains a zoo of its own and labels merges of it. Takes hours.
+"""The study that shows whether selection works: trains a zoo of its own and labels merges of it. Takes hours.
 
     python jobs/study.py --out runs/study
     ray job submit --working-dir . -- python jobs/study.py --out /shared/study
 
 What is there is not computed again, so an interrupted study goes on with the same command. `--config` names a YAML
 file with other sizes (see `simmerge_ray.base.config.ZooStudyConfig`), `--stage` runs some stages only. OUT is a
-directory that every node sees: trained checkpoints lie in it. The last line is JSON that says what happened
+directory that every node sees: trained checkpoints lie in it. The last line is JSON that reports what happened
 (`simmerge_ray.pipelines.jobs`).
 """
 

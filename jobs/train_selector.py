@@ -6,7 +6,7 @@
 
 It takes minutes on one core and needs no actors: `--entrypoint-num-cpus 1` keeps it off a head node that has no CPUs to
 give. A data set that is there is trained on with a report; what is current is not trained again. Every path may be a URI
-(`s3://`, `gs://`). The last line is JSON that says what happened (`simmerge_ray.pipelines.jobs`).
+(`s3://`, `gs://`). The last line is JSON that reports what happened (`simmerge_ray.pipelines.jobs`).
 """  # noqa: E501
 
 from __future__ import annotations

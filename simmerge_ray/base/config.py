@@ -1,4 +1,4 @@
-"""One frozen, closed config per job. Nothing here reads the environment, and nobody changes a config later.
+"""One frozen, closed config per job. Nothing here reads the environment, and a config is never changed.
 
 Paths in a YAML file are relative to that file; `Place`s may be URIs (`s3://`, `gs://`).
 """
@@ -156,7 +156,7 @@ class BestMergeConfig(_TrialsConfig):
     ways: Ways = option((2, 2), "checkpoints of a merge: 2, or 2-4", panel=_BEST, shown="2")
     layer_groups: int = option(1, "anchors of a step's weight over the depth of the model", ge=1, le=16, panel=_BEST)
     shards: int | None = option(None, "parts of the items; a bad trial stops after some; default: 4", ge=1, panel=_BEST)
-    reduction_factor: int = Field(3, ge=2, description="one trial in so many goes on after a part of the items")
+    reduction_factor: int = Field(3, ge=2, description="one trial in this many goes on after a part of the items")
 
 
 class SearchConfig(LabelsConfig, BestMergeConfig):
@@ -214,7 +214,7 @@ class TrainConfig(FrozenConfig):
 
     model: Literal["mlp", "ridge", "knn", "forest"] = option("mlp", "what predicts utilities from signals")
     task_encoding: Literal["none", "onehot", "probe_stats"] = option(
-        "none", "what is said about the task beside the signals"
+        "none", "what the model is told of the task, beside the signals"
     )
     hidden_sizes: tuple[int, ...] = Field((32, 16), min_length=1, description="mlp: layers of the encoder")
     num_members: int = Field(5, ge=1, description="mlp: networks in the ensemble")
@@ -227,7 +227,7 @@ class TrainConfig(FrozenConfig):
     neighbours: tuple[int, ...] = Field((4, 8, 16, 32), min_length=1, description="knn: numbers to choose from")
     num_trees: int = Field(60, ge=1, description="forest: trees for the level, and as many for the contrasts")
     min_samples_leaf: int = Field(3, ge=1, description="forest: fewest rows in a leaf; a context has two rows")
-    num_folds: int = Field(12, ge=2, description="at most so many groups of checkpoints are left out in turn")
+    num_folds: int = Field(12, ge=2, description="groups of checkpoints that are left out in turn, at most")
     novelty_quantile: float = Field(
         0.99, gt=0, le=1, description="of the training distances; what lies beyond is not answered"
     )
@@ -253,7 +253,7 @@ class StudyConfig(FrozenConfig):
 
 
 class ZooStudyConfig(FrozenConfig):
-    """The study that says whether selection works: a zoo of its own, trained and labelled. `jobs/study.py` runs it."""
+    """The study that shows whether selection works: a zoo of its own, trained and labelled. `jobs/study.py` runs it."""
 
     num_bases: int = Field(12, ge=1, description="bases of different seeds")
     num_per_domain: int = Field(3, ge=1, description="experts of each base and domain, with recipes drawn at random")
@@ -261,7 +261,7 @@ class ZooStudyConfig(FrozenConfig):
     num_items: int = Field(400, ge=4, description="evaluation items of each task")
     num_probes: int = Field(64, ge=1, description="probes of each task")
     num_subsets: dict[int, int] = Field(
-        {3: 4, 4: 4, 5: 2, 6: 1}, description="of each base: how many subsets of so many checkpoints are merged"
+        {3: 4, 4: 4, 5: 2, 6: 1}, description="size of a subset: how many such subsets of each base are merged"
     )
     num_orders: int = Field(1, ge=1, description="random orders of each arm and subset, beside the expert last")
     num_mixed: int = Field(4, ge=0, description="plans of each subset and weighting with an arm drawn for each step")

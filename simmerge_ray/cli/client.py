@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simmerge_ray.service.client import Client
 
 client_app = typer.Typer(
-    help="Ask a running service which merge to make, and tell it what it was worth.", no_args_is_help=True
+    help="Ask a running service which merge to make, and report what it was worth.", no_args_is_help=True
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="the service's answer as JSON")]
@@ -192,7 +192,7 @@ def _show_plans(answer: Any) -> None:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3, whole: int = 0) -> None:
     """The first `left` columns to the left, numbers to the right; the first `whole` are never broken, to be copied.
 
-    What the service says is text, never markup.
+    The service's text is never markup.
     """
     from rich.console import Console
     from rich.table import Table
@@ -228,7 +228,7 @@ def _time(at: float) -> str:
 
 
 @_command("decide", _show_decision)
-def decide_pair(
+def decide_arm(
     client: Client, left: Left, right: Right, task: Task = None, explore: Explore = True, key: Key = None
 ) -> Any:
     """Which operator should merge two checkpoints? The decision is logged and waits for its reward."""
@@ -293,7 +293,7 @@ def get(client: Client, decision_id: DecisionId) -> Any:
 @_command("list", _show_list)
 def list_decisions(
     client: Client,
-    limit: Annotated[int, typer.Option(min=1, help="at most so many")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="at most this many")] = 20,
     before: Annotated[int | None, typer.Option(help="only those before this event")] = None,
 ) -> Any:
     """The newest decisions."""

@@ -12,7 +12,7 @@ import typer
 from simmerge_ray.base.errors import ConfigError
 
 db_app = typer.Typer(
-    help="The service's database: bring its tables up to date, look at it, back it up, export it, throw away.",
+    help="The service's database: upgrade its tables, inspect it, back it up, export it, prune it.",
     no_args_is_help=True,
 )
 
@@ -40,7 +40,7 @@ def _url_and_file(url: str, file: Path | None) -> tuple[str, Path]:
 
 @db_app.command("upgrade")
 def upgrade_command(url: Url) -> None:
-    """Bring a database, maybe an empty one, to the tables of this program; its events stay."""
+    """Upgrade a database, which may be empty, to this program's tables; its events stay."""
     from simmerge_ray.service.log.database import SCHEMA_VERSION, upgrade_database
 
     upgrade_database(url)
@@ -127,20 +127,20 @@ def export_command(
 @db_app.command("prune")
 def prune_command(
     url: Url,
-    older_than_days: Annotated[float, typer.Option(min=0, help="closed so long ago")] = 90.0,
+    older_than_days: Annotated[float, typer.Option(min=0, help="closed at least this long ago")] = 90.0,
     keep_snapshots: Annotated[int, typer.Option(min=0, help="the newest ones")] = 8,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show what would be removed")] = False,
     namespace: Namespace = "default",
 ) -> None:
-    """Throw away what nothing will be learned from: features of decisions that were closed without a reward."""
+    """Remove what nothing can be learned from: features of decisions that were closed without a reward."""
     import time
 
     from simmerge_ray.service.log.maintenance import prune
 
     gone = prune(url, namespace, time.time() - older_than_days * 86400, keep_snapshots, dry_run)
-    would = "would throw" if dry_run else "threw"
+    would = "would remove" if dry_run else "removed"
     typer.echo(
-        f"{would} away features of {gone.decisions} decisions ({_size(gone.bytes)}) and {gone.snapshots} snapshots; "
+        f"{would} features of {gone.decisions} decisions ({_size(gone.bytes)}) and {gone.snapshots} snapshots; "
         "every event stays"
     )
 

@@ -1,4 +1,4 @@
-"""`--job-line`: a command ends as a job does, with a line of JSON that says what happened (`pipelines.jobs`)."""
+"""`--job-line`: a command ends as a job does, with a line of JSON that reports what happened (`pipelines.jobs`)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typer.models import ArgumentInfo
 from simmerge_ray.cli.options import DEFAULT_LOG, set_parameters
 
 Results: TypeAlias = Mapping[str, Any] | None
-_HELP = "end with a line of JSON that says what happened, as the scripts in jobs/ do; output of libraries is not hidden"
+_HELP = "end with a line of JSON that reports what happened, like a script in jobs/, and show what libraries print"
 
 
 def with_job_line(name: str, *outputs: str) -> Callable[[Callable[..., Results]], Callable[..., None]]:
-    """Add `--job-line` to a command that returns what a job says; `exit_code` in it is the command's exit code.
+    """Add `--job-line` to a command that returns what the line reports; `exit_code` in it is the command's exit code.
 
     Args:
         name: of the job.
-        outputs: parameters that say where results go: no place that a submitted job loses.
+        outputs: parameters that name where results go; a place that a submitted job would lose is refused.
     """
 
     def decorate(command: Callable[..., Results]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""`simmerge labels ...`: make labels, look at label stores, check them, and bring them together.
+"""`simmerge labels ...`: make labels; list, check and merge label stores.
 
 Only `make` needs torch and Ray.
 """
@@ -26,9 +26,7 @@ from simmerge_ray.cli.search import (
 if TYPE_CHECKING:
     from simmerge_ray.search.labels import LabeledPlan, LabelStore
 
-labels_app = typer.Typer(
-    help="Make labels, look at label stores, check them, bring them together.", no_args_is_help=True
-)
+labels_app = typer.Typer(help="Make labels; list, check and merge label stores.", no_args_is_help=True)
 
 StoreUri = Annotated[
     str, typer.Argument(metavar="STORE", help="directory or URI that `simmerge labels make` wrote labels to")
@@ -45,7 +43,7 @@ def make_labels(
     dry_run: DryRunOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
-    """Merge and evaluate every pair with every arm; labels that are there are kept.
+    """Merge and evaluate every pair with every arm; existing labels are kept.
 
     An interrupted run goes on with the same command. `simmerge search` looks for the best merge instead.
     """
@@ -86,7 +84,7 @@ def show_labels(
 
 @labels_app.command("check")
 def check_labels(store: StoreUri) -> None:
-    """Look at every row of every file. Exit code 1, and all that is wrong, if something is."""
+    """Check every row of every file. Exit code 1 with all problems, if there are any."""
     report = _existing(store).check()
     counts = _counts(report.num_labels, report.num_measured, report.num_stopped, report.num_infeasible)
     files = f"{_num(report.num_files, 'file')}, {_num(report.num_duplicates, 'row')} more than labels"
@@ -144,7 +142,7 @@ def _label_files(uri: str) -> list[str]:
 
 
 def _row(label: LabeledPlan) -> dict[str, Any]:
-    """What `show` says of a label; the columns of csv and jsonl."""
+    """A label as `show` lists it; the columns of csv and jsonl."""
     from simmerge_ray.search.labels import Infeasible, Stopped
 
     outcome = label.outcome

@@ -71,53 +71,44 @@ def _config(model: type[BaseModel], values: dict[str, Any]) -> BaseModel:
     Raises:
         ConfigError: with a line for each option that is wrong.
     """
-    fields = dict(_options(model))
-    flags = {name: _flag(name, field) for name, field in fields.items()}
-    given = {name: value for name in fields if (value := values.pop(name)) is not None}
+    flags = {name: str(about["flag"]) for name, _, about in _options(model)}
+    given = {name: value for name in flags if (value := values.pop(name)) is not None}
     given |= {name: value.resolve() for name, value in given.items() if isinstance(value, Path)}
     return check_config(model, given, "options", flags)
 
 
 def changed_options(config: BaseModel) -> list[str]:
-    """Options whose value is not the default."""
-    fields = [(name, field) for name, field in _options(type(config)) if not field.is_required()]
-    return [_flag(name, field) for name, field in fields if getattr(config, name) != field.default]
+    """Flags of the options whose value is not the default."""
+    return [
+        about["flag"]
+        for name, field, about in _options(type(config))
+        if not field.is_required() and getattr(config, name) != field.default
+    ]
 
 
-def _options(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+def _options(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
+    """Name and field, with the arguments of `base.config.option`."""
     for name, field in model.model_fields.items():
-        if isinstance(field.json_schema_extra, dict) and "option" in field.json_schema_extra:
-            yield name, field
-
-
-def _extra(field: FieldInfo) -> dict[str, Any]:
-    assert isinstance(field.json_schema_extra, dict)
-    extra = field.json_schema_extra["option"]
-    assert isinstance(extra, dict)
-    return extra
-
-
-def _flag(name: str, field: FieldInfo) -> str:
-    return "--" + (_extra(field)["flag"] or name.replace("_", "-"))
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and isinstance(about := extra.get("option"), dict):
+            yield name, field, about | {"flag": f"--{about['flag'] or name.replace('_', '-')}"}
 
 
 def _parameters(model: type[BaseModel]) -> Iterator[inspect.Parameter]:
     """What typer sees instead of the config; an option without a value of its own is None, and left to the config."""
-    for name, field in _options(model):
-        extra, flag = _extra(field), _flag(name, field)
-        kind: Any = _typer_type(field.annotation)
-        default = extra["shown"] or field.default
+    for name, field, about in _options(model):
+        flag, kind, default = about["flag"], _typer_type(field.annotation), about["shown"] or field.default
         if isinstance(default, tuple):
             default = list(default) or None
         elif field.is_required():
             default = inspect.Parameter.empty
-        about: dict[str, Any] = {"help": field.description, "rich_help_panel": extra["panel"]}
+        shown: dict[str, Any] = {"help": field.description, "rich_help_panel": about["panel"]}
         if kind in (int, float):
-            about |= {"min": _bound(field, "ge"), "max": _bound(field, "le")}
+            shown |= {"min": _bound(field, "ge"), "max": _bound(field, "le")}
         if kind is bool and default:
             flag += f"/--no-{flag.removeprefix('--')}"
         make = _MAKERS.get(kind, typer.Option)
-        hint: Any = Annotated[kind | None if default is None else kind, make(flag, **about)]
+        hint: Any = Annotated[kind | None if default is None else kind, make(flag, **shown)]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 

@@ -54,4 +54,6 @@ def path_argument(help: str, **rest: Any) -> Any:
     return typer.Argument(parser=local_path, help=help, **rest)
 
 
-CatalogueArgument = Annotated[PathOrUri, place_argument(help="catalogue YAML: base and checkpoints")]
+CatalogueArgument = Annotated[
+    PathOrUri, place_argument(metavar="CATALOGUE", help="catalogue YAML: base and checkpoints")
+]

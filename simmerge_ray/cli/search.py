@@ -33,7 +33,7 @@ def search(
     An interrupted search goes on with the same command.
     """
     if config.budget is None:
-        raise ConfigError("--budget N says how many merges to try; `simmerge labels make` labels every pair and arm")
+        raise ConfigError("name --budget N, the merges to try; `simmerge labels make` labels every pair and arm")
     run_search_command(catalogue, tasks, out, SearchConfig(**config.model_dump()), dry_run, log)
 
 

@@ -1,4 +1,4 @@
-"""What the scripts in `jobs/` and `--job-line` of a command share: where results may go, and how a job says its end.
+"""What the scripts in `jobs/` and `--job-line` of a command share: where results may go, and how a job reports its end.
 
 A job ends with an exit code (0 done or nothing to do, 1 failed, 2 bad input, 3 refused, 130 interrupted) and a last
 line that starts with `simmerge-job` and goes on as JSON: `job`, `status` (done, unchanged, refused, failed or
@@ -46,27 +46,27 @@ def run_job(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
     """Run a job and print its last line; returns the exit code.
 
     Args:
-        work: returns what to say beside `job`, `status` and `exit_code`; it may set these two itself.
+        work: returns what to report beside `job`, `status` and `exit_code`; it may set these two itself.
     """
     stop_on_sigterm()  # of `ray job stop`
-    said: dict[str, Any] = {"job": name, "status": "done", "exit_code": 0}
+    report: dict[str, Any] = {"job": name, "status": "done", "exit_code": 0}
     try:
-        said |= work()
+        report |= work()
     except SimmergeError as error:
         print(f"error: {error}", file=sys.stderr)
-        said |= {"status": "failed", "exit_code": 2 if isinstance(error, InputError) else 1, "error": str(error)}
+        report |= {"status": "failed", "exit_code": 2 if isinstance(error, InputError) else 1, "error": str(error)}
     except KeyboardInterrupt:
-        said |= {"status": "interrupted", "exit_code": 130, "error": "run the same command again to go on"}
-    except Exception as error:  # an unexpected one is still told in the last line
+        report |= {"status": "interrupted", "exit_code": 130, "error": "run the same command again to go on"}
+    except Exception as error:  # an unexpected one is reported as well
         traceback.print_exc()
-        said |= {"status": "failed", "exit_code": 1, "error": f"{type(error).__name__}: {error}"}
+        report |= {"status": "failed", "exit_code": 1, "error": f"{type(error).__name__}: {error}"}
     sys.stderr.flush()
-    print(f"{LAST_LINE} {json.dumps(said, sort_keys=True)}", flush=True)
-    return int(said["exit_code"])
+    print(f"{LAST_LINE} {json.dumps(report, sort_keys=True)}", flush=True)
+    return int(report["exit_code"])
 
 
 def read_last_line(output: str) -> dict[str, Any]:
-    """What a job said in the last line that it printed; Ray's own lines may stand behind it.
+    """What a job reported in its last line; Ray's own lines may follow it.
 
     Raises:
         InputError: there is no such line.

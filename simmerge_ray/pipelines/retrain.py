@@ -1,4 +1,4 @@
-"""The retraining of `jobs/retrain.py`: opens log, registry and data set, and says in one line what happened."""
+"""The retraining of `jobs/retrain.py`: opens log, registry and data set, and reports in one line what happened."""
 
 from __future__ import annotations
 

@@ -246,45 +246,28 @@ def _shown_gain(crossval: dict[str, Any]) -> str:
     return f"GapClosed {per_merge['selector']:.3f}, best fixed {per_merge['best_fixed']:.3f}"
 
 
-def check_study(config: StudyConfig) -> SearchEstimate:
-    """Read and check every input of a study; what its search will take.
-
-    Raises:
-        ConfigError: with the problems of all inputs, before anything is computed.
-    """
-    from simmerge_ray.on_ray.signal_actors import signature_spec
-
-    problems: dict[str, None] = {}
-    estimate = None
-    try:
-        estimate = plan_search(config.catalogue, config.tasks, config.out / "labels", config.search)
-    except InputError as error:
-        problems[str(error)] = None
-    try:
-        probe_sets = _probe_sets(config.probes)
-        tokenize_probes(load_catalogue(config.catalogue), probe_sets, signature_spec(config.signals))
-    except InputError as error:
-        if str(error) not in "".join(problems):  # the catalogue's problems, a second time
-            problems[str(error)] = None
-    if estimate is None or problems:
-        raise ConfigError("\n".join(problems))
-    return estimate
-
-
 def load_study(path: Place) -> tuple[StudyConfig, SearchEstimate]:
     """Read a study file and check it and everything that it names; what its search will take.
 
     Raises:
-        ConfigError: with all problems, of the file and of what it names. OutputError: a submitted job would lose `out`.
+        ConfigError: with all problems, before anything is computed. OutputError: a submitted job would lose `out`.
     """
+    from simmerge_ray.on_ray.signal_actors import signature_spec
+
     config, problems = load_yaml_leniently(path, StudyConfig)
     estimate = None
     if config is not None:
         output_place(config.out, f"`out` in {path}")
         try:
-            estimate = check_study(config)
-        except ConfigError as error:
+            estimate = plan_search(config.catalogue, config.tasks, config.out / "labels", config.search)
+        except InputError as error:
             problems += str(error).split("\n")
+        try:
+            probe_sets = _probe_sets(config.probes)
+            tokenize_probes(load_catalogue(config.catalogue), probe_sets, signature_spec(config.signals))
+        except InputError as error:
+            if str(error) not in "\n".join(problems):  # the catalogue's problems, a second time
+                problems += str(error).split("\n")
     if config is None or estimate is None or problems:
         raise ConfigError("\n  ".join([f"study {path}:", *problems]))
     return config, estimate

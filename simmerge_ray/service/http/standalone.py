@@ -28,7 +28,7 @@ _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "
 
 
 def prepare_database(url: str) -> None:
-    """Bring an embedded database, maybe an absent one, to the present schema; others are left to `simmerge db upgrade`.
+    """Upgrade an embedded database, or make it; others are left to `simmerge db upgrade`.
 
     Raises:
         ConfigError: a SQLite file on a network filesystem, where its locks do not hold. StoreError: it cannot be made.
@@ -88,7 +88,7 @@ def _own_token(path: Path) -> tuple[Path, str]:
 
 
 def serve_alone(config: ServeConfig, host: str, port: int) -> None:
-    """Serve until SIGTERM or Ctrl-C; the first line of the output says where. port: 0 takes any free one."""
+    """Serve until SIGTERM or Ctrl-C; the first line of the output is the address. port: 0 takes any free one."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     service, token = completed(config)
     access = read_access(service.tokens)

@@ -52,7 +52,7 @@ def search(simmerge, zoo) -> Run:
         (["--budget", "5", "--ways", "2-4"], "a merge takes from 2 to 3 checkpoints"),
         (["--budget", "5", "--member", "m9"], "unknown checkpoint 'm9'"),
         (["--sampler", "tpa"], "--sampler"),
-        ([], "--budget N says how many merges to try; `simmerge labels make` labels every pair"),
+        ([], "name --budget N, the merges to try; `simmerge labels make` labels every pair"),
     ],
 )
 def test_bad_options_end_with_code_two_and_leave_nothing(zoo, search, options, message):

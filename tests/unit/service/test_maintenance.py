@@ -216,11 +216,11 @@ def test_pruning_changes_no_fold_whatever_encoder_comes(database, tmp_path):
         replica = Replica(log, encode)
         replica.catch_up()
         replica.save_snapshot()
-        assert "would throw away features of 2 decisions" in db(
+        assert "would remove features of 2 decisions" in db(
             "prune", database, "--older-than-days", 1, "--keep-snapshots", 0, "--dry-run"
         )
         assert all_rows(log) == before
-        assert "threw away features of 2 decisions" in db("prune", database, "--older-than-days", 1)
+        assert "removed features of 2 decisions" in db("prune", database, "--older-than-days", 1)
         assert "features of 0 decisions" in db("prune", database, "--older-than-days", 1)
         after = all_rows(log)
         changed = [new.subject for old, new in zip(before, after, strict=True) if old != new]
