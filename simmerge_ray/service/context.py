@@ -20,7 +20,7 @@ from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.bandit.warm_start import COLD_NOISE, cold_prior, cold_ridge, contexts_of, sibling_prior
 from simmerge_ray.service.log.events import ArmAdded, DecisionMade, EncoderEpoch, WarmStart
 from simmerge_ray.service.log.fold import View
-from simmerge_ray.service.planning import DrawnPlan, shown
+from simmerge_ray.service.planning import DrawnPlan, plan_prediction
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import (
     ArmPrediction,
@@ -159,12 +159,12 @@ class Contexts:
             kind="plan",
             tasks=tasks,
             arm=plan.label,
-            plan=shown(chosen, probabilities[drawn.chosen]),
+            plan=plan_prediction(chosen, probabilities[drawn.chosen]),
             explored=explore,
             reason=f"drawn among the {len(ids)} plans that are predicted best" if explore else "predicted best",
             overrode={step.arm.label for step in plan.steps} != {best_fixed},
             propensities=dict(zip(ids, probabilities, strict=True)),
-            plans=[shown(one, p) for one, p in zip(drawn.plans, probabilities, strict=True)],
+            plans=[plan_prediction(one, p) for one, p in zip(drawn.plans, probabilities, strict=True)],
             best_fixed=best_fixed,
             epoch=view.epoch,
             seq_seen=view.seq,

@@ -42,7 +42,7 @@ from simmerge_ray.service.log.ledger import (
     recent_decisions,
 )
 from simmerge_ray.service.log.outcomes import Outcome, Status
-from simmerge_ray.service.planning import PlanRanker, shown
+from simmerge_ray.service.planning import PlanRanker, plan_prediction
 from simmerge_ray.service.registry import Published, Registry
 from simmerge_ray.service.schemas import (
     ArmRequest,
@@ -364,7 +364,7 @@ class Learner:
     def _rank_plans(self, published: Published, request: PlansRequest) -> PlansAnswer:
         tasks = [request.task] if request.task else []
         ranking = self._ranker(published).rank(request.checkpoints or (), tasks, request.ways, request.top)
-        plans: list[PlanPrediction] = [shown(one) for one in ranking.plans]
+        plans: list[PlanPrediction] = [plan_prediction(one) for one in ranking.plans]
         return PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=ranking.width is None)
 
     def _ranker(self, published: Published) -> PlanRanker:

@@ -106,7 +106,7 @@ class PlanRanker:
         return DrawnPlan(plans, chosen, propensities)
 
 
-def shown(one: RankedPlan, propensity: float | None = None) -> PlanPrediction:
+def plan_prediction(one: RankedPlan, propensity: float | None = None) -> PlanPrediction:
     """A plan as the API has it; `plan` is what `simmerge merge` reads, by ids."""
     return PlanPrediction(
         id=one.plan.id,
