@@ -18,9 +18,9 @@ from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.reports.figures import new_figure, save_figure
 from simmerge_ray.research.replay import Rounds, rounds_of
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Scoring
 from simmerge_ray.selector.data.files import LoadedDataset, find_dataset, read_dataset
 from simmerge_ray.selector.data.rewards import RewardedMerge
+from simmerge_ray.selector.data.scoring import Scoring
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, domain_folds, pairs_of
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.train import fit_models, usable_folds

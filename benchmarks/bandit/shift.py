@@ -43,8 +43,8 @@ from simmerge_ray.research.replay import (
     rounds_of,
 )
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import units_of
 from simmerge_ray.selector.data.rewards import RewardedMerge
+from simmerge_ray.selector.data.scoring import units_of
 from simmerge_ray.selector.data.splits import domain_folds
 from simmerge_ray.service.bandit.policy import NeuralLinearTS
 from simmerge_ray.service.bandit.warm_start import merges_of

@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.config import RankingConfig
 from simmerge_ray.plans.operators.specs import parse_arms
-from simmerge_ray.selector.data.tasks import TaskPool, task_pool
 from simmerge_ray.selector.planning.scorer import PlanScorer
 from simmerge_ray.selector.planning.search import PlanSearch
 from simmerge_ray.selector.planning.space import PlanSpace
+from simmerge_ray.selector.planning.tasks import TaskPool, task_pool
 from simmerge_ray.signals.propagation.batch import SecondOrderBatch
 from simmerge_ray.signals.propagation.virtual import Virtual
 from simmerge_ray.signals.signature import DENSITIES, TaskOutputs, TensorSample
@@ -153,7 +154,9 @@ def main() -> None:
         space = space_over(table, ways, arms)
         search = PlanSearch(SecondOrderBatch(table), shortlist, space, pool_over(table), "last", 1.0, options.threads)
         _, first = timed(lambda search=search, space=space, b=budget: search.run(space.beam_width(b), 500))
-        found, cost = timed(lambda s=scorer, space=space, t=table, b=budget: s.rank(space, pool_over(t), budget=b))
+        found, cost = timed(
+            lambda s=scorer, space=space, t=table, b=budget: s.rank(space, pool_over(t), config=RankingConfig(budget=b))
+        )
         rows[name] = cost | {
             "plans": found.num_scored, "width": found.width, "first_stage_seconds": first["seconds"],
             "first_stage_cpu_seconds": first["cpu_seconds"],

@@ -6,7 +6,7 @@ parameters, three anchors of every weight over the depth; the utility is the mea
 the same items for all.
 
 Random search (`sampler: random, shards: 1`) evaluates 60 merges on all items. TPE and CMA-ES run with ASHA on 4 shards
-(`run_search`, as `simmerge search --budget`) until they have evaluated as many items, and are cut there. Each search
+(`run_search`, as `simmerge search`) until they have evaluated as many items, and are cut there. Each search
 has one engine and is a process of its own, two at a time; its labels, in the order in which they were written, are the
 curve: items evaluated so far (of merges, stopped ones too), and the best utility of a merge evaluated on all items.
 Labels are kept under DIR, so a run that was interrupted goes on. Writes the curves as JSON and a figure.

@@ -1,4 +1,4 @@
-"""A grid of about 200 trials on the demo zoo by `simmerge search`, and the same command again.
+"""A grid of about 200 trials on the demo zoo by `simmerge labels make`, and the same command again.
 
 `python -m benchmarks.search.grid200 --run RUN --out DIR`: 47 of the 54 pairs of two tasks with the four default arms
 and the 13 checkpoints as they are, 201 trials, all 400 items of each task (a merge has two tasks, a checkpoint all
@@ -30,7 +30,7 @@ EXCLUDED = tuple(",".join(pair) for pair in product(("math-lora", "code-lora"), 
 
 def search(run: Path, labels: Path, log: Path) -> float:
     """Seconds of the command."""
-    command = [sys.executable, "-m", "simmerge_ray.cli.app", "search", str(run / "zoo" / "catalogue.yaml")]
+    command = [sys.executable, "-m", "simmerge_ray", "labels", "make", str(run / "zoo" / "catalogue.yaml")]
     command += ["--tasks", str(run / "zoo" / "tasks"), "--out", str(labels), "--log", str(log)]
     started = time.perf_counter()
     subprocess.run([*command, *(part for pair in EXCLUDED for part in ("--exclude", pair))], check=True)

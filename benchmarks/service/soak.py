@@ -3,7 +3,7 @@
     python -m benchmarks.service.soak DATABASE --run RUN [--kills 500] [--jobs 12] [--seed 0]
 
 DATABASE is `sqlite`, `postgresql` (a server is started for it) or the URL of an empty database; RUN the directory of
-a finished `simmerge demo`. The service is the plain uvicorn process of `simmerge_ray.service.http.standalone`. Every
+a finished `simmerge demo`. The service is the plain process of `simmerge serve --no-ray`. Every
 job decides, and then rewards, voids and rewards again, closes, or does nothing; each of these requests goes out 1 to 5
 times at once with one idempotency key, and again until it is acknowledged, over as many deaths as it takes. Kills
 come at any time: while the service starts, folds or commits.
@@ -32,6 +32,7 @@ import httpx
 import numpy as np
 
 from benchmarks.service.running import TOKEN, PlainService, database_of
+from simmerge_ray.base.config import ServeConfig
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.log.database import open_database, upgrade_database
@@ -271,7 +272,8 @@ def soak(
     """A campaign on an empty database; figures, and under `wrong` what is."""
     upgrade_database(url)
     started = time.monotonic()
-    service = PlainService(url, selector, signals, directory, port, "--snapshot-every=100")
+    config = ServeConfig(database=url, selector=selector, signals=signals, snapshot_every=100)
+    service = PlainService(config, directory, port)
     try:
         told, policy = asyncio.run(_campaign(service, kills, jobs, seed))
     finally:

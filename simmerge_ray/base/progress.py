@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class Narrator:
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+    def print_lines(self, lines: Iterable[str]) -> None:
+        """Lines that may hold anything: no markup."""
+        for line in lines:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -109,8 +114,11 @@ class Narrator:
 
 
 @contextmanager
-def narrated(log: Path) -> Iterator[Narrator]:
-    """A narrator on the terminal; what libraries print goes to the log file."""
+def narrated(log: Path | None) -> Iterator[Narrator]:
+    """A narrator on the terminal; what libraries print goes to the log file, or with None to the terminal as well."""
+    if log is None:
+        yield Narrator(Console())
+        return
     with redirected_output(log) as console:
         narrator = Narrator(console)
         narrator.say(f"[dim]log of libraries: {log}[/dim]")

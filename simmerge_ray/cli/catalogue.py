@@ -1,5 +1,5 @@
-"""`simmerge catalogue ...`: begin and extend a catalogue file, and say what is in it. No torch, weights are not read
-(`show` reads them once, for the digest).
+"""`simmerge catalogue ...`: start, extend and inspect a catalogue file. No torch. Weights are read only by
+`show`, once, for the digest.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simmerge_ray.base.storage import file_size
-from simmerge_ray.cli.places import PathOrUri, place_argument
+from simmerge_ray.cli.places import CatalogueArgument
 
 if TYPE_CHECKING:
     from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec
 
-catalogue_app = typer.Typer(help="Begin, extend and look at a catalogue of checkpoints.", no_args_is_help=True)
+catalogue_app = typer.Typer(help="Start, extend and inspect a catalogue of checkpoints.", no_args_is_help=True)
 
 _NONE = "-"
-# What a row of `show` says, and its names in config.json.
+# Rows of `show`, and their names in config.json.
 _ARCHITECTURE = {
     "model type": ("model_type",),
     "layers": ("num_hidden_layers", "n_layer"),
@@ -28,13 +28,12 @@ _ARCHITECTURE = {
 }
 
 
-CataloguePath = Annotated[PathOrUri, place_argument(metavar="CATALOGUE", help="catalogue YAML: base and checkpoints")]
 CheckpointId = Annotated[str, typer.Argument(metavar="ID", help="checkpoint id: letters, digits, _ . -")]
 
 
 @catalogue_app.command("add")
-def add(
-    catalogue: CataloguePath,
+def add_to_catalogue(
+    catalogue: CatalogueArgument,
     checkpoint_id: CheckpointId,
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="checkpoint directory, or hub id owner/name (fetched to the cache)")
@@ -58,7 +57,7 @@ def add(
 
 
 @catalogue_app.command("list")
-def list_(catalogue: CataloguePath) -> None:
+def list_checkpoints(catalogue: CatalogueArgument) -> None:
     """List the checkpoints of a catalogue, the base first."""
     from rich.console import Console
     from rich.table import Table
@@ -86,8 +85,8 @@ def list_(catalogue: CataloguePath) -> None:
 
 
 @catalogue_app.command("show")
-def show(catalogue: CataloguePath, checkpoint_id: CheckpointId) -> None:
-    """Say what a checkpoint is: architecture, weights, identity. The first time its digest reads all weights."""
+def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -> None:
+    """Show a checkpoint: architecture, weights, identity. The first time, its digest reads all weights."""
     from rich.console import Console
     from rich.table import Table
 

@@ -20,7 +20,7 @@ def _group() -> None:
 
 
 @cluster_app.command("check")
-def check(
+def check_cluster_files(
     files: Annotated[list[Path], typer.Argument(help="of the cluster launcher, of KubeRay, or a Serve config")],
 ) -> None:
     """Look for what `ray up` and `kubectl apply` would take and nobody wants.

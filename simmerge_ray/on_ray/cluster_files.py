@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.cluster_files.check import lint
 
@@ -81,7 +82,7 @@ def _by_serve(content: Any) -> list[str]:
     from pydantic import ValidationError
     from ray.serve.schema import ServeDeploySchema
 
-    from simmerge_ray.on_ray.serve_app import AppArgs, build
+    from simmerge_ray.on_ray.serve_app import build
 
     try:
         schema = ServeDeploySchema.model_validate(content)
@@ -91,7 +92,7 @@ def _by_serve(content: Any) -> list[str]:
     for application in schema.applications:
         if application.import_path == f"{build.__module__}:{build.__name__}":
             try:
-                AppArgs.model_validate(application.args)
+                ServiceConfig.model_validate(application.args)
             except ValidationError as error:
                 problems += [
                     f"applications.{application.name}.args.{'.'.join(map(str, one['loc']))}: {one['msg']}"

@@ -27,7 +27,7 @@ from simmerge_ray.search.status import SearchStatus
 from simmerge_ray.search.summary import Found, found
 
 UNCHANGED = "unchanged since the last run"
-FOUND = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
+_RESULTS = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
 _NUM_SHOWN = 10
 
 
@@ -83,8 +83,8 @@ def search_stage(
         inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
         inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
         manifest = Manifest("search", config.content(), inputs)
-        found_dir = labels / FOUND
-        if manifest.is_current(found_dir / "search.json"):
+        results_dir = labels / _RESULTS
+        if manifest.is_current(results_dir / "search.json"):
             stage.result = UNCHANGED
             return
         from simmerge_ray.on_ray.merge_search import run_search
@@ -96,14 +96,14 @@ def search_stage(
         for name, reason in sorted(result.infeasible.items()):
             narrator.say(f"           infeasible: {name}: {reason}")
         if config.budget is None:
-            write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], found_dir / "headroom.json")
-        _write_found(result.study, found_dir, narrator)
-        results = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
+            write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], results_dir / "headroom.json")
+        _write_best(result.study, results_dir, narrator)
         left = ""
         if result.num_left:
             left = f", {result.num_left} not run (limit reached; run the same command again to go on)"
         else:
-            manifest.write(found_dir / "search.json", time.monotonic() - started, results)
+            counts = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
+            manifest.write(results_dir / "search.json", time.monotonic() - started, counts)
         stage.result = (
             f"{result.num_trials_run} trials run{left}, {result.num_labels} labels "
             f"({len(result.infeasible)} infeasible) by {config.evaluator} -> {labels}"
@@ -128,15 +128,14 @@ def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
     write_json(out, content)
 
 
-def _write_found(study: Study, out: Place, narrator: Narrator) -> None:
+def _write_best(study: Study, out: Place, narrator: Narrator) -> None:
     """`best.json`, the best merge's plan file, and a table of the best merges and checkpoints."""
     merges, singles = found(study)
     if study.space is not None:
         write_json(out / "best.json", {"merges": [_row(one) for one in merges], "singles": [_row(o) for o in singles]})
         for number, one in enumerate([one for one in merges if one.best], 1):
-            predicted = {task: {"utility": utility, "se": se} for task, (utility, se) in one.utilities.items()}
             name = "best.plan.json" if len(study.objectives) == 1 else f"front-{number}.plan.json"
-            write_plan(out / name, resolve_plan(one.plan, study.catalogue), predicted)
+            write_plan(out / name, resolve_plan(one.plan, study.catalogue), _row(one)["utilities"])
             if number == 1:
                 narrator.say(f"           make it with: simmerge merge {out / name} OUT")
     if merges and not narrator.console.is_terminal:
@@ -174,10 +173,8 @@ def _table(study: Study, merges: Sequence[Found], singles: Sequence[Found]) -> T
     return table
 
 
-def plan_search(
-    catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig
-) -> tuple[Study, SearchEstimate]:
-    """Everything that `search_stage` checks before Ray starts, and what it would take. Reads every checkpoint once.
+def plan_search(catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig) -> SearchEstimate:
+    """Check everything that `search_stage` checks before Ray starts; what it would take. Reads every checkpoint once.
 
     Raises:
         ConfigError: with all problems that were found.
@@ -197,7 +194,7 @@ def plan_search(
     from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
 
     study = prepare_study(catalogue, tasks, config, str(labels.resolve()))
-    return study, estimate(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
+    return estimate(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
 
 
 def local_resources() -> dict[str, float]:

@@ -1,12 +1,12 @@
-"""The retraining of `jobs/retrain.py`: opens log, registry and data set, and says in one line what happened."""
+"""The retraining of `jobs/retrain.py`: opens log, registry and data set, and reports in one line what happened."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from simmerge_ray.base.config import RetrainConfig
+from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import write_once
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.selector.data.files import find_dataset, read_dataset
@@ -31,6 +31,8 @@ def run_retraining(config: RetrainConfig, promote_it: bool, dry_run: bool) -> Re
     Raises:
         InputError: log, registry, data set or present selector are missing or do not fit. StoreError: the database.
     """
+    if config.dataset is None or config.out is None:
+        raise ConfigError("--dataset and --out are needed (only --roll-back does without)")
     with _opened(config.database, config.namespace) as log:
         logged = logged_merges(all_rows(log))
         setup = present_setup(logged.setups, config.namespace)
@@ -57,10 +59,10 @@ def run_retraining(config: RetrainConfig, promote_it: bool, dry_run: bool) -> Re
         return Result(result.done, result.version, f"{result.reason} -> {path}")
 
 
-def run_roll_back(database: str, namespace: str, registry: Path, version: str) -> Result:
+def run_roll_back(config: RetrainConfig, version: str) -> Result:
     """Let a former selector answer again; errors as `run_retraining`."""
-    with _opened(database, namespace) as log:
-        return roll_back(log, Registry(registry), version)
+    with _opened(config.database, config.namespace) as log:
+        return roll_back(log, Registry(config.registry), version)
 
 
 @contextmanager

@@ -9,21 +9,17 @@ import numpy as np
 
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.selector.data.dataset import pair_features
+from simmerge_ray.selector.models.influence import influences
 from simmerge_ray.selector.planning.recommender import Recommendation, Recommender
-from simmerge_ray.selector.planning.scorer import GROUPS
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import cold_ridge, contexts_of
+from simmerge_ray.service.bandit.warm_start import COLD_NOISE, cold_prior, contexts_of
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import Influence
-from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.table import SignalTable
 
-COLD_NOISE = Noise(0.01)  # of rewards where no labels say: a spread of 0.1
 _KEPT_CONTEXTS = 20_000
 _MAX_AVERAGED = 200  # pairs that the average pair is taken of
-_NOTHING = 0.0005
-_SAID = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,25 +85,20 @@ class Contexts:
         warm = self.published.warm
         if warm is not None:
             return dict(warm.posteriors), warm.noise
-        prior = GaussianPosterior.prior(self.num_dimensions, cold_ridge(COLD_NOISE))
-        return dict.fromkeys(self.published.selector.arms, prior), COLD_NOISE
+        return dict.fromkeys(self.published.selector.arms, cold_prior(self.num_dimensions, COLD_NOISE)), COLD_NOISE
 
     def why(self, context: PairContext) -> list[Influence]:
         """Groups of signals, and how far each moves the prediction of the chosen arm from that of the average pair."""
         selector = self.published.selector
         arm = selector.arms.index(context.answer.choice.arm)
-        families = np.array([column_signal(column).family for column in selector.columns])
         average = np.array([self._average(task) for task in context.tasks])
-        variants = [context.features]
-        for family in GROUPS:
-            changed = context.features.copy()
-            changed[:, :, families == family] = average[:, :, families == family]
-            variants.append(changed)
-        utility, _ = selector.predict(np.concatenate(variants), list(context.tasks) * len(variants))
-        pooled = utility[:, arm].reshape(len(variants), -1).mean(1)
-        effects = zip(GROUPS.values(), (pooled[0] - pooled[1:]).tolist(), strict=True)
-        largest = sorted(effects, key=lambda one: -abs(one[1]))[:_SAID]
-        return [Influence(signal=name, effect=effect) for name, effect in largest if abs(effect) >= _NOTHING]
+
+        def predict(features: np.ndarray) -> np.ndarray:
+            utility, _ = selector.predict(features, list(context.tasks) * (len(features) // len(context.tasks)))
+            return utility[:, arm].reshape(-1, len(context.tasks)).mean(1)
+
+        found = influences(predict, context.features, average, selector.columns)
+        return [Influence(signal=name, effect=effect) for name, effect in found]
 
     def _average(self, task: str) -> np.ndarray:
         """(2, F): of pairs of the table, evenly spread."""

@@ -18,7 +18,7 @@ from simmerge_ray.service.bandit.warm_start import cold_ridge, sibling_prior
 from simmerge_ray.service.context import COLD_NOISE, Contexts, PairContext
 from simmerge_ray.service.log.events import ArmAdded, DecisionMade, EncoderEpoch
 from simmerge_ray.service.log.fold import View
-from simmerge_ray.service.planning import DrawnPlan, PlanRanker
+from simmerge_ray.service.planning import DrawnPlan, plan_prediction
 from simmerge_ray.service.schemas import ArmPrediction, ArmRequest, Decision, DecisionRequest, Ranked, RankRequest
 
 
@@ -83,7 +83,7 @@ def pair_decision(
 
 
 def plan_decision(
-    view: View, contexts: Contexts, ranker: PlanRanker, drawn: DrawnPlan, request: DecisionRequest, asked: Asked
+    view: View, contexts: Contexts, drawn: DrawnPlan, request: DecisionRequest, asked: Asked
 ) -> tuple[DecisionMade, Decision]:
     """The event of a drawn plan, and the answer.
 
@@ -102,11 +102,11 @@ def plan_decision(
         kind="plan",
         tasks=tasks,
         arm=plan.label,
-        plan=ranker.shown(chosen, probabilities[drawn.chosen]),
+        plan=plan_prediction(chosen, probabilities[drawn.chosen]),
         reason=f"drawn among the {len(ids)} plans that are predicted best" if asked.explore else "predicted best",
         overrode={step.arm.label for step in plan.steps} != {contexts.published.selector.best_fixed},
         propensities=dict(zip(ids, probabilities, strict=True)),
-        plans=[ranker.shown(one, p) for one, p in zip(drawn.plans, probabilities, strict=True)],
+        plans=[plan_prediction(one, p) for one, p in zip(drawn.plans, probabilities, strict=True)],
         **_of_any_decision(view, contexts, asked),
     )
     told = {"kind": "plan", "tasks": tasks, "checkpoints": request.checkpoints, "plan": plan.to_json()}

@@ -15,10 +15,9 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
+from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.base.errors import SimmergeError, StoreError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
@@ -54,7 +53,7 @@ from simmerge_ray.service.log.events import (
 from simmerge_ray.service.log.fold import EXPIRED, View
 from simmerge_ray.service.log.ledger import answer_of, decision_record, former_versions, recent_decisions
 from simmerge_ray.service.log.outcomes import Status
-from simmerge_ray.service.planning import PlanRanker
+from simmerge_ray.service.planning import PlanRanker, plan_prediction
 from simmerge_ray.service.registry import Published, Registry
 from simmerge_ray.service.schemas import (
     ArmRequest,
@@ -87,24 +86,6 @@ _MAX_EXPIRED = 1000  # closed in one go
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class LearnerSettings:
-    """database: URL. registry: directory of published selectors. selector: for a log that has not begun, or one to be
-    published beside it. signals: table of the pairs that may be asked for. catalogue, signatures: for better plans.
-    ttl_seconds: of a decision, None: for ever. floor: probability that every arm is played with at least."""
-
-    database: str
-    registry: Path
-    signals: Place
-    selector: Place | None = None
-    catalogue: Place | None = None
-    signatures: str | None = None
-    namespace: str = "default"
-    floor: float = 0.02
-    ttl_seconds: float | None = 30 * 86400.0
-    snapshot_every: int = 1000
-
-
 class Observer:
     """Told of everything that is worth a metric, which it ignores here; must not fail or wait."""
 
@@ -128,7 +109,7 @@ class Learner:
         InputError: the signal table, the catalogue or the selector cannot be read, or do not fit each other.
     """
 
-    def __init__(self, settings: LearnerSettings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, settings: ServiceConfig, clock: Callable[[], float] = time.time) -> None:
         self.settings, self._clock = settings, clock
         self.observer = Observer()
         self.registry = Registry(settings.registry)
@@ -348,19 +329,19 @@ class Learner:
         ranker, tasks = self._ranker(contexts.published), [request.task] if request.task else []
         names = request.checkpoints or ()
         drawn = ranker.draw(names, tasks, request.ways, decision_id, request.explore, self.settings.floor)
-        return plan_decision(view, contexts, ranker, drawn, request, asked)
+        return plan_decision(view, contexts, drawn, request, asked)
 
     def _rank_plans(self, published: Published, request: PlansRequest) -> PlansAnswer:
         ranker = self._ranker(published)
         tasks = [request.task] if request.task else []
-        ranking, _, exhaustive = ranker.rank(request.checkpoints or (), tasks, request.ways, request.top)
-        plans: list[PlanPrediction] = [ranker.shown(one) for one in ranking.plans]
-        return PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=exhaustive)
+        ranking = ranker.rank(request.checkpoints or (), tasks, request.ways, request.top)
+        plans: list[PlanPrediction] = [plan_prediction(one) for one in ranking.plans]
+        return PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=ranking.width is None)
 
     def _ranker(self, published: Published) -> PlanRanker:
         """One for each version; in the thread of `_others` alone."""
         if published.version not in self._rankers:
-            signatures = self.settings.signatures
+            signatures = self.settings.signature_store
             self._rankers = {published.version: PlanRanker(published, self._table, self._catalogue, signatures)}
         return self._rankers[published.version]
 

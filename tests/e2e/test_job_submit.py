@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import build_dataset
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.merging.write.directory import write_merge
@@ -49,7 +49,9 @@ def test_a_submitted_job_makes_the_labels_of_a_local_run(catalogue_path, tmp_pat
 
     # The script, called without a cluster, finds everything in place.
     monkeypatch.setattr(sys, "argv", command[-2:])
-    assert build_dataset.main() == 0
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / JOB), run_name="__main__")
+    assert not ended.value.code
     assert capsys.readouterr().out.count("unchanged since the last run") == 2
 
     # The same labels without Ray, in this process.

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import runpy
 import sys
 import time
 import uuid
@@ -114,17 +115,18 @@ def main() -> None:
         sys.exit(run_job("place", lambda: place(int(arguments[0]))))
     if stage == "merge":
         merge_tasks.make_share = counting_share
-        from jobs import merge_plan as job
+        job = "merge_plan"
     else:
         merge_search.MergeTrial = CountingTrial  # type: ignore[misc]
         import simmerge_ray.signals.worker as worker
 
         worker.SignalWorker = CountingWorker  # type: ignore[misc]
-        from jobs import build_dataset as job  # type: ignore[no-redef]
-    sys.argv = ["job", *arguments]
-    code = job.main()
-    ray.shutdown()
-    sys.exit(code)
+        job = "build_dataset"
+    sys.argv = [f"{job}.py", *arguments]
+    try:
+        runpy.run_path(f"jobs/{job}.py", run_name="__main__")
+    finally:
+        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from simmerge_ray.base.config import StudyConfig, load_yaml
+from simmerge_ray.base.config import ServiceConfig, StudyConfig, load_yaml
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.cluster_files.check import ModelSize, lint
 from simmerge_ray.capacity.placement import gpu_offer
@@ -32,7 +32,7 @@ def test_the_serve_config_fits_ray_s_schema_and_our_builder():
     (application,) = schema.applications
     module, name = application.import_path.split(":")
     assert module == serve_app.__name__ and callable(getattr(serve_app, name))
-    serve_app.AppArgs.model_validate(application.args)
+    ServiceConfig.model_validate(application.args)
     assert [one.name for one in application.deployments] == [serve_app.MergeService.name]
     assert schema.http_options.host == "127.0.0.1"
 

@@ -22,8 +22,8 @@ from simmerge_ray.search.labels import LabeledPlan
 from simmerge_ray.selector.assessment.crossval import predict_unseen
 from simmerge_ray.selector.data.dataset import SelectionDataset, build_dataset, join_datasets
 from simmerge_ray.selector.data.splits import base_folds, pairs_of
-from simmerge_ray.selector.data.tasks import task_pool
 from simmerge_ray.selector.planning.scorer import PlanScorer
+from simmerge_ray.selector.planning.tasks import task_pool
 from simmerge_ray.signals.propagation.bound import Bound
 from simmerge_ray.signals.propagation.evidence import stored_evidence
 from simmerge_ray.signals.propagation.interface import Propagator
@@ -90,7 +90,7 @@ def bought(
 ) -> dict[str, Any]:
     """What evaluations buy on pairs, and the number of merges after which labels have paid."""
     folds = base_folds(pairs_of(dataset.contexts), base_of)
-    predicted = predict_unseen(dataset, config, folds=folds).utility
+    predicted = predict_unseen(dataset, config, folds=folds)
     rows = curves(pair_pools(dataset, predicted, dict(base_of)), range(1, len(dataset.arms) + 1))
     merged = [label for part in parts for label in part.labels if len(label.plan.steps) == 1]
     seconds = _seconds_by_plan(merged)

@@ -15,7 +15,7 @@ import numpy as np
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.research.study.longer import resampled_interval
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import units_of
+from simmerge_ray.selector.data.scoring import units_of
 
 FEW_ITEMS = (8, 16, 32)
 NUM_DRAWS = 50

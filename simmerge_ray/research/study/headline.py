@@ -12,9 +12,9 @@ from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.selector.assessment.baselines import best_fixed
-from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import GAP_CLOSED, Scoring, keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.scoring import GAP_CLOSED, Scoring, keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.data.splits import base_folds, pairs_of, resampled_weights
 
 NUM_RESAMPLES = 2000
@@ -38,12 +38,12 @@ def primary_test(dataset: SelectionDataset, base_of: Mapping[str, str], config: 
         LabelError: fewer than two bases, or GapClosed is nowhere defined.
     """
     pairs = pairs_of(dataset.contexts)
-    trial = Trial.start(dataset, config, base_folds(pairs, base_of))
-    scoring, units = trial.scoring, units_of(dataset.contexts, per_merge=True)
+    crossval = CrossValidation.of(dataset, config, base_folds(pairs, base_of))
+    scoring, units = crossval.scoring, units_of(dataset.contexts, per_merge=True)
     if scoring.unit != GAP_CLOSED:
         raise LabelError("the checkpoints differ on no task by enough to measure GapClosed")
-    predicted = keeping_no_parent(trial.averaged(trial.predictions(trial.models(dataset, config))))
-    fixed = trial.averaged([best_fixed(dataset, scoring, fold.training, fold.tested) for fold in trial.folds])
+    predicted = keeping_no_parent(crossval.unseen(dataset, config))
+    fixed = crossval.baseline(best_fixed)
     gained = scoring.taken(shares_of(predicted, units)) - scoring.taken(shares_of(fixed, units))
     samples = resampled_weights([pairs[row] for row in scoring.rows], base_of, NUM_RESAMPLES, config.seed)
     gain, drawn = float(scoring.headline(gained)), scoring.headline(gained, samples)
@@ -54,7 +54,7 @@ def primary_test(dataset: SelectionDataset, base_of: Mapping[str, str], config: 
         "gain": gain,
         "interval": interval,
         "claimed": gain >= CLAIMED_GAIN and interval[0] > 0,
-        "best_fixed": sorted(set(trial.best_fixed())),
+        "best_fixed": sorted(set(crossval.best_fixed())),
         "by_base": _by_base(scoring, gained, bases),
         "domains": _domains(scoring, gained, samples),
         "oracle": {"gain": room, "share": gain / room if room > 0 else None},

@@ -15,7 +15,7 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError, unknown_name
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Scoring, keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.scoring import Scoring, keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.data.splits import Fold, fold_mean, pairs_of, resampled_weights
 from simmerge_ray.selector.data.targets import level_and_contrasts
 from simmerge_ray.selector.models.predictors import MlpPredictor

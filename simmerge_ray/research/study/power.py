@@ -15,9 +15,9 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.data.splits import Pair, pairs_of, resampled_weights
 
 NUM_DOMAINS = 4
@@ -56,11 +56,11 @@ def pilot_gains(dataset: SelectionDataset, config: TrainConfig) -> tuple[list[fl
     The headline is a ratio of sums for each task; a merge's gain on a task is divided by the task's mean gap, so that
     the mean over the merges of a task is the headline's ratio.
     """
-    trial = Trial.start(dataset, config, None)
+    crossval = CrossValidation.of(dataset, config, None)
     units = units_of(dataset.contexts, per_merge=True)
-    predicted = keeping_no_parent(trial.averaged(trial.predictions(trial.models(dataset, config))))
-    scores, _ = trial.baseline_scores()
-    scoring = trial.scoring
+    predicted = keeping_no_parent(crossval.unseen(dataset, config))
+    scores, _ = crossval.baseline_scores()
+    scoring = crossval.scoring
     gained = scoring.taken(shares_of(predicted, units)) - scoring.taken(shares_of(scores["best fixed"], units))
     mean_gap = {task: scoring.gap[scoring.tasks == task].mean() for task in np.unique(scoring.tasks)}
     by_pair: dict[Pair, list[float]] = {}

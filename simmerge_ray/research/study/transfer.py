@@ -11,7 +11,7 @@ from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.selector.assessment.crossval import predict_unseen
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import GAP_CLOSED, Scoring, keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.scoring import GAP_CLOSED, Scoring, keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.data.splits import pairs_of, resampled_weights
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.novelty import fit_novelty
@@ -56,7 +56,7 @@ def transfer(
     scores = {
         "transferred": transferred,
         "abstaining": np.where(unlike[:, None], fixed, transferred),
-        "own": predict_unseen(large, config).utility,
+        "own": predict_unseen(large, config),
         "best fixed of the small bases": fixed,
         "best fixed of the large base": _one_arm(scoring.best_fixed(num_arms), large.utilities.shape),
     }

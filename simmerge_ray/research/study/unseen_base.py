@@ -21,14 +21,14 @@ from simmerge_ray.research.study.longer import (
     unmerged,
 )
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Scoring
-from simmerge_ray.selector.data.tasks import task_pool
+from simmerge_ray.selector.data.scoring import Scoring
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.train import fit_models
 from simmerge_ray.selector.planning.scorer import PlanScorer
+from simmerge_ray.selector.planning.search import AGGREGATES
+from simmerge_ray.selector.planning.tasks import task_pool
 from simmerge_ray.signals.propagation.interface import Propagator
 
-AGGREGATES = ("last", "mean", "sum")
 Group = tuple[str, tuple[str, ...], str]
 
 
@@ -71,7 +71,7 @@ def scores_of(
     """Score by aggregate and plan id, on the tasks of each plan's members."""
     pool = task_pool("mean", (), part.table.tasks, part.table.checkpoint_ids, part.catalogue.own_task)
     scorer = PlanScorer(part.table, propagator, model)
-    ranked = scorer.score_by_aggregate([one.plan for one in plans], pool, AGGREGATES)
+    ranked = scorer.score_by_aggregate([one.plan for one in plans], pool)
     return {
         aggregate: {one.plan.id: row.score for one, row in zip(plans, rows, strict=True)}
         for aggregate, rows in ranked.items()

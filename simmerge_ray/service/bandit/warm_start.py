@@ -16,7 +16,7 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import BanditError
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import units_of
+from simmerge_ray.selector.data.scoring import units_of
 from simmerge_ray.selector.data.splits import Fold, fold_mean
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.predictors import MlpPredictor
@@ -25,6 +25,7 @@ from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 
 MIN_VARIANCE = 1e-6
+COLD_NOISE = Noise(0.01)  # of rewards where no labels tell: a spread of 0.1
 COLD_SPREAD = 0.1  # of an arm's weights where nothing is known of it
 
 
@@ -61,7 +62,7 @@ def merges_of(dataset: SelectionDataset, model: FittedModel, rows: Sequence[int]
     """The merges among the given rows; what a merge has several tasks for is averaged over them."""
     index = list(rows)
     part = dataset.subset(index)
-    z, level = contexts_of(model, part.features, [context.task for context in part.contexts])
+    z, level = contexts_of(model, part.features, part.tasks)
     units = units_of(part.contexts, per_merge=True)
     return Merges(
         tuple(tuple(index[row] for row in unit) for unit in units),
@@ -85,7 +86,7 @@ def out_of_fold_level(
     levels = []
     for fold, model in zip(folds, models, strict=True):
         part = dataset.subset(fold.tested)
-        levels.append(contexts_of(model, part.features, [context.task for context in part.contexts])[1])
+        levels.append(contexts_of(model, part.features, part.tasks)[1])
     return fold_mean(folds, levels, len(dataset.contexts))
 
 
@@ -118,6 +119,11 @@ def warm_posteriors(
 def cold_ridge(noise: Noise) -> float:
     """Precision of a prior that knows nothing, in units of the noise: weights spread by `COLD_SPREAD`."""
     return noise.variance / COLD_SPREAD**2
+
+
+def cold_prior(num_dimensions: int, noise: Noise) -> GaussianPosterior:
+    """What an arm starts from where nothing is known of it."""
+    return GaussianPosterior.prior(num_dimensions, cold_ridge(noise))
 
 
 def start_from_labels(

@@ -14,7 +14,7 @@ from simmerge_ray.base.errors import LabelError, SelectorError
 from simmerge_ray.base.storage import digest_bytes, digest_json
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.files import LoadedDataset
-from simmerge_ray.selector.data.rewards import RewardedMerge, digest_of
+from simmerge_ray.selector.data.rewards import RewardedMerge, rewards_digest
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, pairs_of
 from simmerge_ray.selector.models.model import FittedModel, Selector
 from simmerge_ray.selector.models.train import fit_models, usable_folds
@@ -64,7 +64,7 @@ class Material:
         read = [contexts, self.dataset.arms, self.dataset.columns, arrays]
         # The held-out rewards as well: they are in the comparison, and in the labels.
         every = [[one.seq, one.plan.id, one.tasks, one.utility] for one in self.logged.rewarded]
-        told = [digest_of(self.rewards), every, self.last_seq, self.namespace]
+        told = [rewards_digest(self.rewards), every, self.last_seq, self.namespace]
         return digest_json([FORMAT, read, told, self.config.model_dump(mode="json")])
 
     @cached_property

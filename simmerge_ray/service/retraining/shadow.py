@@ -15,9 +15,9 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.selector.assessment.crossval import bench_of
-from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import UTILITY, Scoring, keeping_no_parent, shares_of
+from simmerge_ray.selector.data.scoring import UTILITY, Scoring, keeping_no_parent, shares_of
 from simmerge_ray.selector.data.splits import Fold, fold_mean
 from simmerge_ray.selector.models.model import FittedModel, Selector
 from simmerge_ray.selector.models.policy import SafeOverride
@@ -186,8 +186,8 @@ def compare_on_labels(
         return None
     arms = tuple(dataset.arms[k] for k in reference)
     known = replace(dataset, arms=arms, utilities=dataset.utilities[:, list(reference)])
-    trial = Trial(known, config, list(folds), Scoring.of(known.contexts, arms))
-    bench = bench_of(trial, True, base_of)
+    crossval = CrossValidation(known, config, list(folds), Scoring.of(known.contexts, arms))
+    bench = bench_of(crossval, True, base_of)
     shares = []
     for models in (present, candidate):
         predicted = [values[:, list(reference)] for values in predict_folds(dataset, folds, models)]
@@ -201,7 +201,7 @@ def compare_on_labels(
     num = int((~np.isnan(new).any(1)).sum())
     return OnLabels(
         num,
-        trial.scoring.unit,
+        crossval.scoring.unit,
         measured["gap_closed"] - measured["gain"],
         measured["gap_closed"],
         measured["gain"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from simmerge_ray.base.config import SearchConfig, StudyConfig, TrainConfig, check_config, load_yaml
+from simmerge_ray.base.config import SearchConfig, StudyConfig, TrainConfig, check_config, load_yaml, parse_ways
 from simmerge_ray.base.errors import ConfigError
 
 STUDY = "catalogue: zoo/catalogue.yaml\nprobes: zoo/probes\ntasks: zoo/tasks\nout: out\n"
@@ -47,3 +47,13 @@ def test_a_config_cannot_be_changed():
 def test_values_out_of_range_are_named():
     with pytest.raises(ConfigError, match=r"'concurrency'.*greater than or equal to 1.*got 0"):
         check_config(SearchConfig, {"concurrency": 0}, "options")
+
+
+def test_ways_and_pairs_are_text_or_lists():
+    assert (parse_ways("3"), parse_ways("2-4")) == ((3, 3), (2, 4))
+    as_text = check_config(SearchConfig, {"ways": "2-4", "exclude": ["a,b"]}, "options")
+    assert as_text == check_config(SearchConfig, {"ways": [2, 4], "exclude": [["a", "b"]]}, "options")
+    with pytest.raises(ConfigError, match="'ways': ways is a number of checkpoints or a range, 3 or 2-4, got 'x'"):
+        check_config(SearchConfig, {"ways": "x"}, "options")
+    with pytest.raises(ConfigError, match="'exclude.0': a pair is LEFT,RIGHT, got 'a'"):
+        check_config(SearchConfig, {"exclude": ["a"]}, "options")

@@ -17,7 +17,7 @@ from simmerge_ray.research.replay import (
     replay,
     rounds_of,
 )
-from simmerge_ray.selector.data.evaluation import Scoring
+from simmerge_ray.selector.data.scoring import Scoring
 from simmerge_ray.selector.data.splits import checkpoint_folds, pairs_of
 from simmerge_ray.selector.models.train import fit_models
 from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise

@@ -13,7 +13,6 @@ import yaml
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.cli.app import main
 from simmerge_ray.search.estimate import engine_bytes, estimate
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
@@ -77,30 +76,22 @@ def test_an_unknown_task_of_the_catalogue_is_named(root):
         load_study(write_study(root))
 
 
-def test_a_dry_run_says_what_a_study_takes_and_starts_nothing(root, capsys, monkeypatch):
-    from jobs import build_dataset
-
-    monkeypatch.setattr("sys.argv", ["build_dataset.py", str(write_study(root)), "--dry-run"])
-    assert build_dataset.main() == 0
-    text = capsys.readouterr().out
+def test_a_dry_run_says_what_a_study_takes_and_starts_nothing(root, run_job_script):
+    code, _, text = run_job_script("build_dataset", write_study(root), "--dry-run")
+    assert code == 0
     assert "trials   8 to run, 0 labels" in text and "GB together" in text and "unknown until" in text
     assert not (root / "out").exists()
 
 
-def test_the_command_line_says_what_a_search_takes(root, capfd, monkeypatch):
-    monkeypatch.chdir(root)
-    monkeypatch.setattr(
-        "sys.argv",
-        ["simmerge", "search", "catalogue.yaml", "--tasks", "tasks", "--out", "labels", "--budget", "7", "--dry-run",
-         "--evaluator", "transformers", "--ways", "2-3", "--objective", "add", "--objective", "worst"],
-    )  # fmt: skip
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 0 and "trials   11 to run" in capfd.readouterr().out
-    monkeypatch.setattr("sys.argv", ["simmerge", "search", "catalogue.yaml", "--out", "labels", "--ways", "two"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2 and "--ways takes a number or a range" in capfd.readouterr().err
+def test_the_command_line_says_what_a_search_takes(root, simmerge):
+    options = (
+        "--tasks tasks --out labels --budget 7 --dry-run --evaluator transformers --ways 2-3 --objective add "
+        "--objective worst"
+    )
+    result = simmerge("search", "catalogue.yaml", *options.split(), cwd=root)
+    assert result.returncode == 0 and "trials   11 to run" in result.stdout
+    result = simmerge("search", "catalogue.yaml", "--out", "labels", "--ways", "two", cwd=root)
+    assert result.returncode == 2 and "--ways: ways is a number of checkpoints or a range" in result.stderr
 
 
 def make_study(root: Path, **changes):

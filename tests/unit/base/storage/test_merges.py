@@ -17,7 +17,6 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, read_plan, resolve_plan, write_plan
 from tests import tiny
 from tests.unit.checkpoints.test_adapters import CONFIGS, make_adapter
-from tests.unit.cli.test_app import simmerge
 
 SHARD = 30_000  # bytes: several files
 
@@ -124,7 +123,7 @@ def test_a_target_of_others_is_refused_and_a_refused_merge_leaves_nothing(remote
         write_graph(compile_plan(remote), out)
 
 
-def test_the_command_merges_in_a_store(remote, bucket):
+def test_the_command_merges_in_a_store(remote, bucket, simmerge):
     plan = f"{bucket}/zoo/plan.json"
     dry = simmerge("merge", plan, f"{bucket}/merged", "--dry-run")
     assert dry.returncode == 0 and f"-> {bucket}/merged" in dry.stdout

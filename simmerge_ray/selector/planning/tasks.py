@@ -10,8 +10,6 @@ import numpy as np
 from simmerge_ray.base.errors import ConfigError, PlanError, unknown_name
 from simmerge_ray.search.objectives import WORST, Objective, parse_objective
 
-Array = np.ndarray
-
 
 @dataclass(frozen=True)
 class TaskPool:
@@ -23,18 +21,18 @@ class TaskPool:
 
     objective: Objective
     tasks: tuple[str, ...]
-    own: Array | None = None
+    own: np.ndarray | None = None
 
-    def counted(self, members: Array) -> Array:
+    def counted(self, members: np.ndarray) -> np.ndarray:
         """Which tasks count for plans over members (..., k), -1 for none; (..., T) bool."""
         if self.own is None:
             return np.ones((*members.shape[:-1], len(self.tasks)), bool)
         found = (self.own[members] & (members >= 0)[..., None]).any(-2)
-        counted: Array = found | ~found.any(-1, keepdims=True)
+        counted: np.ndarray = found | ~found.any(-1, keepdims=True)
         return counted
 
-    def pooled(self, utility: Array, sd: Array, counted: Array) -> tuple[Array, Array]:
-        """The objective and its spread, that of tasks taken to err together.
+    def pooled(self, utility: np.ndarray, sd: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The objective and its spread, assuming that the errors of all tasks have one sign.
 
         Args:
             utility, sd: (..., T). counted: (..., T) bool, or what broadcasts to it.

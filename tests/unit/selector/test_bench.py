@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmerge_ray.selector.data.evaluation import GAP_CLOSED, Bench, NoiseSets, Scoring
+from simmerge_ray.selector.assessment.bench import Bench, NoiseSets
+from simmerge_ray.selector.data.scoring import GAP_CLOSED, Scoring
 
 
 def bench_of(num: int, num_tasks: int, seed: int) -> Bench:

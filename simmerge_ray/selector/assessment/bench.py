@@ -1,9 +1,4 @@
-"""How good are choices of arms? GapClosed, regret and picks within the noise set of any policy, on the same contexts.
-
-A policy is an array of *shares* (N, A): how often it takes each option for a context. Options are the arms and, for the
-policy that does not merge, the two parents. One rule makes shares of scores (N, A): the best score of the context, or
-of all contexts of the pair together where one arm serves the whole merge; ties are split.
-"""
+"""What policies are measured on: GapClosed, regret picks within the noise set, intervals."""
 
 from __future__ import annotations
 
@@ -14,120 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.search.headroom import NUM_STANDARD_ERRORS, Context, defined_gaps
-from simmerge_ray.selector.data.splits import Pair, pairs_of
-
-PARENTS = ("parent:left", "parent:right")
-GAP_CLOSED, UTILITY = "GapClosed", "utility"
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Numerators and denominators of GapClosed of the D contexts where it is defined, for A options.
-
-    rows: (D,) of the dataset. tasks: (D,). closed: (D, A). gap: (D,). unit: `GapClosed`, or `utility` where that is
-    nowhere defined: then closed is the utility itself, gap is 1, and all contexts count.
-    """
-
-    rows: np.ndarray
-    tasks: np.ndarray
-    closed: np.ndarray
-    gap: np.ndarray
-    unit: str
-
-    @staticmethod
-    def of(contexts: Sequence[Context], arms: Sequence[str]) -> Scoring:
-        """Of all contexts, options being the arms and both parents."""
-        gaps = defined_gaps([_with_parents(context) for context in contexts], (*arms, *PARENTS))
-        if len(gaps.rows):
-            return Scoring(gaps.rows, np.array(gaps.tasks), gaps.closed, gaps.gap, GAP_CLOSED)
-        tasks = np.array([context.task for context in contexts])
-        return Scoring(
-            np.arange(len(contexts)), tasks, option_utilities(contexts, arms), np.ones(len(contexts)), UTILITY
-        )
-
-    def among(self, rows: Sequence[int]) -> Scoring:
-        """The part that lies in the given rows; they keep their numbers."""
-        kept = np.isin(self.rows, np.asarray(rows, dtype=np.int64))
-        return Scoring(self.rows[kept], self.tasks[kept], self.closed[kept], self.gap[kept], self.unit)
-
-    def headline(self, numerators: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-        """(..., D) numerators -> (...): ratio of sums per task, then the mean over the tasks that have weight.
-
-        weights: (..., D), how often each context counts; NaN where none does.
-        """
-        counts = np.ones(len(self.rows)) if weights is None else weights
-        ratios = []
-        for task in np.unique(self.tasks):
-            of_task = self.tasks == task
-            total = (counts * self.gap)[..., of_task].sum(-1)
-            closed = (counts * numerators)[..., of_task].sum(-1)
-            ratios.append(np.divide(closed, total, out=np.full(np.shape(closed), np.nan), where=total > 0))
-        if not ratios:
-            return np.full(np.broadcast_shapes(numerators.shape, counts.shape)[:-1], np.nan)
-        return _mean_of_known(ratios)
-
-    def fixed(self) -> np.ndarray:
-        """(A,): the headline of each option taken everywhere; NaN where no context is left."""
-        return self.headline(self.closed.T)
-
-    def best_fixed(self, num_arms: int) -> int:
-        """Of the arms, the first `num_arms` options, the one with the best headline; the first if there is none."""
-        headline = self.fixed()[:num_arms]
-        return 0 if np.isnan(headline).all() else int(np.nanargmax(headline))
-
-    def taken(self, shares: np.ndarray) -> np.ndarray:
-        """(N, A) shares -> (D,) numerators."""
-        return (shares[self.rows] * self.closed).sum(1)
-
-
-def _mean_of_known(ratios: Sequence[np.ndarray]) -> np.ndarray:
-    known = ~np.isnan(ratios)
-    mean = np.where(known, ratios, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-    return np.where(known.any(0), mean, np.nan)
-
-
-def _with_parents(context: Context) -> Context:
-    parents = dict(zip(PARENTS, (context.left_items, context.right_items), strict=True))
-    return replace(context, arms={**context.arms, **parents})
-
-
-def option_utilities(contexts: Sequence[Context], arms: Sequence[str]) -> np.ndarray:
-    """(N, K + 2): mean utility of each arm and of both parents."""
-    return np.array(
-        [
-            [*(context.arms[arm].mean() for arm in arms), context.left_items.mean(), context.right_items.mean()]
-            for context in contexts
-        ]
-    )
-
-
-def keeping_no_parent(scores: np.ndarray) -> np.ndarray:
-    """(N, K) -> (N, K + 2): scores of the arms alone, a parent is never chosen; rows without scores stay NaN."""
-    none = np.where(np.isnan(scores).any(1, keepdims=True), np.nan, -np.inf)
-    return np.hstack([scores, none, none])
-
-
-def units_of(contexts: Sequence[Context], per_merge: bool) -> list[list[int]]:
-    """Rows that share one choice: those of a pair, or each row alone."""
-    if not per_merge:
-        return [[row] for row in range(len(contexts))]
-    found: dict[Pair, list[int]] = {}
-    for row, (left, right) in enumerate(pairs_of(contexts)):
-        found.setdefault((min(left, right), max(left, right)), []).append(row)
-    return list(found.values())
-
-
-def shares_of(scores: np.ndarray, units: Sequence[Sequence[int]]) -> np.ndarray:
-    """(N, A) scores -> (N, A) shares: the best mean score of the unit, ties split; rows without scores are NaN."""
-    shares = np.full(scores.shape, np.nan)
-    for rows in units:
-        known = [row for row in rows if not np.isnan(scores[row]).any()]
-        if known:
-            mean = scores[known].mean(0)
-            best = mean >= mean.max() - 1e-12
-            shares[known] = best / best.sum()
-    return shares
+from simmerge_ray.search.headroom import NUM_STANDARD_ERRORS, Context, mean_of_known
+from simmerge_ray.selector.data.scoring import PARENTS, Scoring, with_parents
 
 
 @dataclass(frozen=True)
@@ -146,7 +29,7 @@ class NoiseSets:
         within, utilities = [], []
         for rows in units:
             means, errors = [], []
-            items = [[_with_parents(contexts[row]).arms[name] for name in (*arms, *PARENTS)] for row in rows]
+            items = [[with_parents(contexts[row]).arms[name] for name in (*arms, *PARENTS)] for row in rows]
             pooled = np.mean([[values.mean() for values in of_row] for of_row in items], axis=0)
             best = int(pooled[: len(arms)].argmax())
             for of_row in items:
@@ -165,7 +48,7 @@ class NoiseSets:
 
     @property
     def majority_share(self) -> float:
-        """Share of units in whose noise set the arm lies that is within the most: the best constant, in hindsight."""
+        """Share of units whose noise set holds the arm that is in the most of them: the best constant in hindsight."""
         return float(self.within[:, : self.num_arms].mean(0).max())
 
 
@@ -201,7 +84,7 @@ class Bench:
         """
         # What `Scoring.headline` computes, from sums that are kept: dozens of policies need it.
         ratios = [self._resampled(numerators, task) for task in (self._by_task if tasks is None else tasks)]
-        values = _mean_of_known(ratios) if ratios else np.zeros(0)
+        values = mean_of_known(ratios) if ratios else np.zeros(0)
         values = values[~np.isnan(values)]
         return [float(value) for value in np.quantile(values, [0.025, 0.975])] if len(values) else None
 
@@ -247,7 +130,7 @@ class Bench:
         }
 
     def arm_accuracy(self, shares: np.ndarray, arms: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Per arm: how often "this arm is the best one" is answered rightly, beside the better constant answer."""
+        """Per arm: how often "this arm is the best one" is answered correctly, and the better constant answer."""
         units = [(i, rows[0]) for i, rows in enumerate(self.units) if not np.isnan(shares[rows]).any()]
         best = self.noise.best[[i for i, _ in units]]
         found = {}
