@@ -148,7 +148,6 @@ def test_the_stage_writes_selector_and_report_once(study, tmp_path):
         (("nowhere",), ConfigError, "no data set at nowhere"),
         (("--signals", "s.parquet"), ConfigError, "both --signals and --labels"),
         (("STUDY", "--labels", "l"), ConfigError, "DATASET alone"),
-        (("STUDY", "--model", "tree"), ConfigError, "model"),
         (("STUDY", "--arm", "tees"), LabelError, "did you mean 'ties'"),
         (("STUDY", "--arm", "ties"), LabelError, "1 arms are too few"),
     ],
@@ -174,3 +173,5 @@ def test_a_study_of_several_bases_is_trained_on_with_one_command(study, tmp_path
 def test_bad_input_ends_with_code_two(tmp_path, simmerge):
     result = simmerge("train", tmp_path / "none", "--out", tmp_path / "out")
     assert result.returncode == 2 and "no data set at" in result.stderr and "Traceback" not in result.stderr
+    result = simmerge("train", tmp_path, "--out", tmp_path / "out", "--model", "tree")
+    assert result.returncode == 2 and "'tree' is not one of 'mlp', 'ridge', 'knn', 'forest'" in result.stderr
