@@ -65,18 +65,6 @@ def run_job(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
     return int(report["exit_code"])
 
 
-def read_last_line(output: str) -> dict[str, Any]:
-    """What a job reported in its last line; Ray's own lines may follow it.
-
-    Raises:
-        InputError: there is no such line.
-    """
-    for line in reversed(output.splitlines()):
-        if line.startswith(f"{LAST_LINE} "):
-            return dict(json.loads(line.removeprefix(LAST_LINE)))
-    raise InputError(f"no line starts with {LAST_LINE!r}: the job was killed, or has not ended")
-
-
 def stop_on_sigterm() -> None:
     """SIGTERM ends like Ctrl-C: `finally` blocks run, so nothing is left behind."""
 

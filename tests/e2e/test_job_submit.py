@@ -14,13 +14,14 @@ from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.merging.write.directory import write_merge
 from simmerge_ray.on_ray.merge_search import start_evaluator
-from simmerge_ray.pipelines.jobs import LAST_LINE, read_last_line
+from simmerge_ray.pipelines.jobs import LAST_LINE
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore, Measured
 from simmerge_ray.search.runner import TrialRunner
 from simmerge_ray.search.setup import grid_trials, prepare_study
+from tests.job_lines import read_last_line
 
 ROOT = Path(__file__).parents[2]
 ARMS = ("linear", "slerp", "ties(density=0.2)")

@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from simmerge_ray.base.storage import write_once
-from simmerge_ray.pipelines.jobs import read_last_line
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.signals.table import read_signal_table
 from tests.conftest import free_port
+from tests.job_lines import read_last_line
 from tests.leftovers import kill_marked
 from tests.object_store import endpoint, make_bucket, s3_server
 from tests.on_ray.test_nodes import SEARCH, SIGNALS, local_labels, local_table

@@ -24,7 +24,6 @@ from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.merging.write.directory import write_merge
 from simmerge_ray.on_ray.merge_search import start_evaluator
 from simmerge_ray.on_ray.signal_actors import signature_spec
-from simmerge_ray.pipelines.jobs import read_last_line
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan
 from simmerge_ray.search.evaluation import load_tasks
@@ -34,6 +33,7 @@ from simmerge_ray.search.setup import grid_trials, prepare_study
 from simmerge_ray.signals.compute import compute_signals
 from simmerge_ray.signals.table import read_signal_table
 from tests.conftest import free_port
+from tests.job_lines import read_last_line
 from tests.on_ray.on_nodes import num_again
 
 ROOT = Path(__file__).parents[2]

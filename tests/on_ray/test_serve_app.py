@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -189,7 +189,7 @@ def test_the_deployed_file_serves_takes_another_selector_and_takes_nothing_back(
     config = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())
     config["http_options"]["port"] = port = free_port()
     (application,) = config["applications"]
-    settings = replace(first.settings(tmp_path), selector=None)
+    settings = first.settings(tmp_path).model_copy(update={"selector": None})
     application["args"] |= {"selector": str(first.selector), "signals": str(first.signals)}
     application["args"] |= {"database": settings.database, "registry": str(settings.registry)}
     application["args"]["tokens"] = str(write_tokens(tmp_path / "tokens"))

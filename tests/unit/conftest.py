@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from simmerge_ray.pipelines.jobs import read_last_line
+from tests.job_lines import read_last_line
 
 JOBS = Path(__file__).parents[2] / "jobs"
 Run = Callable[..., CompletedProcess[str]]
