@@ -37,7 +37,7 @@ from simmerge_ray.signals.signature import (
     outputs_key,
     weights_key,
 )
-from simmerge_ray.signals.stages import Stage
+from simmerge_ray.signals.stages import LayerRange
 from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.tokens import (
     Place,
@@ -149,7 +149,7 @@ class Signatures:
         spec: SignatureSpec,
         store: SignatureStore,
         run: Executor,
-        stages: Mapping[str, Sequence[Stage] | None] | None = None,
+        stages: Mapping[str, Sequence[LayerRange] | None] | None = None,
     ) -> None:
         self._catalogue, self._digests, self._spec, self._store, self._run = catalogue, digests, spec, store, run
         self._stages = stages or {}

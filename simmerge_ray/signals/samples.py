@@ -16,8 +16,6 @@ from simmerge_ray.plans.operators.shares import kept_count
 from simmerge_ray.signals.signature import DENSITIES, TensorSample, Weights, coordinates
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, TRIM_DENSITY, WeightSums, sums_in_blocks
 
-Array = np.ndarray
-
 
 class TensorBlocks:
     """Blocks of float32 elements of one checkpoint, checked to be finite."""
@@ -27,7 +25,7 @@ class TensorBlocks:
         self.source = TensorSource(ref)
         self._raw = np.empty(8 * block, dtype=np.uint8)
 
-    def read(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+    def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Elements [start, stop) of a tensor.
 
         Raises:
@@ -101,13 +99,13 @@ def _blocks(name: str, size: int, tensors: TensorBlocks, base: TensorBlocks | No
         yield start, stop, tensors.read(name, start, stop), centre
 
 
-def _square(block: Array) -> float:
+def _square(block: np.ndarray) -> float:
     doubled = block.astype(np.float64)
     return float(doubled @ doubled)
 
 
 def exact_sums(
-    name: str, checkpoints: Sequence[TensorBlocks], base: TensorBlocks | None, thresholds: Array, block: int
+    name: str, checkpoints: Sequence[TensorBlocks], base: TensorBlocks | None, thresholds: np.ndarray, block: int
 ) -> WeightSums:
     """Sums over one tensor of all checkpoints, centred on the base or, without one, on the mean of the checkpoints.
 
@@ -121,7 +119,7 @@ def exact_sums(
     size = checkpoints[0].num_elements(name)
     room = np.empty((len(checkpoints) + 1, min(block, size)), dtype=np.float32)
 
-    def read(start: int, stop: int) -> tuple[Array, Array]:
+    def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         rows = room[1:, : stop - start]
         for tensors, row in zip(checkpoints, rows, strict=True):
             tensors.read(name, start, stop, row)
@@ -154,7 +152,7 @@ def trim_threshold(sample: TensorSample) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def thresholds_of(weights: Sequence[Weights], name: str) -> Array:
+def thresholds_of(weights: Sequence[Weights], name: str) -> np.ndarray:
     """(M,) float32 thresholds of one tensor."""
     return np.array([trim_threshold(one[name]) for one in weights], dtype=np.float32)
 

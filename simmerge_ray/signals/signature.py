@@ -24,8 +24,6 @@ NUM_GREEDY_TOKENS = 8  # of the base's continuation of a probe
 GREEDY_SHARE = 4  # one sampled greedy position for so many sampled prompt positions
 DENSITIES = (0.1, 0.2, 0.5)  # of the arms; trim thresholds are exact for these
 
-Array = np.ndarray
-
 
 @dataclass(frozen=True)
 class SignatureSpec:
@@ -51,13 +49,13 @@ class TaskOutputs:
     attention_probe: (Sa,) int64.
     """
 
-    logits: Array
-    hidden: Array
-    attention: Array
-    greedy: Array
-    next_token: Array
-    probe: Array
-    attention_probe: Array
+    logits: np.ndarray
+    hidden: np.ndarray
+    attention: np.ndarray
+    greedy: np.ndarray
+    next_token: np.ndarray
+    probe: np.ndarray
+    attention_probe: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,9 @@ class TensorSample:
     """
 
     num_elements: int
-    values: Array
-    sums: Array
-    thresholds: Array
+    values: np.ndarray
+    sums: np.ndarray
+    thresholds: np.ndarray
 
     @property
     def scale(self) -> float:
@@ -84,7 +82,7 @@ class TensorSample:
 Weights = Mapping[str, TensorSample]
 
 
-def coordinates(name: str, num_elements: int, count: int) -> Array:
+def coordinates(name: str, num_elements: int, count: int) -> np.ndarray:
     """Sorted flat indices of the sampled coordinates of a tensor, the same for every checkpoint; (S,) int64."""
     if num_elements <= count:
         return np.arange(num_elements)
@@ -114,14 +112,14 @@ class SignatureStore:
     def has(self, kind: str, key: str) -> bool:
         return as_place(self.path(kind, key)).exists()
 
-    def write(self, kind: str, key: str, arrays: Mapping[str, Array], about: Mapping[str, Any]) -> None:
+    def write(self, kind: str, key: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
         """Write arrays by name; `about` goes into the file's metadata."""
         from safetensors.numpy import save
 
         kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         write_once(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
 
-    def read(self, kind: str, key: str) -> dict[str, Array]:
+    def read(self, kind: str, key: str) -> dict[str, np.ndarray]:
         """Arrays by name.
 
         Raises:
@@ -144,7 +142,7 @@ class SignatureStore:
         return TaskOutputs(**self.read("outputs", key))
 
     def write_weights(self, key: str, weights: Weights, about: Mapping[str, Any]) -> None:
-        arrays: dict[str, Array] = {}
+        arrays: dict[str, np.ndarray] = {}
         for name, sample in weights.items():
             arrays |= {
                 f"{name}/values": sample.values,

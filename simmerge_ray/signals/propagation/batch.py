@@ -16,12 +16,10 @@ from simmerge_ray.signals.propagation.span import blend_shares
 from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.weights import NORM_FLOOR
 
-Array = np.ndarray
 
-
-def quadratic(matrix: Array, weights: Array) -> Array:
+def quadratic(matrix: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """`a^T M a` for each row a of (P, K) weights; (P,)."""
-    total: Array = np.einsum("pk,pk->p", weights @ matrix, weights)
+    total: np.ndarray = np.einsum("pk,pk->p", weights @ matrix, weights)
     return total
 
 
@@ -37,11 +35,11 @@ class SecondOrderBatch:
         self.columns = self._single.columns
         self._first = len(self._single.ids) - len(self.ids)  # 1 with a base, 0 without one
 
-    def checkpoints(self) -> Array:
+    def checkpoints(self) -> np.ndarray:
         """Weights of the checkpoints themselves, (n, K)."""
         return np.eye(len(self._single.ids))[self._first :]
 
-    def merged(self, left: Array, right: Array, arm: Arm, weight: float) -> Array:
+    def merged(self, left: np.ndarray, right: np.ndarray, arm: Arm, weight: float) -> np.ndarray:
         """Weights of the merges of P sources with a checkpoint each.
 
         Args:
@@ -56,14 +54,14 @@ class SecondOrderBatch:
         else:
             shares = blend_shares(like, weight, lambda centred: (1.0, 0.0, 1.0), self._first > 0)
             share_left, share_right = (np.full(len(left), share) for share in shares[:2])
-        merged: Array = share_left[:, None] * left
+        merged: np.ndarray = share_left[:, None] * left
         merged[np.arange(len(left)), right + self._first] += share_right
         if self._first:
             merged[:, 0] += 1.0 - merged.sum(1)
             return merged
         return merged / merged.sum(1, keepdims=True)
 
-    def _arc(self, arm: Arm, left: Array, right: Array, weight: float) -> tuple[Array, Array]:
+    def _arc(self, arm: Arm, left: np.ndarray, right: np.ndarray, weight: float) -> tuple[np.ndarray, np.ndarray]:
         """Shares of left and right of SLERP, as `blend_shares` has them; (P,) each."""
         task, place = self._single.any_task, right + self._first
         if arm.operator == "nuslerp" and self._first:
@@ -81,13 +79,13 @@ class SecondOrderBatch:
         share_left, share_right = shares
         return share_left, share_right
 
-    def pairs(self, task: str) -> Array:
+    def pairs(self, task: str) -> np.ndarray:
         """The table's own values of all ordered pairs, (F, n, n); 0 for a checkpoint with itself."""
         values = self._single.table_values(task)[:, self._first :, self._first :].copy()
         np.einsum("fii->fi", values)[:] = 0.0
         return values
 
-    def features(self, left: Array, task: str) -> Array:
+    def features(self, left: np.ndarray, task: str) -> np.ndarray:
         """Unscaled features of steps of P sources with every checkpoint on the right.
 
         Args:
@@ -101,7 +99,7 @@ class SecondOrderBatch:
             values[index] = self._values(column, left, task)
         return values
 
-    def _values(self, column: str, left: Array, task: str) -> Array:
+    def _values(self, column: str, left: np.ndarray, task: str) -> np.ndarray:
         """(P, n), or what broadcasts to it."""
         signal, first = column_signal(column), self._first
         statistic = column.removeprefix(f"{signal.name}_")
@@ -118,34 +116,34 @@ class SecondOrderBatch:
             return _distances(self._single.matrix(column, task), left)[:, first:]
         if signal.name == "task_vector_norm_ratio":
             own, others = (np.log(np.maximum(v, NORM_FLOOR)) for v in self._norms(f"weight_l2_{statistic}", left))
-            ratio: Array = own[:, None] - others[None]
+            ratio: np.ndarray = own[:, None] - others[None]
             return ratio
         if signal.name == "task_vector_cosine" and statistic in EXACT_GROUPS:
             return _cosines(self._single.gram(f"weight_l2_{statistic}", task), left)[:, first:]
         return _cosines(self._single.matrix(column, task), left)[:, first:]
 
-    def _norms(self, column: str, left: Array) -> tuple[Array, Array]:
+    def _norms(self, column: str, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Norms of the task vectors of P sources and of the checkpoints, (P,) and (n,)."""
         matrix = self._single.matrix(column, self._single.any_task)
         return _distances(matrix, left)[:, 0], matrix[1:, 0]
 
 
-def _divergences(divergence: Array, left: Array) -> Array:
+def _divergences(divergence: np.ndarray, left: np.ndarray) -> np.ndarray:
     """`quadratic_divergence` of P sources and the K points themselves, (P, K)."""
     both = divergence + divergence.T
     own = 0.25 * quadratic(both, left)[:, None] + 0.25 * np.diagonal(both)
-    found: Array = (left @ divergence - own).clip(0.0)
+    found: np.ndarray = (left @ divergence - own).clip(0.0)
     return found
 
 
-def _distances(distance: Array, left: Array) -> Array:
+def _distances(distance: np.ndarray, left: np.ndarray) -> np.ndarray:
     """`mixed_distance`, (P, K)."""
     return np.sqrt(2.0 * _divergences(0.5 * distance * distance, left))
 
 
-def _cosines(cosine: Array, left: Array) -> Array:
+def _cosines(cosine: np.ndarray, left: np.ndarray) -> np.ndarray:
     """`closed_cosine`, (P, K)."""
     norms = quadratic(cosine, left).clip(0.0)[:, None] * np.diagonal(cosine).clip(0.0)
     defined = norms > TINY
-    found: Array = np.where(defined, (left @ cosine / np.sqrt(np.where(defined, norms, 1.0))).clip(-1.0, 1.0), 0.0)
+    found: np.ndarray = np.where(defined, (left @ cosine / np.sqrt(np.where(defined, norms, 1.0))).clip(-1.0, 1.0), 0.0)
     return found

@@ -11,8 +11,6 @@ from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.propagation.interface import PlanStep, Source, mean_columns, one_by_one, propagated
 from simmerge_ray.signals.table import PairSignals, SignalTable
 
-Array = np.ndarray
-
 
 def member_shares(source: Source) -> dict[str, float]:
     """How much of each checkpoint is in a source when every step is the average `(1 - w) left + w right`; sum 1."""
@@ -46,7 +44,7 @@ class Bound:
     def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
         return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
 
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
         return one_by_one(self, steps, columns, num_threads)
 
     def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:

@@ -17,7 +17,6 @@ from simmerge_ray.signals.pairs import kl_statistics
 from simmerge_ray.signals.propagation.kernels import row_divergences, row_dots
 from simmerge_ray.signals.signature import TaskOutputs
 
-Array = np.ndarray
 _MIN_NORM = 1e-12  # a zero row has cosine 0 with all
 
 
@@ -30,12 +29,12 @@ class PreparedOutputs:
     """
 
     outputs: TaskOutputs
-    log_probs: Array
-    probs: Array
+    log_probs: np.ndarray
+    probs: np.ndarray
     entropy: float
     loss: float
-    hidden: tuple[tuple[Array, Array], ...]
-    attention: tuple[tuple[Array, Array], ...]
+    hidden: tuple[tuple[np.ndarray, np.ndarray], ...]
+    attention: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 def prepared_outputs(outputs: TaskOutputs) -> PreparedOutputs:
@@ -49,7 +48,7 @@ def prepared_outputs(outputs: TaskOutputs) -> PreparedOutputs:
     return PreparedOutputs(outputs, log_probs, probs, float(entropy), float(loss), hidden, attention)
 
 
-def _rows(layer: Array) -> tuple[Array, Array]:
+def _rows(layer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = np.ascontiguousarray(layer).reshape(-1, layer.shape[-1])
     squares = np.empty(len(rows))
     row_dots(rows, rows, squares)
@@ -89,7 +88,7 @@ class OutputPairs:
                 row_dots(rows, others, found[place])
                 found[place] /= norms * other_norms
 
-    def columns(self) -> dict[str, Array]:
+    def columns(self) -> dict[str, np.ndarray]:
         """Every feature column of outputs, (N,) each."""
         by_position = self._divergences.transpose(2, 1, 0)  # (S, 2, N)
         statistics = kl_statistics("kl_lr", by_position[~self._greedy])

@@ -24,8 +24,6 @@ from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.tokens import ProbeTokens
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, TRIM_DENSITY, WeightSums, sums_in_blocks, weight_matrices
 
-Array = np.ndarray
-
 
 class Exact:
     """Delivers every column, by doing what the others predict; all intermediates of a plan are in memory meanwhile.
@@ -59,7 +57,7 @@ class Exact:
         features = partial(self._between, plan, task=task)
         return propagated(plan, task, self._table, self.columns, features, gradients=True, first=first)
 
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
         return one_by_one(self, steps, columns, 1)  # two threads cannot load models at the same time
 
     def _between(self, plan: MergePlan, left: Source, right: Source, task: str) -> Mapping[str, float]:
@@ -78,7 +76,7 @@ class Exact:
             return self._outputs(source, task)
         return run_probes(self._merges(plan)[source][1], self._catalogue.ref(plan.members[0]), self._tokens[task])
 
-    def _compare_weights(self, plan: MergePlan, left: Source, right: Source) -> dict[str, Array]:
+    def _compare_weights(self, plan: MergePlan, left: Source, right: Source) -> dict[str, np.ndarray]:
         with ExitStack() as stack:
             blocks = {ref.id: TensorBlocks(ref) for ref in self._catalogue.all_refs}
             for one in blocks.values():
@@ -93,18 +91,18 @@ class Exact:
     ) -> WeightSums:
         base = self._catalogue.base
 
-        def centre(start: int, stop: int) -> Array:
+        def centre(start: int, stop: int) -> np.ndarray:
             if base is not None:
                 return blocks[base.id].read(name, start, stop)
             rows = np.stack([one.read(name, start, stop) for one in blocks.values()])
             return rows.mean(0, dtype=np.float64).astype(np.float32)
 
-        def values(source: Source, start: int, stop: int) -> Array:
+        def values(source: Source, start: int, stop: int) -> np.ndarray:
             if isinstance(source, str):
                 return blocks[source].read(name, start, stop)
             return self._merges(plan)[source][0][name].reshape(-1)[start:stop].numpy()
 
-        def vectors(start: int, stop: int) -> tuple[Array, Array]:
+        def vectors(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
             middle = centre(start, stop)
             return np.stack([values(source, start, stop) - middle for source in (left, right)]), middle
 

@@ -16,7 +16,6 @@ from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.features import column_signal, feature_columns
 from simmerge_ray.signals.table import PairSignals, SignalTable
 
-Array = np.ndarray
 NAMES = ("bound", "second_order", "virtual", "curved", "exact")  # of `table.PROPAGATORS`, without its imports
 _NO_GRADIENTS = "a weight that changes with depth cannot be propagated; give one number, or take propagator 'exact'"
 
@@ -43,7 +42,7 @@ class Propagator(Protocol):
         """
         ...
 
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
         """Some of its columns for many steps at once, of any plans and tasks: the numbers of `steps`, to rounding.
 
         Returns:
@@ -144,7 +143,9 @@ def fold_path(source: Source) -> tuple[str, ...]:
     return (*fold_path(source.left), f"{right}\0{source.arm.label}\0{source.weight}\0{source.step}\0{source.seed}")
 
 
-def one_by_one(propagator: Propagator, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+def one_by_one(
+    propagator: Propagator, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int
+) -> np.ndarray:
     """`Propagator.batch` by `Propagator.steps`; steps with the same left source are asked for one after the other."""
     groups: dict[Source, list[int]] = {}
     for place, step in enumerate(steps):

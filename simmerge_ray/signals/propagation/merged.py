@@ -23,7 +23,6 @@ from simmerge_ray.signals.compute import join_outputs
 from simmerge_ray.signals.signature import TaskOutputs
 from simmerge_ray.signals.tokens import ProbeTokens
 
-Array = np.ndarray
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -48,7 +47,7 @@ def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> I
                 output = replace(whole, dtype=kept, node=_step(whole.node, number))
                 array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
 
-                def keep(start: int, block: Array, into: Array = array) -> None:
+                def keep(start: int, block: np.ndarray, into: np.ndarray = array) -> None:
                     into[start : start + block.size] = block
 
                 computer.compute(output, keep)

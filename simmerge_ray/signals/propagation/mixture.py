@@ -10,7 +10,6 @@ import numpy as np
 from simmerge_ray.signals.propagation.kernels import add_scaled
 from simmerge_ray.signals.signature import TaskOutputs
 
-Array = np.ndarray
 _BLOCK = 1 << 15  # elements whose sums stay in the cache while every source is added
 
 
@@ -20,7 +19,7 @@ def mixed_outputs(outputs: Sequence[TaskOutputs], shares: Sequence[float]) -> Ta
     Attention rows are mixed in the same way, clipped at 0 and scaled to the sum that the mixture had.
     """
 
-    def mixed(arrays: Sequence[Array]) -> Array:
+    def mixed(arrays: Sequence[np.ndarray]) -> np.ndarray:
         total = np.zeros(arrays[0].shape)
         sums, values = total.reshape(-1), [np.ascontiguousarray(array).reshape(-1) for array in arrays]
         for start in range(0, len(sums), _BLOCK):

@@ -27,14 +27,13 @@ from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, Products, blen
 from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.weights import NORM_FLOOR
 
-Array = np.ndarray
 TINY = float(np.finfo(np.float64).tiny)
 _SUMS = ("dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties")
 _NORM_KEEPING = ("ties", "sce", "multislerp")
 EXACT_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
 
 
-def quadratic_divergence(divergence: Array, left: Array, right: Array) -> float:
+def quadratic_divergence(divergence: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
     """`KL(m || n) ~ sum_ij a_i b_j KL_ij - a^T J a / 4 - b^T J b / 4`, `J_ij = KL_ij + KL_ji`, clamped at 0.
 
     Exact where KL is half a squared distance of points that mix linearly, whose Hessian is the same everywhere.
@@ -46,7 +45,7 @@ def quadratic_divergence(divergence: Array, left: Array, right: Array) -> float:
     return max(0.0, float(left @ divergence @ right - 0.25 * (left @ both @ left) - 0.25 * (right @ both @ right)))
 
 
-def mixed_distance(distance: Array, left: Array, right: Array) -> float:
+def mixed_distance(distance: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
     """`|m - n|^2 = a^T D b - a^T D a / 2 - b^T D b / 2`, D = distance^2.
 
     Args:
@@ -56,14 +55,14 @@ def mixed_distance(distance: Array, left: Array, right: Array) -> float:
     return math.sqrt(2.0 * quadratic_divergence(0.5 * squares, left, right))
 
 
-def centred_gram(distance: Array) -> Array:
+def centred_gram(distance: np.ndarray) -> np.ndarray:
     """`<d_i, d_j> = (|d_i|^2 + |d_j|^2 - |d_i - d_j|^2) / 2`, d from the first point; (K, K)."""
     squares = distance * distance
-    gram: Array = 0.5 * (squares[:1] + squares[:, :1] - squares)
+    gram: np.ndarray = 0.5 * (squares[:1] + squares[:, :1] - squares)
     return gram
 
 
-def closed_cosine(cosine: Array, left: Array, right: Array) -> float:
+def closed_cosine(cosine: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
     """`a^T C b / sqrt(a^T C a  b^T C b)`: the cosine of two sums of vectors, exact where their norms are equal."""
     norms = max(float(left @ cosine @ left), 0.0) * max(float(right @ cosine @ right), 0.0)
     return min(1.0, max(-1.0, float(left @ cosine @ right) / math.sqrt(norms))) if norms > TINY else 0.0
@@ -95,27 +94,27 @@ class SecondOrder:
         # Means over tensors of a logarithm do not follow from means of norms.
         ratio = "task_vector_norm_ratio_"
         self.columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in EXACT_GROUPS)
-        self._values: dict[str, Array] = {}
-        self._matrices: dict[tuple[str, str], Array] = {}
-        self._grams: dict[tuple[str, str], Array] = {}
-        self._weights: dict[Source, Array] = {}
+        self._values: dict[str, np.ndarray] = {}
+        self._matrices: dict[tuple[str, str], np.ndarray] = {}
+        self._grams: dict[tuple[str, str], np.ndarray] = {}
+        self._weights: dict[Source, np.ndarray] = {}
 
     def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
         return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
 
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
         return one_by_one(self, steps, columns, num_threads)
 
-    def barycentric(self, source: Source) -> Array:
+    def barycentric(self, source: Source) -> np.ndarray:
         """Weights over [base, checkpoints], or over the checkpoints where there is no base; sum 1."""
         if source not in self._weights:
             self._weights[source] = self._blended(source) if isinstance(source, Intermediate) else self._one_hot(source)
         return self._weights[source]
 
-    def _one_hot(self, name: str) -> Array:
+    def _one_hot(self, name: str) -> np.ndarray:
         return (np.array(self.ids) == name).astype(np.float64)
 
-    def _blended(self, source: Intermediate) -> Array:
+    def _blended(self, source: Intermediate) -> np.ndarray:
         left, right = self.barycentric(source.left), self.barycentric(source.right)
         with_base = self.base is not None
         shares = blend_shares(blend_like(source.arm), source.constant_weight, self._products(left, right), with_base)
@@ -123,10 +122,10 @@ class SecondOrder:
         if with_base:
             merged[0] += 1.0 - merged.sum()  # SLERP also lengthens the base, which no weights of sum 1 can say
             return merged
-        weights: Array = merged / merged.sum()
+        weights: np.ndarray = merged / merged.sum()
         return weights
 
-    def _products(self, left: Array, right: Array) -> Products:
+    def _products(self, left: np.ndarray, right: np.ndarray) -> Products:
         def products(centred: bool) -> tuple[float, float, float]:
             if not centred:
                 return 1.0, closed_cosine(self.matrix("weight_cosine_global", self.any_task), left, right), 1.0
@@ -143,7 +142,7 @@ class SecondOrder:
         a, b = self.barycentric(left), self.barycentric(right)
         return {column: self._value(column, a, b, task) for column in self.columns}
 
-    def _value(self, column: str, left: Array, right: Array, task: str) -> float:
+    def _value(self, column: str, left: np.ndarray, right: np.ndarray, task: str) -> float:
         signal = column_signal(column)
         statistic = column.removeprefix(f"{signal.name}_")
         if signal.family == "divergence":
@@ -162,11 +161,11 @@ class SecondOrder:
             return closed_cosine(self.gram(f"weight_l2_{statistic}", task), left, right)
         return closed_cosine(self.matrix(column, task), left, right)
 
-    def _norm(self, column: str, weights: Array) -> float:
+    def _norm(self, column: str, weights: np.ndarray) -> float:
         """Norm of the task vector over the base's, from distances."""
         return mixed_distance(self.matrix(column, self.any_task), weights, self._one_hot(str(self.base)))
 
-    def matrix(self, column: str, task: str) -> Array:
+    def matrix(self, column: str, task: str) -> np.ndarray:
         """(K, K) of a column over [base, checkpoints]; a checkpoint with itself has cosine 1 and no distance.
 
         Task vectors have no row of the base: its cosines are 0, as if there were nothing of it. A value of a single
@@ -183,13 +182,13 @@ class SecondOrder:
             self._matrices[column, task] = matrix
         return self._matrices[column, task]
 
-    def gram(self, column: str, task: str) -> Array:
+    def gram(self, column: str, task: str) -> np.ndarray:
         """`centred_gram` of a column of distances."""
         if (column, task) not in self._grams:
             self._grams[column, task] = centred_gram(self.matrix(column, task))
         return self._grams[column, task]
 
-    def table_values(self, task: str) -> Array:
+    def table_values(self, task: str) -> np.ndarray:
         """(F, K, K), the table's own values over [base, checkpoints]; NaN where it has none."""
         if task not in self._values:
             values, rows = np.full((len(self.ids), len(self.ids), len(self.columns)), np.nan), self._table.rows

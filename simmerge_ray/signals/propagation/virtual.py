@@ -41,7 +41,6 @@ from simmerge_ray.signals.signature import TaskOutputs, Weights
 from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.weights import WeightSums, weight_matrices
 
-Array = np.ndarray
 Pair = tuple[Source, Source]
 _Part = tuple[str, bool, float]  # checkpoint; whether half of the way to it from the base; share
 _KEPT = 32  # pairs whose weights were compared: the same for every task
@@ -99,7 +98,7 @@ class Virtual:
 
         return propagated(plan, task, self._table, self.columns, features, first=first)
 
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
         for plan, task in dict.fromkeys((step.plan, step.task) for step in steps):
             check_plan(plan, task, self._table)
         values = np.empty((len(columns), len(steps)))
@@ -118,7 +117,9 @@ class Virtual:
                 values[:, places] = found[:, [index]]
         return values
 
-    def _features(self, keys: Sequence[tuple[Source, Source, str]], columns: Sequence[str], num_threads: int) -> Array:
+    def _features(
+        self, keys: Sequence[tuple[Source, Source, str]], columns: Sequence[str], num_threads: int
+    ) -> np.ndarray:
         """(F, N) of different (left, right, task)."""
         same: dict[Source, Source] = {}  # equal sources as one object, so that finding them again costs nothing
         pairs: dict[Pair, None] = {}
@@ -153,7 +154,7 @@ class Virtual:
 
     def _weights(
         self, pairs: Sequence[Pair], spread: Callable[..., Iterable[TensorPairs]]
-    ) -> tuple[dict[Source, list[_Part]], dict[str, Array]]:
+    ) -> tuple[dict[Source, list[_Part]], dict[str, np.ndarray]]:
         """The parts of every source in the pairs, and the columns of weights, (N,) each; the same for every task."""
         sources = sorted({source for pair in pairs for source in pair}, key=fold_path)
         order = {source: place for place, source in enumerate(sources)}
@@ -176,7 +177,7 @@ class Virtual:
 
     # Outputs
 
-    def _parts(self, source: Source, coefficients: Mapping[str, Array]) -> list[_Part]:
+    def _parts(self, source: Source, coefficients: Mapping[str, np.ndarray]) -> list[_Part]:
         """What the outputs of a source are mixed of; shares of sum 1.
 
         Args:
@@ -197,7 +198,7 @@ class Virtual:
             *((name, False, share) for name, share in zip(names, full, strict=True)),
         ]
 
-    def _averaged(self, names: Sequence[str], coefficients: Mapping[str, Array]) -> tuple[Array, Array]:
+    def _averaged(self, names: Sequence[str], coefficients: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Of each member i: coefficient c_i, and `<d_i, d_m> / |d_i|^2` with the merged task vector d_m; (members,).
 
         Averaged over tensors with weights `|d_i|^2 / |base|^2`: what a tensor changes goes with its relative change
@@ -216,7 +217,7 @@ class Virtual:
 
     def _compare_outputs(
         self, pairs: Sequence[Pair], task: str, parts: Mapping[Source, Sequence[_Part]], threads: ThreadPoolExecutor
-    ) -> dict[str, Array]:
+    ) -> dict[str, np.ndarray]:
         """The columns of outputs, (N,) each."""
         reading, any_outputs = Lock(), self._outputs(self._ids[0], task)
         size = sum(array.nbytes for array in vars(any_outputs).values())
