@@ -6,9 +6,10 @@ angle holds for the whole model. Squared distances, and KL to second order, are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -27,32 +28,87 @@ from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, Products, blen
 from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.weights import NORM_FLOOR
 
-TINY = float(np.finfo(np.float64).tiny)
+_TINY = float(np.finfo(np.float64).tiny)
 _SUMS = ("dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties")
 _NORM_KEEPING = ("ties", "sce", "multislerp")
-EXACT_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
+_EXACT_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
 
 
-def quadratic_divergence(divergence: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
+def quadratic(matrix: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`a^T M a` for each row a of (P, K) weights; (P,)."""
+    total: np.ndarray = np.einsum("pk,pk->p", weights @ matrix, weights)
+    return total
+
+
+class Sides(Protocol):
+    """Left and right sources by their weights a and b, and the forms of a (K, K) matrix in them; results broadcast."""
+
+    def products(self, matrix: np.ndarray) -> np.ndarray:
+        """`a^T M b`."""
+        ...
+
+    def squares(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`a^T M a` and `b^T M b`."""
+        ...
+
+    def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`a^T v` and `b^T v` of (K,) values."""
+        ...
+
+
+@dataclass(frozen=True)
+class PairedSides:
+    """P pairs. left, right: (P, K), rows of sum 1. Results are (P,)."""
+
+    left: np.ndarray
+    right: np.ndarray
+
+    def products(self, matrix: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum("pk,pk->p", self.left @ matrix, self.right))
+
+    def squares(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return quadratic(matrix, self.left), quadratic(matrix, self.right)
+
+    def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.left @ values, self.right @ values
+
+
+@dataclass(frozen=True)
+class AllPoints:
+    """P sources with each of the K points of the table. left: (P, K), rows of sum 1. Results are (P, K)."""
+
+    left: np.ndarray
+
+    def products(self, matrix: np.ndarray) -> np.ndarray:
+        return np.asarray(self.left @ matrix)
+
+    def squares(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return quadratic(matrix, self.left)[:, None], np.diagonal(matrix)
+
+    def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return (self.left @ values)[:, None], values
+
+
+def quadratic_divergence(divergence: np.ndarray, sides: Sides) -> np.ndarray:
     """`KL(m || n) ~ sum_ij a_i b_j KL_ij - a^T J a / 4 - b^T J b / 4`, `J_ij = KL_ij + KL_ji`, clamped at 0.
 
     Exact where KL is half a squared distance of points that mix linearly, whose Hessian is the same everywhere.
-
-    Args:
-        divergence: (K, K). left, right: (K,), each of sum 1.
     """
-    both = divergence + divergence.T
-    return max(0.0, float(left @ divergence @ right - 0.25 * (left @ both @ left) - 0.25 * (right @ both @ right)))
+    left, right = sides.squares(divergence + divergence.T)
+    return np.asarray((sides.products(divergence) - 0.25 * left - 0.25 * right).clip(0.0))
 
 
-def mixed_distance(distance: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
-    """`|m - n|^2 = a^T D b - a^T D a / 2 - b^T D b / 2`, D = distance^2.
+def mixed_distance(distance: np.ndarray, sides: Sides) -> np.ndarray:
+    """`|m - n|^2 = a^T D b - a^T D a / 2 - b^T D b / 2`, D = distance^2."""
+    return np.sqrt(2.0 * quadratic_divergence(0.5 * distance * distance, sides))
 
-    Args:
-        distance: (K, K). left, right: (K,), each of sum 1.
-    """
-    squares = distance * distance
-    return math.sqrt(2.0 * quadratic_divergence(0.5 * squares, left, right))
+
+def closed_cosine(cosine: np.ndarray, sides: Sides) -> np.ndarray:
+    """`a^T C b / sqrt(a^T C a  b^T C b)`: the cosine of two sums of vectors, exact where their norms are equal."""
+    left, right = sides.squares(cosine)
+    norms = left.clip(0.0) * right.clip(0.0)
+    defined = norms > _TINY
+    return np.where(defined, (sides.products(cosine) / np.sqrt(np.where(defined, norms, 1.0))).clip(-1.0, 1.0), 0.0)
 
 
 def centred_gram(distance: np.ndarray) -> np.ndarray:
@@ -60,12 +116,6 @@ def centred_gram(distance: np.ndarray) -> np.ndarray:
     squares = distance * distance
     gram: np.ndarray = 0.5 * (squares[:1] + squares[:, :1] - squares)
     return gram
-
-
-def closed_cosine(cosine: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
-    """`a^T C b / sqrt(a^T C a  b^T C b)`: the cosine of two sums of vectors, exact where their norms are equal."""
-    norms = max(float(left @ cosine @ left), 0.0) * max(float(right @ cosine @ right), 0.0)
-    return min(1.0, max(-1.0, float(left @ cosine @ right) / math.sqrt(norms))) if norms > TINY else 0.0
 
 
 def blend_like(arm: Arm) -> Arm:
@@ -93,7 +143,7 @@ class SecondOrder:
         columns = mean_columns(self.base is not None, without=("sign_conflict", "trimmed_overlap"))
         # Means over tensors of a logarithm do not follow from means of norms.
         ratio = "task_vector_norm_ratio_"
-        self.columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in EXACT_GROUPS)
+        self.columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in _EXACT_GROUPS)
         self._values: dict[str, np.ndarray] = {}
         self._matrices: dict[tuple[str, str], np.ndarray] = {}
         self._grams: dict[tuple[str, str], np.ndarray] = {}
@@ -128,7 +178,8 @@ class SecondOrder:
     def _products(self, left: np.ndarray, right: np.ndarray) -> Products:
         def products(centred: bool) -> tuple[float, float, float]:
             if not centred:
-                return 1.0, closed_cosine(self.matrix("weight_cosine_global", self.any_task), left, right), 1.0
+                sides = PairedSides(left[None], right[None])
+                return 1.0, float(closed_cosine(self.matrix("weight_cosine_global", self.any_task), sides)[0]), 1.0
             gram = self.gram("weight_l2_global", self.any_task)
             return float(left @ gram @ left), float(left @ gram @ right), float(right @ gram @ right)
 
@@ -139,31 +190,36 @@ class SecondOrder:
         return self._table.tasks[0]
 
     def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:
-        a, b = self.barycentric(left), self.barycentric(right)
-        return {column: self._value(column, a, b, task) for column in self.columns}
+        sides = PairedSides(self.barycentric(left)[None], self.barycentric(right)[None])
+        return {column: float(self.values(column, sides, task)[0]) for column in self.columns}
 
-    def _value(self, column: str, left: np.ndarray, right: np.ndarray, task: str) -> float:
+    def values(self, column: str, sides: Sides, task: str) -> np.ndarray:
+        """A column for all sides, in their shape or what broadcasts to it."""
         signal = column_signal(column)
         statistic = column.removeprefix(f"{signal.name}_")
         if signal.family == "divergence":
-            return quadratic_divergence(self.matrix(column, task), left, right)
+            return quadratic_divergence(self.matrix(column, task), sides)
         if signal.family == "single":
-            weights = left if statistic == "left" else right
             if signal.name == "task_vector_norm":
-                return self._norm("weight_l2_global", weights)
-            return max(0.0, float(self.matrix(f"{signal.name}_left", task)[:, 0] @ weights))
+                both = self._norms("global", sides)
+            else:
+                both = sides.means(self.matrix(f"{signal.name}_left", task)[:, 0])
+            return np.asarray(both[statistic == "right"].clip(0.0))
         if signal.name == "weight_l2":
-            return mixed_distance(self.matrix(column, task), left, right)
+            return mixed_distance(self.matrix(column, task), sides)
         if signal.name == "task_vector_norm_ratio":
-            norms = [max(self._norm(f"weight_l2_{statistic}", weights), NORM_FLOOR) for weights in (left, right)]
-            return math.log(norms[0]) - math.log(norms[1])
-        if signal.name == "task_vector_cosine" and statistic in EXACT_GROUPS:
-            return closed_cosine(self.gram(f"weight_l2_{statistic}", task), left, right)
-        return closed_cosine(self.matrix(column, task), left, right)
+            left, right = (np.log(np.maximum(norms, NORM_FLOOR)) for norms in self._norms(statistic, sides))
+            return np.asarray(left - right)
+        if signal.name == "task_vector_cosine" and statistic in _EXACT_GROUPS:
+            return closed_cosine(self.gram(f"weight_l2_{statistic}", task), sides)
+        return closed_cosine(self.matrix(column, task), sides)
 
-    def _norm(self, column: str, weights: np.ndarray) -> float:
-        """Norm of the task vector over the base's, from distances."""
-        return mixed_distance(self.matrix(column, self.any_task), weights, self._one_hot(str(self.base)))
+    def _norms(self, group: str, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
+        """Norms of both task vectors over the base's, from distances to the base."""
+        squares = self.matrix(f"weight_l2_{group}", self.any_task) ** 2
+        own, from_base = sides.squares(squares), sides.means(squares[:, 0])
+        left, right = (np.sqrt((mean - 0.5 * square).clip(0.0)) for mean, square in zip(from_base, own, strict=True))
+        return left, right
 
     def matrix(self, column: str, task: str) -> np.ndarray:
         """(K, K) of a column over [base, checkpoints]; a checkpoint with itself has cosine 1 and no distance.
