@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,17 @@ from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.compute import matrix_entry
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
-from simmerge_ray.signals.propagation.interface import PlanStep, Source, one_by_one, plan_results, propagated
+from simmerge_ray.signals.propagation.interface import Source, SourcePair, StepPropagator, plan_results
 from simmerge_ray.signals.propagation.merged import Tensors, merged_steps, model_of, run_probes
 from simmerge_ray.signals.propagation.span import kth_largest
 from simmerge_ray.signals.samples import TensorBlocks, trim_threshold
 from simmerge_ray.signals.signature import TaskOutputs, Weights
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.tokens import ProbeTokens
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, TRIM_DENSITY, WeightSums, sums_in_blocks, weight_matrices
 
 
-class Exact:
+class Exact(StepPropagator):
     """Delivers every column, by doing what the others predict; all intermediates of a plan are in memory meanwhile.
 
     Args:
@@ -45,25 +45,22 @@ class Exact:
         weights: Mapping[str, Weights],
         dtype: str = "F32",
     ) -> None:
-        self._table, self._catalogue, self._tokens = table, catalogue, tokens
+        super().__init__(table, feature_columns(catalogue.base is not None), gradients=True)
+        self._catalogue, self._tokens = catalogue, tokens
         self._outputs, self._weights, self._dtype = outputs, weights, dtype
-        self.columns = feature_columns(catalogue.base is not None)
         # One plan at a time, for all its tasks.
         self._merges = lru_cache(1)(self._merge)
         self._run = lru_cache(8)(self._run_probes)
         self._weight_signals = lru_cache(8)(self._compare_weights)
 
-    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
-        features = partial(self._between, plan, task=task)
-        return propagated(plan, task, self._table, self.columns, features, gradients=True, first=first)
-
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
-        return one_by_one(self, steps, columns, 1)  # two threads cannot load models at the same time
-
-    def _between(self, plan: MergePlan, left: Source, right: Source, task: str) -> Mapping[str, float]:
-        outputs = [self._run(plan, source, task) for source in (left, right)]
-        matrices = self._weight_signals(plan, left, right) | output_matrices(outputs, self._catalogue.base is not None)
-        return {column: matrix_entry(matrices, column, 0, 1) for column in self.columns}
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        values = np.empty((len(columns), len(pairs)))
+        for place, pair in enumerate(pairs):  # in one thread: two cannot load models at the same time
+            outputs = [self._run(pair.plan, source, pair.task) for source in (pair.left, pair.right)]
+            matrices = self._weight_signals(pair.plan, pair.left, pair.right)
+            matrices = matrices | output_matrices(outputs, self._catalogue.base is not None)
+            values[:, place] = [matrix_entry(matrices, column, 0, 1) for column in columns]
+        return values
 
     def _merge(self, plan: MergePlan) -> dict[Source, tuple[Tensors, Any]]:
         """Tensors and model of every intermediate."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Protocol
 
@@ -143,50 +142,61 @@ def fold_path(source: Source) -> tuple[str, ...]:
     return (*fold_path(source.left), f"{right}\0{source.arm.label}\0{source.weight}\0{source.step}\0{source.seed}")
 
 
-def one_by_one(
-    propagator: Propagator, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int
-) -> np.ndarray:
-    """`Propagator.batch` by `Propagator.steps`; steps with the same left source are asked for one after the other."""
-    groups: dict[Source, list[int]] = {}
-    for place, step in enumerate(steps):
-        groups.setdefault(plan_sources(step.plan)[step.number][0], []).append(place)
-    values = np.empty((len(columns), len(steps)))
+@dataclass(frozen=True)
+class SourcePair:
+    """Left and right of a step, on one task. plan: one that has the step."""
 
-    def fill(places: Sequence[int]) -> None:
-        for place in places:
-            step = steps[place]
-            found = propagator.steps(step.plan, step.task, step.number - len(step.plan.steps))[0].features
-            values[:, place] = [found[column] for column in columns]
-
-    with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(fill, (groups[left] for left in sorted(groups, key=fold_path))))
-    return values
+    left: Source
+    right: Source
+    task: str
+    plan: MergePlan = field(compare=False)
 
 
-def propagated(
-    plan: MergePlan,
-    task: str,
-    table: SignalTable,
-    columns: tuple[str, ...],
-    features: Callable[[Source, Source], Mapping[str, float]],
-    gradients: bool = False,
-    first: int = 0,
-) -> list[PairSignals]:
-    """`Propagator.steps` by a function that knows the features of two sources, not both checkpoints.
+class StepPropagator:
+    """A `Propagator` from features of source pairs; two checkpoints have the table's own values.
 
     Args:
-        gradients: whether it knows those of steps whose weight changes with depth. first: see `Propagator.steps`.
-
-    Raises:
-        PlanError, OperatorError: see `Propagator.steps`.
+        gradients: whether it knows steps whose weight changes with depth.
     """
-    check_plan(plan, task, table, gradients)
-    signals = []
-    for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
-        both = isinstance(left, str) and isinstance(right, str)
-        found = table.get(step.left, step.right, task).features if both else features(left, right)
-        signals.append(PairSignals(step.left, step.right, task, {column: found[column] for column in columns}))
-    return signals
+
+    def __init__(self, table: SignalTable, columns: tuple[str, ...], gradients: bool = False) -> None:
+        self._table, self.columns, self._gradients = table, columns, gradients
+
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        """(F, N) of different pairs; those with the same left source stand together."""
+        raise NotImplementedError
+
+    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
+        check_plan(plan, task, self._table, self._gradients)
+        signals = []
+        for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
+            if isinstance(left, str) and isinstance(right, str):
+                known = self._table.get(left, right, task).features
+                features = {column: known[column] for column in self.columns}
+            else:
+                values = self._features([SourcePair(left, right, task, plan)], self.columns, 1)
+                features = dict(zip(self.columns, values[:, 0].tolist(), strict=True))
+            signals.append(PairSignals(step.left, step.right, task, features))
+        return signals
+
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        for plan, task in dict.fromkeys((step.plan, step.task) for step in steps):
+            check_plan(plan, task, self._table, self._gradients)
+        values = np.empty((len(columns), len(steps)))
+        places: dict[SourcePair, list[int]] = {}
+        for place, step in enumerate(steps):
+            left, right = plan_sources(step.plan)[step.number]
+            if isinstance(left, str) and isinstance(right, str):
+                features = self._table.get(left, right, step.task).features
+                values[:, place] = [features[column] for column in columns]
+            else:
+                places.setdefault(SourcePair(left, right, step.task, step.plan), []).append(place)
+        if places:
+            pairs = sorted(places, key=lambda pair: fold_path(pair.left))
+            found = self._features(pairs, columns, num_threads)
+            for index, pair in enumerate(pairs):
+                values[:, places[pair]] = found[:, [index]]
+        return values
 
 
 def check_plan(plan: MergePlan, task: str, table: SignalTable, gradients: bool = False) -> None:

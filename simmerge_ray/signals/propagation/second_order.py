@@ -6,7 +6,7 @@ angle holds for the whole model. Squared distances, and KL to second order, are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -14,18 +14,10 @@ from typing import Protocol
 import numpy as np
 
 from simmerge_ray.plans.operators.specs import Arm, make_arm
-from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.features import column_signal
-from simmerge_ray.signals.propagation.interface import (
-    Intermediate,
-    PlanStep,
-    Source,
-    mean_columns,
-    one_by_one,
-    propagated,
-)
+from simmerge_ray.signals.propagation.interface import Intermediate, Source, SourcePair, StepPropagator, mean_columns
 from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, Products, blend, blend_shares
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.weights import NORM_FLOOR
 
 _TINY = float(np.finfo(np.float64).tiny)
@@ -128,7 +120,7 @@ def blend_like(arm: Arm) -> Arm:
     return make_arm("nuslerp" if arm.operator in _NORM_KEEPING else "linear")
 
 
-class SecondOrder:
+class SecondOrder(StepPropagator):
     """Formulas above, one matrix of the table at a time; operators that are no blend count as one (`blend_like`).
 
     Entropy and loss are weighted means, which are approximate (clamped at 0: a sum of task vectors extrapolates).
@@ -137,23 +129,29 @@ class SecondOrder:
     name = "second_order"
 
     def __init__(self, table: SignalTable) -> None:
-        self._table = table
         self.base = table.provenance.get("base")
         self.ids = (*((self.base,) if self.base is not None else ()), *table.checkpoint_ids)
         columns = mean_columns(self.base is not None, without=("sign_conflict", "trimmed_overlap"))
         # Means over tensors of a logarithm do not follow from means of norms.
         ratio = "task_vector_norm_ratio_"
-        self.columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in _EXACT_GROUPS)
+        columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in _EXACT_GROUPS)
+        super().__init__(table, columns)
         self._values: dict[str, np.ndarray] = {}
         self._matrices: dict[tuple[str, str], np.ndarray] = {}
         self._grams: dict[tuple[str, str], np.ndarray] = {}
         self._weights: dict[Source, np.ndarray] = {}
 
-    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
-        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
-
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
-        return one_by_one(self, steps, columns, num_threads)
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        values = np.empty((len(columns), len(pairs)))
+        for task in dict.fromkeys(pair.task for pair in pairs):
+            places = [place for place, pair in enumerate(pairs) if pair.task == task]
+            sides = PairedSides(
+                np.stack([self.barycentric(pairs[place].left) for place in places]),
+                np.stack([self.barycentric(pairs[place].right) for place in places]),
+            )
+            for index, column in enumerate(columns):
+                values[index, places] = self.values(column, sides, task)
+        return values
 
     def barycentric(self, source: Source) -> np.ndarray:
         """Weights over [base, checkpoints], or over the checkpoints where there is no base; sum 1."""
@@ -188,10 +186,6 @@ class SecondOrder:
     @cached_property
     def any_task(self) -> str:
         return self._table.tasks[0]
-
-    def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:
-        sides = PairedSides(self.barycentric(left)[None], self.barycentric(right)[None])
-        return {column: float(self.values(column, sides, task)[0]) for column in self.columns}
 
     def values(self, column: str, sides: Sides, task: str) -> np.ndarray:
         """A column for all sides, in their shape or what broadcasts to it."""
