@@ -135,32 +135,26 @@ class SignatureStore:
         except SafetensorError as error:
             raise ConfigError(f"{self.path(kind, key)} is damaged ({error}); delete it and run again") from None
 
-    def write_outputs(self, key: str, outputs: TaskOutputs, about: Mapping[str, Any]) -> None:
-        self.write("outputs", key, vars(outputs), about)
+    def write_parts(self, kind: str, key: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Write dataclasses of arrays and numbers, by name."""
+        arrays = {f"{name}/{field}": value for name, part in parts.items() for field, value in vars(part).items()}
+        self.write(kind, key, {name: np.atleast_1d(value) for name, value in arrays.items()}, about)
 
-    def read_outputs(self, key: str) -> TaskOutputs:
-        return TaskOutputs(**self.read("outputs", key))
+    def read_parts(self, kind: str, key: str) -> dict[str, dict[str, np.ndarray]]:
+        """The fields of what `write_parts` wrote, by name."""
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for path, array in sorted(self.read(kind, key).items()):
+            name, field = path.rsplit("/", 1)
+            parts.setdefault(name, {})[field] = array
+        return parts
 
-    def write_weights(self, key: str, weights: Weights, about: Mapping[str, Any]) -> None:
-        arrays: dict[str, np.ndarray] = {}
-        for name, sample in weights.items():
-            arrays |= {
-                f"{name}/values": sample.values,
-                f"{name}/sums": sample.sums,
-                f"{name}/thresholds": sample.thresholds,
-                f"{name}/num_elements": np.array([sample.num_elements]),
-            }
-        self.write("weights", key, arrays, about)
+    def read_outputs(self, key: str, kind: str = "outputs") -> TaskOutputs:
+        return TaskOutputs(**self.read(kind, key))
 
     def read_weights(self, key: str) -> dict[str, TensorSample]:
-        arrays = self.read("weights", key)
-        names = sorted({name.rsplit("/", 1)[0] for name in arrays})
         return {
-            name: TensorSample(
-                int(arrays[f"{name}/num_elements"][0]),
-                *(arrays[f"{name}/{part}"] for part in ("values", "sums", "thresholds")),
-            )
-            for name in names
+            name: TensorSample(int(fields.pop("num_elements")[0]), **fields)
+            for name, fields in self.read_parts("weights", key).items()
         }
 
 
@@ -193,10 +187,10 @@ def model_shape(config: Mapping[str, Any]) -> dict[str, int]:
         "heads": ("num_attention_heads", "n_head"),
         "vocabulary": ("vocab_size",),
     }
-    found = {}
+    shape = {}
     for part, keys in names.items():
         value = next((text[key] for key in keys if isinstance(text.get(key), int)), None)
         if value is None:
             raise ConfigError(f"config.json says nothing of {' or '.join(keys)}")
-        found[part] = value
-    return found
+        shape[part] = value
+    return shape

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from simmerge_ray.signals.features import column_signal
-from simmerge_ray.signals.propagation.interface import Source, SourcePair, StepPropagator, mean_columns
+from simmerge_ray.signals.propagation.interface import Propagator, Source, SourcePair, mean_columns
 from simmerge_ray.signals.table import SignalTable
 
 
@@ -22,7 +22,7 @@ def member_shares(source: Source) -> dict[str, float]:
     return shares
 
 
-class Bound(StepPropagator):
+class Bound(Propagator):
     """`f(m, n) = sum_ij a_i b_j f(i, j)` with a, b the shares of the checkpoints in m and n (Bolton et al. 2026,
     arXiv:2601.09473).
 

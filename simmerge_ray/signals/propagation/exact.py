@@ -15,7 +15,7 @@ from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.compute import matrix_entry
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
-from simmerge_ray.signals.propagation.interface import Source, SourcePair, StepPropagator, plan_results
+from simmerge_ray.signals.propagation.interface import Propagator, Source, SourcePair, plan_results
 from simmerge_ray.signals.propagation.merged import Tensors, merged_steps, model_of, run_probes
 from simmerge_ray.signals.propagation.span import kth_largest
 from simmerge_ray.signals.samples import TensorBlocks, trim_threshold
@@ -25,7 +25,7 @@ from simmerge_ray.signals.tokens import ProbeTokens
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, TRIM_DENSITY, WeightSums, sums_in_blocks, weight_matrices
 
 
-class Exact(StepPropagator):
+class Exact(Propagator):
     """Delivers every column, by doing what the others predict; all intermediates of a plan are in memory meanwhile.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Protocol
 
 import numpy as np
 
@@ -17,40 +16,6 @@ from simmerge_ray.signals.table import PairSignals, SignalTable
 
 NAMES = ("bound", "second_order", "virtual", "curved", "exact")  # of `table.PROPAGATORS`, without its imports
 _NO_GRADIENTS = "a weight that changes with depth cannot be propagated; give one number, or take propagator 'exact'"
-
-
-class Propagator(Protocol):
-    """Signals of the steps of any plan: folds and DAGs of two-way steps, every operator that a step can have.
-
-    columns: the feature columns that it delivers, in the order of `feature_columns`.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-
-    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
-        """Signals of (left, right) of every step, in order; sources are named as in the plan, `#n` for results.
-
-        The first so many steps are left out (-1: all but the last step).
-
-        A step of two checkpoints has the table's own values.
-
-        Raises:
-            PlanError: a checkpoint or the task is not in the table, or a weight changes with depth (which `exact`
-                takes). OperatorError: an operator needs a base and the table has none; see also the operator.
-        """
-        ...
-
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
-        """Some of its columns for many steps at once, of any plans and tasks: the numbers of `steps`, to rounding.
-
-        Returns:
-            (F, N), a row for each column.
-
-        Raises:
-            PlanError, OperatorError: see `steps`.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -152,12 +117,16 @@ class SourcePair:
     plan: MergePlan = field(compare=False)
 
 
-class StepPropagator:
-    """A `Propagator` from features of source pairs; two checkpoints have the table's own values.
+class Propagator:
+    """Signals of the steps of any plan: folds and DAGs of two-way steps, every operator that a step can have.
 
-    Args:
-        gradients: whether it knows steps whose weight changes with depth.
+    A step of two checkpoints has the table's own values; a propagator says what those of other sources are.
+
+    columns: the feature columns that it delivers, in the order of `feature_columns`. gradients: whether it knows steps
+    whose weight changes with depth.
     """
+
+    name: str
 
     def __init__(self, table: SignalTable, columns: tuple[str, ...], gradients: bool = False) -> None:
         self._table, self.columns, self._gradients = table, columns, gradients
@@ -167,6 +136,14 @@ class StepPropagator:
         raise NotImplementedError
 
     def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
+        """Signals of (left, right) of every step, in order; sources are named as in the plan, `#n` for results.
+
+        The first so many steps are left out (-1: all but the last step).
+
+        Raises:
+            PlanError: a checkpoint or the task is not in the table, or a weight changes with depth (which `exact`
+                takes). OperatorError: an operator needs a base and the table has none; see also the operator.
+        """
         check_plan(plan, task, self._table, self._gradients)
         signals = []
         for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
@@ -180,6 +157,14 @@ class StepPropagator:
         return signals
 
     def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        """Some of its columns for many steps at once, of any plans and tasks: the numbers of `steps`, to rounding.
+
+        Returns:
+            (F, N), a row for each column.
+
+        Raises:
+            PlanError, OperatorError: see `steps`.
+        """
         for plan, task in dict.fromkeys((step.plan, step.task) for step in steps):
             check_plan(plan, task, self._table, self._gradients)
         values = np.empty((len(columns), len(steps)))

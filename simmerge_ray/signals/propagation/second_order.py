@@ -15,7 +15,7 @@ import numpy as np
 
 from simmerge_ray.plans.operators.specs import Arm, make_arm
 from simmerge_ray.signals.features import column_signal
-from simmerge_ray.signals.propagation.interface import Intermediate, Source, SourcePair, StepPropagator, mean_columns
+from simmerge_ray.signals.propagation.interface import Intermediate, Propagator, Source, SourcePair, mean_columns
 from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, Products, blend, blend_shares
 from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.weights import NORM_FLOOR
@@ -120,7 +120,7 @@ def blend_like(arm: Arm) -> Arm:
     return make_arm("nuslerp" if arm.operator in _NORM_KEEPING else "linear")
 
 
-class SecondOrder(StepPropagator):
+class SecondOrder(Propagator):
     """Formulas above, one matrix of the table at a time; operators that are no blend count as one (`blend_like`).
 
     Entropy and loss are weighted means, which are approximate (clamped at 0: a sum of task vectors extrapolates).

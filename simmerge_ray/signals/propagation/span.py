@@ -57,18 +57,6 @@ def blend(left: np.ndarray, right: np.ndarray, shares: tuple[float, float, float
     return merged
 
 
-def gram_products(gram: np.ndarray, left: np.ndarray, right: np.ndarray) -> Products:
-    """Inner products of two coefficient vectors (K,) by the Gram matrix (K, K) of [base, task vectors]."""
-
-    def products(centred: bool) -> tuple[float, float, float]:
-        origin = np.zeros(len(gram))
-        origin[0] = float(centred)
-        a, b = left - origin, right - origin
-        return float(a @ gram @ a), float(a @ gram @ b), float(b @ gram @ b)
-
-    return products
-
-
 def kth_largest(vector: np.ndarray, density: float) -> float:
     """Smallest magnitude that trimming to `density` keeps of a vector (S,)."""
     magnitudes = np.abs(vector)

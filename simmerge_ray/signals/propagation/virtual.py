@@ -6,7 +6,7 @@ are mixtures of the checkpoints'. Rounding of intermediates to an output dtype i
 
 Many steps are computed in two passes. Weights go tensor by tensor, through all folds at once, so that what plans have
 in common is merged once while the tensor's sample is at hand. Outputs go task by task: right sides are prepared once,
-each left side is mixed and prepared once and compared with all its right sides (see `compare`).
+each left side is mixed and prepared once and compared with all its right sides (see `outputs`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import numpy as np
 from simmerge_ray.plans.operators.shares import MIN_NORM
 from simmerge_ray.signals.compute import matrix_entry
 from simmerge_ray.signals.features import column_signal, feature_columns
-from simmerge_ray.signals.propagation.compare import OutputPairs, PreparedOutputs, prepared_outputs
 from simmerge_ray.signals.propagation.halfway import curve_shares
-from simmerge_ray.signals.propagation.interface import Source, SourcePair, StepPropagator, fold_path, members
-from simmerge_ray.signals.propagation.mixture import mixed_outputs
+from simmerge_ray.signals.propagation.interface import Propagator, Source, SourcePair, fold_path, members
+from simmerge_ray.signals.propagation.outputs import OutputPairs, PreparedOutputs, mixed_outputs, prepared_outputs
 from simmerge_ray.signals.propagation.tensor_merges import TensorMerges, TensorPairs
 from simmerge_ray.signals.propagation.tensor_space import tensor_space
 from simmerge_ray.signals.samples import sampled_weight_sums
@@ -40,7 +39,7 @@ _TOGETHER = 12  # pairs in one call of `weight_matrices`: many cost little more 
 _TINY = 1e-30
 
 
-class Virtual(StepPropagator):
+class Virtual(Propagator):
     """Delivers every column. merges: of every tensor, by name.
 
     Outputs of an intermediate are the mixture of its checkpoints' by one share each (see `_parts`).

@@ -11,7 +11,7 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.signals.propagation.bound import member_shares
 from simmerge_ray.signals.propagation.halfway import curve_shares
 from simmerge_ray.signals.propagation.interface import Intermediate, members
-from simmerge_ray.signals.propagation.mixture import mixed_outputs
+from simmerge_ray.signals.propagation.outputs import mixed_outputs
 from simmerge_ray.signals.propagation.second_order import (
     AllPoints,
     PairedSides,
@@ -20,7 +20,7 @@ from simmerge_ray.signals.propagation.second_order import (
     mixed_distance,
     quadratic_divergence,
 )
-from simmerge_ray.signals.propagation.span import blend, blend_shares, gram_products, kth_largest, trimmed
+from simmerge_ray.signals.propagation.span import blend, blend_shares, kth_largest, trimmed
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace
 from simmerge_ray.signals.signature import TaskOutputs
 from tests import reference
@@ -35,6 +35,18 @@ ARMS = (
 )
 weights = st.floats(0.0, 1.0)
 steps = st.lists(st.tuples(st.sampled_from(ARMS), weights, st.integers(0, 99), st.integers(0, 99)), max_size=4)
+
+
+def gram_products(gram, left, right):
+    """Inner products of two coefficient vectors (K,) by the Gram matrix (K, K) of [base, task vectors]."""
+
+    def products(centred):
+        origin = np.zeros(len(gram))
+        origin[0] = float(centred)
+        a, b = left - origin, right - origin
+        return float(a @ gram @ a), float(a @ gram @ b), float(b @ gram @ b)
+
+    return products
 
 
 def textbook(arm, base, left, right, weight):
