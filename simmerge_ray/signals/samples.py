@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 
@@ -42,6 +43,13 @@ class TensorBlocks:
 
     def close(self) -> None:
         self.source.close()
+
+
+@contextmanager
+def opened_blocks(refs: Iterable[CheckpointRef], block: int = BLOCK_ELEMENTS) -> Iterator[dict[str, TensorBlocks]]:
+    """The blocks of checkpoints by id, closed afterwards."""
+    with ExitStack() as stack:
+        yield {ref.id: stack.enter_context(closing(TensorBlocks(ref, block))) for ref in refs}
 
 
 def float_tensors_of(specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -92,7 +100,9 @@ def tensor_sample(name: str, tensors: TensorBlocks, base: TensorBlocks | None, c
     return TensorSample(size, values, sums, np.array(bits, dtype=np.uint32).view(np.float32))
 
 
-def _blocks(name: str, size: int, tensors: TensorBlocks, base: TensorBlocks | None):  # type: ignore[no-untyped-def]
+def _blocks(
+    name: str, size: int, tensors: TensorBlocks, base: TensorBlocks | None
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | None]]:
     for start in range(0, size, BLOCK_ELEMENTS):
         stop = min(start + BLOCK_ELEMENTS, size)
         centre = base.read(name, start, stop) if base is not None and base is not tensors else None

@@ -20,6 +20,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from simmerge_ray.signals.features import layer_thirds
+
 BLOCK_ELEMENTS = 1 << 16
 TRIM_DENSITY = 0.2  # of `trimmed_overlap`
 TENSOR_KINDS = ("attention", "mlp", "embedding", "norm", "other")
@@ -264,7 +266,7 @@ def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str
     for signal in by_tensor[0]:
         if signal == "task_vector_norm":
             continue
-        values = np.stack([one[signal] for one in by_tensor])
+        values = np.stack([signals[signal] for signals in by_tensor])
         prefix = _signal_name(signal)
         matrices[f"{prefix}_mean"] = values.mean(0)
         matrices[f"{prefix}_sd"] = values.std(0)
@@ -280,14 +282,8 @@ def _signal_name(signal: str) -> str:
 
 def _thirds(layers: Sequence[int | None]) -> dict[str, list[int]]:
     """Indices of the tensors in each third of the layers; all tensors where none has a layer."""
-    from simmerge_ray.signals.cosines import layer_thirds
-
-    known = [layer for layer in layers if layer is not None]
-    if not known:
-        return {third: list(range(len(layers))) for third in ("early", "middle", "late")}
-    thirds = layer_thirds(max(known) + 1)
-    chosen = {
-        name: [index for index, layer in enumerate(layers) if layer in third]
-        for name, third in zip(("early", "middle", "late"), thirds, strict=True)
+    num_layers = max((layer for layer in layers if layer is not None), default=-1) + 1
+    return {
+        third: [index for index, layer in enumerate(layers) if layer in chosen] or list(range(len(layers)))
+        for third, chosen in layer_thirds(max(1, num_layers)).items()
     }
-    return {name: index or list(range(len(layers))) for name, index in chosen.items()}

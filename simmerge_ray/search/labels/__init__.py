@@ -27,17 +27,6 @@ from simmerge_ray.search.labels.outcomes import (
 from simmerge_ray.search.labels.store import LabelStore
 
 __all__ = [
-    "EvaluationSettings",
-    "Infeasible",
-    "LabelStore",
-    "LabeledPlan",
-    "Measured",
-    "Outcome",
-    "Stopped",
-    "check_comparable",
-    "label_key",
-    "measures_arm",
-    "pair_contexts",
-    "single_items",
-    "used_digests",
-]
+    "EvaluationSettings", "Infeasible", "LabelStore", "LabeledPlan", "Measured", "Outcome", "Stopped",
+    "check_comparable", "label_key", "measures_arm", "pair_contexts", "single_items", "used_digests",
+]  # fmt: skip

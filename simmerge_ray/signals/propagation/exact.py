@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +17,7 @@ from simmerge_ray.signals.pairs import output_matrices
 from simmerge_ray.signals.propagation.interface import Propagator, Source, SourcePair, plan_results
 from simmerge_ray.signals.propagation.merged import Tensors, merged_steps, model_of, run_probes
 from simmerge_ray.signals.propagation.span import kth_largest
-from simmerge_ray.signals.samples import TensorBlocks, trim_threshold
+from simmerge_ray.signals.samples import TensorBlocks, opened_blocks, trim_threshold
 from simmerge_ray.signals.signature import TaskOutputs, Weights
 from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.tokens import ProbeTokens
@@ -74,10 +73,7 @@ class Exact(Propagator):
         return run_probes(self._merges(plan)[source][1], self._catalogue.ref(plan.members[0]), self._tokens[task])
 
     def _compare_weights(self, plan: MergePlan, left: Source, right: Source) -> dict[str, np.ndarray]:
-        with ExitStack() as stack:
-            blocks = {ref.id: TensorBlocks(ref) for ref in self._catalogue.all_refs}
-            for one in blocks.values():
-                stack.callback(one.close)
+        with opened_blocks(self._catalogue.all_refs) as blocks:
             sums = {
                 name: self._tensor_sums(plan, name, left, right, blocks) for name in next(iter(self._weights.values()))
             }
