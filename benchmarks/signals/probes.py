@@ -180,8 +180,9 @@ def run_checkpoints(root: Path) -> tuple[tuple[str, ...], list[str | None], dict
 
     from simmerge_ray.base.runs import RunLayout
     from simmerge_ray.checkpoints.catalogue import load_catalogue
-    from simmerge_ray.signals.compute import Signatures, local_executor, tokenize_probes
+    from simmerge_ray.signals.compute import Signatures, local_executor
     from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+    from simmerge_ray.signals.tokens import tokenize_probes
 
     catalogue = load_catalogue(RunLayout(root).catalogue)
     own = [catalogue.own_task[name] for name in catalogue.ids]

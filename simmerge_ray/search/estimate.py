@@ -1,4 +1,4 @@
-"""What a search will take, said before it starts: trials, engines, memory, hours."""
+"""What a search will take, estimated before it starts: trials, engines, memory, hours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 class SearchEstimate:
     """trials: to be run. engines: at the same time. engine_bytes: of each, all its ranks together.
 
-    seconds: of the whole search from what stored labels of the same settings took, None where there are none.
+    seconds: of the whole search, from what stored labels of the same settings took; None where there are none.
     """
 
     trials: int
@@ -58,8 +58,8 @@ def engine_bytes_of(num_parameters: float, evaluator: str, dtype: str) -> int:
 
 
 def estimate_search(search: PreparedSearch, num_trials: int, engines: int) -> SearchEstimate:
-    """Of a search that is about to start."""
-    labels = [one for one in LabelStore(search.labels_uri).read() if one.settings == search.settings]
+    """The estimate for a search that is about to start."""
+    labels = [label for label in LabelStore(search.labels_uri).read() if label.settings == search.settings]
     taken: dict[str, float] = {}
     for label in labels:
         if isinstance(label.outcome, Measured) and label.same_as is None:

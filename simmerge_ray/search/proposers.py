@@ -1,4 +1,4 @@
-"""What is measured next: every missing trial in order, or what Optuna proposes from what was found."""
+"""What is measured next: every missing trial in order, or what Optuna proposes from the results so far."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _MAX_REPEATS = 200  # proposals in a row that were made before, after which the 
 
 
 class Proposer(Protocol):
-    """Gives trials out and is told how they went. `number` is the caller's name of a trial."""
+    """Hands out trials and learns how they went. `number` is the caller's name of a trial."""
 
     @property
     def total(self) -> int:
-        """How many trials it will give out."""
+        """How many trials it will hand out."""
         ...
 
     def propose(self, number: str) -> Trial | None:
@@ -66,8 +66,8 @@ class GridProposer:
 class OptunaProposer:
     """First the given trials, then what Optuna's sampler proposes, until `budget` merges have labels.
 
-    Labels that are in the store count: they are told to Optuna first, so that a search goes on where it stopped. A plan
-    that is proposed again is told its value again and costs nothing.
+    Labels that are in the store count: they are told to Optuna first, so that a search goes on where it stopped. A
+    repeated proposal gets its known value and costs nothing.
 
     Args:
         first: trials of unmerged checkpoints.

@@ -60,7 +60,7 @@ class TrialRunner:
         self._fitting: set[frozenset[str]] = set()
 
     def begin(self, trial: Trial) -> None:
-        """Take the next trial; what the last one had evaluated, if it did not finish, is forgotten."""
+        """Take the next trial; an unfinished one before it is forgotten."""
         self._trial = trial
         self._resolved = resolve_plan(trial.plan, self._search.catalogue)
         self._started = 0.0
@@ -169,7 +169,7 @@ class TrialRunner:
         return self._evaluator
 
     def close(self) -> None:
-        """Let the evaluator go."""
+        """Close the evaluator."""
         close = getattr(self._evaluator, "close", None)
         self._evaluator = None
         if close:

@@ -136,7 +136,7 @@ def prepare_search(
     """Check everything that can be checked before an engine exists.
 
     Raises:
-        InputError: one of what cannot be used, or a `ConfigError` with all of it.
+        InputError: an input that cannot be used; several are listed in one `ConfigError`.
     """
     problems: list[str] = []
     context = _collected(problems, lambda: _context_limit(catalogue, config.max_model_len))
@@ -239,7 +239,7 @@ def _context_limit(catalogue: Catalogue, requested: int | None) -> int:
 
 
 def check_lengths(tasks: Mapping[str, EvaluationTask], catalogue: Catalogue, max_model_len: int) -> None:
-    """Refuse items whose prompt and answer do not fit an engine.
+    """Refuse tasks with items that do not fit an engine.
 
     Raises:
         TaskError: with the longest item of every such task.

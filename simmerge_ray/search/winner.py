@@ -53,7 +53,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to take.
+    """The decision.
 
     winner: the best merge if it beats the best single checkpoint on the choosing half, else that checkpoint.
     best_merge, best_single: of their kind on the choosing half; None where none was measured. utility: of the winner,

@@ -1,4 +1,4 @@
-"""What a run will need, said before it starts: memory of a worker, disk of the signatures."""
+"""What a run needs, estimated before it starts: memory of a worker, disk for the signatures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Bounds:
     boundary: int
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """For people."""
         how = "whole" if self.stages == 1 else f"in {self.stages} stages of layers, {_size(self.boundary)} between them"
         return [
             f"memory of a worker: at most {_size(self.worker)} above the libraries, a checkpoint at a time, {how}",

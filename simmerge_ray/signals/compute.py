@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from simmerge_ray.base.errors import CheckpointError, ConfigError, ProbeError
+from simmerge_ray.base.errors import CheckpointError, ConfigError
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch
-from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
 from simmerge_ray.signals.bounds import stages_for
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
@@ -45,6 +45,7 @@ from simmerge_ray.signals.tokens import (
     continued_batches,
     greedy_places,
     probe_tokens,
+    tokenize_probes,
 )
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, weight_matrices
 from simmerge_ray.signals.worker import SignalWorker, UnitFailure, as_arrays
@@ -66,7 +67,7 @@ def compute_signals(
 
     Args:
         weights: `exact` reads the weights of all checkpoints once more; `sampled` takes the signatures' sample, so that
-            a new checkpoint in the catalogue costs only its own signature. Said in the table, never mixed in one.
+            a new checkpoint in the catalogue costs only its own signature. No table mixes the two.
         store: where signatures lie and are put; None forgets them.
         executor: where units run; None runs them here, one after the other. The result has the same bits either way.
         memory_per_worker: GB for weights and activations; a checkpoint that needs more is run in stages of layers, to
@@ -107,33 +108,6 @@ def compute_signals(
             outputs = [signatures.outputs(ref.id, tokens[task]) for ref in catalogue.all_refs]
             rows |= pair_rows(catalogue, task, matrices | output_matrices(outputs, with_base))
         return SignalTable(feature_columns(with_base), rows, provenance)
-
-
-def tokenize_probes(
-    catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], spec: SignatureSpec
-) -> dict[str, list[TokenBatch]]:
-    """Micro-batches of every task, by the catalogue's tokenizer.
-
-    Raises:
-        ProbeError: a probe is too short or too long, also for the context of the checkpoints.
-    """
-    from transformers import AutoTokenizer
-
-    first = catalogue.checkpoints[0]
-    with local_files(first) as directory:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    batches = {t: probes.token_batches(tokenizer, spec.batch_size, spec.max_tokens) for t, probes in probe_sets.items()}
-    added = NUM_GREEDY_TOKENS if catalogue.base else 0
-    for ref in catalogue.all_refs:
-        context = context_limit(ref) or math.inf
-        for task, found in batches.items():
-            longest = max(batch.input_ids.shape[1] for batch in found)
-            if longest + added > context:
-                raise ProbeError(
-                    f"probe set {task!r}: a probe of {longest} tokens and {added} of the base's continuation are "
-                    f"longer than the context of checkpoint {ref.id!r}, {context} tokens; shorten the probe"
-                )
-    return batches
 
 
 class Signatures:

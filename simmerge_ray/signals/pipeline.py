@@ -181,14 +181,14 @@ def staged_continuation(
 
 
 class _Through(nn.Module):
-    """Stands for a module that another stage runs: gives back what it gets first."""
+    """Stands in for a module that another stage runs: returns its first input."""
 
     def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
         return states
 
 
 class _NoPositions(nn.Module):
-    """Stands for learned positions that the first stage has added: -0.0, which changes no bit of any addend."""
+    """Stands in for learned positions that the first stage has added: -0.0, which changes no bit of any addend."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
         return torch.tensor(-0.0, device=position_ids.device)

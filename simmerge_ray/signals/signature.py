@@ -159,7 +159,7 @@ class SignatureStore:
 
 
 def outputs_bytes(spec: SignatureSpec, config: Mapping[str, Any], num_tokens: int | None = None) -> int:
-    """Size of one checkpoint's outputs on one task, from its `config.json`: what is said before it is computed."""
+    """Size of one checkpoint's outputs on one task, from its `config.json`."""
     shape = model_shape(config)
     positions = spec.num_positions + math.ceil(spec.num_positions / GREEDY_SHARE)
     width = num_tokens or spec.max_tokens

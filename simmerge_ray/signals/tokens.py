@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from simmerge_ray.base.errors import ProbeError
 from simmerge_ray.base.storage import digest_bytes, digest_json
-from simmerge_ray.checkpoints.probes import TokenBatch
-from simmerge_ray.signals.signature import GREEDY_SHARE
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch
+from simmerge_ray.checkpoints.references import context_limit, local_files
+from simmerge_ray.signals.signature import GREEDY_SHARE, NUM_GREEDY_TOKENS, SignatureSpec
+
+Place = tuple[int, int, int]  # (micro-batch, row, column)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,31 @@ class ProbeTokens:
         return digest_bytes(*parts)
 
 
-Place = tuple[int, int, int]  # (micro-batch, row, column)
+def tokenize_probes(
+    catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], spec: SignatureSpec
+) -> dict[str, list[TokenBatch]]:
+    """Micro-batches of every task, by the catalogue's tokenizer.
+
+    Raises:
+        ProbeError: a probe is too short or too long, also for the context of the checkpoints.
+    """
+    from transformers import AutoTokenizer
+
+    first = catalogue.checkpoints[0]
+    with local_files(first) as directory:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    batches = {t: probes.token_batches(tokenizer, spec.batch_size, spec.max_tokens) for t, probes in probe_sets.items()}
+    added = NUM_GREEDY_TOKENS if catalogue.base else 0
+    for ref in catalogue.all_refs:
+        context = context_limit(ref) or math.inf
+        for task, found in batches.items():
+            longest = max(batch.input_ids.shape[1] for batch in found)
+            if longest + added > context:
+                raise ProbeError(
+                    f"probe set {task!r}: a probe of {longest} tokens and {added} of the base's continuation are "
+                    f"longer than the context of checkpoint {ref.id!r}, {context} tokens; shorten the probe"
+                )
+    return batches
 
 
 def greedy_places(task: str, batches: Sequence[TokenBatch], num_positions: int, num_tokens: int) -> list[Place]:

@@ -165,7 +165,7 @@ def _result(outcome: Outcome) -> tuple[Any, ...]:
 
 
 def _order(outcome: Outcome) -> tuple[int, int, str]:
-    """Less is said first: measured, then most items; results that differ have one order, too, whoever compares."""
+    """The least is kept: measured, then stopped after most items, then infeasible; ties are ordered by content."""
     if isinstance(outcome, Infeasible):
         return 2, 0, outcome.reason
     return int(isinstance(outcome, Stopped)), -len(outcome.items), digest_bytes(outcome.items.tobytes())
