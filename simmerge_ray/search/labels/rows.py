@@ -132,7 +132,7 @@ def read_labels(name: str) -> list[LabeledPlan]:
     return [_from_row(name, number, row) for number, row in enumerate(_read_rows(name), 1)]
 
 
-def check_file(name: str) -> tuple[list[LabeledPlan], list[str]]:
+def check_rows(name: str) -> tuple[list[LabeledPlan], list[str]]:
     """Labels of a file up to the first that cannot be read, and its problems."""
     labels: list[LabeledPlan] = []
     problems: list[str] = []

@@ -22,7 +22,7 @@ from simmerge_ray.base.storage import (
     write_once,
 )
 from simmerge_ray.search.labels.outcomes import Infeasible, LabeledPlan, Measured, Outcome, Stopped, check_comparable
-from simmerge_ray.search.labels.rows import check_file, file_name, parquet_bytes, read_labels, row_digest, to_row
+from simmerge_ray.search.labels.rows import check_rows, file_name, parquet_bytes, read_labels, row_digest, to_row
 
 _MAX_LISTINGS = 100
 
@@ -119,7 +119,7 @@ class LabelStore:
         Problems are files and rows that cannot be read, rows that contradict themselves, keys that were measured with
         different results, and temporary files of writers that were killed.
         """
-        files = self._each_file(check_file)
+        files = self._each_file(check_rows)
         found = [label for labels, _ in files.values() for label in labels]
         problems = [problem for _, of_file in files.values() for problem in of_file]
         problems += _conflicts(found)
