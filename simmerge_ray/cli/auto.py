@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from simmerge_ray.checkpoints.catalogue import Catalogue
     from simmerge_ray.pipelines.auto import Answer, AutoRun
     from simmerge_ray.plans.plan import MergePlan
-    from simmerge_ray.search.setup import Study
-    from simmerge_ray.search.winner import Estimate, Verdict
+    from simmerge_ray.search.setup import PreparedSearch
+    from simmerge_ray.search.winner import ObjectiveEstimate, Verdict
     from simmerge_ray.selector.planning.scorer import Ranking
 
 
@@ -104,7 +104,7 @@ def _digests_of(checkpoints: Catalogue, selector: Place | None) -> dict[str, str
         return digests | {f"selector {path.relative_to(directory)}": digest_file(path) for path in artifacts}
 
 
-def dry_run_lines(study: Study, ranking: Ranking, own_task: Mapping[str, str | None], out: Path) -> list[str]:
+def dry_run_lines(study: PreparedSearch, ranking: Ranking, own_task: Mapping[str, str | None], out: Path) -> list[str]:
     """What would be measured, and what it would take."""
     from simmerge_ray.pipelines.auto import cost_lines, single_plans
     from simmerge_ray.plans.plan import fold_text
@@ -141,7 +141,7 @@ def answer_table(run: AutoRun, answer: Answer) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from simmerge_ray.search.winner import estimate
+    from simmerge_ray.search.winner import objective_estimate
 
     table = Table(title=f"utility, {_objective_text(run)}", title_justify="left")
     table.add_column("")
@@ -155,8 +155,8 @@ def answer_table(run: AutoRun, answer: Answer) -> Table:
         if measured is None:
             table.add_row(*row, "", "failed", "", *[""] * len(run.tasks))
             continue
-        utility = estimate(measured.reporting, run.objective)
-        chosen_by = estimate(measured.choosing, run.objective)
+        utility = objective_estimate(measured.reporting, run.objective)
+        chosen_by = objective_estimate(measured.choosing, run.objective)
         by_task = [f"{measured.reporting[task].mean():.3f}" for task in run.tasks]
         table.add_row(*row, f"{chosen_by.value:.3f}", f"{utility.value:.3f}", f"{utility.se:.3f}", *by_task)
     return table
@@ -212,5 +212,5 @@ def _advantage_text(verdict: Verdict) -> str:
     return text
 
 
-def _signed(difference: Estimate) -> str:
+def _signed(difference: ObjectiveEstimate) -> str:
     return f"{difference.value:+.3f} ± {difference.se:.3f}"

@@ -14,10 +14,11 @@ from simmerge_ray.checkpoints.probes import ProbeSet
 from simmerge_ray.on_ray.resources import ActorPool, check_room, offered_resources, ray_session
 from simmerge_ray.search.estimate import PROCESS_BYTES
 from simmerge_ray.signals.bounds import bounds
-from simmerge_ray.signals.compute import compute_signals, tokenize_probes
+from simmerge_ray.signals.compute import compute_signals
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import SignalTable
+from simmerge_ray.signals.tokens import tokenize_probes
 
 
 @contextmanager

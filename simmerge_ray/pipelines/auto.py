@@ -21,12 +21,19 @@ from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.merging.write.directory import PLAN_FILE, check_target, write_merge
 from simmerge_ray.pipelines.dataset import local_resources, search_bar
 from simmerge_ray.plans.plan import MergePlan, read_plan, resolve_plan, write_plan
-from simmerge_ray.search.estimate import estimate as estimate_search
+from simmerge_ray.search.estimate import estimate_search
 from simmerge_ray.search.evaluation import EvaluationTask
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Outcome
 from simmerge_ray.search.objectives import Objective
-from simmerge_ray.search.setup import Study, prepare_study
-from simmerge_ray.search.winner import Candidate, Estimate, Verdict, check_items, decide, estimate
+from simmerge_ray.search.setup import PreparedSearch, prepare_search
+from simmerge_ray.search.winner import (
+    Candidate,
+    ObjectiveEstimate,
+    Verdict,
+    check_items,
+    choose_winner,
+    objective_estimate,
+)
 from simmerge_ray.selector.planning.files import write_plans
 from simmerge_ray.selector.planning.scorer import RankedPlan, Ranking
 
@@ -76,7 +83,7 @@ def on_same_tasks(catalogue: Catalogue) -> Catalogue:
     return replace(catalogue, own_task=dict.fromkeys(catalogue.ids))
 
 
-def check_auto(run: AutoRun) -> Study:
+def check_auto(run: AutoRun) -> PreparedSearch:
     """Whatever can be checked before the ranking.
 
     Raises:
@@ -88,10 +95,10 @@ def check_auto(run: AutoRun) -> Study:
         check_target(run.out / MERGED)
     for name, task in run.tasks.items():
         check_items(name, task.num_items)
-    return prepare_study(on_same_tasks(run.catalogue), run.tasks, run.config, str(run.labels))
+    return prepare_search(on_same_tasks(run.catalogue), run.tasks, run.config, str(run.labels))
 
 
-def cost_lines(study: Study, ranking: Ranking) -> list[str]:
+def cost_lines(study: PreparedSearch, ranking: Ranking) -> list[str]:
     """What it would take to measure what is not measured yet."""
     from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
 
@@ -134,12 +141,12 @@ def measure_stage(run: AutoRun, ranking: Ranking, narrator: Narrator) -> Answer:
         raise LabelError(f"nothing could be measured: {lines[0].reason}; --retry-infeasible tries again")
 
     def place(line: Line) -> float:
-        return -estimate(line.measured.choosing, run.objective).value if line.measured else 1.0
+        return -objective_estimate(line.measured.choosing, run.objective).value if line.measured else 1.0
 
-    return Answer(tuple(sorted(lines, key=place)), decide(measured, run.objective))
+    return Answer(tuple(sorted(lines, key=place)), choose_winner(measured, run.objective))
 
 
-def _lines(study: Study, plans: Sequence[MergePlan], predicted: Mapping[str, RankedPlan]) -> list[Line]:
+def _lines(study: PreparedSearch, plans: Sequence[MergePlan], predicted: Mapping[str, RankedPlan]) -> list[Line]:
     known = {label.key: label.outcome for label in LabelStore(study.labels_uri).read()}
     lines = []
     for plan in plans:
@@ -222,10 +229,10 @@ def _line_json(line: Line, objective: Objective) -> dict[str, Any]:
     if line.measured is None:
         return content | {"infeasible": line.reason}
     for name, items in (("choosing", line.measured.choosing), ("reporting", line.measured.reporting)):
-        by_task = {task: _json(estimate({task: values}, Objective("mean"))) for task, values in items.items()}
-        content[name] = _json(estimate(items, objective)) | {"by_task": by_task}
+        by_task = {task: _json(objective_estimate({task: values}, Objective("mean"))) for task, values in items.items()}
+        content[name] = _json(objective_estimate(items, objective)) | {"by_task": by_task}
     return content
 
 
-def _json(one: Estimate) -> dict[str, float]:
+def _json(one: ObjectiveEstimate) -> dict[str, float]:
     return {"value": one.value, "se": one.se}

@@ -23,10 +23,10 @@ from simmerge_ray.pipelines.jobs import output_place
 from simmerge_ray.search.estimate import SearchEstimate
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.signals.bounds import bounds
-from simmerge_ray.signals.compute import tokenize_probes
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.signature import SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.signals.tokens import tokenize_probes
 
 if TYPE_CHECKING:
     from simmerge_ray.search.labels import LabeledPlan

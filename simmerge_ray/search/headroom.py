@@ -101,7 +101,7 @@ class HeadroomReport:
 def headroom(contexts: Sequence[Context], num_resamples: int = 2000, seed: int = 0) -> HeadroomReport:
     """All statistics of a set of contexts; raises `InputError` when none of them is defined."""
     arms = _checked_arms(contexts)
-    gaps = [gap for gap in (_gap(context, arms) for context in contexts) if gap is not None]
+    gaps = [gap for context in contexts if (gap := _gap(context, arms)) is not None]
     if not gaps:
         raise InputError(
             f"none of the {len(contexts)} contexts has parents that differ by {MIN_GAP} and by "
@@ -144,12 +144,12 @@ class DefinedGaps:
 
 def defined_gaps(contexts: Sequence[Context], arms: Sequence[str]) -> DefinedGaps:
     """Numerators and denominators of GapClosed for all arms, from which that of any policy follows; D may be 0."""
-    found = [(row, gap) for row, gap in enumerate(_gap(context, arms) for context in contexts) if gap is not None]
+    gaps = {row: gap for row, context in enumerate(contexts) if (gap := _gap(context, arms)) is not None}
     return DefinedGaps(
-        rows=np.array([row for row, _ in found], dtype=np.int64),
-        tasks=tuple(gap.task for _, gap in found),
-        closed=np.array([gap.closed for _, gap in found]).reshape(len(found), len(arms)),
-        gap=np.array([gap.gap for _, gap in found]),
+        rows=np.array(list(gaps), dtype=np.int64),
+        tasks=tuple(gap.task for gap in gaps.values()),
+        closed=np.array([gap.closed for gap in gaps.values()]).reshape(len(gaps), len(arms)),
+        gap=np.array([gap.gap for gap in gaps.values()]),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run will need, said before it starts: memory of a worker, disk of the signatures."""
+"""What a run needs, estimated before it starts: memory of a worker, disk for the signatures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simmerge_ray.signals.signature import (
     outputs_bytes,
     weights_bytes,
 )
-from simmerge_ray.signals.stages import Stage, activation_bytes, model_bytes, plan_stages
+from simmerge_ray.signals.stages import LayerRange, activation_bytes, model_bytes, plan_stages
 
 BLOCK_VALUES = 1 << 22  # elements of a block of logits over all checkpoints, when pairs are computed
 
@@ -37,7 +37,7 @@ class Bounds:
     boundary: int
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """For people."""
         how = "whole" if self.stages == 1 else f"in {self.stages} stages of layers, {_size(self.boundary)} between them"
         return [
             f"memory of a worker: at most {_size(self.worker)} above the libraries, a checkpoint at a time, {how}",
@@ -47,7 +47,7 @@ class Bounds:
         ]
 
 
-def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> list[Stage] | None:
+def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> list[LayerRange] | None:
     """How a checkpoint is cut to fit `memory_gb`; None where it is run whole.
 
     Raises:

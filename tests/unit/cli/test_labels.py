@@ -15,7 +15,7 @@ from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, pair_plan
 from simmerge_ray.search.labels import EvaluationSettings, Infeasible, LabelStore, Measured, Stopped
-from tests.unit.search.test_labels import label
+from tests.unit.search.labels.made_up import label
 from tests.unit.test_layers import loaded_modules
 
 
@@ -68,7 +68,7 @@ def test_formats_for_programs_hold_the_same_rows_and_nothing_else(store):
     rows = [json.loads(line) for line in text.splitlines()]
     assert [row["plan"] for row in rows] == [row[0] for row in table_rows(call("show", store)[0])]
     assert rows[0]["utility"] == 0.75 and rows[0]["num_items"] == 4
-    assert {row["key"] for row in rows} == LabelStore(store).keys(include_stopped=True)
+    assert {row["key"] for row in rows} == {label.key for label in LabelStore(store).read()}
     assert "5 labels" in counts
     text, _ = call("show", store, "--format", "csv")
     found = list(csv.DictReader(io.StringIO(text)))
