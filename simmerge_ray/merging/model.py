@@ -46,7 +46,7 @@ def _built_model(ref: CheckpointRef, dtype: torch.dtype) -> Any | None:
             if (directory / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
+            raise ref.error(f"transformers cannot load it: {error}") from error
     return model if put_weights(model, ref) else None
 
 
@@ -64,11 +64,11 @@ def _loaded_model(ref: CheckpointRef, directory: Path, dtype: torch.dtype) -> An
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
+        raise ref.error(f"transformers cannot load it: {error}") from error
     if absent := sorted(info["missing_keys"]):  # transformers would only warn, and draw random numbers for them
         raise CheckpointError(f"checkpoint {ref.id!r} lacks tensors: {', '.join(absent[:5])}")
     if ref.adapter is not None and not put_weights(model, ref):
-        raise CheckpointError(f"checkpoint {ref.id!r}: its adapter's tensors have no place in the model")
+        raise ref.error("its adapter's tensors have no place in the model")
     return model
 
 
@@ -77,7 +77,7 @@ def check_finite(model: nn.Module, ref: CheckpointRef) -> None:
     for name, parameter in model.named_parameters():
         # A finite sum has finite terms, and is four times as fast; a sum of finite terms may still overflow.
         if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
-            raise CheckpointError(f"checkpoint {ref.id!r}: tensor {name} holds NaN or infinity")
+            raise ref.error(f"tensor {name} holds NaN or infinity")
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from typing import Any
 from simmerge_ray.base.errors import PlanError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.checkpoints.adapters import LoraAdapter
-from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine.compute import is_blockwise, memory_per_thread
 from simmerge_ray.merging.engine.global_trims import global_steps

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.storage import RemotePath
-from simmerge_ray.checkpoints.references import read_headers
+from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.merging.engine.compute import TensorReport, memory_per_thread
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.directory import JOURNAL, FileOfMerge, Progress, Runner, read_journals, write_tensors

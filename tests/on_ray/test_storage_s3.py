@@ -17,7 +17,8 @@ import yaml
 from simmerge_ray.base.storage import RemotePath, as_place, read_json, write_once
 from simmerge_ray.base.storage.stores import list_below, upload_file
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.write.directory import write_graph, write_merge
 from simmerge_ray.merging.write.to_store import make_file

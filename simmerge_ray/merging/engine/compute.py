@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError
-from simmerge_ray.checkpoints.references import TensorSpec, checkpoint_digest
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.headers import TensorSpec
 from simmerge_ray.merging.engine import kernels
 from simmerge_ray.merging.engine.raw_blocks import KEPT_ELEMENTS, RawBlocks
 from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from simmerge_ray.base.errors import PlanError
-from simmerge_ray.checkpoints.references import TensorSpec, read_headers
+from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.merging.engine.compute import Computer, Seeds
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.merging.engine.trims import densities, exact_thresholds, high_counts, low_counts, top_bins

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.base.storage import Place, RangeReader, open_ranges
 from simmerge_ray.checkpoints.adapters import LoraAdapter
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, read_headers
+from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.engine import kernels
 from simmerge_ray.merging.graph import DTYPE_BYTES
 
@@ -58,9 +58,9 @@ class TensorSource:
         try:
             done = self._reader(spec).read_into(spec.begin + start * size, memoryview(buffer.data), spec.end)
             if done < num_bytes:
-                raise CheckpointError(f"checkpoint {self._ref.id!r}: {spec.file} ends inside tensor {name}")
+                raise self._ref.error(f"{spec.file} ends inside tensor {name}")
         except OSError as error:
-            raise CheckpointError(f"checkpoint {self._ref.id!r}: cannot read {spec.file}: {error.strerror}") from None
+            raise self._ref.error(f"cannot read {spec.file}: {error.strerror}") from None
         return buffer.view(NUMPY_DTYPES[spec.dtype])
 
     def read_float32(self, name: str, start: int, stop: int, raw: np.ndarray, out: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from simmerge_ray.merging.mergekit.models import (
     TensorValue,
     architecture_problems,
     exact_in,
-    load_model,
+    read_model,
 )
 from simmerge_ray.merging.mergekit.numbers import Numbers
 from simmerge_ray.merging.mergekit.reading import raise_problems
@@ -195,7 +195,7 @@ class _Compiler:
                 raise PlanError(f"document {name.model!r} refers to itself")
             return self.document(self._documents[name.model])
         if name not in self.loaded:
-            loaded = load_model(name, self._locate)
+            loaded = read_model(name, self._locate)
             self.problems += loaded.problems
             clash = next(
                 (m.ref for m in self.loaded.values() if m.ref and loaded.ref and m.ref.id == loaded.ref.id), None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from simmerge_ray.base.errors import PlanError
-from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.graph import FLOAT_DTYPES, promoted
 from simmerge_ray.merging.mergekit.documents import (
     DTYPE_NAMES,

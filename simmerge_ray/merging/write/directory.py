@@ -33,7 +33,7 @@ from simmerge_ray.base.storage import (
     publish_directory,
     write_json,
 )
-from simmerge_ray.checkpoints.references import checkpoint_fingerprint
+from simmerge_ray.checkpoints.digests import checkpoint_fingerprint
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine.compute import Computer, Seeds, TensorReport
 from simmerge_ray.merging.engine.global_trims import global_steps, resolve_global_trims

@@ -28,7 +28,7 @@ from simmerge_ray.base.storage import (
     write_once,
 )
 from simmerge_ray.base.storage.stores import upload_file
-from simmerge_ray.checkpoints.references import checkpoint_fingerprint
+from simmerge_ray.checkpoints.digests import checkpoint_fingerprint
 from simmerge_ray.merging.engine.compute import TensorReport
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
 from simmerge_ray.merging.graph import MergeGraph

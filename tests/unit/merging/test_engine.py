@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from simmerge_ray.base.errors import CheckpointError, IncompatibleCheckpointsError, OutputError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorReader
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine import kernels
 from simmerge_ray.merging.engine.compute import Computer, Seeds
@@ -39,6 +39,7 @@ from simmerge_ray.plans.plan import (
     unmerged,
 )
 from tests import tiny
+from tests.readers import TensorReader
 
 LINEAR = make_arm("linear")
 TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources != 1]

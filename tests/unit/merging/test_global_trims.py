@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from simmerge_ray.base.errors import PlanError
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorReader
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine import kernels
 from simmerge_ray.merging.engine.global_trims import global_steps, resolve_global_trims
@@ -23,6 +23,7 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.operators.table import two_way
 from simmerge_ray.plans.plan import MergePlan, MergeStep, fold_plan, pair_plan, resolve_plan, write_plan
 from tests import reference, tiny
+from tests.readers import TensorReader
 
 GLOBAL = make_arm("ties", {"density": 0.2, "trim_scope": "global"})
 # The engine's float32 arithmetic, then one rounding to the output's dtype.
