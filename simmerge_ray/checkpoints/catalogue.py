@@ -247,8 +247,8 @@ def _edited_text(path: Place, text: str, entry: Mapping[str, str], as_base: bool
 
 
 def _is_plain(value: str) -> bool:
-    """Whether YAML 1.1 reads the bare word as that text (not so `no`, `007`, `1e3`)."""
+    """Whether YAML 1.1 reads the bare word in a flow mapping as that text (not so `no`, `007`, `1e3`, `:0`)."""
     try:
-        return bool(yaml.safe_load(value) == value)
+        return bool(yaml.safe_load(f"{{key: {value}}}") == {"key": value})
     except yaml.YAMLError:
         return False

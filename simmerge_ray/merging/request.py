@@ -17,15 +17,10 @@ from simmerge_ray.merging.engine.compute import is_blockwise, memory_per_thread
 from simmerge_ray.merging.engine.global_trims import global_steps
 from simmerge_ray.merging.graph import MergeGraph, reads
 from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_mergekit
-from simmerge_ray.merging.write.directory import (
-    MergeResult,
-    Progress,
-    Runner,
-    check_target,
-    default_threads,
-    write_graph,
-)
+from simmerge_ray.merging.write.directory import write_graph
 from simmerge_ray.merging.write.layout import plan_layout
+from simmerge_ray.merging.write.output import PLAN_FILE, MergeResult, Runner, WriteOptions, check_target
+from simmerge_ray.merging.write.tensors import Progress, default_threads
 from simmerge_ray.plans.plan import ResolvedPlan, read_plan, write_plan
 
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -52,11 +47,10 @@ class MergeRequest:
 
         def finish(directory: Path) -> None:
             if self.resolved is not None:
-                write_plan(directory / "simmerge_plan.json", self.resolved, self.predicted)
+                write_plan(directory / PLAN_FILE, self.resolved, self.predicted)
 
-        return write_graph(
-            self.graph, self.out, self.predicted, progress, max_shard_bytes, num_threads, strict, finish, runner
-        )
+        options = WriteOptions(self.predicted, progress, max_shard_bytes, num_threads, strict, finish, runner)
+        return write_graph(self.graph, self.out, options)
 
     def lines(self, max_shard_bytes: int, num_threads: int | None) -> list[str]:
         """The merge in words and numbers, from headers alone."""

@@ -17,8 +17,9 @@ from simmerge_ray.base.storage import RemotePath
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.merging.engine.compute import TensorReport, memory_per_thread
 from simmerge_ray.merging.graph import MergeGraph
-from simmerge_ray.merging.write.directory import JOURNAL, FileOfMerge, Progress, Runner, read_journals, write_tensors
-from simmerge_ray.merging.write.layout import Placement
+from simmerge_ray.merging.write.layout import FileOfMerge, Placement
+from simmerge_ray.merging.write.output import Runner
+from simmerge_ray.merging.write.tensors import JOURNAL, Progress, read_journals, write_tensors
 from simmerge_ray.merging.write.to_store import make_file
 from simmerge_ray.on_ray.resources import check_room, ray_session
 

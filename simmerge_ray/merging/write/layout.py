@@ -34,6 +34,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class FileOfMerge:
+    """A weight file of the result and the tensors in it."""
+
+    shard: Shard
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
 class Layout:
     shards: tuple[Shard, ...]
     placements: tuple[Placement, ...]
@@ -41,6 +49,11 @@ class Layout:
     @property
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def files(self) -> list[FileOfMerge]:
+        """The files, each with its tensors."""
+        return [FileOfMerge(s, tuple(p for p in self.placements if p.file == s.file)) for s in self.shards]
 
     def index(self) -> str | None:
         """Content of `model.safetensors.index.json`; None for a single file."""

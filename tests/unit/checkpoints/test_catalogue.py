@@ -160,11 +160,12 @@ def test_other_entries_stay_as_they_were_written(zoo, style, as_base):
         assert set(STYLES[style].splitlines()) <= set(path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("text", ["checkpoints:\n# mine\n", "# mine\nbase:\ncheckpoints: []\n"])
-def test_comments_of_a_file_without_checkpoints_stay(zoo, text):
-    (zoo / "c.yaml").write_text(text)
-    add_checkpoint(zoo / "c.yaml", CheckpointRef("m0", zoo / "m0"))
-    assert "# mine" in (zoo / "c.yaml").read_text() and load_catalogue(zoo / "c.yaml").ids == ("m0",)
+def test_an_empty_base_and_comments_are_no_obstacle(zoo):
+    path = zoo / "c.yaml"
+    path.write_text("# mine\nbase:\ncheckpoints: []\n")
+    add_checkpoint(path, CheckpointRef("base", zoo / "base"), as_base=True)
+    add_checkpoint(path, CheckpointRef("m0", zoo / "m0"))
+    assert path.read_text() == "# mine\nbase: {id: base, path: base}\ncheckpoints:\n  - {id: m0, path: m0}\n"
 
 
 @given(text=st.text("01.eE+-_:xno #'\"{}[],&*!|>%@`~", min_size=1, max_size=8))
