@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files, read_config
 from simmerge_ray.merging.engine.sources import TensorSource
-from simmerge_ray.merging.in_memory import flat_tensor
+from simmerge_ray.merging.engine.whole import flat_tensor
 
 # Of config.json; what else differs may change the outputs.
 _COSMETIC_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")

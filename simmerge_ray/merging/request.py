@@ -13,7 +13,7 @@ from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import is_blockwise, memory_per_thread
+from simmerge_ray.merging.engine.forms import is_blockwise, memory_per_thread
 from simmerge_ray.merging.engine.global_trims import global_steps
 from simmerge_ray.merging.graph import MergeGraph, reads
 from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_mergekit

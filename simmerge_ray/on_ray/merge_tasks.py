@@ -15,7 +15,8 @@ from typing import Any
 
 from simmerge_ray.base.storage import RemotePath
 from simmerge_ray.checkpoints.headers import read_headers
-from simmerge_ray.merging.engine.compute import TensorReport, memory_per_thread
+from simmerge_ray.merging.engine.compute import TensorReport
+from simmerge_ray.merging.engine.forms import memory_per_thread
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.layout import FileOfMerge, Placement
 from simmerge_ray.merging.write.output import Runner

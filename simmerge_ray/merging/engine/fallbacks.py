@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import Computer, Seeds
+from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
-from simmerge_ray.merging.engine.sources import TensorSource
+from simmerge_ray.merging.engine.sources import open_sources
 from simmerge_ray.merging.graph import FLOAT_DTYPES
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, ResolvedPlan
@@ -42,15 +42,11 @@ def linear_form(resolved: ResolvedPlan) -> MergePlan:
     if not left:
         return plan
     graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=1)
-    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
-    try:
-        computer = Computer(graph, sources, Seeds(graph))
+    with open_sources(graph) as sources:
+        computer = Computer(graph, sources)
         for output in sorted(graph.outputs, key=lambda output: (output.num_elements, output.name)):
             if output.dtype in FLOAT_DTYPES:
-                left &= set(computer.fallbacks(output))
+                left &= computer.fallbacks(output)
             if not left:
                 break
-    finally:
-        for source in sources.values():
-            source.close()
     return _as_linear(plan, left)

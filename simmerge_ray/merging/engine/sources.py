@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.engine import kernels
-from simmerge_ray.merging.graph import DTYPE_BYTES
+from simmerge_ray.merging.graph import DTYPE_BYTES, MergeGraph
 
 # bfloat16 has no numpy type: its bits are read as uint16.
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -95,3 +96,14 @@ class TensorSource:
             if spec.file not in self._files:
                 self._files[spec.file] = open_ranges(spec.file)
             return self._files[spec.file]
+
+
+@contextmanager
+def open_sources(graph: MergeGraph) -> Iterator[dict[str, TensorSource]]:
+    """The checkpoints that a graph reads, by id, closed at the end."""
+    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
+    try:
+        yield sources
+    finally:
+        for source in sources.values():
+            source.close()

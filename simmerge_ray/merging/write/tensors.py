@@ -17,7 +17,8 @@ import numpy as np
 
 from simmerge_ray.base.errors import OutputError
 from simmerge_ray.base.storage import Place, list_places
-from simmerge_ray.merging.engine.compute import Computer, Seeds, TensorReport
+from simmerge_ray.merging.engine.compute import Computer, TensorReport
+from simmerge_ray.merging.engine.seeds import Seeds
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.layout import Placement

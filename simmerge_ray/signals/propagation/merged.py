@@ -12,8 +12,8 @@ import torch
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import Computer, Seeds
-from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource
+from simmerge_ray.merging.engine.compute import Computer
+from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, open_sources
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, Node
 from simmerge_ray.merging.in_memory import as_tensor
 from simmerge_ray.merging.model import check_finite
@@ -38,9 +38,8 @@ def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> I
         see `compile_plan`.
     """
     graph = compile_plan(resolve_plan(plan, catalogue))
-    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
-    try:
-        computer = Computer(graph, sources, Seeds(graph))
+    with open_sources(graph) as sources:
+        computer = Computer(graph, sources)
         for number in range(1, len(plan.steps) + 1):
             tensors = {}
             for whole in graph.outputs:
@@ -55,9 +54,6 @@ def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> I
                 tensor = as_tensor(array, output)
                 tensors[output.name] = tensor.float() if output.dtype in FLOAT_DTYPES else tensor
             yield tensors
-    finally:
-        for source in sources.values():
-            source.close()
 
 
 def _step(node: Node, number: int) -> Node:

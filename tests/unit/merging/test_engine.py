@@ -20,8 +20,9 @@ from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine import kernels
-from simmerge_ray.merging.engine.compute import Computer, Seeds
+from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.fallbacks import linear_form
+from simmerge_ray.merging.engine.seeds import Seeds
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.merging.graph import Read
 from simmerge_ray.merging.in_memory import merged_tensors

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from simmerge_ray.base.errors import InputError
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.engine import kernels
-from simmerge_ray.merging.engine.compute import Computer, Seeds
+from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
+from simmerge_ray.merging.engine.seeds import Seeds
 from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource
 from simmerge_ray.merging.graph import Apply, MergeGraph, Node, OutputTensor, Read, promoted
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
