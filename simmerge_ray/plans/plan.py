@@ -8,9 +8,8 @@ and the base are evaluated by such plans).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations, product
 from typing import Any
 
 from simmerge_ray.base.errors import OperatorError, PlanError, unknown_name
@@ -72,8 +71,8 @@ class MergeStep:
         There each source has a gradient of its own, and what they give adds up to 1 only before rounding; slerp has one
         number, the place on the arc.
         """
-        if self.arm.operator == "slerp":
-            return step_weights("slerp", self.weight_at(position))
+        if self.arm.spec.one_weight:
+            return step_weights(self.arm.operator, self.weight_at(position))
         left, right = self.source_anchors
         return float(gradient_value(left, position)), float(gradient_value(right, position))
 
@@ -229,23 +228,6 @@ def fold_plan(members: Sequence[str], arms: Sequence[Arm], weighting: str = "equ
         weight = 1.0 / (number + 1) if weighting == "equal" else 0.5
         steps.append(MergeStep(left, members[number], arms[(number - 1) % len(arms)], weight))
     return MergePlan((steps[0].canonical(), *steps[1:]))
-
-
-def enumerate_plans(
-    members: Sequence[str], arms: Sequence[Arm], ways: Sequence[int], weighting: str = "equal"
-) -> Iterator[MergePlan]:
-    """Every ordered subset of the given sizes with every sequence of arms, each merge once.
-
-    The first two of a fold commute where the operator is symmetric and their weights are equal.
-    """
-    seen: set[str] = set()
-    for size in ways:
-        for subset in permutations(members, size):
-            for chosen in product(arms, repeat=size - 1):
-                plan = fold_plan(subset, chosen, weighting)
-                if plan.id not in seen:
-                    seen.add(plan.id)
-                    yield plan
 
 
 def fold_text(plan: MergePlan) -> str:

@@ -12,7 +12,6 @@ from simmerge_ray.merging.graph import FLOAT_DTYPES
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, ResolvedPlan
 
-SPHERICAL = ("slerp", "nuslerp")
 _LINEAR = make_arm("linear")
 
 
@@ -22,7 +21,7 @@ def all_linear(plan: MergePlan) -> MergePlan:
 
 
 def _as_linear(plan: MergePlan, numbers: set[int]) -> MergePlan:
-    chosen = {number for number in numbers if plan.steps[number - 1].arm.operator in SPHERICAL}
+    chosen = {number for number in numbers if plan.steps[number - 1].arm.spec.is_spherical}
     steps = [replace(step, arm=_LINEAR) if n in chosen else step for n, step in enumerate(plan.steps, 1)]
     return replace(plan, steps=tuple(steps))
 
@@ -38,7 +37,7 @@ def linear_form(resolved: ResolvedPlan) -> MergePlan:
         CheckpointError: an input cannot be read.
     """
     plan = resolved.plan
-    left = {number for number, step in enumerate(plan.steps, 1) if step.arm.operator in SPHERICAL}
+    left = {number for number, step in enumerate(plan.steps, 1) if step.arm.spec.is_spherical}
     if not left:
         return plan
     graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simmerge_ray.plans.operators.shares import COLLINEAR_SINE, MIN_NORM, SLERP_THRESHOLD
+from simmerge_ray.plans.operators.shares import COLLINEAR_SINE, MIN_NORM
 from simmerge_ray.plans.operators.specs import Arm
 from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.propagation.second_order import EXACT_GROUPS, TINY, SecondOrder, blend_like
@@ -51,7 +51,7 @@ class SecondOrderBatch:
             (P, K), rows of sum 1.
         """
         like = blend_like(arm)
-        if like.operator in ("slerp", "nuslerp"):
+        if like.spec.is_spherical:
             share_left, share_right = self._arc(like, left, right, weight)
         else:
             shares = blend_shares(like, weight, lambda centred: (1.0, 0.0, 1.0), self._first > 0)
@@ -66,7 +66,7 @@ class SecondOrderBatch:
     def _arc(self, arm: Arm, left: Array, right: Array, weight: float) -> tuple[Array, Array]:
         """Shares of left and right of SLERP, as `blend_shares` has them; (P,) each."""
         task, place = self._single.any_task, right + self._first
-        if arm.operator == "nuslerp" and self._first:
+        if arm.spec.uses_base and self._first:
             gram = self._single.gram("weight_l2_global", task)
             guarded = [np.maximum(v, MIN_NORM**2) for v in (quadratic(gram, left), np.diagonal(gram)[place])]
             dot = np.einsum("pk,kp->p", left, gram[:, place])
@@ -74,7 +74,7 @@ class SecondOrderBatch:
         else:
             matrix = self._single.matrix("weight_cosine_global", task)
             cosine = _cosines(matrix, left)[np.arange(len(left)), place]
-        threshold = float(arm.param_dict().get("threshold", SLERP_THRESHOLD)) if arm.operator == "slerp" else 1.0
+        threshold = float(arm.param_dict().get("threshold", 1.0))
         straight = (np.abs(cosine) > threshold) | (np.sqrt((1.0 - cosine) * (1.0 + cosine)) < COLLINEAR_SINE)
         angle = np.arccos(np.where(straight, 0.0, cosine))
         shares = (np.where(straight, part, np.sin(part * angle) / np.sin(angle)) for part in (1.0 - weight, weight))

@@ -23,14 +23,12 @@ from simmerge_ray.signals.propagation.interface import (
     one_by_one,
     propagated,
 )
-from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, Products, blend, blend_shares
+from simmerge_ray.signals.propagation.span import Products, blend, blend_shares
 from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.weights import NORM_FLOOR
 
 Array = np.ndarray
 TINY = float(np.finfo(np.float64).tiny)
-_SUMS = ("dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties")
-_NORM_KEEPING = ("ties", "sce", "multislerp")
 EXACT_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
 
 
@@ -70,13 +68,13 @@ def closed_cosine(cosine: Array, left: Array, right: Array) -> float:
 
 
 def blend_like(arm: Arm) -> Arm:
-    """The blend of `SPAN_OPERATORS` that stands for an operator: its expectation, or what has about its norm."""
-    if arm.operator in SPAN_OPERATORS:
+    """The blend that stands for an operator (see `OperatorSpec.stand_in`), itself where it has `shares`."""
+    if arm.spec.shares is not None:
         return arm
-    params = arm.param_dict()
-    if arm.operator in _SUMS and not params["normalize"]:
-        return make_arm("task_arithmetic", {"scale": params["scale"]})
-    return make_arm("nuslerp" if arm.operator in _NORM_KEEPING else "linear")
+    if arm.spec.stand_in != "task_arithmetic":
+        return make_arm(arm.spec.stand_in)
+    params = arm.param_dict()  # a normalised sum is an average
+    return make_arm("linear") if params["normalize"] else make_arm("task_arithmetic", {"scale": params["scale"]})
 
 
 class SecondOrder:

@@ -30,7 +30,6 @@ from simmerge_ray.merging.write.directory import write_graph, write_merge
 from simmerge_ray.merging.write.output import MergeResult, WriteOptions
 from simmerge_ray.merging.write.tensors import JOURNAL, write_tensors
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, make_arm, parse_arms
-from simmerge_ray.plans.operators.table import two_way
 from simmerge_ray.plans.plan import (
     MergePlan,
     MergeStep,
@@ -42,6 +41,7 @@ from simmerge_ray.plans.plan import (
     unmerged,
 )
 from tests import tiny
+from tests.operators import two_way
 from tests.readers import TensorReader
 
 LINEAR = make_arm("linear")

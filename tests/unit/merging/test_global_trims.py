@@ -22,9 +22,9 @@ from simmerge_ray.merging.write.directory import write_graph, write_merge
 from simmerge_ray.merging.write.output import WriteOptions
 from simmerge_ray.merging.write.tensors import write_tensors
 from simmerge_ray.plans.operators.specs import make_arm
-from simmerge_ray.plans.operators.table import two_way
 from simmerge_ray.plans.plan import MergePlan, MergeStep, fold_plan, pair_plan, resolve_plan, write_plan
 from tests import reference, tiny
+from tests.operators import two_way
 from tests.readers import TensorReader
 
 GLOBAL = make_arm("ties", {"density": 0.2, "trim_scope": "global"})
