@@ -15,7 +15,7 @@ from simmerge_ray.base.errors import PlanError, unknown_name
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
 from simmerge_ray.merging.mergekit.documents import (
-    DTYPE_NAMES,
+    DTYPES_BY_NAME,
     MergekitDocument,
     ModelName,
     Slice,
@@ -31,7 +31,7 @@ from simmerge_ray.merging.mergekit.models import (
     read_model,
 )
 from simmerge_ray.merging.mergekit.numbers import Numbers
-from simmerge_ray.merging.mergekit.reading import raise_problems
+from simmerge_ray.merging.mergekit.problems import raise_problems
 from simmerge_ray.plans.operators.gradients import OUTSIDE_LAYERS, layer_position, split_layer
 
 Locate = Callable[[ModelName], CheckpointRef]
@@ -116,7 +116,7 @@ def _output(name: str, value: TensorValue, problems: list[str], document: Mergek
 
     Documents may ask for different ones; that is fine as long as one cast gives every input the value it should have.
     """
-    asked = [document.dtype and DTYPE_NAMES[document.dtype], *sorted({cast or "" for _, cast in value.casts})]
+    asked = [document.dtype and DTYPES_BY_NAME[document.dtype], *sorted({cast or "" for _, cast in value.casts})]
 
     def same(stored: str, cast: str | None, candidate: str | None) -> bool:
         exact = cast is None or exact_in(stored, cast)
@@ -315,7 +315,7 @@ class _Compiler:
         self, document: MergekitDocument, piece: _Piece, name: str, names: Sequence[str], position: float
     ) -> TensorValue | None:
         """One output tensor from the tensors `names` of the inputs, or None with the problem reported."""
-        dtype = document.dtype and DTYPE_NAMES[document.dtype]
+        dtype = document.dtype and DTYPES_BY_NAME[document.dtype]
         values = []
         for one, own in zip(piece.inputs, names, strict=True):
             if own in one.model.tensors:
@@ -343,7 +343,7 @@ class _Compiler:
         return TensorValue(
             node,
             first.shape,
-            DTYPE_NAMES[out] if out and result in FLOAT_DTYPES else result,
+            DTYPES_BY_NAME[out] if out and result in FLOAT_DTYPES else result,
             frozenset[tuple[str, str | None]]().union(*(value.casts for value in values)),
         )
 
@@ -399,7 +399,7 @@ class _Compiler:
         )
         sources = tuple(nodes[i] for i in order)
         params = numbers.params()
-        if document.method == "passthrough" and not params:
+        if method.max_sources == 1 and not params:
             return sources[0]
         step = self._order.index(document) + 1
         return Apply(document.method, sources, numbers.weights(params), params, base, step)

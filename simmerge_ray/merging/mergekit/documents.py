@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from simmerge_ray.base.storage import Place, place_in
+from simmerge_ray.merging.graph import DTYPE_NAMES
 from simmerge_ray.plans.operators.gradients import Scalar, gradient_value
 
-# mergekit's names of dtypes, and how safetensors names them.
-DTYPE_NAMES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+# As safetensors names them, by mergekit's names.
+DTYPES_BY_NAME: Mapping[str, str] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
