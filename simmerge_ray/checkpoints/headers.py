@@ -30,6 +30,10 @@ class TensorSpec:
     begin: int
     end: int
 
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
 
 def read_header(ref: CheckpointRef, file: Place) -> dict[str, TensorSpec]:
     """The tensors of one safetensors file, for messages about `ref`.

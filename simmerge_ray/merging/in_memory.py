@@ -18,7 +18,7 @@ from simmerge_ray.merging.engine.compute import Computer, TensorReport
 from simmerge_ray.merging.engine.forms import memory_per_thread
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
 from simmerge_ray.merging.engine.seeds import Seeds
-from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, open_sources
+from simmerge_ray.merging.engine.sources import open_sources
 from simmerge_ray.merging.engine.whole import flat_tensor
 from simmerge_ray.merging.graph import OutputTensor
 from simmerge_ray.plans.plan import ResolvedPlan
@@ -50,14 +50,9 @@ def merged_tensors(
             idle.put(Computer(graph, sources, seeds))
 
         def compute(output: OutputTensor) -> tuple[np.ndarray, TensorReport]:
-            array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
-
-            def keep(start: int, block: np.ndarray) -> None:
-                array[start : start + block.size] = block
-
             computer = idle.get()
             try:
-                return array, computer.compute(output, keep)
+                return computer.array(output)
             finally:
                 idle.put(computer)
 

@@ -160,8 +160,8 @@ def test_two_searches_that_know_nothing_of_each_other_make_each_label_once(zoo, 
 
 def dying_file(graph, file, out, num_threads):
     """Dies once, before its file is uploaded."""
-    mark = out.parent / f"died.{file.shard.file}"
-    if file.shard.file.startswith("model-00002") and not mark.exists():
+    mark = out.parent / f"died.{file.file}"
+    if file.file.startswith("model-00002") and not mark.exists():
         write_once(mark, b"")
         os.kill(os.getpid(), signal.SIGKILL)
     return make_file(graph, file, out, num_threads)

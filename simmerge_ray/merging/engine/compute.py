@@ -65,6 +65,16 @@ class Computer:
         not_finite = self._emit(output, notes, emit)
         return TensorReport(output.name, not_finite or notes.bad_input, tuple(sorted(notes.fell_back)))
 
+    def array(self, output: OutputTensor) -> tuple[np.ndarray, TensorReport]:
+        """`compute` into one flat array."""
+        array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
+
+        def keep(start: int, block: np.ndarray) -> None:
+            array[start : start + block.size] = block
+
+        report = self.compute(output, keep)
+        return array, report
+
     def _emit(self, output: OutputTensor, notes: Notes, emit: Emit) -> bool:
         """Emit all parts; returns whether one holds NaN or infinity."""
         if not self._is_blockwise(output):

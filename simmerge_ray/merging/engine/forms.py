@@ -15,12 +15,13 @@ from simmerge_ray.merging.engine.blocks import BlockForm, Blocks, StoredKernel
 from simmerge_ray.merging.engine.raw_blocks import KEPT_ELEMENTS
 from simmerge_ray.merging.engine.trims import (
     NOT_FINITE,
+    NUM_HIGH,
+    NUM_LOW,
     Tops,
     Trim,
     densities,
     exact_thresholds,
-    high_counts,
-    low_counts,
+    no_counts,
     top_bins,
 )
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, reads
@@ -212,7 +213,7 @@ def _trim(blocks: Blocks, node: Apply) -> Trim:
     if all(count == num for count in keep):
         return Trim(np.zeros(len(keep), dtype=np.uint32), np.full(len(keep), num), False)
     kept: dict[int, tuple[np.ndarray, ...]] | None = {} if num <= _KEPT_VECTORS else None
-    high, low = high_counts(len(keep)), low_counts(len(keep))
+    high, low = no_counts(len(keep), NUM_HIGH), no_counts(len(keep), NUM_LOW)
     count_magnitudes(blocks, node, high, None, kept)
     blocks.notes.bad_input |= bool(high[:, NOT_FINITE:].any())
     tops = top_bins(high, keep)

@@ -20,7 +20,7 @@ from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.seeds import Seeds
 from simmerge_ray.merging.engine.sources import TensorSource, open_sources
-from simmerge_ray.merging.engine.trims import densities, exact_thresholds, high_counts, low_counts, top_bins
+from simmerge_ray.merging.engine.trims import NUM_HIGH, NUM_LOW, densities, exact_thresholds, no_counts, top_bins
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, applies, reads
 from simmerge_ray.plans.operators.shares import kept_count
 
@@ -110,7 +110,7 @@ def _resolved(
     keep = [kept_count(value, num_entries) for value in density]
 
     def count_high(computer: Computer, mine: Iterator[_Target]) -> np.ndarray:
-        counts = high_counts(len(keep))
+        counts = no_counts(len(keep), NUM_HIGH)
         for target in mine:
             computer.count_magnitudes(target.output, target.node, counts, None)
         return counts
@@ -118,9 +118,9 @@ def _resolved(
     tops = top_bins(np.sum(_in_threads(graph, targets, sources, num_threads, count_high), axis=0), keep)
 
     def count_low(computer: Computer, mine: Iterator[_Target]) -> tuple[np.ndarray, dict[Apply, list[_Bins]]]:
-        total, by_tensor = low_counts(len(keep)), {}
+        total, by_tensor = no_counts(len(keep), NUM_LOW), {}
         for target in mine:
-            counts = low_counts(len(keep))
+            counts = no_counts(len(keep), NUM_LOW)
             computer.count_magnitudes(target.output, target.node, counts, tops)
             total += counts
             # What says later how many entries of this tensor equal the threshold; few of the bins are taken.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from simmerge_ray.base.errors import unknown_name
@@ -17,15 +17,18 @@ from simmerge_ray.merging.mergekit.documents import (
     parse_model_name,
 )
 from simmerge_ray.merging.mergekit.methods import METHODS, Method
-from simmerge_ray.merging.mergekit.problems import Problems, shown
+from simmerge_ray.merging.mergekit.problems import Problems, shorten
 from simmerge_ray.merging.mergekit.settings import SettingsReader
-from simmerge_ray.merging.mergekit.structure import check_structure
+from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 
 _DOCUMENT_KEYS = (
     "name", "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer",
 )  # fmt: skip
 _UNION = "union is not supported; choose models with the same vocabulary, or resize them first"
+
+
+_Report = Callable[[str, str], None]
 
 
 class DocumentReader:
@@ -41,7 +44,7 @@ class DocumentReader:
             return MergekitDocument("")
         name = fields.get("name")
         if name is not None and (not isinstance(name, str) or not name):
-            self._report("name", f"{shown(name)} is not a text")
+            self._report("name", f"{shorten(name)} is not a text")
             name = None
         method = self._method(fields)
         settings = SettingsReader(self._problems, fields["merge_method"] if method else None)
@@ -63,7 +66,7 @@ class DocumentReader:
             name=name,
         )
         if method is not None and len(given) == 1:
-            check_structure(document, method, self._report)
+            _check_structure(document, method, self._report)
         return document
 
     def _method(self, fields: Mapping[str, Any]) -> Method | None:
@@ -111,10 +114,10 @@ class DocumentReader:
     def _layer_range(self, value: object, place: str) -> tuple[int, int] | None:
         numbers = value if isinstance(value, list) else []
         if len(numbers) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-            self._report(place, f"two whole numbers [begin, end) are needed, got {shown(value)}")
+            self._report(place, f"two whole numbers [begin, end) are needed, got {shorten(value)}")
             return None
         if not 0 <= numbers[0] < numbers[1]:
-            self._report(place, f"{shown(value)} is empty; the rule is 0 <= begin < end")
+            self._report(place, f"{shorten(value)} is empty; the rule is 0 <= begin < end")
             return None
         return numbers[0], numbers[1]
 
@@ -124,7 +127,7 @@ class DocumentReader:
                 return parse_model_name(value, self._directory)
             if isinstance(value, Mapping):
                 return self._model_mapping(value, place)
-            self._report(place, f"the name of a model is needed, got {shown(value)}")
+            self._report(place, f"the name of a model is needed, got {shorten(value)}")
         except ValueError as error:
             self._report(place, str(error))
         return ModelName(f"?{place}")  # not equal to any other
@@ -146,7 +149,7 @@ class DocumentReader:
                 inner = self._problems.mapping(part, f"{place}.{key}", ("path", "revision")) or {"path": "?"}
                 path, revision = inner.get("path"), inner.get("revision")
                 if not isinstance(path, str) or not path or not isinstance(revision, str | None):
-                    raise ValueError(f"path and revision are texts, got {shown(part)}")
+                    raise ValueError(f"path and revision are texts, got {shorten(part)}")
                 names.append((path, revision or None))
         (model, revision), (adapter, adapter_revision) = names
         return ModelName(str(model), revision, adapter, adapter_revision, self._directory)
@@ -178,3 +181,57 @@ class DocumentReader:
             self._report(place, _UNION)
             return None
         return self._model(value, place)
+
+
+def _check_structure(document: MergekitDocument, method: Method, report: _Report) -> None:
+    """Report what does not fit."""
+    pieces = document.slices or (Slice(document.models),)
+    if document.tokenizer_source == "base" and document.base_model is None:
+        report("tokenizer_source", "'base' needs base_model")
+    for index, piece in enumerate(pieces):
+        place = f"slices[{index}]" if document.slices else "models"
+        sources = [source.model for source in piece.sources]
+        base = piece.base_model or document.base_model
+        if base is None and method.base in ("required", "first"):
+            report("base_model", f"is missing; {document.method} needs it")
+        elif base is not None and base not in sources:
+            if document.slices and method.base != "none":
+                report(place, f"base_model {base.id!r} must be among the sources of the slice, with its layers")
+            sources += [base] if not document.slices else []
+        count = len([source for source in sources if source != base or not method.base_is_apart])
+        _check_count(document, method, place, count, report)
+        for name, parameter in method.parameters.items():
+            if parameter.required:
+                _check_given(document, piece, base, name, place, report)
+
+
+def _check_count(document: MergekitDocument, method: Method, place: str, count: int, report: _Report) -> None:
+    besides = " besides the base" if method.base_is_apart else ""
+    fewest = max(method.min_sources, OPERATOR_SPECS[document.method].min_sources)
+    if count < fewest:
+        report(place, f"{document.method} needs at least {fewest} models{besides}, got {count}")
+    elif method.max_sources is not None and count > method.max_sources:
+        added = " (a base_model that is not listed is added)" if method.base == "none" and document.models else ""
+        report(place, f"{document.method} takes at most {method.max_sources} models{besides}, got {count}{added}")
+
+
+def _check_given(
+    document: MergekitDocument, piece: Slice, base: ModelName | None, name: str, place: str, report: _Report
+) -> None:
+    """A required parameter that no level gives at all; what filters leave out is seen at the tensors."""
+    method = METHODS[document.method]
+    if name in document.parameters or name in piece.parameters:
+        return
+    if not method.parameters[name].per_source:
+        report(f"parameters.{name}", f"is missing; {document.method} needs it")
+        return
+    parts = place if document.models else f"{place}.sources"
+    for index, source in enumerate(piece.sources):
+        if name not in source.parameters and not (method.base_is_apart and source.model == base):
+            report(f"{parts}[{index}].parameters.{name}", f"is missing; {document.method} needs it")
+    if document.models and not method.base_is_apart and base and base not in [s.model for s in piece.sources]:
+        report(
+            f"parameters.{name}",
+            f"is missing for {base.id!r}: with {document.method} mergekit adds the base_model to the models; "
+            "leave base_model out, or list it with its own value",
+        )

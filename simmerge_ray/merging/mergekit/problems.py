@@ -25,7 +25,7 @@ def raise_problems(problems: Iterable[str], title: str) -> None:
         raise PlanError("\n  ".join([title, *shown]))
 
 
-def shown(value: object) -> str:
+def shorten(value: object) -> str:
     """A value of the file, shortened."""
     return reprlib.repr(value)
 
@@ -43,7 +43,7 @@ class Problems:
     def mapping(self, value: object, place: str, known: Iterable[str]) -> dict[str, Any] | None:
         """`value` with its known keys, the others reported; None if it is no mapping."""
         if not isinstance(value, Mapping):
-            self.report(place, f"a mapping is needed, got {shown(value)}")
+            self.report(place, f"a mapping is needed, got {shorten(value)}")
             return None
         known = tuple(known)
         for key in value:
@@ -61,6 +61,6 @@ class Problems:
         if value is None:
             return []
         if not isinstance(value, list):
-            self.report(place, f"a list is needed, got {shown(value)}")
+            self.report(place, f"a list is needed, got {shorten(value)}")
             return []
         return value

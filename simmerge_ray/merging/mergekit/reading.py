@@ -91,9 +91,9 @@ def _ordered(documents: Sequence[MergekitDocument], problems: list[str]) -> tupl
         for index, document in enumerate(documents)
         if document not in done
     ]
-    places = {document.name: place for place, document in enumerate(documents) if document.name is not None}
+    position = {document.name: place for place, document in enumerate(documents) if document.name is not None}
     is_ordered = documents[-1] is final and all(
-        places.get(reference.model, -1) < place
+        position.get(reference.model, -1) < place
         for place, document in enumerate(documents)
         for reference in document.references()
     )

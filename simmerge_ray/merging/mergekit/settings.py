@@ -8,7 +8,7 @@ from typing import Literal
 
 from simmerge_ray.merging.mergekit.documents import Parameters, Rule, Scalar, Setting
 from simmerge_ray.merging.mergekit.methods import IGNORED_PARAMETERS, METHODS, Kind
-from simmerge_ray.merging.mergekit.problems import Problems, shown
+from simmerge_ray.merging.mergekit.problems import Problems, shorten
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 
 
@@ -62,7 +62,7 @@ class SettingsReader:
                 continue
             pattern = fields.get("filter")
             if not isinstance(pattern, str | None):
-                self._report(f"{where}.filter", f"part of a tensor's name is needed, got {shown(pattern)}")
+                self._report(f"{where}.filter", f"part of a tensor's name is needed, got {shorten(pattern)}")
                 continue
             values = self._values(fields["value"], f"{where}.value", kind)
             rules.append(Rule(values, None if pattern == "*" else pattern))
@@ -80,18 +80,18 @@ class SettingsReader:
         if kind == "choice":
             if isinstance(value, str):
                 return value
-            self._report(place, f"a word is needed, got {shown(value)}")
+            self._report(place, f"a word is needed, got {shorten(value)}")
             return None
         if kind == "bool":
             if value in ("true", "false", "True", "False"):
                 return str(value).lower() == "true"
             if isinstance(value, bool | int | float) and value in (0, 1):
                 return bool(value)
-            self._report(place, f"true or false is needed, got {shown(value)}")
+            self._report(place, f"true or false is needed, got {shorten(value)}")
             return None
         number = _number(value)
         if number is None or (kind == "int" and not number.is_integer()):
-            self._report(place, f"a {'whole' if kind == 'int' else 'finite'} number is needed, got {shown(value)}")
+            self._report(place, f"a {'whole' if kind == 'int' else 'finite'} number is needed, got {shorten(value)}")
             return None
         return int(number) if kind == "int" else number
 

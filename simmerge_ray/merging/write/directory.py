@@ -18,7 +18,6 @@ from simmerge_ray.merging.engine.global_trims import global_steps
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.layout import MAX_SHARD_BYTES, Layout, preallocate
 from simmerge_ray.merging.write.output import (
-    PLAN_FILE,
     STATE_FILE,
     MergeOutput,
     MergeResult,
@@ -27,7 +26,7 @@ from simmerge_ray.merging.write.output import (
 )
 from simmerge_ray.merging.write.tensors import JOURNAL, Progress, read_journals, write_tensors
 from simmerge_ray.merging.write.to_store import write_to_store
-from simmerge_ray.plans.plan import ResolvedPlan, write_plan
+from simmerge_ray.plans.plan import ResolvedPlan
 
 
 def write_merge(
@@ -45,12 +44,8 @@ def write_merge(
         as `write_graph`; IncompatibleCheckpointsError: the inputs do not fit each other.
     """
     check_target(out)
-    graph = compile_plan(resolved)
-
-    def finish(directory: Path) -> None:
-        write_plan(directory / PLAN_FILE, resolved, predicted)
-
-    return write_graph(graph, out, WriteOptions(predicted, progress, max_shard_bytes, num_threads, strict, finish))
+    options = WriteOptions(predicted, progress, max_shard_bytes, num_threads, strict, resolved)
+    return write_graph(compile_plan(resolved), out, options)
 
 
 def write_graph(graph: MergeGraph, out: Place, options: WriteOptions | None = None) -> MergeResult:
@@ -76,11 +71,13 @@ def _write_to_directory(work: MergeOutput, out: Path) -> MergeResult:
     with _partial_directory(work, out) as partial:
         done = read_journals(partial)
         if missing := [p for p in work.layout.placements if p.output.name not in done]:
-            graph, missing = work.trimmed(missing)
+            placements = work.trimmed_outputs(missing)
             if options.runner:
-                options.runner(graph, partial, missing, options.progress, num_bytes)
+                options.runner(work.trimmed, partial, placements, options.progress, num_bytes)
             else:
-                write_tensors(graph, partial, missing, JOURNAL, options.progress, options.num_threads, num_bytes)
+                write_tensors(
+                    work.trimmed, partial, placements, JOURNAL, options.progress, options.num_threads, num_bytes
+                )
         result = work.result(read_journals(partial), len(done))
         work.write_beside(partial, result)
         # Safe against any end of this process; like its peers it does not wait for the disk (a crash of the machine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ from simmerge_ray.merging.engine.compute import TensorReport
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.card import model_card
-from simmerge_ray.merging.write.layout import MAX_SHARD_BYTES, FileOfMerge, Layout, Placement, plan_layout
+from simmerge_ray.merging.write.layout import MAX_SHARD_BYTES, Layout, Placement, Shard, plan_layout
 from simmerge_ray.merging.write.tensors import Progress, default_threads
+from simmerge_ray.plans.plan import ResolvedPlan, write_plan
 
 PLAN_FILE = "simmerge_plan.json"
 MANIFEST_FILE = "simmerge_manifest.json"
@@ -37,7 +38,7 @@ class Runner(Protocol):
         """Make the tensors that are missing in a directory which every worker sees."""
 
     def make_files(
-        self, graph: MergeGraph, files: Sequence[FileOfMerge], out: RemotePath, progress: Progress | None, total: int
+        self, graph: MergeGraph, shards: Sequence[Shard], out: RemotePath, progress: Progress | None, total: int
     ) -> dict[str, TensorReport]:
         """Make whole files in a store (`to_store.make_file`); reports of their tensors by name."""
 
@@ -47,7 +48,7 @@ class WriteOptions:
     """How a merge is written.
 
     predicted: utilities by task for the model card. progress: called with (bytes done, bytes in all).
-    strict: refuse a result with NaN or infinity. finish: adds files to the directory before it is published.
+    strict: refuse a result with NaN or infinity. plan: is written beside the weights, with the predicted utilities.
     runner: makes the tensors elsewhere (see `on_ray.merge_tasks`); default: threads of this process.
     """
 
@@ -56,7 +57,7 @@ class WriteOptions:
     max_shard_bytes: int = MAX_SHARD_BYTES
     num_threads: int | None = None
     strict: bool = False
-    finish: Callable[[Path], None] | None = None
+    plan: ResolvedPlan | None = None
     runner: Runner | None = None
 
 
@@ -112,11 +113,15 @@ class MergeOutput:
             "files": {shard.file: shard.num_bytes for shard in self.layout.shards},
         }
 
-    def trimmed(self, placements: Sequence[Placement]) -> tuple[MergeGraph, list[Placement]]:
-        """The graph with the thresholds of global trims, and the placements with its outputs."""
-        graph = resolve_global_trims(self.graph, self.options.num_threads or default_threads())
-        outputs = {output.name: output for output in graph.outputs}
-        return graph, [replace(placement, output=outputs[placement.output.name]) for placement in placements]
+    @cached_property
+    def trimmed(self) -> MergeGraph:
+        """The graph with the thresholds of global trims."""
+        return resolve_global_trims(self.graph, self.options.num_threads or default_threads())
+
+    def trimmed_outputs(self, placements: Sequence[Placement]) -> tuple[Placement, ...]:
+        """The placements with the outputs of `trimmed`."""
+        outputs = {output.name: output for output in self.trimmed.outputs}
+        return tuple(replace(placement, output=outputs[placement.output.name]) for placement in placements)
 
     def result(self, reports: Mapping[str, TensorReport], num_resumed: int) -> MergeResult:
         """What the reports of all tensors come to.
@@ -151,8 +156,8 @@ class MergeOutput:
         }
         seconds = time.monotonic() - self.started
         Manifest("merge", dict(graph.description), inputs).write(directory / MANIFEST_FILE, seconds, outcome)
-        if self.options.finish:
-            self.options.finish(directory)
+        if self.options.plan is not None:
+            write_plan(directory / PLAN_FILE, self.options.plan, self.options.predicted)
 
 
 def check_target(out: Place) -> None:

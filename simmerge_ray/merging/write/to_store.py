@@ -28,7 +28,7 @@ from simmerge_ray.base.storage import (
 from simmerge_ray.base.storage.stores import upload_file
 from simmerge_ray.merging.engine.compute import TensorReport
 from simmerge_ray.merging.graph import MergeGraph
-from simmerge_ray.merging.write.layout import FileOfMerge, Layout, preallocate
+from simmerge_ray.merging.write.layout import Layout, Shard, preallocate
 from simmerge_ray.merging.write.output import STATE_FILE, MergeOutput, MergeResult
 from simmerge_ray.merging.write.tensors import JOURNAL, Progress, read_journals, write_tensors
 
@@ -44,13 +44,10 @@ def write_to_store(work: MergeOutput, out: RemotePath) -> MergeResult:
     try:
         reports = _begin(out, work.state)
         num_resumed = len(reports)
-        missing = [file for file in work.layout.files if any(p.output.name not in reports for p in file.placements)]
+        missing = [s for s in work.layout.shards if any(p.output.name not in reports for p in s.placements)]
         if missing:
-            graph, placements = work.trimmed([p for file in missing for p in file.placements])
-            missing = [
-                replace(file, placements=tuple(p for p in placements if p.file == file.shard.file)) for file in missing
-            ]
-            options, num_bytes = work.options, work.graph.num_bytes
+            missing = [replace(shard, placements=work.trimmed_outputs(shard.placements)) for shard in missing]
+            graph, options, num_bytes = work.trimmed, work.options, work.graph.num_bytes
             if options.runner is not None:
                 reports |= options.runner.make_files(graph, missing, out, options.progress, num_bytes)
             else:
@@ -66,7 +63,7 @@ def write_to_store(work: MergeOutput, out: RemotePath) -> MergeResult:
 
 
 def make_file(
-    graph: MergeGraph, file: FileOfMerge, out: RemotePath, num_threads: int | None, progress: Progress | None = None
+    graph: MergeGraph, shard: Shard, out: RemotePath, num_threads: int | None, progress: Progress | None = None
 ) -> dict[str, TensorReport]:
     """Make one file on a disk here, upload it, and note its tensors as finished; their reports.
 
@@ -75,36 +72,36 @@ def make_file(
     """
     with scratch_directory() as scratch:
         free = shutil.disk_usage(scratch).free
-        if free < file.shard.num_bytes:
+        if free < shard.num_bytes:
             raise OutputError(
-                f"{scratch.parent} has {free / 1e9:.2f} GB free, {file.shard.file} needs "
-                f"{file.shard.num_bytes / 1e9:.2f} GB before it is uploaded; set TMPDIR, or make files smaller"
+                f"{scratch.parent} has {free / 1e9:.2f} GB free, {shard.file} needs "
+                f"{shard.num_bytes / 1e9:.2f} GB before it is uploaded; set TMPDIR, or make files smaller"
             )
-        preallocate(scratch, Layout((file.shard,), file.placements))
-        write_tensors(graph, scratch, file.placements, JOURNAL, progress, num_threads)
-        upload_file(scratch / file.shard.file, out / file.shard.file)
-        write_once(out / f"{JOURNAL}.{Path(file.shard.file).stem}", (scratch / JOURNAL).read_bytes())
+        preallocate(scratch, Layout((shard,)))
+        write_tensors(graph, scratch, shard.placements, JOURNAL, progress, num_threads)
+        upload_file(scratch / shard.file, out / shard.file)
+        write_once(out / f"{JOURNAL}.{Path(shard.file).stem}", (scratch / JOURNAL).read_bytes())
         return read_journals(scratch)
 
 
 def _make_here(
     graph: MergeGraph,
-    files: Sequence[FileOfMerge],
+    shards: Sequence[Shard],
     out: RemotePath,
     progress: Progress | None,
     num_threads: int | None,
 ) -> dict[str, TensorReport]:
     reports: dict[str, TensorReport] = {}
-    total, left = graph.num_bytes, sum(p.output.num_bytes for file in files for p in file.placements)
-    for file in files:
+    total, left = graph.num_bytes, sum(p.output.num_bytes for shard in shards for p in shard.placements)
+    for shard in shards:
         before = total - left
 
         def tell(done: int, _: int, before: int = before) -> None:
             if progress:
                 progress(before + done, total)
 
-        reports |= make_file(graph, file, out, num_threads, tell)
-        left -= sum(p.output.num_bytes for p in file.placements)
+        reports |= make_file(graph, shard, out, num_threads, tell)
+        left -= sum(p.output.num_bytes for p in shard.placements)
     return reports
 
 

@@ -6,24 +6,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, local_files
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine.compute import Computer
-from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, open_sources
+from simmerge_ray.merging.engine.sources import open_sources
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, Node
 from simmerge_ray.merging.in_memory import as_tensor
-from simmerge_ray.merging.model import check_finite
+from simmerge_ray.merging.model import built_model, check_finite, put_tensors
 from simmerge_ray.plans.plan import MergePlan, resolve_plan
 from simmerge_ray.signals.collect import ProbeModel
 from simmerge_ray.signals.compute import join_outputs
 from simmerge_ray.signals.signature import TaskOutputs
 from simmerge_ray.signals.tokens import ProbeTokens
 
-Array = np.ndarray
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -45,13 +43,7 @@ def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> I
             for whole in graph.outputs:
                 kept = dtype if whole.dtype in FLOAT_DTYPES else whole.dtype
                 output = replace(whole, dtype=kept, node=_step(whole.node, number))
-                array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
-
-                def keep(start: int, block: Array, into: Array = array) -> None:
-                    into[start : start + block.size] = block
-
-                computer.compute(output, keep)
-                tensor = as_tensor(array, output)
+                tensor = as_tensor(computer.array(output)[0], output)
                 tensors[output.name] = tensor.float() if output.dtype in FLOAT_DTYPES else tensor
             yield tensors
 
@@ -86,16 +78,12 @@ def model_of(tensors: Tensors, like: CheckpointRef, name: str) -> Any:
     """A transformers model with these tensors and the configuration of `like`, in float32, as `model.load_model`.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity.
+        CheckpointError: the tensors are not those of the model, or one holds NaN or infinity.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    with local_files(like) as directory:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, config=config, state_dict=dict(tensors), dtype=torch.float32, attn_implementation="eager"
-    )
-    check_finite(model, replace(like, id=name))
+    model, ref = built_model(like), replace(like, id=name)
+    if not put_tensors(model, tensors.items()):
+        raise ref.error("its tensors are not those of the model")
+    check_finite(model, ref)
     return model.eval()
 
 
