@@ -1,7 +1,7 @@
 """PEFT LoRA adapters, added to the weights of their model as these are read. Hu et al. 2021, arXiv:2106.09685.
 
 The adapted tensor is `W + s B A` with `s = alpha / r` (`alpha / sqrt(r)` for rank-stabilised LoRA), in float32; only
-the rows of a block are multiplied, so no adapted tensor lies anywhere as a whole. No torch.
+the rows of a block are multiplied, so no adapted tensor is ever held as a whole. No torch.
 """
 
 from __future__ import annotations

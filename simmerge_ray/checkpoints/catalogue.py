@@ -149,7 +149,7 @@ def _problems(refs: Sequence[CheckpointRef]) -> list[str]:
 
 
 def write_catalogue(path: Place, catalogue: Catalogue) -> None:
-    """Write a catalogue file, paths relative to it where the checkpoints lie below it."""
+    """Write a catalogue file, paths relative to it for checkpoints below it."""
     content: dict[str, object] = {"base": _entry(path, catalogue.base)} if catalogue.base else {}
     content["checkpoints"] = [_entry(path, ref, catalogue.own_task[ref.id]) for ref in catalogue.checkpoints]
     write_once(path, yaml.safe_dump(content, sort_keys=False).encode())
@@ -200,7 +200,7 @@ def add_checkpoint(path: Place, ref: CheckpointRef, task: str | None = None, as_
 
 
 def shown_path(path: Place, directory: Place) -> str:
-    """How a catalogue names `path`: relative to the catalogue's directory where it lies below it."""
+    """How a catalogue names `path`: relative to the catalogue's directory if it is below it."""
     root, path = directory.resolve(), path.resolve()
     try:
         return name_below(path, root)

@@ -122,6 +122,6 @@ class DigestEntry:
 
 
 def _fingerprint(ref: CheckpointRef) -> str:
-    """Fingerprint of the files and of the absolute paths where they lie."""
+    """Fingerprint of the files and their absolute paths."""
     paths = [str(path.resolve()).encode() for path in (ref.path, ref.adapter) if path is not None]
     return digest_bytes(checkpoint_fingerprint(ref).encode(), *paths)

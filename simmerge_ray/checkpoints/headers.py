@@ -1,4 +1,4 @@
-"""Headers of safetensors files: where every tensor of a checkpoint lies. No weights are read, and no torch is needed.
+"""Headers of safetensors files: the place of every tensor of a checkpoint. They need no torch and read no weights.
 
 Only safetensors are read. Of a store the headers are read as ranges; weights come block by block through the node's
 cache (`storage.open_ranges`).
@@ -22,7 +22,7 @@ _FIRST_BYTES = 1 << 16  # most headers are shorter
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where a tensor lies: file, dtype as safetensors names it (`F32`, `BF16`, ...), shape, bytes [begin, end)."""
+    """The place of a tensor: file, dtype as safetensors names it (`F32`, `BF16`, ...), shape, bytes [begin, end)."""
 
     file: Place
     dtype: str

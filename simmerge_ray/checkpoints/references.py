@@ -1,4 +1,4 @@
-"""References to checkpoints on a disk, in a store or on the hub, and the small files that lie beside their weights."""
+"""References to checkpoints on a disk, in a store or on the hub, and the small files beside their weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _locate(name: str, revision: str | None, directory: Place) -> Place:
             raise CheckpointError(f"{name!r} is a directory; the revision {revision!r} has no meaning for it")
         return place.resolve()
     if isinstance(as_place(name), RemotePath):
-        raise CheckpointError(f"{place} is not a directory: nothing lies below that name")
+        raise CheckpointError(f"{place} is not a directory: there is nothing below that name")
     local = directory / name
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{local} is not a directory (and {name!r} is no hub id of the form owner/name)")

@@ -1,4 +1,4 @@
-"""What a user hands in to be merged: a plan file of ours or mergekit's YAML, checked, described, and made."""
+"""A merge that a user requests, by a plan file or mergekit's YAML: checked, described, and made."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _YAML_SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """A merge that was asked for: its graph, the target, and (for a plan of ours) the plan with its predictions."""
+    """A requested merge: its graph, the target, and (from a plan file) the plan with its predictions."""
 
     graph: MergeGraph
     out: Place

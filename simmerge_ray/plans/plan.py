@@ -1,7 +1,7 @@
 """Merge plans: which checkpoints, in which order, by which operators. No torch.
 
 A plan is a sequence of two-way steps. A step takes two sources: ids of checkpoints, or `#1`, `#2`, ... for the result
-of an earlier step; the last step's result is the merge. A plan without steps is one checkpoint as it is (the parents
+of an earlier step; the last step's result is the merge. A plan without steps is one unmerged checkpoint (the parents
 and the base are evaluated by such plans).
 """
 
@@ -85,7 +85,7 @@ class MergeStep:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Steps of a merge, or `source` alone for a checkpoint as it is.
+    """Steps of a merge, or `source` alone for an unmerged checkpoint.
 
     intermediate_dtype: `float32`, or `out` to round the result of every step to the output's dtype (what comes out of
     merging step by step on disk). seed: of random operators.
@@ -145,7 +145,7 @@ class MergePlan:
     def label(self) -> str:
         """Short text, e.g. `ties(density=0.2): math-strong + code-weak`.
 
-        Weights are shown where they change with depth only: labels of numbers are kept in files of before.
+        Weights are shown where they change with depth only: existing files hold the labels of constant weights.
         """
         if self.source is not None:
             return self.source
@@ -309,12 +309,12 @@ def resolve_plan(plan: MergePlan, catalogue: Catalogue) -> ResolvedPlan:
 
 
 def unmerged(ref: CheckpointRef) -> ResolvedPlan:
-    """The plan of one checkpoint as it is."""
+    """The plan of one unmerged checkpoint."""
     return ResolvedPlan(MergePlan(source=ref.id), (ref,), None)
 
 
 def write_plan(path: Place, resolved: ResolvedPlan, predicted: Mapping[str, Any] | None = None) -> None:
-    """Write a plan file: the steps, where the checkpoints lie, and (for the reader) the predicted utilities."""
+    """Write a plan file: the steps, the paths of the checkpoints, and (for the reader) the predicted utilities."""
     write_json(
         path,
         {

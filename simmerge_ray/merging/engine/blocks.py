@@ -51,7 +51,7 @@ class BlockForm:
 
 
 class Blocks:
-    """The buffers of one thread, and what its operators know of the tensor at hand.
+    """The buffers of one thread, and what its operators know of the current tensor.
 
     arcs: by node, the weights of left and right on the arc between them. trims: by node.
     """

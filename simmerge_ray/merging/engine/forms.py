@@ -38,7 +38,7 @@ from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 
 _BLOCKWISE_DTYPES = ("F32", "BF16", "F16")
 _PER_SOURCE = ("density", "thresholds", "budgets")
-_KEPT_VECTORS = 1 << 20  # base and two task vectors of so many entries are 12 MB
+_KEPT_VECTORS = 1 << 20  # base and two task vectors of that size are 12 MB
 
 
 # Sums
@@ -246,7 +246,7 @@ def count_magnitudes(
 
 
 def count_vectors(vectors: Sequence[np.ndarray], counts: np.ndarray, tops: Tops | None) -> None:
-    """`count_magnitudes` of task vectors at hand."""
+    """`count_magnitudes` of given task vectors."""
     for number, vector in enumerate(vectors):
         if tops is None:
             kernels.count_high(vector, counts[number])

@@ -1,4 +1,4 @@
-"""Inner loops of the merge engine, compiled by numba: one pass over a block that lies in the cache, GIL released.
+"""Inner loops of the merge engine, compiled by numba: one pass over a block in the cache, GIL released.
 
 A block is at most `BLOCK` elements. Inputs are widened to float32, all arithmetic is float32, and the result is rounded
 once. Compiled code is kept on disk by numba, so only the first merge on a machine waits for the compiler.
@@ -374,7 +374,7 @@ def _ties_run(
 
 @njit(cache=True, nogil=True)
 def _end_of_budget(base: np.ndarray, values: np.ndarray, threshold: np.uint32, budget: int) -> int:
-    """Behind the entry with which so many entries of `values - base` have a magnitude equal to the threshold."""
+    """Just behind the entry at which `budget` entries of `values - base` have equalled the threshold in magnitude."""
     for i in range(base.size):
         budget -= int(U32(_bits_of(_wide(values[i]) - _wide(base[i])) & _MAGNITUDE) == threshold)
         if budget == 0:

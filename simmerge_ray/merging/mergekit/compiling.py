@@ -51,7 +51,7 @@ def compile_mergekit(
     """Compile the last document (or the one named `out`), the documents that it names inlined.
 
     Args:
-        locate: where the checkpoint of a name lies; it may raise `InputError` (a ValueError) for one that is not there.
+        locate: finds the checkpoint of a name; it may raise `InputError` (a ValueError) where there is none.
         round_intermediates: round the results of inner documents to their output dtype, as mergekit does, which
             writes them to disk. Else they stay float32, and a `dtype` of the outer document does not touch them.
         seed: of the random operators.
@@ -179,7 +179,7 @@ class _Compiler:
         self._tensor_problems.setdefault(message, []).append(tensor)
 
     def tokenizer_from(self, document: MergekitDocument) -> str:
-        """Id of the checkpoint whose tokenizer is copied: as asked, else the base's, else the first model's."""
+        """Id of the checkpoint whose tokenizer is copied: the one asked for, or the base's, or the first model's."""
         source = document.tokenizer_source
         first = document.models[0] if document.models else document.slices[0].sources[0]
         name = source if isinstance(source, ModelName) else document.base_model or first.model
@@ -260,7 +260,7 @@ class _Compiler:
         return _Piece(piece, tuple(inputs), base)
 
     def _config(self, document: MergekitDocument, pieces: Sequence[_Piece]) -> dict[str, Any]:
-        """`config.json`: that of the base, else of the first model, with the number of layers of the output."""
+        """`config.json`: that of the base or of the first model, with the number of layers of the output."""
         first = pieces[0].inputs[0].model
         donor = (self.model(document.base_model) if document.base_model else None) or first
         config = copy.deepcopy(dict(donor.config))

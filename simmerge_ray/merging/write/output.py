@@ -164,7 +164,7 @@ def check_target(out: Place) -> None:
     """Refuse a target that is not ours to replace.
 
     Raises:
-        OutputError: it exists and no merge of ours lies there.
+        OutputError: it exists and holds no merge made by simmerge.
     """
     if out.exists() and not any((out / name).exists() for name in (PLAN_FILE, MANIFEST_FILE, STATE_FILE)):
         raise OutputError(f"{out} exists and is not a merge made by simmerge; choose another directory or remove it")

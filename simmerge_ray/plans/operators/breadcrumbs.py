@@ -17,7 +17,7 @@ from simmerge_ray.plans.operators.task_vectors import per_source
 def kept_band(density: float, gamma: float, num_entries: int) -> tuple[int, int]:
     """(outliers dropped, entries kept) of n: `int(density n)` are kept whatever gamma is.
 
-    Of `int(gamma n)` outliers only so many are dropped as leave that count.
+    At most `int(gamma n)` outliers are dropped, fewer where that count would not be left.
     """
     kept = int(density * num_entries)
     return min(int(gamma * num_entries), num_entries - kept), kept

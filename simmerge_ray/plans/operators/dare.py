@@ -19,7 +19,7 @@ def _dropped(
     Args:
         seeds: one for each source; each has its own mask.
         rescale: multiply by what restores the l1 norm. The paper divides by the density, which is the same in
-            expectation; this one is exact for the tensor at hand, as in mergekit.
+            expectation; this is exact for each tensor, as in mergekit.
     """
     check_count(operator, "seeds", seeds, len(vectors))
     densities = per_source(operator, "density", density, len(vectors))

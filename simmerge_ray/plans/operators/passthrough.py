@@ -1,4 +1,4 @@
-"""One checkpoint's tensor as it is, optionally scaled; with layer ranges it stacks layers of several checkpoints."""
+"""One checkpoint's tensor unchanged or scaled; with layer ranges it stacks layers of several checkpoints."""
 
 from __future__ import annotations
 

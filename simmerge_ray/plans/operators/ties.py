@@ -36,7 +36,7 @@ def _trimmed(
             thresholds of that: without `thresholds` it is taken as the whole model.
         thresholds: one for each source; entries with `|task vector| >= threshold` are kept instead of the
             `kept_count` largest.
-        budgets: one for each source; of the entries equal to the threshold so many are kept, the first in flat order.
+        budgets: one for each source; how many entries equal to the threshold are kept, the first in flat order.
 
     Raises:
         OperatorError: a parameter out of range; not one threshold or budget for each source.
