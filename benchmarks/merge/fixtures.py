@@ -178,8 +178,9 @@ def noisy_copy(source: Path, target: Path, relative: float, seed: int) -> None:
             begin += count
 
     for file in sorted(source.glob("*.safetensors")):
-        shapes = {name: spec.shape for name, (_, spec) in tensors.items() if spec.file == file}
-        write_bf16(target / file.name, shapes, chunks)
+        specs = {name: spec for name, (_, spec) in tensors.items() if spec.file == file}
+        ordered = sorted(specs, key=lambda name: specs[name].begin)
+        write_bf16(target / file.name, {name: specs[name].shape for name in ordered}, chunks)
 
 
 def _chunk_sizes(count: int) -> Iterator[int]:
