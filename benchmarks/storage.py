@@ -48,7 +48,8 @@ def read_all(ref: Any) -> None:
 def reading(local: Path, remote: Any, num_bytes: int) -> dict[str, float]:
     """GB/s of whole checkpoints, tensor by tensor, and what a header and one tensor take."""
     from simmerge_ray.base.storage import stores
-    from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+    from simmerge_ray.checkpoints.headers import read_headers
+    from simmerge_ray.checkpoints.references import CheckpointRef
     from simmerge_ray.merging.engine.sources import TensorSource
 
     here, there = CheckpointRef("here", local), CheckpointRef("there", remote)

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python, offline
+from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 
 COPIES = {"a": 0.02, "b": 0.03}
 _CHUNK = 1 << 22
@@ -57,25 +59,13 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Tensors of a safetensors file (dtype, shape, data_offsets by name) and where the data begins."""
-    with open(file, "rb") as stream:
-        length = struct.unpack("<Q", stream.read(8))[0]
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
-def tensors_of(checkpoint: Path) -> dict[str, tuple[np.ndarray, str]]:
-    """Flat memory-mapped bit patterns (uint16) and dtype of every tensor of a checkpoint of 16-bit floats."""
-    found = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        header, begin = read_header(file)
-        data = np.memmap(file, np.uint8, "r")
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            found[name] = data[begin + first : begin + last].view(np.uint16), entry["dtype"]
-    return found
+def tensors_of(checkpoint: Path) -> dict[str, tuple[np.ndarray, TensorSpec]]:
+    """Flat memory-mapped bit patterns (uint16) and header of every tensor of a checkpoint of 16-bit floats."""
+    specs = read_headers(CheckpointRef(checkpoint.name, checkpoint))
+    return {
+        name: (np.memmap(spec.file, np.uint8, "r")[spec.begin : spec.end].view(np.uint16), spec)
+        for name, spec in specs.items()
+    }
 
 
 def write_bf16(
@@ -188,8 +178,9 @@ def noisy_copy(source: Path, target: Path, relative: float, seed: int) -> None:
             begin += count
 
     for file in sorted(source.glob("*.safetensors")):
-        shapes = {name: tuple(entry["shape"]) for name, entry in read_header(file)[0].items()}
-        write_bf16(target / file.name, shapes, chunks)
+        specs = {name: spec for name, (_, spec) in tensors.items() if spec.file == file}
+        ordered = sorted(specs, key=lambda name: specs[name].begin)
+        write_bf16(target / file.name, {name: specs[name].shape for name in ordered}, chunks)
 
 
 def _chunk_sizes(count: int) -> Iterator[int]:

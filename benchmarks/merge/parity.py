@@ -103,10 +103,10 @@ def _pairs(left: Path, right: Path) -> Iterator[tuple[str, np.ndarray, np.ndarra
     one, other = tensors_of(left), tensors_of(right)
     if one.keys() != other.keys():
         raise ValueError(f"only one side has {', '.join(sorted(one.keys() ^ other.keys())[:3])}")
-    for name, (bits, dtype) in one.items():
-        other_bits, other_dtype = other[name]
-        if dtype != "BF16" or other_dtype != "BF16" or len(bits) != len(other_bits):
-            raise ValueError(f"{name}: {dtype} x {len(bits)} and {other_dtype} x {len(other_bits)}")
+    for name, (bits, spec) in one.items():
+        other_bits, other_spec = other[name]
+        if {spec.dtype, other_spec.dtype} != {"BF16"} or len(bits) != len(other_bits):
+            raise ValueError(f"{name}: {spec.dtype} x {len(bits)} and {other_spec.dtype} x {len(other_bits)}")
         for begin in range(0, len(bits), _CHUNK):
             yield name, bits[begin : begin + _CHUNK], other_bits[begin : begin + _CHUNK]
 

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.merge.fixtures import read_header
 from benchmarks.merge.mergekit_env import ROOT, offline
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 
 WORKER = Path(__file__).with_name("worker.py")
 _SAMPLE_S = 0.005
@@ -72,11 +73,7 @@ def job(operator: str, checkpoints: dict[str, Path], directory: Path) -> dict[st
     plan_file.write_text(json.dumps(plan, indent=2))
     config_file.write_text(json.dumps(config, indent=2))  # JSON is YAML
     inputs = [file for path in (a, b, *([base] if needs_base else [])) for file in weight_files(Path(path))]
-    out_bytes = sum(
-        entry["data_offsets"][1] - entry["data_offsets"][0]
-        for file in weight_files(Path(a))
-        for entry in read_header(file)[0].values()
-    )
+    out_bytes = _tensor_bytes(Path(a))
     return {
         "plan": str(plan_file),
         "config": str(config_file),
@@ -91,10 +88,13 @@ def check_complete(work: dict[str, Any], out: Path) -> None:
     Raises:
         RuntimeError: the output does not hold as many bytes of tensors as the first input.
     """
-    entries = [entry for file in weight_files(out) for entry in read_header(file)[0].values()]
-    found = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
+    found = _tensor_bytes(out)
     if found != work["out_bytes"]:
         raise RuntimeError(f"{out} holds {found} bytes of tensors, not {work['out_bytes']}")
+
+
+def _tensor_bytes(checkpoint: Path) -> int:
+    return sum(spec.num_bytes for spec in read_headers(CheckpointRef(checkpoint.name, checkpoint)).values())
 
 
 def weight_files(checkpoint: Path) -> list[Path]:

@@ -155,8 +155,9 @@ def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from benchmarks.signals.pair_by_pair import pair_signals
+    from simmerge_ray.checkpoints.headers import read_headers
     from simmerge_ray.checkpoints.probes import GENERAL, general_probe_set
-    from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+    from simmerge_ray.checkpoints.references import CheckpointRef
     from simmerge_ray.signals.compute import compute_signals
     from simmerge_ray.signals.signature import SignatureSpec
 

@@ -18,8 +18,8 @@ from typing import Any
 from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import load_probe_sets
-from simmerge_ray.checkpoints.references import read_headers
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, signature_spec
 from simmerge_ray.signals.bounds import working_bytes

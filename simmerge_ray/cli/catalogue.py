@@ -14,7 +14,8 @@ from simmerge_ray.base.storage import file_size
 from simmerge_ray.cli.places import CatalogueArgument
 
 if TYPE_CHECKING:
-    from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec
+    from simmerge_ray.checkpoints.headers import TensorSpec
+    from simmerge_ray.checkpoints.references import CheckpointRef
 
 catalogue_app = typer.Typer(help="Start, extend and inspect a catalogue of checkpoints.", no_args_is_help=True)
 
@@ -63,7 +64,7 @@ def list_checkpoints(catalogue: CatalogueArgument) -> None:
     from rich.table import Table
 
     from simmerge_ray.checkpoints.catalogue import load_catalogue, shown_path
-    from simmerge_ray.checkpoints.references import read_headers
+    from simmerge_ray.checkpoints.headers import read_headers
 
     found = load_catalogue(catalogue, draft=True)
     table = Table(title=str(catalogue), title_justify="left")
@@ -92,7 +93,9 @@ def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -
 
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.digests import cached_digest
-    from simmerge_ray.checkpoints.references import read_config, read_headers, tokenizer_digest
+    from simmerge_ray.checkpoints.headers import read_headers
+    from simmerge_ray.checkpoints.references import read_config
+    from simmerge_ray.checkpoints.tokenizers import tokenizer_digest
 
     found = load_catalogue(catalogue, draft=True)
     ref = found.ref(checkpoint_id)

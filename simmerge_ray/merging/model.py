@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files, read_config
 from simmerge_ray.merging.engine.sources import TensorSource
-from simmerge_ray.merging.in_memory import flat_tensor
+from simmerge_ray.merging.engine.whole import flat_tensor
 
 # Of config.json; what else differs may change the outputs.
 _COSMETIC_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
@@ -27,16 +27,23 @@ def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32, device: s
     Raises:
         CheckpointError: transformers cannot load it, or a weight of it is absent or not finite.
     """
-    model = None if isinstance(ref.path, Path) else empty_model(ref, dtype)
-    if model is None or not put_weights(model, ref):
-        with local_files(ref, weights=True) as directory:
-            model = _loaded_model(ref, directory, dtype)
+    if not isinstance(ref.path, Path):
+        model = built_model(ref, dtype)
+        if put_weights(model, ref):  # the names of its files may not cover the parameters
+            check_finite(model, ref)
+            return model.eval().to(device)
+    with local_files(ref, weights=True) as directory:
+        model = _loaded_model(ref, directory, dtype)
     check_finite(model, ref)
     return model.eval().to(device)
 
 
-def empty_model(ref: CheckpointRef, dtype: torch.dtype) -> Any:
-    """A model of the checkpoint's configuration, whose weights are still to be put into it."""
+def built_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of the checkpoint's architecture, for weights that are put into it.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     with local_files(ref) as directory:
@@ -46,7 +53,7 @@ def empty_model(ref: CheckpointRef, dtype: torch.dtype) -> Any:
             if (directory / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
+            raise ref.error(f"transformers cannot load it: {error}") from error
     return model
 
 
@@ -64,11 +71,11 @@ def _loaded_model(ref: CheckpointRef, directory: Path, dtype: torch.dtype) -> An
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
+        raise ref.error(f"transformers cannot load it: {error}") from error
     if absent := sorted(info["missing_keys"]):  # transformers would only warn, and draw random numbers for them
         raise CheckpointError(f"checkpoint {ref.id!r} lacks tensors: {', '.join(absent[:5])}")
     if ref.adapter is not None and not put_weights(model, ref):
-        raise CheckpointError(f"checkpoint {ref.id!r}: its adapter's tensors have no place in the model")
+        raise ref.error("its adapter's tensors have no place in the model")
     return model
 
 
@@ -77,27 +84,22 @@ def check_finite(model: nn.Module, ref: CheckpointRef) -> None:
     for name, parameter in model.named_parameters():
         # A finite sum has finite terms, and is four times as fast; a sum of finite terms may still overflow.
         if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
-            raise CheckpointError(f"checkpoint {ref.id!r}: tensor {name} holds NaN or infinity")
+            raise ref.error(f"tensor {name} holds NaN or infinity")
 
 
 def put_weights(model: Any, ref: CheckpointRef) -> bool:
-    """Put a checkpoint's tensors, its adapter's change included, into a model of the same architecture.
-
-    Much cheaper than building another one. For what is returned see `put_tensors`.
-    """
+    """`put_tensors` of a checkpoint, its adapter's change included; much cheaper than building another model."""
     source = TensorSource(ref)
     try:
-        return put_tensors(
-            model,
-            ((name, flat_tensor(source.read_whole(name)).reshape(spec.shape)) for name, spec in source.specs.items()),
-        )
+        names = source.specs.items()
+        return put_tensors(model, ((n, flat_tensor(source.read_whole(n)).reshape(spec.shape)) for n, spec in names))
     finally:
         source.close()
 
 
 @torch.no_grad()
 def put_tensors(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> bool:
-    """Put named tensors into a model. Those that it does not know are left out, as transformers does.
+    """Put named tensors into a model of the same architecture; those it does not know are left out, as by transformers.
 
     Returns False, with the model unusable, where the names do not cover the model's parameters one by one; then load
     it anew.

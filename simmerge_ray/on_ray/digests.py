@@ -6,8 +6,8 @@ import logging
 
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.checkpoints.digests import DigestEntry
-from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest
+from simmerge_ray.checkpoints.digests import DigestEntry, checkpoint_digest
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.on_ray.resources import on_running_cluster, ray_session
 
 _log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from simmerge_ray.base.errors import EngineError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.capacity.placement import engine_needs, how_many_fit
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.merging.write.directory import MAX_THREADS
+from simmerge_ray.merging.write.tensors import MAX_THREADS
 from simmerge_ray.on_ray.resources import check_room, offered_resources, ray_session
 from simmerge_ray.plans.plan import MergePlan, unmerged
 from simmerge_ray.search.estimate import engine_bytes

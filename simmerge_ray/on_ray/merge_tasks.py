@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.storage import RemotePath
-from simmerge_ray.checkpoints.references import read_headers
-from simmerge_ray.merging.engine.compute import TensorReport, memory_per_thread
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.merging.engine.compute import TensorReport
+from simmerge_ray.merging.engine.forms import memory_per_thread
 from simmerge_ray.merging.graph import MergeGraph
-from simmerge_ray.merging.write.directory import JOURNAL, FileOfMerge, Progress, Runner, read_journals, write_tensors
-from simmerge_ray.merging.write.layout import Placement
+from simmerge_ray.merging.write.layout import Placement, Shard
+from simmerge_ray.merging.write.output import Runner
+from simmerge_ray.merging.write.tensors import JOURNAL, Progress, read_journals, write_tensors
 from simmerge_ray.merging.write.to_store import make_file
 from simmerge_ray.on_ray.resources import check_room, ray_session
 
@@ -70,14 +72,14 @@ class _RayRunner:
                 progress(sum(sizes[name] for name in read_journals(partial)), total)
 
     def make_files(
-        self, graph: MergeGraph, files: Sequence[FileOfMerge], out: RemotePath, progress: Progress | None, total: int
+        self, graph: MergeGraph, shards: Sequence[Shard], out: RemotePath, progress: Progress | None, total: int
     ) -> dict[str, TensorReport]:
         """A task a file, the largest first; nothing of them passes through the driver."""
-        done = total - sum(p.output.num_bytes for file in files for p in file.placements)
-        sizes = {p.output.name: p.output.num_bytes for file in files for p in file.placements}
-        ordered = sorted(files, key=lambda file: -file.shard.num_bytes)
+        done = total - sum(p.output.num_bytes for shard in shards for p in shard.placements)
+        sizes = {p.output.name: p.output.num_bytes for shard in shards for p in shard.placements}
+        ordered = sorted(shards, key=lambda shard: -shard.num_bytes)
         reports: dict[str, TensorReport] = {}
-        for found in self._results(make_file, graph, [(file, out, self.num_threads) for file in ordered]):
+        for found in self._results(make_file, graph, [(shard, out, self.num_threads) for shard in ordered]):
             reports |= found or {}
             if progress:
                 progress(done + sum(sizes[name] for name in reports), total)

@@ -18,7 +18,8 @@ from simmerge_ray.base.errors import LabelError, OutputError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.merging.write.directory import PLAN_FILE, check_target, write_merge
+from simmerge_ray.merging.write.directory import write_merge
+from simmerge_ray.merging.write.output import PLAN_FILE, check_target
 from simmerge_ray.pipelines.dataset import local_resources, search_bar
 from simmerge_ray.plans.plan import MergePlan, read_plan, resolve_plan, write_plan
 from simmerge_ray.search.estimate import estimate_search

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.search.labels import LabelStore, Measured
 from simmerge_ray.search.setup import PreparedSearch
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError, EngineError, StorageError
-from simmerge_ray.checkpoints.references import check_compatible
+from simmerge_ray.checkpoints.compatibility import check_compatible
 from simmerge_ray.merging.engine.fallbacks import linear_form
 from simmerge_ray.plans.plan import MergePlan, ResolvedPlan, resolve_plan
 from simmerge_ray.search.evaluation import Evaluator, shards

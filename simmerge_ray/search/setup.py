@@ -12,7 +12,7 @@ from simmerge_ray.base.errors import ConfigError, InputError, LabelError, TaskEr
 from simmerge_ray.base.storage import versions
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files
-from simmerge_ray.merging.engine.fallbacks import SPHERICAL, all_linear
+from simmerge_ray.merging.engine.fallbacks import all_linear
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan, pair_plans, plan_from_json, resolve_plan
 from simmerge_ray.search.evaluation import EvaluationTask
@@ -219,7 +219,7 @@ def _rivals(needed: Sequence[tuple[MergePlan, Sequence[str]]]) -> dict[str, tupl
     groups: dict[str, list[tuple[int, int, MergePlan, set[str]]]] = {}
     for number, (plan, names) in enumerate(needed):
         if plan.steps:
-            spherical = sum(step.arm.operator in SPHERICAL for step in plan.steps)
+            spherical = sum(step.arm.spec.is_spherical for step in plan.steps)
             groups.setdefault(all_linear(plan).id, []).append((spherical, number, plan, set(names)))
     found = {}
     for group in groups.values():

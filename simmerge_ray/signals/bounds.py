@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, read_config, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.signals.signature import (
     GREEDY_SHARE,
     NUM_GREEDY_TOKENS,

@@ -19,8 +19,9 @@ import torch
 from simmerge_ray.base.errors import CheckpointError, ConfigError
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch
-from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.signals.bounds import stages_for
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices

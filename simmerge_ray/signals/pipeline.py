@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.checkpoints.headers import TensorSpec
 from simmerge_ray.checkpoints.probes import TokenBatch
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, local_files
+from simmerge_ray.checkpoints.references import CheckpointRef, local_files
 from simmerge_ray.merging.engine.sources import TensorSource
-from simmerge_ray.merging.in_memory import flat_tensor
+from simmerge_ray.merging.engine.whole import flat_tensor
 from simmerge_ray.merging.model import config_key, end_of_text
 from simmerge_ray.signals.collect import BatchOutputs, check_logits, model_outputs, recording
 from simmerge_ray.signals.stages import FAMILIES, Family, LayerRange, family_of

@@ -9,7 +9,8 @@ from contextlib import ExitStack, closing, contextmanager
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec
+from simmerge_ray.checkpoints.headers import TensorSpec
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.engine import kernels
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.merging.graph import FLOAT_DTYPES

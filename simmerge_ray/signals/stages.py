@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, unknown_name
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, read_config, read_headers
+from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.signals.samples import float_tensors_of
 from simmerge_ray.signals.signature import model_shape
 

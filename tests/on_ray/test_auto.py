@@ -15,7 +15,8 @@ from simmerge_ray.base.config import RankingConfig, RankingFiles, SearchConfig
 from simmerge_ray.base.errors import ConfigError, LabelError, OutputError, PlanError, SelectorError, TaskError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, read_json
-from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.cli.app import app
 from simmerge_ray.cli.auto import answer_stages, dry_run_lines, extrapolation_lines
 from simmerge_ray.pipelines.auto import AutoRun, check_auto, on_same_tasks, plans_to_measure

@@ -17,9 +17,11 @@ import yaml
 from simmerge_ray.base.storage import RemotePath, as_place, read_json, write_once
 from simmerge_ray.base.storage.stores import list_below, upload_file
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.write.directory import write_graph, write_merge
+from simmerge_ray.merging.write.output import WriteOptions
 from simmerge_ray.merging.write.to_store import make_file
 from simmerge_ray.on_ray import merge_tasks as distributed_merge
 from simmerge_ray.on_ray.merge_tasks import ray_runner
@@ -158,8 +160,8 @@ def test_two_searches_that_know_nothing_of_each_other_make_each_label_once(zoo, 
 
 def dying_file(graph, file, out, num_threads):
     """Dies once, before its file is uploaded."""
-    mark = out.parent / f"died.{file.shard.file}"
-    if file.shard.file.startswith("model-00002") and not mark.exists():
+    mark = out.parent / f"died.{file.file}"
+    if file.file.startswith("model-00002") and not mark.exists():
         write_once(mark, b"")
         os.kill(os.getpid(), signal.SIGKILL)
     return make_file(graph, file, out, num_threads)
@@ -174,7 +176,9 @@ def test_tasks_merge_into_a_store_without_a_shared_directory(zoo, catalogue, buc
     monkeypatch.setattr(distributed_merge, "make_file", dying_file)
     seen: list[tuple[int, int]] = []
     out = as_place(bucket) / "merged"
-    result = write_graph(graph, out, progress=lambda *x: seen.append(x), max_shard_bytes=100_000, runner=ray_runner(2))
+    result = write_graph(
+        graph, out, WriteOptions(progress=lambda *x: seen.append(x), max_shard_bytes=100_000, runner=ray_runner(2))
+    )
     assert len(as_place(bucket).glob("died.*")) == 1
     assert seen[-1] == (result.num_bytes, result.num_bytes)
     assert checkpoint_digest(CheckpointRef("m", out)) == checkpoint_digest(CheckpointRef("m", local.path))

@@ -13,7 +13,7 @@ from simmerge_ray.capacity.placement import engine_needs, gpu_offer, how_many_fi
 from simmerge_ray.capacity.simulation.costs import Costs, Gpu
 from simmerge_ray.capacity.simulation.workers import Node, Worker, total_seconds
 from simmerge_ray.capacity.size import ModelSize
-from simmerge_ray.merging.write.directory import MAX_THREADS
+from simmerge_ray.merging.write.tensors import MAX_THREADS
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, Arm
 
 

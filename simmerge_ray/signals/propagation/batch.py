@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simmerge_ray.plans.operators.shares import COLLINEAR_SINE, MIN_NORM, SLERP_THRESHOLD
+from simmerge_ray.plans.operators.shares import COLLINEAR_SINE, MIN_NORM
 from simmerge_ray.plans.operators.specs import Arm
 from simmerge_ray.signals.propagation.second_order import AllPoints, SecondOrder, blend_like, closed_cosine, quadratic
 from simmerge_ray.signals.propagation.span import blend_shares
@@ -41,7 +41,7 @@ class SecondOrderBatch:
             (P, K), rows of sum 1.
         """
         like = blend_like(arm)
-        if like.operator in ("slerp", "nuslerp"):
+        if like.spec.is_spherical:
             share_left, share_right = self._arc(like, left, right, weight)
         else:
             shares = blend_shares(like, weight, lambda centred: (1.0, 0.0, 1.0), self._first > 0)
@@ -56,7 +56,7 @@ class SecondOrderBatch:
     def _arc(self, arm: Arm, left: np.ndarray, right: np.ndarray, weight: float) -> tuple[np.ndarray, np.ndarray]:
         """Shares of left and right of SLERP, as `blend_shares` has them; (P,) each."""
         task, place = self._single.any_task, right + self._first
-        if arm.operator == "nuslerp" and self._first:
+        if arm.spec.uses_base and self._first:
             gram = self._single.gram("weight_l2_global", task)
             guarded = [np.maximum(v, MIN_NORM**2) for v in (quadratic(gram, left), np.diagonal(gram)[place])]
             dot = np.einsum("pk,kp->p", left, gram[:, place])
@@ -64,7 +64,7 @@ class SecondOrderBatch:
         else:
             matrix = self._single.matrix("weight_cosine_global", task)
             cosine = closed_cosine(matrix, AllPoints(left))[np.arange(len(left)), place]
-        threshold = float(arm.param_dict().get("threshold", SLERP_THRESHOLD)) if arm.operator == "slerp" else 1.0
+        threshold = float(arm.param_dict().get("threshold", 1.0))
         straight = (np.abs(cosine) > threshold) | (np.sqrt((1.0 - cosine) * (1.0 + cosine)) < COLLINEAR_SINE)
         angle = np.arccos(np.where(straight, 0.0, cosine))
         shares = (np.where(straight, part, np.sin(part * angle) / np.sin(angle)) for part in (1.0 - weight, weight))

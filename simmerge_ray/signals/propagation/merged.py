@@ -6,18 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import Computer, Seeds
-from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource
+from simmerge_ray.merging.engine.compute import Computer
+from simmerge_ray.merging.engine.sources import open_sources
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, Node
 from simmerge_ray.merging.in_memory import as_tensor
-from simmerge_ray.merging.model import check_finite, empty_model, put_tensors
+from simmerge_ray.merging.model import built_model, check_finite, put_tensors
 from simmerge_ray.plans.plan import MergePlan, resolve_plan
 from simmerge_ray.signals.collect import check_logits, model_outputs
 from simmerge_ray.signals.compute import join_outputs
@@ -39,9 +37,8 @@ def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> I
         see `compile_plan`.
     """
     graph = compile_plan(resolve_plan(plan, catalogue))
-    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
-    try:
-        computer = Computer(graph, sources, Seeds(graph))
+    with open_sources(graph) as sources:
+        computer = Computer(graph, sources)
         for number in range(1, len(plan.steps) + 1):
             tensors = {}
             for whole in graph.outputs:
@@ -49,18 +46,9 @@ def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> I
                 node = _step(whole.node, number)
                 assert node is not None  # every step is used by the last one
                 output = replace(whole, dtype=kept, node=node)
-                array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
-
-                def keep(start: int, block: np.ndarray, into: np.ndarray = array) -> None:
-                    into[start : start + block.size] = block
-
-                computer.compute(output, keep)
-                tensor = as_tensor(array, output)
+                tensor = as_tensor(computer.array(output)[0], output)
                 tensors[output.name] = tensor.float() if output.dtype in FLOAT_DTYPES else tensor
             yield tensors
-    finally:
-        for source in sources.values():
-            source.close()
 
 
 def _step(node: Node, number: int) -> Node | None:
@@ -76,12 +64,12 @@ def model_of(tensors: Tensors, like: CheckpointRef, name: str) -> Any:
     """A transformers model with these tensors and the configuration of `like`, in float32, as `model.load_model`.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity.
+        CheckpointError: the tensors are not those of the model, or one holds NaN or infinity.
     """
-    model = empty_model(like, torch.float32)
+    model, ref = built_model(like), replace(like, id=name)
     if not put_tensors(model, tensors.items()):
-        raise CheckpointError(f"merge {name!r}: its tensors are not those of a model of {like.id!r}")
-    check_finite(model, replace(like, id=name))
+        raise ref.error("its tensors are not those of the model")
+    check_finite(model, ref)
     return model.eval()
 
 

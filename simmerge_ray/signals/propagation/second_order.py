@@ -16,13 +16,11 @@ import numpy as np
 from simmerge_ray.plans.operators.specs import Arm, make_arm
 from simmerge_ray.signals.features import column_signal
 from simmerge_ray.signals.propagation.interface import Intermediate, Propagator, Source, SourcePair, mean_columns
-from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, Products, blend, blend_shares
+from simmerge_ray.signals.propagation.span import Products, blend, blend_shares
 from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.weights import NORM_FLOOR
 
 _TINY = float(np.finfo(np.float64).tiny)
-_SUMS = ("dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties")
-_NORM_KEEPING = ("ties", "sce", "multislerp")
 _EXACT_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
 
 
@@ -111,13 +109,13 @@ def centred_gram(distance: np.ndarray) -> np.ndarray:
 
 
 def blend_like(arm: Arm) -> Arm:
-    """The blend of `SPAN_OPERATORS` that stands for an operator: its expectation, or what has about its norm."""
-    if arm.operator in SPAN_OPERATORS:
+    """The blend that stands for an operator (see `OperatorSpec.stand_in`), itself where it has `shares`."""
+    if arm.spec.shares is not None:
         return arm
-    params = arm.param_dict()
-    if arm.operator in _SUMS and not params["normalize"]:
-        return make_arm("task_arithmetic", {"scale": params["scale"]})
-    return make_arm("nuslerp" if arm.operator in _NORM_KEEPING else "linear")
+    if arm.spec.stand_in != "task_arithmetic":
+        return make_arm(arm.spec.stand_in)
+    params = arm.param_dict()  # a normalised sum is an average
+    return make_arm("linear") if params["normalize"] else make_arm("task_arithmetic", {"scale": params["scale"]})
 
 
 class SecondOrder(Propagator):

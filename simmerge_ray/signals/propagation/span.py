@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 
 from simmerge_ray.plans.operators.shares import (
-    SLERP_THRESHOLD,
     cosine_of,
     interpolation_weights,
     is_straight,
@@ -21,31 +20,29 @@ from simmerge_ray.plans.operators.shares import (
 from simmerge_ray.plans.operators.specs import Arm
 from simmerge_ray.plans.plan import step_weights
 
-SPAN_OPERATORS = ("linear", "task_arithmetic", "slerp", "nuslerp")
 # <left, left>, <left, right>, <right, right>: of the weights (False) or of the task vectors (True).
 Products = Callable[[bool], tuple[float, float, float]]
 
 
 def blend_shares(arm: Arm, weight: float, products: Products, with_base: bool) -> tuple[float, float, float]:
-    """Shares of left, right and base in the merge of two sources, for the operators of `SPAN_OPERATORS`.
+    """Shares of left, right and base in the merge of two sources, for the operators that have `shares`.
 
     linear `1 - t, t, 0`; task arithmetic `2 lambda (1 - t), 2 lambda t` and the rest to the base; slerp
     `sin((1 - t) w) / sin w, sin(t w) / sin w, 0`; nuslerp the same with the angle of the task vectors and the rest to
     the base. The angle enters the shares by its square only, so that they are as exact as its cosine. Where the
     operator falls back to the linear average, so does this. nuslerp by slices (`flatten=false`) is taken as one slice.
     """
-    params = arm.param_dict()
-    if arm.operator == "linear":
+    params, spec = arm.param_dict(), arm.spec
+    if spec.shares == "average":
         return 1.0 - weight, weight, 0.0
-    if arm.operator == "task_arithmetic":
+    if spec.shares == "sum":
         scale = float(params["scale"]) * (0.5 if params["normalize"] else 1.0)
         left, right = (scale * share for share in step_weights(arm.operator, weight))
         return left, right, 1.0 - left - right
-    centred = arm.operator == "nuslerp" and with_base
+    centred = spec.uses_base and with_base
     cosine = cosine_of(*products(centred))
     share = right_share(arm.operator, step_weights(arm.operator, weight))
-    threshold = float(params.get("threshold", SLERP_THRESHOLD)) if arm.operator == "slerp" else 1.0
-    straight = is_straight(cosine, threshold)
+    straight = is_straight(cosine, float(params.get("threshold", 1.0)))
     left, right = (1.0 - share, share) if straight else interpolation_weights(cosine, share)
     return left, right, 1.0 - left - right if centred else 0.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from simmerge_ray.merging.engine.seeds import seed_of
 from simmerge_ray.plans.operators.table import OPERATORS
 from simmerge_ray.plans.plan import step_weights
 from simmerge_ray.signals.propagation.interface import Intermediate, Source, members
-from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, blend_shares, kth_largest, trimmed
+from simmerge_ray.signals.propagation.span import blend_shares, kth_largest, trimmed
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace, VirtualTensor
 from simmerge_ray.signals.weights import TRIM_DENSITY, WeightSums, sums_in_blocks
 
@@ -69,17 +69,16 @@ class TensorMerges:
         return TensorPairs(coefficients, sums)
 
     def seed(self, source: Intermediate, part: Source) -> int:
-        """As `merging.compute.Seeds`, which reads the digests from the files."""
+        """As `engine.seeds.Seeds`, which reads the digests from the files."""
         digests = [self._digests.get(name, name) for name in sorted({*members(part), *self._bases(part)})]
-        text = "\0".join([str(source.seed), str(source.step), *digests, self._name])
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+        return seed_of(source.seed, source.step, digests, self._name)
 
     def _make(self, source: Source) -> VirtualTensor:
         space = self.space
         if isinstance(source, str):
             return space.vector(self._index[source])
         left, right = self.of(source.left), self.of(source.right)
-        if source.arm.operator not in SPAN_OPERATORS:
+        if source.arm.spec.shares is None:
             return self._on_sample(source, space.sampled(left), space.sampled(right))
 
         def products(centred: bool) -> tuple[float, float, float]:
@@ -95,7 +94,7 @@ class TensorMerges:
         space, operator = self.space, source.arm.operator
         params: dict[str, Any] = source.arm.param_dict()
         parts = (source.left, source.right)
-        if operator == "ties":  # by the checkpoints' own thresholds, which their sample does not know
+        if source.arm.spec.trims:  # by the checkpoints' own thresholds, which their sample does not know
             density = float(params["density"])
             left, right = (
                 trimmed(vector, self._threshold(part, vector, density), density)

@@ -11,7 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.checkpoints.references import checkpoint_digest, read_headers, tokenizer_digest
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.tokenizers import tokenizer_digest
 from simmerge_ray.cli.catalogue import _in_units, catalogue_app
 from tests import tiny
 from tests.unit.checkpoints.test_catalogue import write_adapter

@@ -13,7 +13,7 @@ from simmerge_ray.base.errors import ConfigError, OperatorError, PlanError, Sele
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.plans.operators.specs import make_arm, parse_arms
-from simmerge_ray.plans.plan import MergePlan, MergeStep, enumerate_plans, fold_plan, pair_plan, read_plan
+from simmerge_ray.plans.plan import MergePlan, MergeStep, fold_plan, pair_plan, read_plan
 from simmerge_ray.selector.planning.files import write_plans
 from simmerge_ray.selector.planning.scorer import PlanScorer, with_arm
 from simmerge_ray.selector.planning.space import PlanSpace, plan_space, scorable_arms
@@ -22,6 +22,7 @@ from simmerge_ray.signals.features import both_orders
 from simmerge_ray.signals.propagation.bound import Bound
 from simmerge_ray.signals.propagation.second_order import SecondOrder
 from simmerge_ray.signals.table import SignalTable
+from tests.plan_space import enumerate_plans
 from tests.tables import synthetic_table
 
 TABLE = synthetic_table(4, tasks=("r", "s", "t"))

@@ -11,8 +11,8 @@ import torch
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, PlanError, ProbeError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import load_probe_sets
-from simmerge_ray.checkpoints.references import TensorReader, read_headers
 from simmerge_ray.signals import compute
 from simmerge_ray.signals.bounds import stages_for, working_bytes
 from simmerge_ray.signals.compute import compute_signals, local_executor
@@ -24,6 +24,7 @@ from simmerge_ray.signals.table import read_signal_table
 from simmerge_ray.signals.tokens import tokenize_probes
 from simmerge_ray.signals.weights import tensor_kind, tensor_layer
 from tests import reference, tiny
+from tests.readers import TensorReader
 
 SPEC = SignatureSpec(batch_size=8, num_positions=100, num_attention_positions=30, num_coordinates=1000)
 

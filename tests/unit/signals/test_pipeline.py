@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError
-from simmerge_ray.checkpoints.references import CheckpointRef, read_config, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.signals import pipeline
 from simmerge_ray.signals.collect import ProbeModel

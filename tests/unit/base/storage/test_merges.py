@@ -8,7 +8,9 @@ import pytest
 
 from simmerge_ray.base.errors import CheckpointError, OutputError, StorageError
 from simmerge_ray.base.storage import as_place, stores, write_once
-from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest, read_headers
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.model import load_model
 from simmerge_ray.merging.write import to_store

@@ -13,7 +13,7 @@ from simmerge_ray.base.errors import ConfigError, OperatorError, PlanError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import Seeds
+from simmerge_ray.merging.engine.seeds import Seeds
 from simmerge_ray.merging.in_memory import merged_tensors
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, make_arm, parse_arm
 from simmerge_ray.plans.plan import MergePlan, MergeStep, fold_plan, resolve_plan, unmerged
