@@ -27,17 +27,17 @@ def main() -> int:
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        from simmerge_ray.base.config import StudyConfig, load_yaml_leniently
+        from simmerge_ray.base.config import DatasetConfig, load_yaml_leniently
         from simmerge_ray.base.progress import Narrator
         from simmerge_ray.base.storage import as_place
 
         study = as_place(arguments.study)
-        given, _ = load_yaml_leniently(study, StudyConfig)
+        given, _ = load_yaml_leniently(study, DatasetConfig)
         if given is not None:
             output_place(given.out, f"`out` in {study}")
-        from simmerge_ray.pipelines.stages import build_dataset_stages, load_study
+        from simmerge_ray.pipelines.stages import build_dataset_stages, load_dataset_config
 
-        config, _, estimate = load_study(study)
+        config, _, estimate = load_dataset_config(study)
         if arguments.dry_run:
             print(*estimate.lines(), sep="\n")
             return {"status": "unchanged", "num_trials": estimate.trials}

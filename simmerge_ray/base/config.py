@@ -123,7 +123,7 @@ class TrainConfig(_Config):
         return values
 
 
-class StudyConfig(_Config):
+class DatasetConfig(_Config):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 
     catalogue: Place

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simmerge_ray.base.config import SignalsConfig, StudyConfig, TrainConfig, load_yaml_leniently
+from simmerge_ray.base.config import DatasetConfig, SignalsConfig, TrainConfig, load_yaml_leniently
 from simmerge_ray.base.errors import ConfigError, InputError, LabelError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, digest_file, filled_in_place, is_complete, name_below, write_json
@@ -237,8 +237,8 @@ def _shown_gain(crossval: dict[str, Any]) -> str:
     return f"GapClosed {per_merge['selector']:.3f}, best fixed {per_merge['best_fixed']:.3f}"
 
 
-def check_study(config: StudyConfig) -> tuple[Study, SearchEstimate]:
-    """Read and check every input of a study; what its search will take.
+def check_dataset_config(config: DatasetConfig) -> tuple[Study, SearchEstimate]:
+    """Read and check every input of a dataset; what its search will take.
 
     Raises:
         ConfigError: with the problems of all inputs, before anything is computed.
@@ -262,17 +262,17 @@ def check_study(config: StudyConfig) -> tuple[Study, SearchEstimate]:
     return planned
 
 
-def load_study(path: Place) -> tuple[StudyConfig, Study, SearchEstimate]:
-    """Read a study file and check it and everything that it names.
+def load_dataset_config(path: Place) -> tuple[DatasetConfig, Study, SearchEstimate]:
+    """Read the file of a dataset and check it and everything that it names.
 
     Raises:
         ConfigError: with all problems, of the file and of what it names.
     """
-    config, problems = load_yaml_leniently(path, StudyConfig)
+    config, problems = load_yaml_leniently(path, DatasetConfig)
     planned = None
     if config is not None:
         try:
-            planned = check_study(config)
+            planned = check_dataset_config(config)
         except ConfigError as error:
             problems += str(error).split("\n")
     if config is None or planned is None or problems:
@@ -280,7 +280,7 @@ def load_study(path: Place) -> tuple[StudyConfig, Study, SearchEstimate]:
     return config, *planned
 
 
-def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> Place:
+def build_dataset_stages(config: DatasetConfig, narrator: Narrator) -> Place:
     """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`. Returns the output directory."""
     # Alone in its cluster: another submission of the same job waits, and then finds everything in place.
     with only_job(str(config.out), narrator.say) if "RAY_ADDRESS" in os.environ else nullcontext():

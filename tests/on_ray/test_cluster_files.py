@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from simmerge_ray.base.config import StudyConfig, load_yaml
+from simmerge_ray.base.config import DatasetConfig, load_yaml
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.cluster_files.check import ModelSize, lint
 from simmerge_ray.capacity.placement import gpu_offer
@@ -38,13 +38,13 @@ def test_the_serve_config_fits_ray_s_schema_and_our_builder():
 
 
 def test_the_example_study_is_complete():
-    config = load_yaml(ROOT / "jobs" / "study.example.yaml", StudyConfig)
+    config = load_yaml(ROOT / "jobs" / "study.example.yaml", DatasetConfig)
     assert len(parse_arms(config.search.arms)) == 4
     assert config.out == ROOT / "runs" / "dataset"
 
 
 def test_the_study_in_a_bucket_is_complete():
-    config = load_yaml(ROOT / "cluster" / "study.yaml", StudyConfig)
+    config = load_yaml(ROOT / "cluster" / "study.yaml", DatasetConfig)
     assert str(config.out).startswith("s3://") and len(parse_arms(config.search.arms)) == 4
 
 

@@ -39,7 +39,7 @@ def write_study(root: Path, **changes) -> Path:
 
 
 def test_a_study_says_all_of_its_problems_at_once(root):
-    from simmerge_ray.pipelines.stages import load_study
+    from simmerge_ray.pipelines.stages import load_dataset_config
 
     lines = [json.dumps({"prompt": "a=", "target": "b"}), json.dumps({"prompt": "c="})]
     (root / "tasks" / "bad.jsonl").write_text("\n".join(lines))
@@ -47,7 +47,7 @@ def test_a_study_says_all_of_its_problems_at_once(root):
     (root / "probes" / "add.jsonl").write_text('{"txt": "a"}\n')
     search = {"arms": ["linear"], "evaluator": "transformers", "concurency": 2}
     with pytest.raises(ConfigError) as caught:
-        load_study(write_study(root, search=search, singals={}))
+        load_dataset_config(write_study(root, search=search, singals={}))
     message = str(caught.value)
     for part in (
         "unknown key 'singals' (did you mean 'signals'?)",
@@ -60,21 +60,21 @@ def test_a_study_says_all_of_its_problems_at_once(root):
 
 
 def test_what_the_tasks_need_is_said_with_the_objectives_and_arms(root):
-    from simmerge_ray.pipelines.stages import load_study
+    from simmerge_ray.pipelines.stages import load_dataset_config
 
     search = {"arms": ["tise"], "evaluator": "transformers", "max_model_len": 8, "objectives": ["maths"]}
     with pytest.raises(ConfigError) as caught:
-        load_study(write_study(root, search=search))
+        load_dataset_config(write_study(root, search=search))
     for part in ("unknown operator 'tise'", "unknown task 'maths'", "the engine holds 8 (max_model_len)"):
         assert part in str(caught.value)
 
 
 def test_an_unknown_task_of_the_catalogue_is_named(root):
-    from simmerge_ray.pipelines.stages import load_study
+    from simmerge_ray.pipelines.stages import load_dataset_config
 
     (root / "tasks" / "copy.jsonl").unlink()
     with pytest.raises(ConfigError, match="unknown task 'copy'.*known: add"):
-        load_study(write_study(root))
+        load_dataset_config(write_study(root))
 
 
 def test_a_dry_run_says_what_a_study_takes_and_starts_nothing(root, capsys, monkeypatch):
