@@ -14,6 +14,7 @@ from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import Manifest, Place, digest_file, read_json, write_json
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.resources import ray_session
+from simmerge_ray.on_ray.tasks import in_background
 from simmerge_ray.pipelines.dataset import UNCHANGED, search_bar, search_stage
 from simmerge_ray.pipelines.stages import signals_stage, train_stage
 from simmerge_ray.plans.operators.specs import make_arm, parse_arm
@@ -149,19 +150,17 @@ def measure_pick(
     Raises:
         EngineError: the written checkpoint does not answer like the merge that was measured in memory.
     """
-    import ray
-
     from simmerge_ray.on_ray.merge_search import run_search
 
     catalogue = load_catalogue(layout.catalogue)
     every_task = load_tasks(layout.tasks)
     config = search.model_copy(update={"exclude": (), "concurrency": 1})
     store = (layout.pick / "labels").resolve()
-    with ray_session():
-        check = ray.remote(load_and_evaluate).options(num_cpus=1).remote(str(merged.resolve()), tasks, search.evaluator)
+    check = load_and_evaluate, str(merged.resolve()), tasks, search.evaluator
+    with ray_session(), in_background(*check) as checked:
         with search_bar(narrator) as report:
             run_search(catalogue, every_task, config, store, plans, report)
-        loaded = ray.get(check)
+        loaded = checked()
     arms: dict[str, dict[str, float]] = {}
     parents: dict[str, dict[str, float]] = {}
     for label in LabelStore(store).read():

@@ -7,6 +7,7 @@ store of their own, and are folded into one file when its stage is complete.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, digest_json, write_once
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.resources import ray_session
+from simmerge_ray.on_ray.tasks import run_tasks
 from simmerge_ray.pipelines.dataset import UNCHANGED, search_bar
 from simmerge_ray.pipelines.demo import SIGNALS
 from simmerge_ray.pipelines.stages import signals_stage, train_dataset_stage
@@ -121,20 +123,12 @@ def _longer_plans(layout: StudyLayout, config: ZooStudyConfig, part: ZooPart, wi
 
 def _exact(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
     """Exact features of a sample of three-way plans, a file for each small base; a task for each, one CPU."""
-    import ray
-
     wanted = [part.name for part in parts if part.name[0] == "s" and not layout.exact(part.name).exists()]
     with narrator.stage("exact") as stage, narrator.bar("bases") as report:
-        compute = ray.remote(num_cpus=1)(_exact_features)
-        running = {compute.remote(layout.root, name): name for name in wanted}
-        done = 0
-        while running:
-            (ready,), _ = ray.wait(list(running))
-            ray.get(ready)
-            del running[ready]
-            done += 1
+        calls = deque((layout.root, name) for name in wanted)
+        for done, _ in enumerate(run_tasks(_exact_features, calls), 1):
             report(done, len(wanted))
-        stage.result = f"{done} bases -> {layout.root / 'exact'}" if wanted else UNCHANGED
+        stage.result = f"{len(wanted)} bases -> {layout.root / 'exact'}" if wanted else UNCHANGED
 
 
 def _exact_features(root: Path, name: str) -> int:

@@ -79,6 +79,14 @@ def train_expert(
     return _save(model, tokenizer, recipe, Path(out_dir))
 
 
+def train_checkpoint(recipe: BaseRecipe | ExpertRecipe, base_dir: Path | None, out_dir: Path) -> Path:
+    """Train a base, or an expert of the one in `base_dir`."""
+    if isinstance(recipe, BaseRecipe):
+        return train_base(recipe, out_dir)
+    assert base_dir is not None
+    return train_expert(recipe, base_dir, out_dir)
+
+
 def packed_rows(tokenizer: PreTrainedTokenizerFast, shares: Mapping[str, float], seed: int) -> Iterator[Row]:
     """Endless rows of as many whole examples as fit, each `<bos> prompt target <eos>`, then padding of weight 0.
 
