@@ -42,11 +42,11 @@ def zoo_study(run: Path, labels: Path, arms: tuple[str, ...] = ARMS) -> Any:
     from simmerge_ray.base.config import SearchConfig
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.pipelines.dataset import load_search_tasks
-    from simmerge_ray.search.setup import prepare_study
+    from simmerge_ray.search.setup import prepare_search
 
     config = SearchConfig(arms=arms, max_items=ITEMS)
     tasks = load_search_tasks(run / "zoo" / "tasks", config)
-    return prepare_study(load_catalogue(run / "zoo" / "catalogue.yaml"), tasks, config, str(labels))
+    return prepare_search(load_catalogue(run / "zoo" / "catalogue.yaml"), tasks, config, str(labels))
 
 
 def merges(study: Any) -> list[Any]:
@@ -152,7 +152,7 @@ def large(fixtures: Path, num_trials: int, max_new_tokens: int) -> dict[str, Any
     from simmerge_ray.base.config import SearchConfig
     from simmerge_ray.search.evaluation import Task
     from simmerge_ray.search.evaluation.tasks import Item
-    from simmerge_ray.search.setup import prepare_study
+    from simmerge_ray.search.setup import prepare_search
 
     base, checkpoints = copies(fixtures, 4)
     catalogue = catalogue_of(base, checkpoints)
@@ -161,7 +161,7 @@ def large(fixtures: Path, num_trials: int, max_new_tokens: int) -> dict[str, Any
     task = Task("sums", items, "contains", max_new_tokens, chat=True)
     with tempfile.TemporaryDirectory(prefix="simmerge-speed-") as scratch:
         config = SearchConfig(arms=("linear", "slerp", "ties"), pairs="all", max_model_len=128)
-        study = prepare_study(catalogue, {"sums": task}, config, scratch)
+        study = prepare_search(catalogue, {"sums": task}, config, scratch)
         trials = merges(study)
         live = Live(study)
         live.pairs(trials[:2])

@@ -36,7 +36,7 @@ from simmerge_ray.search.evaluation import EvaluationTask, Evaluator
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Outcome, Stopped
 from simmerge_ray.search.proposers import GridProposer, OptunaProposer, Proposer
 from simmerge_ray.search.runner import EvaluatorStartError, TrialProgress, TrialRunner, copy_labels
-from simmerge_ray.search.setup import Study, Trial, grid_trials, prepare_study
+from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials, prepare_search
 from simmerge_ray.search.status import SearchStatus
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ _CLUSTER_FAULTS = (
 )  # fmt: skip
 
 
-def start_evaluator(study: Study) -> Evaluator:
+def start_evaluator(study: PreparedSearch) -> Evaluator:
     """The evaluator that the settings name; a vLLM engine passes its self-check before it makes a label.
 
     Raises:
@@ -83,7 +83,7 @@ def start_evaluator(study: Study) -> Evaluator:
     return engine
 
 
-def check_prompts(study: Study, tokenizer: Any, count: int = 16) -> list[list[int]]:
+def check_prompts(study: PreparedSearch, tokenizer: Any, count: int = 16) -> list[list[int]]:
     """Token ids on which an engine is checked: the first prompts of the first task of our own, or plain tokens."""
     from simmerge_ray.search.evaluation import Task
     from simmerge_ray.search.evaluation.prompts import encode_prompts
@@ -97,7 +97,7 @@ def check_prompts(study: Study, tokenizer: Any, count: int = 16) -> list[list[in
 class MergeTrial(tune.Trainable):
     """One trial of the search, a step a shard; `config["trial"]` is its text."""
 
-    def setup(self, config: dict[str, Any], study: Study) -> None:
+    def setup(self, config: dict[str, Any], study: PreparedSearch) -> None:
         self._study = study
         self._runner = TrialRunner(study, start_evaluator)
         self._runner.begin(Trial.from_text(config["trial"]))
@@ -184,7 +184,7 @@ class _Proposals(Searcher):
     """
 
     def __init__(
-        self, study: Study, proposer: Proposer, limits: _Limits, report: Callable[[SearchStatus], None] | None
+        self, study: PreparedSearch, proposer: Proposer, limits: _Limits, report: Callable[[SearchStatus], None] | None
     ) -> None:
         super().__init__(metric="utility", mode="max")
         self._study, self._proposer, self._limits, self._report = study, proposer, limits, report
@@ -317,7 +317,7 @@ class SearchResult:
     """
 
     store: LabelStore
-    study: Study
+    study: PreparedSearch
     num_labels: int
     num_trials_run: int
     infeasible: Mapping[str, str]
@@ -328,7 +328,7 @@ class SearchResult:
         return self.status.total - self.status.done
 
 
-def make_proposer(study: Study, plans: Sequence[MergePlan] | None = None) -> Proposer:
+def make_proposer(study: PreparedSearch, plans: Sequence[MergePlan] | None = None) -> Proposer:
     """All missing trials in order; with a budget, unmerged checkpoints first and then Optuna's proposals."""
     if study.space is None or plans is not None:
         return GridProposer(grid_trials(study, plans))
@@ -348,11 +348,11 @@ def run_search(
     """Measure what is missing from the label store. Starts Ray only if something is.
 
     Raises:
-        InputError: see `search.study.prepare_study`.
+        InputError: see `search.setup.prepare_search`.
         EvaluatorStartError: no engine could be started. EngineError: the cluster could not set up an actor.
     """
     store = LabelStore(labels_uri)
-    study = prepare_study(catalogue, tasks, config, store.uri)
+    study = prepare_search(catalogue, tasks, config, store.uri)
     proposer = make_proposer(study, plans)
     status = SearchStatus(proposer.total)
     if proposer.total:
@@ -367,7 +367,7 @@ def run_search(
     return SearchResult(store, study, len(labels), status.done, infeasible, status)
 
 
-def rank_needs(study: Study, offered: Collection[str] = ()) -> dict[str, float]:
+def rank_needs(study: PreparedSearch, offered: Collection[str] = ()) -> dict[str, float]:
     """What one rank of an engine needs, by Ray's names.
 
     Args:
@@ -379,7 +379,7 @@ def rank_needs(study: Study, offered: Collection[str] = ()) -> dict[str, float]:
     return engine_needs(held, config.cpus_per_trial, config.gpus_per_trial, config.tensor_parallel, offered)
 
 
-def trial_resources(study: Study, offered: Collection[str] = ()) -> tune.PlacementGroupFactory:
+def trial_resources(study: PreparedSearch, offered: Collection[str] = ()) -> tune.PlacementGroupFactory:
     """What Tune reserves for an engine: one bundle on one node, or with `executor: ray` a bundle for every rank."""
     config, needs = study.config, rank_needs(study, offered)
     if config.executor == "ray" and config.tensor_parallel > 1:
@@ -389,7 +389,7 @@ def trial_resources(study: Study, offered: Collection[str] = ()) -> tune.Placeme
     return tune.PlacementGroupFactory([{kind: amount for kind, amount in whole.items() if amount}])
 
 
-def engines_that_fit(study: Study, resources: Mapping[str, float]) -> int:
+def engines_that_fit(study: PreparedSearch, resources: Mapping[str, float]) -> int:
     """How many engines a cluster has room for now; at least one, which then waits for its node to come up.
 
     Args:
@@ -400,13 +400,15 @@ def engines_that_fit(study: Study, resources: Mapping[str, float]) -> int:
     return max(1, min(room, study.config.concurrency or room))
 
 
-def num_engines(study: Study, resources: Mapping[str, float]) -> int:
+def num_engines(study: PreparedSearch, resources: Mapping[str, float]) -> int:
     """How many engines a search starts: as many as it was told, even where there is no room for them now, since Ray
     then asks for nodes and the rest goes on without them; else as many as fit."""
     return study.config.concurrency or engines_that_fit(study, resources)
 
 
-def _run_trials(study: Study, proposer: Proposer, report: Callable[[SearchStatus], None] | None) -> SearchStatus:
+def _run_trials(
+    study: PreparedSearch, proposer: Proposer, report: Callable[[SearchStatus], None] | None
+) -> SearchStatus:
     config = study.config
     resources = trial_resources(study, offered_resources())
     check_room(resources.bundles[-1], "an engine")
@@ -464,7 +466,7 @@ def _max_seconds(config: SearchConfig, concurrency: int) -> float | None:
     return 3600 * min(hours) if hours else None
 
 
-def _label_failures(study: Study, results: Any) -> None:
+def _label_failures(study: PreparedSearch, results: Any) -> None:
     """Trials that lost one actor after another become infeasible; where the cluster was at fault they stay missing."""
     store, faults = LabelStore(study.labels_uri), []
     for result in results:

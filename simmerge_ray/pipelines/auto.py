@@ -24,12 +24,19 @@ from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.merging.write.directory import PLAN_FILE, check_target, write_merge
 from simmerge_ray.pipelines.dataset import local_resources, search_bar
 from simmerge_ray.plans.plan import MergePlan, fold_text, read_plan, resolve_plan, write_plan
-from simmerge_ray.search.estimate import estimate as estimate_search
+from simmerge_ray.search.estimate import estimate_search
 from simmerge_ray.search.evaluation import EvaluationTask
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Outcome
 from simmerge_ray.search.objectives import Objective
-from simmerge_ray.search.setup import Study, prepare_study
-from simmerge_ray.search.winner import Candidate, Estimate, Verdict, check_items, decide, estimate
+from simmerge_ray.search.setup import PreparedSearch, prepare_search
+from simmerge_ray.search.winner import (
+    Candidate,
+    ObjectiveEstimate,
+    Verdict,
+    check_items,
+    choose_winner,
+    objective_estimate,
+)
 from simmerge_ray.selector.planning.files import write_plans
 from simmerge_ray.selector.planning.scorer import RankedPlan, Ranking
 
@@ -53,7 +60,7 @@ def on_same_tasks(catalogue: Catalogue) -> Catalogue:
 
 def check_auto(
     catalogue: Catalogue, tasks: Mapping[str, EvaluationTask], config: SearchConfig, out: Path, write: bool
-) -> Study:
+) -> PreparedSearch:
     """Whatever can be checked before the ranking.
 
     Args:
@@ -68,10 +75,10 @@ def check_auto(
         check_target(out / MERGED)
     for name, task in tasks.items():
         check_items(name, task.num_items)
-    return prepare_study(on_same_tasks(catalogue), tasks, config, str((out / LABELS).resolve()))
+    return prepare_search(on_same_tasks(catalogue), tasks, config, str((out / LABELS).resolve()))
 
 
-def dry_run_lines(study: Study, ranking: Ranking, own_task: Mapping[str, str | None], out: Path) -> list[str]:
+def dry_run_lines(study: PreparedSearch, ranking: Ranking, own_task: Mapping[str, str | None], out: Path) -> list[str]:
     """What would be measured, and what it would take."""
     from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
 
@@ -149,8 +156,8 @@ def auto_stage(
     measured = [one.measured for one in lines if one.measured is not None]
     if not measured:
         raise LabelError(f"nothing could be measured: {lines[0].reason}; --retry-infeasible tries again")
-    verdict = decide(measured, objective)
-    lines.sort(key=lambda one: -estimate(one.measured.choosing, objective).value if one.measured else 1.0)
+    verdict = choose_winner(measured, objective)
+    lines.sort(key=lambda one: -objective_estimate(one.measured.choosing, objective).value if one.measured else 1.0)
     narrator.console.print(answer_table(lines, verdict, objective, tasks))
     for text in [
         *extrapolation_lines(ranking, catalogue.own_task, list(tasks)),
@@ -163,7 +170,7 @@ def auto_stage(
     return verdict
 
 
-def _lines(study: Study, plans: Sequence[MergePlan], predicted: Mapping[str, RankedPlan]) -> list[Line]:
+def _lines(study: PreparedSearch, plans: Sequence[MergePlan], predicted: Mapping[str, RankedPlan]) -> list[Line]:
     known = {label.key: label.outcome for label in LabelStore(study.labels_uri).read()}
     lines = []
     for plan in plans:
@@ -225,8 +232,8 @@ def answer_table(
         if one.measured is None:
             table.add_row(mark, escape(_text(one.plan)), *predicted, "", "failed", "", *[""] * len(tasks))
             continue
-        utility = estimate(one.measured.reporting, objective)
-        chosen_by = estimate(one.measured.choosing, objective)
+        utility = objective_estimate(one.measured.reporting, objective)
+        chosen_by = objective_estimate(one.measured.choosing, objective)
         by_task = [f"{one.measured.reporting[task].mean():.3f}" for task in tasks]
         table.add_row(
             mark, escape(_text(one.plan)), *predicted,
@@ -285,7 +292,7 @@ def _advantage_text(verdict: Verdict) -> str:
     return text
 
 
-def _signed(one: Estimate) -> str:
+def _signed(one: ObjectiveEstimate) -> str:
     return f"{one.value:+.3f} ± {one.se:.3f}"
 
 
@@ -330,10 +337,10 @@ def _line_json(line: Line, objective: Objective) -> dict[str, Any]:
     if line.measured is None:
         return content | {"infeasible": line.reason}
     for name, items in (("choosing", line.measured.choosing), ("reporting", line.measured.reporting)):
-        by_task = {task: _json(estimate({task: values}, Objective("mean"))) for task, values in items.items()}
-        content[name] = _json(estimate(items, objective)) | {"by_task": by_task}
+        by_task = {task: _json(objective_estimate({task: values}, Objective("mean"))) for task, values in items.items()}
+        content[name] = _json(objective_estimate(items, objective)) | {"by_task": by_task}
     return content
 
 
-def _json(one: Estimate) -> dict[str, float]:
+def _json(one: ObjectiveEstimate) -> dict[str, float]:
     return {"value": one.value, "se": one.se}

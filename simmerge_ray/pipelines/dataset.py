@@ -18,13 +18,13 @@ from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import resolve_plan, write_plan
-from simmerge_ray.search.estimate import SearchEstimate, estimate
+from simmerge_ray.search.estimate import SearchEstimate, estimate_search
 from simmerge_ray.search.evaluation import EvaluationTask, load_tasks
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.search.labels import LabelStore, pair_contexts
-from simmerge_ray.search.setup import Study, prepare_study
+from simmerge_ray.search.setup import PreparedSearch, prepare_search
 from simmerge_ray.search.status import SearchStatus
-from simmerge_ray.search.summary import Found, found
+from simmerge_ray.search.summary import PlanResult, ranked_results
 
 UNCHANGED = "unchanged since the last run"
 FOUND = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
@@ -128,9 +128,9 @@ def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
     write_json(out, content)
 
 
-def _write_found(study: Study, out: Place, narrator: Narrator) -> None:
+def _write_found(study: PreparedSearch, out: Place, narrator: Narrator) -> None:
     """`best.json`, the best merge's plan file, and a table of the best merges and checkpoints."""
-    merges, singles = found(study)
+    merges, singles = ranked_results(study)
     if study.space is not None:
         write_json(out / "best.json", {"merges": [_row(one) for one in merges], "singles": [_row(o) for o in singles]})
         for number, one in enumerate([one for one in merges if one.best], 1):
@@ -146,22 +146,22 @@ def _write_found(study: Study, out: Place, narrator: Narrator) -> None:
         narrator.console.print(_table(study, merges, singles))
 
 
-def _text(one: Found) -> str:
+def _text(one: PlanResult) -> str:
     values = ", ".join(f"{value:.3f}" for value in one.values)
     return f"{values} {one.plan.label} ({_by_task(one)})"
 
 
-def _by_task(one: Found) -> str:
+def _by_task(one: PlanResult) -> str:
     return ", ".join(f"{task} {utility:.3f}±{se:.3f}" for task, (utility, se) in one.utilities.items())
 
 
-def _row(one: Found) -> dict[str, Any]:
+def _row(one: PlanResult) -> dict[str, Any]:
     utilities = {task: {"utility": utility, "se": se} for task, (utility, se) in one.utilities.items()}
     row = {"label": one.plan.label, "plan": one.plan.to_json(), "objectives": list(one.values), "utilities": utilities}
     return row | {"best": one.best}
 
 
-def _table(study: Study, merges: Sequence[Found], singles: Sequence[Found]) -> Table:
+def _table(study: PreparedSearch, merges: Sequence[PlanResult], singles: Sequence[PlanResult]) -> Table:
     names = [objective.name for objective in study.objectives] if study.space is not None else ["mean of own tasks"]
     title = "Best merges" if len(names) == 1 else "Merges; * is the Pareto front"
     table = Table(title=title, title_justify="left")
@@ -176,7 +176,7 @@ def _table(study: Study, merges: Sequence[Found], singles: Sequence[Found]) -> T
 
 def plan_search(
     catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig
-) -> tuple[Study, SearchEstimate]:
+) -> tuple[PreparedSearch, SearchEstimate]:
     """Everything that `search_stage` checks before Ray starts, and what it would take. Reads every checkpoint once.
 
     Raises:
@@ -196,8 +196,8 @@ def plan_search(
         raise ConfigError("\n".join(problems))
     from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
 
-    study = prepare_study(catalogue, tasks, config, str(labels.resolve()))
-    return study, estimate(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
+    study = prepare_search(catalogue, tasks, config, str(labels.resolve()))
+    return study, estimate_search(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
 
 
 def local_resources() -> dict[str, float]:

@@ -20,7 +20,7 @@ from simmerge_ray.on_ray.resources import only_job
 from simmerge_ray.pipelines.dataset import UNCHANGED, plan_search, search_stage
 from simmerge_ray.search.estimate import SearchEstimate
 from simmerge_ray.search.labels import LabelStore
-from simmerge_ray.search.setup import Study
+from simmerge_ray.search.setup import PreparedSearch
 from simmerge_ray.signals.bounds import bounds
 from simmerge_ray.signals.compute import tokenize_probes
 from simmerge_ray.signals.features import FEATURE_SCHEMA
@@ -237,7 +237,7 @@ def _shown_gain(crossval: dict[str, Any]) -> str:
     return f"GapClosed {per_merge['selector']:.3f}, best fixed {per_merge['best_fixed']:.3f}"
 
 
-def check_dataset_config(config: DatasetConfig) -> tuple[Study, SearchEstimate]:
+def check_dataset_config(config: DatasetConfig) -> tuple[PreparedSearch, SearchEstimate]:
     """Read and check every input of a dataset; what its search will take.
 
     Raises:
@@ -262,7 +262,7 @@ def check_dataset_config(config: DatasetConfig) -> tuple[Study, SearchEstimate]:
     return planned
 
 
-def load_dataset_config(path: Place) -> tuple[DatasetConfig, Study, SearchEstimate]:
+def load_dataset_config(path: Place) -> tuple[DatasetConfig, PreparedSearch, SearchEstimate]:
     """Read the file of a dataset and check it and everything that it names.
 
     Raises:

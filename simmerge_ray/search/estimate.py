@@ -10,7 +10,7 @@ import numpy as np
 
 from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
 from simmerge_ray.search.labels import LabelStore, Measured
-from simmerge_ray.search.setup import Study
+from simmerge_ray.search.setup import PreparedSearch
 
 # Measured on CPU with vLLM 0.32 (benchmarks/README.md): what an engine's process holds besides weights. Its libraries
 # and compiled loops, and the key-value cache that the engine is given.
@@ -57,9 +57,9 @@ def engine_bytes_of(num_parameters: float, evaluator: str, dtype: str) -> int:
     return int(PROCESS_BYTES[evaluator] + _CACHE_BYTES[evaluator] + 2 * num_parameters * _DTYPE_BYTES[dtype])
 
 
-def estimate(study: Study, num_trials: int, engines: int) -> SearchEstimate:
+def estimate_search(search: PreparedSearch, num_trials: int, engines: int) -> SearchEstimate:
     """Of a search that is about to start."""
-    labels = [one for one in LabelStore(study.labels_uri).read() if one.settings == study.settings]
+    labels = [one for one in LabelStore(search.labels_uri).read() if one.settings == search.settings]
     taken: dict[str, float] = {}
     for label in labels:
         if isinstance(label.outcome, Measured) and label.same_as is None:
@@ -67,8 +67,8 @@ def estimate(study: Study, num_trials: int, engines: int) -> SearchEstimate:
     engines = max(1, min(engines, num_trials))
     seconds = None
     if taken and num_trials:
-        seconds = _START_SECONDS[study.settings.evaluator] + _typical(list(taken.values())) * num_trials / engines
-    size = engine_bytes(study.template, study.settings.evaluator, study.settings.dtype)
+        seconds = _START_SECONDS[search.settings.evaluator] + _typical(list(taken.values())) * num_trials / engines
+    size = engine_bytes(search.template, search.settings.evaluator, search.settings.dtype)
     return SearchEstimate(num_trials, len(labels), engines, size, seconds)
 
 

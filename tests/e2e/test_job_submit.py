@@ -20,7 +20,7 @@ from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore, Measured
 from simmerge_ray.search.runner import TrialRunner
-from simmerge_ray.search.setup import grid_trials, prepare_study
+from simmerge_ray.search.setup import grid_trials, prepare_search
 
 ROOT = Path(__file__).parents[2]
 ARMS = ("linear", "slerp", "ties(density=0.2)")
@@ -54,7 +54,9 @@ def test_a_submitted_job_makes_the_labels_of_a_local_run(catalogue_path, tmp_pat
 
     # The same labels without Ray, in this process.
     catalogue, tasks = load_catalogue(catalogue_path), load_tasks(root / "tasks")
-    undisturbed = prepare_study(catalogue, tasks, SearchConfig.model_validate(study["search"]), str(tmp_path / "local"))
+    undisturbed = prepare_search(
+        catalogue, tasks, SearchConfig.model_validate(study["search"]), str(tmp_path / "local")
+    )
     runner = TrialRunner(undisturbed, start_evaluator)
     for trial in grid_trials(undisturbed):
         runner.run(trial)

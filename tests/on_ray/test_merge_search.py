@@ -19,8 +19,8 @@ from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Stopped
 from simmerge_ray.search.runner import EvaluatorStartError, TrialRunner, copy_labels
-from simmerge_ray.search.setup import Study, Trial, grid_trials, prepare_study
-from simmerge_ray.search.summary import found
+from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials, prepare_search
+from simmerge_ray.search.summary import ranked_results
 from tests import tiny
 
 ARMS = ("linear", "ties(density=0.2)")
@@ -54,8 +54,8 @@ def test_labels_of_vllm_trials_equal_transformers_and_nothing_is_evaluated_twice
     assert run_search(catalogue, tasks, config, tmp_path / "labels").num_trials_run == 0
 
 
-def grid(catalogue, tasks, uri, **changes) -> tuple[Study, list[Trial]]:
-    study = prepare_study(catalogue, tasks, LOCAL.model_copy(update=changes), str(uri))
+def grid(catalogue, tasks, uri, **changes) -> tuple[PreparedSearch, list[Trial]]:
+    study = prepare_search(catalogue, tasks, LOCAL.model_copy(update=changes), str(uri))
     return study, grid_trials(study)
 
 
@@ -118,7 +118,7 @@ def run_trials(catalogue, tasks, path, failures) -> tuple[list, int]:
     """Run all trials in this process; returns the labels and how many evaluators were started."""
     started: list[FakeEvaluator] = []
 
-    def start(study: Study) -> FakeEvaluator:
+    def start(study: PreparedSearch) -> FakeEvaluator:
         started.append(FakeEvaluator(failures if not started else {}))
         return started[-1]
 
@@ -167,7 +167,7 @@ def test_a_merge_that_is_not_finite_is_infeasible(catalogue, tasks, tmp_path, ca
 CLOSE, APART = "slerp(threshold=0.5)", "slerp(threshold=1)"
 
 
-def run_arms(catalogue, tasks, path, arms) -> tuple[Study, list, list, FakeEvaluator]:
+def run_arms(catalogue, tasks, path, arms) -> tuple[PreparedSearch, list, list, FakeEvaluator]:
     """Run the trials of some arms in this process; returns the trials, how each ended, and the evaluator."""
     evaluator = FakeEvaluator({})
     study, trials = grid(catalogue, tasks, path, arms=arms)
@@ -274,7 +274,7 @@ def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labe
     assert run_search(catalogue, tasks, config, tmp_path).num_trials_run == 0
     samples = prometheus_samples("ray_simmerge_search_trials_total")
     assert samples['outcome="measured"'] >= num_singles + by_kind[Measured]
-    merged, singles = found(second.study)
+    merged, singles = ranked_results(second.study)
     assert len(merged) == by_kind[Measured] and len(singles) == num_singles and merged[0].best
 
 

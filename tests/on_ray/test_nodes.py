@@ -30,7 +30,7 @@ from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.search.runner import TrialRunner
-from simmerge_ray.search.setup import grid_trials, prepare_study
+from simmerge_ray.search.setup import grid_trials, prepare_search
 from simmerge_ray.signals.compute import compute_signals
 from simmerge_ray.signals.table import read_signal_table
 from tests.conftest import free_port
@@ -160,7 +160,7 @@ def local_table(catalogue, probes: Path):
 
 
 def local_labels(catalogue, tasks: Path, store: Path) -> list:
-    study = prepare_study(catalogue, load_tasks(tasks), SearchConfig.model_validate(SEARCH), str(store))
+    study = prepare_search(catalogue, load_tasks(tasks), SearchConfig.model_validate(SEARCH), str(store))
     runner = TrialRunner(study, start_evaluator)
     for trial in grid_trials(study):
         runner.run(trial)

@@ -127,12 +127,12 @@ from simmerge_ray.on_ray.merge_search import start_evaluator
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.search.runner import TrialRunner
-from simmerge_ray.search.setup import grid_trials, prepare_study
+from simmerge_ray.search.setup import grid_trials, prepare_search
 from simmerge_ray.base.storage import as_place
 
 zoo, out, arms = as_place(sys.argv[1]), sys.argv[2], sys.argv[3:]
 config = SearchConfig(arms=arms, evaluator="transformers")
-study = prepare_study(load_catalogue(zoo / "catalogue.yaml"), load_tasks(zoo / "tasks"), config, out)
+study = prepare_search(load_catalogue(zoo / "catalogue.yaml"), load_tasks(zoo / "tasks"), config, out)
 runner = TrialRunner(study, start_evaluator)
 for trial in grid_trials(study):
     runner.run(trial)

@@ -244,7 +244,7 @@ def _prepared(source: _Source) -> Iterator[None]:
     """What lm_eval and the code of tasks expect while documents are loaded, put back afterwards.
 
     Documents may be shuffled by the global generators, which lm_eval seeds; bars and prints are not our output; data
-    files of local tasks are relative to where the study was started, which is not where a Ray worker runs.
+    files of local tasks are relative to where the search was started, which is not where a Ray worker runs.
     """
     states = random.getstate(), np.random.get_state()
     there = chdir(source.directory) if Path(source.directory).is_dir() else nullcontext()

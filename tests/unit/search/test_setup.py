@@ -14,12 +14,12 @@ from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.cli.app import main
-from simmerge_ray.search.estimate import engine_bytes, estimate
+from simmerge_ray.search.estimate import engine_bytes, estimate_search
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
 from simmerge_ray.search.runner import TrialRunner
-from simmerge_ray.search.setup import grid_trials, prepare_study
-from simmerge_ray.search.summary import found
+from simmerge_ray.search.setup import grid_trials, prepare_search
+from simmerge_ray.search.summary import ranked_results
 from tests import tiny
 
 CONFIG = SearchConfig(arms=("linear", "ties"), evaluator="transformers")
@@ -103,9 +103,9 @@ def test_the_command_line_says_what_a_search_takes(root, capfd, monkeypatch):
     assert caught.value.code == 2 and "--ways takes a number or a range" in capfd.readouterr().err
 
 
-def make_study(root: Path, **changes):
+def prepared(root: Path, **changes):
     catalogue, tasks = load_catalogue(root / "catalogue.yaml"), load_tasks(root / "tasks")
-    return prepare_study(catalogue, tasks, CONFIG.model_copy(update=changes), str(root / "labels"))
+    return prepare_search(catalogue, tasks, CONFIG.model_copy(update=changes), str(root / "labels"))
 
 
 class Constant:
@@ -125,32 +125,32 @@ class Constant:
 
 
 def test_checkpoints_that_no_longer_fit_are_infeasible_and_the_search_goes_on(root):
-    study = make_study(root)
-    trials = grid_trials(study)
+    search = prepared(root)
+    trials = grid_trials(search)
     tiny.write_tokenizer(root / "m1", tiny.CHARACTERS[::-1])  # a new upload under the old name, after the check
-    runner = TrialRunner(study, lambda study: Constant())
+    runner = TrialRunner(search, lambda search: Constant())
     ends = {trial.plan.label: runner.run(trial).infeasible for trial in trials}
     refused = {label for label, reason in ends.items() if reason}
     assert refused == {trial.plan.label for trial in trials if trial.plan.steps and "m1" in trial.plan.members}
     assert all("tokenizer" in reason for reason in ends.values() if reason)
-    assert sum(isinstance(label.outcome, Infeasible) for label in LabelStore(study.labels_uri).read()) == 2 * len(
+    assert sum(isinstance(label.outcome, Infeasible) for label in LabelStore(search.labels_uri).read()) == 2 * len(
         refused
     )
 
 
 def test_infeasible_merges_are_tried_again_on_demand(root):
-    study = make_study(root)
-    trial = next(trial for trial in grid_trials(study) if trial.plan.steps)
-    store = LabelStore(study.labels_uri)
-    store.append([study.label(trial.plan, task, Infeasible("out of memory"), 0.0) for task in trial.tasks])
-    assert trial not in grid_trials(study)
-    assert trial in grid_trials(make_study(root, retry_infeasible=True))
+    search = prepared(root)
+    trial = next(trial for trial in grid_trials(search) if trial.plan.steps)
+    store = LabelStore(search.labels_uri)
+    store.append([search.label(trial.plan, task, Infeasible("out of memory"), 0.0) for task in trial.tasks])
+    assert trial not in grid_trials(search)
+    assert trial in grid_trials(prepared(root, retry_infeasible=True))
 
 
 def test_shards_add_up_to_the_whole(root):
-    study = make_study(root)
-    trial = next(trial for trial in grid_trials(study) if trial.plan.steps)
-    runner = TrialRunner(study, lambda study: Constant())
+    search = prepared(root)
+    trial = next(trial for trial in grid_trials(search) if trial.plan.steps)
+    runner = TrialRunner(search, lambda search: Constant())
     whole = runner.run(trial).utilities
     from dataclasses import replace
 
@@ -158,22 +158,22 @@ def test_shards_add_up_to_the_whole(root):
     steps = [runner.step() for _ in range(3)]
     assert [step.finished for step in steps] == [False, False, True]
     assert steps[-1].utilities == whole and sum(step.num_new for step in steps) == sum(
-        study.tasks[task].num_items for task in trial.tasks
+        search.tasks[task].num_items for task in trial.tasks
     )
-    assert len(steps[0].items["add"]) < len(steps[1].items["add"]) < study.tasks["add"].num_items
+    assert len(steps[0].items["add"]) < len(steps[1].items["add"]) < search.tasks["add"].num_items
 
 
 def test_what_was_found_stands_in_the_order_of_the_objective(root):
-    study = make_study(root, budget=9, objectives=("add",))
-    trials = grid_trials(make_study(root))
-    store = LabelStore(study.labels_uri)
+    search = prepared(root, budget=9, objectives=("add",))
+    trials = grid_trials(prepared(root))
+    store = LabelStore(search.labels_uri)
     for number, trial in enumerate(trials):
         items = np.full(4, number / 10)
-        store.append([study.label(trial.plan, task, Measured(items), 1.0) for task in trial.tasks])
-    merges, singles = found(study)
+        store.append([search.label(trial.plan, task, Measured(items), 1.0) for task in trial.tasks])
+    merges, singles = ranked_results(search)
     assert [one.values[0] for one in merges] == sorted((one.values[0] for one in merges), reverse=True)
     assert merges[0].best and not any(one.best for one in merges[1:]) and len(singles) == 4
-    told = estimate(study, 10, engines=2)
+    told = estimate_search(search, 10, engines=2)
     assert told.seconds == pytest.approx(12 + 10 * 2.0 / 2) and told.engines == 2
     assert "about 22 s" in told.lines()[-1]
 
@@ -188,33 +188,33 @@ def test_engines_are_as_many_as_cores_gpus_or_memory_allow(root):
     from simmerge_ray.on_ray.merge_search import engines_that_fit
 
     size = engine_bytes(load_catalogue(root / "catalogue.yaml").base, "transformers", "float32")
-    assert engines_that_fit(make_study(root), {"CPU": 8.0, "memory": 5.5 * size}) == 5
-    assert engines_that_fit(make_study(root, concurrency=2), {"CPU": 8.0, "memory": 5.5 * size}) == 2
-    assert engines_that_fit(make_study(root, cpus_per_trial=3.0), {"CPU": 8.0, "memory": 5.5 * size}) == 2
+    assert engines_that_fit(prepared(root), {"CPU": 8.0, "memory": 5.5 * size}) == 5
+    assert engines_that_fit(prepared(root, concurrency=2), {"CPU": 8.0, "memory": 5.5 * size}) == 2
+    assert engines_that_fit(prepared(root, cpus_per_trial=3.0), {"CPU": 8.0, "memory": 5.5 * size}) == 2
     on_gpus = {"gpus_per_trial": 0.5, "tensor_parallel": 2, "cpus_per_trial": 1.0}
-    assert engines_that_fit(make_study(root, **on_gpus), {"CPU": 16.0, "GPU": 4.0, "memory": size}) == 4
-    assert engines_that_fit(make_study(root, **on_gpus), {"CPU": 16.0}) == 1  # waits for its node
+    assert engines_that_fit(prepared(root, **on_gpus), {"CPU": 16.0, "GPU": 4.0, "memory": size}) == 4
+    assert engines_that_fit(prepared(root, **on_gpus), {"CPU": 16.0}) == 1  # waits for its node
 
 
 def test_a_search_starts_as_many_engines_as_it_was_told_since_the_cluster_may_grow(root):
     from simmerge_ray.on_ray.merge_search import num_engines
 
     on_the_head = {"CPU": 0.0, "memory": 8e9}
-    assert num_engines(make_study(root, concurrency=3), on_the_head) == 3
-    assert num_engines(make_study(root), on_the_head) == 1  # which waits for its node
-    assert num_engines(make_study(root), {"CPU": 2.0, "memory": 64e9}) == 2
+    assert num_engines(prepared(root, concurrency=3), on_the_head) == 3
+    assert num_engines(prepared(root), on_the_head) == 1  # which waits for its node
+    assert num_engines(prepared(root), {"CPU": 2.0, "memory": 64e9}) == 2
 
 
 def test_an_engine_asks_for_its_memory_or_for_a_gpu_that_holds_it(root):
     from simmerge_ray.on_ray.merge_search import trial_resources
 
     size = engine_bytes(load_catalogue(root / "catalogue.yaml").base, "transformers", "float32")
-    assert trial_resources(make_study(root)).bundles == [{"CPU": 1.0, "memory": size}]
+    assert trial_resources(prepared(root)).bundles == [{"CPU": 1.0, "memory": size}]
     two_ranks = {"cpus_per_trial": 2.0, "tensor_parallel": 2}
-    assert trial_resources(make_study(root, **two_ranks)).bundles == [{"CPU": 4.0, "memory": size}]
+    assert trial_resources(prepared(root, **two_ranks)).bundles == [{"CPU": 4.0, "memory": size}]
     on_gpus = {"gpus_per_trial": 0.5, "tensor_parallel": 2}
-    assert trial_resources(make_study(root, **on_gpus), ["GPU"]).bundles == [{"CPU": 2.0, "GPU": 1.0}]
-    sized = trial_resources(make_study(root, **on_gpus), ["gpu_sizes"]).bundles
+    assert trial_resources(prepared(root, **on_gpus), ["GPU"]).bundles == [{"CPU": 2.0, "GPU": 1.0}]
+    sized = trial_resources(prepared(root, **on_gpus), ["gpu_sizes"]).bundles
     assert sized == [{"CPU": 2.0, "GPU": 1.0, "gpu_16gb": 1.0}]
-    over_nodes = trial_resources(make_study(root, executor="ray", **on_gpus), ["gpu_24gb"]).bundles
+    over_nodes = trial_resources(prepared(root, executor="ray", **on_gpus), ["gpu_24gb"]).bundles
     assert over_nodes == [{"CPU": 1}, *[{"GPU": 0.5, "gpu_16gb": 0.5}] * 2]
