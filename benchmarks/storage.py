@@ -68,16 +68,16 @@ def reading(local: Path, remote: Any, num_bytes: int) -> dict[str, float]:
 
 def away(proxy: Proxy, uri: str, for_s: float) -> dict[str, float]:
     """A store that goes away for so long, with a write and a read that begin then."""
-    from simmerge_ray.base.storage import read_bytes, write_once
+    from simmerge_ray.base.storage import read_bytes, write_atomically
 
-    write_once(f"{uri}/before", b"x")
+    write_atomically(f"{uri}/before", b"x")
     proxy.down()
     timer = threading.Timer(for_s, proxy.up)
     timer.start()
     reader: list[float] = []
     thread = threading.Thread(target=lambda: reader.append(seconds(lambda: read_bytes(f"{uri}/before"))))
     thread.start()
-    writer = seconds(lambda: write_once(f"{uri}/after", b"y"))
+    writer = seconds(lambda: write_atomically(f"{uri}/after", b"y"))
     thread.join()
     timer.join()
     assert read_bytes(f"{uri}/after") == b"y"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bandit.clusters import Cluster, Start, arguments_of, drawn_clusters, interval, load, starts_of
-from simmerge_ray.base.storage import digest_file, digest_json, write_json, write_once
+from simmerge_ray.base.storage import digest_file, digest_json, write_atomically, write_json
 from simmerge_ray.reports.figures import new_figure, save_figure
 from simmerge_ray.research.replay import (
     Always,
@@ -138,7 +138,7 @@ def replay_dataset(
             np.savez(
                 buffer, **{json.dumps([*key, policy]): v for key, of in played.items() for policy, v in of.items()}
             )
-            write_once(part, buffer.getvalue())
+            write_atomically(part, buffer.getvalue())
             say(f"{fold.name}: {len(played)} clusters played")
         with np.load(part) as arrays:
             for key in arrays.files:

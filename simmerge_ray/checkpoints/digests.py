@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from simmerge_ray.base.storage import digest_bytes, write_once
+from simmerge_ray.base.storage import digest_bytes, write_atomically
 from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest, checkpoint_fingerprint
 
 DEFAULT_CACHE = Path("~/.cache/simmerge_ray/checkpoints/digests")
@@ -73,6 +73,6 @@ def _read(file: Path) -> str | None:
 def _write(file: Path, ref: CheckpointRef, digest: str) -> None:
     entry = {"digest": digest, "path": str(ref.path), "adapter": str(ref.adapter) if ref.adapter else None}
     try:
-        write_once(file, (json.dumps(entry) + "\n").encode())
+        write_atomically(file, (json.dumps(entry) + "\n").encode())
     except OSError:
         return

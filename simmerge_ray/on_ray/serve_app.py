@@ -26,7 +26,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from simmerge_ray.base.config import ServeConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Place, as_place, digest_bytes, write_once
+from simmerge_ray.base.storage import Place, as_place, digest_bytes, write_atomically
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.service.http.access import Access, new_token, read_access
 from simmerge_ray.service.http.api import create_app
@@ -246,7 +246,7 @@ def _own_token(path: Path) -> tuple[Path, str]:
     if not path.exists():
         entry = [{"name": "owner", "role": "admin", "token": new_token()}]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_once(path, yaml.safe_dump(entry).encode())
+        write_atomically(path, yaml.safe_dump(entry).encode())
         path.chmod(0o600)
     try:
         return path, str(yaml.safe_load(path.read_text())[0]["token"])

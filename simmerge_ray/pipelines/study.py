@@ -14,7 +14,7 @@ from pathlib import Path
 
 from simmerge_ray.base.config import SearchConfig, TrainConfig, ZooStudyConfig
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Manifest, digest_json, write_once
+from simmerge_ray.base.storage import Manifest, digest_json, write_atomically
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.on_ray.tasks import run_tasks
@@ -81,7 +81,7 @@ def _probes(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart
     """Signals from fewer probes, and from those of another domain: what the final gain owes to them."""
     for variant, files in probe_variants(layout.probes()).items():
         for name, data in files.items():
-            write_once(layout.probes(variant) / name, data)
+            write_atomically(layout.probes(variant) / name, data)
         for part in parts:
             out = layout.signals(part.name, variant)
             signals_stage(layout.catalogue(part.name), layout.probes(variant), out, SIGNALS, narrator)

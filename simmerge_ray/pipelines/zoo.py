@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.progress import Report
-from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, write_once
+from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, write_atomically
 from simmerge_ray.checkpoints.catalogue import Catalogue, write_catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.on_ray.resources import ray_session
@@ -73,12 +73,12 @@ def write_questions(out: Path, num_items: int = NUM_ITEMS, num_probes: int = NUM
 
     for domain in DOMAINS:
         probes = [{"text": text} for text in probe_texts(domain, num_probes)]
-        write_once(out / "probes" / f"{domain}.jsonl", jsonl_bytes(probes))
+        write_atomically(out / "probes" / f"{domain}.jsonl", jsonl_bytes(probes))
         items = [
             {"prompt": item.prompt, "target": item.target, "max_new_tokens": MAX_NEW_TOKENS}
             for item in evaluation_items(domain, num_items)
         ]
-        write_once(out / "tasks" / f"{domain}.jsonl", jsonl_bytes(items))
+        write_atomically(out / "tasks" / f"{domain}.jsonl", jsonl_bytes(items))
 
 
 def _write_catalogue(directory: Path, base_id: str, recipes: Sequence[ExpertRecipe]) -> None:

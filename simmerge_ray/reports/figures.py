@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.storage import Place, write_once
+from simmerge_ray.base.storage import Place, write_atomically
 from simmerge_ray.signals.features import SIGNALS, Signal
 from simmerge_ray.signals.table import SignalTable
 
@@ -49,7 +49,7 @@ def save_figure(figure: Any, directory: Place, name: str) -> Place:
     """Write a figure as PNG; its path."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    write_once(directory / name, buffer.getvalue())
+    write_atomically(directory / name, buffer.getvalue())
     return directory / name
 
 

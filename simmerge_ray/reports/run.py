@@ -10,7 +10,7 @@ import numpy as np
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.runs import RunLayout
-from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_once
+from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_atomically
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.reports.figures import legend_below, new_figure, save_figure
 from simmerge_ray.search.labels import LabeledPlan, LabelStore, single_items
@@ -51,7 +51,7 @@ def write_report(layout: RunLayout[Any]) -> Place:
     if layout.signals.exists():
         parts += _signals_part(read_signal_table(layout.signals), catalogue, layout.report)
     parts += ["## Made with", "", ", ".join(f"{name} {version}" for name, version in versions().items()), ""]
-    write_once(layout.report / "report.md", "\n".join(parts).encode())
+    write_atomically(layout.report / "report.md", "\n".join(parts).encode())
     read = (layout.signals, layout.headroom, layout.crossval, layout.pick / "pick.json")
     inputs = {name_below(path, layout.root): digest_file(path) for path in read if path.exists()}
     Manifest("report", {}, inputs).write(layout.report / "report.json", time.monotonic() - started, {})

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.storage import Place, write_once
+from simmerge_ray.base.storage import Place, write_atomically
 from simmerge_ray.reports.figures import new_figure, save_figure
 
 Content = Mapping[str, Any]
@@ -51,7 +51,7 @@ def write_selector_report(assessment: Content, directory: Place) -> Place:
     if "reason" not in main:
         parts += [*_calibration(assessment, main, figures), *_importance(assessment, figures), *_ablations(assessment)]
     parts += _signals(assessment, figures)
-    write_once(directory / "report.md", "\n".join(parts).encode())
+    write_atomically(directory / "report.md", "\n".join(parts).encode())
     return directory / "report.md"
 
 

@@ -36,7 +36,7 @@ from simmerge_ray.base.storage import (
     list_leftovers,
     list_objects,
     read_bytes,
-    write_once,
+    write_atomically,
 )
 from simmerge_ray.plans.plan import MergePlan, plan_from_json
 from simmerge_ray.search.headroom import Context
@@ -253,7 +253,7 @@ class LabelStore:
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=_ARROW_SCHEMA), buffer)
-        write_once(f"{self.uri}/{name}", buffer.getvalue())
+        write_atomically(f"{self.uri}/{name}", buffer.getvalue())
 
     def _each_file(self, read: Callable[[str], Read]) -> dict[str, Read]:
         """What `read` makes of every file, by name; of all labels that were in the store when this began.

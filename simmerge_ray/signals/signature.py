@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import Place, as_place, digest_json, read_bytes, write_once
+from simmerge_ray.base.storage import Place, as_place, digest_json, read_bytes, write_atomically
 
 SCHEMA = 1
 NUM_GREEDY_TOKENS = 8  # of the base's continuation of a probe
@@ -119,7 +119,7 @@ class SignatureStore:
         from safetensors.numpy import save
 
         kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        write_once(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
+        write_atomically(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
 
     def read(self, kind: str, key: str) -> dict[str, Array]:
         """Arrays by name.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simmerge_ray.base.storage import RemotePath, as_place, read_json, write_once
+from simmerge_ray.base.storage import RemotePath, as_place, read_json, write_atomically
 from simmerge_ray.base.storage.stores import list_below, upload_file
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest
@@ -160,7 +160,7 @@ def dying_file(graph, file, out, num_threads):
     """Dies once, before its file is uploaded."""
     mark = out.parent / f"died.{file.shard.file}"
     if file.shard.file.startswith("model-00002") and not mark.exists():
-        write_once(mark, b"")
+        write_atomically(mark, b"")
         os.kill(os.getpid(), signal.SIGKILL)
     return make_file(graph, file, out, num_threads)
 

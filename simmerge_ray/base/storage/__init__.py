@@ -31,8 +31,8 @@ from simmerge_ray.base.storage.objects import (
     read_bytes,
     read_json,
     read_jsonl,
+    write_atomically,
     write_json,
-    write_once,
 )
 from simmerge_ray.base.storage.places import Place, RemotePath, as_place, list_places, name_below, place_in
 from simmerge_ray.base.storage.ranges import RangeReader, open_ranges, read_range
@@ -73,5 +73,5 @@ __all__ = [
     "upload_directory",
     "versions",
     "write_json",
-    "write_once",
+    "write_atomically",
 ]

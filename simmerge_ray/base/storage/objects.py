@@ -60,7 +60,7 @@ def digest_file(path: str | Place) -> str:
     return state.hexdigest()
 
 
-def write_once(uri: str | Place, data: bytes) -> None:
+def write_atomically(uri: str | Place, data: bytes) -> None:
     """Write `data` under `uri` so that a reader sees all of it or nothing; an existing object is replaced.
 
     Raises:
@@ -84,7 +84,7 @@ def write_once(uri: str | Place, data: bytes) -> None:
 
 def write_json(uri: str | Place, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
-    write_once(uri, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(uri, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_bytes(uri: str | Place) -> bytes:
@@ -151,7 +151,7 @@ def list_objects(uri: str | Place, suffix: str) -> list[str]:
 
 
 def list_leftovers(uri: str | Place, older_than_s: float = 60.0) -> list[str]:
-    """Full names of temporary files that a killed `write_once` left in a directory, sorted; other stores have none.
+    """Full names of temporary files that a killed `write_atomically` left in a directory, sorted; other stores have none.
 
     A younger one may belong to a writer that is at work.
     """

@@ -24,8 +24,8 @@ from simmerge_ray.base.storage import (
     remove_directory,
     scratch_directory,
     upload_directory,
+    write_atomically,
     write_json,
-    write_once,
 )
 from simmerge_ray.base.storage.stores import upload_file
 from simmerge_ray.checkpoints.references import checkpoint_fingerprint
@@ -120,7 +120,7 @@ def make_file(
         preallocate(scratch, Layout((file.shard,), file.placements))
         write_tensors(graph, scratch, file.placements, JOURNAL, progress, num_threads)
         upload_file(scratch / file.shard.file, out / file.shard.file)
-        write_once(out / f"{JOURNAL}.{Path(file.shard.file).stem}", (scratch / JOURNAL).read_bytes())
+        write_atomically(out / f"{JOURNAL}.{Path(file.shard.file).stem}", (scratch / JOURNAL).read_bytes())
         return read_journals(scratch)
 
 

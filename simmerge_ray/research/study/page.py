@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.base.storage import write_once
+from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.reports.figures import legend_below, new_figure, save_figure
 from simmerge_ray.reports.run import table_lines
 from simmerge_ray.research.study.headline import CLAIMED_GAIN, MARGIN
@@ -47,7 +47,7 @@ def write_results(found: Mapping[str, Any], directory: Path) -> Path:
         missing = isinstance(content, Mapping) and "reason" in content
         lines += [f"Not measured: {content['reason']}."] if missing else writers[name](content)
         lines += [""]
-    write_once(directory / "results.md", "\n".join(lines).encode())
+    write_atomically(directory / "results.md", "\n".join(lines).encode())
     return directory / "results.md"
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from simmerge_ray.base.errors import CheckpointError, OutputError, StorageError
-from simmerge_ray.base.storage import as_place, stores, write_once
+from simmerge_ray.base.storage import as_place, stores, write_atomically
 from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest, read_headers
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.model import load_model
@@ -44,7 +44,7 @@ def remote(resolved, catalogue_path, bucket):
     value["checkpoints"] = {name: name for name in value["checkpoints"]}
     value["base"]["path"] = "base"
     place = as_place(bucket) / "zoo" / "plan.json"
-    write_once(place, json.dumps(value).encode())
+    write_atomically(place, json.dumps(value).encode())
     return read_plan(place)[0]
 
 
@@ -110,7 +110,7 @@ def test_an_interrupted_merge_is_no_checkpoint_and_goes_on(resolved, remote, buc
 
 def test_a_target_of_others_is_refused_and_a_refused_merge_leaves_nothing(remote, bucket, monkeypatch):
     foreign = as_place(bucket) / "foreign"
-    write_once(foreign / "config.json", b"{}")
+    write_atomically(foreign / "config.json", b"{}")
     with pytest.raises(OutputError, match="is not a merge made by simmerge"):
         write_merge(remote, foreign)
     monkeypatch.setattr(to_store, "write_tensors", lambda *_: (_ for _ in ()).throw(CheckpointError("ends early")))

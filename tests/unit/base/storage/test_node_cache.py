@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from simmerge_ray.base.errors import ConfigError, StorageError
-from simmerge_ray.base.storage import as_place, open_ranges, ranges, stores, write_once
+from simmerge_ray.base.storage import as_place, open_ranges, ranges, stores, write_atomically
 from simmerge_ray.base.storage.node_cache import NodeCache, node_cache
 
 KB = 1000
@@ -157,7 +157,7 @@ def counted(monkeypatch):
 @pytest.fixture
 def large_object(bucket):
     data = np.random.default_rng(1).integers(0, 256, 20 * ranges.BLOCK_BYTES + 1234, dtype=np.uint8).tobytes()
-    write_once(f"{bucket}/weights", data)
+    write_atomically(f"{bucket}/weights", data)
     return as_place(f"{bucket}/weights"), data
 
 
@@ -202,7 +202,7 @@ def test_an_object_that_is_written_again_is_not_mixed_with_the_old_one(large_obj
     room = bytearray(10)
     reader = open_ranges(place)
     reader.read_into(0, memoryview(room), 10)
-    write_once(place, data[::-1])
+    write_atomically(place, data[::-1])
     with pytest.raises(StorageError, match="was changed while it was read"):
         reader.read_into(18 * ranges.BLOCK_BYTES, memoryview(room), 0)
     assert open_ranges(place).read_into(0, memoryview(room), 0) == 10 and room == data[::-1][:10]
