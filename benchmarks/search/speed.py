@@ -71,7 +71,7 @@ class Live:
     """A live engine under a `TrialRunner`; keeps what its evaluator is."""
 
     def __init__(self, study: Any) -> None:
-        from simmerge_ray.on_ray.merge_search import start_evaluator
+        from simmerge_ray.on_ray.engines import start_evaluator
         from simmerge_ray.search.runner import TrialRunner
 
         def start(study: Any) -> Any:

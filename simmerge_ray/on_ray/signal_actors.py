@@ -11,7 +11,8 @@ from simmerge_ray.base.progress import Report
 from simmerge_ray.capacity.placement import Needs, signal_worker_needs
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet
-from simmerge_ray.on_ray.resources import ActorPool, check_room, offered_resources, ray_session
+from simmerge_ray.on_ray.actor_pool import ActorPool
+from simmerge_ray.on_ray.resources import check_room, offered_resources, ray_session
 from simmerge_ray.search.estimate import PROCESS_BYTES
 from simmerge_ray.signals.bounds import bounds
 from simmerge_ray.signals.compute import compute_signals, tokenize_probes
@@ -74,21 +75,16 @@ def compute_signals_on_ray(
     store: SignatureStore | None = None,
 ) -> SignalTable:
     """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit."""
-    tokenize_probes(catalogue, probe_sets, signature_spec(config))  # a probe that does not fit, before Ray is started
-    held = bounds(catalogue, signature_spec(config), [1] * len(probe_sets), config.memory_per_worker).worker
+    spec = SignatureSpec.of(config)
+    tokenize_probes(catalogue, probe_sets, spec)  # a probe that does not fit, before Ray is started
+    held = bounds(catalogue, spec, [1] * len(probe_sets), config.memory_per_worker).worker
     worker_bytes = held + (0 if config.gpus_per_worker else PROCESS_BYTES["transformers"])
     with (
         ray_session(),
         ray_executor(catalogue, config.num_workers, config.gpus_per_worker, report, worker_bytes) as executor,
     ):
         return compute_signals(
-            catalogue,
-            probe_sets,
-            signature_spec(config),
-            config.weights,
-            store,
-            executor,
-            memory_per_worker=config.memory_per_worker,
+            catalogue, probe_sets, spec, config.weights, store, executor, memory_per_worker=config.memory_per_worker
         )
 
 
@@ -98,8 +94,3 @@ def spread_options(needs: Needs) -> dict[str, Any]:
     options: dict[str, Any] = {named[kind]: amount for kind, amount in needs.items() if kind in named}
     custom = {kind: amount for kind, amount in needs.items() if kind not in named}
     return options | {"resources": custom, "scheduling_strategy": "SPREAD"}
-
-
-def signature_spec(config: SignalsConfig) -> SignatureSpec:
-    """What a signature keeps under a config."""
-    return SignatureSpec(**{name: getattr(config, name) for name in SignatureSpec.__match_args__})

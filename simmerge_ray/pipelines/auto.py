@@ -80,7 +80,8 @@ def check_auto(
 
 def dry_run_lines(study: PreparedSearch, ranking: Ranking, own_task: Mapping[str, str | None], out: Path) -> list[str]:
     """What would be measured, and what it would take."""
-    from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
+    from simmerge_ray.capacity.engines import engines_that_fit
+    from simmerge_ray.search.proposers import make_proposer
 
     total = make_proposer(study, plans_to_measure(ranking, study.catalogue)).total
     found = estimate_search(study, total, engines_that_fit(study, local_resources()))
@@ -152,7 +153,7 @@ def auto_stage(
         with search_bar(narrator) as report:
             result = run_search(on_same_tasks(catalogue), tasks, config, (out / LABELS).resolve(), plans, report)
         stage.result = f"{result.num_trials_run} of {len(plans)} measured now, by {config.evaluator} -> {out / LABELS}"
-    lines = _lines(result.study, plans, {one.plan.id: one for one in ranking.plans})
+    lines = _lines(result.search, plans, {one.plan.id: one for one in ranking.plans})
     measured = [one.measured for one in lines if one.measured is not None]
     if not measured:
         raise LabelError(f"nothing could be measured: {lines[0].reason}; --retry-infeasible tries again")

@@ -97,7 +97,7 @@ def search_stage(
             narrator.say(f"           infeasible: {name}: {reason}")
         if config.budget is None:
             write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], found_dir / "headroom.json")
-        _write_found(result.study, found_dir, narrator)
+        _write_found(result.search, found_dir, narrator)
         results = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
         left = ""
         if result.num_left:
@@ -194,7 +194,8 @@ def plan_search(
         problems.append(str(error))
     if catalogue is None or tasks is None:
         raise ConfigError("\n".join(problems))
-    from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
+    from simmerge_ray.capacity.engines import engines_that_fit
+    from simmerge_ray.search.proposers import make_proposer
 
     study = prepare_search(catalogue, tasks, config, str(labels.resolve()))
     return study, estimate_search(study, make_proposer(study).total, engines_that_fit(study, local_resources()))

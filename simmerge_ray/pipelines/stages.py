@@ -24,7 +24,7 @@ from simmerge_ray.search.setup import PreparedSearch
 from simmerge_ray.signals.bounds import bounds
 from simmerge_ray.signals.compute import tokenize_probes
 from simmerge_ray.signals.features import FEATURE_SCHEMA
-from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def signals_stage(
         if manifest.is_current(out.with_suffix(".json")) and out.exists():
             stage.result = UNCHANGED
             return read_signal_table(out)
-        from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, signature_spec
+        from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray
 
         started = time.monotonic()
         store = SignatureStore(signatures or str(out.parent / "signatures"))
         num_batches = [-(-len(one.probes) // config.batch_size) for one in probe_sets.values()]
-        for line in bounds(catalogue, signature_spec(config), num_batches, config.memory_per_worker).lines():
+        for line in bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker).lines():
             narrator.say(f"[dim]{line}[/dim]")
         with narrator.bar("units of work") as report:
             table = compute_signals_on_ray(catalogue, probe_sets, config, report, store)
@@ -243,7 +243,6 @@ def check_dataset_config(config: DatasetConfig) -> tuple[PreparedSearch, SearchE
     Raises:
         ConfigError: with the problems of all inputs, before anything is computed.
     """
-    from simmerge_ray.on_ray.signal_actors import signature_spec
 
     problems: dict[str, None] = {}
     planned = None
@@ -253,7 +252,7 @@ def check_dataset_config(config: DatasetConfig) -> tuple[PreparedSearch, SearchE
         problems[str(error)] = None
     try:
         probe_sets = _probe_sets(config.probes)
-        tokenize_probes(load_catalogue(config.catalogue), probe_sets, signature_spec(config.signals))
+        tokenize_probes(load_catalogue(config.catalogue), probe_sets, SignatureSpec.of(config.signals))
     except InputError as error:
         if str(error) not in "".join(problems):  # the catalogue's problems, a second time
             problems[str(error)] = None

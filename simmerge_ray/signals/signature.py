@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import Place, as_place, digest_json, read_bytes, write_atomically
 
@@ -40,6 +41,11 @@ class SignatureSpec:
     num_positions: int = 64
     num_attention_positions: int = 16
     num_coordinates: int = 10_000
+
+    @staticmethod
+    def of(config: SignalsConfig) -> SignatureSpec:
+        """What a config says of it."""
+        return SignatureSpec(**{name: getattr(config, name) for name in SignatureSpec.__match_args__})
 
 
 @dataclass(frozen=True)

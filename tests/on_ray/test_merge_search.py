@@ -13,7 +13,8 @@ import torch
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import EngineError, InputError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.on_ray.merge_search import run_search, start_evaluator
+from simmerge_ray.on_ray.engines import start_evaluator
+from simmerge_ray.on_ray.merge_search import run_search
 from simmerge_ray.plans.plan import resolve_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
@@ -274,7 +275,7 @@ def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labe
     assert run_search(catalogue, tasks, config, tmp_path).num_trials_run == 0
     samples = prometheus_samples("ray_simmerge_search_trials_total")
     assert samples['outcome="measured"'] >= num_singles + by_kind[Measured]
-    merged, singles = ranked_results(second.study)
+    merged, singles = ranked_results(second.search)
     assert len(merged) == by_kind[Measured] and len(singles) == num_singles and merged[0].best
 
 

@@ -123,7 +123,7 @@ SEARCHING = """
 import sys
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.base.config import SearchConfig
-from simmerge_ray.on_ray.merge_search import start_evaluator
+from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.search.runner import TrialRunner

@@ -185,7 +185,7 @@ def test_an_engine_takes_its_weights_twice_and_what_it_holds_besides(catalogue):
 
 
 def test_engines_are_as_many_as_cores_gpus_or_memory_allow(root):
-    from simmerge_ray.on_ray.merge_search import engines_that_fit
+    from simmerge_ray.capacity.engines import engines_that_fit
 
     size = engine_bytes(load_catalogue(root / "catalogue.yaml").base, "transformers", "float32")
     assert engines_that_fit(prepared(root), {"CPU": 8.0, "memory": 5.5 * size}) == 5
@@ -197,7 +197,7 @@ def test_engines_are_as_many_as_cores_gpus_or_memory_allow(root):
 
 
 def test_a_search_starts_as_many_engines_as_it_was_told_since_the_cluster_may_grow(root):
-    from simmerge_ray.on_ray.merge_search import num_engines
+    from simmerge_ray.capacity.engines import num_engines
 
     on_the_head = {"CPU": 0.0, "memory": 8e9}
     assert num_engines(prepared(root, concurrency=3), on_the_head) == 3
