@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python jobs/study.py --out /shared/study
 
 What is there is not computed again, so an interrupted study goes on with the same command. `--config` names a YAML
-file with other sizes (see `simmerge_ray.base.config.ZooStudyConfig`), `--stage` runs some stages only. OUT is a
+file with other sizes (see `simmerge_ray.base.config.StudyConfig`), `--stage` runs some stages only. OUT is a
 directory that every node sees: trained checkpoints lie in it. The last line is JSON that says what happened
 (`simmerge_ray.pipelines.jobs`).
 """
@@ -30,11 +30,11 @@ def main() -> int:
 
     def work() -> dict[str, Any]:
         out = local_output(arguments.out)
-        from simmerge_ray.base.config import ZooStudyConfig, load_yaml
+        from simmerge_ray.base.config import StudyConfig, load_yaml
         from simmerge_ray.base.errors import ConfigError, unknown_name
         from simmerge_ray.base.progress import narrated
 
-        config = load_yaml(arguments.config, ZooStudyConfig) if arguments.config else ZooStudyConfig()
+        config = load_yaml(arguments.config, StudyConfig) if arguments.config else StudyConfig()
         from simmerge_ray.pipelines.study import STAGES, run_study
 
         for stage in arguments.stage or ():

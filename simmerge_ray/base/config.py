@@ -134,7 +134,7 @@ class DatasetConfig(_Config):
     search: SearchConfig = SearchConfig()
 
 
-class ZooStudyConfig(_Config):
+class StudyConfig(_Config):
     """The study that says whether selection works: a zoo of its own, trained and labelled. `jobs/study.py` runs it."""
 
     num_bases: int = Field(12, ge=1, description="bases of different seeds")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from simmerge_ray.base.config import SearchConfig, TrainConfig, ZooStudyConfig
+from simmerge_ray.base.config import SearchConfig, TrainConfig, StudyConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, digest_json, write_atomically
 from simmerge_ray.checkpoints.catalogue import load_catalogue
@@ -42,7 +42,7 @@ FULL_PLANS = 4  # of every subset of the fully labelled catalogue
 FIRST_SEED = 1  # seed 0 is the demo's, which was looked at while the selector was built
 
 
-def study_parts(config: ZooStudyConfig) -> list[ZooPart]:
+def study_parts(config: StudyConfig) -> list[ZooPart]:
     """The catalogues of a study: one for each base, the large one last."""
     seeds = range(FIRST_SEED, FIRST_SEED + config.num_bases)
     parts = [zoo_part(seed, config.num_per_domain, step_share=config.step_share) for seed in seeds]
@@ -51,7 +51,7 @@ def study_parts(config: ZooStudyConfig) -> list[ZooPart]:
     return parts
 
 
-def run_study(root: Path, config: ZooStudyConfig, narrator: Narrator, stages: Sequence[str] = STAGES) -> None:
+def run_study(root: Path, config: StudyConfig, narrator: Narrator, stages: Sequence[str] = STAGES) -> None:
     """Run stages of a study in `root`; what is current is not computed again.
 
     Raises:
@@ -64,7 +64,7 @@ def run_study(root: Path, config: ZooStudyConfig, narrator: Narrator, stages: Se
             _RUN[stage](layout, config, parts, narrator)
 
 
-def _zoo(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+def _zoo(layout: StudyLayout, config: StudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
     with narrator.stage("zoo") as stage, narrator.status_bar("checkpoints trained") as report:
         write_questions(layout.zoo, config.num_items, config.num_probes)
         num_trained = make_zoo_parts(layout.zoo, parts, lambda done, total: report(done, total, ""))
@@ -72,12 +72,12 @@ def _zoo(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], 
         stage.result = f"{num_trained} checkpoints trained, {num_all} in all -> {layout.zoo}"
 
 
-def _signals(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+def _signals(layout: StudyLayout, config: StudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
     for part in parts:
         signals_stage(layout.catalogue(part.name), layout.probes(), layout.signals(part.name), SIGNALS, narrator)
 
 
-def _probes(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+def _probes(layout: StudyLayout, config: StudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
     """Signals from fewer probes, and from those of another domain: what the final gain owes to them."""
     for variant, files in probe_variants(layout.probes()).items():
         for name, data in files.items():
@@ -96,19 +96,19 @@ def probe_variants(probes: Path) -> dict[str, dict[str, bytes]]:
     return found | {WRONG_DOMAIN: {name: b"".join(lines[following[name]]) for name in names}}
 
 
-def _pairs(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+def _pairs(layout: StudyLayout, config: StudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
     for part in parts:
         catalogue = load_catalogue(layout.catalogue(part.name))
         singles = [MergePlan(source=ref.id) for ref in catalogue.all_refs]
         _label("pairs", layout, config, part, [*singles, *labelled_pairs(catalogue)], narrator)
 
 
-def _plans(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+def _plans(layout: StudyLayout, config: StudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
     for number, part in enumerate(parts):
         _label("plans", layout, config, part, list(_longer_plans(layout, config, part, number == 0)), narrator)
 
 
-def _longer_plans(layout: StudyLayout, config: ZooStudyConfig, part: ZooPart, with_full: bool) -> Iterator[MergePlan]:
+def _longer_plans(layout: StudyLayout, config: StudyConfig, part: ZooPart, with_full: bool) -> Iterator[MergePlan]:
     catalogue = load_catalogue(layout.catalogue(part.name))
     utilities = unmerged(LabelStore(layout.labels(part.name)).read())
     seed = part.base.seed
@@ -121,7 +121,7 @@ def _longer_plans(layout: StudyLayout, config: ZooStudyConfig, part: ZooPart, wi
         yield from every_subset(members, FULL_PLANS, seed)
 
 
-def _exact(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+def _exact(layout: StudyLayout, config: StudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
     """Exact features of a sample of three-way plans, a file for each small base; a task for each, one CPU."""
     wanted = [part.name for part in parts if part.name[0] == "s" and not layout.exact(part.name).exists()]
     with narrator.stage("exact") as stage, narrator.bar("bases") as report:
@@ -136,7 +136,7 @@ def _exact_features(root: Path, name: str) -> int:
     return write_exact(load_part(layout, name), layout.probes(), layout.exact(name))
 
 
-def _analysis(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
+def _analysis(layout: StudyLayout, config: StudyConfig, parts: Sequence[ZooPart], narrator: Narrator) -> None:
     """What is published: labels and signals, selectors trained on them with their reports, and the results."""
     data = StudyData.load(layout, TrainConfig())
     export_dataset(data.small, layout.results)
@@ -152,7 +152,7 @@ def _analysis(layout: StudyLayout, config: ZooStudyConfig, parts: Sequence[ZooPa
 def _label(
     what: str,
     layout: StudyLayout,
-    config: ZooStudyConfig,
+    config: StudyConfig,
     part: ZooPart,
     plans: Sequence[MergePlan],
     narrator: Narrator,
@@ -183,7 +183,7 @@ def _label(
         )
 
 
-_RUN: Mapping[str, Callable[[StudyLayout, ZooStudyConfig, Sequence[ZooPart], Narrator], None]] = {
+_RUN: Mapping[str, Callable[[StudyLayout, StudyConfig, Sequence[ZooPart], Narrator], None]] = {
     "zoo": _zoo,
     "signals": _signals,
     "pairs": _pairs,

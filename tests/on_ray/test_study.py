@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from simmerge_ray.base.config import ZooStudyConfig
+from simmerge_ray.base.config import StudyConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.pipelines.study import NUM_PROBES_TRIED, WRONG_DOMAIN, probe_variants, run_study
@@ -18,7 +18,7 @@ from simmerge_ray.signals.table import read_signal_table
 
 # Without `probes`, which is `signals` three times more.
 STAGES = ("zoo", "signals", "pairs", "plans", "exact", "analysis")
-TINY = ZooStudyConfig(
+TINY = StudyConfig(
     num_bases=1,
     num_per_domain=1,
     num_large_per_domain=0,
