@@ -3,7 +3,7 @@
     python jobs/replay_bandit.py /shared/dataset --out /shared/replay
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- python jobs/replay_bandit.py /shared/dataset --out /shared/replay
 
-The benchmark `benchmarks.bandit.replay` as a job: minutes on one core, no actors. A domain that was played is not played
+`simmerge_ray.research.bandit.regret` as a job: minutes on one core, no actors. A domain that was played is not played
 again. OUT gets `bandit-replay.json` and `.png`. The last line is JSON that says what happened (`simmerge_ray.pipelines.jobs`).
 """  # noqa: E501
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 
@@ -31,9 +30,8 @@ def main() -> int:
 
     def work() -> dict[str, Any]:
         out = local_output(arguments.out)
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are not installed
-        from benchmarks.bandit.replay import markdown, replay_dataset
         from simmerge_ray.base.storage import as_place
+        from simmerge_ray.research.bandit.regret import markdown, replay_dataset
 
         rows = replay_dataset(
             as_place(arguments.dataset), out, "bandit-replay", arguments.arm, arguments.orders, arguments.rounds

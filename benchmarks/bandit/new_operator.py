@@ -16,8 +16,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.bandit.clusters import Start, arguments_of, drawn_clusters, interval, load, starts
-from simmerge_ray.research.replay import Bandit, Rounds, obtained, replay
+from benchmarks.bandit.arguments import arguments_of
+from simmerge_ray.research.bandit.clusters import Start, drawn_clusters, interval, load, starts
+from simmerge_ray.research.bandit.replay import Bandit, Rounds, obtained, replay
 from simmerge_ray.service.bandit.policy import NeuralLinearTS
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.bandit.warm_start import sibling_prior

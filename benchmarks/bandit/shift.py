@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bandit.clusters import (
+from benchmarks.bandit.arguments import arguments_of
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.reports.figures import new_figure, save_figure
+from simmerge_ray.research.bandit.clusters import (
     Cluster,
     Knowledge,
-    arguments_of,
     best_fixed,
     drawn_clusters,
     gaps_of,
@@ -31,9 +33,7 @@ from benchmarks.bandit.clusters import (
     load,
     repeated,
 )
-from simmerge_ray.base.config import TrainConfig
-from simmerge_ray.reports.figures import new_figure, save_figure
-from simmerge_ray.research.replay import (
+from simmerge_ray.research.bandit.replay import (
     Bandit,
     Rounds,
     expected_uniform,

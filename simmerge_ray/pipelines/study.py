@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from simmerge_ray.base.config import SearchConfig, TrainConfig, StudyConfig
+from simmerge_ray.base.config import SearchConfig, StudyConfig, TrainConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, digest_json, write_atomically
 from simmerge_ray.checkpoints.catalogue import load_catalogue

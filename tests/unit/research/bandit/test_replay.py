@@ -5,7 +5,7 @@ import pytest
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import BanditError
-from simmerge_ray.research.replay import (
+from simmerge_ray.research.bandit.replay import (
     Always,
     Bandit,
     Highest,

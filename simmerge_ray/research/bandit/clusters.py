@@ -7,7 +7,6 @@ about. A cluster is a base with an unseen domain; intervals resample bases, and 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
-from simmerge_ray.research.replay import Rounds, rounds_of
+from simmerge_ray.research.bandit.replay import Rounds, rounds_of
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.evaluation import Scoring
 from simmerge_ray.selector.data.files import LoadedDataset, find_dataset, read_dataset
@@ -177,13 +176,3 @@ def interval(weights: np.ndarray, values: np.ndarray, divisor: np.ndarray | None
         return np.full((2, *values.shape[1:]), np.nan)
     result: np.ndarray = np.nanquantile(ratio, [0.025, 0.975], axis=0)
     return result
-
-
-def arguments_of(text: str | None, orders: int, rounds: int) -> argparse.ArgumentParser:
-    """What all of these scripts take."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", type=Path, help="a finished demo, or a data set as `simmerge train` takes it")
-    parser.add_argument("--arm", action="append", help="an arm to choose from, may be repeated; all that are common")
-    parser.add_argument("--orders", type=int, default=orders)
-    parser.add_argument("--rounds", type=int, default=rounds)
-    return parser

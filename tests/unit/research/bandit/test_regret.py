@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks.bandit import new_operator, shift
-from benchmarks.bandit.clusters import drawn_clusters, interval, learned, load, repeated, starts
-from benchmarks.bandit.replay import POLICIES, draw, play, table
 from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.research.bandit.clusters import drawn_clusters, interval, learned, load, repeated, starts
+from simmerge_ray.research.bandit.regret import POLICIES, draw, play, table
 from simmerge_ray.search.headroom import Context
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from tests.unit.selector.made_up import ARMS, COLUMNS, write_study

@@ -1,0 +1,1 @@
+"""Replays of the bandit on labels that are there."""
