@@ -22,7 +22,7 @@ def main() -> None:
 
     from simmerge_ray.base.config import TrainConfig
     from simmerge_ray.base.runs import RunLayout
-    from simmerge_ray.research.study.power import estimate_spread, pilot_gains, simulate
+    from simmerge_ray.research.study.power import estimate_spread, pilot_gains, simulate_power
     from simmerge_ray.search.labels import LabelStore
     from simmerge_ray.selector.data.dataset import build_dataset
     from simmerge_ray.signals.table import read_signal_table
@@ -38,7 +38,7 @@ def main() -> None:
     for gain in GAINS:
         for num_bases, num_experts in SIZES:
             for base_sd in BASE_SDS:
-                found = simulate(spreads["mlp"], num_bases, num_experts, gain, base_sd, arguments.studies)
+                found = simulate_power(spreads["mlp"], num_bases, num_experts, gain, base_sd, arguments.studies)
                 print(
                     f"| {gain:g} | {num_bases} | {num_experts} | {base_sd:g} | {found.power:.2f} | "
                     f"{found.half_width:.1f} | {1.96 * found.error:.1f} |",

@@ -26,7 +26,7 @@ from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.study.analysis import ALL_ARMS, ARMS
 from simmerge_ray.research.study.exact_sample import write_exact
 from simmerge_ray.research.study.layout import StudyLayout, load_part
-from simmerge_ray.research.study.longer import unmerged
+from simmerge_ray.research.study.longer import unmerged_utilities
 from simmerge_ray.research.study.merges import draw_subsets, every_subset, labelled_pairs, plans_of
 from simmerge_ray.research.study.page import write_results
 from simmerge_ray.research.study.publish import export_dataset
@@ -110,7 +110,7 @@ def _plans(layout: StudyLayout, config: StudyConfig, parts: Sequence[ZooPart], n
 
 def _longer_plans(layout: StudyLayout, config: StudyConfig, part: ZooPart, with_full: bool) -> Iterator[MergePlan]:
     catalogue = load_catalogue(layout.catalogue(part.name))
-    utilities = unmerged(LabelStore(layout.labels(part.name)).read())
+    utilities = unmerged_utilities(LabelStore(layout.labels(part.name)).read())
     seed = part.base.seed
     for size, num in sorted(config.num_subsets.items()):
         for subset in draw_subsets(catalogue, size, num, seed):

@@ -225,7 +225,7 @@ def test_the_dashboard_shows_our_metrics_by_the_names_that_ray_exports():
         for name in re.findall(r"ray_simmerge_\w+", target["expr"])
     }
     exported = set()
-    for place in ("simmerge_ray/on_ray/serve_app.py", "simmerge_ray/on_ray/merge_search.py"):
+    for place in ("simmerge_ray/on_ray/serve_app.py", "simmerge_ray/on_ray/tune_adapters.py"):
         source = (ROOT / place).read_text()
         for kind, name in re.findall(r"(Counter|Gauge|Histogram)\(\s*\"(simmerge_\w+)\"", source):
             if kind == "Histogram":

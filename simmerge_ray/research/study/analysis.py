@@ -10,10 +10,10 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.research.study.budget import Costs, break_even, curves, pair_pools
+from simmerge_ray.research.study.budget import StudyCosts, break_even, candidate_arms, curves
 from simmerge_ray.research.study.later_arm import later_arm
 from simmerge_ray.research.study.layout import LoadedPart, StudyLayout
-from simmerge_ray.research.study.longer import unmerged
+from simmerge_ray.research.study.longer import unmerged_utilities
 from simmerge_ray.research.study.merges import CONTROL_ARM, LATER_ARM, REFERENCE_ARMS
 from simmerge_ray.research.study.subset_choice import compare_subsets, labelled_choices, relative_prediction
 from simmerge_ray.research.study.transfer import transfer
@@ -76,7 +76,7 @@ def subset_choice(part: LoadedPart, members: Sequence[str], others: SelectionDat
     model = models_without_base(others.restricted(columns), elsewhere, [base], config)[base]
     choices = labelled_choices(part.labels, part.catalogue, members, model.arms)
     pool = task_pool("mean", (), part.table.tasks, part.table.checkpoint_ids, part.catalogue.own_task)
-    utilities = unmerged(part.labels)
+    utilities = unmerged_utilities(part.labels)
     ranked = PlanScorer(part.table, propagator, model).score([choice.plan for choice in choices], pool)
     predicted = {
         choice.plan.id: relative_prediction(row.by_task, utilities, part.catalogue)
@@ -91,13 +91,13 @@ def bought(
     """What evaluations buy on pairs, and the number of merges after which labels have paid."""
     folds = base_folds(pairs_of(dataset.contexts), base_of)
     predicted = predict_unseen(dataset, config, folds=folds).utility
-    rows = curves(pair_pools(dataset, predicted, dict(base_of)), range(1, len(dataset.arms) + 1))
+    rows = curves(candidate_arms(dataset, predicted, dict(base_of)), range(1, len(dataset.arms) + 1))
     merged = [label for part in parts for label in part.labels if len(label.plan.steps) == 1]
     seconds = _seconds_by_plan(merged)
     # Labels that train a selector: all of them. Signals serve every pair of a catalogue, each is charged its part.
     pairs = {tuple(sorted(label.plan.members)) for label in merged}
     signals = sum(part.signal_seconds for part in parts) / len(pairs)
-    costs = Costs(float(np.mean(list(seconds.values()))), signals, sum(seconds.values()))
+    costs = StudyCosts(float(np.mean(list(seconds.values()))), signals, sum(seconds.values()))
     return {"rows": rows, "costs": vars(costs), "break_even": break_even(rows, costs)}
 
 

@@ -24,10 +24,10 @@ from simmerge_ray.research.study.analysis import (
     to_larger_base,
     with_probes,
 )
-from simmerge_ray.research.study.exact_sample import RecordedExact, sampled
+from simmerge_ray.research.study.exact_sample import RecordedExact, sampled_part
 from simmerge_ray.research.study.headline import primary_test
 from simmerge_ray.research.study.layout import LoadedPart, StudyLayout, load_part
-from simmerge_ray.research.study.longer import measured_merges, unmerged
+from simmerge_ray.research.study.longer import measured_merges, unmerged_utilities
 from simmerge_ray.research.study.subset_choice import labelled_choices
 from simmerge_ray.research.study.unseen_base import longer_plans
 from simmerge_ray.selector.data.dataset import SelectionDataset
@@ -95,7 +95,7 @@ def _counts(data: StudyData) -> dict[str, Any]:
                 "merges": {str(size): sizes.count(size) for size in sorted(set(sizes))},
                 "labels": len(part.labels),
                 "seconds": sum(label.seconds for label in part.labels),
-                "utilities": unmerged(part.labels),
+                "utilities": unmerged_utilities(part.labels),
             }
         )
     return {"rows": rows}
@@ -137,7 +137,7 @@ def _exact(data: StudyData) -> dict[str, Any]:
         **propagators(),
         "exact": lambda part: RecordedExact(part.table, data.layout.exact(part.name)),
     }
-    parts = [sampled(part) for part in known]
+    parts = [sampled_part(part) for part in known]
     return longer_plans(parts, data.dataset, bases_of(data.small), data.config, made)
 
 
