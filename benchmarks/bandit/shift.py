@@ -25,12 +25,12 @@ from simmerge_ray.reports.figures import new_figure, save_figure
 from simmerge_ray.research.bandit.clusters import (
     Cluster,
     Knowledge,
-    best_fixed,
+    best_fixed_column,
     drawn_clusters,
     gaps_of,
     interval,
     learned,
-    load,
+    load_with_later_arms,
     repeated,
 )
 from simmerge_ray.research.bandit.replay import (
@@ -149,7 +149,7 @@ def play(stream: Stream, num: int, config: TrainConfig = CONFIG) -> dict[str, np
     start = learned(stream.known, config)
     found: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
     for first_half in (True, False):
-        rounds, fixed = stream.rounds(start, first_half), best_fixed(stream.known)
+        rounds, fixed = stream.rounds(start, first_half), best_fixed_column(stream.known)
         found["uniform"].append(regret(expected_uniform(rounds), rounds))
         found["best fixed"].append(regret(rounds.truth[:, fixed], rounds))
         for explore, retrained in LEARNERS:
@@ -218,7 +218,7 @@ def main() -> None:
     parser = arguments_of(__doc__, orders=1, rounds=120)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    loaded = load(arguments.dataset, arguments.arm)
+    loaded = load_with_later_arms(arguments.dataset, arguments.arm)
     dataset, base_of, streams = loaded.dataset, loaded.base_of, []
     bases = [base_of[context.left] for context in dataset.contexts]
     for online in halves_of(bases):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from simmerge_ray.on_ray.tasks import result_of
+from simmerge_ray.on_ray.tasks import get_result
 
 
 class ActorPool:
@@ -77,7 +77,7 @@ class ActorPool:
             call = calls.in_flight.pop(ended[0], None)
             number = starting.pop(ended[0]) if call is None else call.actor
             try:
-                result = result_of(ended[0])
+                result = get_result(ended[0])
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                 index = -1 if call is None else call.index
                 losses[index] += not getattr(error, "preempted", False)

@@ -24,7 +24,7 @@ from simmerge_ray.capacity.engines import max_seconds, num_engines, rank_needs
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.on_ray.resources import check_room, offered_resources, ray_session
-from simmerge_ray.on_ray.tune_adapters import NO_UTILITY, EarlyStopping, Limits, Proposals, trial_result
+from simmerge_ray.on_ray.tune_adapters import NO_UTILITY, EarlyStopping, Proposals, SearchLimits, trial_result
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation import EvaluationTask
 from simmerge_ray.search.labels import Infeasible, LabelStore
@@ -138,7 +138,7 @@ def _run_trials(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files a trial that nothing reads,
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # and complaints without them
-    limits = Limits(max_seconds(config, concurrency))
+    limits = SearchLimits(max_seconds(config, concurrency))
     proposals = Proposals(search, proposer, limits, report)
     scheduler = None
     if config.num_shards > 1:

@@ -51,7 +51,7 @@ def run_tasks(
             for task in ended:
                 arguments = running.pop(task)
                 try:
-                    result = result_of(task)
+                    result = get_result(task)
                 except Exception as error:
                     if on_error is None:
                         raise
@@ -70,12 +70,12 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Iterator[Cal
 
     task = ray.remote(function).options(num_cpus=1).remote(*arguments)
     try:
-        yield lambda: result_of(task)
+        yield lambda: get_result(task)
     finally:
         ray.cancel(task, force=True)  # nothing, if it has ended
 
 
-def result_of(task: Any) -> Any:
+def get_result(task: Any) -> Any:
     """Wait for a task or call of an actor; an exception of its own is raised as its type, without Ray's wrapping."""
     import ray
 

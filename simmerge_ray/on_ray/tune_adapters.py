@@ -47,7 +47,7 @@ class _Metrics:
             self._best.set(status.best[1])
 
 
-class Limits(tune.Stopper):
+class SearchLimits(tune.Stopper):
     """Ends the whole search: at the first trial that says that no other can succeed, or when its time is over."""
 
     def __init__(self, max_seconds: float | None) -> None:
@@ -73,7 +73,11 @@ class Proposals(Searcher):
     """
 
     def __init__(
-        self, search: PreparedSearch, proposer: Proposer, limits: Limits, report: Callable[[SearchStatus], None] | None
+        self,
+        search: PreparedSearch,
+        proposer: Proposer,
+        limits: SearchLimits,
+        report: Callable[[SearchStatus], None] | None,
     ) -> None:
         super().__init__(metric="utility", mode="max")
         self._search, self._proposer, self._limits, self._report = search, proposer, limits, report

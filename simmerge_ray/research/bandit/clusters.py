@@ -99,12 +99,12 @@ def gaps_of(dataset: SelectionDataset) -> dict[int, float]:
     return dict(zip(every.rows.tolist(), every.gap.tolist(), strict=True))
 
 
-def best_fixed(training: SelectionDataset) -> int:
+def best_fixed_column(training: SelectionDataset) -> int:
     """Column of the arm that is best when taken everywhere."""
     return Scoring.of(training.contexts, training.arms).best_fixed(len(training.arms))
 
 
-def load(path: Path, arms: Sequence[str] | None = None, later: Sequence[str] = ()) -> LoadedDataset:
+def load_with_later_arms(path: Path, arms: Sequence[str] | None = None, later: Sequence[str] = ()) -> LoadedDataset:
     """A data set; arms that come later are measured in its contexts, and none of its arms.
 
     Raises:
@@ -147,7 +147,7 @@ def starts_of(
         rows = [row for row, of in zip(fold.tested, bases, strict=True) if of == base]
         asked = merges_of(dataset, known.model, rows)
         static = np.array([predicted[list(unit)].mean(0) for unit in asked.rows])
-        found[base, fold.name] = Start(dataset, asked, known, best_fixed(training), static, gaps)
+        found[base, fold.name] = Start(dataset, asked, known, best_fixed_column(training), static, gaps)
     return found
 
 

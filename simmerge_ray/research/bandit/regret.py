@@ -17,7 +17,14 @@ import numpy as np
 
 from simmerge_ray.base.storage import Place, digest_file, digest_json, write_atomically, write_json
 from simmerge_ray.reports.figures import new_figure, save_figure
-from simmerge_ray.research.bandit.clusters import Cluster, Start, drawn_clusters, interval, load, starts_of
+from simmerge_ray.research.bandit.clusters import (
+    Cluster,
+    Start,
+    drawn_clusters,
+    interval,
+    load_with_later_arms,
+    starts_of,
+)
 from simmerge_ray.research.bandit.replay import (
     Always,
     Bandit,
@@ -119,7 +126,7 @@ def replay_dataset(
     The results of a domain are kept in `NAME.parts`, by the digest of all that they were made from: what is there is
     not played again.
     """
-    loaded, files = load(path, arms), find_dataset(path)
+    loaded, files = load_with_later_arms(path, arms), find_dataset(path)
     digests = {str(number): digest_file(one) for number, one in enumerate(files.signals)}
     digests |= {f"labels {number}": LabelStore(one).digest() for number, one in enumerate(files.labels)}
     content = [1, digests, list(loaded.dataset.arms), num_orders, num_rounds, THRESHOLD]

@@ -28,8 +28,6 @@ from simmerge_ray.signals.table import PairSignals, SignalTable
 SIZE = 3
 NUM_SUBSETS = 2  # of each base
 
-Array = np.ndarray
-
 
 def sampled_part(part: LoadedPart) -> LoadedPart:
     """The part with the labels of unmerged checkpoints, and of the plans of its first three-way subsets alone."""
@@ -82,7 +80,7 @@ class RecordedExact:
             for n in numbers
         ]
 
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
         found = [self._features(step) for step in steps]
         return np.array([[features[column] for features in found] for column in columns])
 
