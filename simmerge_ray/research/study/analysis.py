@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,11 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.research.study.budget import StudyCosts, break_even, candidate_arms, curves
-from simmerge_ray.research.study.later_arm import later_arm
-from simmerge_ray.research.study.layout import LoadedPart, StudyLayout
+from simmerge_ray.research.study.layout import LoadedPart
 from simmerge_ray.research.study.longer import unmerged_utilities
 from simmerge_ray.research.study.merges import CONTROL_ARM, LATER_ARM, REFERENCE_ARMS
 from simmerge_ray.research.study.subset_choice import compare_subsets, labelled_choices, relative_prediction
-from simmerge_ray.research.study.transfer import transfer
-from simmerge_ray.research.study.unseen_base import longer_plans, models_without_base
+from simmerge_ray.research.study.unseen_base import models_without_base
 from simmerge_ray.search.labels import LabeledPlan
 from simmerge_ray.selector.assessment.crossval import predict_unseen
 from simmerge_ray.selector.data.dataset import SelectionDataset, build_dataset, join_datasets
@@ -30,9 +27,8 @@ from simmerge_ray.signals.propagation.interface import Propagator
 from simmerge_ray.signals.propagation.second_order import SecondOrder
 from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.signature import SignatureStore
-from simmerge_ray.signals.table import read_signal_table
 
-Report = Callable[[int, int], None]
+PropagatorMaker = Callable[[LoadedPart], Propagator]
 ARMS = tuple(arm.label for arm in REFERENCE_ARMS)
 ALL_ARMS = (*ARMS, LATER_ARM.label, CONTROL_ARM.label)  # of the selector that comes with the package
 
@@ -55,7 +51,7 @@ def bases_of(parts: Sequence[LoadedPart]) -> dict[str, str]:
     }
 
 
-def propagators() -> dict[str, Callable[[LoadedPart], Propagator]]:
+def propagators() -> dict[str, PropagatorMaker]:
     """Those that need no probes."""
     return {
         "bound": lambda part: Bound(part.table),
@@ -106,31 +102,3 @@ def _seconds_by_plan(labels: Sequence[LabeledPlan]) -> dict[str, float]:
     for label in labels:
         seconds[label.plan.id] = seconds.get(label.plan.id, 0.0) + label.seconds
     return seconds
-
-
-def with_probes(parts: Sequence[LoadedPart], layout: StudyLayout, variant: str) -> list[LoadedPart]:
-    """The same parts with the signals of other probes."""
-    return [replace(part, table=read_signal_table(layout.signals(part.name, variant))) for part in parts]
-
-
-def new_operators(
-    parts: Sequence[LoadedPart], base_of: Mapping[str, str], config: TrainConfig
-) -> dict[str, list[dict[str, Any]]]:
-    """`later_arm` on unseen bases for the study's later arm, and, which was not planned, for the control arm."""
-    found = {}
-    for arm in (LATER_ARM.label, CONTROL_ARM.label):
-        dataset = joined(parts, (*ARMS, arm))
-        found[arm] = later_arm(dataset, arm, base_folds(pairs_of(dataset.contexts), base_of), config, base_of)
-    return found
-
-
-def to_larger_base(small: Sequence[LoadedPart], large: Sequence[LoadedPart], config: TrainConfig) -> dict[str, Any]:
-    """`transfer` from the small bases to the large one."""
-    return transfer(joined(small, ARMS), joined(large, ARMS), config, bases_of([*small, *large]))
-
-
-def longer(
-    parts: Sequence[LoadedPart], dataset: SelectionDataset, config: TrainConfig, report: Report | None = None
-) -> dict[str, Any]:
-    """`longer_plans` with the propagators that need no probes."""
-    return longer_plans(parts, dataset, bases_of(parts), config, propagators(), report)
