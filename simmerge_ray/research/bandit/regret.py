@@ -26,10 +26,10 @@ from simmerge_ray.research.bandit.clusters import (
     starts_of,
 )
 from simmerge_ray.research.bandit.replay import (
-    Always,
     Bandit,
     Highest,
     Player,
+    always,
     expected_uniform,
     obtained,
     oracle,
@@ -59,7 +59,7 @@ def play(name: str, start: Start, num_rounds: int, num_orders: int) -> dict[str,
             order = start.order(number, num_rounds)
             rounds, key = whole.ordered(order), f"{name}/{number}/{first_half}"
             players: dict[str, Player] = {
-                "best fixed": Always(start.fixed),
+                "best fixed": always(start.fixed, rounds),
                 "static selector": Highest(start.static[order]),
                 "greedy": Bandit(NeuralLinearTS(warm, noise), key, explore=False),
                 "cold": Bandit(NeuralLinearTS(dict.fromkeys(arms, start.known.prior), noise), key),

@@ -62,22 +62,8 @@ class Player(Protocol):
 
 
 @dataclass
-class Always:
-    """One arm, if it may be played, else the first that may."""
-
-    column: int
-
-    def play(self, number: int, rounds: Rounds) -> int:
-        allowed = rounds.available[number]
-        return self.column if allowed[self.column] else int(np.flatnonzero(allowed)[0])
-
-    def learn(self, number: int, column: int, reward: float, rounds: Rounds) -> None:
-        """Nothing."""
-
-
-@dataclass
 class Highest:
-    """The arm with the highest of given scores (T, K) in the order of the rounds: a static selector, or the oracle."""
+    """The arm with the highest of given scores (T, K), in the order of the rounds: a static selector."""
 
     scores: np.ndarray
 
@@ -86,6 +72,11 @@ class Highest:
 
     def learn(self, number: int, column: int, reward: float, rounds: Rounds) -> None:
         """Nothing."""
+
+
+def always(column: int, rounds: Rounds) -> Highest:
+    """One arm where it may be played, else the first that may."""
+    return Highest(np.tile(np.eye(len(rounds.arms))[column], (len(rounds.z), 1)))
 
 
 @dataclass

@@ -24,7 +24,7 @@ from simmerge_ray.research.study.analysis import (
 from simmerge_ray.research.study.exact_sample import RecordedExact, sampled_part
 from simmerge_ray.research.study.headline import primary_test
 from simmerge_ray.research.study.later_arm import later_arm
-from simmerge_ray.research.study.layout import LoadedPart, StudyLayout, load_part
+from simmerge_ray.research.study.layout import PROBE_VARIANTS, LoadedPart, StudyLayout, load_part
 from simmerge_ray.research.study.longer import measured_merges, unmerged_utilities
 from simmerge_ray.research.study.merges import CONTROL_ARM, LATER_ARM
 from simmerge_ray.research.study.subset_choice import labelled_choices
@@ -36,7 +36,6 @@ from simmerge_ray.signals.table import read_signal_table
 
 _SCHEMA = 1
 _FULL = 6  # checkpoints of the catalogue of which every subset is labelled
-PROBE_VARIANTS = ("4", "16", "wrong")
 Tell = Callable[[str], None]
 
 
