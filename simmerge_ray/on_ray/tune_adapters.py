@@ -195,17 +195,9 @@ def _progress_of(result: Mapping[str, Any]) -> TrialProgress:
 class EarlyStopping(ASHAScheduler):
     """ASHA on the shards of proposed merges; unmerged checkpoints are evaluated whole and do not count as rivals."""
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        if not trial.config["single"]:
-            super().on_trial_add(tune_controller, trial)
-
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return self.CONTINUE if trial.config["single"] else super().on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         if not trial.config["single"]:
             super().on_trial_complete(tune_controller, trial, result)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        if not trial.config["single"]:
-            super().on_trial_remove(tune_controller, trial)

@@ -15,38 +15,24 @@ _PROPAGATORS = ("bound", "second_order", "virtual", "exact")
 _SHOWN = "virtual"  # the propagator of which every size and weighting has a table; of the others only all together
 
 
-_TITLES = {
-    "counts": "What was labelled",
-    "primary": "Primary test: unseen model and unseen base",
-    "longer": "Plans of three and more",
-    "exact": "The same on a sample with exact features",
-    "subsets": "Which checkpoints to merge: a catalogue of six, every subset labelled",
-    "transfer": "The larger base",
-    "probes": "Fewer probes, and probes of another domain",
-    "later": "An operator that came later",
-    "evaluations": "What evaluations buy",
-}
-
-
 def write_results(found: Mapping[str, Any], directory: Path) -> Path:
     """Write `results.md` and its figures; the path of the former. Sections without figures say why."""
-    lines = ["# Results of the study", "", "Made by `jobs/study.py --stage analysis`. Utilities are exact matches.", ""]
-    writers: Mapping[str, Callable[[Any], list[str]]] = {
-        "counts": counts_lines,
-        "primary": lambda one: primary_lines(one, directory),
-        "longer": longer_lines,
-        "exact": longer_lines,
-        "subsets": subset_lines,
-        "transfer": transfer_lines,
-        "probes": probe_lines,
-        "later": later_lines,
-        "evaluations": lambda one: budget_lines(one, directory),
+    sections: Mapping[str, tuple[str, Callable[[Any], list[str]]]] = {
+        "counts": ("What was labelled", counts_lines),
+        "primary": ("Primary test: unseen model and unseen base", lambda one: primary_lines(one, directory)),
+        "longer": ("Plans of three and more", longer_lines),
+        "exact": ("The same on a sample with exact features", longer_lines),
+        "subsets": ("Which checkpoints to merge: a catalogue of six, every subset labelled", subset_lines),
+        "transfer": ("The larger base", transfer_lines),
+        "probes": ("Fewer probes, and probes of another domain", probe_lines),
+        "later": ("An operator that came later", later_lines),
+        "evaluations": ("What evaluations buy", lambda one: budget_lines(one, directory)),
     }
+    lines = ["# Results of the study", "", "Made by `jobs/study.py --stage analysis`. Utilities are exact matches.", ""]
     for name, content in found.items():
-        lines += [f"## {_TITLES[name]}", ""]
+        title, write = sections[name]
         missing = isinstance(content, Mapping) and "reason" in content
-        lines += [f"Not measured: {content['reason']}."] if missing else writers[name](content)
-        lines += [""]
+        lines += [f"## {title}", "", *([f"Not measured: {content['reason']}."] if missing else write(content)), ""]
     write_atomically(directory / "results.md", "\n".join(lines).encode())
     return directory / "results.md"
 
