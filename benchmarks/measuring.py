@@ -30,25 +30,25 @@ def script_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def thread_variables(num_threads: int = 1) -> dict[str, str]:
-    """Variables that give every math library so many threads."""
+    """Variables that set the threads of every math library."""
     return {f"{name}_NUM_THREADS": str(num_threads) for name in _LIBRARIES}
 
 
 def pin_threads(num_threads: int = 1) -> None:
-    """Give the math libraries of this process so many threads, unless the user has set them; call it before imports."""
+    """Set the threads of this process's math libraries, unless the user has; call it before they are imported."""
     for name, value in thread_variables(num_threads).items():
         os.environ.setdefault(name, value)
 
 
 def pinned_environment(num_threads: int = 1) -> dict[str, str]:
-    """Environment of a process under comparison: so many threads, and no look for a model on a hub."""
+    """Environment of a process under comparison: pinned threads, and no access to a model hub."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return os.environ | offline | thread_variables(num_threads)
 
 
 @contextmanager
 def on_cores(num_cores: int) -> Iterator[None]:
-    """Keep processes that start in the block on so many cores; variables pin the math libraries alone.
+    """Keep processes that start in the block on the first cores; variables pin the math libraries alone.
 
     Raises:
         ValueError: this process may use fewer cores.

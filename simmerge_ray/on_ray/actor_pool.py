@@ -15,17 +15,17 @@ class ActorPool:
     """Actors of one kind that share work, for the time of a `with` block.
 
     An actor gets work once it has started, two calls at a time, so that it never waits for the driver; actors for which
-    the cluster has no room yet hold nothing up. The calls of an actor that died are made again by another, and a new
-    one takes its place. When nothing else waits, a call that has run for long is also given to an idle actor: who
-    answers first counts, so a slow node holds nobody up. Calls must therefore be functions of their payload.
+    the cluster has no room yet delay nothing. When an actor dies, another repeats its calls and a new actor takes its
+    place. When no other work waits, a long call is also given to an idle actor and the first answer counts, so that a
+    slow node delays nothing. Calls must therefore be pure functions of their payload.
     """
 
     def __init__(self, spawn: Callable[[], Any], max_losses: int = 3, patience_s: float = 60.0) -> None:
         """
         Args:
             spawn: starts one actor.
-            max_losses: how often the actor of one call may die; a node that was taken back by its owner is not counted.
-            patience_s: a call is not given a second time before, nor before three times the seconds of a usual call.
+            max_losses: how often the actor of one call may die; preempted nodes do not count.
+            patience_s: a call is repeated elsewhere only after this time and three times the mean of a call.
         """
         self._spawn, self._max_losses, self._patience_s = spawn, max_losses, patience_s
         self._actors: dict[int, Any] = {}
@@ -47,12 +47,11 @@ class ActorPool:
     ) -> Iterator[tuple[int, Any]]:
         """Call `method` with what `take` gives; yields (index, result) as they end.
 
-        The caller may make more work between two results. An exception of a call is raised here as its own type, not as
-        Ray's.
+        The caller may add work between two results. An exception of a call is raised as its own type, not as Ray's.
 
         Args:
             take: of the actor's number; `(index, payload)`, or None when nothing waits now.
-            num_actors: grow to so many.
+            num_actors: the pool grows to this size.
 
         Raises:
             ray.exceptions.RayActorError: the actors of one call died again and again.
@@ -121,7 +120,7 @@ class _Call:
 
 
 class _Calls:
-    """Calls of one `ActorPool.drain`. open: how many actors each unfinished one was given to, by its index."""
+    """Calls of one `ActorPool.drain`. open: how many actors work at each unfinished call, by its index."""
 
     def __init__(self, actors: dict[int, Any], method: str, patience_s: float) -> None:
         self._actors, self._method, self._patience_s = actors, method, patience_s
@@ -131,7 +130,7 @@ class _Calls:
         self._seconds, self._num_ended = 0.0, 0
 
     def hand_out(self, free: list[int], take: Callable[[int], tuple[int, Any] | None]) -> list[int]:
-        """Give every free place a call, those that were lost first; returns the places for which there is none."""
+        """Give every free place a call, lost ones first; returns the places that are left."""
         idle = []
         for number in free:
             taken = self.lost.pop() if self.lost else take(number)
@@ -156,7 +155,7 @@ class _Calls:
         return True
 
     def lose(self, call: _Call) -> None:
-        """Make it again, unless it was answered, or another actor is at it."""
+        """Repeat it, unless it was answered or another actor works at it."""
         if call.index in self.open:
             self.open[call.index] -= 1
             if not self.open[call.index]:
@@ -164,7 +163,7 @@ class _Calls:
                 self.lost.append((call.index, call.payload))
 
     def give_again(self, idle: list[int]) -> list[int]:
-        """Give calls that take long to actors that have nothing to do; returns the places that are still free."""
+        """Give long calls to idle actors as well; returns the places that are still free."""
         idle = list(idle)
         usual = self._seconds / self._num_ended if self._num_ended else 0.0
         limit = time.monotonic() - max(self._patience_s, 3 * usual)

@@ -1,4 +1,4 @@
-"""Digests of checkpoints on the nodes of a cluster: of fifty large ones the driver alone would read for a day."""
+"""Digests of checkpoints on the nodes of a cluster: the driver alone would read fifty large ones for a day."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 def digest_on_nodes(catalogue: Catalogue) -> None:
     """Put the digests that this machine does not know into its cache, so that `catalogue.digests()` finds them there.
 
-    On a cluster that runs already, a task for each checkpoint, spread over the nodes. What cannot be computed there, or
-    is another file there, is left to the driver. Nothing happens without such a cluster: the files are on this machine.
+    On a cluster that this process has not started, one task for each checkpoint, spread over the nodes. What cannot be
+    read there, or differs there, is left to the driver. Without such a cluster nothing happens: the files are local.
     """
     if not on_running_cluster():
         return

@@ -181,7 +181,7 @@ def _run_trials(
 
 
 def _label_failures(search: PreparedSearch, results: Any) -> None:
-    """Trials that lost one actor after another become infeasible; where the cluster was at fault they stay missing."""
+    """Label trials that lost one actor after another as infeasible; those that the cluster failed stay missing."""
     store, faults = LabelStore(search.labels_uri), []
     for result in results:
         if result.error is None:

@@ -1,4 +1,4 @@
-"""A Ray cluster for the time of a block: whose it is, what it offers, and who waits for whom."""
+"""A Ray cluster for the time of a block, its resources, and jobs that wait for each other."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
 def is_submitted() -> bool:
     """Whether this process is the driver of a job that `ray job submit` has started."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray for such a driver and for nobody else
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray sets it for such drivers only
 
 
 def on_running_cluster() -> bool:
-    """Whether work of this process goes to a cluster that is there already, as in a submitted job."""
+    """Whether this process uses a cluster that it has not started, as a submitted job does."""
     if "RAY_ADDRESS" in os.environ:
         return True
     if "ray" not in sys.modules:  # importing it takes seconds
@@ -85,10 +85,10 @@ def offered_resources() -> Collection[str]:
 
 
 def check_room(needs: Needs, what: str) -> None:
-    """Say, before waiting for it, that no node has room for one actor.
+    """Check, before waiting, that a node has room for one actor.
 
     Raises:
-        ConfigError: and none will, since this process has started the cluster. Another cluster may grow: a warning.
+        ConfigError: none has, on a cluster of this process. Another cluster may grow: a warning.
     """
     import ray
 
@@ -101,7 +101,7 @@ def check_room(needs: Needs, what: str) -> None:
 
 
 class _Holder:
-    """An actor that is there as long as its job is."""
+    """An actor that lives as long as its job."""
 
     def ready(self) -> None:
         """Answers."""
@@ -109,13 +109,12 @@ class _Holder:
 
 @contextmanager
 def only_job(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other job of the cluster is at the same output, and keep others waiting, for the time of a block.
+    """Hold the only right to an output for the time of a block; other jobs of the cluster wait for it.
 
-    Ray frees the place when the job that holds it ends, however it does. A cluster that this process has started has no
-    other jobs.
+    Ray frees it when the job ends, however that happens. A cluster of this process has no other jobs.
 
     Args:
-        what: URI or path of the output. say: told once, when there is something to wait for.
+        what: URI or path of the output. say: told once if another job holds it.
     """
     import ray
 
@@ -142,10 +141,10 @@ def only_job(what: str, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def store_variables() -> dict[str, str]:
-    """Where stores are, of this process' environment, for workers of a cluster that runs already.
+    """Variables that say where stores are, for workers of a cluster that this process has not started.
 
-    No credentials: whoever sees the dashboard sees a job's environment, and nodes have roles or secrets of their own.
-    Nothing under `ray job submit`: its workers have the environment of the job.
+    No credentials: the dashboard shows a job's environment, and nodes have roles or secrets of their own. Empty under
+    `ray job submit`: those workers have the environment of the job.
     """
     if is_submitted():
         return {}

@@ -31,9 +31,9 @@ def ray_executor(
 ) -> Iterator[Executor]:
     """An executor over actors of the current Ray cluster, for the time of a block.
 
-    The units of a lost actor are run again by another; they are functions of the files, so the numbers are the same.
-    Every actor reads whole checkpoints: they are spread over the nodes, so that each node's disk and network carry a
-    part, and ask for the bytes that they hold.
+    Another actor repeats the units of a lost one; they are functions of the files, so the numbers are the same. Actors
+    read whole checkpoints: they are spread over the nodes, to share disks and networks, and ask for the memory that
+    they hold.
 
     Args:
         gpus_per_worker: share of a GPU for each actor; 0 runs on the CPU, one core each.
@@ -89,7 +89,7 @@ def compute_signals_on_ray(
 
 
 def spread_options(needs: Needs) -> dict[str, Any]:
-    """Options of Ray actors that need so much, one node after the other."""
+    """Options of Ray actors with these needs, spread over the nodes."""
     named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
     options: dict[str, Any] = {named[kind]: amount for kind, amount in needs.items() if kind in named}
     custom = {kind: amount for kind, amount in needs.items() if kind not in named}

@@ -50,8 +50,8 @@ logger = logging.getLogger(__name__)
 class VllmEvaluator:
     """One engine; `load` swaps the weights of a merge in, `generate` answers greedily.
 
-    After an `EngineError` nothing that it answers can be trusted, so it answers nothing any more: close it and start
-    another one. One engine at a time in a process: when one is closed, vLLM takes down what they all share.
+    After an `EngineError` its answers cannot be trusted, so it gives none: close it and start another one. One engine
+    at a time in a process: closing one takes down what vLLM shares among all.
 
     Args:
         template: a checkpoint of the catalogue's architecture; its weights are only the first ones held.

@@ -1,1 +1,1 @@
-"""Replays of the bandit on labels that are there."""
+"""Replays of the bandit on existing labels."""

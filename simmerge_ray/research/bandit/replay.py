@@ -101,7 +101,7 @@ def replay(player: Player, rounds: Rounds, delay: int = 0, on_round: Callable[[i
     """(T,) columns played, one round after the other.
 
     Args:
-        delay: a reward is learned so many rounds later (0: at once); those that are still out at the end are not.
+        delay: rounds after which a reward is learned (0: at once); those due after the end are not.
         on_round: called before each round, e.g. to add an arm to the player's policy.
     """
     played = np.zeros(len(rounds.z), dtype=np.int64)

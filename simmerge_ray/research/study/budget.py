@@ -136,7 +136,7 @@ def _mean_of(merge: CandidateArms, strategy: str, count: int, generator: np.rand
 
 
 def _optuna(merge: CandidateArms, counts: Sequence[int], seed: int) -> list[tuple[float, float]]:
-    """Of each count: the best of so many different candidates that Optuna's TPE proposed, one after the other.
+    """For each count, the best of that many different candidates that Optuna's TPE proposed one after the other.
 
     The candidates are the values of one categorical parameter; a proposal that was made before costs nothing.
     """

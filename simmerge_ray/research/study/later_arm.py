@@ -22,7 +22,7 @@ from simmerge_ray.selector.data.targets import level_and_contrasts
 from simmerge_ray.selector.models.predictors import MlpPredictor
 from simmerge_ray.selector.models.train import fit_models
 
-PENALTY = 10.0  # on standardised outputs: a slope that is seen alone is shrunk to a half at so many labels
+PENALTY = 10.0  # on standardised outputs: at this many labels a single slope is shrunk to a half
 
 
 def later_arm(
@@ -34,11 +34,11 @@ def later_arm(
     counts: Sequence[int] = (0, 10, 30, 100),
     num_draws: int = 10,
 ) -> list[dict[str, Any]]:
-    """What a selector gains by `arm` when it was labelled on so many contexts of the training part of each fold.
+    """What a selector gains by `arm`, labelled on some contexts of the training part of each fold.
 
     Args:
-        dataset: with the reference arms and `arm`, all measured. num_draws: which contexts are labelled is drawn so
-            often, and the choices are averaged.
+        dataset: with the reference arms and `arm`, all measured. counts: of labelled contexts. num_draws: sets of
+            labelled contexts that are drawn at random; the choices are averaged over them.
 
     Returns:
         rows: num_labels ("all" for the whole training part), gap_closed, gain over the selector without the arm with a
@@ -109,7 +109,7 @@ class _FrozenSelector:
         return _FrozenSelector(folds, config.seed, place, contrasts[:, place], encoded, utilities)
 
     def scores(self, num_labels: int | None, draw: int) -> np.ndarray:
-        """(N, K + 1) scores when the arm was labelled on so many contexts of each training part; None is all."""
+        """(N, K + 1) scores with `num_labels` labels of the arm in each training part; None is all."""
         scores = []
         for number, (fold, z, reference) in enumerate(zip(self.folds, self.encoded, self.utilities, strict=True)):
             tested = list(fold.tested)

@@ -93,7 +93,7 @@ def measured_merges(labels: Iterable[LabeledPlan], catalogue: Catalogue) -> dict
 
 
 def unmerged_utilities(labels: Iterable[LabeledPlan]) -> dict[str, dict[str, float]]:
-    """Utility of every checkpoint as it is, by task and id."""
+    """Utility of every unmerged checkpoint, by task and id."""
     found: dict[str, dict[str, float]] = {}
     for (name, task), items in single_items(labels).items():
         found.setdefault(task, {})[name] = float(items.mean())

@@ -71,7 +71,7 @@ def example_stream(domain: str, split: Split, seed: int) -> Iterator[Example]:
             yield example
 
 
-# So many known examples in a row, and a split is taken as exhausted; the smallest holds some hundreds.
+# A split counts as exhausted after this many known examples in a row; the smallest holds some hundreds.
 _MAX_MISSES = 5000
 
 
