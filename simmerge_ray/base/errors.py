@@ -12,7 +12,8 @@
     │   ├── TaskError                            an evaluation task
     │   ├── LabelError                           a label store, or too few labels in it
     │   ├── SelectorError                        a selector artifact, or features that do not fit it
-    │   └── BanditError                          an arm, context or reward that a posterior cannot take
+    │   ├── BanditError                          an arm, context or reward that a posterior cannot take
+    │   └── MissingLibraryError                  an optional library is not installed
     ├── ClientError                              the service answered what its client cannot read
     │   ├── RefusedError (an InputError, too)    a request that the service, or its client, refuses (HTTP 4xx)
     │   └── UnavailableError                     no answer, or one that says "not now", in all tries
@@ -80,6 +81,10 @@ class SelectorError(InputError):
 
 class BanditError(InputError):
     """An arm, a context or a reward that the bandit cannot take."""
+
+
+class MissingLibraryError(InputError):
+    """An optional library is not installed; the message names the extra that brings it."""
 
 
 class ClientError(SimmergeError):

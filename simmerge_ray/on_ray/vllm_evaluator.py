@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, EngineError, StorageError, unknown_name
+from simmerge_ray.base.extras import require
 from simmerge_ray.base.storage import RemotePath
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files
 from simmerge_ray.plans.plan import ResolvedPlan
@@ -100,6 +101,9 @@ class VllmEvaluator:
             )
         threads = _thread_binding(tensor_parallel_size)
         with _environment(_THREADS, threads):
+            import torch
+
+            require("vllm", "gpu" if torch.cuda.is_available() else "cpu")
             from vllm import LLM
             from vllm.platforms import current_platform
 
