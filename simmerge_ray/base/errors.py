@@ -100,7 +100,12 @@ class RefusedError(ClientError, InputError):
 
 
 class UnavailableError(ClientError):
-    """The service could not be reached, or could not answer now."""
+    """The service could not be reached, or could not answer now. retry_after: seconds after which another try may be
+    answered; None: another try will not help."""
+
+    def __init__(self, status: int | None, detail: str, retry_after: float | None = None) -> None:
+        super().__init__(status, detail)
+        self.retry_after = retry_after
 
 
 class EngineError(SimmergeError, RuntimeError):
