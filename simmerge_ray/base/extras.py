@@ -20,6 +20,5 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingLibraryError(
-            f"{module} cannot be imported ({error}): pip install 'simmerge_ray[{extra}]'"
-        ) from None
+        hint = f'pip install "simmerge_ray[{extra}]"'
+        raise MissingLibraryError(f"{module.split('.')[0]} is not installed: {hint} ({error})") from error
