@@ -33,7 +33,10 @@ class Filtered:
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in refused else self.finder.find_spec(name, path, target)
+        spec = self.finder.find_spec(name, path, target)
+        if spec is None or name.split(".")[0] not in refused:
+            return spec
+        return spec if "/ray/thirdparty_files/" in str(spec.origin) else None  # Ray brings a psutil of its own
     def __getattr__(self, name):
         return getattr(self.finder, name)
 
