@@ -38,7 +38,6 @@ def read_all(ref: Any) -> None:
 
 def reading(local: Path, remote: Any, num_bytes: int) -> dict[str, float]:
     """GB/s of whole checkpoints, tensor by tensor, and what a header and one tensor take."""
-    from simmerge_ray.base.storage import stores
     from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
     from simmerge_ray.merging.engine.sources import TensorSource
 
@@ -46,7 +45,7 @@ def reading(local: Path, remote: Any, num_bytes: int) -> dict[str, float]:
 
     def plain() -> None:
         for start in range(0, num_bytes, 1 << 26):
-            stores.read_object(remote / "model.safetensors", start, min(start + (1 << 26), num_bytes))
+            (remote / "model.safetensors").read_range(start, min(start + (1 << 26), num_bytes))
 
     found = {"header_s": seconds(lambda: read_headers(there))}
     found["one_tensor_of_1_mb_s"] = seconds(lambda: TensorSource(there).read_whole("small"))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, EngineError, StorageError, unknown_name
+from simmerge_ray.base.extras import require
 from simmerge_ray.base.storage import RemotePath
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files
 from simmerge_ray.plans.plan import ResolvedPlan
@@ -106,6 +107,7 @@ class VllmEvaluator:
             "distributed_executor_backend": executor,
         }
         with _environment(_THREADS, _thread_binding(tensor_parallel_size)):
+            require("vllm", "gpu" if _has_gpu() else "cpu")
             from vllm.platforms import current_platform
 
             _make_llvmlite_plain()

@@ -1,7 +1,7 @@
 """Places (local paths and URIs), files and directories that are whole or absent, manifests, and the node's cache.
 
-Layers, left to right: `places` (names), `stores` (object stores, with back-off), `objects` (single files and objects),
-`manifests`, `node_cache`, `ranges` (parts of files), `directories`.
+Layers, left to right: `stores` (file systems of object stores, with back-off), `places` (names, and what lies there),
+`objects` (single files and objects), `manifests`, `node_cache`, `ranges` (parts of files), `directories`.
 """
 
 from simmerge_ray.base.storage.directories import (

@@ -27,7 +27,6 @@ from simmerge_ray.base.storage import (
     write_atomically,
     write_json,
 )
-from simmerge_ray.base.storage.stores import upload_file
 from simmerge_ray.checkpoints.references import checkpoint_fingerprint
 from simmerge_ray.merging.engine.compute import TensorReport
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
@@ -119,7 +118,7 @@ def make_file(
             )
         preallocate(scratch, Layout((file.shard,), file.placements))
         write_tensors(graph, scratch, file.placements, JOURNAL, progress, num_threads)
-        upload_file(scratch / file.shard.file, out / file.shard.file)
+        (out / file.shard.file).upload(scratch / file.shard.file)
         write_atomically(out / f"{JOURNAL}.{Path(file.shard.file).stem}", (scratch / JOURNAL).read_bytes())
         return read_journals(scratch)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simmerge_ray.base.markdown import table_lines, with_interval
 from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.reports.figures import legend_below, new_figure, save_figure
-from simmerge_ray.reports.run import table_lines
 from simmerge_ray.research.study.headline import CLAIMED_GAIN, MARGIN
 
 _PROPAGATORS = ("bound", "second_order", "virtual", "exact")
@@ -123,7 +123,7 @@ def longer_lines(longer: Mapping[str, Any]) -> list[str]:
                 (
                     row["policy"],
                     f"{row['pooled']:.3f}",
-                    "" if row["policy"] == "predicted" else _signed(row["difference"], row["interval"]),
+                    _lead(row),
                     f"{row['degradation']:+.1f}",
                     f"{row['auxiliary_gain']:+.1f}",
                 )
@@ -131,7 +131,7 @@ def longer_lines(longer: Mapping[str, Any]) -> list[str]:
             ],
         )
     taus = [
-        (name, size, _signed(row["tau"], row["interval"]), row["num_groups"])
+        (name, size, with_interval(row["tau"], row["interval"], signed=True), row["num_groups"])
         for name, sizes in longer["tau"].items()
         for size, row in sizes.items()
     ]
@@ -228,15 +228,16 @@ def budget_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
     return [f"![Utility of what is chosen, against evaluations]({path.name})", "", said]
 
 
+def _lead(row: Mapping[str, Any]) -> str:
+    if row["policy"] == "predicted":
+        return ""
+    return with_interval(row["difference"], row["interval"], signed=True)
+
+
 def _order(name: str) -> tuple[int, str]:
     propagator = name.split(",")[0]
     return (_PROPAGATORS.index(propagator) if propagator in _PROPAGATORS else len(_PROPAGATORS), name)
 
 
 def _points(value: float, interval: Sequence[float]) -> str:
-    return _signed(100 * value, [100 * end for end in interval], 1)
-
-
-def _signed(value: float, interval: Sequence[float], digits: int = 3) -> str:
-    low, high = interval
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return with_interval(100 * value, [100 * end for end in interval], signed=True, digits=1)

@@ -22,6 +22,7 @@ from functools import cache
 from typing import NamedTuple
 
 from simmerge_ray.base.errors import InputError, unknown_name
+from simmerge_ray.base.extras import require
 
 MAX_PROMPT_CHARS = 55  # with the beginning-of-sequence token a prompt has at most 56 tokens
 MAX_TARGET_CHARS = 12
@@ -124,6 +125,7 @@ COUNTRIES = (
 
 @cache
 def _country_names(language: str) -> Mapping[str, str]:
+    require("babel", "demo")
     from babel import Locale  # the CLDR tables take a moment to load, and only this domain needs them
 
     territories = Locale(language).territories

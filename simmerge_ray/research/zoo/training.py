@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from simmerge_ray.base.extras import require
 from simmerge_ray.research.zoo.domains import DOMAINS, Split, example_stream
 from simmerge_ray.research.zoo.model import build_model, build_tokenizer
 from simmerge_ray.research.zoo.recipe import BaseRecipe, ExpertRecipe
@@ -69,6 +70,7 @@ def train_expert(
         if recipe.lora_rank is None:
             _fit(model, batches, recipe.learning_rate, recipe.num_steps, progress)
         else:
+            require("peft", "demo")
             from peft import LoraConfig, get_peft_model
 
             adapted = get_peft_model(

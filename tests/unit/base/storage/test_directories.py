@@ -11,6 +11,7 @@ import pytest
 
 from simmerge_ray.base.errors import StorageError
 from simmerge_ray.base.storage import (
+    RemotePath,
     as_place,
     delete_objects,
     directories,
@@ -69,16 +70,14 @@ def test_an_upload_that_breaks_off_leaves_a_directory_that_nobody_takes(bucket, 
     upload_directory(source, place, last="config.json")
     assert read(place) == {"config.json": "first", "model.safetensors": "first"}
     (source / "model.safetensors").write_text("second")
-    from simmerge_ray.base.storage import stores
+    original = RemotePath.upload
 
-    original = stores.upload_file
-
-    def broken(path: Path, target):
+    def broken(target, path: Path):
         if path.name == "config.json":
             raise StorageError("away")
-        return original(path, target)
+        return original(target, path)
 
-    monkeypatch.setattr(stores, "upload_file", broken)
+    monkeypatch.setattr(RemotePath, "upload", broken)
     with pytest.raises(StorageError, match="away"):
         upload_directory(source, place, last="config.json")
     assert not is_complete(place) and not (place / "config.json").exists(), "no checkpoint for any program"

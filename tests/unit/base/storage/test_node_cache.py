@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from simmerge_ray.base.errors import ConfigError, StorageError
-from simmerge_ray.base.storage import as_place, open_ranges, ranges, stores, write_atomically
+from simmerge_ray.base.storage import RemotePath, as_place, open_ranges, ranges, write_atomically
 from simmerge_ray.base.storage.node_cache import NodeCache, node_cache
 
 KB = 1000
@@ -144,13 +144,13 @@ def test_a_full_disk_is_gone_past_and_said_where_there_is_no_way_past(small_disk
 def counted(monkeypatch):
     """Requests of ranges that were made."""
     seen: list[tuple[int, int]] = []
-    original = stores.read_object
+    original = RemotePath.read_range
 
-    def read(place, start=None, stop=None):
+    def read(place, start, stop):
         seen.append((start, stop))
         return original(place, start, stop)
 
-    monkeypatch.setattr(stores, "read_object", read)
+    monkeypatch.setattr(RemotePath, "read_range", read)
     return seen
 
 

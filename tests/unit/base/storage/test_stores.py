@@ -14,7 +14,7 @@ import pytest
 
 from simmerge_ray.base import storage
 from simmerge_ray.base.errors import AccessError, ConfigError, InputError, StorageError
-from simmerge_ray.base.storage import RemotePath, as_place, list_objects, place_in, read_bytes, stores, write_atomically
+from simmerge_ray.base.storage import RemotePath, as_place, list_objects, place_in, read_bytes, write_atomically
 from tests.conftest import free_port
 from tests.object_store import Proxy, endpoint, make_bucket, s3_server
 
@@ -118,7 +118,7 @@ def test_an_upload_that_is_cut_is_done_again_and_never_half_visible(bucket, prox
     (tmp_path / "file").write_bytes(data)
     place = as_place(bucket) / "weights"
     proxy.cut_after = 2 << 20
-    entry = stores.upload_file(tmp_path / "file", place)
+    entry = place.upload(tmp_path / "file")
     assert proxy.num_cut == 1
     assert entry.size == num_bytes and read_bytes(place) == data
 
@@ -130,7 +130,7 @@ def test_an_upload_that_never_ends_is_one_error_and_leaves_the_old_object(bucket
     (tmp_path / "file").write_bytes(bytes(120 << 20))
     proxy.down_after = 60 << 20  # in the midst of the parts
     with pytest.raises(StorageError, match="cannot write"):
-        stores.upload_file(tmp_path / "file", place)
+        place.upload(tmp_path / "file")
     proxy.up()
     assert read_bytes(place) == b"old"
     assert [one.name for one in as_place(bucket).glob("*")] == ["weights"]
