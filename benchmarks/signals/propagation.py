@@ -213,10 +213,10 @@ def sampled_tensor_errors(evidence: Evidence, plans: Sequence[MergePlan], calibr
     catalogue = evidence.catalogue
     virtual = Virtual(evidence.table, evidence.ids, evidence.outputs, evidence.weights, evidence.sums, evidence.digests)
     blocks = {ref.id: TensorBlocks(ref) for ref in catalogue.all_refs}
-    names = [name for name, space in virtual._spaces.items() if space.scale >= 10.0]
+    names = [name for name, merges in virtual.merges.items() if merges.space.scale >= 10.0]
     if not calibrated:
         for name in names:
-            space = virtual._spaces[name]
+            space = virtual.merges[name].space
             space.weights = lambda _, space=space: np.full(len(space.centre), space.scale)
     errors: dict[int, list[list[float]]] = {depth: [] for depth in DEPTHS}
     whole = {(one, name): blocks[one].read(name, 0, blocks[one].num_elements(name)) for one in blocks for name in names}
@@ -226,11 +226,11 @@ def sampled_tensor_errors(evidence: Evidence, plans: Sequence[MergePlan], calibr
         for depth in DEPTHS:
             left, right = plan_sources(plan)[depth]
             for name in names:
-                space = virtual._spaces[name]
+                space = virtual.merges[name].space
                 base = whole[catalogue.base.id, name]
                 truth = [merges[depth - 1][name].numpy().reshape(-1) - base, whole[right, name] - base]
                 truth = [vector.astype(np.float64) for vector in truth]
-                (a, ab), (_, b) = space.products([virtual._checkpoint(s)[name] for s in (left, right)])
+                (a, ab), (_, b) = space.products([virtual.merges[name].of(s) for s in (left, right)])
                 norms = [float(np.linalg.norm(vector)) for vector in truth]
                 distance = float(np.linalg.norm(truth[0] - truth[1]))
                 errors[depth].append(
@@ -242,7 +242,7 @@ def sampled_tensor_errors(evidence: Evidence, plans: Sequence[MergePlan], calibr
                 )
     return {
         "tensors": len(names),
-        "coordinates": len(virtual._spaces[names[0]].centre),
+        "coordinates": len(virtual.merges[names[0]].space.centre),
         **{
             f"depth {depth}": {
                 label: {"rms": float(np.sqrt(np.mean(values**2))), "max": float(np.abs(values).max())}

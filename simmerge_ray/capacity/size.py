@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from simmerge_ray.checkpoints.size import COMPUTE_BYTES
 from simmerge_ray.search.estimate import engine_bytes_of
 from simmerge_ray.signals.signature import GREEDY_SHARE, NUM_GREEDY_TOKENS, SignatureSpec
-from simmerge_ray.signals.stages import Stage, activation_bytes
+from simmerge_ray.signals.stages import LayerRange, activation_bytes
 
 LIBRARIES_BYTES = 1_000_000_000  # of a signal worker, beside weights and activations
 
@@ -89,7 +89,7 @@ class ModelSize(BaseModel):
             sizes |= {f"{index}.{name}": mlp for name in ("gate", "up", "down")}
         return sizes if self.tied else sizes | {"head": self.embedding}
 
-    def elements(self, stage: Stage) -> int:
+    def elements(self, stage: LayerRange) -> int:
         """Of the layers of a stage, with the embeddings or the head where it has them."""
         ends = stage.is_first + stage.is_last - (self.tied and stage.is_first and stage.is_last)
         return int(self.layer) * len(stage.layers) + self.embedding * ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,16 @@ def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32, device: s
     Raises:
         CheckpointError: transformers cannot load it, or a weight of it is absent or not finite.
     """
-    if not isinstance(ref.path, Path) and (built := _built_model(ref, dtype)) is not None:
-        check_finite(built, ref)
-        return built.eval().to(device)
-    with local_files(ref, weights=True) as directory:
-        model = _loaded_model(ref, directory, dtype)
+    model = None if isinstance(ref.path, Path) else empty_model(ref, dtype)
+    if model is None or not put_weights(model, ref):
+        with local_files(ref, weights=True) as directory:
+            model = _loaded_model(ref, directory, dtype)
     check_finite(model, ref)
     return model.eval().to(device)
 
 
-def _built_model(ref: CheckpointRef, dtype: torch.dtype) -> Any | None:
-    """A model whose weights come by ranges; None where the names of its files do not cover its parameters."""
+def empty_model(ref: CheckpointRef, dtype: torch.dtype) -> Any:
+    """A model of the checkpoint's configuration, whose weights are still to be put into it."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     with local_files(ref) as directory:
@@ -47,7 +47,7 @@ def _built_model(ref: CheckpointRef, dtype: torch.dtype) -> Any | None:
                 model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
-    return model if put_weights(model, ref) else None
+    return model
 
 
 def _loaded_model(ref: CheckpointRef, directory: Path, dtype: torch.dtype) -> Any:
@@ -80,33 +80,42 @@ def check_finite(model: nn.Module, ref: CheckpointRef) -> None:
             raise CheckpointError(f"checkpoint {ref.id!r}: tensor {name} holds NaN or infinity")
 
 
-@torch.no_grad()
 def put_weights(model: Any, ref: CheckpointRef) -> bool:
     """Put a checkpoint's tensors, its adapter's change included, into a model of the same architecture.
 
-    Much cheaper than building another one. Tensors that the model does not know are left out, as transformers does.
-    Returns False, with the model unusable, where the files' names do not cover the model's parameters one by one; then
-    load it anew.
+    Much cheaper than building another one. For what is returned see `put_tensors`.
+    """
+    source = TensorSource(ref)
+    try:
+        return put_tensors(
+            model,
+            ((name, flat_tensor(source.read_whole(name)).reshape(spec.shape)) for name, spec in source.specs.items()),
+        )
+    finally:
+        source.close()
+
+
+@torch.no_grad()
+def put_tensors(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> bool:
+    """Put named tensors into a model. Those that it does not know are left out, as transformers does.
+
+    Returns False, with the model unusable, where the names do not cover the model's parameters one by one; then load
+    it anew.
     """
     parameters = dict(model.named_parameters())  # tied ones once
     aliases = {name: p for name, p in model.named_parameters(remove_duplicate=False)} | dict(model.named_buffers())
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     filled: set[int] = set()
-    source = TensorSource(ref)
-    try:
-        for name, spec in source.specs.items():
-            target = aliases.get(name, aliases.get(prefix + name))
-            if target is None:
-                continue
-            if tuple(target.shape) != spec.shape:
-                return False
-            values = flat_tensor(source.read_whole(name)).reshape(spec.shape)
-            if id(target) in filled and not torch.equal(target, values.to(target)):
-                return False  # tied in the model, yet stored twice with other values: transformers does not tie these
-            target.copy_(values)
-            filled.add(id(target))
-    finally:
-        source.close()
+    for name, values in tensors:
+        target = aliases.get(name, aliases.get(prefix + name))
+        if target is None:
+            continue
+        if target.shape != values.shape:
+            return False
+        if id(target) in filled and not torch.equal(target, values.to(target)):
+            return False  # tied in the model, yet stored twice with other values: transformers does not tie these
+        target.copy_(values)
+        filled.add(id(target))
     return all(id(parameter) in filled for parameter in parameters.values())
 
 

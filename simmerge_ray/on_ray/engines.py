@@ -47,9 +47,8 @@ def start_evaluator(search: PreparedSearch) -> Evaluator:
 def _check_prompts(search: PreparedSearch, tokenizer: Any, count: int = 16) -> list[list[int]]:
     """Token ids on which an engine is checked: the first prompts of the first task of our own, or plain tokens."""
     from simmerge_ray.search.evaluation import Task
-    from simmerge_ray.search.evaluation.prompts import encode_prompts
 
     for _, task in sorted(search.tasks.items()):
         if isinstance(task, Task):
-            return encode_prompts(task, task.items[:count], tokenizer)
+            return task.encoded_prompts(task.items[:count], tokenizer)
     return [[(7 * place + number) % len(tokenizer) for place in range(1, 9)] for number in range(count)]

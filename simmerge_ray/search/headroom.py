@@ -101,7 +101,7 @@ class HeadroomReport:
 def headroom(contexts: Sequence[Context], num_resamples: int = 2000, seed: int = 0) -> HeadroomReport:
     """All statistics of a set of contexts; raises `InputError` when none of them is defined."""
     arms = _checked_arms(contexts)
-    gaps = [gap for gap in (_gap(context, arms) for context in contexts) if gap is not None]
+    gaps = [gap for context in contexts if (gap := _gap(context, arms)) is not None]
     if not gaps:
         raise InputError(
             f"none of the {len(contexts)} contexts has parents that differ by {MIN_GAP} and by "
@@ -129,19 +129,6 @@ def headroom(contexts: Sequence[Context], num_resamples: int = 2000, seed: int =
     )
 
 
-def gap_closed(contexts: Sequence[Context], chosen_arms: Sequence[str]) -> float | None:
-    """Headline GapClosed of any policy, the arm that it took for each context in order; None where none is defined."""
-    arms = _checked_arms(contexts)
-    gaps, closed = [], []
-    for context, arm in zip(contexts, chosen_arms, strict=True):
-        if arm not in arms:
-            raise InputError(f"unknown arm {arm!r} for {context.left} + {context.right}; known: {list(arms)}")
-        if (gap := _gap(context, arms)) is not None:
-            gaps.append(gap)
-            closed.append(gap.closed[arms.index(arm)])
-    return _mean_over_tasks(gaps, np.array(closed)) if gaps else None
-
-
 @dataclass(frozen=True)
 class DefinedGaps:
     """The D defined ones of a set of contexts.
@@ -157,54 +144,12 @@ class DefinedGaps:
 
 def defined_gaps(contexts: Sequence[Context], arms: Sequence[str]) -> DefinedGaps:
     """Numerators and denominators of GapClosed for all arms, from which that of any policy follows; D may be 0."""
-    found = [(row, gap) for row, gap in enumerate(_gap(context, arms) for context in contexts) if gap is not None]
+    gaps = {row: gap for row, context in enumerate(contexts) if (gap := _gap(context, arms)) is not None}
     return DefinedGaps(
-        rows=np.array([row for row, _ in found], dtype=np.int64),
-        tasks=tuple(gap.task for _, gap in found),
-        closed=np.array([gap.closed for _, gap in found]).reshape(len(found), len(arms)),
-        gap=np.array([gap.gap for _, gap in found]),
-    )
-
-
-@dataclass(frozen=True)
-class PolicyGain:
-    """GapClosed of a policy beside a reference policy, their difference, and its 95 % interval over checkpoints."""
-
-    policy: float
-    reference: float
-    gain: float
-    gain_interval: tuple[float, float] | None
-
-
-def policy_gain(
-    contexts: Sequence[Context],
-    chosen_arms: Sequence[str],
-    reference_arms: Sequence[str],
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> PolicyGain:
-    """Compare two policies, each the arm that it took for every context in order, on the defined contexts.
-
-    Raises:
-        InputError: no context is defined, or an arm is unknown.
-    """
-    arms = _checked_arms(contexts)
-    for arm in (*chosen_arms, *reference_arms):
-        if arm not in arms:
-            raise InputError(f"unknown arm {arm!r}; known: {list(arms)}")
-    rows = [(_gap(c, arms), a, b) for c, a, b in zip(contexts, chosen_arms, reference_arms, strict=True)]
-    gaps = [gap for gap, _, _ in rows if gap is not None]
-    if not gaps:
-        raise InputError("GapClosed is defined in none of the contexts")
-    policy = np.array([gap.closed[arms.index(a)] for gap, a, _ in rows if gap is not None])
-    reference = np.array([gap.closed[arms.index(b)] for gap, _, b in rows if gap is not None])
-
-    policy_figure, reference_figure = _mean_over_tasks(gaps, policy), _mean_over_tasks(gaps, reference)
-    return PolicyGain(
-        policy=policy_figure,
-        reference=reference_figure,
-        gain=policy_figure - reference_figure,
-        gain_interval=_bootstrap_interval(gaps, policy - reference, num_resamples, seed),
+        rows=np.array(list(gaps), dtype=np.int64),
+        tasks=tuple(gap.task for gap in gaps.values()),
+        closed=np.array([gap.closed for gap in gaps.values()]).reshape(len(gaps), len(arms)),
+        gap=np.array([gap.gap for gap in gaps.values()]),
     )
 
 

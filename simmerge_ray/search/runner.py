@@ -46,7 +46,7 @@ class TrialProgress:
 
 
 class TrialRunner:
-    """Runs trials of a search. A plain class: `distributed.merge_search.MergeTrial` puts it into Ray Tune.
+    """Runs trials of a search. A plain class: `on_ray.merge_search.MergeTrial` puts it into Ray Tune.
 
     Args:
         start: starts an evaluator; called when there is none, and again after a failed swap.

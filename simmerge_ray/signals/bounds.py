@@ -16,7 +16,7 @@ from simmerge_ray.signals.signature import (
     outputs_bytes,
     weights_bytes,
 )
-from simmerge_ray.signals.stages import Stage, activation_bytes, model_bytes, plan_stages
+from simmerge_ray.signals.stages import LayerRange, activation_bytes, model_bytes, plan_stages
 
 BLOCK_VALUES = 1 << 22  # elements of a block of logits over all checkpoints, when pairs are computed
 
@@ -48,7 +48,7 @@ class Bounds:
         ]
 
 
-def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> list[Stage] | None:
+def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> list[LayerRange] | None:
     """How a checkpoint is cut to fit `memory_gb`; None where it is run whole.
 
     Raises:

@@ -26,8 +26,6 @@ NUM_GREEDY_TOKENS = 8  # of the base's continuation of a probe
 GREEDY_SHARE = 4  # one sampled greedy position for so many sampled prompt positions
 DENSITIES = (0.1, 0.2, 0.5)  # of the arms; trim thresholds are exact for these
 
-Array = np.ndarray
-
 
 @dataclass(frozen=True)
 class SignatureSpec:
@@ -58,13 +56,13 @@ class TaskOutputs:
     attention_probe: (Sa,) int64.
     """
 
-    logits: Array
-    hidden: Array
-    attention: Array
-    greedy: Array
-    next_token: Array
-    probe: Array
-    attention_probe: Array
+    logits: np.ndarray
+    hidden: np.ndarray
+    attention: np.ndarray
+    greedy: np.ndarray
+    next_token: np.ndarray
+    probe: np.ndarray
+    attention_probe: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,9 @@ class TensorSample:
     """
 
     num_elements: int
-    values: Array
-    sums: Array
-    thresholds: Array
+    values: np.ndarray
+    sums: np.ndarray
+    thresholds: np.ndarray
 
     @property
     def scale(self) -> float:
@@ -91,7 +89,7 @@ class TensorSample:
 Weights = Mapping[str, TensorSample]
 
 
-def coordinates(name: str, num_elements: int, count: int) -> Array:
+def coordinates(name: str, num_elements: int, count: int) -> np.ndarray:
     """Sorted flat indices of the sampled coordinates of a tensor, the same for every checkpoint; (S,) int64."""
     if num_elements <= count:
         return np.arange(num_elements)
@@ -121,14 +119,14 @@ class SignatureStore:
     def has(self, kind: str, key: str) -> bool:
         return as_place(self.path(kind, key)).exists()
 
-    def write(self, kind: str, key: str, arrays: Mapping[str, Array], about: Mapping[str, Any]) -> None:
+    def write(self, kind: str, key: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
         """Write arrays by name; `about` goes into the file's metadata."""
         from safetensors.numpy import save
 
         kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         write_atomically(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
 
-    def read(self, kind: str, key: str) -> dict[str, Array]:
+    def read(self, kind: str, key: str) -> dict[str, np.ndarray]:
         """Arrays by name.
 
         Raises:
@@ -144,32 +142,26 @@ class SignatureStore:
         except SafetensorError as error:
             raise ConfigError(f"{self.path(kind, key)} is damaged ({error}); delete it and run again") from None
 
-    def write_outputs(self, key: str, outputs: TaskOutputs, about: Mapping[str, Any]) -> None:
-        self.write("outputs", key, vars(outputs), about)
+    def write_parts(self, kind: str, key: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Write dataclasses of arrays and numbers, by name."""
+        arrays = {f"{name}/{field}": value for name, part in parts.items() for field, value in vars(part).items()}
+        self.write(kind, key, {name: np.atleast_1d(value) for name, value in arrays.items()}, about)
 
-    def read_outputs(self, key: str) -> TaskOutputs:
-        return TaskOutputs(**self.read("outputs", key))
+    def read_parts(self, kind: str, key: str) -> dict[str, dict[str, np.ndarray]]:
+        """The fields of what `write_parts` wrote, by name."""
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for path, array in sorted(self.read(kind, key).items()):
+            name, field = path.rsplit("/", 1)
+            parts.setdefault(name, {})[field] = array
+        return parts
 
-    def write_weights(self, key: str, weights: Weights, about: Mapping[str, Any]) -> None:
-        arrays: dict[str, Array] = {}
-        for name, sample in weights.items():
-            arrays |= {
-                f"{name}/values": sample.values,
-                f"{name}/sums": sample.sums,
-                f"{name}/thresholds": sample.thresholds,
-                f"{name}/num_elements": np.array([sample.num_elements]),
-            }
-        self.write("weights", key, arrays, about)
+    def read_outputs(self, key: str, kind: str = "outputs") -> TaskOutputs:
+        return TaskOutputs(**self.read(kind, key))
 
     def read_weights(self, key: str) -> dict[str, TensorSample]:
-        arrays = self.read("weights", key)
-        names = sorted({name.rsplit("/", 1)[0] for name in arrays})
         return {
-            name: TensorSample(
-                int(arrays[f"{name}/num_elements"][0]),
-                *(arrays[f"{name}/{part}"] for part in ("values", "sums", "thresholds")),
-            )
-            for name in names
+            name: TensorSample(int(fields.pop("num_elements")[0]), **fields)
+            for name, fields in self.read_parts("weights", key).items()
         }
 
 

@@ -21,14 +21,14 @@ from simmerge_ray.signals.signature import (
     outputs_bytes,
     weights_bytes,
 )
-from simmerge_ray.signals.stages import Stage, cut_stages
+from simmerge_ray.signals.stages import LayerRange, cut_stages
 
 
 @dataclass(frozen=True)
 class Placed:
     """How signal workers lie on nodes: stages of a checkpoint, bytes of a worker (libraries included), workers."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[LayerRange, ...]
     worker_bytes: float
     per_node: int
 
@@ -137,7 +137,7 @@ class SignalSimulation:
     def _forward(self, elements: float, tokens: float) -> float:
         return 2 * elements * tokens * self._costs.of("sampled_share") / self._costs.of("core_flops")
 
-    def _load(self, worker: Worker, name: str, stage: Stage, at: float, sharers: int | None = None) -> float:
+    def _load(self, worker: Worker, name: str, stage: LayerRange, at: float, sharers: int | None = None) -> float:
         """Read and convert the weights of a stage, unless the worker holds them.
 
         Args:
@@ -202,7 +202,7 @@ class SignalSimulation:
             assert unit.checkpoint is not None
             if unit.kind == "sample":
                 return self._sample(worker, unit.checkpoint, unit.payload[0], at)
-            stage: Stage = unit.payload[0]
+            stage: LayerRange = unit.payload[0]
             took = self._load(worker, unit.checkpoint, stage, at)
             return took + worker.spend(arithmetic=self._forward(self._model.elements(stage), self._batch_tokens))
 

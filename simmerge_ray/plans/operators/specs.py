@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from simmerge_ray.base.errors import OperatorError, unknown_name
@@ -23,7 +23,8 @@ MAX_ANCHORS = 64
 class ParameterSpec:
     """One parameter of an operator: `low <= value <= high`, with `low` itself excluded when `open_low`.
 
-    kind: "float", "int" (a whole number), "bool" or "choice" (one of `choices`), which have no range.
+    kind: "float", "int" (a whole number), "bool" or "choice" (one of `choices`), which have no range. searched: where
+    good merges are found, for a search; None for what a search leaves at its default.
     """
 
     default: Parameter
@@ -32,6 +33,7 @@ class ParameterSpec:
     open_low: bool = False
     kind: Literal["float", "int", "bool", "choice"] = "float"
     choices: tuple[str, ...] = ()
+    searched: tuple[float, float] | None = None
 
     def problem(self, value: object) -> str | None:
         """What is wrong with `value`, or None."""
@@ -81,8 +83,8 @@ class OperatorSpec:
 
 
 _WEIGHT_RANGE = ParameterSpec(default=0.5, low=0.0, high=1.0)
-_SCALE = ParameterSpec(default=1.0, low=0.0, high=10.0)
-_DENSITY = ParameterSpec(default=0.5, low=0.0, high=1.0, open_low=True)
+_SCALE = ParameterSpec(default=1.0, low=0.0, high=10.0, searched=(0.2, 2.0))
+_DENSITY = ParameterSpec(default=0.5, low=0.0, high=1.0, open_low=True, searched=(0.05, 1.0))
 _ON = ParameterSpec(default=True, kind="bool")
 _OFF = ParameterSpec(default=False, kind="bool")
 _GUARD = ParameterSpec(default=1e-8, low=0.0, high=1e-2, open_low=True)
@@ -106,7 +108,8 @@ def _dare(normalize: ParameterSpec) -> dict[str, ParameterSpec]:
 
 
 def _della(normalize: ParameterSpec) -> dict[str, ParameterSpec]:
-    return _dare(normalize) | {"epsilon": ParameterSpec(default=0.15)}
+    density = replace(_DENSITY, searched=(0.2, 0.8))  # density +- epsilon has to stay inside (0, 1)
+    return _dare(normalize) | {"density": density, "epsilon": ParameterSpec(default=0.15)}
 
 
 _BREADCRUMBS = {
@@ -155,7 +158,7 @@ OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
         ),
         _on_task_vectors(
             "sce",
-            {"select_topk": ParameterSpec(default=1.0, low=0.0, high=1.0, open_low=True)},
+            {"select_topk": ParameterSpec(default=1.0, low=0.0, high=1.0, open_low=True, searched=(0.05, 1.0))},
             min_sources=2,
             uses_weights=False,
         ),

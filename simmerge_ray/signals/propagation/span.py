@@ -21,8 +21,6 @@ from simmerge_ray.plans.operators.shares import (
 from simmerge_ray.plans.operators.specs import Arm
 from simmerge_ray.plans.plan import step_weights
 
-Array = np.ndarray
-
 SPAN_OPERATORS = ("linear", "task_arithmetic", "slerp", "nuslerp")
 # <left, left>, <left, right>, <right, right>: of the weights (False) or of the task vectors (True).
 Products = Callable[[bool], tuple[float, float, float]]
@@ -52,33 +50,21 @@ def blend_shares(arm: Arm, weight: float, products: Products, with_base: bool) -
     return left, right, 1.0 - left - right if centred else 0.0
 
 
-def blend(left: Array, right: Array, shares: tuple[float, float, float]) -> Array:
+def blend(left: np.ndarray, right: np.ndarray, shares: tuple[float, float, float]) -> np.ndarray:
     """`s_left c_left + s_right c_right + s_base e_0`, all (K,)."""
-    merged: Array = shares[0] * left + shares[1] * right
+    merged: np.ndarray = shares[0] * left + shares[1] * right
     merged[0] += shares[2]
     return merged
 
 
-def gram_products(gram: Array, left: Array, right: Array) -> Products:
-    """Inner products of two coefficient vectors (K,) by the Gram matrix (K, K) of [base, task vectors]."""
-
-    def products(centred: bool) -> tuple[float, float, float]:
-        origin = np.zeros(len(gram))
-        origin[0] = float(centred)
-        a, b = left - origin, right - origin
-        return float(a @ gram @ a), float(a @ gram @ b), float(b @ gram @ b)
-
-    return products
-
-
-def kth_largest(vector: Array, density: float) -> float:
+def kth_largest(vector: np.ndarray, density: float) -> float:
     """Smallest magnitude that trimming to `density` keeps of a vector (S,)."""
     magnitudes = np.abs(vector)
     place = len(magnitudes) - kept_count(density, len(magnitudes))
     return float(np.partition(magnitudes, place)[place])
 
 
-def trimmed(vector: Array, threshold: float, density: float) -> Array:
+def trimmed(vector: np.ndarray, threshold: float, density: float) -> np.ndarray:
     """A sampled task vector (S,) with what trimming the whole of it to `density` drops set to zero.
 
     Entries equal to the threshold, many where weights are stored in few bits, are kept, the first of them first, as far

@@ -19,7 +19,6 @@ from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, blend_shares, 
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace, VirtualTensor
 from simmerge_ray.signals.weights import TRIM_DENSITY, WeightSums, sums_in_blocks
 
-Array = np.ndarray
 _ROOM = 1 << 28  # bytes of sources at the sampled coordinates that are held while pairs of them are compared
 _KEPT = 32  # intermediates in memory, 8 bytes a sampled coordinate each: prefixes of the plans that are being scored
 
@@ -28,7 +27,7 @@ _KEPT = 32  # intermediates in memory, 8 bytes a sampled coordinate each: prefix
 class TensorPairs:
     """What one tensor says of pairs of sources. coefficients: (K,) of each source in the pairs. sums: of each pair."""
 
-    coefficients: Mapping[Source, Array]
+    coefficients: Mapping[Source, np.ndarray]
     sums: Sequence[WeightSums]
 
 
@@ -55,7 +54,7 @@ class TensorMerges:
             order: in which sources are made; what is common to those that follow each other is made once, as the cache
                 holds it.
         """
-        coefficients: dict[Source, Array] = {}
+        coefficients: dict[Source, np.ndarray] = {}
         sums: list[WeightSums] = []
         size = max(1, _ROOM // (24 * len(self.space.centre)))  # 12 bytes a coordinate, of two sources
         for start in range(0, len(pairs), size):
@@ -91,7 +90,7 @@ class TensorMerges:
             left, right, blend_shares(source.arm, source.constant_weight, products, self._base is not None)
         )
 
-    def _on_sample(self, source: Intermediate, left: Array, right: Array) -> VirtualTensor:
+    def _on_sample(self, source: Intermediate, left: np.ndarray, right: np.ndarray) -> VirtualTensor:
         """The real operator on the sampled coordinates, as if they were a tensor of one dimension."""
         space, operator = self.space, source.arm.operator
         params: dict[str, Any] = source.arm.param_dict()
@@ -118,7 +117,7 @@ class TensorMerges:
         values = None if found.values is None else found.values - space.centre
         return VirtualTensor(found.coefficients - origin[0], values)
 
-    def _threshold(self, source: Source, vector: Array, density: float) -> float:
+    def _threshold(self, source: Source, vector: np.ndarray, density: float) -> float:
         exact = self.space.threshold(self._index[source], density) if isinstance(source, str) else None
         return kth_largest(vector, density) if exact is None else exact
 
@@ -129,12 +128,14 @@ class TensorMerges:
         own = {self._base} if source.arm.spec.uses_base else set()
         return own | self._bases(source.left) | self._bases(source.right)
 
-    def _row(self, source: Source, tensor: VirtualTensor) -> tuple[Array, float]:
+    def _row(self, source: Source, tensor: VirtualTensor) -> tuple[np.ndarray, float]:
         """Task vector at the sampled coordinates, float32, and the threshold of `trimmed_overlap`."""
         vector = self.space.sampled(tensor).astype(np.float32)
         return vector, math.inf if self._base is None else self._threshold(source, vector, TRIM_DENSITY)
 
-    def _sums(self, gram: Array, left: Source, right: Source, rows: Mapping[Source, tuple[Array, float]]) -> WeightSums:
+    def _sums(
+        self, gram: np.ndarray, left: Source, right: Source, rows: Mapping[Source, tuple[np.ndarray, float]]
+    ) -> WeightSums:
         both, centre = np.stack([rows[left][0], rows[right][0]]), self.space.centre
         thresholds = np.array([rows[left][1], rows[right][1]])
         sums = sums_in_blocks(lambda start, stop: (both[:, start:stop], centre[start:stop]), len(centre), thresholds)

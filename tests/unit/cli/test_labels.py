@@ -16,7 +16,7 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, pair_plan
 from simmerge_ray.search.labels import EvaluationSettings, Infeasible, LabelStore, Measured, Stopped
 from tests.unit.cli.test_app import simmerge
-from tests.unit.search.test_labels import label
+from tests.unit.search.labels.made_up import label
 from tests.unit.test_layers import loaded_modules
 
 

@@ -1,4 +1,4 @@
-"""Studies: what is said before anything starts, what a trial refuses, and what a search found."""
+"""A prepared search: its problems and its needs before it starts, what a trial refuses, and what it found."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError, SelectorError
-from simmerge_ray.search.headroom import Context, gap_closed
+from simmerge_ray.search.headroom import Context
 from simmerge_ray.selector.assessment.baselines import best_fixed_arm, uniform_gap_closed
 from simmerge_ray.selector.assessment.crossval import (
     crossval_report,
@@ -22,6 +22,7 @@ from simmerge_ray.selector.assessment.crossval import (
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.models.model import read_selector
 from simmerge_ray.selector.models.train import train_selector
+from tests.reference import gap_closed
 
 ARMS = ("linear", "nuslerp", "ties")
 FAST = TrainConfig(num_members=3, num_epochs=150)

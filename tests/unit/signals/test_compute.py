@@ -19,7 +19,7 @@ from simmerge_ray.signals.compute import compute_signals, local_executor, tokeni
 from simmerge_ray.signals.features import SIGNALS, column_signal, feature_columns, scaled_features, swapped_features
 from simmerge_ray.signals.queue import Unit, WorkQueue
 from simmerge_ray.signals.signature import NUM_GREEDY_TOKENS, SignatureSpec, SignatureStore
-from simmerge_ray.signals.stages import Stage, model_bytes
+from simmerge_ray.signals.stages import LayerRange, model_bytes
 from simmerge_ray.signals.table import read_signal_table
 from simmerge_ray.signals.weights import tensor_kind, tensor_layer
 from tests import reference, tiny
@@ -315,7 +315,7 @@ def test_in_stages_of_layers_the_table_has_the_same_bits(table, catalogue, probe
 def test_a_worker_keeps_its_group_and_a_later_stage_goes_first():
     def unit(checkpoint, stage=None):
         return (
-            Unit("stage", checkpoint, (Stage(stage, stage + 1, 4),))
+            Unit("stage", checkpoint, (LayerRange(stage, stage + 1, 4),))
             if stage is not None
             else Unit("outputs", checkpoint, ())
         )

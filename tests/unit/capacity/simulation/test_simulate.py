@@ -23,7 +23,7 @@ from simmerge_ray.capacity.simulation.signals import Placed, SignalSimulation, p
 from simmerge_ray.capacity.simulation.workers import Node
 from simmerge_ray.capacity.size import SHAPES, ModelSize, size_of
 from simmerge_ray.plans.operators.specs import parse_arms
-from simmerge_ray.signals.stages import Stage
+from simmerge_ray.signals.stages import LayerRange
 
 COSTS = load_costs()
 ARMS = parse_arms(["linear", "ties"])
@@ -32,7 +32,7 @@ HERE = 1e15  # bytes a second of files that are on this machine already
 
 
 def signals(model, num_models, workers, stages=None, tasks=1, nodes=1, cores=2):
-    whole = (Stage(0, model.layers, model.layers),)
+    whole = (LayerRange(0, model.layers, model.layers),)
     return SignalSimulation(
         model, num_models, tasks, 48, 99, Placed(stages or whole, 1e9, workers),
         [Node(HERE, HERE, HERE) for _ in range(nodes)], cores, COSTS,
@@ -82,7 +82,7 @@ def test_the_units_are_those_of_a_real_run(catalogue, catalogue_path):
         name="tiny", parameters=6e4, layers=2, hidden_size=64, heads=2, intermediate_size=96, vocab_size=50, tied=True
     )
     simulation = SignalSimulation(
-        tiny, len(catalogue.checkpoints), len(probes), sizes.pop(), 20, Placed((Stage(0, 2, 2),), 1e9, 1),
+        tiny, len(catalogue.checkpoints), len(probes), sizes.pop(), 20, Placed((LayerRange(0, 2, 2),), 1e9, 1),
         [Node(HERE, HERE, HERE)], 1, COSTS,
     )  # fmt: skip
     units = simulation.run().units

@@ -1,12 +1,14 @@
-"""Signals of the outputs of many pairs of checkpoints on one task: of chosen pairs, where `signals.pairs` takes all.
+"""Outputs of intermediates: mixed of those of the checkpoints, and compared on one task.
 
-A checkpoint is prepared once (softmax, norms) however many others it is compared with; a pair is then one walk through
-both. All in float64, to rounding what `signals.pairs` finds.
+Comparison is of chosen pairs, where `signals.pairs` takes all. Outputs are prepared once (softmax, norms) however many
+others they are compared with; a pair is then one walk through both. All in float64, to rounding what `signals.pairs`
+finds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,11 +16,38 @@ import torch
 from simmerge_ray.signals.cosines import CosineMoments
 from simmerge_ray.signals.divergence import log_softmax
 from simmerge_ray.signals.pairs import kl_statistics
-from simmerge_ray.signals.propagation.kernels import row_divergences, row_dots
+from simmerge_ray.signals.propagation.kernels import add_scaled, row_divergences, row_dots
 from simmerge_ray.signals.signature import TaskOutputs
 
-Array = np.ndarray
 _MIN_NORM = 1e-12  # a zero row has cosine 0 with all
+_BLOCK = 1 << 15  # elements whose sums stay in the cache while every source is added
+
+
+def mixed_outputs(outputs: Sequence[TaskOutputs], shares: Sequence[float]) -> TaskOutputs:
+    """`l_m = sum_i a_i l_i` for logits and hidden states (cross-task linearity, arXiv:2402.03660), `sum_i a_i = 1`.
+
+    Attention rows are mixed in the same way, clipped at 0 and scaled to the sum that the mixture had.
+    """
+
+    def mixed(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        total = np.zeros(arrays[0].shape)
+        sums, values = total.reshape(-1), [np.ascontiguousarray(array).reshape(-1) for array in arrays]
+        for start in range(0, len(sums), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            for share, one in zip(shares, values, strict=True):
+                add_scaled(sums[block], share, one[block])
+        return total
+
+    attention = mixed([one.attention for one in outputs])
+    total = attention.sum(-1, keepdims=True)
+    attention = attention.clip(0.0)
+    attention *= total / np.maximum(attention.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
+    return replace(
+        outputs[0],
+        logits=mixed([one.logits for one in outputs]).astype(np.float32),
+        hidden=mixed([one.hidden for one in outputs]).astype(np.float32),
+        attention=attention.astype(np.float32),
+    )
 
 
 @dataclass(frozen=True)
@@ -30,12 +59,12 @@ class PreparedOutputs:
     """
 
     outputs: TaskOutputs
-    log_probs: Array
-    probs: Array
+    log_probs: np.ndarray
+    probs: np.ndarray
     entropy: float
     loss: float
-    hidden: tuple[tuple[Array, Array], ...]
-    attention: tuple[tuple[Array, Array], ...]
+    hidden: tuple[tuple[np.ndarray, np.ndarray], ...]
+    attention: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 def prepared_outputs(outputs: TaskOutputs) -> PreparedOutputs:
@@ -49,7 +78,7 @@ def prepared_outputs(outputs: TaskOutputs) -> PreparedOutputs:
     return PreparedOutputs(outputs, log_probs, probs, float(entropy), float(loss), hidden, attention)
 
 
-def _rows(layer: Array) -> tuple[Array, Array]:
+def _rows(layer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = np.ascontiguousarray(layer).reshape(-1, layer.shape[-1])
     squares = np.empty(len(rows))
     row_dots(rows, rows, squares)
@@ -89,7 +118,7 @@ class OutputPairs:
                 row_dots(rows, others, found[place])
                 found[place] /= norms * other_norms
 
-    def columns(self) -> dict[str, Array]:
+    def columns(self) -> dict[str, np.ndarray]:
         """Every feature column of outputs, (N,) each."""
         by_position = self._divergences.transpose(2, 1, 0)  # (S, 2, N)
         statistics = kl_statistics("kl_lr", by_position[~self._greedy])

@@ -18,7 +18,7 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan, unmerged
 from simmerge_ray.search.evaluation import METRICS, Item, Task, cut, load_task, load_tasks, shards
 from simmerge_ray.search.evaluation.metrics import best_choice, contains, exact_match, numeric, token_probability
-from simmerge_ray.search.evaluation.prompts import encode_pair, encode_prompts, prompt_text
+from simmerge_ray.search.evaluation.tasks import encode_pair
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 
 
@@ -126,15 +126,15 @@ def test_examples_and_chat_templates_come_before_the_prompt(catalogue):
     tokenizer = TransformersEvaluator(catalogue.base).tokenizer
     items = (Item("c=", "d"),)
     plain = Task("t", items, examples=(Item("a=", "b"),), separator=";")
-    assert prompt_text(plain, items[0], tokenizer) == "a=b;c="
+    assert plain.prompt_text(items[0], tokenizer) == "a=b;c="
     chat = replace(plain, chat=True, system="ab")
     with pytest.raises(TaskError, match="no chat template"):
-        prompt_text(chat, items[0], tokenizer)
+        chat.prompt_text(items[0], tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
     )
-    assert prompt_text(chat, items[0], tokenizer) == "s:ab;u:a=;a:b;u:c=;a:"
-    (ids,) = encode_prompts(chat, items, tokenizer)
+    assert chat.prompt_text(items[0], tokenizer) == "s:ab;u:a=;a:b;u:c=;a:"
+    (ids,) = chat.encoded_prompts(items, tokenizer)
     assert tokenizer.decode(ids).replace(" ", "") == "s:ab;u:a=;a:b;u:c=;a:"
 
 
@@ -152,7 +152,7 @@ def test_likelihoods_are_those_of_a_forward_pass(catalogue):
     for (before, after), found in zip(pairs, evaluator.log_likelihoods(pairs), strict=True):
         expected, greedy = 0.0, True
         for place, token in enumerate(after):
-            log_probs = evaluator.next_token_log_probs([*before, *after[:place]])
+            log_probs = evaluator.log_probs([*before, *after[:place]])[-1]
             expected += float(log_probs[token])
             greedy &= int(log_probs.argmax()) == token
         assert found.total == pytest.approx(expected, abs=1e-5) and found.num_tokens == len(after)
@@ -167,7 +167,7 @@ def test_likelihood_tasks_give_utilities(catalogue):
     assert set(choice) <= {0.0, 1.0} and ((smooth > 0) & (smooth < 1)).all()
     assert Task("t", items, "cross_entropy").evaluate(evaluator, np.array([1])).tolist() == smooth[1:].tolist()
     ids = evaluator.tokenizer("a+b=")["input_ids"]
-    log_probs = evaluator.next_token_log_probs(ids)
+    log_probs = evaluator.log_probs(ids)[-1]
     choices = [float(log_probs[evaluator.tokenizer(text)["input_ids"][0]]) for text in "cde"]
     assert choice[0] == float(int(np.argmax(choices)) == 0)
     assert Task("t", items, "cross_entropy").longest(evaluator.tokenizer) == (6, 1)
@@ -176,7 +176,7 @@ def test_likelihood_tasks_give_utilities(catalogue):
 def test_the_evaluator_holds_the_weights_it_was_given_last(catalogue, catalogue_path):
     tasks = load_tasks(catalogue_path.parent / "tasks")
     swapped = TransformersEvaluator(catalogue.base)
-    prompts = encode_prompts(tasks["add"], tasks["add"].items, swapped.tokenizer)
+    prompts = tasks["add"].encoded_prompts(tasks["add"].items, swapped.tokenizer)
     for resolved in (
         unmerged(catalogue.checkpoints[1]),
         resolve_plan(pair_plan("m0", "m1", make_arm("ties")), catalogue),
@@ -185,7 +185,7 @@ def test_the_evaluator_holds_the_weights_it_was_given_last(catalogue, catalogue_
         if resolved.plan.source:
             fresh = TransformersEvaluator(resolved.checkpoints[0])
             assert swapped.generate(prompts, 5) == fresh.generate(prompts, 5)
-            assert torch.equal(swapped.next_token_log_probs([5, 9]), fresh.next_token_log_probs([5, 9]))
+            assert torch.equal(swapped.log_probs([5, 9])[-1], fresh.log_probs([5, 9])[-1])
     items = tasks["add"].evaluate(swapped)
     assert items.shape == (len(prompts),) and set(items) <= {0.0, 1.0}
     assert swapped.generate(prompts[::-1], 5) == swapped.generate(prompts, 5)[::-1]
