@@ -21,11 +21,11 @@ import numpy as np
 
 from benchmarks.bandit.arguments import arguments_of
 from simmerge_ray.base.config import TrainConfig
-from simmerge_ray.reports.figures import new_figure, save_figure
 from simmerge_ray.research.bandit.clusters import (
     Cluster,
     Knowledge,
     best_fixed_column,
+    draw_regret,
     drawn_clusters,
     gaps_of,
     interval,
@@ -195,23 +195,15 @@ def draw(results: Mapping[Cluster, Mapping[str, np.ndarray]], shift: int, out: P
 
     A cluster has some of the rounds only, so a sum over rounds would not weigh the same clusters in each.
     """
-    figure, axes = new_figure(7, 4.5)
-    axis = np.ravel(axes)[0]
-    weights = drawn_clusters(list(results))
+    weights, curves = drawn_clusters(list(results)), {}
     for name in NAMES:
         values = np.array([np.nansum(of[name], axis=0) for of in results.values()])
         count = np.array([np.sum(~np.isnan(of[name]), axis=0) for of in results.values()], dtype=float)
         values, count = np.cumsum(values, axis=1), np.cumsum(count, axis=1)
         numbers = np.arange(1, values.shape[1] + 1)
-        low, high = numbers * interval(weights, values, count)
-        (line,) = axis.plot(numbers, numbers * values.sum(0) / count.sum(0), label=name)
-        axis.fill_between(numbers, low, high, alpha=0.1, color=line.get_color())
-    for where in (shift, shift + shift // 2):
-        axis.axvline(where + 0.5, color="grey", linestyle=":", linewidth=1)
-    axis.set_xlabel("round (dotted: the shift, where retrained first; half-way after it, again)")
-    axis.set_ylabel("cumulative regret (utility)")
-    axis.legend()
-    return save_figure(figure, out, "bandit-shift.png")
+        curves[name] = numbers * values.sum(0) / count.sum(0), numbers * interval(weights, values, count)
+    label = "round (dotted: the shift, where retrained first; half-way after it, again)"
+    return draw_regret(curves, label, out / "bandit-shift.png", (shift + 0.5, shift + shift // 2 + 0.5))
 
 
 def main() -> None:

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 TOKEN = "benchmark-token-0123456789abcdef"
 _START_S = 300.0  # replicas import torch, maybe on cores that others use as well
@@ -40,6 +41,11 @@ def database_of(given: str, directory: Path) -> Iterator[str]:
             yield new_database(server)
     else:
         yield given
+
+
+def percentile(seconds: Sequence[float], percent: float) -> float | None:
+    """In milliseconds."""
+    return round(1000 * float(np.percentile(seconds, percent)), 3) if seconds else None
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = _START_S) -> None:

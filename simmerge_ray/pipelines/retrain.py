@@ -15,19 +15,12 @@ from simmerge_ray.service.bandit.artifact import identical_arms
 from simmerge_ray.service.log.database import open_database
 from simmerge_ray.service.log.event_log import EventLog
 from simmerge_ray.service.registry import Registry
-from simmerge_ray.service.retraining.retraining import (
-    TRAINED,
-    UNCHANGED,
-    Result,
-    material_of,
-    present_setup,
-    promote,
-    read_log,
-    report_text,
-    roll_back,
-    train_candidate,
-)
+from simmerge_ray.service.retraining.material import material_of
+from simmerge_ray.service.retraining.promotion import TRAINED, UNCHANGED, Result, present_setup, promote, roll_back
+from simmerge_ray.service.retraining.report import report_text
+from simmerge_ray.service.retraining.reward_labels import all_rows, logged_merges
 from simmerge_ray.service.retraining.shadow import verdict
+from simmerge_ray.service.retraining.training import train_candidate
 
 REPORT = "retrain.md"
 
@@ -39,8 +32,8 @@ def run_retraining(config: RetrainConfig, promote_it: bool, dry_run: bool) -> Re
         InputError: log, registry, data set or present selector are missing or do not fit. StoreError: the database.
     """
     with _opened(config.database, config.namespace) as log:
-        logged = read_log(log)
-        setup = present_setup(logged, config.namespace)
+        logged = logged_merges(all_rows(log))
+        setup = present_setup(logged.setups, config.namespace)
         registry = Registry(config.registry)
         present = read_selector(registry.path(setup.version))
         files = find_dataset(config.dataset)

@@ -12,7 +12,6 @@ and answer gives a key of its own, e.g. the name of its job.
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import time
@@ -38,6 +37,7 @@ from simmerge_ray.service.schemas import (
     PolicyAnswer,
     Ranked,
     RewardAnswer,
+    check_utility,
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -134,8 +134,10 @@ class Client:
 
     def reward(self, decision_id: str, utility: float, key: str | None = None) -> RewardAnswer:
         """Report the measured utility, in [0, 1], of the merge that a decision chose."""
-        if isinstance(utility, bool) or not (math.isfinite(utility) and 0 <= utility <= 1):
-            raise RefusedError(422, f"the utility is {utility!r}; it must be a number in [0, 1]")
+        try:
+            check_utility(utility)
+        except ValueError as error:
+            raise RefusedError(422, str(error)) from None
         return self._send("POST", _path(decision_id, "/reward"), RewardAnswer, {"utility": utility}, _key(key))
 
     def void(self, decision_id: str, reason: str, key: str | None = None) -> RewardAnswer:

@@ -12,8 +12,7 @@ from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.selector.data.tasks import TaskPool, task_pool
 from simmerge_ray.selector.planning.scorer import PlanScorer, RankedPlan, Ranking
 from simmerge_ray.selector.planning.space import parse_ways, plan_space, scorable_arms
-from simmerge_ray.service.bandit.policy import _sampled as sampled
-from simmerge_ray.service.bandit.policy import _uniform as keyed_uniform
+from simmerge_ray.service.bandit.policy import keyed_uniform, sampled
 from simmerge_ray.service.bandit.propensities import Draws, thompson_propensities, with_floor
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import Influence, PlanPrediction
@@ -24,7 +23,6 @@ from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.signature import SignatureStore
 from simmerge_ray.signals.table import SignalTable
 
-Array = np.ndarray
 MAX_SHORTLIST = 32  # plans among which one is drawn, with exact probabilities
 BUDGET = 50_000  # plans that a request may score; beyond that a beam of about so many
 MIN_SPREAD = 0.01  # of a plan's prediction: an ensemble that agrees is not certain
@@ -37,7 +35,7 @@ class DrawnPlan:
 
     plans: tuple[RankedPlan, ...]
     chosen: int
-    propensities: Array
+    propensities: np.ndarray
 
 
 class PlanRanker:

@@ -45,7 +45,7 @@ class Registry:
         self._lock = threading.Lock()
 
     def publish(self, selector: Place) -> str:
-        """Copy an artifact, also from a store; its version. One that is there is left as it is.
+        """Copy an artifact, from a directory or a store, and return its version; an existing version is left unchanged.
 
         Raises:
             SelectorError: it cannot be read.

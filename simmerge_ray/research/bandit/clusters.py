@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.storage import Place
+from simmerge_ray.reports.figures import new_figure, save_figure
 from simmerge_ray.research.bandit.replay import Rounds, rounds_of
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.evaluation import Scoring
@@ -24,9 +26,16 @@ from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.train import fit_models, usable_folds
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import Merges, merge_values, merges_of, out_of_fold_level, warm_posteriors
+from simmerge_ray.service.bandit.warm_start import (
+    Merges,
+    cold_ridge,
+    merge_values,
+    merges_of,
+    out_of_fold_level,
+    warm_posteriors,
+)
 
-POWER, RIDGE, COLD_SPREAD = 1.0, 1.0, 0.1
+POWER, RIDGE = 1.0, 1.0
 NUM_RESAMPLES = 2000
 STUDY_FOLDS = 4  # for the level out of fold where there are several bases: hundreds of contexts need no more
 
@@ -89,7 +98,7 @@ def learned(
     merges = merges_of(training, model, range(len(training.contexts)))
     level = merge_values(out_of_fold_level(training, folds, config, models), merges)
     warm, noise = warm_posteriors(merges, training.arms, level, RIDGE, power)
-    prior = GaussianPosterior.prior(merges.z.shape[1], noise.variance / COLD_SPREAD**2)
+    prior = GaussianPosterior.prior(merges.z.shape[1], cold_ridge(noise))
     return Knowledge(model, warm, prior, noise)
 
 
@@ -176,3 +185,21 @@ def interval(weights: np.ndarray, values: np.ndarray, divisor: np.ndarray | None
         return np.full((2, *values.shape[1:]), np.nan)
     result: np.ndarray = np.nanquantile(ratio, [0.025, 0.975], axis=0)
     return result
+
+
+def draw_regret(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], label: str, path: Path, marks: Sequence[float] = ()
+) -> Place:
+    """By policy the cumulative regret (T,) after each round, and its interval (2, T). marks: rounds to point out."""
+    figure, axes = new_figure(7, 4.5)
+    axis = np.ravel(axes)[0]
+    for name, (mean, (low, high)) in curves.items():
+        numbers = range(1, len(mean) + 1)
+        (line,) = axis.plot(numbers, mean, label=name)
+        axis.fill_between(numbers, low, high, alpha=0.12, color=line.get_color())
+    for where in marks:
+        axis.axvline(where, color="grey", linestyle=":", linewidth=1)
+    axis.set_xlabel(label)
+    axis.set_ylabel("cumulative regret (utility)")
+    axis.legend()
+    return save_figure(figure, path.parent, path.name)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.storage import Place, digest_file, digest_json, write_atomically, write_json
-from simmerge_ray.reports.figures import new_figure, save_figure
 from simmerge_ray.research.bandit.clusters import (
     Cluster,
     Start,
+    draw_regret,
     drawn_clusters,
     interval,
     load_with_later_arms,
@@ -103,19 +103,11 @@ def table(results: Results) -> list[dict[str, Any]]:
 
 def draw(results: Results, out: Path, name: str) -> Place:
     """Mean cumulative regret of every policy with 95 % intervals over clusters."""
-    figure, axes = new_figure(7, 4.5)
-    axis = np.ravel(axes)[0]
-    weights = drawn_clusters(list(results))
+    weights, curves = drawn_clusters(list(results)), {}
     for policy in POLICIES:
-        curves = np.array([np.cumsum(values[policy][..., 0], axis=1).mean(0) for values in results.values()])
-        low, high = interval(weights, curves)
-        numbers = range(1, curves.shape[1] + 1)
-        (line,) = axis.plot(numbers, curves.mean(0), label=policy)
-        axis.fill_between(numbers, low, high, alpha=0.12, color=line.get_color())
-    axis.set_xlabel("round")
-    axis.set_ylabel("cumulative regret (utility)")
-    axis.legend()
-    return save_figure(figure, out, f"{name}.png")
+        regrets = np.array([np.cumsum(values[policy][..., 0], axis=1).mean(0) for values in results.values()])
+        curves[policy] = regrets.mean(0), interval(weights, regrets)
+    return draw_regret(curves, "round", out / f"{name}.png")
 
 
 def replay_dataset(

@@ -24,9 +24,8 @@ from simmerge_ray.selector.models.train import fit_models
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 
-Array = np.ndarray
-
 MIN_VARIANCE = 1e-6
+COLD_SPREAD = 0.1  # of an arm's weights where nothing is known of it
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class Merges:
     """
 
     rows: tuple[tuple[int, ...], ...]
-    z: Array
-    level: Array
-    utility: Array
+    z: np.ndarray
+    level: np.ndarray
+    utility: np.ndarray
 
 
-def contexts_of(model: FittedModel, features: Array, tasks: Sequence[str] | None) -> tuple[Array, Array]:
+def contexts_of(model: FittedModel, features: np.ndarray, tasks: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
     """(N, 2, F) features -> z (N, d) and level (N,), the mean over the networks. Without tasks each is unknown.
 
     Raises:
@@ -74,7 +73,7 @@ def merges_of(dataset: SelectionDataset, model: FittedModel, rows: Sequence[int]
 
 def out_of_fold_level(
     dataset: SelectionDataset, folds: Sequence[Fold], config: TrainConfig, models: Sequence[FittedModel] | None = None
-) -> Array:
+) -> np.ndarray:
     """(N,) level of every context by a model that was not trained on its checkpoints; NaN where no fold tests it.
 
     In its training data a model's level is better than it will be online, and contrasts would look too clean.
@@ -91,7 +90,7 @@ def out_of_fold_level(
 
 
 def warm_posteriors(
-    merges: Merges, arms: Sequence[str], level: Array, ridge: float = 1.0, power: float = 1.0
+    merges: Merges, arms: Sequence[str], level: np.ndarray, ridge: float = 1.0, power: float = 1.0
 ) -> tuple[dict[str, GaussianPosterior], Noise]:
     """Posteriors of the arms from merges of which all arms were measured, and the noise that is left.
 
@@ -116,11 +115,16 @@ def warm_posteriors(
     return posteriors, Noise(max(float(np.square(residuals).mean()), MIN_VARIANCE))
 
 
+def cold_ridge(noise: Noise) -> float:
+    """Precision of a prior that knows nothing, in units of the noise: weights spread by `COLD_SPREAD`."""
+    return noise.variance / COLD_SPREAD**2
+
+
 def sibling_prior(posterior: GaussianPosterior, prior: GaussianPosterior, power: float) -> GaussianPosterior:
     """A prior for a new arm that is expected to be like a known one: what that has seen, counting `power` of it."""
     return posterior.discounted(power, prior)
 
 
-def merge_values(values: Mapping[int, float] | Array, merges: Merges) -> Array:
+def merge_values(values: Mapping[int, float] | np.ndarray, merges: Merges) -> np.ndarray:
     """(M,): values of the dataset's rows averaged over each merge."""
     return np.array([np.mean([values[row] for row in unit]) for unit in merges.rows])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,19 +16,20 @@ from sqlalchemy import select, text, update
 
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise
-from simmerge_ray.service.log.database import snapshots, upgrade_database, writing
+from simmerge_ray.service.log.database import CHANGES_OF_THE_PAST, snapshots, upgrade_database, writing
 from simmerge_ray.service.log.events import (
     Activation,
     ArmAdded,
     DecisionClosed,
     Discounted,
     EncoderEpoch,
+    Event,
     RewardGiven,
     RewardVoided,
     WarmStart,
 )
-from simmerge_ray.service.log.fold import Basis, State, basis_of, fold
-from simmerge_ray.service.log.outcomes import Known, Outcome, Status, entry_of, row_of
+from simmerge_ray.service.log.fold import EFFECTS, Basis, State, basis_of, fold
+from simmerge_ray.service.log.outcomes import Known, Outcome, Status, proposal_of
 from simmerge_ray.service.log.replica import Replica
 from simmerge_ray.service.log.snapshots import KEPT, dump, load, newest_snapshot
 from tests.unit.service.event_logs import (
@@ -42,6 +45,12 @@ from tests.unit.service.event_logs import (
 )
 
 NOISE = Noise(0.04)
+
+
+def test_every_kind_of_event_has_a_row_and_the_index_finds_those_that_change_the_past():
+    assert set(EFFECTS) == {kind.kind for kind in get_args(Event)}
+    changes = {kind for kind, effect in EFFECTS.items() if effect.basis is not None}
+    assert set(re.findall("'(.*?)'", str(CHANGES_OF_THE_PAST))) == changes
 
 
 @st.composite
@@ -84,10 +93,10 @@ def rows_of(events):
     for event in events:
         if isinstance(event, str):
             continue
-        entry = entry_of(event, 0.0)
+        entry = proposal_of(event, 0.0)
         verdict = known.judge(entry)
         if not isinstance(verdict, Outcome):
-            rows.append(row_of(entry, *verdict, len(rows) + 1))
+            rows.append(entry.row(*verdict, len(rows) + 1))
             known.add(rows[-1])
     return rows
 
