@@ -16,7 +16,7 @@ from simmerge_ray.capacity.cluster_files.check import lint
 from simmerge_ray.capacity.cluster_files.reading import LAUNCHER, SERVE, read_documents
 
 
-def check_file(path: Path) -> list[str]:
+def check_cluster_file(path: Path) -> list[str]:
     """Problems of a file, each with the place and the rule; empty where it is fine.
 
     Raises:

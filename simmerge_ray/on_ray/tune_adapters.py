@@ -48,7 +48,7 @@ class _Metrics:
 
 
 class SearchLimits(tune.Stopper):
-    """Ends the whole search: at the first trial that says that no other can succeed, or when its time is over."""
+    """Ends the whole search when a trial reports that none can succeed, or when its time is over."""
 
     def __init__(self, max_seconds: float | None) -> None:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
@@ -58,12 +58,8 @@ class SearchLimits(tune.Stopper):
         self.fatal = self.fatal or result.get("fatal")
         return self.fatal is not None
 
-    @property
-    def out_of_time(self) -> bool:
-        return self._deadline is not None and time.monotonic() > self._deadline
-
     def stop_all(self) -> bool:
-        return self.fatal is not None or self.out_of_time
+        return self.fatal is not None or (self._deadline is not None and time.monotonic() > self._deadline)
 
 
 class Proposals(Searcher):

@@ -57,9 +57,9 @@ FILES = sorted(
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_what_is_shipped_is_fine(path):
-    from simmerge_ray.on_ray.cluster_files import check_file
+    from simmerge_ray.on_ray.cluster_files import check_cluster_file
 
-    assert check_file(path) == []
+    assert check_cluster_file(path) == []
 
 
 def test_all_parts_are_there():
@@ -127,14 +127,14 @@ CPU, GPU, HEAD = (f"available_node_types/{name}" for name in ("cpu", "gpu_48gb",
     ],
 )
 def test_mistakes_in_a_launcher_file_are_found(place, value, said, tmp_path):
-    from simmerge_ray.on_ray.cluster_files import check_file
+    from simmerge_ray.on_ray.cluster_files import check_cluster_file
 
     content = yaml.safe_load((ROOT / "cluster" / "aws.yaml").read_text())
     if place.endswith("memory_per_worker_gb"):  # then the nodes must be too small, too
         content["available_node_types"]["gpu_h100x8"]["resources"]["memory"] = 10**11
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(changed(content, place, value)))
-    found = check_file(path)
+    found = check_cluster_file(path)
     assert any(re.search(said, problem) for problem in found), found
 
 
@@ -180,13 +180,13 @@ def test_mistakes_in_a_manifest_are_found(place, value, said):
 
 
 def test_a_serve_config_inside_a_manifest_is_read_too(tmp_path):
-    from simmerge_ray.on_ray.cluster_files import check_file
+    from simmerge_ray.on_ray.cluster_files import check_cluster_file
 
     content = yaml.safe_load((ROOT / "cluster" / "kuberay" / "rayservice.yaml").read_text())
     content["spec"]["serveConfigV2"] = content["spec"]["serveConfigV2"].replace("registry:", "registri:")
     path = tmp_path / "service.yaml"
     path.write_text(yaml.safe_dump(content))
-    assert any("registri" in problem for problem in check_file(path))
+    assert any("registri" in problem for problem in check_cluster_file(path))
 
 
 def test_the_memory_of_a_model_is_that_of_the_dry_runs():

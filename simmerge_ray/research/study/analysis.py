@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from simmerge_ray.research.study.longer import unmerged_utilities
 from simmerge_ray.research.study.merges import CONTROL_ARM, LATER_ARM, REFERENCE_ARMS
 from simmerge_ray.research.study.subset_choice import compare_subsets, labelled_choices, relative_prediction
 from simmerge_ray.research.study.unseen_base import models_without_base
-from simmerge_ray.search.labels import LabeledPlan
 from simmerge_ray.selector.assessment.crossval import predict_unseen
 from simmerge_ray.selector.data.dataset import SelectionDataset, build_dataset, join_datasets
 from simmerge_ray.selector.data.splits import base_folds, pairs_of
@@ -64,12 +64,10 @@ def propagators() -> dict[str, PropagatorMaker]:
 
 def subset_choice(part: LoadedPart, members: Sequence[str], others: SelectionDataset, config: TrainConfig) -> Any:
     """Regret of the choice of a subset among `members`, by a model of the other bases' pairs."""
-    assert part.catalogue.base is not None
-    base = part.catalogue.base.id
     propagator = propagators()["virtual"](part)
     columns = [column for column in others.columns if column in set(propagator.columns)]
     elsewhere = dict.fromkeys((c for context in others.contexts for c in (context.left, context.right)), "elsewhere")
-    model = models_without_base(others.restricted(columns), elsewhere, [base], config)[base]
+    model = models_without_base(others.restricted(columns), elsewhere, [part.name], config)[part.name]
     choices = labelled_choices(part.labels, part.catalogue, members, model.arms)
     pool = task_pool("mean", (), part.table.tasks, part.table.checkpoint_ids, part.catalogue.own_task)
     utilities = unmerged_utilities(part.labels)
@@ -89,16 +87,11 @@ def bought(
     predicted = predict_unseen(dataset, config, folds=folds).utility
     rows = curves(candidate_arms(dataset, predicted, dict(base_of)), range(1, len(dataset.arms) + 1))
     merged = [label for part in parts for label in part.labels if len(label.plan.steps) == 1]
-    seconds = _seconds_by_plan(merged)
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for label in merged:
+        seconds[label.plan.id] += label.seconds
     # Labels that train a selector: all of them. Signals serve every pair of a catalogue, each is charged its part.
     pairs = {tuple(sorted(label.plan.members)) for label in merged}
     signals = sum(part.signal_seconds for part in parts) / len(pairs)
     costs = StudyCosts(float(np.mean(list(seconds.values()))), signals, sum(seconds.values()))
     return {"rows": rows, "costs": vars(costs), "break_even": break_even(rows, costs)}
-
-
-def _seconds_by_plan(labels: Sequence[LabeledPlan]) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-    for label in labels:
-        seconds[label.plan.id] = seconds.get(label.plan.id, 0.0) + label.seconds
-    return seconds
