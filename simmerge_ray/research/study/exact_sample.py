@@ -38,9 +38,9 @@ def sampled_part(part: LoadedPart) -> LoadedPart:
 
 def sampled_plans(part: LoadedPart) -> list[MergePlan]:
     """Every labelled fold of the first three-way subsets that have plans of several arms, in the order of ids."""
-    of_size = [one for one in candidates(part.labels, part.catalogue) if len(one.plan.members) == SIZE]
-    mixed = sorted({one.group[1] for one in of_size if one.arm is None})[:NUM_SUBSETS]
-    return [one.plan for one in of_size if one.group[1] in mixed]
+    of_size = [fold for fold in candidates(part.labels, part.catalogue) if len(fold.plan.members) == SIZE]
+    mixed = sorted({fold.group[1] for fold in of_size if fold.arm is None})[:NUM_SUBSETS]
+    return [fold.plan for fold in of_size if fold.group[1] in mixed]
 
 
 def write_exact(part: LoadedPart, probes: Path, path: Path) -> int:

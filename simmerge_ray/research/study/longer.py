@@ -128,16 +128,16 @@ def choices(
     """
     members, weighting = group[0].plan.members, group[0].weighting
     last = ordered_by_utility(members, catalogue, utilities)
-    of_fixed = [one for one in group if one.arm == best_fixed]
-    expert_last = [one for one in of_fixed if one.plan.id == fold_plan(last, [one.plan.steps[0].arm], weighting).id]
-    drawn = [one for one in group if one.arm is None]
+    of_fixed = [fold for fold in group if fold.arm == best_fixed]
+    expert_last = [fold for fold in of_fixed if fold.plan.id == fold_plan(last, [fold.plan.steps[0].arm], weighting).id]
+    drawn = [fold for fold in group if fold.arm is None]
     found = {
-        PREDICTED: [max(group, key=lambda one: (predicted[one.plan.id], one.plan.id))],
+        PREDICTED: [max(group, key=lambda fold: (predicted[fold.plan.id], fold.plan.id))],
         "random plan": drawn,
-        "best fixed arm, random order": [one for one in of_fixed if one not in expert_last] or of_fixed,
+        "best fixed arm, random order": [fold for fold in of_fixed if fold not in expert_last] or of_fixed,
         "best fixed arm, expert last": expert_last,
         EQUAL_LINEAR: list(linear),
-        ORACLE: [max(group, key=lambda one: (one.pooled, one.plan.id))],
+        ORACLE: [max(group, key=lambda fold: (fold.pooled, fold.plan.id))],
     }
     return {name: chosen for name, chosen in found.items() if chosen}
 
@@ -185,7 +185,7 @@ def compare(
 
 
 def _mean(chosen: Sequence[MeasuredFold]) -> float:
-    return float(np.mean([one.pooled for one in chosen]))
+    return float(np.mean([fold.pooled for fold in chosen]))
 
 
 def _missing(chosen: Mapping[str, list[MeasuredFold]], name: str) -> bool:
@@ -202,7 +202,7 @@ def _against_members(
     expert, rest = [], []
     for task in sorted({task for name in key[1] if (task := own_task[name])}):
         known = sorted((utilities[task][name] for name in key[1]), reverse=True)
-        merged = float(np.mean([one.by_task[task] for one in chosen]))
+        merged = float(np.mean([fold.by_task[task] for fold in chosen]))
         others = float(np.mean(known[1:]))
         expert.append((merged - known[0], known[0]))
         rest.append((merged - others, others))
@@ -231,8 +231,8 @@ def resampled_interval(values: np.ndarray, units: Sequence[tuple[str, tuple[str,
 
 def rank_agreement(group: Sequence[MeasuredFold], predicted: Mapping[str, float]) -> float | None:
     """Kendall's tau of predicted and measured within a group; None where it is not defined."""
-    known = [one for one in group if not np.isnan(one.pooled)]
+    known = [fold for fold in group if not np.isnan(fold.pooled)]
     if len(known) < 3:
         return None
-    tau = kendalltau([predicted[one.plan.id] for one in known], [one.pooled for one in known]).statistic
+    tau = kendalltau([predicted[fold.plan.id] for fold in known], [fold.pooled for fold in known]).statistic
     return None if np.isnan(tau) else float(tau)

@@ -112,7 +112,7 @@ def compare_subsets(
     for size in [*sizes, None]:
         some = [choice for choice in choices if size is None or len(choice.subset) == size]
         best = max(choice.relative for choice in some)
-        first = max(some, key=lambda one: (predicted[one.plan.id], one.plan.id))
+        first = max(some, key=lambda merge: (predicted[merge.plan.id], merge.plan.id))
         subsets = sorted({choice.subset for choice in some})
         similar = max(subsets, key=lambda subset: (_similarity(table, subset), subset))
         top = max(subsets, key=lambda subset: (np.mean([individually[name] for name in subset]), len(subset), subset))

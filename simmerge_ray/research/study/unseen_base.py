@@ -74,9 +74,9 @@ def scores_of(
     """Score by aggregate and plan id, on the tasks of each plan's members."""
     pool = task_pool("mean", (), part.table.tasks, part.table.checkpoint_ids, part.catalogue.own_task)
     scorer = PlanScorer(part.table, propagator, model)
-    ranked = scorer.score_by_aggregate([one.plan for one in plans], pool, AGGREGATES)
+    ranked = scorer.score_by_aggregate([fold.plan for fold in plans], pool, AGGREGATES)
     return {
-        aggregate: {one.plan.id: row.score for one, row in zip(plans, rows, strict=True)}
+        aggregate: {fold.plan.id: row.score for fold, row in zip(plans, rows, strict=True)}
         for aggregate, rows in ranked.items()
     }
 
@@ -157,16 +157,16 @@ def _pick(
 
 def _grouped(found: Sequence[MeasuredFold]) -> dict[Group, list[MeasuredFold]]:
     groups: dict[Group, list[MeasuredFold]] = {}
-    for one in found:
-        groups.setdefault(one.group, []).append(one)
+    for fold in found:
+        groups.setdefault(fold.group, []).append(fold)
     # A catalogue of which every subset is labelled has a few plans of each; a choice needs more.
     return {
-        key: group for key, group in sorted(groups.items()) if len({one.arm for one in group}) > 1 and len(group) > 4
+        key: group for key, group in sorted(groups.items()) if len({fold.arm for fold in group}) > 1 and len(group) > 4
     }
 
 
-def _is_equal(one: MeasuredFold, key: Group) -> bool:
-    return one.weighting == "equal" and one.group[:2] == key[:2]
+def _is_equal(fold: MeasuredFold, key: Group) -> bool:
+    return fold.weighting == "equal" and fold.group[:2] == key[:2]
 
 
 def _selections(picks: Mapping[Group, Any]) -> dict[str, list[Group]]:
