@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def run_demo(
     """
     arms = tuple(make_arm(operator, params).label for operator, params in ARMS)
     search = SearchConfig(arms=arms, exclude=(held_out,), evaluator=evaluator)
-    with _session_if_needed(layout):
+    # One cluster for all stages of a first run; none for a run that finds everything in place.
+    with nullcontext() if (layout.pick / "pick.json").exists() else ray_session():
         zoo_stage(layout, narrator, recipes, num_items)
         signals_stage(layout.catalogue, layout.probes, layout.signals, SIGNALS, narrator)
         search_stage(layout.catalogue, layout.tasks, layout.labels, search, narrator)
@@ -53,13 +55,6 @@ def run_demo(
         )
         pick_stage(layout, narrator, held_out, search)
     report_stage(layout, narrator)
-
-
-def _session_if_needed(layout: RunLayout[Path]) -> Any:
-    """One Ray cluster for all stages of a first run; none for a run that finds everything in place."""
-    from contextlib import nullcontext
-
-    return nullcontext() if (layout.pick / "pick.json").exists() else ray_session()
 
 
 def zoo_stage(
