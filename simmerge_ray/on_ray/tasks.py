@@ -72,7 +72,8 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Iterator[Cal
     try:
         yield lambda: get_result(task)
     finally:
-        ray.cancel(task, force=True)  # nothing, if it has ended
+        if not ray.wait([task], timeout=0)[0]:
+            ray.cancel(task, force=True)
 
 
 def get_result(task: Any) -> Any:
