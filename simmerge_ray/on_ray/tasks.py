@@ -72,7 +72,7 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Iterator[Cal
     try:
         yield lambda: get_result(task)
     finally:
-        if not ray.wait([task], timeout=0)[0]:
+        if not ray.wait([task], timeout=0)[0]:  # Ray 2.60 may abort the driver where the task has just ended
             ray.cancel(task, force=True)
 
 
