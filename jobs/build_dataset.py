@@ -27,9 +27,9 @@ def build_dataset(
     dry_run: DryRunOption = False,
 ) -> dict[str, Any]:
     from simmerge_ray.base.progress import narrated
-    from simmerge_ray.pipelines.stages import build_dataset_stages, load_study
+    from simmerge_ray.pipelines.stages import build_dataset_stages, load_dataset_config
 
-    config, estimate = load_study(study)
+    config, estimate = load_dataset_config(study)
     with narrated(None) as narrator:
         if dry_run:
             narrator.print_lines(estimate.lines())

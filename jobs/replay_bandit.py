@@ -3,7 +3,7 @@
     python jobs/replay_bandit.py /shared/dataset --out /shared/replay
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- python jobs/replay_bandit.py /shared/dataset --out /shared/replay
 
-The benchmark `benchmarks.bandit.replay` as a job: minutes on one core, no actors. A domain that was played is not played
+`simmerge_ray.research.bandit.regret` as a job: minutes on one core, no actors. A domain that was played is not played
 again. OUT gets `bandit-replay.json` and `.png`. The last line is JSON that reports what happened (`simmerge_ray.pipelines.jobs`).
 """  # noqa: E501
 

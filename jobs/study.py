@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python jobs/study.py --out /shared/study
 
 What is there is not computed again, so an interrupted study goes on with the same command. `--config` names a YAML
-file with other sizes (see `simmerge_ray.base.config.ZooStudyConfig`), `--stage` runs some stages only. OUT is a
+file with other sizes (see `simmerge_ray.base.config.StudyConfig`), `--stage` runs some stages only. OUT is a
 directory that every node sees: trained checkpoints lie in it. The last line is JSON that reports what happened
 (`simmerge_ray.pipelines.jobs`).
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simmerge_ray.base.config import ZooStudyConfig, load_yaml
+from simmerge_ray.base.config import StudyConfig, load_yaml
 from simmerge_ray.cli.app import run_as_job
 from simmerge_ray.cli.job_line import with_job_line
 from simmerge_ray.cli.places import path_option
@@ -30,7 +30,7 @@ def study(
         list[str] | None, typer.Option(help="zoo, signals, pairs, plans, probes, exact or analysis; repeatable")
     ] = None,
 ) -> dict[str, Any]:
-    sizes = load_yaml(config, ZooStudyConfig) if config else ZooStudyConfig()
+    sizes = load_yaml(config, StudyConfig) if config else StudyConfig()
     from simmerge_ray.base.errors import ConfigError, unknown_name
     from simmerge_ray.base.progress import narrated
     from simmerge_ray.pipelines.study import STAGES, run_study

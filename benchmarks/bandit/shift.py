@@ -19,21 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bandit.clusters import (
+from benchmarks.bandit.arguments import arguments_of
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.research.bandit.clusters import (
     Cluster,
     Knowledge,
-    arguments_of,
-    best_fixed,
+    best_fixed_column,
     draw_regret,
     drawn_clusters,
     gaps_of,
     interval,
     learned,
-    load,
+    load_with_later_arms,
     repeated,
 )
-from simmerge_ray.base.config import TrainConfig
-from simmerge_ray.research.replay import (
+from simmerge_ray.research.bandit.replay import (
     Bandit,
     Rounds,
     expected_uniform,
@@ -149,7 +149,7 @@ def play(stream: Stream, num: int, config: TrainConfig = CONFIG) -> dict[str, np
     start = learned(stream.known, config)
     found: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
     for first_half in (True, False):
-        rounds, fixed = stream.rounds(start, first_half), best_fixed(stream.known)
+        rounds, fixed = stream.rounds(start, first_half), best_fixed_column(stream.known)
         found["uniform"].append(regret(expected_uniform(rounds), rounds))
         found["best fixed"].append(regret(rounds.truth[:, fixed], rounds))
         for explore, retrained in LEARNERS:
@@ -210,7 +210,7 @@ def main() -> None:
     parser = arguments_of(__doc__, orders=1, rounds=120)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    loaded = load(arguments.dataset, arguments.arm)
+    loaded = load_with_later_arms(arguments.dataset, arguments.arm)
     dataset, base_of, streams = loaded.dataset, loaded.base_of, []
     bases = [base_of[context.left] for context in dataset.contexts]
     for online in halves_of(bases):

@@ -9,7 +9,6 @@ standard deviation. No more than one chunk of a tensor is in memory here, and ev
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python, offline
+from benchmarks.measuring import pinned_environment, script_parser
+from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
 from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef
 
@@ -89,7 +89,7 @@ def write_bf16(
 
 def smollm2(target: Path, python: Path) -> None:
     """SmolLM2-135M-Instruct as bf16 safetensors with its tokenizer; transformers runs in mergekit's interpreter."""
-    subprocess.run([python, "-c", _DEQUANTISE, str(target)], check=True, env=offline())
+    subprocess.run([python, "-c", _DEQUANTISE, str(target)], check=True, env=pinned_environment())
 
 
 def random_llama(target: Path, num_params: float, hidden: int = 2048, vocab: int = 32000, seed: int = 0) -> None:
@@ -219,7 +219,7 @@ def make_fixture(root: Path, size: str, venv: Path = DEFAULT_DIRECTORY) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--small-only", action="store_true", help="not the 1 B checkpoints")
     parser.add_argument("--venv", type=Path, default=DEFAULT_DIRECTORY, help="mergekit's environment")

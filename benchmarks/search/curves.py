@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.search.setting import make_private, markdown, parser_of, write_result
+from benchmarks.measuring import markdown, write_result
+from benchmarks.search.setting import make_private, parser_of
 
 MEMBERS = ("math-strong", "code-strong", "multilingual-strong", "rag-strong")
 ARMS = ("linear", "nuslerp", "task_arithmetic", "ties")
@@ -139,7 +140,7 @@ def main() -> None:
             shown.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
         reached = min(points[-1][0] for points in curves[name])
         rows.append([NAMES[name], len(values), float(np.median(tried)), min(reached, most), *shown])
-    write_result(arguments.out, "curves", result)
+    write_result(arguments.out / "curves.json", result)
     draw((arguments.figures or arguments.out) / "search_curves.png", items, found)
     header = ("search", "seeds", "merges tried", "items", *(f"after {int(share * most)}" for share in (0.25, 0.5, 1)))
     print(markdown(header, rows))

@@ -21,7 +21,8 @@ import time
 from itertools import product
 from pathlib import Path
 
-from benchmarks.search.setting import make_private, markdown, parser_of, write_result
+from benchmarks.measuring import markdown, write_result
+from benchmarks.search.setting import make_private, parser_of
 
 EXCLUDED = tuple(",".join(pair) for pair in product(("math-lora", "code-lora"), ("rag-weak", "rag-lora"))) + tuple(
     f"{left},multilingual-lora" for left in ("math-lora", "code-lora", "math-weak")
@@ -60,7 +61,7 @@ def main() -> None:
         found = LabelStore(labels).read()
         num_items = sum(len(label.outcome.items) for label in found)
         num_trials = len({label.plan.id for label in found})
-    write_result(arguments.out, "grid200", {"seconds": seconds, "trials": num_trials, "items": num_items})
+    write_result(arguments.out / "grid200.json", {"seconds": seconds, "trials": num_trials, "items": num_items})
     names = (f"{num_trials} trials, {num_items} items", "the same command again", "again, without its manifest")
     asked = ("<= 360", "<= 30", "<= 30")
     print(markdown(("run", "s", "asked"), list(zip(names, seconds, asked, strict=True))))

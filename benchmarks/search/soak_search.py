@@ -30,7 +30,8 @@ import psutil
 import yaml
 
 from benchmarks import processes
-from benchmarks.search.setting import make_private, markdown, parser_of, write_result
+from benchmarks.measuring import markdown, write_result
+from benchmarks.search.setting import make_private, parser_of
 
 CHECKPOINTS = ("math-strong", "math-weak", "code-strong", "multilingual-strong", "rag-weak")
 NUM_ITEMS = 100
@@ -234,7 +235,7 @@ def main() -> None:
     print(f"\n{len(campaign.family)} processes were started, all gone {gone:.0f} s after the last search")
     print("the same labels as undisturbed" if not campaign.problems else "\n".join(["DIFFERENT", *campaign.problems]))
     result = {"rows": campaign.rows, "problems": campaign.problems, "whole_s": whole, "trials_s": trials}
-    write_result(arguments.out, "soak_search", result)
+    write_result(arguments.out / "soak_search.json", result)
     if campaign.problems:
         raise SystemExit(1)
 

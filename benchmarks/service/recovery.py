@@ -15,15 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")  # before numpy is imported
+from benchmarks.measuring import pin_threads
+
+pin_threads()
 
 import numpy as np  # noqa: E402
 from sqlalchemy import Engine, delete, func, insert, select, text  # noqa: E402

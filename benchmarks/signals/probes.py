@@ -324,7 +324,7 @@ def shown(figures: Sequence[float]) -> str:
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    from simmerge_ray.reports.run import table_lines
+    from simmerge_ray.base.markdown import table_lines
 
     kinds, positions = results["kinds"], results["positions"]
     own = [[title, *(shown(kinds["own"][size][column]) for size in SIZES[:-1])] for column, title in MAIN.items()]

@@ -225,7 +225,7 @@ def renamed(column: str) -> str:
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    from simmerge_ray.reports.run import table_lines
+    from simmerge_ray.base.markdown import table_lines
 
     found: list[str] = []
     for pooling, table in results["tables"].items():

@@ -241,7 +241,7 @@ class TrainConfig(FrozenConfig):
         return values
 
 
-class StudyConfig(FrozenConfig):
+class DatasetConfig(FrozenConfig):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 
     catalogue: Place
@@ -252,7 +252,7 @@ class StudyConfig(FrozenConfig):
     search: SearchConfig = SearchConfig()
 
 
-class ZooStudyConfig(FrozenConfig):
+class StudyConfig(FrozenConfig):
     """The study that shows whether selection works: a zoo of its own, trained and labelled. `jobs/study.py` runs it."""
 
     num_bases: int = Field(12, ge=1, description="bases of different seeds")

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from simmerge_ray.base.config import check_config, load_yaml
 from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
-from simmerge_ray.base.storage import Place, name_below, place_in, write_once
+from simmerge_ray.base.storage import Place, name_below, place_in, write_atomically
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.compatibility import compatibility_problems, refuse_problems
 from simmerge_ray.checkpoints.digests import DEFAULT_CACHE, cached_digest
@@ -152,7 +152,7 @@ def write_catalogue(path: Place, catalogue: Catalogue) -> None:
     """Write a catalogue file, paths relative to it for checkpoints below it."""
     content: dict[str, object] = {"base": _entry(path, catalogue.base)} if catalogue.base else {}
     content["checkpoints"] = [_entry(path, ref, catalogue.own_task[ref.id]) for ref in catalogue.checkpoints]
-    write_once(path, yaml.safe_dump(content, sort_keys=False).encode())
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
 
 
 def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> None:
@@ -193,7 +193,7 @@ def add_checkpoint(path: Place, ref: CheckpointRef, task: str | None = None, as_
     catalogue = _resolved(path, check_config(_Draft, yaml.safe_load(edited), f"catalogue {path}"))
     refuse_problems(_problems(catalogue.all_refs))
     try:
-        write_once(path, edited.encode())
+        write_atomically(path, edited.encode())
     except OSError as error:
         raise OutputError(f"catalogue {path} cannot be written: {error.strerror}") from None
     return catalogue

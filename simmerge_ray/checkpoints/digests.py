@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from simmerge_ray.base.storage import digest_bytes, file_version, open_ranges, write_once
+from simmerge_ray.base.storage import digest_bytes, file_version, open_ranges, write_atomically
 from simmerge_ray.checkpoints.headers import TensorSpec, read_header, read_headers
 from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, ADAPTER_FILE, CheckpointRef
 
@@ -118,7 +118,7 @@ class DigestEntry:
             return
         entry = {"digest": digest, "path": str(ref.path), "adapter": str(ref.adapter) if ref.adapter else None}
         with suppress(OSError):
-            write_once(self._file, (json.dumps(entry) + "\n").encode())
+            write_atomically(self._file, (json.dumps(entry) + "\n").encode())
 
 
 def _fingerprint(ref: CheckpointRef) -> str:

@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simmerge_ray.base.storage import file_size
+from simmerge_ray.checkpoints.size import num_elements
 from simmerge_ray.cli.places import CatalogueArgument
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def list_checkpoints(catalogue: CatalogueArgument) -> None:
         table.add_row(
             ref.id,
             "(base)" if ref == found.base else found.own_task[ref.id] or _NONE,
-            _in_units(_num_parameters(specs)),
+            _in_units(num_elements(specs)),
             _dtypes(specs),
             _in_units(_num_bytes(ref, specs)) + "B",
             shown_path(ref.adapter, catalogue.parent) if ref.adapter else _NONE,
@@ -111,7 +111,7 @@ def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -
     rows |= _architecture(read_config(ref))
     rows |= {
         "tensors": str(len(specs)),
-        "parameters": f"{_in_units(_num_parameters(specs))} ({_num_parameters(specs)})",
+        "parameters": f"{_in_units(num_elements(specs))} ({num_elements(specs)})",
         "dtype": _dtypes(specs),
         "size": _in_units(_num_bytes(ref, specs)) + "B",
         "digest": digest,
@@ -130,11 +130,6 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, str]:
         row: str(next((config[key] for key in keys if config.get(key) is not None), _NONE))
         for row, keys in _ARCHITECTURE.items()
     }
-
-
-def _num_parameters(specs: Mapping[str, TensorSpec]) -> int:
-    """Elements of the model's own tensors; an adapter adds none, since it is added to them."""
-    return sum(math.prod(spec.shape) for spec in specs.values())
 
 
 def _dtypes(specs: Mapping[str, TensorSpec]) -> str:

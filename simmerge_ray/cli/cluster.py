@@ -28,12 +28,12 @@ def check_cluster_files(
     Misspelt fields, limits that contradict each other, resources that nothing asks for, models that no node holds, Ray
     without its token, secrets in the file, pods that run as root.
     """
-    from simmerge_ray.on_ray.cluster_files import check_file
+    from simmerge_ray.on_ray.cluster_files import check_cluster_file
 
     problems: dict[Path, list[str]] = {}
     for path in files:
         try:
-            problems[path] = found = check_file(path)
+            problems[path] = found = check_cluster_file(path)
         except ConfigError as error:  # the other files are looked at all the same
             problems[path] = found = [str(error).removeprefix(f"{path} ")]
         for problem in found:

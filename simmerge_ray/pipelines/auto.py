@@ -99,12 +99,13 @@ def check_auto(run: AutoRun) -> PreparedSearch:
     return prepare_search(on_same_tasks(run.catalogue), run.tasks, run.config, str(run.labels))
 
 
-def cost_lines(study: PreparedSearch, ranking: Ranking) -> list[str]:
+def cost_lines(search: PreparedSearch, ranking: Ranking) -> list[str]:
     """What it would take to measure what is not measured yet."""
-    from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
+    from simmerge_ray.capacity.engines import engines_that_fit
+    from simmerge_ray.search.proposers import make_proposer
 
-    total = make_proposer(study, plans_to_measure(ranking, study.catalogue)).total
-    found = estimate_search(study, total, engines_that_fit(study, local_resources()))
+    total = make_proposer(search, plans_to_measure(ranking, search.catalogue)).total
+    found = estimate_search(search, total, engines_that_fit(search, local_resources()))
     return found.lines()[: 3 if found.seconds is not None or not total else 2]
 
 
@@ -136,7 +137,7 @@ def measure_stage(run: AutoRun, ranking: Ranking, narrator: Narrator) -> Answer:
             result = run_search(on_same_tasks(run.catalogue), run.tasks, run.config, run.labels, plans, report)
         counts = f"{result.num_trials_run} of {len(plans)} measured now"
         stage.result = f"{counts}, by {run.config.evaluator} -> {run.out / LABELS}"
-    lines = _lines(result.study, plans, {one.plan.id: one for one in ranking.plans})
+    lines = _lines(result.search, plans, {one.plan.id: one for one in ranking.plans})
     measured = [line.measured for line in lines if line.measured is not None]
     if not measured:
         raise LabelError(f"nothing could be measured: {lines[0].reason}; --retry-infeasible tries again")

@@ -97,7 +97,7 @@ def search_stage(
             narrator.say(f"           infeasible: {name}: {reason}")
         if config.budget is None:
             write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], results_dir / "headroom.json")
-        _write_best(result.study, results_dir, narrator)
+        _write_best(result.search, results_dir, narrator)
         left = ""
         if result.num_left:
             left = f", {result.num_left} not run (limit reached; run the same command again to go on)"
@@ -191,7 +191,8 @@ def plan_search(catalogue_path: Place, tasks_dir: Place | None, labels: Place, c
         problems.append(str(error))
     if catalogue is None or tasks is None:
         raise ConfigError("\n".join(problems))
-    from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
+    from simmerge_ray.capacity.engines import engines_that_fit
+    from simmerge_ray.search.proposers import make_proposer
 
     study = prepare_search(catalogue, tasks, config, str(labels.resolve()))
     return estimate_search(study, make_proposer(study).total, engines_that_fit(study, local_resources()))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from simmerge_ray.base.config import RetrainConfig
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import write_once
+from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.selector.data.files import find_dataset, read_dataset
 from simmerge_ray.selector.models.model import read_selector
@@ -55,7 +55,7 @@ def run_retraining(config: RetrainConfig, promote_it: bool, dry_run: bool) -> Re
             would = "would be promoted" if decided.promote else "would not be promoted"
             result = Result(TRAINED, candidate.version, f"{would}: {decided.reason}")
         path = candidate.path / REPORT
-        write_once(path, report_text(material, candidate, setup, result, config.margin).encode())
+        write_atomically(path, report_text(material, candidate, setup, result, config.margin).encode())
         return Result(result.done, result.version, f"{result.reason} -> {path}")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simmerge_ray.base.config import SignalsConfig, StudyConfig, TrainConfig, load_yaml_leniently
+from simmerge_ray.base.config import DatasetConfig, SignalsConfig, TrainConfig, load_yaml_leniently
 from simmerge_ray.base.errors import ConfigError, InputError, LabelError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, digest_file, filled_in_place, is_complete, name_below, write_json
@@ -24,7 +24,7 @@ from simmerge_ray.search.estimate import SearchEstimate
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.signals.bounds import bounds
 from simmerge_ray.signals.features import FEATURE_SCHEMA
-from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 from simmerge_ray.signals.tokens import tokenize_probes
 
@@ -67,12 +67,12 @@ def signals_stage(
         if manifest.is_current(out.with_suffix(".json")) and out.exists():
             stage.result = UNCHANGED
             return read_signal_table(out)
-        from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, signature_spec
+        from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray
 
         started = time.monotonic()
         store = SignatureStore(signatures or str(out.parent / "signatures"))
         num_batches = [-(-len(one.probes) // config.batch_size) for one in probe_sets.values()]
-        for line in bounds(catalogue, signature_spec(config), num_batches, config.memory_per_worker).lines():
+        for line in bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker).lines():
             narrator.say(f"[dim]{line}[/dim]")
         with narrator.bar("units of work") as report:
             table = compute_signals_on_ray(catalogue, probe_sets, config, report, store)
@@ -246,15 +246,14 @@ def _shown_gain(crossval: dict[str, Any]) -> str:
     return f"GapClosed {per_merge['selector']:.3f}, best fixed {per_merge['best_fixed']:.3f}"
 
 
-def load_study(path: Place) -> tuple[StudyConfig, SearchEstimate]:
-    """Read a study file and check it and everything that it names; what its search will take.
+def load_dataset_config(path: Place) -> tuple[DatasetConfig, SearchEstimate]:
+    """Read the file of a dataset and check it and everything that it names; what its search will take.
 
     Raises:
         ConfigError: with all problems, before anything is computed. OutputError: a submitted job would lose `out`.
     """
-    from simmerge_ray.on_ray.signal_actors import signature_spec
 
-    config, problems = load_yaml_leniently(path, StudyConfig)
+    config, problems = load_yaml_leniently(path, DatasetConfig)
     estimate = None
     if config is not None:
         output_place(config.out, f"`out` in {path}")
@@ -264,7 +263,7 @@ def load_study(path: Place) -> tuple[StudyConfig, SearchEstimate]:
             problems += str(error).split("\n")
         try:
             probe_sets = _probe_sets(config.probes)
-            tokenize_probes(load_catalogue(config.catalogue), probe_sets, signature_spec(config.signals))
+            tokenize_probes(load_catalogue(config.catalogue), probe_sets, SignatureSpec.of(config.signals))
         except InputError as error:
             if str(error) not in "\n".join(problems):  # the catalogue's problems, a second time
                 problems += str(error).split("\n")
@@ -273,7 +272,7 @@ def load_study(path: Place) -> tuple[StudyConfig, SearchEstimate]:
     return config, estimate
 
 
-def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> None:
+def build_dataset_stages(config: DatasetConfig, narrator: Narrator) -> None:
     """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`."""
     # Alone in its cluster: another submission of the same job waits, and then finds everything in place.
     with only_job(str(config.out), narrator.say) if "RAY_ADDRESS" in os.environ else nullcontext():

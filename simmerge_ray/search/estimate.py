@@ -10,6 +10,7 @@ import numpy as np
 
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.checkpoints.size import COMPUTE_BYTES, num_elements
 from simmerge_ray.search.labels import LabelStore, Measured
 from simmerge_ray.search.setup import PreparedSearch
 
@@ -18,7 +19,6 @@ from simmerge_ray.search.setup import PreparedSearch
 PROCESS_BYTES = {"vllm": 1_300_000_000, "transformers": 700_000_000}
 _CACHE_BYTES = {"vllm": 1 << 30, "transformers": 0}
 _START_SECONDS = {"vllm": 30.0, "transformers": 12.0}
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class SearchEstimate:
 def engine_bytes(template: CheckpointRef, evaluator: str, dtype: str) -> int:
     """Memory of one engine: its process, key-value cache, and the weights twice (a swap holds a merged tensor, and the
     CPU engine its packed matrices beside what they were packed from while it loads)."""
-    return engine_bytes_of(sum(math.prod(spec.shape) for spec in read_headers(template).values()), evaluator, dtype)
+    return engine_bytes_of(num_elements(read_headers(template)), evaluator, dtype)
 
 
 def engine_bytes_of(num_parameters: float, evaluator: str, dtype: str) -> int:
     """The same for so many parameters."""
-    return int(PROCESS_BYTES[evaluator] + _CACHE_BYTES[evaluator] + 2 * num_parameters * _DTYPE_BYTES[dtype])
+    return int(PROCESS_BYTES[evaluator] + _CACHE_BYTES[evaluator] + 2 * num_parameters * COMPUTE_BYTES[dtype])
 
 
 def estimate_search(search: PreparedSearch, num_trials: int, engines: int) -> SearchEstimate:

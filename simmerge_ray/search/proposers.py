@@ -11,7 +11,7 @@ from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.labels import Infeasible, LabeledPlan, Stopped
 from simmerge_ray.search.runner import TrialProgress
-from simmerge_ray.search.setup import PreparedSearch, Trial
+from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials
 from simmerge_ray.search.space import STEP, Range
 
 SAMPLERS = ("tpe", "cmaes", "random")
@@ -157,6 +157,15 @@ class OptunaProposer:
                 intermediate_values=reported,
             )
         )
+
+
+def make_proposer(study: PreparedSearch, plans: Sequence[MergePlan] | None = None) -> Proposer:
+    """All missing trials in order; with a budget, unmerged checkpoints first and then Optuna's proposals."""
+    if study.space is None or plans is not None:
+        return GridProposer(grid_trials(study, plans))
+    singles = dict.fromkeys(member for subset in study.space.subsets for member in subset)
+    names = [*([study.catalogue.base.id] if study.catalogue.base else []), *singles]
+    return OptunaProposer(study, grid_trials(study, [MergePlan(source=name) for name in dict.fromkeys(names)]))
 
 
 def make_sampler(name: str, seed: int) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
+from simmerge_ray.checkpoints.size import model_shape
 from simmerge_ray.signals.signature import (
     GREEDY_SHARE,
     NUM_GREEDY_TOKENS,
@@ -75,7 +76,6 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     stages = stages_for(ref, spec, memory_gb)
     sizes = [math.prod(one.shape) for one in specs.values()]
     width = spec.max_tokens + NUM_GREEDY_TOKENS
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     one_task, sample = outputs_bytes(spec, config, width), weights_bytes(spec, sizes)
     return Bounds(
         worker=int(memory_gb * 1e9) if stages and memory_gb else model_bytes(specs) + working_bytes(ref, spec),
@@ -83,7 +83,7 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
         signature=len(num_batches) * one_task + sample,
         num_checkpoints=len(catalogue.all_refs),
         stages=len(stages) if stages else 1,
-        boundary=4 * sum(num_batches) * spec.batch_size * width * hidden,
+        boundary=4 * sum(num_batches) * spec.batch_size * width * model_shape(config).hidden_size,
     )
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import Place, as_place, digest_json, read_bytes, write_once
+from simmerge_ray.base.storage import Place, as_place, digest_json, read_bytes, write_atomically
+from simmerge_ray.checkpoints.size import model_shape
 
 SCHEMA = 1
 NUM_GREEDY_TOKENS = 8  # of the base's continuation of a probe
@@ -38,6 +40,11 @@ class SignatureSpec:
     num_positions: int = 64
     num_attention_positions: int = 16
     num_coordinates: int = 10_000
+
+    @staticmethod
+    def of(config: SignalsConfig) -> SignatureSpec:
+        """What a config says of it."""
+        return SignatureSpec(**{name: getattr(config, name) for name in SignatureSpec.__match_args__})
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class SignatureStore:
         from safetensors.numpy import save
 
         kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        write_once(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
+        write_atomically(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
 
     def read(self, kind: str, key: str) -> dict[str, np.ndarray]:
         """Arrays by name.
@@ -163,34 +170,12 @@ def outputs_bytes(spec: SignatureSpec, config: Mapping[str, Any], num_tokens: in
     shape = model_shape(config)
     positions = spec.num_positions + math.ceil(spec.num_positions / GREEDY_SHARE)
     width = num_tokens or spec.max_tokens
-    logits = positions * shape["vocabulary"]
-    hidden = (shape["layers"] + 1) * positions * shape["hidden"]
-    attention = shape["layers"] * shape["heads"] * min(spec.num_attention_positions, positions) * width
+    logits = positions * shape.vocab_size
+    hidden = (shape.layers + 1) * positions * shape.hidden_size
+    attention = shape.layers * shape.heads * min(spec.num_attention_positions, positions) * width
     return 4 * (logits + hidden + attention)
 
 
 def weights_bytes(spec: SignatureSpec, sizes: Sequence[int]) -> int:
     """Size of one checkpoint's sample of weights, from the numbers of elements of its tensors."""
     return sum(4 * min(size, spec.num_coordinates) + 200 for size in sizes)
-
-
-def model_shape(config: Mapping[str, Any]) -> dict[str, int]:
-    """layers, hidden, heads and vocabulary from a `config.json`, whatever the family calls them.
-
-    Raises:
-        ConfigError: a number is not there.
-    """
-    text = config.get("text_config") or config
-    names = {
-        "layers": ("num_hidden_layers", "n_layer"),
-        "hidden": ("hidden_size", "n_embd"),
-        "heads": ("num_attention_heads", "n_head"),
-        "vocabulary": ("vocab_size",),
-    }
-    shape = {}
-    for part, keys in names.items():
-        value = next((text[key] for key in keys if isinstance(text.get(key), int)), None)
-        if value is None:
-            raise ConfigError(f"config.json says nothing of {' or '.join(keys)}")
-        shape[part] = value
-    return shape

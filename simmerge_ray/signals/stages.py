@@ -14,8 +14,8 @@ from typing import Any
 from simmerge_ray.base.errors import CheckpointError, ConfigError, unknown_name
 from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
+from simmerge_ray.checkpoints.size import model_shape
 from simmerge_ray.signals.samples import float_tensors_of
-from simmerge_ray.signals.signature import model_shape
 
 FLOAT32_BYTES = 4  # an element of the weights and of what is computed from them
 
@@ -170,19 +170,16 @@ def activation_bytes(
         num_positions: sampled positions of a micro-batch at most; None counts every token.
     """
     shape = model_shape(config)
-    text = config.get("text_config") or config
     tokens = batch_size * num_tokens
     positions = tokens if num_positions is None else min(tokens, num_positions)
-    heads, hidden = shape["heads"], shape["hidden"]
-    width = heads * int(text.get("head_dim") or hidden // heads)
-    intermediate = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
-    scores = heads * tokens * num_tokens
-    attention = 3 * scores + 10 * tokens * width  # scores, masked, probabilities; queries, keys, values, turned, copied
-    mlp = 4 * tokens * intermediate  # gate, up, activation, product
-    states = 8 * tokens * hidden  # residual stream and norms, the float32 copies of norms and of the boundary
+    scores = shape.heads * tokens * num_tokens
+    # Scores, masked, probabilities; queries, keys, values, turned, copied.
+    attention = 3 * scores + 10 * tokens * shape.heads * shape.head_size
+    mlp = 4 * tokens * shape.intermediate_size  # gate, up, activation, product
+    states = 8 * tokens * shape.hidden_size  # residual stream and norms; float32 copies of norms and of the boundary
     masks = 4 * tokens * num_tokens  # full and sliding, bool and float
-    logits = 4 * positions * shape["vocabulary"]  # as computed, two steps of soft-capping, the copy that is kept
-    kept = positions * ((shape["layers"] + 1) * hidden + shape["layers"] * heads * num_tokens)
+    logits = positions * shape.vocab_size  # as computed, two steps of soft-capping, the copy that is kept
+    kept = positions * ((shape.layers + 1) * shape.hidden_size + shape.layers * shape.heads * num_tokens)
     return FLOAT32_BYTES * (max(attention, mlp) + states + masks + logits + kept)
 
 
@@ -195,7 +192,7 @@ class StageSizes:
 
     def __init__(self, ref: CheckpointRef) -> None:
         family, specs = family_of(ref), read_headers(ref)
-        self.num_layers = model_shape(read_config(ref))["layers"]
+        self.num_layers = model_shape(read_config(ref)).layers
         self._layers = [0] * self.num_layers
         self._first: dict[str, int] = {}
         self._last: dict[str, int] = {}

@@ -13,7 +13,7 @@ import yaml
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.merging.write.directory import write_merge
-from simmerge_ray.on_ray.merge_search import start_evaluator
+from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.pipelines.jobs import LAST_LINE
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan

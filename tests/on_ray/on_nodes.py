@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.base.storage import write_once
+from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.capacity.placement import engine_needs, signal_worker_needs
 from simmerge_ray.on_ray import merge_search, merge_tasks
 from simmerge_ray.pipelines.jobs import run_job
@@ -41,7 +41,7 @@ def begin(name: str, content: Any = None) -> None:
         (directory / f"claimed-{name}").touch(exist_ok=False)
     except FileExistsError:
         return
-    write_once(directory / f"held-{name}", ray.get_runtime_context().get_node_id().encode())
+    write_atomically(directory / f"held-{name}", ray.get_runtime_context().get_node_id().encode())
     time.sleep(600)
     raise SystemExit("nobody has killed this worker")
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simmerge_ray.base.storage import RemotePath, as_place, read_json, write_once
-from simmerge_ray.base.storage.stores import list_below, upload_file
+from simmerge_ray.base.storage import RemotePath, as_place, read_json, write_atomically
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.digests import checkpoint_digest
 from simmerge_ray.checkpoints.references import CheckpointRef
@@ -37,7 +36,7 @@ SEARCH = {"arms": ["linear", "ties(density=0.2)"], "evaluator": "transformers", 
 def upload(source: Path, target: RemotePath) -> None:
     for path in source.rglob("*"):
         if path.is_file():
-            upload_file(path, target / str(path.relative_to(source)))
+            (target / path.relative_to(source)).upload(path)
 
 
 def study(root: str, out: str) -> str:
@@ -113,11 +112,11 @@ def test_a_study_in_a_store_gives_what_a_local_one_gives_also_to_two_drivers_at_
     report = LabelStore(out / "labels").check()
     assert report.problems == () and report.num_labels == len(local_results[1])
     assert read_json(out / "labels" / "_search" / "headroom.json")
-    before = {entry.path: entry.version for entry in list_below(out)}
+    before = {entry.path: entry.version for entry in out.list_below()}
     again = start(str(zoo.parent / "study.yaml"), ray_address)
     text, _ = again.communicate(timeout=300)
     assert again.returncode == 0 and text.count("unchanged since the last run") == 2, text
-    assert {entry.path: entry.version for entry in list_below(out)} == before
+    assert {entry.path: entry.version for entry in out.list_below()} == before
 
 
 # What the search does in every actor, without Ray's bookkeeping: two such processes know nothing of each other.
@@ -125,7 +124,7 @@ SEARCHING = """
 import sys
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.base.config import SearchConfig
-from simmerge_ray.on_ray.merge_search import start_evaluator
+from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.search.runner import TrialRunner
@@ -162,7 +161,7 @@ def dying_file(graph, file, out, num_threads):
     """Dies once, before its file is uploaded."""
     mark = out.parent / f"died.{file.file}"
     if file.file.startswith("model-00002") and not mark.exists():
-        write_once(mark, b"")
+        write_atomically(mark, b"")
         os.kill(os.getpid(), signal.SIGKILL)
     return make_file(graph, file, out, num_threads)
 

@@ -26,6 +26,7 @@ from simmerge_ray.capacity.cluster_files.manifests import (
     RayService,
     WorkerGroup,
 )
+from simmerge_ray.capacity.machines import MACHINES
 from simmerge_ray.capacity.placement import (
     GPU_RESOURCES,
     GPU_SIZES,
@@ -43,25 +44,6 @@ from simmerge_ray.capacity.size import ModelSize
 KNOWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory", GPU_SIZES_MARK, *GPU_RESOURCES)
 MODELS_ANNOTATION = "simmerge/models"
 
-# vCPUs, GB of memory, GPUs, GB of each, as the clouds say.
-MACHINES: dict[str, tuple[int, float, int, int]] = {
-    "m7i.xlarge": (4, 16, 0, 0),
-    "m7i.2xlarge": (8, 32, 0, 0),
-    "r7i.2xlarge": (8, 64, 0, 0),
-    "r7i.4xlarge": (16, 128, 0, 0),
-    "r7i.8xlarge": (32, 256, 0, 0),
-    "g6.4xlarge": (16, 64, 1, 24),
-    "g6e.4xlarge": (16, 128, 1, 48),
-    "p4d.24xlarge": (96, 1152, 8, 40),
-    "p5.48xlarge": (192, 2048, 8, 80),
-    "n2-standard-4": (4, 16, 0, 0),
-    "n2-highmem-8": (8, 64, 0, 0),
-    "n2-highmem-16": (16, 128, 0, 0),
-    "n2-highmem-32": (32, 256, 0, 0),
-    "g2-standard-16": (16, 64, 1, 24),
-    "a2-highgpu-1g": (12, 85, 1, 40),
-    "a3-highgpu-8g": (208, 1872, 8, 80),
-}
 _NODE_FIELDS = {
     "aws": (
         "InstanceType", "ImageId", "KeyName", "SubnetId", "SubnetIds", "SecurityGroupIds", "IamInstanceProfile",

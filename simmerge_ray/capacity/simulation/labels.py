@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.placement import engine_needs, gpu_offer, how_many_fit
-from simmerge_ray.capacity.simulation.costs import Costs, Gpu
+from simmerge_ray.capacity.simulation.costs import Gpu, UnitCosts
 from simmerge_ray.capacity.simulation.workers import Node, Worker, total_seconds
 from simmerge_ray.capacity.size import ModelSize
 from simmerge_ray.merging.write.tensors import MAX_THREADS
@@ -120,7 +120,7 @@ def simulate_labels(
     items: int,
     prompt_tokens: int,
     answer_tokens: int,
-    costs: Costs,
+    costs: UnitCosts,
 ) -> LabelRun:
     """Trials in order, each on the engine that is free first; every engine first copies and loads one checkpoint."""
     count = min(engines.per_node * len(nodes), len(trials))
@@ -164,7 +164,7 @@ def simulate_labels(
 
 
 def generation_seconds(
-    model: ModelSize, engines: Engines, gpu: Gpu | None, items: int, prompt: int, answer: int, costs: Costs
+    model: ModelSize, engines: Engines, gpu: Gpu | None, items: int, prompt: int, answer: int, costs: UnitCosts
 ) -> float:
     """Of one engine that answers so many items: prompts by arithmetic, answers by what every token reads."""
     if gpu is None:

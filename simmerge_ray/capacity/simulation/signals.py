@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.placement import how_many_fit, signal_worker_needs
-from simmerge_ray.capacity.simulation.costs import Costs
+from simmerge_ray.capacity.simulation.costs import UnitCosts
 from simmerge_ray.capacity.simulation.workers import Node, Worker, drain, total_seconds
 from simmerge_ray.capacity.size import ModelSize
 from simmerge_ray.search.estimate import PROCESS_BYTES
@@ -85,7 +85,7 @@ class SignalSimulation:
         placed: Placed,
         nodes: Sequence[Node],
         cores: int,
-        costs: Costs,
+        costs: UnitCosts,
     ) -> None:
         self._model, self._tasks, self._placed, self._costs, self._cores = model, tasks, placed, costs, cores
         self._names = ["base", *(f"m{number}" for number in range(num_models))]

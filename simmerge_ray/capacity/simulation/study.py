@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from simmerge_ray.base.errors import ConfigError, unknown_name
-from simmerge_ray.capacity.cluster_files.check import MACHINES
-from simmerge_ray.capacity.simulation.costs import Costs
+from simmerge_ray.capacity.machines import MACHINES
+from simmerge_ray.capacity.simulation.costs import UnitCosts
 from simmerge_ray.capacity.simulation.labels import Engines, cache_holds, make_trials, place_engines, simulate_labels
 from simmerge_ray.capacity.simulation.signals import Placed, SignalSimulation, place_workers
 from simmerge_ray.capacity.simulation.workers import Node
@@ -50,13 +50,13 @@ class Pool:
     cache_bytes: float
     dollars: float
 
-    def make_nodes(self, costs: Costs, pieces: int) -> list[Node]:
+    def make_nodes(self, costs: UnitCosts, pieces: int) -> list[Node]:
         """As they are when the study begins: nothing is in their caches."""
         one = costs.of("cache_bytes_per_s")
         return [Node(self.link, self.disk, self.cache_bytes, one, pieces) for _ in range(self.nodes)]
 
 
-def make_pool(machine: str, nodes: int, costs: Costs, spot: bool = False, cache_gb: float | None = None) -> Pool:
+def make_pool(machine: str, nodes: int, costs: UnitCosts, spot: bool = False, cache_gb: float | None = None) -> Pool:
     """A pool of machines that the table of the cluster check and the costs know.
 
     Raises:
@@ -152,7 +152,12 @@ class Simulated:
 
 
 def simulate(
-    workload: Workload, signal_pool: Pool, engine_pool: Pool, costs: Costs, head: str | None = None, cpus: float = 4.0
+    workload: Workload,
+    signal_pool: Pool,
+    engine_pool: Pool,
+    costs: UnitCosts,
+    head: str | None = None,
+    cpus: float = 4.0,
 ) -> Simulated:
     """Run the arithmetic of a study.
 

@@ -22,10 +22,9 @@ from simmerge_ray.base.storage import (
     remove_directory,
     scratch_directory,
     upload_directory,
+    write_atomically,
     write_json,
-    write_once,
 )
-from simmerge_ray.base.storage.stores import upload_file
 from simmerge_ray.merging.engine.compute import TensorReport
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.layout import Layout, Shard, preallocate
@@ -79,8 +78,8 @@ def make_file(
             )
         preallocate(scratch, Layout((shard,)))
         write_tensors(graph, scratch, shard.placements, JOURNAL, progress, num_threads)
-        upload_file(scratch / shard.file, out / shard.file)
-        write_once(out / f"{JOURNAL}.{Path(shard.file).stem}", (scratch / JOURNAL).read_bytes())
+        (out / shard.file).upload(scratch / shard.file)
+        write_atomically(out / f"{JOURNAL}.{Path(shard.file).stem}", (scratch / JOURNAL).read_bytes())
         return read_journals(scratch)
 
 

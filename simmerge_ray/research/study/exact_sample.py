@@ -28,10 +28,8 @@ from simmerge_ray.signals.table import SignalTable
 SIZE = 3
 NUM_SUBSETS = 2  # of each base
 
-Array = np.ndarray
 
-
-def sampled(part: LoadedPart) -> LoadedPart:
+def sampled_part(part: LoadedPart) -> LoadedPart:
     """The part with the labels of unmerged checkpoints, and of the plans of its first three-way subsets alone."""
     plans = {plan.id for plan in sampled_plans(part)}
     kept = tuple(label for label in part.labels if not label.plan.steps or label.plan.id in plans)
@@ -40,9 +38,9 @@ def sampled(part: LoadedPart) -> LoadedPart:
 
 def sampled_plans(part: LoadedPart) -> list[MergePlan]:
     """Every labelled fold of the first three-way subsets that have plans of several arms, in the order of ids."""
-    of_size = [one for one in candidates(part.labels, part.catalogue) if len(one.plan.members) == SIZE]
-    mixed = sorted({one.group[1] for one in of_size if one.arm is None})[:NUM_SUBSETS]
-    return [one.plan for one in of_size if one.group[1] in mixed]
+    of_size = [fold for fold in candidates(part.labels, part.catalogue) if len(fold.plan.members) == SIZE]
+    mixed = sorted({fold.group[1] for fold in of_size if fold.arm is None})[:NUM_SUBSETS]
+    return [fold.plan for fold in of_size if fold.group[1] in mixed]
 
 
 def write_exact(part: LoadedPart, probes: Path, path: Path) -> int:
@@ -74,7 +72,7 @@ class RecordedExact(Propagator):
             (row["plan"], row["task"]): dict(zip(self.columns, row["values"], strict=True)) for row in content["rows"]
         }
 
-    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> Array:
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
         rows = []
         for pair in pairs:
             known = self._known.get((pair.plan.id, pair.task))

@@ -15,9 +15,9 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
+from simmerge_ray.research.study.gains import MergeScoring, gain_over_best_fixed
 from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.data.splits import Pair, pairs_of, resampled_weights
 
 NUM_DOMAINS = 4
@@ -57,11 +57,8 @@ def pilot_gains(dataset: SelectionDataset, config: TrainConfig) -> tuple[list[fl
     the mean over the merges of a task is the headline's ratio.
     """
     crossval = CrossValidation.of(dataset, config, None)
-    units = units_of(dataset.contexts, per_merge=True)
-    predicted = keeping_no_parent(crossval.unseen(dataset, config))
-    scores, _ = crossval.baseline_scores()
     scoring = crossval.scoring
-    gained = scoring.taken(shares_of(predicted, units)) - scoring.taken(shares_of(scores["best fixed"], units))
+    gained = gain_over_best_fixed(crossval, MergeScoring.of(dataset, None, config.seed))
     mean_gap = {task: scoring.gap[scoring.tasks == task].mean() for task in np.unique(scoring.tasks)}
     by_pair: dict[Pair, list[float]] = {}
     pairs = pairs_of(dataset.contexts)
@@ -88,7 +85,7 @@ def estimate_spread(gains: Sequence[float], pairs: Sequence[Pair]) -> Spread:
     return Spread(float(values.mean()), checkpoint**0.5, rest**0.5, len(gains))
 
 
-def simulate(
+def simulate_power(
     spread: Spread,
     num_bases: int,
     num_experts: int,

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import TaskError, unknown_name
+from simmerge_ray.base.extras import require
 from simmerge_ray.base.storage import canonical_json, digest_bytes, digest_json
 from simmerge_ray.search.evaluation.evaluator import Evaluator
 
@@ -199,10 +200,11 @@ def load_harness_tasks(
         fewshot_seed: of the examples.
 
     Raises:
-        TaskError: lm_eval is not installed, `include_path` is no directory, or some tasks cannot be used: unknown,
-            documents that cannot be fetched, another kind of output, no such metric; every problem of all of them.
+        MissingLibraryError: lm_eval is not installed.
+        TaskError: `include_path` is no directory, or some tasks cannot be used: unknown, documents that cannot be
+            fetched, another kind of output, no such metric; every problem of all of them.
     """
-    _check_installed()
+    require("lm_eval.tasks", "lm_eval")
     if include_path is not None and not include_path.is_dir():
         raise TaskError(f"include_path {include_path} is not a directory")
     path = None if include_path is None else str(include_path.resolve())
@@ -230,13 +232,6 @@ def load_harness_tasks(
     if problems:
         raise TaskError("\n  ".join(["tasks of lm_eval:", *problems]))
     return {name: task.sampled(max_items, seed) for name, task in found.items()}
-
-
-def _check_installed() -> None:
-    try:
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise TaskError(f'tasks of lm_eval need it: pip install "simmerge_ray[lm_eval]" ({error})') from error
 
 
 @contextmanager

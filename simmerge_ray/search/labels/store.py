@@ -19,7 +19,7 @@ from simmerge_ray.base.storage import (
     digest_json,
     list_leftovers,
     list_objects,
-    write_once,
+    write_atomically,
 )
 from simmerge_ray.search.labels.outcomes import Infeasible, LabeledPlan, Measured, Outcome, Stopped, check_comparable
 from simmerge_ray.search.labels.rows import check_rows, file_name, parquet_bytes, read_labels, row_digest, to_row
@@ -137,7 +137,7 @@ class LabelStore:
         )
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_once(f"{self.uri}/{name}", parquet_bytes(rows))
+        write_atomically(f"{self.uri}/{name}", parquet_bytes(rows))
 
     def _each_file(self, read: Callable[[str], Read]) -> dict[str, Read]:
         """What `read` makes of every file, by name; of all labels that were in the store when this began.

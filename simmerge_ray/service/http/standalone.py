@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 
 from simmerge_ray.base.config import ServeConfig, ServiceConfig
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import write_once
+from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.service.http.access import new_token, read_access
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.metrics import PrometheusMetrics
@@ -79,7 +79,7 @@ def _own_token(path: Path) -> tuple[Path, str]:
     if not path.exists():
         entry = [{"name": "owner", "role": "admin", "token": new_token()}]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_once(path, yaml.safe_dump(entry).encode())
+        write_atomically(path, yaml.safe_dump(entry).encode())
         path.chmod(0o600)
     try:
         return path, str(yaml.safe_load(path.read_text())[0]["token"])

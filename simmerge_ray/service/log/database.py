@@ -39,6 +39,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from simmerge_ray.base.errors import ConfigError, StoreError
+from simmerge_ray.base.extras import require
 
 SCHEMA_VERSION = "0001"  # of the newest migration
 BUSY_TIMEOUT_S = 10.0
@@ -168,10 +169,9 @@ def make_engine(url: str, patient: bool = False) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     if backend == "postgresql":
-        try:
-            from simmerge_ray.service.log.postgres import connector
-        except ImportError as error:  # psycopg, or the C library that it loads
-            raise ConfigError("PostgreSQL needs psycopg: pip install 'psycopg[binary]'") from error
+        require("psycopg", "postgres")
+        from simmerge_ray.service.log.postgres import connector
+
         driver = parsed.set(drivername="postgresql+psycopg")
         # A writer that waited for the head row must see what the one before it committed.
         engine = create_engine(driver, pool_pre_ping=True, isolation_level="READ COMMITTED")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from simmerge_ray.base.config import SearchConfig, StudyConfig, TrainConfig, check_config, load_yaml, parse_ways
+from simmerge_ray.base.config import DatasetConfig, SearchConfig, TrainConfig, check_config, load_yaml, parse_ways
 from simmerge_ray.base.errors import ConfigError
 
 STUDY = "catalogue: zoo/catalogue.yaml\nprobes: zoo/probes\ntasks: zoo/tasks\nout: out\n"
@@ -13,7 +13,7 @@ STUDY = "catalogue: zoo/catalogue.yaml\nprobes: zoo/probes\ntasks: zoo/tasks\nou
 
 def test_paths_of_a_study_are_relative_to_its_file(tmp_path):
     (tmp_path / "study.yaml").write_text(STUDY + "search: {arms: [linear], evaluator: transformers}\n")
-    config = load_yaml(tmp_path / "study.yaml", StudyConfig)
+    config = load_yaml(tmp_path / "study.yaml", DatasetConfig)
     assert config.catalogue == tmp_path / "zoo" / "catalogue.yaml"
     assert config.search.arms == ("linear",)
 
@@ -21,7 +21,7 @@ def test_paths_of_a_study_are_relative_to_its_file(tmp_path):
 def test_all_problems_are_in_one_message_with_the_nearest_key(tmp_path):
     (tmp_path / "s.yaml").write_text("catalog: x\nprobes: p\ntasks: t\nout: o\nsearch: {concurency: 2, dtype: int8}\n")
     with pytest.raises(ConfigError) as caught:
-        load_yaml(tmp_path / "s.yaml", StudyConfig)
+        load_yaml(tmp_path / "s.yaml", DatasetConfig)
     message = str(caught.value)
     assert "unknown key 'catalog' (did you mean 'catalogue'?)" in message
     assert "key 'catalogue' is missing" in message
@@ -33,9 +33,9 @@ def test_all_problems_are_in_one_message_with_the_nearest_key(tmp_path):
 def test_what_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ConfigError):
-        load_yaml(tmp_path / "s.yaml", StudyConfig)
+        load_yaml(tmp_path / "s.yaml", DatasetConfig)
     with pytest.raises(ConfigError, match="No such file"):
-        load_yaml(tmp_path / "absent.yaml", StudyConfig)
+        load_yaml(tmp_path / "absent.yaml", DatasetConfig)
 
 
 def test_a_config_cannot_be_changed():

@@ -26,7 +26,7 @@ def test_help_names_every_stage(simmerge):
     assert result.returncode == 0
     for command in ("demo", "zoo", "signals", "search", "train", "plan", "auto", "merge", "serve", "report"):
         assert command in result.stdout
-    assert simmerge("--version").stdout.strip() == "0.1.0"
+    assert simmerge("--version").stdout.strip() == "0.2.0"
 
 
 @pytest.fixture

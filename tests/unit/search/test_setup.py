@@ -38,7 +38,7 @@ def write_study(root: Path, **changes) -> Path:
 
 
 def test_a_study_says_all_of_its_problems_at_once(root):
-    from simmerge_ray.pipelines.stages import load_study
+    from simmerge_ray.pipelines.stages import load_dataset_config
 
     lines = [json.dumps({"prompt": "a=", "target": "b"}), json.dumps({"prompt": "c="})]
     (root / "tasks" / "bad.jsonl").write_text("\n".join(lines))
@@ -46,7 +46,7 @@ def test_a_study_says_all_of_its_problems_at_once(root):
     (root / "probes" / "add.jsonl").write_text('{"txt": "a"}\n')
     search = {"arms": ["linear"], "evaluator": "transformers", "concurency": 2}
     with pytest.raises(ConfigError) as caught:
-        load_study(write_study(root, search=search, singals={}))
+        load_dataset_config(write_study(root, search=search, singals={}))
     message = str(caught.value)
     for part in (
         "unknown key 'singals' (did you mean 'signals'?)",
@@ -59,21 +59,21 @@ def test_a_study_says_all_of_its_problems_at_once(root):
 
 
 def test_what_the_tasks_need_is_said_with_the_objectives_and_arms(root):
-    from simmerge_ray.pipelines.stages import load_study
+    from simmerge_ray.pipelines.stages import load_dataset_config
 
     search = {"arms": ["tise"], "evaluator": "transformers", "max_model_len": 8, "objectives": ["maths"]}
     with pytest.raises(ConfigError) as caught:
-        load_study(write_study(root, search=search))
+        load_dataset_config(write_study(root, search=search))
     for part in ("unknown operator 'tise'", "unknown task 'maths'", "the engine holds 8 (max_model_len)"):
         assert part in str(caught.value)
 
 
 def test_an_unknown_task_of_the_catalogue_is_named(root):
-    from simmerge_ray.pipelines.stages import load_study
+    from simmerge_ray.pipelines.stages import load_dataset_config
 
     (root / "tasks" / "copy.jsonl").unlink()
     with pytest.raises(ConfigError, match="unknown task 'copy'.*known: add"):
-        load_study(write_study(root))
+        load_dataset_config(write_study(root))
 
 
 def test_a_dry_run_says_what_a_study_takes_and_starts_nothing(root, run_job_script):
@@ -176,7 +176,7 @@ def test_an_engine_takes_its_weights_twice_and_what_it_holds_besides(catalogue):
 
 
 def test_engines_are_as_many_as_cores_gpus_or_memory_allow(root):
-    from simmerge_ray.on_ray.merge_search import engines_that_fit
+    from simmerge_ray.capacity.engines import engines_that_fit
 
     size = engine_bytes(load_catalogue(root / "catalogue.yaml").base, "transformers", "float32")
     assert engines_that_fit(prepared(root), {"CPU": 8.0, "memory": 5.5 * size}) == 5
@@ -188,7 +188,7 @@ def test_engines_are_as_many_as_cores_gpus_or_memory_allow(root):
 
 
 def test_a_search_starts_as_many_engines_as_it_was_told_since_the_cluster_may_grow(root):
-    from simmerge_ray.on_ray.merge_search import num_engines
+    from simmerge_ray.capacity.engines import num_engines
 
     on_the_head = {"CPU": 0.0, "memory": 8e9}
     assert num_engines(prepared(root, concurrency=3), on_the_head) == 3

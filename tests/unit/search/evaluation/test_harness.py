@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from simmerge_ray.base.errors import TaskError
+from simmerge_ray.base.errors import MissingLibraryError, TaskError
 from simmerge_ray.search.evaluation import harness
 from simmerge_ray.search.evaluation.harness import HarnessTask, load_harness_tasks
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
@@ -295,7 +295,7 @@ def test_bad_input(suite, evaluator, tmp_path, monkeypatch):
     with pytest.raises(TaskError, match="'odd', document 0: metric 'likelihood' is .*no number in"):
         task.evaluate(evaluator)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(TaskError, match=r'pip install "simmerge_ray\[lm_eval\]"'):
+    with pytest.raises(MissingLibraryError, match=r'pip install "simmerge_ray\[lm_eval\]"'):
         load_harness_tasks(["pick"], suite)
 
 

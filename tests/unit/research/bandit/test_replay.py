@@ -5,11 +5,11 @@ import pytest
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import BanditError
-from simmerge_ray.research.replay import (
-    Always,
+from simmerge_ray.research.bandit.replay import (
     Bandit,
     Highest,
     Rounds,
+    always,
     expected_uniform,
     obtained,
     oracle,
@@ -53,7 +53,7 @@ def test_thompson_sampling_learns_what_a_fixed_arm_cannot():
     rounds = linear_rounds()
     best = replay(Highest(rounds.truth), rounds)
     learned = obtained(replay(Bandit(cold(rounds.arms, 2), "k"), rounds), rounds)
-    fixed = obtained(replay(Always(0), rounds), rounds)
+    fixed = obtained(replay(always(0, rounds), rounds), rounds)
     assert obtained(best, rounds).mean() == pytest.approx(0.6)
     assert learned[50:].mean() > 0.59 > 0.52 > fixed.mean()
     assert expected_uniform(rounds).mean() == pytest.approx((0.5 + 0.5 + 0.3) / 3)
@@ -99,14 +99,14 @@ def test_an_arm_is_played_when_it_exists():
 def test_a_replay_refuses_an_arm_that_does_not_exist():
     rounds = linear_rounds(5)
     rounds.available[:, 2] = False
-    assert (replay(Always(2), rounds) == 0).all()
+    assert (replay(always(2, rounds), rounds) == 0).all()
 
-    class Wrong(Always):
+    class Wrong(Highest):
         def play(self, number: int, rounds: Rounds) -> int:
             return 2
 
     with pytest.raises(BanditError, match="'c'"):
-        replay(Wrong(2), rounds)
+        replay(Wrong(rounds.reward), rounds)
 
 
 def test_the_same_key_gives_the_same_replay():

@@ -18,8 +18,6 @@ from simmerge_ray.search.headroom import Context
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.service.bandit.policy import NeuralLinearTS
 
-Array = np.ndarray
-
 
 @dataclass(frozen=True)
 class Rounds:
@@ -31,18 +29,18 @@ class Rounds:
     """
 
     arms: tuple[str, ...]
-    z: Array
-    level: Array
-    reward: Array
-    truth: Array
-    available: Array
-    gap: Array
+    z: np.ndarray
+    level: np.ndarray
+    reward: np.ndarray
+    truth: np.ndarray
+    available: np.ndarray
+    gap: np.ndarray
 
     def __post_init__(self) -> None:
         if not self.available.any(1).all():
             raise BanditError("a round has no arm that may be played")
 
-    def ordered(self, order: Sequence[int] | Array) -> Rounds:
+    def ordered(self, order: Sequence[int] | np.ndarray) -> Rounds:
         """The same rounds in another order; an index may be left out or occur twice."""
         index = np.asarray(order, dtype=np.int64)
         return Rounds(self.arms, *(getattr(self, name)[index] for name in _ARRAYS))
@@ -64,30 +62,21 @@ class Player(Protocol):
 
 
 @dataclass
-class Always:
-    """One arm, if it may be played, else the first that may."""
-
-    column: int
-
-    def play(self, number: int, rounds: Rounds) -> int:
-        allowed = rounds.available[number]
-        return self.column if allowed[self.column] else int(np.flatnonzero(allowed)[0])
-
-    def learn(self, number: int, column: int, reward: float, rounds: Rounds) -> None:
-        """Nothing."""
-
-
-@dataclass
 class Highest:
-    """The arm with the highest of given scores (T, K) in the order of the rounds: a static selector, or the oracle."""
+    """The arm with the highest of given scores (T, K), in the order of the rounds: a static selector."""
 
-    scores: Array
+    scores: np.ndarray
 
     def play(self, number: int, rounds: Rounds) -> int:
         return int(np.where(rounds.available[number], self.scores[number], -np.inf).argmax())
 
     def learn(self, number: int, column: int, reward: float, rounds: Rounds) -> None:
         """Nothing."""
+
+
+def always(column: int, rounds: Rounds) -> Highest:
+    """One arm where it may be played, else the first that may."""
+    return Highest(np.tile(np.eye(len(rounds.arms))[column], (len(rounds.z), 1)))
 
 
 @dataclass
@@ -108,11 +97,11 @@ class Bandit:
         self.policy.update([(rounds.arms[column], rounds.z[number], reward - float(rounds.level[number]))])
 
 
-def replay(player: Player, rounds: Rounds, delay: int = 0, on_round: Callable[[int], None] | None = None) -> Array:
+def replay(player: Player, rounds: Rounds, delay: int = 0, on_round: Callable[[int], None] | None = None) -> np.ndarray:
     """(T,) columns played, one round after the other.
 
     Args:
-        delay: a reward is learned so many rounds later (0: at once); those that are still out at the end are not.
+        delay: rounds after which a reward is learned (0: at once); those due after the end are not.
         on_round: called before each round, e.g. to add an arm to the player's policy.
     """
     played = np.zeros(len(rounds.z), dtype=np.int64)
@@ -128,34 +117,34 @@ def replay(player: Player, rounds: Rounds, delay: int = 0, on_round: Callable[[i
     return played
 
 
-def expected_uniform(rounds: Rounds) -> Array:
+def expected_uniform(rounds: Rounds) -> np.ndarray:
     """(T,) mean truth of an arm drawn at random."""
-    result: Array = np.where(rounds.available, rounds.truth, 0.0).sum(1) / rounds.available.sum(1)
+    result: np.ndarray = np.where(rounds.available, rounds.truth, 0.0).sum(1) / rounds.available.sum(1)
     return result
 
 
-def obtained(played: Array, rounds: Rounds) -> Array:
+def obtained(played: np.ndarray, rounds: Rounds) -> np.ndarray:
     """(T,) truth of what was played."""
-    result: Array = rounds.truth[np.arange(len(played)), played]
+    result: np.ndarray = rounds.truth[np.arange(len(played)), played]
     return result
 
 
-def oracle(rounds: Rounds) -> Array:
+def oracle(rounds: Rounds) -> np.ndarray:
     """(T,) truth of the arm whose reward is highest: chosen on one half, scored on the other."""
     return obtained(np.where(rounds.available, rounds.reward, -np.inf).argmax(1), rounds)
 
 
-def regret(value: Array, rounds: Rounds, as_gap_closed: bool = False) -> Array:
+def regret(value: np.ndarray, rounds: Rounds, as_gap_closed: bool = False) -> np.ndarray:
     """(T,) oracle minus value; in GapClosed where asked, NaN where that is not defined. May be negative in a round."""
-    result: Array = oracle(rounds) - value
+    result: np.ndarray = oracle(rounds) - value
     return result / rounds.gap if as_gap_closed else result
 
 
 def rounds_of(
     dataset: SelectionDataset,
     merges: Sequence[Sequence[int]],
-    z: Array,
-    level: Array,
+    z: np.ndarray,
+    level: np.ndarray,
     gaps: Mapping[int, float],
     first_half: bool = True,
 ) -> Rounds:
@@ -177,7 +166,7 @@ def rounds_of(
     return Rounds(dataset.arms, z, level, np.array(reward), np.array(truth), np.ones(count, dtype=bool), np.array(gap))
 
 
-def _halves(context: Context, arms: Sequence[str]) -> Array:
+def _halves(context: Context, arms: Sequence[str]) -> np.ndarray:
     """(2, K) mean utility on the two halves of the items."""
     items = np.array([context.arms[arm] for arm in arms])
     half = items.shape[1] // 2

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 
 from benchmarks.bandit import new_operator, shift
-from benchmarks.bandit.clusters import drawn_clusters, interval, learned, load, repeated, starts
-from benchmarks.bandit.replay import POLICIES, draw, play, table
 from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.research.bandit.clusters import (
+    drawn_clusters,
+    interval,
+    learned,
+    load_with_later_arms,
+    repeated,
+    starts,
+)
+from simmerge_ray.research.bandit.regret import POLICIES, draw, play, table
 from simmerge_ray.search.headroom import Context
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from tests.unit.selector.made_up import ARMS, COLUMNS, write_study
@@ -97,10 +104,10 @@ def test_an_interval_of_a_ratio_is_that_of_sums():
 
 def test_labels_of_an_operator_that_comes_later_are_no_part_of_the_start(tmp_path):
     path = write_study(tmp_path, ("p", "q"))
-    loaded = load(path, ("linear",), ("ties",))
+    loaded = load_with_later_arms(path, ("linear",), ("ties",))
     assert loaded.dataset.arms == ("linear",) and loaded.dataset.utilities.shape[1] == 1
     assert set(loaded.base_of.values()) == {"p-base", "q-base"}
-    assert load(path).dataset.arms == ("linear", "ties")
+    assert load_with_later_arms(path).dataset.arms == ("linear", "ties")
 
 
 def test_a_later_operator_that_is_better_is_found(known):

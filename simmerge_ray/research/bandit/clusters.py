@@ -7,7 +7,6 @@ about. A cluster is a base with an unseen domain; intervals resample bases, and 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.storage import Place
 from simmerge_ray.reports.figures import new_figure, save_figure
-from simmerge_ray.research.replay import Rounds, rounds_of
+from simmerge_ray.research.bandit.replay import Rounds, rounds_of
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.files import LoadedDataset, find_dataset, read_dataset
 from simmerge_ray.selector.data.rewards import RewardedMerge
@@ -97,12 +97,12 @@ def gaps_of(dataset: SelectionDataset) -> dict[int, float]:
     return dict(zip(every.rows.tolist(), every.gap.tolist(), strict=True))
 
 
-def best_fixed(training: SelectionDataset) -> int:
+def best_fixed_column(training: SelectionDataset) -> int:
     """Column of the arm that is best when taken everywhere."""
     return Scoring.of(training.contexts, training.arms).best_fixed(len(training.arms))
 
 
-def load(path: Path, arms: Sequence[str] | None = None, later: Sequence[str] = ()) -> LoadedDataset:
+def load_with_later_arms(path: Path, arms: Sequence[str] | None = None, later: Sequence[str] = ()) -> LoadedDataset:
     """A data set; arms that come later are measured in its contexts, and none of its arms.
 
     Raises:
@@ -145,7 +145,7 @@ def starts_of(
         rows = [row for row, of in zip(fold.tested, bases, strict=True) if of == base]
         asked = merges_of(dataset, known.model, rows)
         static = np.array([predicted[list(unit)].mean(0) for unit in asked.rows])
-        found[base, fold.name] = Start(dataset, asked, known, best_fixed(training), static, gaps)
+        found[base, fold.name] = Start(dataset, asked, known, best_fixed_column(training), static, gaps)
     return found
 
 
@@ -178,7 +178,7 @@ def interval(weights: np.ndarray, values: np.ndarray, divisor: np.ndarray | None
 
 def draw_regret(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]], label: str, path: Path, marks: Sequence[float] = ()
-) -> Path:
+) -> Place:
     """By policy the cumulative regret (T,) after each round, and its interval (2, T). marks: rounds to point out."""
     figure, axes = new_figure(7, 4.5)
     axis = np.ravel(axes)[0]
@@ -192,13 +192,3 @@ def draw_regret(
     axis.set_ylabel("cumulative regret (utility)")
     axis.legend()
     return save_figure(figure, path.parent, path.name)
-
-
-def arguments_of(text: str | None, orders: int, rounds: int) -> argparse.ArgumentParser:
-    """What all of these scripts take."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", type=Path, help="a finished demo, or a data set as `simmerge train` takes it")
-    parser.add_argument("--arm", action="append", help="an arm to choose from, may be repeated; all that are common")
-    parser.add_argument("--orders", type=int, default=orders)
-    parser.add_argument("--rounds", type=int, default=rounds)
-    return parser
