@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from simmerge_ray.capacity.simulation.study import Phase, Pool, Simulated, Workload
+from simmerge_ray.capacity.simulation.study import Simulated
+from simmerge_ray.capacity.simulation.workers import Phase
+from simmerge_ray.capacity.simulation.workload import Pool, Workload
 
 _NAMES = {
     "digests": "digests of the checkpoints",
