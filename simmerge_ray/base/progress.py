@@ -22,6 +22,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -67,35 +68,23 @@ class Narrator:
         self.say(f"[bold]{name:<10}[/bold] {time.monotonic() - started:6.1f} s  {stage.result}")
 
     @contextmanager
-    def byte_bar(self, what: str) -> Iterator[Report]:
-        """`bar` for bytes: how many, how fast, how long still."""
-        columns = (
-            TextColumn("           {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with self._progress(columns, what) as report:
-            yield report
-
-    @contextmanager
     def bar(self, what: str) -> Iterator[Report]:
         """A progress bar; the block gets a function of (done, total). Away from a terminal it prints nothing."""
-        columns = (
-            TextColumn("           {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with self._progress(columns, what) as report:
-            yield report
+        with self._bar(what, MofNCompleteColumn(), TimeElapsedColumn()) as (progress, task):
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    @contextmanager
+    def byte_bar(self, what: str) -> Iterator[Report]:
+        """`bar` for bytes: how many, how fast, how long still."""
+        with self._bar(what, DownloadColumn(), TransferSpeedColumn()) as (progress, task):
+            yield lambda done, total: progress.update(task, completed=done, total=total)
 
     @contextmanager
     def status_bar(self, what: str) -> Iterator[StatusReport]:
         """`bar` with a line about how it goes. Away from a terminal that line is printed once a minute."""
-        columns = (
-            TextColumn("           {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[line]}"),
-        )  # fmt: skip
         said = time.monotonic()
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(what, total=None, line="")
+        columns = MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[line]}")
+        with self._bar(what, *columns) as (progress, task):
 
             def report(done: int, total: int, line: str) -> None:
                 nonlocal said
@@ -107,10 +96,13 @@ class Narrator:
             yield report
 
     @contextmanager
-    def _progress(self, columns: tuple[ProgressColumn, ...], what: str) -> Iterator[Report]:
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(what, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+    def _bar(self, what: str, *columns: ProgressColumn) -> Iterator[tuple[Progress, TaskID]]:
+        """A bar with what is left of the time after its first two columns."""
+        first, second, *others = columns
+        every = TextColumn("           {task.description}"), BarColumn(), first, second, TextColumn("eta")
+        shown = (*every, TimeRemainingColumn(), *others)
+        with Progress(*shown, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            yield progress, progress.add_task(what, total=None, line="")
 
 
 @contextmanager

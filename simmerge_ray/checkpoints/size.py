@@ -13,12 +13,6 @@ if TYPE_CHECKING:
     from simmerge_ray.checkpoints.headers import TensorSpec
 
 COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}  # of an element, in the dtypes that engines and workers compute in
-_NAMES = {
-    "layers": ("num_hidden_layers", "n_layer"),
-    "hidden_size": ("hidden_size", "n_embd"),
-    "heads": ("num_attention_heads", "n_head"),
-    "vocab_size": ("vocab_size",),
-}
 
 
 @dataclass(frozen=True)
@@ -40,17 +34,22 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         ConfigError: a number is not there.
     """
     text = config.get("text_config") or config
-    values: dict[str, int] = {}
-    for part, keys in _NAMES.items():
-        value = next((text[key] for key in keys if isinstance(text.get(key), int)), None)
-        if value is None:
-            raise ConfigError(f"config.json has no {' or '.join(keys)}")
-        values[part] = value
-    hidden_size, heads = values["hidden_size"], values["heads"]
+
+    def number(*keys: str, default: int | None = None) -> int:
+        value = next((text[key] for key in keys if text.get(key) is not None), default)
+        if not isinstance(value, int):
+            raise ConfigError(f"config.json has no number {' or '.join(keys)}")
+        return value
+
+    layers = number("num_hidden_layers", "n_layer")
+    hidden_size, heads = number("hidden_size", "n_embd"), number("num_attention_heads", "n_head")
     return ModelShape(
-        **values,
-        head_size=int(text.get("head_dim") or hidden_size // heads),
-        intermediate_size=int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden_size),
+        layers=layers,
+        hidden_size=hidden_size,
+        heads=heads,
+        vocab_size=number("vocab_size"),
+        head_size=number("head_dim", default=hidden_size // heads),
+        intermediate_size=number("intermediate_size", "n_inner", default=4 * hidden_size),
     )
 
 

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 from simmerge_ray.base.config import DatasetConfig, ServiceConfig, load_yaml
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.capacity.cluster_files.check import ModelSize, lint
+from simmerge_ray.capacity.cluster_files.check import lint
 from simmerge_ray.capacity.placement import gpu_offer
+from simmerge_ray.capacity.size import ModelSize
 from simmerge_ray.cli.app import app
 from simmerge_ray.plans.operators.specs import parse_arms
+from tests.declared import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,5 +246,4 @@ def test_the_image_is_no_root_and_has_both_targets():
     parts = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
     assert all(part.rstrip().endswith("USER ray") and "RAY_AUTH_MODE=token" in part for part in parts)
     extras = set(re.findall(r"\.\[([\w,]+)\]", text))
-    known = yaml.safe_load("[cpu, gpu, cloud, postgres]")
-    assert extras and all(set(one.split(",")) <= set(known) for one in extras)
+    assert extras and all(set(one.split(",")) <= set(EXTRAS) for one in extras)

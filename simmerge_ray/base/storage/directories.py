@@ -84,11 +84,8 @@ def filled_in_place(target: Place) -> Iterator[Path]:
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
     """A new directory on a disk of this node, removed at the end (`TMPDIR` says where)."""
-    directory = Path(tempfile.mkdtemp(prefix="simmerge-"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="simmerge-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
 
 
 def upload_directory(

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 from pydantic_core import core_schema
 
 from simmerge_ray.base.errors import InputError, StorageError
-from simmerge_ray.base.storage.stores import IncompleteUploadError, filesystem, retried, said
+from simmerge_ray.base.storage.stores import IncompleteUploadError, error_text, filesystem, retried
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://(.*)$", re.DOTALL)
 _ALIASES = {"gcs": "gs", "s3a": "s3"}
@@ -219,7 +219,7 @@ class RemotePath:
         try:
             return self._call("write", call)
         except FileNotFoundError as error:
-            raise StorageError(f"cannot write {self}: {said(error)}; is there such a bucket?") from None
+            raise StorageError(f"cannot write {self}: {error_text(error)}; is there such a bucket?") from None
 
     def _absent(self) -> FileNotFoundError:
         return FileNotFoundError(errno.ENOENT, "no such object", str(self))

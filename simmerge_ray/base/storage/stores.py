@@ -112,7 +112,7 @@ def retried(uri: str, action: str, call: Callable[[], Result]) -> Result:
     def warn(state: tenacity.RetryCallState) -> None:
         left = patience - (state.seconds_since_start or 0.0)
         error = state.outcome.exception() if state.outcome else None
-        _log.warning("cannot %s %s now (%s); trying for %.0f s more", action, uri, error and said(error), left)
+        _log.warning("cannot %s %s now (%s); trying for %.0f s more", action, uri, error and error_text(error), left)
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
@@ -126,7 +126,7 @@ def retried(uri: str, action: str, call: Callable[[], Result]) -> Result:
     except _FINAL:
         raise
     except Exception as error:  # libraries of stores raise errors of their own
-        problem = f"cannot {action} {uri}: {said(error)}"
+        problem = f"cannot {action} {uri}: {error_text(error)}"
         if _is_refusal(error):
             remedy = _REMEDIES.get(uri.split("://")[0], "check the credentials")
             raise AccessError(f"{problem}; {remedy}") from None
@@ -178,7 +178,7 @@ def _code(error: BaseException) -> int | None:
         return None
 
 
-def said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 

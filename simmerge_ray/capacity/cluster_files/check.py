@@ -13,17 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.capacity.cluster_files.manifests import (
     KINDS,
     Container,
     PodSpec,
-    RayCluster,
     RayClusterSpec,
-    RayJob,
-    RayService,
+    RayJobSpec,
+    RayServiceSpec,
+    Resource,
     WorkerGroup,
 )
 from simmerge_ray.capacity.machines import MACHINES
@@ -73,11 +73,9 @@ def lint(content: Mapping[str, Any]) -> list[str]:
     if content.get("kind") not in KINDS:
         return found
     try:
-        resource = KINDS[content["kind"]].model_validate(content)
+        return found + list(_manifest(KINDS[content["kind"]].model_validate(content)))
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        return found + told
-    return found + list(_manifest(resource))
+        return found + [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
 
 
 def _secrets(value: Any, where: str) -> Iterator[str]:
@@ -188,21 +186,20 @@ def _open_ray(content: Mapping[str, Any]) -> Iterator[str]:
 # KubeRay's.
 
 
-def _manifest(resource: BaseModel) -> Iterator[str]:
-    if isinstance(resource, RayJob):
-        if resource.spec.submitterPodTemplate is not None:
-            yield from _pod(resource.spec.submitterPodTemplate.spec, "spec.submitterPodTemplate")
-        if (resource.spec.clusterSelector is None) == (resource.spec.rayClusterSpec is None):
+def _manifest(resource: Resource[Any]) -> Iterator[str]:
+    spec = resource.spec
+    if isinstance(spec, RayJobSpec):
+        if spec.submitterPodTemplate is not None:
+            yield from _pod(spec.submitterPodTemplate.spec, "spec.submitterPodTemplate")
+        if (spec.clusterSelector is None) == (spec.rayClusterSpec is None):
             yield "spec: a job needs either clusterSelector or rayClusterSpec"
-        if resource.spec.rayClusterSpec is not None:
-            yield from _cluster(resource.spec.rayClusterSpec, "spec.rayClusterSpec", [])
-    elif isinstance(resource, RayCluster):
-        annotations = resource.metadata.annotations or {}
-        models = yaml.safe_load(annotations.get(MODELS_ANNOTATION, "[]"))
-        yield from _cluster(resource.spec, "spec", models)
+        if spec.rayClusterSpec is not None:
+            yield from _cluster(spec.rayClusterSpec, "spec.rayClusterSpec", [])
+    elif isinstance(spec, RayServiceSpec):
+        yield from _cluster(spec.rayClusterConfig, "spec.rayClusterConfig", [])
     else:
-        assert isinstance(resource, RayService)
-        yield from _cluster(resource.spec.rayClusterConfig, "spec.rayClusterConfig", [])
+        annotations = resource.metadata.annotations or {}
+        yield from _cluster(spec, "spec", yaml.safe_load(annotations.get(MODELS_ANNOTATION, "[]")))
 
 
 def _cluster(spec: RayClusterSpec, where: str, models: Sequence[Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.machines import MACHINES
 from simmerge_ray.capacity.simulation.costs import UnitCosts
 from simmerge_ray.capacity.simulation.labels import place_engines
-from simmerge_ray.capacity.simulation.study import make_pool
+from simmerge_ray.capacity.simulation.workload import make_pool
 from simmerge_ray.capacity.size import ModelSize, size_of
 from simmerge_ray.checkpoints.size import model_shape
 
