@@ -178,7 +178,7 @@ def activation_bytes(
     mlp = 4 * tokens * shape.intermediate_size  # gate, up, activation, product
     states = 8 * tokens * shape.hidden_size  # residual stream and norms; float32 copies of norms and of the boundary
     masks = 4 * tokens * num_tokens  # full and sliding, bool and float
-    logits = positions * shape.vocab_size  # as computed, two steps of soft-capping, the copy that is kept
+    logits = 4 * positions * shape.vocab_size  # as computed, two steps of soft-capping, the copy that is kept
     kept = positions * ((shape.layers + 1) * shape.hidden_size + shape.layers * shape.heads * num_tokens)
     return FLOAT32_BYTES * (max(attention, mlp) + states + masks + logits + kept)
 
