@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 
 _TIMED_FILES = {"simmerge_manifest.json"}  # holds seconds
 

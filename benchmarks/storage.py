@@ -7,33 +7,24 @@ prints JSON. The server is the limit of the cold figures: look at the ratio to p
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
-import socket
 import tempfile
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks.measuring import machine, script_parser, timed
+from tests.conftest import free_port
 from tests.object_store import Proxy, credentials, make_bucket, s3_server
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def seconds(call: Any) -> float:
-    started = time.monotonic()
-    call()
-    return time.monotonic() - started
+def seconds(call: Callable[[], Any]) -> float:
+    return timed(call)[1].wall
 
 
 def read_all(ref: Any) -> None:
@@ -47,15 +38,15 @@ def read_all(ref: Any) -> None:
 
 def reading(local: Path, remote: Any, num_bytes: int) -> dict[str, float]:
     """GB/s of whole checkpoints, tensor by tensor, and what a header and one tensor take."""
-    from simmerge_ray.base.storage import stores
-    from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+    from simmerge_ray.checkpoints.headers import read_headers
+    from simmerge_ray.checkpoints.references import CheckpointRef
     from simmerge_ray.merging.engine.sources import TensorSource
 
     here, there = CheckpointRef("here", local), CheckpointRef("there", remote)
 
     def plain() -> None:
         for start in range(0, num_bytes, 1 << 26):
-            stores.read_object(remote / "model.safetensors", start, min(start + (1 << 26), num_bytes))
+            (remote / "model.safetensors").read_range(start, min(start + (1 << 26), num_bytes))
 
     found = {"header_s": seconds(lambda: read_headers(there))}
     found["one_tensor_of_1_mb_s"] = seconds(lambda: TensorSource(there).read_whole("small"))
@@ -68,16 +59,16 @@ def reading(local: Path, remote: Any, num_bytes: int) -> dict[str, float]:
 
 def away(proxy: Proxy, uri: str, for_s: float) -> dict[str, float]:
     """A store that goes away for so long, with a write and a read that begin then."""
-    from simmerge_ray.base.storage import read_bytes, write_once
+    from simmerge_ray.base.storage import read_bytes, write_atomically
 
-    write_once(f"{uri}/before", b"x")
+    write_atomically(f"{uri}/before", b"x")
     proxy.down()
     timer = threading.Timer(for_s, proxy.up)
     timer.start()
     reader: list[float] = []
     thread = threading.Thread(target=lambda: reader.append(seconds(lambda: read_bytes(f"{uri}/before"))))
     thread.start()
-    writer = seconds(lambda: write_once(f"{uri}/after", b"y"))
+    writer = seconds(lambda: write_atomically(f"{uri}/after", b"y"))
     thread.join()
     timer.join()
     assert read_bytes(f"{uri}/after") == b"y"
@@ -85,7 +76,7 @@ def away(proxy: Proxy, uri: str, for_s: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--mb", type=int, default=256)
     parser.add_argument("--away", type=float, default=60.0)
     given = parser.parse_args()
@@ -104,7 +95,7 @@ def main() -> None:
             (local / "config.json").write_text("{}")
             size = (local / "model.safetensors").stat().st_size
             place: Any = as_place("s3://figures/checkpoint")
-            result: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "mb": size / 1e6}
+            result: dict[str, Any] = {"machine": machine(), "mb": size / 1e6}
             result["upload_gb_s"] = size / seconds(lambda: upload_directory(local, place, "config.json")) / 1e9
             result |= reading(local, place, size)
             proxy = Proxy(port)

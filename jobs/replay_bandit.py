@@ -1,48 +1,42 @@
-"""What the bandit would have reached on labels that are there, beside policies that do not learn: regret and its figure.
+"""What the bandit would have reached on existing labels, beside policies that do not learn: regret and its figure.
 
     python jobs/replay_bandit.py /shared/dataset --out /shared/replay
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- python jobs/replay_bandit.py /shared/dataset --out /shared/replay
 
-The benchmark `benchmarks.bandit.replay` as a job: minutes on one core, no actors. A domain that was played is not played
-again. OUT gets `bandit-replay.json` and `.png`. The last line is JSON that says what happened (`simmerge_ray.pipelines.jobs`).
+`simmerge_ray.research.bandit.regret` as a job: minutes on one core, no actors. A domain that was played is not played
+again. OUT gets `bandit-replay.json` and `.png`. The last line is JSON that reports what happened (`simmerge_ray.pipelines.jobs`).
 """  # noqa: E501
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from simmerge_ray.cli.app import run_as_job
+from simmerge_ray.cli.job_line import with_job_line
+from simmerge_ray.cli.places import PathOrUri, path_option, place_argument
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="a finished demo, or a data set as `simmerge train` takes it")
-    parser.add_argument("--out", required=True, help="directory for results")
-    parser.add_argument("--arm", action="append", help="an arm to choose from, repeatable; default: all on every pair")
-    parser.add_argument("--orders", type=int, default=40, help="random orders of the merges (default: 40)")
-    parser.add_argument("--rounds", type=int, default=60, help="rounds of each order (default: 60)")
-    arguments = parser.parse_args()
-    for name, value in (("--orders", arguments.orders), ("--rounds", arguments.rounds)):
-        if value < 1:
-            parser.error(f"{name} must be at least 1, got {value}")
+@with_job_line("replay_bandit", "out")
+def replay_bandit(
+    dataset: Annotated[PathOrUri, place_argument(help="a finished demo, or a data set as `simmerge train` takes it")],
+    out: Annotated[Path, path_option(help="directory for results")],
+    arm: Annotated[
+        list[str] | None, typer.Option(help="an arm to choose from; repeatable; default: all on every pair")
+    ] = None,
+    orders: Annotated[int, typer.Option(min=1, help="random orders of the merges")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of each order")] = 60,
+) -> dict[str, Any]:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are not installed
+    from benchmarks.bandit.replay import markdown, replay_dataset
 
-    from simmerge_ray.pipelines.jobs import local_output, run_job
-
-    def work() -> dict[str, Any]:
-        out = local_output(arguments.out)
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are not installed
-        from benchmarks.bandit.replay import markdown, replay_dataset
-        from simmerge_ray.base.storage import as_place
-
-        rows = replay_dataset(
-            as_place(arguments.dataset), out, "bandit-replay", arguments.arm, arguments.orders, arguments.rounds
-        )
-        print(*markdown(rows), sep="\n")
-        return {"out": str(out), "regret": {row["policy"]: row["utility"] for row in rows}}
-
-    return run_job("replay_bandit", work)
+    rows = replay_dataset(dataset, out, "bandit-replay", arm, orders, rounds)
+    print(*markdown(rows), sep="\n")
+    return {"out": str(out), "regret": {row["policy"]: row["utility"] for row in rows}}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_job(replay_bandit, __doc__)

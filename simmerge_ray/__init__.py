@@ -1,8 +1,8 @@
 """Predict which merge of language model checkpoints will work, and make it.
 
-The package follows one flow, left to right; a module imports only from what stands to its left (`layers.py` of the
-test suite holds the list). Importing the package imports neither torch nor Ray: take what is needed from its module,
-for example `from simmerge_ray.signals.compute import compute_signals`.
+A module imports only from its own folder and from the floors below it (tests/unit/test_layers.py lists the floors).
+Importing the package imports neither torch nor Ray; take what you need from its module, for example
+`from simmerge_ray.signals.compute import compute_signals`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

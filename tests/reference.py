@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from simmerge_ray.search.headroom import Context, defined_gaps
 
 
 def kl(log_p: np.ndarray, log_q: np.ndarray) -> float:
@@ -414,3 +417,14 @@ def answer_scores(candidate: np.ndarray, own: np.ndarray, tokens: np.ndarray, an
         for key, value in zip(found, (kept, nll, kl, entropy, count), strict=True):
             found[key].append(value)
     return found
+
+
+def gap_closed(contexts: Sequence[Context], chosen_arms: Sequence[str]) -> float | None:
+    """Headline GapClosed of the arm that was taken for each context: ratio of sums per task, mean over the tasks."""
+    arms = tuple(contexts[0].arms)
+    gaps = defined_gaps(contexts, arms)
+    closed = [row[arms.index(chosen_arms[place])] for place, row in zip(gaps.rows, gaps.closed, strict=True)]
+    sums = {task: np.zeros(2) for task in gaps.tasks}
+    for task, *both in zip(gaps.tasks, closed, gaps.gap, strict=True):
+        sums[task] += both
+    return float(np.mean([top / bottom for top, bottom in sums.values()])) if sums else None

@@ -16,8 +16,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.bandit.clusters import Start, arguments_of, drawn_clusters, interval, load, starts
-from simmerge_ray.research.replay import Bandit, Rounds, obtained, replay
+from benchmarks.bandit.arguments import arguments_of
+from simmerge_ray.research.bandit.clusters import Start, drawn_clusters, interval, load_with_later_arms, starts
+from simmerge_ray.research.bandit.replay import Bandit, Rounds, obtained, replay
 from simmerge_ray.service.bandit.policy import NeuralLinearTS
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.bandit.warm_start import sibling_prior
@@ -108,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.later and not arguments.arm:
         parser.error("--later needs the arms of the start, --arm")
-    loaded = load(arguments.dataset, arguments.arm, arguments.later)
+    loaded = load_with_later_arms(arguments.dataset, arguments.arm, arguments.later)
     known = starts(loaded.dataset, loaded.base_of)
     weights = drawn_clusters(list(known))
     print("| new arm | ahead | policy | its prior | 15 pulls | after rounds | then its share | pulls | regret more |")

@@ -19,21 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bandit.clusters import (
+from benchmarks.bandit.arguments import arguments_of
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.research.bandit.clusters import (
     Cluster,
     Knowledge,
-    arguments_of,
-    best_fixed,
+    best_fixed_column,
+    draw_regret,
     drawn_clusters,
     gaps_of,
     interval,
     learned,
-    load,
+    load_with_later_arms,
     repeated,
 )
-from simmerge_ray.base.config import TrainConfig
-from simmerge_ray.reports.figures import new_figure, save_figure
-from simmerge_ray.research.replay import (
+from simmerge_ray.research.bandit.replay import (
     Bandit,
     Rounds,
     expected_uniform,
@@ -43,8 +43,8 @@ from simmerge_ray.research.replay import (
     rounds_of,
 )
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import units_of
 from simmerge_ray.selector.data.rewards import RewardedMerge
+from simmerge_ray.selector.data.scoring import units_of
 from simmerge_ray.selector.data.splits import domain_folds
 from simmerge_ray.service.bandit.policy import NeuralLinearTS
 from simmerge_ray.service.bandit.warm_start import merges_of
@@ -149,7 +149,7 @@ def play(stream: Stream, num: int, config: TrainConfig = CONFIG) -> dict[str, np
     start = learned(stream.known, config)
     found: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
     for first_half in (True, False):
-        rounds, fixed = stream.rounds(start, first_half), best_fixed(stream.known)
+        rounds, fixed = stream.rounds(start, first_half), best_fixed_column(stream.known)
         found["uniform"].append(regret(expected_uniform(rounds), rounds))
         found["best fixed"].append(regret(rounds.truth[:, fixed], rounds))
         for explore, retrained in LEARNERS:
@@ -195,30 +195,22 @@ def draw(results: Mapping[Cluster, Mapping[str, np.ndarray]], shift: int, out: P
 
     A cluster has some of the rounds only, so a sum over rounds would not weigh the same clusters in each.
     """
-    figure, axes = new_figure(7, 4.5)
-    axis = np.ravel(axes)[0]
-    weights = drawn_clusters(list(results))
+    weights, curves = drawn_clusters(list(results)), {}
     for name in NAMES:
         values = np.array([np.nansum(of[name], axis=0) for of in results.values()])
         count = np.array([np.sum(~np.isnan(of[name]), axis=0) for of in results.values()], dtype=float)
         values, count = np.cumsum(values, axis=1), np.cumsum(count, axis=1)
         numbers = np.arange(1, values.shape[1] + 1)
-        low, high = numbers * interval(weights, values, count)
-        (line,) = axis.plot(numbers, numbers * values.sum(0) / count.sum(0), label=name)
-        axis.fill_between(numbers, low, high, alpha=0.1, color=line.get_color())
-    for where in (shift, shift + shift // 2):
-        axis.axvline(where + 0.5, color="grey", linestyle=":", linewidth=1)
-    axis.set_xlabel("round (dotted: the shift, where retrained first; half-way after it, again)")
-    axis.set_ylabel("cumulative regret (utility)")
-    axis.legend()
-    return save_figure(figure, out, "bandit-shift.png")
+        curves[name] = numbers * values.sum(0) / count.sum(0), numbers * interval(weights, values, count)
+    label = "round (dotted: the shift, where retrained first; half-way after it, again)"
+    return draw_regret(curves, label, out / "bandit-shift.png", (shift + 0.5, shift + shift // 2 + 0.5))
 
 
 def main() -> None:
     parser = arguments_of(__doc__, orders=1, rounds=120)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    loaded = load(arguments.dataset, arguments.arm)
+    loaded = load_with_later_arms(arguments.dataset, arguments.arm)
     dataset, base_of, streams = loaded.dataset, loaded.base_of, []
     bases = [base_of[context.left] for context in dataset.contexts]
     for online in halves_of(bases):

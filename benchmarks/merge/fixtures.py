@@ -9,7 +9,6 @@ standard deviation. No more than one chunk of a tensor is in memory here, and ev
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python, offline
+from benchmarks.measuring import pinned_environment, script_parser
+from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
+from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 
 COPIES = {"a": 0.02, "b": 0.03}
 _CHUNK = 1 << 22
@@ -57,25 +59,13 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Tensors of a safetensors file (dtype, shape, data_offsets by name) and where the data begins."""
-    with open(file, "rb") as stream:
-        length = struct.unpack("<Q", stream.read(8))[0]
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
-def tensors_of(checkpoint: Path) -> dict[str, tuple[np.ndarray, str]]:
-    """Flat memory-mapped bit patterns (uint16) and dtype of every tensor of a checkpoint of 16-bit floats."""
-    found = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        header, begin = read_header(file)
-        data = np.memmap(file, np.uint8, "r")
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            found[name] = data[begin + first : begin + last].view(np.uint16), entry["dtype"]
-    return found
+def tensors_of(checkpoint: Path) -> dict[str, tuple[np.ndarray, TensorSpec]]:
+    """Flat memory-mapped bit patterns (uint16) and header of every tensor of a checkpoint of 16-bit floats."""
+    specs = read_headers(CheckpointRef(checkpoint.name, checkpoint))
+    return {
+        name: (np.memmap(spec.file, np.uint8, "r")[spec.begin : spec.end].view(np.uint16), spec)
+        for name, spec in specs.items()
+    }
 
 
 def write_bf16(
@@ -99,7 +89,7 @@ def write_bf16(
 
 def smollm2(target: Path, python: Path) -> None:
     """SmolLM2-135M-Instruct as bf16 safetensors with its tokenizer; transformers runs in mergekit's interpreter."""
-    subprocess.run([python, "-c", _DEQUANTISE, str(target)], check=True, env=offline())
+    subprocess.run([python, "-c", _DEQUANTISE, str(target)], check=True, env=pinned_environment())
 
 
 def random_llama(target: Path, num_params: float, hidden: int = 2048, vocab: int = 32000, seed: int = 0) -> None:
@@ -188,8 +178,9 @@ def noisy_copy(source: Path, target: Path, relative: float, seed: int) -> None:
             begin += count
 
     for file in sorted(source.glob("*.safetensors")):
-        shapes = {name: tuple(entry["shape"]) for name, entry in read_header(file)[0].items()}
-        write_bf16(target / file.name, shapes, chunks)
+        specs = {name: spec for name, (_, spec) in tensors.items() if spec.file == file}
+        ordered = sorted(specs, key=lambda name: specs[name].begin)
+        write_bf16(target / file.name, {name: specs[name].shape for name in ordered}, chunks)
 
 
 def _chunk_sizes(count: int) -> Iterator[int]:
@@ -228,7 +219,7 @@ def make_fixture(root: Path, size: str, venv: Path = DEFAULT_DIRECTORY) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--small-only", action="store_true", help="not the 1 B checkpoints")
     parser.add_argument("--venv", type=Path, default=DEFAULT_DIRECTORY, help="mergekit's environment")

@@ -9,7 +9,6 @@ engine) are not needed.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import venv
@@ -54,11 +53,6 @@ def mergekit_python(directory: Path = DEFAULT_DIRECTORY) -> Path:
                 raise SystemExit(f"{' '.join(map(str, step[:4]))} ended with {code}")
         stamp.write_text(pins)
     return python
-
-
-def offline() -> dict[str, str]:
-    """Environment in which neither side looks for a model on a hub."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ elements that differ from the base and the norm of that difference.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -27,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring import pinned_environment, script_parser
 from benchmarks.merge.fixtures import make_fixture, tensors_of, to_float32
 from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
-from benchmarks.merge.sides import Worker, our_python, pinned
+from benchmarks.merge.sides import Worker, our_python
 
 _CHUNK = 1 << 22
 
@@ -103,10 +103,10 @@ def _pairs(left: Path, right: Path) -> Iterator[tuple[str, np.ndarray, np.ndarra
     one, other = tensors_of(left), tensors_of(right)
     if one.keys() != other.keys():
         raise ValueError(f"only one side has {', '.join(sorted(one.keys() ^ other.keys())[:3])}")
-    for name, (bits, dtype) in one.items():
-        other_bits, other_dtype = other[name]
-        if dtype != "BF16" or other_dtype != "BF16" or len(bits) != len(other_bits):
-            raise ValueError(f"{name}: {dtype} x {len(bits)} and {other_dtype} x {len(other_bits)}")
+    for name, (bits, spec) in one.items():
+        other_bits, other_spec = other[name]
+        if {spec.dtype, other_spec.dtype} != {"BF16"} or len(bits) != len(other_bits):
+            raise ValueError(f"{name}: {spec.dtype} x {len(bits)} and {other_spec.dtype} x {len(other_bits)}")
         for begin in range(0, len(bits), _CHUNK):
             yield name, bits[begin : begin + _CHUNK], other_bits[begin : begin + _CHUNK]
 
@@ -156,7 +156,7 @@ def merge_both(config: dict[str, Any], scratch: Path, peer: Worker) -> tuple[Pat
     shutil.rmtree(ours, ignore_errors=True)
     peer.run({"config": str(file)}, theirs)
     command = [str(our_python().with_name("simmerge")), "merge", str(file), str(ours)]
-    done = subprocess.run(command, cwd=scratch, env=pinned(1), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=scratch, env=pinned_environment(), capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())[-300:]
         raise RuntimeError(f"ours ended with {done.returncode}: {said}")
@@ -164,7 +164,7 @@ def merge_both(config: dict[str, Any], scratch: Path, peer: Worker) -> tuple[Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("fixtures", type=Path)
     parser.add_argument("--venv", type=Path, default=DEFAULT_DIRECTORY, help="mergekit's environment")
     parser.add_argument("--operators", help="rows to run, separated by ';'; default all")

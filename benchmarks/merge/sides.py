@@ -8,37 +8,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.merge.fixtures import read_header
-from benchmarks.merge.mergekit_env import ROOT, offline
+from benchmarks.measuring import PeakMemory, anonymous_bytes, on_cores, pinned_environment
+from benchmarks.merge.mergekit_env import ROOT
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 
 WORKER = Path(__file__).with_name("worker.py")
-_SAMPLE_S = 0.005
-
-
-def pinned(num_threads: int) -> dict[str, str]:
-    """Environment for every process of a comparison: offline, and as many threads for each math library."""
-    names = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA")
-    return offline() | {f"{name}_NUM_THREADS": str(num_threads) for name in names}
-
-
-@contextmanager
-def on_cores(num_cores: int) -> Iterator[None]:
-    """Processes started here stay on as many cores: variables pin the math libraries only, not a side's own threads."""
-    allowed = os.sched_getaffinity(0)
-    if num_cores > len(allowed):
-        raise ValueError(f"{num_cores} threads asked for, this process may use {len(allowed)} cores")
-    os.sched_setaffinity(0, sorted(allowed)[:num_cores])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
 
 
 def job(operator: str, checkpoints: dict[str, Path], directory: Path) -> dict[str, Any]:
@@ -72,11 +51,7 @@ def job(operator: str, checkpoints: dict[str, Path], directory: Path) -> dict[st
     plan_file.write_text(json.dumps(plan, indent=2))
     config_file.write_text(json.dumps(config, indent=2))  # JSON is YAML
     inputs = [file for path in (a, b, *([base] if needs_base else [])) for file in weight_files(Path(path))]
-    out_bytes = sum(
-        entry["data_offsets"][1] - entry["data_offsets"][0]
-        for file in weight_files(Path(a))
-        for entry in read_header(file)[0].values()
-    )
+    out_bytes = _tensor_bytes(Path(a))
     return {
         "plan": str(plan_file),
         "config": str(config_file),
@@ -91,10 +66,13 @@ def check_complete(work: dict[str, Any], out: Path) -> None:
     Raises:
         RuntimeError: the output does not hold as many bytes of tensors as the first input.
     """
-    entries = [entry for file in weight_files(out) for entry in read_header(file)[0].values()]
-    found = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
+    found = _tensor_bytes(out)
     if found != work["out_bytes"]:
         raise RuntimeError(f"{out} holds {found} bytes of tensors, not {work['out_bytes']}")
+
+
+def _tensor_bytes(checkpoint: Path) -> int:
+    return sum(spec.num_bytes for spec in read_headers(CheckpointRef(checkpoint.name, checkpoint)).values())
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
@@ -134,7 +112,7 @@ class Worker:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (until close)
         command = [python, "-P", WORKER, side]
         path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
-        environment = pinned(num_threads) | ({"PYTHONPATH": path} if side == "ours" else {"PYTHONPATH": ""})
+        environment = pinned_environment(num_threads) | ({"PYTHONPATH": path} if side == "ours" else {"PYTHONPATH": ""})
         with on_cores(num_threads):
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
@@ -144,24 +122,20 @@ class Worker:
         if warm_up is not None:
             self.run(*warm_up)
             shutil.rmtree(warm_up[1])
-        self.imports_bytes, self.peak_bytes = self._anonymous_bytes(), 0
+        self.imports_bytes, self.peak_bytes = anonymous_bytes(self._process.pid), 0
 
     def run(self, work: dict[str, Any], out: Path) -> dict[str, float]:
         """Run one job; returns wall_s and cpu_s."""
         assert self._process.stdin is not None
-        done = threading.Event()
-        sampler = threading.Thread(target=self._sample, args=(done,))
         os.sync()  # so that nobody pays for what the one before left to write back
         if "inputs" in work:  # a job that is timed
             warm_memory(work, out.parent)
-        sampler.start()
-        try:
+        with PeakMemory(self._process.pid) as memory:
             self._process.stdin.write(json.dumps(work | {"out": str(out)}) + "\n")
             self._process.stdin.flush()
-            return self._answer()
-        finally:
-            done.set()
-            sampler.join()
+            seconds = self._answer()
+        self.peak_bytes = max(self.peak_bytes, memory.peak)
+        return seconds
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -184,20 +158,6 @@ class Worker:
             tail = b"\n".join(deque(self._log.read().splitlines(), 5)).decode(errors="replace")
             raise RuntimeError(f"{self.side} ended with {self._process.returncode}:\n{tail}")
         return json.loads(line)
-
-    def _sample(self, done: threading.Event) -> None:
-        while not done.wait(_SAMPLE_S):
-            self.peak_bytes = max(self.peak_bytes, self._anonymous_bytes())
-
-    def _anonymous_bytes(self) -> int:
-        try:
-            text = Path(f"/proc/{self._process.pid}/status").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return 0
-        for line in text.splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-        return 0
 
 
 def our_python() -> Path:

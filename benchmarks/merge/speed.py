@@ -22,23 +22,21 @@ copy is like for like only with N = 1. JSON goes to --json, Markdown to stdout.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.measuring import machine, markdown, on_cores, pinned_environment, script_parser
 from benchmarks.merge.fixtures import make_fixture
 from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
-from benchmarks.merge.sides import Worker, check_complete, job, on_cores, our_python, pinned, warm_memory
+from benchmarks.merge.sides import Worker, check_complete, job, our_python, warm_memory
 
 
 def in_process(
@@ -114,7 +112,7 @@ def _timed(command: list[str], num_threads: int, directory: Path) -> dict[str, f
         started = time.perf_counter()
         with on_cores(num_threads):
             process = subprocess.Popen(
-                command, env=pinned(num_threads), cwd=directory, stdout=log, stderr=subprocess.STDOUT
+                command, env=pinned_environment(num_threads), cwd=directory, stdout=log, stderr=subprocess.STDOUT
             )
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started
@@ -126,57 +124,51 @@ def _timed(command: list[str], num_threads: int, directory: Path) -> dict[str, f
     return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime}
 
 
-def machine() -> dict[str, Any]:
-    """Where and when."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "cpu": model,
-        "num_cpus": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-    }
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The tables of the report."""
+def report(result: dict[str, Any]) -> str:
+    """The tables for people."""
     where = result["machine"]
-    lines = [
+    about = (
         f"{where['cpu']}, {where['num_cpus']} cores, load {where['load']:.1f} at start, {where['date']}, "
-        f"{result['num_threads']} thread(s) and core(s) a side, medians of {result['num_rounds']} alternating rounds",
-        "",
-        "| size | operator | GB in + out | ours s (CPU s) | copy s (CPU s) | mergekit s (CPU s) "
-        "| ours / copy speed (CPU) "
-        "| mergekit / ours wall | mergekit / ours CPU | ours peak MB | mergekit peak MB |",
-        "|" + "---|" * 11,
-    ]
+        f"{result['num_threads']} thread(s) and core(s) a side, medians of {result['num_rounds']} alternating rounds"
+    )
+    rows = []
     for row in result["in_process"]:
         ours, copy, peer = (row["sides"].get(side) for side in ("ours", "copy", "mergekit"))
-        cells = [
-            row["size"],
-            row["operator"],
-            f"{row['num_bytes'] / 1e9:.2f}",
-            _seconds(ours),
-            _seconds(copy),
-            _seconds(peer),
-            f"{copy['wall_s'] / ours['wall_s']:.0%} ({copy['cpu_s'] / ours['cpu_s']:.0%})" if ours and copy else "-",
-            f"{peer['wall_s'] / ours['wall_s']:.1f}" if ours and peer else "-",
-            f"{peer['cpu_s'] / ours['cpu_s']:.1f}" if ours and peer else "-",
-            *(f"{side['peak_anonymous_bytes_above_imports'] / 1e6:.0f}" if side else "-" for side in (ours, peer)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(
+            [
+                row["size"],
+                row["operator"],
+                f"{row['num_bytes'] / 1e9:.2f}",
+                *map(_seconds, (ours, copy, peer)),
+                f"{copy['wall_s'] / ours['wall_s']:.0%} ({copy['cpu_s'] / ours['cpu_s']:.0%})"
+                if ours and copy
+                else "-",
+                f"{peer['wall_s'] / ours['wall_s']:.1f}" if ours and peer else "-",
+                f"{peer['cpu_s'] / ours['cpu_s']:.1f}" if ours and peer else "-",
+                *(f"{side['peak_anonymous_bytes_above_imports'] / 1e6:.0f}" if side else "-" for side in (ours, peer)),
+            ]
+        )
+    header = ["size", "operator", "GB in + out", "ours s (CPU s)", "copy s (CPU s)", "mergekit s (CPU s)"]
+    header += [
+        "ours / copy speed (CPU)",
+        "mergekit / ours wall",
+        "mergekit / ours CPU",
+        "ours peak MB",
+        "mergekit peak MB",
+    ]
+    tables = [about, markdown(header, rows)]
     if result["commands"]:
-        lines += [
-            "",
-            "| whole command | ours s (CPU s) | mergekit s (CPU s) | mergekit / ours wall |",
-            "|---|---|---|---|",
+        sides = [(row["operator"], row["sides"]["ours"], row["sides"]["mergekit"]) for row in result["commands"]]
+        rows = [
+            [op, _seconds(ours), _seconds(peer), f"{peer['wall_s'] / ours['wall_s']:.1f}"] for op, ours, peer in sides
         ]
-    for row in result["commands"]:
-        ours, peer = row["sides"]["ours"], row["sides"]["mergekit"]
-        ratio = peer["wall_s"] / ours["wall_s"]
-        lines.append(f"| {row['operator']} | {_seconds(ours)} | {_seconds(peer)} | {ratio:.1f} |")
-    return "\n".join(lines)
+        header = ["whole command", "ours s (CPU s)", "mergekit s (CPU s)", "mergekit / ours wall"]
+        tables.append(markdown(header, rows))
+    return "\n\n".join(tables)
+
+
+def _ratio(side: dict[str, Any] | None, other: dict[str, Any] | None, what: str, shown: str = ".1f") -> str:
+    return format(side[what] / other[what], shown) if side and other else "-"
 
 
 def _seconds(side: dict[str, Any] | None) -> str:
@@ -184,7 +176,7 @@ def _seconds(side: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("fixtures", type=Path)
     parser.add_argument("--venv", type=Path, default=DEFAULT_DIRECTORY, help="mergekit's environment")
     parser.add_argument("--sizes", default="134m", help="134m, 1b or both")
@@ -224,7 +216,7 @@ def main() -> None:
                     result["commands"].append({"size": size, "operator": operator, "sides": seconds})
                 if arguments.json:
                     arguments.json.write_text(json.dumps(result, indent=2))
-    print(markdown(result))
+    print(report(result))
 
 
 if __name__ == "__main__":

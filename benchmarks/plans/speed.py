@@ -14,22 +14,20 @@ shortlist: steps by TIES work on coordinates, those by linear and nuslerp on a f
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring import script_parser, timed, write_result
+from simmerge_ray.base.config import RankingConfig
 from simmerge_ray.plans.operators.specs import parse_arms
-from simmerge_ray.selector.data.tasks import TaskPool, task_pool
 from simmerge_ray.selector.planning.scorer import PlanScorer
 from simmerge_ray.selector.planning.search import PlanSearch
 from simmerge_ray.selector.planning.space import PlanSpace
+from simmerge_ray.selector.planning.tasks import TaskPool, task_pool
 from simmerge_ray.signals.propagation.batch import SecondOrderBatch
 from simmerge_ray.signals.propagation.virtual import Virtual
 from simmerge_ray.signals.signature import DENSITIES, TaskOutputs, TensorSample
@@ -110,12 +108,6 @@ def virtual_of(table: SignalTable) -> Virtual:
     return Virtual(table, ids, outputs, weights)
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = function()
-    return result, {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-
-
 def pool_over(table: SignalTable, objective: str = "mean") -> TaskPool:
     return task_pool(objective, (), table.tasks, table.checkpoint_ids, table.provenance["own_task"])
 
@@ -125,7 +117,7 @@ def space_over(table: SignalTable, ways: tuple[int, int], arms: Sequence[str] = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=int, default=500_000, help="of the beam search")
@@ -139,8 +131,11 @@ def main() -> None:
     for name, objective in (("second_order, one task", "code"), ("second_order, members' own tasks", "mean")):
         search = PlanSearch(batch, model, space, pool_over(table, objective), "last", 1.0, options.threads)
         search.run(None, 500)  # matrices of the table are made once
-        found, cost = timed(lambda search=search: search.run(None, 500))
-        rows[name] = cost | {"plans": found.num_scored, "plans_per_second": found.num_scored / cost["seconds"]}
+        found, seconds = timed(lambda search=search: search.run(None, 500))
+        rows[name] = seconds._asdict() | {
+            "plans": found.num_scored,
+            "plans_per_second": found.num_scored / seconds.wall,
+        }
         print(name, rows[name], flush=True)
     for name, num, ways, budget in (
         ("50 checkpoints, 3-way, shortlist and virtual", 50, (3, 3), 10**6),
@@ -153,15 +148,14 @@ def main() -> None:
         space = space_over(table, ways, arms)
         search = PlanSearch(SecondOrderBatch(table), shortlist, space, pool_over(table), "last", 1.0, options.threads)
         _, first = timed(lambda search=search, space=space, b=budget: search.run(space.beam_width(b), 500))
-        found, cost = timed(lambda s=scorer, space=space, t=table, b=budget: s.rank(space, pool_over(t), budget=b))
-        rows[name] = cost | {
-            "plans": found.num_scored, "width": found.width, "first_stage_seconds": first["seconds"],
-            "first_stage_cpu_seconds": first["cpu_seconds"],
-        }  # fmt: skip
+        found, seconds = timed(
+            lambda s=scorer, space=space, t=table, b=budget: s.rank(space, pool_over(t), config=RankingConfig(budget=b))
+        )
+        first_stage = {f"first_stage_{name}": value for name, value in first._asdict().items()}
+        rows[name] = seconds._asdict() | {"plans": found.num_scored, "width": found.width} | first_stage
         print(name, rows[name], flush=True)
-    content = {"rows": rows, "arms": arms, "threads": options.threads, "cores": os.cpu_count(), "load": os.getloadavg()}
     if options.out:
-        options.out.write_text(json.dumps(content, indent=2) + "\n")
+        write_result(options.out, {"rows": rows, "arms": arms, "threads": options.threads})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ parameters, three anchors of every weight over the depth; the utility is the mea
 the same items for all.
 
 Random search (`sampler: random, shards: 1`) evaluates 60 merges on all items. TPE and CMA-ES run with ASHA on 4 shards
-(`run_search`, as `simmerge search --budget`) until they have evaluated as many items, and are cut there. Each search
+(`run_search`, as `simmerge search`) until they have evaluated as many items, and are cut there. Each search
 has one engine and is a process of its own, two at a time; its labels, in the order in which they were written, are the
 curve: items evaluated so far (of merges, stopped ones too), and the best utility of a merge evaluated on all items.
 Labels are kept under DIR, so a run that was interrupted goes on. Writes the curves as JSON and a figure.
@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.search.setting import make_private, markdown, parser_of, write_result
+from benchmarks.measuring import markdown, write_result
+from benchmarks.search.setting import make_private, parser_of
 
 MEMBERS = ("math-strong", "code-strong", "multilingual-strong", "rag-strong")
 ARMS = ("linear", "nuslerp", "task_arithmetic", "ties")
@@ -139,7 +140,7 @@ def main() -> None:
             shown.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
         reached = min(points[-1][0] for points in curves[name])
         rows.append([NAMES[name], len(values), float(np.median(tried)), min(reached, most), *shown])
-    write_result(arguments.out, "curves", result)
+    write_result(arguments.out / "curves.json", result)
     draw((arguments.figures or arguments.out) / "search_curves.png", items, found)
     header = ("search", "seeds", "merges tried", "items", *(f"after {int(share * most)}" for share in (0.25, 0.5, 1)))
     print(markdown(header, rows))

@@ -1,4 +1,4 @@
-"""A grid of about 200 trials on the demo zoo by `simmerge search`, and the same command again.
+"""A grid of about 200 trials on the demo zoo by `simmerge labels make`, and the same command again.
 
 `python -m benchmarks.search.grid200 --run RUN --out DIR`: 47 of the 54 pairs of two tasks with the four default arms
 and the 13 checkpoints as they are, 201 trials, all 400 items of each task (a merge has two tasks, a checkpoint all
@@ -21,7 +21,8 @@ import time
 from itertools import product
 from pathlib import Path
 
-from benchmarks.search.setting import make_private, markdown, parser_of, write_result
+from benchmarks.measuring import markdown, write_result
+from benchmarks.search.setting import make_private, parser_of
 
 EXCLUDED = tuple(",".join(pair) for pair in product(("math-lora", "code-lora"), ("rag-weak", "rag-lora"))) + tuple(
     f"{left},multilingual-lora" for left in ("math-lora", "code-lora", "math-weak")
@@ -30,7 +31,7 @@ EXCLUDED = tuple(",".join(pair) for pair in product(("math-lora", "code-lora"), 
 
 def search(run: Path, labels: Path, log: Path) -> float:
     """Seconds of the command."""
-    command = [sys.executable, "-m", "simmerge_ray.cli.app", "search", str(run / "zoo" / "catalogue.yaml")]
+    command = [sys.executable, "-m", "simmerge_ray", "labels", "make", str(run / "zoo" / "catalogue.yaml")]
     command += ["--tasks", str(run / "zoo" / "tasks"), "--out", str(labels), "--log", str(log)]
     started = time.perf_counter()
     subprocess.run([*command, *(part for pair in EXCLUDED for part in ("--exclude", pair))], check=True)
@@ -60,7 +61,7 @@ def main() -> None:
         found = LabelStore(labels).read()
         num_items = sum(len(label.outcome.items) for label in found)
         num_trials = len({label.plan.id for label in found})
-    write_result(arguments.out, "grid200", {"seconds": seconds, "trials": num_trials, "items": num_items})
+    write_result(arguments.out / "grid200.json", {"seconds": seconds, "trials": num_trials, "items": num_items})
     names = (f"{num_trials} trials, {num_items} items", "the same command again", "again, without its manifest")
     asked = ("<= 360", "<= 30", "<= 30")
     print(markdown(("run", "s", "asked"), list(zip(names, seconds, asked, strict=True))))

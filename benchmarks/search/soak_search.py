@@ -4,8 +4,8 @@
 the zoo of a finished demo run: five checkpoints, 9 pairs of two tasks with four arms and 6 unmerged checkpoints, 42
 trials, 100 items a task, float32, two engines. One run is left in peace. Then, at moments drawn by the seed:
 
-- drivers: `simmerge search` is killed, every second time after its first label of that start, else at any time; then
-  the same command again, until the grid is done and a new one begins;
+- drivers: `simmerge labels make` is killed, every second time after its first label of that start, else at any time;
+  then the same command again, until the grid is done and a new one begins;
 - actors: a process that holds an engine is killed, at most one before the next label comes;
 - nodes: on a cluster of a head and two worker nodes (`ray.cluster_utils.Cluster`) a node is lost, and another joins.
 
@@ -30,7 +30,8 @@ import psutil
 import yaml
 
 from benchmarks import processes
-from benchmarks.search.setting import make_private, markdown, parser_of, write_result
+from benchmarks.measuring import markdown, write_result
+from benchmarks.search.setting import make_private, parser_of
 
 CHECKPOINTS = ("math-strong", "math-weak", "code-strong", "multilingual-strong", "rag-weak")
 NUM_ITEMS = 100
@@ -51,7 +52,7 @@ class Campaign:
             one["path"] = str(zoo / one["path"])
         catalogue = scratch / "catalogue.yaml"
         catalogue.write_text(yaml.safe_dump({"base": chosen[0], "checkpoints": chosen[1:]}))
-        self._command = ["-m", "simmerge_ray.cli.app", "search", catalogue, "--tasks", zoo / "tasks"]
+        self._command = ["-m", "simmerge_ray.cli.app", "labels", "make", catalogue, "--tasks", zoo / "tasks"]
         self._command += ["--max-items", NUM_ITEMS, "--evaluator", evaluator, "--log", scratch / "search.log"]
         self._num_stores = 0
         self.family: set[psutil.Process] = set()
@@ -234,7 +235,7 @@ def main() -> None:
     print(f"\n{len(campaign.family)} processes were started, all gone {gone:.0f} s after the last search")
     print("the same labels as undisturbed" if not campaign.problems else "\n".join(["DIFFERENT", *campaign.problems]))
     result = {"rows": campaign.rows, "problems": campaign.problems, "whole_s": whole, "trials_s": trials}
-    write_result(arguments.out, "soak_search", result)
+    write_result(arguments.out / "soak_search.json", result)
     if campaign.problems:
         raise SystemExit(1)
 

@@ -24,14 +24,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.search.setting import make_private, markdown, parser_of, write_result
+from benchmarks.measuring import markdown, timed, write_result
+from benchmarks.search.setting import make_private, parser_of
 
 ITEMS = 32  # of each of two tasks
 ARMS = ("linear", "nuslerp", "task_arithmetic", "ties(density=0.2)")
@@ -42,11 +41,11 @@ def zoo_study(run: Path, labels: Path, arms: tuple[str, ...] = ARMS) -> Any:
     from simmerge_ray.base.config import SearchConfig
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.pipelines.dataset import load_search_tasks
-    from simmerge_ray.search.setup import prepare_study
+    from simmerge_ray.search.setup import prepare_search
 
     config = SearchConfig(arms=arms, max_items=ITEMS)
     tasks = load_search_tasks(run / "zoo" / "tasks", config)
-    return prepare_study(load_catalogue(run / "zoo" / "catalogue.yaml"), tasks, config, str(labels))
+    return prepare_search(load_catalogue(run / "zoo" / "catalogue.yaml"), tasks, config, str(labels))
 
 
 def merges(study: Any) -> list[Any]:
@@ -61,17 +60,11 @@ def evaluate(study: Any, trial: Any, evaluator: Any) -> dict[str, list[float]]:
     return {task: study.tasks[task].evaluate(evaluator).tolist() for task in trial.tasks}
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
-
-
 class Live:
     """A live engine under a `TrialRunner`; keeps what its evaluator is."""
 
     def __init__(self, study: Any) -> None:
-        from simmerge_ray.on_ray.merge_search import start_evaluator
+        from simmerge_ray.on_ray.engines import start_evaluator
         from simmerge_ray.search.runner import TrialRunner
 
         def start(study: Any) -> Any:
@@ -84,12 +77,12 @@ class Live:
         """Seconds of every trial, of the same generations without a merge, and the utilities; alternating."""
         steps, floors, utilities = [], [], []
         for trial in trials:
-            seconds, progress = timed(lambda trial=trial: self.runner.run(trial))
+            progress, step = timed(lambda trial=trial: self.runner.run(trial))
             assert progress.finished and progress.infeasible is None, progress.infeasible
-            floor, again = timed(lambda trial=trial: evaluate(self.study, trial, self.evaluator))
+            again, floor = timed(lambda trial=trial: evaluate(self.study, trial, self.evaluator))
             assert again == {task: items.tolist() for task, items in progress.items.items()}
-            steps.append(seconds)
-            floors.append(floor)
+            steps.append(step.wall)
+            floors.append(floor.wall)
             utilities.append(again)
         return steps, floors, utilities
 
@@ -136,9 +129,9 @@ def zoo(run: Path, num_live: int, num_same: int, num_new: int) -> dict[str, Any]
         merged_on_disk(run, trials[0].plan.to_json())
         for name, count, way in (("same process", num_same, merged_on_disk), ("new process", num_new, in_new_process)):
             for number in range(count):
-                seconds, found = timed(lambda number=number, way=way: way(run, chosen[number].plan.to_json()))
+                found, seconds = timed(lambda number=number, way=way: way(run, chosen[number].plan.to_json()))
                 assert found == utilities[number], f"{name}, {chosen[number].plan.label}: other utilities"
-                sides[name].append(seconds)
+                sides[name].append(seconds.wall)
         live = Live(study)
         later = trials[WARM_UP + num_live :]
         live.pairs(later[:WARM_UP])
@@ -152,7 +145,7 @@ def large(fixtures: Path, num_trials: int, max_new_tokens: int) -> dict[str, Any
     from simmerge_ray.base.config import SearchConfig
     from simmerge_ray.search.evaluation import Task
     from simmerge_ray.search.evaluation.tasks import Item
-    from simmerge_ray.search.setup import prepare_study
+    from simmerge_ray.search.setup import prepare_search
 
     base, checkpoints = copies(fixtures, 4)
     catalogue = catalogue_of(base, checkpoints)
@@ -161,7 +154,7 @@ def large(fixtures: Path, num_trials: int, max_new_tokens: int) -> dict[str, Any
     task = Task("sums", items, "contains", max_new_tokens, chat=True)
     with tempfile.TemporaryDirectory(prefix="simmerge-speed-") as scratch:
         config = SearchConfig(arms=("linear", "slerp", "ties"), pairs="all", max_model_len=128)
-        study = prepare_study(catalogue, {"sums": task}, config, scratch)
+        study = prepare_search(catalogue, {"sums": task}, config, scratch)
         trials = merges(study)
         live = Live(study)
         live.pairs(trials[:2])
@@ -215,7 +208,7 @@ def main() -> None:
             )
         floor = median(found["floor"])
         rows.append(["generation alone (the floor)", num_live, floor, f"trial / floor {step / floor:.2f}", "<= 1.5"])
-        write_result(arguments.out, "speed", result)
+        write_result(arguments.out / "speed.json", result)
     for max_new_tokens in (8, 16) if "large" in parts else ():
         result[f"large {max_new_tokens}"] = found = large(arguments.fixtures, num_large, max_new_tokens)
         step, floor = median(found["live"]), median(found["floor"])
@@ -224,13 +217,13 @@ def main() -> None:
             rows.append([f"SmolLM2-135M, {arm}, {max_new_tokens} tokens", found["arms"].count(arm), own, "", ""])
         rows.append(["all of these", num_large, step, f"trial / floor {step / floor:.2f}", "<= 2"])
         rows.append(["their generation alone", num_large, floor, "", ""])
-        write_result(arguments.out, "speed", result)
+        write_result(arguments.out / "speed.json", result)
     if "tune" in parts:
         result["tune"] = found = tune(arguments.run, num_tune)
         step, whole = median(found["step"]), median(found["whole"])
         rows.append(["the same trials in this process", len(found["step"]), step, "", ""])
         rows.append(["whole trial, under Tune", len(found["whole"]), whole, f"+ {whole - step:.2f} s", "<= + 0.35 s"])
-    write_result(arguments.out, "speed", result)
+    write_result(arguments.out / "speed.json", result)
     print(markdown(("what", "n", "s (median)", "ratio", "asked"), rows))
 
 

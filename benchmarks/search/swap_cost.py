@@ -7,18 +7,18 @@ medians in CPU seconds; run with OMP_NUM_THREADS=1.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.measuring import alternate, script_parser, timed
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=8)
@@ -36,9 +36,7 @@ def main() -> None:
     from simmerge_ray.on_ray import vllm_worker
 
     def swap() -> float:
-        started = time.process_time()  # of one thread: what else the machine does counts less
-        evaluator.load(resolved)
-        return time.process_time() - started
+        return timed(lambda: evaluator.load(resolved))[1].cpu  # what else the machine does counts less
 
     def untouched(sample: Any, stream: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         for name, tensor in stream:
@@ -53,10 +51,9 @@ def main() -> None:
         ):
             return swap()
 
-    swap(), bare_swap()
-    found = [(swap(), bare_swap()) for _ in range(options.rounds)]
+    found = alternate({"checked": swap, "bare": bare_swap}, options.rounds)
     evaluator.close()
-    checked, bare = (statistics.median(side) for side in zip(*found, strict=True))
+    checked, bare = (statistics.median(seconds) for seconds in found.values())
     print(f"swap {checked:.4f} s, without the comparison {bare:.4f} s: {checked / bare - 1:+.1%}")
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measuring import markdown, pinned_environment, script_parser
 
 NUM_TOKENS, NUM_TOP, TOLERANCE = 6, 3, 1e-4
 PROMPTS = [[5 + (3 * a + b) % 40, 6, 7 + b, *([8] * (b % 4))] for a in range(3) for b in range(12)]
@@ -75,7 +76,7 @@ def run_cell(root: Path, head: str, dtype: str, ranks: int, operators: list[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--operators", default="")
     parser.add_argument("--ranks", default="1,2")
@@ -90,12 +91,7 @@ def main() -> None:
         (options.out / "rows.json").write_text(json.dumps(rows))
         return
     # Some virtual machines announce AMX and fault when bfloat16 uses it.
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
-        "HF_HUB_OFFLINE": "1",
-        **os.environ,
-    }
+    environment = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", **pinned_environment()}
     rows = []
     for head, dtype, ranks in product(options.heads.split(","), options.dtypes.split(","), options.ranks.split(",")):
         directory = options.out / f"{head}-{dtype}-{ranks}"
@@ -108,13 +104,13 @@ def main() -> None:
             raise SystemExit(f"{directory.name} ended with {ended}; see {directory / 'log'}")
         rows += json.loads((directory / "rows.json").read_text())
     (options.out / "swap_equality.json").write_text(json.dumps(rows, indent=1))
-    print("| head | dtype | ranks | operators | tokens equal | max. difference of log-probs | fresh engine s |")
-    print("|---|---|---|---|---|---|---|")
+    cells = []
     for cell in dict.fromkeys((row["head"], row["dtype"], row["ranks"]) for row in rows):
         mine = [row for row in rows if (row["head"], row["dtype"], row["ranks"]) == cell]
         same, gap = sum(row["tokens_equal"] for row in mine), max(row["max_gap"] for row in mine)
-        seconds = sorted(row["fresh_s"] for row in mine)[len(mine) // 2]
-        print(f"| {' | '.join(map(str, cell))} | {len(mine)} | {same} | {gap:.2g} | {seconds} |")
+        cells.append([*cell, len(mine), same, gap, sorted(row["fresh_s"] for row in mine)[len(mine) // 2]])
+    header = ("head", "dtype", "ranks", "operators", "tokens equal", "max. difference of log-probs", "fresh engine s")
+    print(markdown(header, cells))
     if bad := [row for row in rows if not row["tokens_equal"] or not row["max_gap"] <= TOLERANCE]:
         raise SystemExit(f"{len(bad)} of {len(rows)} differ: {bad[:5]}")
 

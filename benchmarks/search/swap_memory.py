@@ -6,20 +6,20 @@ operator and every pair in turn, 36 short answers after each. Prints a table; en
 
 from __future__ import annotations
 
-import argparse
 import time
 from itertools import cycle, islice
 from pathlib import Path
 
 import psutil
 
+from benchmarks.measuring import markdown, script_parser
 from benchmarks.search.swap_equality import PROMPTS, two_way_operators
 
 FIRST, GROWTH = 20, 0.05
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--swaps", type=int, default=300)
     options = parser.parse_args()
@@ -42,9 +42,8 @@ def main() -> None:
     seconds = time.perf_counter() - started
     evaluator.close()
     growth = resident[options.swaps] / resident[FIRST] - 1
-    print("| swap | RSS MiB |\n|---|---|")
-    for number in sorted({1, FIRST, options.swaps // 3, 2 * options.swaps // 3, options.swaps}):
-        print(f"| {number} | {resident[number]:.1f} |")
+    shown = sorted({1, FIRST, options.swaps // 3, 2 * options.swaps // 3, options.swaps})
+    print(markdown(("swap", "RSS MiB"), [(number, f"{resident[number]:.1f}") for number in shown]))
     print(f"\n{options.swaps} swaps with answers in {seconds:.0f} s; from the {FIRST}th to the last {growth:+.2%}")
     if growth > GROWTH:
         raise SystemExit(f"memory grew by {growth:.1%}, allowed {GROWTH:.0%}")

@@ -38,10 +38,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 
 from benchmarks.service.noop import PREFIX
-from benchmarks.service.running import TOKEN, RayService, write_tokens
+from benchmarks.service.running import TOKEN, RayService, percentile, write_tokens
 
 REWARD_AFTER_S = 0.5
 FSYNCS = 100  # a time
@@ -115,11 +114,6 @@ class Seen:
             "p99.9": percentile(self.latencies, 99.9),
             "sent late, p99": percentile(self.lateness, 99),
         }
-
-
-def percentile(seconds: Sequence[float], percent: float) -> float | None:
-    """In milliseconds."""
-    return round(1000 * float(np.percentile(seconds, percent)), 3) if seconds else None
 
 
 class Side:

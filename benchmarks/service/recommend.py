@@ -9,13 +9,12 @@ Cholesky factor has to be made anew. Prints one JSON object a line, in microseco
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import time
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")  # before numpy is imported
+from benchmarks.measuring import percentiles, pin_threads, script_parser
+
+pin_threads()
 
 import numpy as np  # noqa: E402
 
@@ -47,13 +46,13 @@ def measure(num_arms: int, num_dimensions: int, num_calls: int, learning: bool) 
         start = time.perf_counter_ns()
         policy.suggest(z, f"decision-{number}")
         times.append((time.perf_counter_ns() - start) / 1000)
-    kept = np.array(times[NUM_WARM_UP:])
-    p50, p90, p99 = np.percentile(kept, [50, 90, 99])
-    return {"p50_us": round(p50, 1), "p90_us": round(p90, 1), "p99_us": round(p99, 1), "min_us": round(kept.min(), 1)}
+    kept = times[NUM_WARM_UP:]
+    figures = percentiles(kept, (50, 90, 99), 1) | {"min": round(min(kept), 1)}
+    return {f"{name}_us": value for name, value in figures.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--arms", type=int, default=3)
     parser.add_argument("--dimensions", type=int, default=64, help="of the encoder; the bias is one more")
     parser.add_argument("--calls", type=int, default=5000)

@@ -15,15 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")  # before numpy is imported
+from benchmarks.measuring import pin_threads
+
+pin_threads()
 
 import numpy as np  # noqa: E402
 from sqlalchemy import Engine, delete, func, insert, select, text  # noqa: E402
@@ -46,13 +46,13 @@ from simmerge_ray.service.log.events import (  # noqa: E402
     Event,
     RewardGiven,
     WarmStart,
-    digest_of,
     encode,
+    request_digest,
     subject_of,
 )
-from simmerge_ray.service.log.fold import Array, State, basis_of  # noqa: E402
+from simmerge_ray.service.log.fold import State, basis_of  # noqa: E402
 from simmerge_ray.service.log.replica import PAGE, Replica  # noqa: E402
-from simmerge_ray.service.log.snapshots import row_of, save_snapshot  # noqa: E402
+from simmerge_ray.service.log.snapshots import save_snapshot, snapshot_row  # noqa: E402
 
 NAMESPACE = "default"
 ARMS = ("linear", "ties(density=0.2)", "nuslerp")
@@ -63,7 +63,7 @@ _CHUNK = 5000  # rows of one transaction
 _START = 1_795_000_000.0  # seconds since 1970
 
 
-def nothing_to_encode(epoch: int, features: Array) -> tuple[Array, float]:
+def nothing_to_encode(epoch: int, features: np.ndarray) -> tuple[np.ndarray, float]:
     """The log has one encoder epoch, so no context is ever made again."""
     raise AssertionError("there is one epoch only")
 
@@ -140,7 +140,7 @@ def write_log(engine: Engine, number: int, num_dimensions: int) -> None:
             "version": VERSION,
         }
         row |= {"subject": subject_of(event), "attempt": 0, "idempotency_key": None}
-        rows.append(row | {"digest": digest_of(event, encoded), "body": body, "data": data})
+        rows.append(row | {"digest": request_digest(event, encoded), "body": body, "data": data})
         if len(rows) == _CHUNK or seq == number:
             with writing(engine) as connection:
                 connection.execute(insert(events), rows)
@@ -158,7 +158,7 @@ def save_late_snapshot(engine: Engine, number: int) -> None:
     while (left := number - AFTER_SNAPSHOT - state.seq) > 0:
         for row in log.tail(state.seq, min(PAGE, left)):
             state.apply(row)
-    save_snapshot(engine, row_of(NAMESPACE, state))
+    save_snapshot(engine, snapshot_row(NAMESPACE, state))
     log.close()
 
 

@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import numpy as np
+
+from simmerge_ray.base.config import ServeConfig
 
 TOKEN = "benchmark-token-0123456789abcdef"
 _START_S = 300.0  # replicas import torch, maybe on cores that others use as well
@@ -42,6 +45,11 @@ def database_of(given: str, directory: Path) -> Iterator[str]:
         yield given
 
 
+def percentile(seconds: Sequence[float], percent: float) -> float | None:
+    """In milliseconds."""
+    return round(1000 * float(np.percentile(seconds, percent)), 3) if seconds else None
+
+
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = _START_S) -> None:
     """Raises RuntimeError with what did not happen in time."""
     deadline = time.monotonic() + seconds
@@ -51,30 +59,28 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = _START
         time.sleep(0.1)
 
 
-def _serve(arguments: list[str], log: str) -> None:
+def _serve(config: ServeConfig, port: int, log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from simmerge_ray.service.http.standalone import main
+    from simmerge_ray.service.http.standalone import serve_alone
 
-    sys.exit(main(arguments))
+    serve_alone(config, "127.0.0.1", port)
 
 
 class PlainService:
-    """`simmerge_ray.service.http.standalone` on one port, as often as it is started.
+    """`simmerge serve --no-ray` on one port, as often as it is started.
 
     Its processes are forked from one that has the modules in memory, so that a start costs what the service does and
     not the seconds that Python takes to import.
 
     Args:
-        directory: for its tokens, registry and output.
+        directory: for its tokens, registry and output. config: the rest.
     """
 
-    def __init__(self, database: str, selector: Path, signals: Path, directory: Path, port: int, *more: str) -> None:
-        tokens = write_tokens(directory)
-        given = {"database": database, "registry": directory / "registry", "signals": signals, "selector": selector}
-        given |= {"tokens": tokens, "port": port}
-        self._arguments = [f"--{name}={value}" for name, value in given.items()] + list(more)
+    def __init__(self, config: ServeConfig, directory: Path, port: int) -> None:
+        own = {"registry": directory / "registry", "tokens": write_tokens(directory)}
+        self._config, self._port = config.model_copy(update=own), port
         self._log = directory / "service.log"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["simmerge_ray.service.http.standalone"])
@@ -83,7 +89,7 @@ class PlainService:
 
     def start(self) -> None:
         """Does not wait."""
-        arguments = (self._arguments, str(self._log))
+        arguments = (self._config, self._port, str(self._log))
         self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
 

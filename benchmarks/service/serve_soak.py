@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
-import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.service.running import RayService, database_of, kill_9, wait_until, write_tokens
-from benchmarks.service.soak import Acknowledged, under_load, verify
+from benchmarks.service.running import RayService, kill_9, wait_until, write_tokens
+from benchmarks.service.soak import Acknowledged, figures, main_of, under_load
 from simmerge_ray.service.log.database import upgrade_database
 
 NUM_REPLICAS = 2
@@ -108,39 +105,13 @@ def serve_soak(
             wrong.append(str(error))
     finally:
         service.kill()
-    kinds = Counter(kind for kind, _, _ in told.events.values())
-    return {
-        "database": url.partition(":")[0],
-        "seconds": round(time.monotonic() - started, 1),
-        "killed": dict(killer.killed),
-        "decisions": len(told.decisions),
-        **kinds,
-        **told.counts,
-        "wrong": wrong + verify(url, told, policy),
-    }
+    return figures(url, started, told, policy, wrong, killed=dict(killer.killed))
 
 
-def main() -> None:
-    from tests.conftest import free_port
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("database", help="sqlite, postgresql, or the URL of an empty database")
-    parser.add_argument("--run", type=Path, required=True, help="directory of a finished `simmerge demo`")
-    parser.add_argument("--kills", type=int, default=60, help="of parts")
-    parser.add_argument("--clusters", type=int, default=8, help="kills of everything at once")
-    parser.add_argument("--jobs", type=int, default=6, help="at once")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory(prefix="simmerge-soak-") as directory,
-        database_of(given.database, Path(directory)) as url,
-    ):
-        result = serve_soak(
-            url, given.run, Path(directory), free_port(), given.kills, given.clusters, given.jobs, given.seed
-        )
-    print(json.dumps(result, indent=2))
-    sys.exit(1 if result["wrong"] else 0)
+def _run(given: argparse.Namespace, url: str, directory: Path, port: int) -> dict[str, Any]:
+    return serve_soak(url, given.run, directory, port, given.kills, given.clusters, given.jobs, given.seed)
 
 
 if __name__ == "__main__":
-    main()
+    numbers = {"kills": (60, "of parts"), "clusters": (8, "kills of everything at once"), "jobs": (6, "at once")}
+    main_of(__doc__, numbers, _run)

@@ -19,6 +19,8 @@ from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks.service.running import percentile
+
 HEAD = "POST /v1/decisions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 50000\r\n"
 RESERVED_FILES = 200  # for the prober and Python itself
 BYTE_EVERY_S, PROBE_EVERY_S, PROBE_TIMEOUT_S = 5.0, 0.1, 30.0
@@ -115,13 +117,12 @@ async def probe(url: Any, path: str, token: str | None, until: float) -> tuple[l
 
 
 def summary(seconds: list[float], kinds: Counter[str]) -> dict[str, Any]:
-    ordered = sorted(seconds)
-    at = {q: ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.99)} if ordered else {}
     return {
         "probes": sum(kinds.values()),
         "answers": dict(kinds),
-        **{f"p{int(100 * q)}_ms": round(1000 * value, 1) for q, value in at.items()},
-        "max_ms": round(1000 * ordered[-1], 1) if ordered else None,
+        "p50_ms": percentile(seconds, 50),
+        "p99_ms": percentile(seconds, 99),
+        "max_ms": percentile(seconds, 100),
     }
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.service.soak DATABASE --run RUN [--kills 500] [--jobs 12] [--seed 0]
 
 DATABASE is `sqlite`, `postgresql` (a server is started for it) or the URL of an empty database; RUN the directory of
-a finished `simmerge demo`. The service is the plain uvicorn process of `simmerge_ray.service.http.standalone`. Every
+a finished `simmerge demo`. The service is the plain process of `simmerge serve --no-ray`. Every
 job decides, and then rewards, voids and rewards again, closes, or does nothing; each of these requests goes out 1 to 5
 times at once with one idempotency key, and again until it is acknowledged, over as many deaths as it takes. Kills
 come at any time: while the service starts, folds or commits.
@@ -24,7 +24,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,16 @@ import httpx
 import numpy as np
 
 from benchmarks.service.running import TOKEN, PlainService, database_of
+from simmerge_ray.base.config import ServeConfig
+from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.log.database import open_database, upgrade_database
 from simmerge_ray.service.log.event_log import EventLog
-from simmerge_ray.service.log.events import DecisionMade
-from simmerge_ray.service.log.fold import EventRow, State, fold
+from simmerge_ray.service.log.events import DecisionMade, EventRow
+from simmerge_ray.service.log.fold import State, fold
 from simmerge_ray.service.log.replica import Replica
 
+Campaign = Callable[[argparse.Namespace, str, Path, int], dict[str, Any]]
 MAX_COPIES = 5
 _LONGEST_LIFE_S = 1.0  # of the service, from its start
 _GIVE_UP_S = 900.0  # a whole cluster may have to start, more than once
@@ -269,44 +272,59 @@ def soak(
     """A campaign on an empty database; figures, and under `wrong` what is."""
     upgrade_database(url)
     started = time.monotonic()
-    service = PlainService(url, selector, signals, directory, port, "--snapshot-every=100")
+    config = ServeConfig(database=url, selector=selector, signals=signals, snapshot_every=100)
+    service = PlainService(config, directory, port)
     try:
         told, policy = asyncio.run(_campaign(service, kills, jobs, seed))
     finally:
         service.kill()
-    kinds = Counter(kind for kind, _, _ in told.events.values())
+    more = {"kills": kills, "seconds until ready": policy["seconds until ready"]}
+    return figures(url, started, told, policy, **more)
+
+
+def figures(
+    url: str,
+    started: float,
+    told: Acknowledged,
+    policy: Mapping[str, Any],
+    wrong: Sequence[str] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """Of a campaign that is over. wrong: what is known to be wrong beside the log."""
     return {
         "database": url.partition(":")[0],
-        "kills": kills,
+        **more,
         "seconds": round(time.monotonic() - started, 1),
         "decisions": len(told.decisions),
-        **kinds,
+        **Counter(kind for kind, _, _ in told.events.values()),
         **told.counts,
-        "seconds until ready": policy["seconds until ready"],
-        "wrong": verify(url, told, policy),
+        "wrong": [*wrong, *verify(url, told, policy)],
     }
 
 
-def main() -> None:
+def main_of(text: str | None, options: Mapping[str, tuple[int, str]], campaign: Campaign) -> None:
+    """The command of a soak: its options, with defaults and help, then a campaign in a temporary directory."""
     from tests.conftest import free_port
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("database", help="sqlite, postgresql, or the URL of an empty database")
     parser.add_argument("--run", type=Path, required=True, help="directory of a finished `simmerge demo`")
-    parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--jobs", type=int, default=12, help="at once")
-    parser.add_argument("--seed", type=int, default=0)
+    for name, (default, meaning) in {**options, "seed": (0, "of the load and the kills")}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
     given = parser.parse_args()
-    from simmerge_ray.base.runs import RunLayout
-
-    layout = RunLayout(given.run)
-    with tempfile.TemporaryDirectory(prefix="simmerge-soak-") as directory:
-        place = Path(directory)
-        with database_of(given.database, place) as url:
-            result = soak(url, layout.selector, layout.signals, place, free_port(), given.kills, given.jobs, given.seed)
+    with (
+        tempfile.TemporaryDirectory(prefix="simmerge-soak-") as directory,
+        database_of(given.database, Path(directory)) as url,
+    ):
+        result = campaign(given, url, Path(directory), free_port())
     print(json.dumps(result, indent=2))
     sys.exit(1 if result["wrong"] else 0)
 
 
+def _run(given: argparse.Namespace, url: str, directory: Path, port: int) -> dict[str, Any]:
+    layout = RunLayout(given.run)
+    return soak(url, layout.selector, layout.signals, directory, port, given.kills, given.jobs, given.seed)
+
+
 if __name__ == "__main__":
-    main()
+    main_of(__doc__, {"kills": (500, "of the service"), "jobs": (12, "at once")}, _run)

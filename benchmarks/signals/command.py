@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measuring import script_parser
 
 
 def figure_command(
@@ -17,7 +18,7 @@ def figure_command(
     draw: Callable[[dict[str, Any], Path], Path],
 ) -> None:
     """Measure the run named on the command line, print lines, write the figure and `name` with the results as JSON."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(description)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--seed", type=int, default=0)

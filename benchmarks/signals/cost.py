@@ -26,15 +26,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measuring import PeakMemory, machine, script_parser, timed
 from benchmarks.merge.fixtures import make_fixture, noisy_copy
-from benchmarks.merge.speed import machine
 
 NOISE = 0.02
 
@@ -62,10 +60,8 @@ def catalogue_of(base: Path, checkpoints: list[Path]) -> Any:
     return Catalogue(refs, dict.fromkeys(ref.id for ref in refs), CheckpointRef("base", base))
 
 
-def timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def seconds_of(call: Callable[[], Any]) -> float:
+    return timed(call)[1].wall
 
 
 def read_all(paths: list[Path]) -> None:
@@ -75,36 +71,6 @@ def read_all(paths: list[Path]) -> None:
             with open(file, "rb", buffering=0) as stream:
                 while stream.readinto(buffer):
                     pass
-
-
-class PeakMemory:
-    """Largest RssAnon of this process during a block, in bytes above its value at the start."""
-
-    def __enter__(self) -> PeakMemory:
-        self.start = self.peak = self._now()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @property
-    def above_start(self) -> int:
-        return self.peak - self.start
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.peak = max(self.peak, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) * 1024
-        return 0
 
 
 def one_size(
@@ -117,11 +83,11 @@ def one_size(
 
     size = len(checkpoints) - 1
     catalogue = catalogue_of(base, checkpoints[:size])
-    row: dict[str, Any] = {"size": size, "read_s": timed(partial(read_all, [base, *checkpoints[:size]]))}
+    row: dict[str, Any] = {"size": size, "read_s": seconds_of(partial(read_all, [base, *checkpoints[:size]]))}
     with tempfile.TemporaryDirectory(prefix="simmerge-cost-") as scratch:
         os.environ["HOME"] = f"{scratch}/home"  # where digests are remembered: none is known yet
         store = SignatureStore(f"{scratch}/signatures")
-        row["ours_s"] = timed(partial(compute_signals, catalogue, probes, spec, store=store))
+        row["ours_s"] = seconds_of(partial(compute_signals, catalogue, probes, spec, store=store))
         row["disk_bytes"] = sum(file.stat().st_size for file in Path(store.uri).iterdir())
         bound = bounds(catalogue, spec, [num_batches], None)
         row["stated_bytes"] = bound.worker + bound.driver
@@ -129,8 +95,8 @@ def one_size(
         if with_one_more:
             compute_signals(catalogue, probes, spec, "sampled", store)
             more = catalogue_of(base, checkpoints)
-            row["adding_one_s"] = timed(partial(compute_signals, more, probes, spec, "sampled", store))
-            row["own_read_s"] = timed(partial(read_all, checkpoints[size:]))
+            row["adding_one_s"] = seconds_of(partial(compute_signals, more, probes, spec, "sampled", store))
+            row["own_read_s"] = seconds_of(partial(read_all, checkpoints[size:]))
     return row
 
 
@@ -155,8 +121,9 @@ def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from benchmarks.signals.pair_by_pair import pair_signals
+    from simmerge_ray.checkpoints.headers import read_headers
     from simmerge_ray.checkpoints.probes import GENERAL, general_probe_set
-    from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+    from simmerge_ray.checkpoints.references import CheckpointRef
     from simmerge_ray.signals.compute import compute_signals
     from simmerge_ray.signals.signature import SignatureSpec
 
@@ -180,16 +147,16 @@ def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
             bare(input_ids=ids, attention_mask=mask, use_cache=False)
 
     compute_signals(catalogue_of(base, checkpoints[:2]), probes, spec)  # imports, compiled loops: not counted
-    timed(forward)
+    seconds_of(forward)
     pairs: list[float] = []
     forwards: list[float] = []
     for size in sizes:
-        forwards.append(timed(forward))
+        forwards.append(seconds_of(forward))
         row = one_size(base, checkpoints[: size + 1], probes, spec, len(batches), with_one_more=size == max(sizes))
-        forwards.append(timed(forward))
+        forwards.append(seconds_of(forward))
         for number in range(num_pairs):
             left, right = checkpoints[number % size], checkpoints[(number + 1) % size]
-            pairs.append(timed(partial(pair_signals, left, right, base, batches)))
+            pairs.append(seconds_of(partial(pair_signals, left, right, base, batches)))
         results["rows"].append(row)
         print(json.dumps(row | {"pair_s": pairs[-1], "forward_s": forwards[-1]}), file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "benchmarks.signals.cost", str(root), "--peak-of", str(max(sizes))]
@@ -236,7 +203,7 @@ def lines(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("fixtures", type=Path)
     parser.add_argument("--sizes", default="2,4,8,16")
     parser.add_argument("--pairs", type=int, default=2, help="pairs measured by hand at each size")

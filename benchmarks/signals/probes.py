@@ -31,8 +31,6 @@ import numpy as np
 
 from benchmarks.signals.command import figure_command
 
-Array = np.ndarray
-
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 POSITIONS = (16, 64, 256)
 DEFAULT_POSITIONS = 64
@@ -70,13 +68,13 @@ KINDS = {
 }
 
 
-def resampled(num: int, num_resamples: int, seed: int) -> Array:
+def resampled(num: int, num_resamples: int, seed: int) -> np.ndarray:
     """How often each of `num` checkpoints was drawn, (num, 1 + num_resamples); once each in the first column."""
     drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=num_resamples).T
     return np.concatenate([np.ones((num, 1)), drawn], axis=1)
 
 
-def weighted_spearman(x: Array, y: Array, weights: Array) -> Array:
+def weighted_spearman(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation when row p occurs weights[p, b] times; ties share their mean rank.
 
     Args:
@@ -96,14 +94,14 @@ def weighted_spearman(x: Array, y: Array, weights: Array) -> Array:
     return np.divide(both, spread, out=np.full_like(both, np.nan), where=spread > 1e-9)
 
 
-def subsets(groups: Sequence[Array], size: int, count: int, generator: np.random.Generator) -> list[Array]:
+def subsets(groups: Sequence[np.ndarray], size: int, count: int, generator: np.random.Generator) -> list[np.ndarray]:
     """`count` sorted subsets of `size` probes with the same share of every group; 2k and 2k + 1 are disjoint if that
     is possible. One subset where the groups have no more probes."""
     each = size // len(groups)
     smallest = min(map(len, groups))
     if each == smallest:
         return [np.sort(np.concatenate(groups))]
-    found: list[Array] = []
+    found: list[np.ndarray] = []
     while len(found) < count:
         orders = [generator.permutation(group) for group in groups]
         for start in (0, each) if 2 * each <= smallest else (0,):
@@ -112,7 +110,7 @@ def subsets(groups: Sequence[Array], size: int, count: int, generator: np.random
 
 
 def sampled_positions(
-    outputs: Sequence[Any], probes: Array, num_positions: int, generator: np.random.Generator
+    outputs: Sequence[Any], probes: np.ndarray, num_positions: int, generator: np.random.Generator
 ) -> list[Any]:
     """Outputs at `num_positions` prompt positions of these probes and a quarter as many greedy ones; attention rows at
     a fifth of all, the shares of `SignatureSpec`. All outputs must have been kept at all positions."""
@@ -142,7 +140,7 @@ def sampled_positions(
     ]
 
 
-def signal_values(outputs: Sequence[Any], probes: Array) -> Array:
+def signal_values(outputs: Sequence[Any], probes: np.ndarray) -> np.ndarray:
     """(C, M, M) of COLUMNS from these probes; entropy and loss are those of the left checkpoint."""
     from simmerge_ray.signals.pairs import output_matrices
 
@@ -182,8 +180,9 @@ def run_checkpoints(root: Path) -> tuple[tuple[str, ...], list[str | None], dict
 
     from simmerge_ray.base.runs import RunLayout
     from simmerge_ray.checkpoints.catalogue import load_catalogue
-    from simmerge_ray.signals.compute import Signatures, local_executor, tokenize_probes
+    from simmerge_ray.signals.compute import Signatures, local_executor
     from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+    from simmerge_ray.signals.tokens import tokenize_probes
 
     catalogue = load_catalogue(RunLayout(root).catalogue)
     own = [catalogue.own_task[name] for name in catalogue.ids]
@@ -206,7 +205,7 @@ def run_checkpoints(root: Path) -> tuple[tuple[str, ...], list[str | None], dict
 
 def all_values(
     tasks: Sequence[str], outputs: Mapping[str, Sequence[Any]], seed: int
-) -> tuple[dict[tuple[str, str, int], Array], dict[tuple[str, int], Array]]:
+) -> tuple[dict[tuple[str, str, int], np.ndarray], dict[tuple[str, int], np.ndarray]]:
     """Values of every subset, (R, C, M, M): by (all or default positions, probe set, number of probes), and by
     (task, number of positions) for samples of the positions of all probes."""
     by_probes, by_positions = {}, {}
@@ -231,10 +230,10 @@ def all_values(
 class Agreement:
     """Rank correlations of subsets with the reference, over the cells and the resamples of checkpoints."""
 
-    def __init__(self, tasks: Sequence[str], own: Sequence[str | None], reference: Mapping[str, Array], seed: int):
+    def __init__(self, tasks: Sequence[str], own: Sequence[str | None], reference: Mapping[str, np.ndarray], seed: int):
         self._reference = reference
         drawn = resampled(len(own), RESAMPLES, seed)
-        self.cells: dict[tuple[str, str], tuple[Array, Array, Array]] = {}
+        self.cells: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for t in tasks:
             for d in tasks:
                 left, right = (
@@ -252,17 +251,19 @@ class Agreement:
                 if len(left):
                     self.cells[t, d] = (left, right, drawn[left] * drawn[right])
 
-    def with_reference(self, values: Mapping[tuple[str, str], Array]) -> dict[str, list[float]]:
+    def with_reference(self, values: Mapping[tuple[str, str], np.ndarray]) -> dict[str, list[float]]:
         """values: by cell (R, C, M, M); per column [mean, low, high]."""
         return self._summary(
             {cell: [(self._reference[cell[0]], subset) for subset in found] for cell, found in values.items()}
         )
 
-    def of_halves(self, values: Mapping[tuple[str, str], Array]) -> dict[str, list[float]]:
+    def of_halves(self, values: Mapping[tuple[str, str], np.ndarray]) -> dict[str, list[float]]:
         """The same of subsets 2k with 2k + 1."""
         return self._summary({cell: list(zip(found[::2], found[1::2], strict=True)) for cell, found in values.items()})
 
-    def _summary(self, sides: Mapping[tuple[str, str], Sequence[tuple[Array, Array]]]) -> dict[str, list[float]]:
+    def _summary(
+        self, sides: Mapping[tuple[str, str], Sequence[tuple[np.ndarray, np.ndarray]]]
+    ) -> dict[str, list[float]]:
         points, resamples = [], []
         for cell, found in sides.items():
             left, right, weights = self.cells[cell]
@@ -323,7 +324,7 @@ def shown(figures: Sequence[float]) -> str:
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    from simmerge_ray.reports.run import table_lines
+    from simmerge_ray.base.markdown import table_lines
 
     kinds, positions = results["kinds"], results["positions"]
     own = [[title, *(shown(kinds["own"][size][column]) for size in SIZES[:-1])] for column, title in MAIN.items()]

@@ -27,8 +27,6 @@ import numpy as np
 from benchmarks.signals.command import figure_command
 from benchmarks.signals.probes import resampled, weighted_spearman
 
-Array = np.ndarray
-
 RESAMPLES = 10_000
 MIN_GAP = 0.1
 LEVEL = 0.05
@@ -73,10 +71,10 @@ class Pairs:
     """P pairs: indices of their checkpoints (P, 2), signals (S, P), pooled utilities (K, P), NaN where undefined."""
 
     ids: tuple[str, ...]
-    checkpoints: Array
-    signals: Array
+    checkpoints: np.ndarray
+    signals: np.ndarray
     arms: tuple[str, ...]
-    utilities: Mapping[str, Array]
+    utilities: Mapping[str, np.ndarray]
 
 
 def normalised_utility(utility: float, base: float, best: float) -> float | None:
@@ -84,7 +82,7 @@ def normalised_utility(utility: float, base: float, best: float) -> float | None
     return (utility - base) / (best - base) if best - base >= MIN_GAP else None
 
 
-def adjusted(p_values: Array) -> Array:
+def adjusted(p_values: np.ndarray) -> np.ndarray:
     """Benjamini-Hochberg q-values, the same shape."""
     flat = p_values.ravel()
     order = np.argsort(flat)[::-1]
@@ -142,7 +140,9 @@ def load_pairs(root: Path) -> tuple[Pairs, dict[str, Any]]:
     return Pairs(ids, np.array(rows), np.array(signals).T, arms, pooled), about
 
 
-def correlations(signals: Array, targets: Array, checkpoints: Array, drawn: Array) -> dict[str, Array]:
+def correlations(
+    signals: np.ndarray, targets: np.ndarray, checkpoints: np.ndarray, drawn: np.ndarray
+) -> dict[str, np.ndarray]:
     """Spearman of every signal (S, P) with every target (K, P).
 
     Args:
@@ -225,7 +225,7 @@ def renamed(column: str) -> str:
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    from simmerge_ray.reports.run import table_lines
+    from simmerge_ray.base.markdown import table_lines
 
     found: list[str] = []
     for pooling, table in results["tables"].items():

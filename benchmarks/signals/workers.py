@@ -18,12 +18,12 @@ from typing import Any
 from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import load_probe_sets
-from simmerge_ray.checkpoints.references import read_headers
 from simmerge_ray.on_ray.resources import ray_session
-from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, signature_spec
+from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray
 from simmerge_ray.signals.bounds import working_bytes
-from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.stages import model_bytes
 from simmerge_ray.signals.table import SignalTable
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     run = RunLayout(parser.parse_args().run)
     rows = []
-    ref, spec = load_catalogue(run.catalogue).checkpoints[0], signature_spec(SignalsConfig(**CONFIG))
+    ref, spec = load_catalogue(run.catalogue).checkpoints[0], SignatureSpec.of(SignalsConfig(**CONFIG))
     memory = (working_bytes(ref, spec) + 0.7 * model_bytes(read_headers(ref))) / 1e9
     with tempfile.TemporaryDirectory(prefix="simmerge-workers-") as scratch:
         driver = multiprocessing.get_context("spawn").Process(target=_die_in_the_middle, args=(run, f"{scratch}/dead"))

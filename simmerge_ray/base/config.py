@@ -1,4 +1,4 @@
-"""One frozen, closed config per job. Nothing here reads the environment, and nobody changes a config later.
+"""One frozen, closed config per job. Nothing here reads the environment, and a config is never changed.
 
 Paths in a YAML file are relative to that file; `Place`s may be URIs (`s3://`, `gs://`).
 """
@@ -6,11 +6,12 @@ Paths in a YAML file are relative to that file; `Place`s may be URIs (`s3://`, `
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import Place, place_in
@@ -18,67 +19,148 @@ from simmerge_ray.base.storage import Place, place_in
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
-class _Config(BaseModel):
+class FrozenConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SignalsConfig(_Config):
+def option(
+    default: Any,
+    description: str,
+    *,
+    flag: str | None = None,
+    panel: str | None = None,
+    shown: str | None = None,
+    **rules: Any,
+) -> Any:
+    """A field that is an option of commands as well (`cli.options`); other fields are set in YAML only.
+
+    Args:
+        flag: name of the option without its dashes, if it is not the field's; `arm` of `arms`, once for each value.
+        panel: heading of the option in `--help`.
+        shown: the default in `--help`, if it is not the default's own text.
+        rules: of `pydantic.Field`, such as `ge`.
+    """
+    extra: Any = {"flag": flag, "panel": panel, "shown": shown}
+    return Field(default, description=description, json_schema_extra={"option": extra}, **rules)
+
+
+def parse_ways(text: str) -> tuple[int, int]:
+    """`3` or `2-4`.
+
+    Raises:
+        ConfigError: the text has neither form.
+    """
+    low, _, high = text.partition("-")
+    if not (low.isdecimal() and (high or low).isdecimal()):
+        raise ConfigError(f"ways is a number of checkpoints or a range, 3 or 2-4, got {text!r}")
+    return int(low), int(high or low)
+
+
+def _parse_pair(text: str) -> tuple[str, ...]:
+    """`LEFT,RIGHT`."""
+    if text.count(",") != 1 or not all(text.split(",")):
+        raise ConfigError(f"a pair is LEFT,RIGHT, got {text!r}")
+    return tuple(text.split(","))
+
+
+# Values that an option, and YAML too, may give as text.
+Ways: TypeAlias = Annotated[
+    tuple[int, int], BeforeValidator(lambda value: parse_ways(value) if isinstance(value, str) else value)
+]
+Pair: TypeAlias = Annotated[
+    tuple[str, str], BeforeValidator(lambda value: _parse_pair(value) if isinstance(value, str) else value)
+]
+Evaluator: TypeAlias = Literal["vllm", "transformers"]
+
+_EVALUATION, _COST, _BEST = "Evaluation", "Resources and limits", "Search for the best merge"
+_SPACE, _SCORING = "Which plans", "How they are scored"
+
+
+class SignalsConfig(FrozenConfig):
     """Signals of all pairs of a catalogue."""
 
-    num_workers: int = Field(2, ge=1, description="signal actors; 0 is not allowed, 1 is one actor")
-    gpus_per_worker: float = Field(0.0, ge=0, description="share of a GPU for each actor; 0 runs on CPU cores")
-    memory_per_worker: float | None = Field(
-        None, gt=0, description="GB for weights and activations; a checkpoint that needs more is run layer by layer"
+    weights: Literal["exact", "sampled"] = option(
+        "exact", "weight signals from all weights (exact) or a sample (sampled)"
     )
-    weights: str = Field("exact", pattern="^(exact|sampled)$", description="weight signals of all weights or a sample")
-    batch_size: int = Field(16, ge=1, description="probes per micro-batch, the fixed unit of work")
-    max_tokens: int = Field(256, ge=2, description="longest probe in tokens; a longer one is an error")
-    num_positions: int = Field(64, ge=1, description="sampled token positions per task; a quarter more greedy ones")
-    num_attention_positions: int = Field(16, ge=1, description="at how many of them attention rows are kept")
-    num_coordinates: int = Field(10_000, ge=1, description="sampled coordinates per tensor")
+    num_positions: int = option(64, "sampled token positions per task", flag="positions", ge=1)
+    num_attention_positions: int = option(16, "positions that keep attention rows", flag="attention-positions", ge=1)
+    num_coordinates: int = option(10_000, "sampled coordinates per tensor", flag="coordinates", ge=1)
+    num_workers: int = option(2, "signal actors", flag="workers", ge=1)
+    memory_per_worker: float | None = option(None, "GB; a checkpoint that needs more is run layer by layer", gt=0)
+    gpus_per_worker: float = option(0.0, "share of a GPU for each actor; 0 runs on CPU cores", ge=0)
+    batch_size: int = option(16, "probes per micro-batch, the fixed unit of work", ge=1)
+    max_tokens: int = option(256, "longest probe in tokens; a longer one is an error", ge=2)
 
 
-class SearchConfig(_Config):
-    """Ground-truth merge-and-evaluate search: pairs x arms, or with a `budget` the best merge that can be found."""
+class EngineConfig(FrozenConfig):
+    """What evaluates a merge, and with what resources."""
 
-    arms: tuple[str, ...] = Field(
-        ("linear", "nuslerp", "task_arithmetic", "ties(density=0.2)"), min_length=1, description="arms to try on a pair"
+    evaluator: Evaluator = option("vllm", "engine; recorded in every label", panel=_EVALUATION)
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the engine", panel=_EVALUATION)
+    max_model_len: int | None = option(
+        None, "longest prompt + answer in tokens; default: the model's own limit, at most 4096", ge=8, panel=_EVALUATION
     )
-    pairs: str = Field("cross-task", pattern="^(cross-task|all)$", description="which pairs of checkpoints to merge")
-    exclude: tuple[tuple[str, str], ...] = Field((), description="pairs to leave out, e.g. to test on")
-
-    evaluator: str = Field("vllm", pattern="^(vllm|transformers)$", description="what evaluates; said in every label")
-    dtype: str = Field("float32", pattern="^(float32|bfloat16)$", description="dtype of the engine")
-    max_model_len: int | None = Field(
-        None, ge=8, description="longest prompt + answer in tokens; None takes the model's own limit, at most 4096"
+    max_items: int | None = option(
+        None, "items of each task, a sample by the seed; default: all", ge=1, panel=_EVALUATION
     )
-    max_items: int | None = Field(None, ge=1, description="items of each task, a sample by `seed`; None takes all")
-    seed: int = Field(0, description="of the sample of items and of the search's proposals")
-    lm_eval: tuple[str, ...] = Field((), description="tasks of lm-evaluation-harness by name")
-    lm_eval_include: Path | None = Field(None, description="directory of lm-evaluation-harness task YAML files")
-    lm_eval_fewshot: int | None = Field(None, ge=0, description="examples before each prompt; None: as the task says")
+    seed: int = option(0, "of the sample of items and of the proposed merges", panel=_EVALUATION)
+    retry_infeasible: bool = option(False, "evaluate merges again that could not be measured", panel=_EVALUATION)
+    concurrency: int | None = option(None, "engines at the same time; default: as many as fit", ge=1, panel=_COST)
+    cpus_per_trial: float = option(1.0, "CPU cores of an engine or of each rank; up to four merge", ge=0, panel=_COST)
+    gpus_per_trial: float = option(0.0, "GPUs of an engine; a fraction for small models", ge=0, panel=_COST)
+    tensor_parallel: int = option(1, "ranks that a model is split over", ge=1, panel=_COST)
+    executor: Literal["mp", "ray"] = option("mp", "ranks on one node (mp) or over several", panel=_COST)
 
-    concurrency: int | None = Field(None, ge=1, description="engines at the same time; None: as many as fit")
-    cpus_per_trial: float = Field(1.0, ge=0, description="CPU cores of an engine or of each rank; up to four merge")
-    gpus_per_trial: float = Field(0.0, ge=0, description="GPUs of an engine; a fraction for small models")
-    tensor_parallel: int = Field(1, ge=1, description="ranks that a model is split over")
-    executor: str = Field("mp", pattern="^(mp|ray)$", description="ranks on one node (mp) or over several (ray)")
 
-    max_trials: int | None = Field(None, ge=1, description="stop after so many trials")
-    max_hours: float | None = Field(None, gt=0, description="stop after so long")
-    max_gpu_hours: float | None = Field(None, gt=0, description="stop when engines have held GPUs for so long")
-    retry_infeasible: bool = Field(False, description="evaluate merges again that could not be measured")
+class _TrialsConfig(EngineConfig):
+    """Merges that are made and evaluated."""
 
-    budget: int | None = Field(None, ge=1, description="merges to try in a search for the best one; None: pairs x arms")
-    objectives: tuple[str, ...] = Field(
-        ("mean",), min_length=1, description="mean, worst, a task, or math=2,code=1; several keep the Pareto front"
+    arms: tuple[str, ...] = option(
+        ("linear", "nuslerp", "task_arithmetic", "ties(density=0.2)"),
+        "merge operator to try, e.g. linear or 'ties(density=0.2)'; repeatable",
+        flag="arm",
+        min_length=1,
     )
-    sampler: str = Field("tpe", pattern="^(tpe|cmaes|random)$", description="what proposes merges")
-    members: tuple[str, ...] = Field((), description="checkpoints to merge; none named: all")
-    ways: tuple[int, int] = Field((2, 2), description="fewest and most checkpoints of a merge")
-    layer_groups: int = Field(1, ge=1, le=16, description="anchors of a step's weight over the depth of the model")
-    shards: int | None = Field(None, ge=1, description="parts of the items; a bad trial stops after some (None: 4)")
-    reduction_factor: int = Field(3, ge=2, description="one trial of so many goes on after a part of the items")
+    exclude: tuple[Pair, ...] = option((), "LEFT,RIGHT: a pair to leave out; repeatable")
+    lm_eval: tuple[str, ...] = option((), "task of lm-evaluation-harness; repeatable", panel=_EVALUATION)
+    lm_eval_include: Path | None = option(None, "directory of lm-evaluation-harness task YAML files", panel=_EVALUATION)
+    lm_eval_fewshot: int | None = option(
+        None, "examples before each prompt; default: as the task says", ge=0, panel=_EVALUATION
+    )
+    max_trials: int | None = option(None, "stop after this many trials", ge=1, panel=_COST)
+    max_hours: float | None = option(None, "stop after this many hours", gt=0, panel=_COST)
+    max_gpu_hours: float | None = option(
+        None, "stop when the engines have held GPUs for this many hours", gt=0, panel=_COST
+    )
+
+
+class LabelsConfig(_TrialsConfig):
+    """Labels of pairs x arms."""
+
+    pairs: Literal["cross-task", "all"] = option("cross-task", "which pairs of checkpoints to merge")
+
+
+class BestMergeConfig(_TrialsConfig):
+    """The best merge that can be found within a budget."""
+
+    budget: int | None = option(None, "merges to try", ge=1, panel=_BEST)
+    objectives: tuple[str, ...] = option(
+        ("mean",),
+        "mean, worst, a task, or math=2,code=1; repeatable: several keep the Pareto front",
+        flag="objective",
+        panel=_BEST,
+        min_length=1,
+    )
+    sampler: Literal["tpe", "cmaes", "random"] = option("tpe", "what proposes merges", panel=_BEST)
+    members: tuple[str, ...] = option((), "checkpoint to merge; repeatable; default: all", flag="member", panel=_BEST)
+    ways: Ways = option((2, 2), "checkpoints of a merge: 2, or 2-4", panel=_BEST, shown="2")
+    layer_groups: int = option(1, "anchors of a step's weight over the depth of the model", ge=1, le=16, panel=_BEST)
+    shards: int | None = option(None, "parts of the items; a bad trial stops after some; default: 4", ge=1, panel=_BEST)
+    reduction_factor: int = Field(3, ge=2, description="one trial in this many goes on after a part of the items")
+
+
+class SearchConfig(LabelsConfig, BestMergeConfig):
+    """Merge-and-evaluate search: pairs x arms without a `budget`, with one the best merge that can be found."""
 
     @property
     def num_shards(self) -> int:
@@ -91,12 +173,48 @@ class SearchConfig(_Config):
         return self.model_dump(mode="json", exclude=resources | {"max_trials", "max_hours", "max_gpu_hours"})
 
 
-class TrainConfig(_Config):
+class RankingFiles(FrozenConfig):
+    """What a ranking of merges is computed from, beside the catalogue."""
+
+    signals: Place = option(..., "signal table (Parquet)")
+    selector: Place | None = option(None, "directory that `simmerge train` wrote; default: the one in the package")
+    signatures: Place | None = option(None, "default: `signatures` beside the table", panel=_SCORING)
+    probes: Place | None = option(None, "probe files, for curved and exact", panel=_SCORING)
+
+
+class RankingConfig(FrozenConfig):
+    """Which merges of a catalogue are ranked, and by what score."""
+
+    tasks: tuple[str, ...] = option(
+        (), "count on this task; repeatable; default: the checkpoints' own tasks", flag="task"
+    )
+    ways: Ways = option((2, 3), "checkpoints of a merge: 2, or 2-4", panel=_SPACE, shown="2-3")
+    must_contain: tuple[str, ...] = option((), "checkpoint id; repeatable", panel=_SPACE)
+    exclude: tuple[str, ...] = option((), "checkpoint id; repeatable", panel=_SPACE)
+    arms: tuple[str, ...] = option(
+        (), "choose from these, e.g. 'ties(density=0.2)'; repeatable; default: all known", flag="arm", panel=_SPACE
+    )
+    weighting: Literal["equal", "halving"] = option(
+        "equal", "equal: every member counts the same; halving: each step weighs 1/2", panel=_SPACE
+    )
+    objective: str = option("mean", "mean, worst, a task, or math=2,code=1", panel=_SCORING)
+    propagator: Literal["bound", "second_order", "virtual", "curved", "exact"] = option(
+        "virtual", "ranks the shortlist", panel=_SCORING
+    )
+    budget: int = option(1_000_000, "plans; if there are more, a beam of about so many", panel=_SCORING, ge=1)
+    shortlist: int = option(500, "plans that the propagator ranks", panel=_SCORING, ge=1)
+    caution: float = option(
+        1.0, "rank by the prediction less so many spreads", panel=_SCORING, ge=0, allow_inf_nan=False
+    )
+    aggregate: Literal["last", "mean", "sum"] = option("last", "last step, mean or sum over steps", panel=_SCORING)
+
+
+class TrainConfig(FrozenConfig):
     """Selector training."""
 
-    model: str = Field("mlp", pattern="^(mlp|ridge|knn|forest)$", description="what predicts utilities from signals")
-    task_encoding: str = Field(
-        "none", pattern="^(none|onehot|probe_stats)$", description="what is said about the task beside the signals"
+    model: Literal["mlp", "ridge", "knn", "forest"] = option("mlp", "what predicts utilities from signals")
+    task_encoding: Literal["none", "onehot", "probe_stats"] = option(
+        "none", "what the model is told of the task, beside the signals"
     )
     hidden_sizes: tuple[int, ...] = Field((32, 16), min_length=1, description="mlp: layers of the encoder")
     num_members: int = Field(5, ge=1, description="mlp: networks in the ensemble")
@@ -109,21 +227,21 @@ class TrainConfig(_Config):
     neighbours: tuple[int, ...] = Field((4, 8, 16, 32), min_length=1, description="knn: numbers to choose from")
     num_trees: int = Field(60, ge=1, description="forest: trees for the level, and as many for the contrasts")
     min_samples_leaf: int = Field(3, ge=1, description="forest: fewest rows in a leaf; a context has two rows")
-    num_folds: int = Field(12, ge=2, description="at most so many groups of checkpoints are left out in turn")
+    num_folds: int = Field(12, ge=2, description="groups of checkpoints that are left out in turn, at most")
     novelty_quantile: float = Field(
         0.99, gt=0, le=1, description="of the training distances; what lies beyond is not answered"
     )
-    seed: int = 0
+    seed: int = option(0, "of the training")
 
     @field_validator("penalties", "neighbours")
     @classmethod
     def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if any(value <= 0 for value in values):
-            raise ValueError("every value must be above 0")
+            raise ValueError(f"every value must be above 0, got {values}")
         return values
 
 
-class StudyConfig(_Config):
+class DatasetConfig(FrozenConfig):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 
     catalogue: Place
@@ -134,8 +252,8 @@ class StudyConfig(_Config):
     search: SearchConfig = SearchConfig()
 
 
-class ZooStudyConfig(_Config):
-    """The study that says whether selection works: a zoo of its own, trained and labelled. `jobs/study.py` runs it."""
+class StudyConfig(FrozenConfig):
+    """The study that shows whether selection works: a zoo of its own, trained and labelled. `jobs/study.py` runs it."""
 
     num_bases: int = Field(12, ge=1, description="bases of different seeds")
     num_per_domain: int = Field(3, ge=1, description="experts of each base and domain, with recipes drawn at random")
@@ -143,52 +261,69 @@ class ZooStudyConfig(_Config):
     num_items: int = Field(400, ge=4, description="evaluation items of each task")
     num_probes: int = Field(64, ge=1, description="probes of each task")
     num_subsets: dict[int, int] = Field(
-        {3: 4, 4: 4, 5: 2, 6: 1}, description="of each base: how many subsets of so many checkpoints are merged"
+        {3: 4, 4: 4, 5: 2, 6: 1}, description="size of a subset: how many such subsets of each base are merged"
     )
     num_orders: int = Field(1, ge=1, description="random orders of each arm and subset, beside the expert last")
     num_mixed: int = Field(4, ge=0, description="plans of each subset and weighting with an arm drawn for each step")
     step_share: float = Field(1.0, gt=0, le=1, description="of the training steps; below 1 for a trial run")
     num_full: int = Field(6, ge=0, description="checkpoints of the first base of which every subset is merged")
-    evaluator: str = Field("vllm", pattern="^(vllm|transformers)$", description="what evaluates")
+    evaluator: Evaluator = Field("vllm", description="what evaluates")
     concurrency: int | None = Field(None, ge=1, description="engines at the same time; None: as many as fit")
 
 
-class ServeConfig(_Config):
-    """HTTP endpoint of a selector."""
+class ServeConfig(FrozenConfig):
+    """Settings of the service that `simmerge serve` takes; what is None follows from the run or the other settings."""
 
-    selector: Path
-    signals: Path
-    catalogue: Path | None = Field(None, description="for better plans")
-    out: Path | None = Field(
-        None, description="event log, tokens and selectors; default: `service` beside the selector"
+    selector: Place | None = option(
+        None, "for a log that has not begun, or to publish beside the log's own; default: RUN's"
     )
-    database: str | None = Field(None, description="URL; default: SQLite in `out`")
-    namespace: str = Field("default", min_length=1, max_length=200)
-    tokens: Path | None = Field(None, description="YAML file; default: one that is made in `out`")
-    floor: float = Field(0.02, gt=0, lt=1, description="probability that every arm is played with at least")
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    num_replicas: int = Field(1, ge=1)
-    max_replicas: int | None = Field(None, ge=1, description="under load")
+    signals: Place | None = option(None, "table of the pairs that may be asked for; default: RUN's")
+    catalogue: Place | None = option(None, "for better plans; default: RUN's")
+    signatures: str | None = option(None, "default with a catalogue: `signatures` beside the table")
+    database: str | None = option(None, "URL of the event log; default: SQLite in RUN/service")
+    registry: Path | None = option(None, "directory of published selectors; default: RUN/service/selectors")
+    namespace: str = option("default", "services of one namespace share what they learn", min_length=1, max_length=200)
+    tokens: Path | None = option(
+        None, "YAML file of tokens and roles; default: the environment, or one admin token that is made"
+    )
+    floor: float = option(0.02, "probability that every arm is played with at least", gt=0, lt=1)
+    snapshot_every: int = option(1000, "events", ge=1)
+    ttl_seconds: float | None = Field(30 * 86400.0, gt=0, description="of a decision; None: for ever")
+    num_replicas: int = option(1, "with Ray", flag="replicas", ge=1)
+    max_replicas: int | None = option(None, "under load; default: as many as --replicas", ge=1)
 
 
-class RetrainConfig(_Config):
+class ServiceConfig(ServeConfig):
+    """All settings of a service: `args` in `cluster/serve.yaml`. Paths are absolute and readable on every node."""
+
+    signals: Place
+    database: str
+    registry: Path
+
+    @property
+    def signature_store(self) -> str | None:
+        """Plans are ranked with signatures if there is a catalogue."""
+        return self.signatures or (str(self.signals.parent / "signatures") if self.catalogue else None)
+
+
+class RetrainConfig(FrozenConfig):
     """A new selector from the rewards of a service."""
 
-    database: str = Field(min_length=1, description="URL of the event log")
-    namespace: str = Field("default", min_length=1, max_length=200, description="of the log")
-    registry: Path
-    dataset: Path
-    out: Path
-    margin: float = Field(0.03, ge=0, le=1, description="what counts as not worse, in utility and in GapClosed")
-    held_out: float = Field(0.25, gt=0, lt=1, description="share of the rewards, the last ones, to compare on")
+    database: str = option(..., "URL of the event log", min_length=1)
+    namespace: str = option("default", "of the log", min_length=1, max_length=200)
+    registry: Path = option(..., "directory of published selectors")
+    dataset: Path | None = option(None, "labels and signals that the present selector was trained on")
+    out: Path | None = option(None, "directory for what is trained")
+    margin: float = option(0.03, "what counts as not worse, in utility and in GapClosed", ge=0, le=1)
+    held_out: float = option(0.25, "share of the rewards, the last ones, to compare on", gt=0, lt=1)
 
 
-def _problem_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
+def _problem_lines(error: ValidationError, model: type[BaseModel], flags: Mapping[str, str]) -> list[str]:
     """One line a problem: where, value, rule, and the nearest known key for an unknown one."""
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"])
+        where = flags.get(str(next(iter(problem["loc"]), "")), repr(key))
         if problem["type"] == "extra_forbidden":
             owner: type[BaseModel] = model
             for part in problem["loc"][:-1]:
@@ -198,16 +333,22 @@ def _problem_lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
             known = sorted(owner.model_fields)
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            lines.append(f"unknown key {where!r}{hint}; known: {', '.join(known)}")
+            lines.append(f"unknown key {where}{hint}; known: {', '.join(known)}")
         elif problem["type"] == "missing":
-            lines.append(f"key {where!r} is missing")
+            lines.append(f"key {where} is missing")
         else:
-            lines.append(f"{where!r}: {problem['msg']}, got {problem['input']!r}")
+            got = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}")
     return lines
 
 
-def check_config(model: type[ConfigType], values: dict[str, Any], source: str) -> ConfigType:
+def check_config(
+    model: type[ConfigType], values: Mapping[str, Any], source: str, flags: Mapping[str, str] | None = None
+) -> ConfigType:
     """Build a config.
+
+    Args:
+        flags: what errors call a field, if not by its name; `--arm` for `arms`.
 
     Raises:
         ConfigError: with every problem, one a line.
@@ -215,7 +356,7 @@ def check_config(model: type[ConfigType], values: dict[str, Any], source: str) -
     try:
         return model(**values)
     except ValidationError as error:
-        raise ConfigError("\n  ".join([f"{source}:", *_problem_lines(error, model)])) from None
+        raise ConfigError("\n  ".join([f"{source}:", *_problem_lines(error, model, flags or {})])) from None
 
 
 def load_yaml(path: Place, model: type[ConfigType]) -> ConfigType:
@@ -238,7 +379,7 @@ def load_yaml_leniently(path: Place, model: type[ConfigType]) -> tuple[ConfigTyp
     try:
         return _with_paths_from(model(**values), path.parent), []
     except ValidationError as error:
-        problems = _problem_lines(error, model)
+        problems = _problem_lines(error, model, {})
         for problem in error.errors():
             _remove(values, problem["loc"])
     try:

@@ -12,7 +12,8 @@
     │   ├── TaskError                            an evaluation task
     │   ├── LabelError                           a label store, or too few labels in it
     │   ├── SelectorError                        a selector artifact, or features that do not fit it
-    │   └── BanditError                          an arm, context or reward that a posterior cannot take
+    │   ├── BanditError                          an arm, context or reward that a posterior cannot take
+    │   └── MissingLibraryError                  an optional library is not installed
     ├── ClientError                              the service answered what its client cannot read
     │   ├── RefusedError (an InputError, too)    a request that the service, or its client, refuses (HTTP 4xx)
     │   └── UnavailableError                     no answer, or one that says "not now", in all tries
@@ -82,6 +83,10 @@ class BanditError(InputError):
     """An arm, a context or a reward that the bandit cannot take."""
 
 
+class MissingLibraryError(InputError):
+    """An optional library is not installed; the message names the extra that brings it."""
+
+
 class ClientError(SimmergeError):
     """A call to the service failed. status: of HTTP; None where there was no answer. detail: what was said."""
 
@@ -95,7 +100,12 @@ class RefusedError(ClientError, InputError):
 
 
 class UnavailableError(ClientError):
-    """The service could not be reached, or could not answer now."""
+    """The service could not be reached, or could not answer now. retry_after: seconds after which another try may be
+    answered; None: another try will not help."""
+
+    def __init__(self, status: int | None, detail: str, retry_after: float | None = None) -> None:
+        super().__init__(status, detail)
+        self.retry_after = retry_after
 
 
 class EngineError(SimmergeError, RuntimeError):

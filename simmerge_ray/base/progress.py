@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -47,6 +48,11 @@ class Narrator:
         """One line."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
+    def print_lines(self, lines: Iterable[str]) -> None:
+        """Lines that may hold anything: no markup."""
+        for line in lines:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         """Print the stage's line when it begins, and its result with the seconds when it ends."""
@@ -62,35 +68,23 @@ class Narrator:
         self.say(f"[bold]{name:<10}[/bold] {time.monotonic() - started:6.1f} s  {stage.result}")
 
     @contextmanager
-    def byte_bar(self, what: str) -> Iterator[Report]:
-        """`bar` for bytes: how many, how fast, how long still."""
-        columns = (
-            TextColumn("           {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with self._progress(columns, what) as report:
-            yield report
-
-    @contextmanager
     def bar(self, what: str) -> Iterator[Report]:
         """A progress bar; the block gets a function of (done, total). Away from a terminal it prints nothing."""
-        columns = (
-            TextColumn("           {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with self._progress(columns, what) as report:
-            yield report
+        with self._bar(what, MofNCompleteColumn(), TimeElapsedColumn()) as (progress, task):
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    @contextmanager
+    def byte_bar(self, what: str) -> Iterator[Report]:
+        """`bar` for bytes: how many, how fast, how long still."""
+        with self._bar(what, DownloadColumn(), TransferSpeedColumn()) as (progress, task):
+            yield lambda done, total: progress.update(task, completed=done, total=total)
 
     @contextmanager
     def status_bar(self, what: str) -> Iterator[StatusReport]:
         """`bar` with a line about how it goes. Away from a terminal that line is printed once a minute."""
-        columns = (
-            TextColumn("           {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[line]}"),
-        )  # fmt: skip
         said = time.monotonic()
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(what, total=None, line="")
+        columns = MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[line]}")
+        with self._bar(what, *columns) as (progress, task):
 
             def report(done: int, total: int, line: str) -> None:
                 nonlocal said
@@ -102,15 +96,21 @@ class Narrator:
             yield report
 
     @contextmanager
-    def _progress(self, columns: tuple[ProgressColumn, ...], what: str) -> Iterator[Report]:
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(what, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+    def _bar(self, what: str, *columns: ProgressColumn) -> Iterator[tuple[Progress, TaskID]]:
+        """A bar with what is left of the time after its first two columns."""
+        first, second, *others = columns
+        every = TextColumn("           {task.description}"), BarColumn(), first, second, TextColumn("eta")
+        shown = (*every, TimeRemainingColumn(), *others)
+        with Progress(*shown, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            yield progress, progress.add_task(what, total=None, line="")
 
 
 @contextmanager
-def narrated(log: Path) -> Iterator[Narrator]:
-    """A narrator on the terminal; what libraries print goes to the log file."""
+def narrated(log: Path | None) -> Iterator[Narrator]:
+    """A narrator on the terminal; what libraries print goes to the log file, or with None to the terminal as well."""
+    if log is None:
+        yield Narrator(Console())
+        return
     with redirected_output(log) as console:
         narrator = Narrator(console)
         narrator.say(f"[dim]log of libraries: {log}[/dim]")

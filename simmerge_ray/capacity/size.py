@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from simmerge_ray.checkpoints.size import COMPUTE_BYTES
 from simmerge_ray.search.estimate import engine_bytes_of
 from simmerge_ray.signals.signature import GREEDY_SHARE, NUM_GREEDY_TOKENS, SignatureSpec
-from simmerge_ray.signals.stages import Stage, activation_bytes
+from simmerge_ray.signals.stages import LayerRange, activation_bytes
 
 LIBRARIES_BYTES = 1_000_000_000  # of a signal worker, beside weights and activations
 
@@ -36,9 +37,9 @@ class ModelSize(BaseModel):
 
     @model_validator(mode="after")
     def _has_layers(self) -> ModelSize:
-        ends = self.embedding * (1 if self.tied else 2)
-        if self.parameters <= ends:
-            raise ValueError(f"{self.parameters:.3g} parameters; the embeddings of this shape alone have {ends:.3g}")
+        if self.parameters <= self.ends:
+            alone = f"the embeddings of this shape alone have {self.ends:.3g}"
+            raise ValueError(f"{self.parameters:.3g} parameters; {alone}")
         return self
 
     @property
@@ -47,9 +48,19 @@ class ModelSize(BaseModel):
         return self.vocab_size * self.hidden_size
 
     @property
+    def ends(self) -> int:
+        """Elements of the matrices that embed and predict."""
+        return self.embedding * (1 if self.tied else 2)
+
+    @property
+    def layer(self) -> float:
+        """Elements of a layer."""
+        return (self.parameters - self.ends) / self.layers
+
+    @property
     def num_bytes(self) -> int:
         """Of a checkpoint."""
-        return int(self.parameters) * {"bfloat16": 2, "float32": 4}[self.dtype]
+        return int(self.parameters) * COMPUTE_BYTES[self.dtype]
 
     @property
     def engine_bytes(self) -> int:
@@ -70,7 +81,7 @@ class ModelSize(BaseModel):
     @property
     def tensors(self) -> dict[str, int]:
         """Elements by name, as a Llama has them: attention in four equal matrices, norms left out."""
-        layer = int(self.parameters - self.embedding * (1 if self.tied else 2)) // self.layers
+        layer = int(self.layer)
         mlp = min(self.hidden_size * self.intermediate_size, layer // 4)
         sizes = {"embed": self.embedding}
         for index in range(self.layers):
@@ -78,11 +89,10 @@ class ModelSize(BaseModel):
             sizes |= {f"{index}.{name}": mlp for name in ("gate", "up", "down")}
         return sizes if self.tied else sizes | {"head": self.embedding}
 
-    def elements(self, stage: Stage) -> int:
+    def elements(self, stage: LayerRange) -> int:
         """Of the layers of a stage, with the embeddings or the head where it has them."""
-        layer = int(self.parameters - self.embedding * (1 if self.tied else 2)) // self.layers
         ends = stage.is_first + stage.is_last - (self.tied and stage.is_first and stage.is_last)
-        return layer * len(stage.layers) + self.embedding * ends
+        return int(self.layer) * len(stage.layers) + self.embedding * ends
 
     @property
     def working_bytes(self) -> int:
@@ -123,7 +133,5 @@ def size_of(parameters: float) -> ModelSize:
         ValueError: fewer parameters than the embeddings of the smallest known shape have.
     """
     near = min(SHAPES, key=lambda one: abs(math.log(one.parameters / parameters)))
-    embeddings = near.embedding * (1 if near.tied else 2)
-    layer = (near.parameters - embeddings) / near.layers
-    layers = max(1, round((parameters - embeddings) / layer))
+    layers = max(1, round((parameters - near.ends) / near.layer))
     return ModelSize.model_validate(near.model_dump() | {"parameters": parameters, "layers": layers})

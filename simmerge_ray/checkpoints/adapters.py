@@ -1,7 +1,7 @@
 """PEFT LoRA adapters, added to the weights of their model as these are read. Hu et al. 2021, arXiv:2106.09685.
 
 The adapted tensor is `W + s B A` with `s = alpha / r` (`alpha / sqrt(r)` for rank-stabilised LoRA), in float32; only
-the rows of a block are multiplied, so no adapted tensor lies anywhere as a whole. No torch.
+the rows of a block are multiplied, so no adapted tensor is ever held as a whole. No torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.base.storage import read_range
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, read_header
+from simmerge_ray.checkpoints.headers import TensorSpec, read_header
+from simmerge_ray.checkpoints.references import CheckpointRef
 
 _PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
@@ -69,19 +69,15 @@ class LoraAdapter:
         try:
             config = json.loads(file.read_text())
         except OSError:
-            raise CheckpointError(
-                f"checkpoint {self._ref.id!r}: {self._ref.adapter} holds no adapter_config.json"
-            ) from None
+            raise self._ref.error(f"{self._ref.adapter} holds no adapter_config.json") from None
         except ValueError:
-            raise CheckpointError(f"checkpoint {self._ref.id!r}: {file} is not JSON") from None
+            raise self._ref.error(f"{file} is not JSON") from None
         if config.get("peft_type") != "LORA":
-            raise CheckpointError(
-                f"checkpoint {self._ref.id!r}: adapter type {config.get('peft_type')!r} is not supported; known: 'LORA'"
-            )
+            raise self._ref.error(f"adapter type {config.get('peft_type')!r} is not supported; known: 'LORA'")
         for key, allowed in _UNSUPPORTED.items():
             if config.get(key) not in (allowed, None, [], False):
-                raise CheckpointError(
-                    f"checkpoint {self._ref.id!r}: the adapter has {key}: {config[key]!r}; merge it into its model "
+                raise self._ref.error(
+                    f"the adapter has {key}: {config[key]!r}; merge it into its model "
                     "with peft's `merge_and_unload` first"
                 )
         return dict(config)
@@ -90,12 +86,12 @@ class LoraAdapter:
         assert self._ref.adapter is not None
         file = self._ref.adapter / _FILE
         if not file.exists():
-            raise CheckpointError(f"checkpoint {self._ref.id!r}: {self._ref.adapter} holds no {_FILE}")
+            raise self._ref.error(f"{self._ref.adapter} holds no {_FILE}")
         found = {}
         for name, spec in read_header(self._ref, file).items():
             if not name.startswith(_PREFIX) or ".lora_" not in name:
-                raise CheckpointError(
-                    f"checkpoint {self._ref.id!r}: the adapter holds {name}, which is no LoRA matrix; merge it into "
+                raise self._ref.error(
+                    f"the adapter holds {name}, which is no LoRA matrix; merge it into "
                     "its model with peft's `merge_and_unload` first"
                 )
             found[name.removeprefix(_PREFIX)] = _read_matrix(spec, self._ref)
@@ -113,10 +109,10 @@ class LoraAdapter:
         try:
             down, up = (matrices[f"{module}.{name}"] for name in names)
         except KeyError as error:
-            raise CheckpointError(f"checkpoint {self._ref.id!r}: the adapter lacks {error.args[0]}") from None
+            raise self._ref.error(f"the adapter lacks {error.args[0]}") from None
         tensor = f"{module}.weight"
         if tensor not in specs:
-            raise CheckpointError(f"checkpoint {self._ref.id!r}: the adapter changes {tensor}, which the model lacks")
+            raise self._ref.error(f"the adapter changes {tensor}, which the model lacks")
         rank = down.shape[0]
         alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
         scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -124,9 +120,8 @@ class LoraAdapter:
         pair = _Pair(down.T, up.T, scale) if embedding or config.get("fan_in_fan_out") else _Pair(up, down, scale)
         shape = (pair.up.shape[0], pair.down.shape[1])
         if shape != specs[tensor].shape:
-            raise CheckpointError(
-                f"checkpoint {self._ref.id!r}: the adapter's change of {tensor} has shape {shape}, the tensor "
-                f"{specs[tensor].shape}"
+            raise self._ref.error(
+                f"the adapter's change of {tensor} has shape {shape}, the tensor {specs[tensor].shape}"
             )
         return pair
 
@@ -145,5 +140,5 @@ def _read_matrix(spec: TensorSpec, ref: CheckpointRef) -> np.ndarray:
     elif spec.dtype in ("F32", "F16"):
         values = np.frombuffer(data, dtype={"F32": "<f4", "F16": "<f2"}[spec.dtype]).astype(np.float32)
     else:
-        raise CheckpointError(f"checkpoint {ref.id!r}: {spec.file} has dtype {spec.dtype}; known: F32, F16, BF16")
+        raise ref.error(f"{spec.file} has dtype {spec.dtype}; known: F32, F16, BF16")
     return values.reshape(spec.shape)

@@ -12,8 +12,8 @@ Without a `task` a checkpoint takes part in pairs, but not in `cross-task` ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from io import StringIO
 from itertools import combinations
 from pathlib import Path
 
@@ -22,10 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from simmerge_ray.base.config import check_config, load_yaml
 from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
-from simmerge_ray.base.storage import Place, name_below, place_in, write_once
+from simmerge_ray.base.storage import Place, name_below, place_in, write_atomically
 from simmerge_ray.checkpoints.adapters import LoraAdapter
+from simmerge_ray.checkpoints.compatibility import compatibility_problems, refuse_problems
 from simmerge_ray.checkpoints.digests import DEFAULT_CACHE, cached_digest
-from simmerge_ray.checkpoints.references import CheckpointRef, compatibility_problems, read_headers, refuse_problems
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 
 
 class _BaseEntry(BaseModel):
@@ -147,10 +149,10 @@ def _problems(refs: Sequence[CheckpointRef]) -> list[str]:
 
 
 def write_catalogue(path: Place, catalogue: Catalogue) -> None:
-    """Write a catalogue file, paths relative to it where the checkpoints lie below it."""
+    """Write a catalogue file, paths relative to it for checkpoints below it."""
     content: dict[str, object] = {"base": _entry(path, catalogue.base)} if catalogue.base else {}
     content["checkpoints"] = [_entry(path, ref, catalogue.own_task[ref.id]) for ref in catalogue.checkpoints]
-    write_once(path, yaml.safe_dump(content, sort_keys=False).encode())
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
 
 
 def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> None:
@@ -172,7 +174,7 @@ def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> No
 def add_checkpoint(path: Place, ref: CheckpointRef, task: str | None = None, as_base: bool = False) -> Catalogue:
     """Append a checkpoint to a catalogue file, or make it the base; a file that does not exist is begun.
 
-    The other entries, and comments where the file's style allows it, stay as they are. Nothing is written before all
+    The other entries and the comments stay as they are. Nothing is written before all
     checkpoints, the new one included, are found compatible from their headers.
 
     Raises:
@@ -182,27 +184,23 @@ def add_checkpoint(path: Place, ref: CheckpointRef, task: str | None = None, as_
     """
     check_addition(path, ref.id, as_base)
     text = path.read_text() if path.exists() else ""
-    values = yaml.safe_load(text) or {}
     entry = _entry(path, ref, task)
-    if as_base:
-        if "adapter" in entry or "task" in entry:
-            raise ConfigError(
-                f"base {ref.id!r}: a base takes no adapter (merge it into its model first) and no task; leave them out"
-            )
-        values = {"base": entry} | {key: value for key, value in values.items() if key != "base"}
-    else:
-        values = values | {"checkpoints": [*(values.get("checkpoints") or ()), entry]}
-    catalogue = _resolved(path, check_config(_Draft, values, f"catalogue {path}"))
+    if as_base and ("adapter" in entry or "task" in entry):
+        raise ConfigError(
+            f"base {ref.id!r}: a base takes no adapter (merge it into its model first) and no task; leave them out"
+        )
+    edited = _edited_text(path, text, entry, as_base)
+    catalogue = _resolved(path, check_config(_Draft, yaml.safe_load(edited), f"catalogue {path}"))
     refuse_problems(_problems(catalogue.all_refs))
     try:
-        write_once(path, _extended_text(text, entry, values).encode())
+        write_atomically(path, edited.encode())
     except OSError as error:
         raise OutputError(f"catalogue {path} cannot be written: {error.strerror}") from None
     return catalogue
 
 
 def shown_path(path: Place, directory: Place) -> str:
-    """How a catalogue names `path`: relative to the catalogue's directory where it lies below it."""
+    """How a catalogue names `path`: relative to the catalogue's directory if it is below it."""
     root, path = directory.resolve(), path.resolve()
     try:
         return name_below(path, root)
@@ -217,16 +215,40 @@ def _entry(path: Place, ref: CheckpointRef, task: str | None = None) -> dict[str
     return entry | ({"task": task} if task else {})
 
 
-def _extended_text(text: str, entry: Mapping[str, str], values: Mapping[str, object]) -> str:
-    """`text` with one line more for `entry` if that reads as `values`; otherwise `values` written anew."""
-    line = yaml.safe_dump(dict(entry), default_flow_style=True, sort_keys=False, width=10_000).strip()
-    head = text if not text or text.endswith("\n") else f"{text}\n"
-    before = yaml.safe_load(text) or {}
-    candidates = [f"base: {line}\n{head}"] if "base" not in before else []
-    candidates += [f"{head}{indent}- {line}\n" for indent in ("  ", "", "    ")]
-    candidates += [f"{head}checkpoints:\n  - {line}\n"] if "checkpoints" not in before else []
-    for candidate in candidates:
-        with suppress(yaml.YAMLError):
-            if yaml.safe_load(candidate) == values:
-                return candidate
-    return yaml.safe_dump(dict(values), sort_keys=False)
+def _edited_text(path: Place, text: str, entry: Mapping[str, str], as_base: bool) -> str:
+    """`text` with `entry` as its base or as its last checkpoint; comments, quotes and indentation stay."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.scalarstring import SingleQuotedScalarString
+    from ruamel.yaml.util import load_yaml_guess_indent
+
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = 10_000
+    try:
+        content, sequence, dash = load_yaml_guess_indent(text, yaml=editor)
+    except DuplicateKeyError as error:
+        raise ConfigError(f"catalogue {path} cannot be edited: {' '.join(str(error).split())}") from None
+    editor.indent(sequence=sequence if dash is not None else 4, offset=2 if dash is None else dash)
+    content = CommentedMap() if content is None else content
+    line = CommentedMap({k: v if _is_plain(v) else SingleQuotedScalarString(v) for k, v in entry.items()})
+    line.fa.set_flow_style()
+    if as_base:
+        content.pop("base", None)  # an empty one
+        content.insert(0, "base", line)
+    elif content.get("checkpoints"):
+        content["checkpoints"].append(line)
+    else:
+        content["checkpoints"] = CommentedSeq([line])
+    out = StringIO()
+    editor.dump(content, out)
+    return out.getvalue()
+
+
+def _is_plain(value: str) -> bool:
+    """Whether YAML 1.1 reads the bare word in a flow mapping as that text (not so `no`, `007`, `1e3`, `:0`)."""
+    try:
+        return bool(yaml.safe_load(f"{{key: {value}}}") == {"key": value})
+    except yaml.YAMLError:
+        return False

@@ -2,173 +2,215 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simmerge_ray.base.errors import ConfigError, TaskError
+from simmerge_ray.base.config import EngineConfig, RankingConfig, RankingFiles, SearchConfig
+from simmerge_ray.base.errors import TaskError
+from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
-from simmerge_ray.cli.plan import (
-    AggregateOption,
-    ArmOption,
-    BudgetOption,
-    CautionOption,
-    ExcludeOption,
-    MustContainOption,
-    ObjectiveOption,
-    ProbesOption,
-    PropagatorOption,
-    SelectorOption,
-    ShortlistOption,
-    SignalsOption,
-    SignaturesOption,
-    WaysOption,
-    WeightingOption,
-    check_names,
-    plan_request,
-)
-from simmerge_ray.cli.search import (
-    SHARED_NAMES,
-    ConcurrencyOption,
-    CpusOption,
-    DtypeOption,
-    EvaluatorOption,
-    ExecutorOption,
-    GpusOption,
-    MaxItemsOption,
-    MaxModelLenOption,
-    RetryInfeasibleOption,
-    SeedOption,
-    TensorParallelOption,
-)
 
 if TYPE_CHECKING:
-    from simmerge_ray.base.storage import Place
+    from rich.table import Table
+
+    from simmerge_ray.base.progress import Narrator
+    from simmerge_ray.base.storage import Manifest, Place
     from simmerge_ray.checkpoints.catalogue import Catalogue
+    from simmerge_ray.pipelines.auto import Answer, AutoRun
+    from simmerge_ray.plans.plan import MergePlan
+    from simmerge_ray.search.setup import PreparedSearch
+    from simmerge_ray.search.winner import ObjectiveEstimate, Verdict
+    from simmerge_ray.selector.planning.scorer import Ranking
 
 
+@with_config_options
 def auto(
     catalogue: Annotated[PathOrUri, place_argument(help="catalogue YAML: base and checkpoints")],
-    signals: SignalsOption,
-    tasks: Annotated[
-        PathOrUri,
-        place_option(help="directory of <task>.jsonl with prompt and target per line"),
+    task_files: Annotated[
+        PathOrUri, place_option("--tasks", help="directory of <task>.jsonl with prompt and target per line")
     ],
     out: Annotated[Path, typer.Option(help="directory for labels, plans, the answer and the merge")],
-    selector: SelectorOption = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="count on these tasks; default: all own tasks; repeatable")
-    ] = None,
+    files: RankingFiles,
+    config: RankingConfig,
+    engine: EngineConfig,
     evaluate: Annotated[int, typer.Option(min=1, help="merges to measure, those predicted to be best")] = 5,
     write: Annotated[bool, typer.Option(help="write a merge that is the answer to OUT/merged")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="rank, say what would be measured, and stop")] = False,
-    ways: WaysOption = "2-3",
-    must_contain: MustContainOption = None,
-    exclude: ExcludeOption = None,
-    arm: ArmOption = None,
-    weighting: WeightingOption = "equal",
-    objective: ObjectiveOption = "mean",
-    propagator: PropagatorOption = "virtual",
-    signatures: SignaturesOption = None,
-    probes: ProbesOption = None,
-    budget: BudgetOption = 1_000_000,
-    shortlist: ShortlistOption = 500,
-    caution: CautionOption = 1.0,
-    aggregate: AggregateOption = "last",
-    evaluator: EvaluatorOption = "vllm",
-    dtype: DtypeOption = "float32",
-    max_model_len: MaxModelLenOption = None,
-    max_items: MaxItemsOption = None,
-    seed: SeedOption = 0,
-    retry_infeasible: RetryInfeasibleOption = False,
-    concurrency: ConcurrencyOption = None,
-    cpus_per_trial: CpusOption = 1.0,
-    gpus_per_trial: GpusOption = 0.0,
-    tensor_parallel: TensorParallelOption = 1,
-    executor: ExecutorOption = "mp",
-    log: Annotated[Path, typer.Option("--log", help="where the output of libraries goes")] = Path("simmerge.log"),
+    log: LogOption = DEFAULT_LOG,
 ) -> None:
     """Rank the merges of a catalogue, measure the first few beside the checkpoints, and make the best, if it is better.
 
     An interrupted run goes on with the same command.
     """
-    from simmerge_ray.base.config import SearchConfig, check_config
-
-    ranked_names = (
-        "task", "evaluate", "ways", "must_contain", "exclude", "arm", "weighting", "objective", "propagator", "budget",
-        "shortlist", "caution", "aggregate",
-    )  # fmt: skip
-    given = locals()
-    values: dict[str, Any] = {name: given[name] for name in SHARED_NAMES}
-    ranked_by = {name: given[name] for name in ranked_names}
-    config = check_config(SearchConfig, values | {"pairs": "all"}, "options")
-    chosen_ways = check_names(ways, propagator, probes)
+    started = time.monotonic()
+    search = SearchConfig(**engine.model_dump(), pairs="all")
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.search.evaluation import load_tasks
+    from simmerge_ray.selector.planning.request import on_fixed_tasks, read_sources
 
     checkpoints = load_catalogue(catalogue)
-    files = load_tasks(tasks)
-    request = plan_request(
-        checkpoints, selector, signals, counted_tasks(checkpoints, task or (), objective), chosen_ways,
-        must_contain or (), exclude or (), arm or (), weighting, objective, propagator, signatures, probes,
-    )  # fmt: skip
+    known = load_tasks(task_files)
+    sources = read_sources(files, checkpoints, config.propagator)
+    request = sources.request(on_fixed_tasks(config, checkpoints))
     for name in request.pool.tasks:
-        if name not in files:
+        if name not in known:
             raise TaskError(
-                f"{tasks} has no {name}.jsonl, which says what is measured on {name!r}; known: {_list(files)}"
+                f"{task_files} has no {name}.jsonl, which says what is measured on {name!r}; "
+                f"known: {', '.join(sorted(known))}"
             )
-    counted = {name: files[name].sampled(config.max_items, config.seed) for name in request.pool.tasks}
+    tasks = {name: known[name].sampled(search.max_items, search.seed) for name in request.pool.tasks}
     from simmerge_ray.base.progress import narrated
     from simmerge_ray.base.storage import Manifest, digest_file
 
     with narrated(log) as narrator:
-        from simmerge_ray.pipelines.auto import auto_stage, check_auto, dry_run_lines
+        from simmerge_ray.pipelines.auto import AutoRun, check_auto
 
-        study = check_auto(checkpoints, counted, config, out, write)
+        run = AutoRun(checkpoints, tasks, request.pool.objective, search, out, write)
+        study = check_auto(run)
         with narrator.stage("rank") as stage:
-            ranking = request.scorer.rank(request.space, request.pool, evaluate, budget, shortlist, aggregate, caution)
-            ranking = ranking.with_best_fixed()
+            ranking = request.rank(evaluate).with_best_fixed()
             stage.result = f"{ranking.num_scored} merges scored, {len(ranking.plans)} to be measured"
         if dry_run:
-            for line in dry_run_lines(study, ranking, checkpoints.own_task, out):
-                narrator.console.print(line, highlight=False, soft_wrap=True, markup=False)
+            narrator.print_lines(dry_run_lines(study, ranking, checkpoints.own_task, out))
             return
-        inputs = {f"task {key}": one.digest for key, one in counted.items()} | {"signals": digest_file(signals)}
-        inputs |= _digests_of(checkpoints, request.directory)
-        manifest = Manifest("auto", {"ranking": ranked_by, "search": config.content()}, inputs)
-        auto_stage(checkpoints, counted, request.pool.objective, ranking, config, out, narrator, manifest, write)
+        inputs = {f"task {name}": task.digest for name, task in tasks.items()} | {"signals": digest_file(files.signals)}
+        inputs |= _digests_of(checkpoints, files.selector)
+        options = {"ranking": config.model_dump(mode="json") | {"evaluate": evaluate}, "search": search.content()}
+        answer_stages(run, ranking, narrator, Manifest("auto", options, inputs), started)
 
 
-def _digests_of(checkpoints: Catalogue, selector: Place) -> dict[str, str]:
+def answer_stages(run: AutoRun, ranking: Ranking, narrator: Narrator, manifest: Manifest, started: float) -> None:
+    """Measure, show the answer, and write it. started: `time.monotonic()` of the whole run."""
+    from simmerge_ray.pipelines.auto import measure_stage, write_stage
+
+    answer = measure_stage(run, ranking, narrator)
+    narrator.console.print(answer_table(run, answer))
+    narrator.print_lines(extrapolation_lines(ranking, run.catalogue.own_task, list(run.tasks)) + answer_lines(answer))
+    write_stage(run, answer, manifest, started, narrator)
+
+
+def _digests_of(checkpoints: Catalogue, selector: Place | None) -> dict[str, str]:
     """Digests of all checkpoints and of a selector's files, by what a manifest calls them."""
     from simmerge_ray.base.storage import digest_file, local_directory
+    from simmerge_ray.selector.planning.files import default_selector
 
-    found = {f"checkpoint {key}": value for key, value in checkpoints.digests().items()}
-    with local_directory(selector) as directory:
-        files = sorted(directory.rglob("*.safetensors"))
-        return found | {f"selector {file.relative_to(directory)}": digest_file(file) for file in files}
-
-
-def counted_tasks(checkpoints: Catalogue, tasks: Sequence[str], objective: str) -> tuple[str, ...]:
-    """The tasks that everything is measured on: those named, those of the objective, or all own tasks.
-
-    Merges of different checkpoints are compared with each other and with checkpoints, so the members' own tasks, as
-    `simmerge plan` counts them, will not do.
-
-    Raises:
-        ConfigError: no checkpoint has a task of its own.
-    """
-    from simmerge_ray.search.objectives import MEAN, WORST
-
-    if tasks or objective not in (MEAN, WORST):
-        return tuple(tasks)
-    own = sorted({name for name in checkpoints.own_task.values() if name})
-    if not own:
-        raise ConfigError("the checkpoints of the catalogue have no 'task'; name the tasks that count with --task")
-    return tuple(own)
+    digests = {f"checkpoint {name}": digest for name, digest in checkpoints.digests().items()}
+    with local_directory(selector or default_selector()) as directory:
+        artifacts = sorted(directory.rglob("*.safetensors"))
+        return digests | {f"selector {path.relative_to(directory)}": digest_file(path) for path in artifacts}
 
 
-def _list(names: Any) -> str:
-    return ", ".join(sorted(names))
+def dry_run_lines(study: PreparedSearch, ranking: Ranking, own_task: Mapping[str, str | None], out: Path) -> list[str]:
+    """What would be measured, and what it would take."""
+    from simmerge_ray.pipelines.auto import cost_lines, single_plans
+    from simmerge_ray.plans.plan import fold_text
+
+    plans = [
+        f"  {number}. {fold_text(one.plan)}  (predicted {one.utility:.3f})"
+        for number, one in enumerate(ranking.plans, 1)
+    ]
+    singles = [plan.label for plan in single_plans(ranking, study.catalogue)]
+    return [
+        f"merges   {len(plans)}, measured in memory:",
+        *plans,
+        *extrapolation_lines(ranking, own_task, list(study.tasks)),
+        f"beside   {', '.join(singles)}",
+        f"tasks    {', '.join(f'{name} ({task.num_items} items)' for name, task in study.tasks.items())}",
+        *cost_lines(study, ranking),
+        f"out      {out}",
+    ]
+
+
+def extrapolation_lines(ranking: Ranking, own_task: Mapping[str, str | None], tasks: Sequence[str]) -> list[str]:
+    """A warning if plans have no member of the tasks that count: selectors learn from pairs on their own tasks."""
+    strangers = [one for one in ranking.plans if not any(own_task.get(name) in tasks for name in one.plan.members)]
+    if not strangers or not any(own_task.values()):
+        return []
+    return [
+        f"{len(strangers)} of the {len(ranking.plans)} merges have no member that was fine-tuned for "
+        f"{' or '.join(tasks)}; what is predicted of them is extrapolated (--exclude leaves checkpoints out)"
+    ]
+
+
+def answer_table(run: AutoRun, answer: Answer) -> Table:
+    """Merges and checkpoints, the best of the choosing half first; `*` marks the answer."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from simmerge_ray.search.winner import objective_estimate
+
+    table = Table(title=f"utility, {_objective_text(run)}", title_justify="left")
+    table.add_column("")
+    table.add_column("plan or checkpoint", overflow="fold", min_width=16)
+    for column in ("predicted", "interval", "chosen by", "measured", "se", *run.tasks):
+        table.add_column(column, justify="right", no_wrap=column == "interval")
+    for line in answer.lines:
+        mark = "*" if line.plan.id == answer.verdict.winner.plan.id else ""
+        row, predicted, measured = [mark, escape(_text(line.plan))], line.predicted, line.measured
+        row += [f"{predicted.utility:.3f}", "{:.2f}-{:.2f}".format(*predicted.interval)] if predicted else ["", ""]
+        if measured is None:
+            table.add_row(*row, "", "failed", "", *[""] * len(run.tasks))
+            continue
+        utility = objective_estimate(measured.reporting, run.objective)
+        chosen_by = objective_estimate(measured.choosing, run.objective)
+        by_task = [f"{measured.reporting[task].mean():.3f}" for task in run.tasks]
+        table.add_row(*row, f"{chosen_by.value:.3f}", f"{utility.value:.3f}", f"{utility.se:.3f}", *by_task)
+    return table
+
+
+def _text(plan: MergePlan) -> str:
+    from simmerge_ray.plans.plan import fold_text
+
+    return fold_text(plan) if plan.steps else plan.label
+
+
+def _objective_text(run: AutoRun) -> str:
+    tasks, name = list(run.tasks), run.objective.name
+    if run.objective.weights:
+        return name
+    return tasks[0] if len(tasks) == 1 else f"{name} of {', '.join(tasks)}"
+
+
+def answer_lines(answer: Answer) -> list[str]:
+    """The answer in words, and by how much."""
+    verdict = answer.verdict
+    winner = _text(verdict.winner.plan)
+    sizes = [len(items) for items in verdict.winner.reporting.values()]
+    said = [
+        "chosen by: half of the items; measured, se and tasks: the other half, which had no part in the choice; "
+        "interval: 95 % of the spread of the selector's ensemble"
+    ]
+    said += [f"not measured: {_text(line.plan)}: {line.reason}" for line in answer.lines if line.measured is None]
+    on = "-".join(map(str, sorted({min(sizes), max(sizes)})))
+    utility = f"{verdict.utility.value:.3f} ± {verdict.utility.se:.3f} on {on} items of each task"
+    if verdict.best_merge is None:
+        said.append(f"answer: keep {winner}, {utility}: no merge could be measured")
+    elif verdict.best_single is None:
+        said.append(f"answer: merge {winner}, {utility}; no checkpoint could be measured beside it")
+    elif verdict.keeps_checkpoint:
+        said.append(f"answer: keep {winner}, {utility}: no measured merge beats it")
+        said.append(f"the best merge, {_text(verdict.best_merge.plan)}, against it: {_advantage_text(verdict)}")
+    else:
+        said.append(f"answer: merge {winner}, {utility}")
+        said.append(f"against the best checkpoint, {verdict.best_single.plan.label}: {_advantage_text(verdict)}")
+    return said
+
+
+def _advantage_text(verdict: Verdict) -> str:
+    assert verdict.advantage is not None and verdict.chosen_by is not None
+    text = f"{_signed(verdict.advantage)} ({_signed(verdict.chosen_by)} on the half that chose), "
+    if verdict.advantage.is_clear:
+        text += "more than two paired standard errors"
+    else:
+        text += "within two paired standard errors: these items do not tell the two apart"
+    if verdict.advantage.value * verdict.chosen_by.value < 0:
+        text += "; the halves disagree which is better, so take more items"
+    return text
+
+
+def _signed(difference: ObjectiveEstimate) -> str:
+    return f"{difference.value:+.3f} ± {difference.se:.3f}"

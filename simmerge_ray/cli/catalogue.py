@@ -1,25 +1,26 @@
-"""`simmerge catalogue ...`: begin and extend a catalogue file, and say what is in it. No torch, weights are not read
-(`show` reads them once, for the digest).
+"""`simmerge catalogue ...`: start, extend and inspect a catalogue file. No torch. Weights are read only by
+`show`, once, for the digest.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simmerge_ray.base.storage import file_size
-from simmerge_ray.cli.places import PathOrUri, place_argument
+from simmerge_ray.checkpoints.size import num_elements
+from simmerge_ray.cli.places import CatalogueArgument
 
 if TYPE_CHECKING:
-    from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec
+    from simmerge_ray.checkpoints.headers import TensorSpec
+    from simmerge_ray.checkpoints.references import CheckpointRef
 
-catalogue_app = typer.Typer(help="Begin, extend and look at a catalogue of checkpoints.", no_args_is_help=True)
+catalogue_app = typer.Typer(help="Start, extend and inspect a catalogue of checkpoints.", no_args_is_help=True)
 
 _NONE = "-"
-# What a row of `show` says, and its names in config.json.
+# Rows of `show`, and their names in config.json.
 _ARCHITECTURE = {
     "model type": ("model_type",),
     "layers": ("num_hidden_layers", "n_layer"),
@@ -28,13 +29,12 @@ _ARCHITECTURE = {
 }
 
 
-CataloguePath = Annotated[PathOrUri, place_argument(metavar="CATALOGUE", help="catalogue YAML: base and checkpoints")]
 CheckpointId = Annotated[str, typer.Argument(metavar="ID", help="checkpoint id: letters, digits, _ . -")]
 
 
 @catalogue_app.command("add")
-def add(
-    catalogue: CataloguePath,
+def add_to_catalogue(
+    catalogue: CatalogueArgument,
     checkpoint_id: CheckpointId,
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="checkpoint directory, or hub id owner/name (fetched to the cache)")
@@ -58,13 +58,13 @@ def add(
 
 
 @catalogue_app.command("list")
-def list_(catalogue: CataloguePath) -> None:
+def list_checkpoints(catalogue: CatalogueArgument) -> None:
     """List the checkpoints of a catalogue, the base first."""
     from rich.console import Console
     from rich.table import Table
 
     from simmerge_ray.checkpoints.catalogue import load_catalogue, shown_path
-    from simmerge_ray.checkpoints.references import read_headers
+    from simmerge_ray.checkpoints.headers import read_headers
 
     found = load_catalogue(catalogue, draft=True)
     table = Table(title=str(catalogue), title_justify="left")
@@ -76,7 +76,7 @@ def list_(catalogue: CataloguePath) -> None:
         table.add_row(
             ref.id,
             "(base)" if ref == found.base else found.own_task[ref.id] or _NONE,
-            _in_units(_num_parameters(specs)),
+            _in_units(num_elements(specs)),
             _dtypes(specs),
             _in_units(_num_bytes(ref, specs)) + "B",
             shown_path(ref.adapter, catalogue.parent) if ref.adapter else _NONE,
@@ -86,14 +86,16 @@ def list_(catalogue: CataloguePath) -> None:
 
 
 @catalogue_app.command("show")
-def show(catalogue: CataloguePath, checkpoint_id: CheckpointId) -> None:
-    """Say what a checkpoint is: architecture, weights, identity. The first time its digest reads all weights."""
+def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -> None:
+    """Show a checkpoint: architecture, weights, identity. The first time, its digest reads all weights."""
     from rich.console import Console
     from rich.table import Table
 
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.digests import cached_digest
-    from simmerge_ray.checkpoints.references import read_config, read_headers, tokenizer_digest
+    from simmerge_ray.checkpoints.headers import read_headers
+    from simmerge_ray.checkpoints.references import read_config
+    from simmerge_ray.checkpoints.tokenizers import tokenizer_digest
 
     found = load_catalogue(catalogue, draft=True)
     ref = found.ref(checkpoint_id)
@@ -109,7 +111,7 @@ def show(catalogue: CataloguePath, checkpoint_id: CheckpointId) -> None:
     rows |= _architecture(read_config(ref))
     rows |= {
         "tensors": str(len(specs)),
-        "parameters": f"{_in_units(_num_parameters(specs))} ({_num_parameters(specs)})",
+        "parameters": f"{_in_units(num_elements(specs))} ({num_elements(specs)})",
         "dtype": _dtypes(specs),
         "size": _in_units(_num_bytes(ref, specs)) + "B",
         "digest": digest,
@@ -128,11 +130,6 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, str]:
         row: str(next((config[key] for key in keys if config.get(key) is not None), _NONE))
         for row, keys in _ARCHITECTURE.items()
     }
-
-
-def _num_parameters(specs: Mapping[str, TensorSpec]) -> int:
-    """Elements of the model's own tensors; an adapter adds none, since it is added to them."""
-    return sum(math.prod(spec.shape) for spec in specs.values())
 
 
 def _dtypes(specs: Mapping[str, TensorSpec]) -> str:

@@ -5,22 +5,23 @@ The token comes from the variable SIMMERGE_TOKEN or a file, not from an option: 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.cli.options import set_parameters
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from simmerge_ray.service.client import Client
 
 client_app = typer.Typer(
-    help="Ask a running service which merge to make, and tell it what it was worth.", no_args_is_help=True
+    help="Ask a running service which merge to make, and report what it was worth.", no_args_is_help=True
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="the service's answer as JSON")]
@@ -50,182 +51,56 @@ def _service(
     context.obj = (url, token_file, timeout, retries)
 
 
-def _call(context: typer.Context, ask: Callable[[Client], Any], as_json: bool, show: Callable[[Any], None]) -> None:
+def _command(name: str, show: Callable[[Any], None] | None = None) -> Callable[[Callable[..., Any]], None]:
+    """Make a command of a function that asks a client: it has `--json`, and prints the answer.
+
+    Args:
+        show: prints an answer; without it the function returns a line as well.
+    """
+
+    def decorate(ask: Callable[..., Any]) -> None:
+        @wraps(ask)
+        def command(context: typer.Context, as_json: bool, **values: Any) -> None:
+            with _client(*context.obj) as client:
+                answer = ask(client, **values)
+            answer, line = answer if show is None else (answer, "")
+            if as_json:
+                typer.echo(answer.model_dump_json(indent=2))
+            elif show is None:
+                _say(line)
+            else:
+                show(answer)
+
+        _, *parameters = inspect.signature(ask).parameters.values()
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        set_parameters(
+            command,
+            inspect.Parameter("context", keyword, annotation=typer.Context),
+            *parameters,
+            inspect.Parameter("as_json", keyword, default=False, annotation=AsJson),
+        )
+        client_app.command(name)(command)
+
+    return decorate
+
+
+def _client(url: str | None, token_file: Path | None, timeout: float, retries: int) -> Client:
     from simmerge_ray.service.client import Client
 
-    url, token_file, timeout, retries = context.obj
     token = None
     if token_file is not None:
         try:
             token = token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the token file {token_file} cannot be read: {error}") from None
-    with Client(url, token, timeout, retries) as client:
-        answer: BaseModel = ask(client)
-    if as_json:
-        typer.echo(answer.model_dump_json(indent=2))
-    else:
-        show(answer)
-
-
-@client_app.command("decide")
-def decide(
-    context: typer.Context,
-    left: Left,
-    right: Right,
-    task: Task = None,
-    explore: Explore = True,
-    key: Key = None,
-    as_json: AsJson = False,
-) -> None:
-    """Which operator should merge two checkpoints? The decision is logged and waits for its reward."""
-    _call(context, lambda client: client.decide(left, right, task, explore, key=key), as_json, _show_decision)
-
-
-@client_app.command("decide-plan")
-def decide_plan(
-    context: typer.Context,
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="ids to choose from")],
-    ways: Ways = "2-4",
-    task: Task = None,
-    explore: Explore = True,
-    key: Key = None,
-    as_json: AsJson = False,
-) -> None:
-    """Which plan should merge some of these checkpoints? The decision is logged and waits for its reward."""
-
-    def ask(client: Client) -> Any:
-        return client.decide_plan(checkpoints, ways, task, explore, key=key)
-
-    _call(context, ask, as_json, _show_decision)
-
-
-@client_app.command("reward")
-def reward(
-    context: typer.Context,
-    decision_id: DecisionId,
-    utility: Annotated[float, typer.Argument(help="measured, in [0, 1]")],
-    key: Key = None,
-    as_json: AsJson = False,
-) -> None:
-    """Report what the merge of a decision was worth."""
-    _call(
-        context,
-        lambda client: client.reward(decision_id, utility, key),
-        as_json,
-        lambda answer: _say(f"reward {answer.utility:g} of {answer.decision_id}: {answer.status}"),
-    )
-
-
-@client_app.command("close")
-def close(
-    context: typer.Context,
-    decision_id: DecisionId,
-    reason: Annotated[str, typer.Argument(help="e.g. 'infeasible: out of memory', or 'not made'")],
-    key: Key = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say that no reward will come for a decision."""
-    _call(
-        context,
-        lambda client: client.close(decision_id, reason, key),
-        as_json,
-        lambda answer: _say(f"{decision_id} closed: {answer.status}"),
-    )
-
-
-@client_app.command("void")
-def void(
-    context: typer.Context,
-    decision_id: DecisionId,
-    reason: Annotated[str, typer.Argument(help="why it was wrong")],
-    key: Key = None,
-    as_json: AsJson = False,
-) -> None:
-    """Take back a wrong reward; another may follow."""
-    _call(
-        context,
-        lambda client: client.void(decision_id, reason, key),
-        as_json,
-        lambda answer: _say(f"reward of {decision_id} voided: {answer.status}"),
-    )
-
-
-@client_app.command("get")
-def get(context: typer.Context, decision_id: DecisionId, as_json: AsJson = False) -> None:
-    """A decision, and what became of it."""
-    _call(context, lambda client: client.get(decision_id), as_json, _show_status)
-
-
-@client_app.command("list")
-def list_(
-    context: typer.Context,
-    limit: Annotated[int, typer.Option(min=1, help="at most so many")] = 20,
-    before: Annotated[int | None, typer.Option(help="only those before this event")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """The newest decisions."""
-    _call(context, lambda client: client.decisions(limit, before), as_json, _show_list)
-
-
-@client_app.command("policy")
-def policy(context: typer.Context, as_json: AsJson = False) -> None:
-    """What the service has learned so far."""
-    _call(context, lambda client: client.policy(), as_json, _show_policy)
-
-
-@client_app.command("catalogue")
-def catalogue(context: typer.Context, as_json: AsJson = False) -> None:
-    """Checkpoints, tasks and arms that may be named."""
-    _call(context, lambda client: client.catalogue(), as_json, _show_catalogue)
-
-
-@client_app.command("plans")
-def plans(
-    context: typer.Context,
-    checkpoints: Annotated[
-        list[str] | None, typer.Argument(metavar="[CHECKPOINT...]", help="ids to choose from; default: all")
-    ] = None,
-    ways: Ways = "2-4",
-    task: Task = None,
-    top: Annotated[int, typer.Option(min=1, help="how many plans")] = 10,
-    as_json: AsJson = False,
-) -> None:
-    """Ranked plans; nothing is decided."""
-    _call(context, lambda client: client.plans(checkpoints or None, ways, task, top), as_json, _show_plans)
-
-
-@client_app.command("rank")
-def rank(context: typer.Context, left: Left, right: Right, task: Task = None, as_json: AsJson = False) -> None:
-    """Ranked arms for two checkpoints; nothing is decided."""
-    _call(context, lambda client: client.rank(left, right, task), as_json, _show_ranking)
-
-
-@client_app.command("add-arm")
-def add_arm(
-    context: typer.Context,
-    arm: Annotated[str, typer.Argument(help="e.g. 'ties(density=0.2)'")],
-    sibling: Annotated[str | None, typer.Option(help="a known arm that it is expected to be like")] = None,
-    power: Annotated[float, typer.Option(min=0, max=1, help="how much of what that has learned counts")] = 0.3,
-    key: Key = None,
-    as_json: AsJson = False,
-) -> None:
-    """Let an operator be chosen from now on."""
-    _call(
-        context,
-        lambda client: client.add_arm(arm, sibling, power, key),
-        as_json,
-        lambda answer: _say(f"arm {arm}: {answer.status}"),
-    )
+    return Client(url, token, timeout, retries)
 
 
 def _show_decision(answer: Any) -> None:
     _say(f"decision {answer.decision_id}")
     if answer.plan is not None:
         _say(f"plan     {answer.plan.label}")
-        rows = [
-            (one.label, _number(one.utility), _number(one.sd), _number(one.propensity)) for one in answer.plans or ()
-        ]
+        rows = [(one.label, *map(_number, (one.utility, one.sd, one.propensity))) for one in answer.plans or ()]
         _table(("plan", "predicted", "sd", "probability"), rows, left=1)
     else:
         _say(f"arm      {answer.arm}   ({answer.left} + {answer.right}; {', '.join(answer.tasks)})")
@@ -317,7 +192,7 @@ def _show_plans(answer: Any) -> None:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3, whole: int = 0) -> None:
     """The first `left` columns to the left, numbers to the right; the first `whole` are never broken, to be copied.
 
-    What the service says is text, never markup.
+    The service's text is never markup.
     """
     from rich.console import Console
     from rich.table import Table
@@ -350,3 +225,121 @@ def _interval(interval: Sequence[float] | None) -> str:
 
 def _time(at: float) -> str:
     return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+@_command("decide", _show_decision)
+def decide_arm(
+    client: Client, left: Left, right: Right, task: Task = None, explore: Explore = True, key: Key = None
+) -> Any:
+    """Which operator should merge two checkpoints? The decision is logged and waits for its reward."""
+    return client.decide(left, right, task, explore, key=key)
+
+
+@_command("decide-plan", _show_decision)
+def decide_plan(
+    client: Client,
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="ids to choose from")],
+    ways: Ways = "2-4",
+    task: Task = None,
+    explore: Explore = True,
+    key: Key = None,
+) -> Any:
+    """Which plan should merge some of these checkpoints? The decision is logged and waits for its reward."""
+    return client.decide_plan(checkpoints, ways, task, explore, key=key)
+
+
+@_command("reward")
+def reward(
+    client: Client,
+    decision_id: DecisionId,
+    utility: Annotated[float, typer.Argument(help="measured, in [0, 1]")],
+    key: Key = None,
+) -> Any:
+    """Report what the merge of a decision was worth."""
+    answer = client.reward(decision_id, utility, key)
+    return answer, f"reward {answer.utility:g} of {answer.decision_id}: {answer.status}"
+
+
+@_command("close")
+def close(
+    client: Client,
+    decision_id: DecisionId,
+    reason: Annotated[str, typer.Argument(help="e.g. 'infeasible: out of memory', or 'not made'")],
+    key: Key = None,
+) -> Any:
+    """Say that no reward will come for a decision."""
+    answer = client.close(decision_id, reason, key)
+    return answer, f"{decision_id} closed: {answer.status}"
+
+
+@_command("void")
+def void(
+    client: Client,
+    decision_id: DecisionId,
+    reason: Annotated[str, typer.Argument(help="why it was wrong")],
+    key: Key = None,
+) -> Any:
+    """Take back a wrong reward; another may follow."""
+    answer = client.void(decision_id, reason, key)
+    return answer, f"reward of {decision_id} voided: {answer.status}"
+
+
+@_command("get", _show_status)
+def get(client: Client, decision_id: DecisionId) -> Any:
+    """A decision, and what became of it."""
+    return client.get(decision_id)
+
+
+@_command("list", _show_list)
+def list_decisions(
+    client: Client,
+    limit: Annotated[int, typer.Option(min=1, help="at most this many")] = 20,
+    before: Annotated[int | None, typer.Option(help="only those before this event")] = None,
+) -> Any:
+    """The newest decisions."""
+    return client.decisions(limit, before)
+
+
+@_command("policy", _show_policy)
+def policy(client: Client) -> Any:
+    """What the service has learned so far."""
+    return client.policy()
+
+
+@_command("catalogue", _show_catalogue)
+def catalogue(client: Client) -> Any:
+    """Checkpoints, tasks and arms that may be named."""
+    return client.catalogue()
+
+
+@_command("plans", _show_plans)
+def plans(
+    client: Client,
+    checkpoints: Annotated[
+        list[str] | None, typer.Argument(metavar="[CHECKPOINT...]", help="ids to choose from; default: all")
+    ] = None,
+    ways: Ways = "2-4",
+    task: Task = None,
+    top: Annotated[int, typer.Option(min=1, help="how many plans")] = 10,
+) -> Any:
+    """Ranked plans; nothing is decided."""
+    return client.plans(checkpoints or None, ways, task, top)
+
+
+@_command("rank", _show_ranking)
+def rank(client: Client, left: Left, right: Right, task: Task = None) -> Any:
+    """Ranked arms for two checkpoints; nothing is decided."""
+    return client.rank(left, right, task)
+
+
+@_command("add-arm")
+def add_arm(
+    client: Client,
+    arm: Annotated[str, typer.Argument(help="e.g. 'ties(density=0.2)'")],
+    sibling: Annotated[str | None, typer.Option(help="a known arm that it is expected to be like")] = None,
+    power: Annotated[float, typer.Option(min=0, max=1, help="how much of what that has learned counts")] = 0.3,
+    key: Key = None,
+) -> Any:
+    """Let an operator be chosen from now on."""
+    answer = client.add_arm(arm, sibling, power, key)
+    return answer, f"arm {arm}: {answer.status}"

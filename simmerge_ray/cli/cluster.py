@@ -20,7 +20,7 @@ def _group() -> None:
 
 
 @cluster_app.command("check")
-def check(
+def check_cluster_files(
     files: Annotated[list[Path], typer.Argument(help="of the cluster launcher, of KubeRay, or a Serve config")],
 ) -> None:
     """Look for what `ray up` and `kubectl apply` would take and nobody wants.
@@ -28,12 +28,12 @@ def check(
     Misspelt fields, limits that contradict each other, resources that nothing asks for, models that no node holds, Ray
     without its token, secrets in the file, pods that run as root.
     """
-    from simmerge_ray.on_ray.cluster_files import check_file
+    from simmerge_ray.on_ray.cluster_files import check_cluster_file
 
     problems: dict[Path, list[str]] = {}
     for path in files:
         try:
-            problems[path] = found = check_file(path)
+            problems[path] = found = check_cluster_file(path)
         except ConfigError as error:  # the other files are looked at all the same
             problems[path] = found = [str(error).removeprefix(f"{path} ")]
         for problem in found:

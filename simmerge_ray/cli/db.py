@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from simmerge_ray.base.errors import ConfigError
 
 db_app = typer.Typer(
-    help="The service's database: bring its tables up to date, look at it, back it up, export it, throw away.",
+    help="The service's database: upgrade its tables, inspect it, back it up, export it, prune it.",
     no_args_is_help=True,
 )
 
@@ -39,22 +38,9 @@ def _url_and_file(url: str, file: Path | None) -> tuple[str, Path]:
     raise ConfigError("name the FILE, too: simmerge db COMMAND [DATABASE_URL] FILE")
 
 
-class Table(StrEnum):
-    """What is exported."""
-
-    decisions = "decisions"
-    events = "events"
-
-
-class Format(StrEnum):
-    """How."""
-
-    parquet = "parquet"
-
-
 @db_app.command("upgrade")
-def upgrade(url: Url) -> None:
-    """Bring a database, maybe an empty one, to the tables of this program; its events stay."""
+def upgrade_command(url: Url) -> None:
+    """Upgrade a database, which may be empty, to this program's tables; its events stay."""
     from simmerge_ray.service.log.database import SCHEMA_VERSION, upgrade_database
 
     upgrade_database(url)
@@ -62,15 +48,15 @@ def upgrade(url: Url) -> None:
 
 
 @db_app.command("status")
-def status(url: Url, as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
+def status_command(url: Url, as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
     """Version of the schema, namespaces with their events and snapshots, size."""
     import json
     from dataclasses import asdict
 
     from simmerge_ray.service.log.database import SCHEMA_VERSION
-    from simmerge_ray.service.log.maintenance import status as found_in
+    from simmerge_ray.service.log.maintenance import status
 
-    found = found_in(url)
+    found = status(url)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return
@@ -87,7 +73,7 @@ def status(url: Url, as_json: Annotated[bool, typer.Option("--json", help="as JS
 
 
 @db_app.command("backup")
-def backup(
+def backup_command(
     url: Url,
     file: Annotated[
         Path | None,
@@ -95,34 +81,34 @@ def backup(
     ] = None,
 ) -> None:
     """Write one consistent state of all namespaces to a file, while services go on."""
-    from simmerge_ray.service.log.maintenance import backup as write
+    from simmerge_ray.service.log.maintenance import backup
 
     url, target = _url_and_file(url, file)
-    heads = write(url, target)
+    heads = backup(url, target)
     typer.echo(f"{target} holds {_heads(heads)}")
 
 
 @db_app.command("restore")
-def restore(
+def restore_command(
     url: Url,
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="as `simmerge db backup` wrote it")] = None,
 ) -> None:
     """Fill an empty database from a backup; a namespace that has events is refused."""
-    from simmerge_ray.service.log.maintenance import restore as read
+    from simmerge_ray.service.log.maintenance import restore
 
     url, source = _url_and_file(url, file)
-    heads = read(url, source)
+    heads = restore(url, source)
     typer.echo(f"restored {_heads(heads)}")
 
 
 @db_app.command("export")
-def export(
+def export_command(
     url: Url,
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="new file")] = None,
-    table: Annotated[Table, typer.Option(help="decisions with their rewards, one a row, or the events as they are")] = (
-        Table.decisions
-    ),
-    format_: Annotated[Format, typer.Option("--format", help="of the file")] = Format.parquet,
+    table: Annotated[
+        Literal["decisions", "events"],
+        typer.Option(help="decisions with their rewards, one a row, or the events as they are"),
+    ] = "decisions",
     namespace: Namespace = "default",
 ) -> None:
     """Write decisions with their rewards, or raw events, for other programs."""
@@ -131,30 +117,30 @@ def export(
     from simmerge_ray.service.log.maintenance import export_decisions, export_events
 
     url, target = _url_and_file(url, file)
-    if table is Table.events:
+    if table == "events":
         count = export_events(url, namespace, target)
     else:
         count = export_decisions(url, namespace, target, time.time())
-    typer.echo(f"{target} has {count} {table.value}")
+    typer.echo(f"{target} has {count} {table}")
 
 
 @db_app.command("prune")
-def prune(
+def prune_command(
     url: Url,
-    older_than_days: Annotated[float, typer.Option(min=0, help="closed so long ago")] = 90.0,
+    older_than_days: Annotated[float, typer.Option(min=0, help="closed at least this long ago")] = 90.0,
     keep_snapshots: Annotated[int, typer.Option(min=0, help="the newest ones")] = 8,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show what would be removed")] = False,
     namespace: Namespace = "default",
 ) -> None:
-    """Throw away what nothing will be learned from: features of decisions that were closed without a reward."""
+    """Remove what nothing can be learned from: features of decisions that were closed without a reward."""
     import time
 
-    from simmerge_ray.service.log.maintenance import prune as throw_away
+    from simmerge_ray.service.log.maintenance import prune
 
-    gone = throw_away(url, namespace, time.time() - older_than_days * 86400, keep_snapshots, dry_run)
-    would = "would throw" if dry_run else "threw"
+    gone = prune(url, namespace, time.time() - older_than_days * 86400, keep_snapshots, dry_run)
+    would = "would remove" if dry_run else "removed"
     typer.echo(
-        f"{would} away features of {gone.decisions} decisions ({_size(gone.bytes)}) and {gone.snapshots} snapshots; "
+        f"{would} features of {gone.decisions} decisions ({_size(gone.bytes)}) and {gone.snapshots} snapshots; "
         "every event stays"
     )
 

@@ -1,41 +1,63 @@
-"""`simmerge labels ...`: look at label stores, check them, and bring them together. No torch, no Ray."""
+"""`simmerge labels ...`: make labels; list, check and merge label stores.
+
+Only `make` needs torch and Ray.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from simmerge_ray.base.config import LabelsConfig, SearchConfig
 from simmerge_ray.base.errors import LabelError, SimmergeError, unknown_name
 from simmerge_ray.base.storage import as_place
+from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
+from simmerge_ray.cli.places import CatalogueArgument
+from simmerge_ray.cli.search import (
+    DryRunOption,
+    StoreOption,
+    TasksOption,
+    run_search_command,
+)
 
 if TYPE_CHECKING:
     from simmerge_ray.search.labels import LabeledPlan, LabelStore
 
-labels_app = typer.Typer(help="Look at label stores, check them, bring them together.", no_args_is_help=True)
+labels_app = typer.Typer(help="Make labels; list, check and merge label stores.", no_args_is_help=True)
 
 StoreUri = Annotated[
-    str, typer.Argument(metavar="STORE", help="directory or URI that `simmerge search` wrote labels to")
+    str, typer.Argument(metavar="STORE", help="directory or URI that `simmerge labels make` wrote labels to")
 ]
 
 
-class Format(StrEnum):
-    """How `show` writes."""
+@labels_app.command("make")
+@with_config_options
+def make_labels(
+    catalogue: CatalogueArgument,
+    out: StoreOption,
+    config: LabelsConfig,
+    tasks: TasksOption = None,
+    dry_run: DryRunOption = False,
+    log: LogOption = DEFAULT_LOG,
+) -> None:
+    """Merge and evaluate every pair with every arm; existing labels are kept.
 
-    table = "table"
-    csv = "csv"
-    jsonl = "jsonl"
+    An interrupted run goes on with the same command. `simmerge search` looks for the best merge instead.
+    """
+    run_search_command(catalogue, tasks, out, SearchConfig(**config.model_dump()), dry_run, log)
 
 
 @labels_app.command("show")
-def show(
+def show_labels(
     store: StoreUri,
     task: Annotated[str | None, typer.Option(help="only labels of this task")] = None,
     best: Annotated[int | None, typer.Option(min=1, metavar="N", help="only the first N rows")] = None,
-    format_: Annotated[Format, typer.Option("--format", help="csv and jsonl: data alone on stdout")] = Format.table,
+    format_: Annotated[
+        Literal["table", "csv", "jsonl"], typer.Option("--format", help="csv and jsonl: data alone on stdout")
+    ] = "table",
 ) -> None:
     """List the labels, the highest utility first; then the stopped ones, then those without a utility."""
     labels = _existing(store).read()
@@ -45,9 +67,9 @@ def show(
         labels = [label for label in labels if label.task == task]
     rows = sorted(map(_row, labels), key=_place)
     shown = rows[:best]
-    if format_ is Format.table:
+    if format_ == "table":
         _print_table(shown, title=store)
-    elif format_ is Format.csv:
+    elif format_ == "csv":
         _print_csv(shown)
     else:
         from simmerge_ray.base.storage import jsonl_bytes
@@ -57,12 +79,12 @@ def show(
     num_tasks = len({row["task"] for row in rows})
     counts = _counts(len(rows), *(kinds[kind] for kind in ("measured", "stopped", "infeasible")))
     first = f", the first {len(shown)} shown" if len(shown) < len(rows) else ""
-    typer.echo(f"{counts}; {_num(num_tasks, 'task')}{first}", err=format_ is not Format.table)
+    typer.echo(f"{counts}; {_num(num_tasks, 'task')}{first}", err=format_ != "table")
 
 
 @labels_app.command("check")
-def check(store: StoreUri) -> None:
-    """Look at every row of every file. Exit code 1, and all that is wrong, if something is."""
+def check_labels(store: StoreUri) -> None:
+    """Check every row of every file. Exit code 1 with all problems, if there are any."""
     report = _existing(store).check()
     counts = _counts(report.num_labels, report.num_measured, report.num_stopped, report.num_infeasible)
     files = f"{_num(report.num_files, 'file')}, {_num(report.num_duplicates, 'row')} more than labels"
@@ -73,7 +95,7 @@ def check(store: StoreUri) -> None:
 
 
 @labels_app.command("merge")
-def merge(
+def merge_labels(
     into: Annotated[str, typer.Argument(metavar="INTO", help="store to copy into; begun if it is not there")],
     sources: Annotated[list[str], typer.Argument(metavar="FROM...", help="stores to copy from; left as they are")],
 ) -> None:
@@ -89,7 +111,7 @@ def merge(
 
 
 @labels_app.command("compact")
-def compact(store: StoreUri) -> None:
+def compact_labels(store: StoreUri) -> None:
     """Fold the files of a store into one. Safe while a search writes to it; of conflicting rows one is kept."""
     num_folded = _existing(store).compact()
     typer.echo(f"{_num(num_folded, 'file')} folded into one" if num_folded else "nothing to fold: one file already")
@@ -104,7 +126,7 @@ def _existing(uri: str) -> LabelStore:
     from simmerge_ray.search.labels import LabelStore
 
     if not _label_files(uri):
-        raise LabelError(f"no label files in {uri}; `simmerge search ... --out {uri}` makes them")
+        raise LabelError(f"no label files in {uri}; `simmerge labels make ... --out {uri}` makes them")
     return LabelStore(uri)
 
 
@@ -120,7 +142,7 @@ def _label_files(uri: str) -> list[str]:
 
 
 def _row(label: LabeledPlan) -> dict[str, Any]:
-    """What `show` says of a label; the columns of csv and jsonl."""
+    """A label as `show` lists it; the columns of csv and jsonl."""
     from simmerge_ray.search.labels import Infeasible, Stopped
 
     outcome = label.outcome

@@ -3,260 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simmerge_ray.base.errors import ConfigError, PlanError, SelectorError, unknown_name
+from simmerge_ray.base.config import RankingConfig, RankingFiles
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.cli.options import changed_options, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
 
 if TYPE_CHECKING:
+    from simmerge_ray.base.storage import Place
     from simmerge_ray.checkpoints.catalogue import Catalogue
-    from simmerge_ray.selector.data.tasks import TaskPool
-    from simmerge_ray.selector.models.model import Selector
     from simmerge_ray.selector.planning.recommender import Recommendation
-    from simmerge_ray.selector.planning.scorer import PlanScorer, RankedPlan, Ranking
-    from simmerge_ray.selector.planning.space import PlanSpace
-    from simmerge_ray.signals.propagation.interface import Propagator
+    from simmerge_ray.selector.planning.request import PlanRequest
+    from simmerge_ray.selector.planning.scorer import RankedPlan, Ranking
+    from simmerge_ray.selector.planning.tasks import TaskPool
     from simmerge_ray.signals.table import SignalTable
 
-_SPACE, _SCORING, _PAIR = "Which plans", "How they are scored", "Arms for one pair"
+_PAIR = "Arms for one pair"
+_TOP = 10
+_OF_A_PAIR = {"--selector", "--task"}  # options that count with --left and --right, too
 
 
-# Options that `simmerge auto` has, too.
-SelectorOption = Annotated[
-    PathOrUri | None, place_option(help="directory that `simmerge train` wrote; default: the one in the package")
-]
-SignalsOption = Annotated[PathOrUri, place_option(help="signal table (Parquet)")]
-WaysOption = Annotated[str, typer.Option(help="checkpoints of a merge: 2, or 2-4", rich_help_panel=_SPACE)]
-MustContainOption = Annotated[list[str] | None, typer.Option(help="checkpoint id; repeatable", rich_help_panel=_SPACE)]
-ExcludeOption = Annotated[list[str] | None, typer.Option(help="checkpoint id; repeatable", rich_help_panel=_SPACE)]
-ArmOption = Annotated[
-    list[str] | None,
-    typer.Option(help="choose from these, e.g. 'ties(density=0.2)'; default: all known", rich_help_panel=_SPACE),
-]
-WeightingOption = Annotated[
-    str, typer.Option(help="equal: every member counts the same; halving", rich_help_panel=_SPACE)
-]
-ObjectiveOption = Annotated[str, typer.Option(help="mean, worst, a task, or math=2,code=1", rich_help_panel=_SCORING)]
-PropagatorOption = Annotated[
-    str, typer.Option(help="ranks the shortlist: second_order, virtual, curved, exact", rich_help_panel=_SCORING)
-]
-SignaturesOption = Annotated[
-    str | None, typer.Option(help="default: `signatures` beside the table", rich_help_panel=_SCORING)
-]
-ProbesOption = Annotated[
-    PathOrUri | None, place_option(help="probe files, for curved and exact", rich_help_panel=_SCORING)
-]
-BudgetOption = Annotated[
-    int, typer.Option(min=1, help="plans; if there are more, a beam of about so many", rich_help_panel=_SCORING)
-]
-ShortlistOption = Annotated[int, typer.Option(min=1, help="plans that the propagator ranks", rich_help_panel=_SCORING)]
-CautionOption = Annotated[
-    float, typer.Option(min=0, help="rank by the prediction less so many spreads", rich_help_panel=_SCORING)
-]
-AggregateOption = Annotated[str, typer.Option(help="last step, mean or sum over steps", rich_help_panel=_SCORING)]
-
-
+@with_config_options
 def plan(
-    signals: SignalsOption,
-    catalogue: Annotated[PathOrUri | None, place_argument(metavar="CATALOGUE", help="catalogue YAML")] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="count on these tasks; default: the members' own; repeatable")
-    ] = None,
-    selector: SelectorOption = None,
+    catalogue: Annotated[PathOrUri, place_argument(help="catalogue YAML")],
+    files: RankingFiles,
+    config: RankingConfig,
     out: Annotated[
         PathOrUri | None, place_option(help="directory for plan-1.json, ...; of a pair: the file for the safe choice")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="plans to show and to write")] = 10,
-    ways: WaysOption = "2-3",
-    must_contain: MustContainOption = None,
-    exclude: ExcludeOption = None,
-    arm: ArmOption = None,
-    weighting: WeightingOption = "equal",
-    objective: ObjectiveOption = "mean",
-    propagator: PropagatorOption = "virtual",
-    signatures: SignaturesOption = None,
-    probes: ProbesOption = None,
-    budget: BudgetOption = 1_000_000,
-    shortlist: ShortlistOption = 500,
-    caution: CautionOption = 1.0,
-    aggregate: AggregateOption = "last",
+    top: Annotated[int, typer.Option(min=1, help="plans to show and to write")] = _TOP,
     left: Annotated[str | None, typer.Option(help="checkpoint id", rich_help_panel=_PAIR)] = None,
     right: Annotated[str | None, typer.Option(help="checkpoint id", rich_help_panel=_PAIR)] = None,
-    catalogue_option: Annotated[
-        PathOrUri | None, place_option("--catalogue", help="the same as CATALOGUE", rich_help_panel=_PAIR)
-    ] = None,
 ) -> None:
     """Rank the merges of a catalogue, or (--left, --right) the arms for one pair, without merging anything."""
-    if (catalogue is None) == (catalogue_option is None):
-        raise ConfigError("give the catalogue once: `simmerge plan catalogue.yaml ...`")
-    path = catalogue or catalogue_option
-    assert path is not None
     if (left is None) != (right is None):
         raise ConfigError("--left and --right name a pair: give both, or neither to rank the plans of the catalogue")
-    if left is not None and right is not None:
-        plan_pair(path, selector, signals, left, right, task or (), out)
-        return
+    pair = (left, right) if left is not None and right is not None else None
+    given = [*changed_options(files), *changed_options(config), *(["--top"] if top != _TOP else [])]
+    if pair and (ignored := [flag for flag in given if flag not in _OF_A_PAIR]):
+        raise ConfigError(f"{', '.join(ignored)}: not for one pair; leave out --left and --right, or these options")
+    if not pair and out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; plans go into a directory")
     from simmerge_ray.checkpoints.catalogue import load_catalogue
 
-    # Names first, then files, from small to large: what is wrong is said before anything is computed.
-    chosen_ways = check_names(ways, propagator, probes)
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; plans go into a directory")
-    request = plan_request(
-        load_catalogue(path), selector, signals, task or (), chosen_ways, must_contain or (), exclude or (), arm or (),
-        weighting, objective, propagator, signatures, probes,
-    )  # fmt: skip
-    ranking = request.scorer.rank(request.space, request.pool, top, budget, shortlist, aggregate, caution)
-    _print_ranking(ranking, request, caution)
-    if out is not None:
-        from simmerge_ray.selector.planning.files import write_plans
+    checkpoints = load_catalogue(catalogue)
+    if pair:
+        _plan_pair(checkpoints, files, pair, config.tasks, out)
+    else:
+        _plan_catalogue(checkpoints, files, config, top, out)
 
-        paths = write_plans(out, ranking, request.checkpoints)
+
+def _plan_catalogue(
+    checkpoints: Catalogue, files: RankingFiles, config: RankingConfig, top: int, out: Place | None
+) -> None:
+    from simmerge_ray.selector.planning.files import default_selector, read_parents, write_plans
+    from simmerge_ray.selector.planning.request import read_sources
+
+    request = read_sources(files, checkpoints, config.propagator).request(config)
+    ranking = request.rank(top)
+    _print_ranking(ranking, request, read_parents(files.selector or default_selector()))
+    if out is not None:
+        paths = write_plans(out, ranking, checkpoints)
         typer.echo(f"{len(paths)} plans written to {out}; make the first with: simmerge merge {paths[0]} OUT")
 
 
-@dataclass(frozen=True)
-class PlanRequest:
-    """Plans to be ranked, checked against the artifacts that they need. directory: of the selector."""
-
-    directory: PathOrUri
-    selector: Selector
-    checkpoints: Catalogue
-    table: SignalTable
-    space: PlanSpace
-    pool: TaskPool
-    scorer: PlanScorer
-
-
-def check_names(ways: str, propagator: str, probes: PathOrUri | None) -> tuple[int, int]:
-    """What can be checked of the options before any file is read; the fewest and most checkpoints of a merge.
-
-    Raises:
-        ConfigError: saying which option.
-    """
-    from simmerge_ray.selector.planning.space import parse_ways
-    from simmerge_ray.signals.propagation.interface import NAMES
-
-    chosen_ways = parse_ways(ways)
-    if propagator not in NAMES:
-        raise ConfigError(unknown_name("propagator", propagator, NAMES))
-    if propagator in ("curved", "exact") and probes is None:
-        raise ConfigError(f"propagator {propagator!r} runs the probes; give --probes, the directory of the signals'")
-    return chosen_ways
-
-
-def plan_request(
-    checkpoints: Catalogue,
-    selector: PathOrUri | None,
-    signals: PathOrUri,
-    tasks: Sequence[str],
-    ways: tuple[int, int],
-    must_contain: Sequence[str],
-    exclude: Sequence[str],
-    arms: Sequence[str],
-    weighting: str,
-    objective: str,
-    propagator: str,
-    signatures: str | None,
-    probes: PathOrUri | None,
-) -> PlanRequest:
-    """Read what a ranking needs.
-
-    Args:
-        selector: its directory; None takes the one in the package.
-
-    Raises:
-        InputError: an artifact is missing or does not fit, or a name is unknown; nothing has been computed.
-    """
-    from simmerge_ray.selector.data.tasks import task_pool
-    from simmerge_ray.selector.models.model import read_selector
-    from simmerge_ray.selector.planning.files import SHORTLIST, default_selector
-    from simmerge_ray.selector.planning.space import plan_space, scorable_arms
-    from simmerge_ray.signals.table import read_signal_table
-
-    directory = selector or default_selector()
-    if not directory.exists():
-        read_selector(directory)  # it raises, and says what makes one
-    first = _shortlist(directory / SHORTLIST)
-    second = first if propagator == "second_order" else read_selector(directory)
-    table = read_signal_table(signals)
-    trained, given = (one.get("weights", "exact") for one in (second.provenance, table.provenance))
-    if trained != given:
-        raise SelectorError(
-            f"the selector was trained with {trained} weight signals, the table has {given} ones; "
-            f"compute it with --weights {trained}"
-        )
-    _check_catalogue(checkpoints, table)
-    chosen = scorable_arms(arms, second.arms, checkpoints.base is not None)
-    space = plan_space(checkpoints.ids, chosen, ways, weighting, must_contain, exclude)
-    pool = task_pool(objective, tasks, table.tasks, table.checkpoint_ids, checkpoints.own_task)
-
-    from simmerge_ray.selector.planning.scorer import PlanScorer
-
-    scorer = PlanScorer(table, _propagator(propagator, table, checkpoints, probes, signatures, signals), second, first)
-    return PlanRequest(directory, second, checkpoints, table, space, pool, scorer)
-
-
-def _shortlist(path: PathOrUri) -> Any:
-    from simmerge_ray.selector.models.model import read_selector
-
-    try:
-        return read_selector(path)
-    except SelectorError:
-        if path.exists():
-            raise
-        raise SelectorError(
-            f"no selector of the shortlist at {path}; `simmerge train` writes one with the selector: train again"
-        ) from None
-
-
-def _check_catalogue(checkpoints: Catalogue, table: SignalTable) -> None:
-    """Refuse a table of other checkpoints, or of other contents under their names.
-
-    Raises:
-        PlanError: naming a checkpoint.
-    """
-    known = table.provenance["checkpoints"]
-    for ref in checkpoints.all_refs:
-        if ref.id not in known:
-            raise PlanError(f"checkpoint {ref.id!r} is not in the signal table; `simmerge signals` on this catalogue")
-    for name, digest in checkpoints.digests().items():
-        if known[name] != digest:
-            raise PlanError(f"checkpoint {name!r} has changed since its signals; run `simmerge signals` again")
-
-
-def _propagator(
-    name: str,
-    table: SignalTable,
-    checkpoints: Catalogue,
-    probes: PathOrUri | None,
-    signatures: str | None,
-    signals: PathOrUri,
-) -> Propagator:
-    """Build a propagator with what it needs, and no more."""
-    from simmerge_ray.signals.propagation.bound import Bound
-    from simmerge_ray.signals.propagation.second_order import SecondOrder
-
-    if name == "bound":
-        return Bound(table)
-    if name == "second_order":
-        return SecondOrder(table)
-    from simmerge_ray.signals.propagation.evidence import read_evidence, stored_evidence
-    from simmerge_ray.signals.propagation.table import PROPAGATORS
-    from simmerge_ray.signals.signature import SignatureStore
-
-    store = SignatureStore(signatures or str(signals.parent / "signatures"))
-    if probes is None:
-        return PROPAGATORS[name](stored_evidence(table, checkpoints, store))
-    from simmerge_ray.checkpoints.probes import load_probe_sets
-
-    return PROPAGATORS[name](read_evidence(table, checkpoints, load_probe_sets(probes), store))
-
-
-def _print_ranking(ranking: Ranking, request: PlanRequest, caution: float) -> None:
+def _print_ranking(ranking: Ranking, request: PlanRequest, parents: Mapping[str, Mapping[str, float]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -276,13 +90,13 @@ def _print_ranking(ranking: Ranking, request: PlanRequest, caution: float) -> No
     lines = [
         f"{searched} {ranking.num_scored} scored by second_order, the first {ranking.num_reranked} ranked by "
         f"{ranking.plans[0].propagator}; interval: 95 % of the spread of the selector's ensemble; "
-        f"ranked by the prediction less {caution:g} x the spread"
+        f"ranked by the prediction less {request.config.caution:g} x the spread"
     ]
     if ranking.best_fixed.plan.id == ranking.plans[0].plan.id:
         lines.append("the first plan is that of the best fixed arm")
     lines += [f"approximate in the first plan: {line}" for line in ranking.plans[0].approximate]
     if len(pool.tasks) == 1:
-        lines.append(best_single(pool.tasks[0], request.table, _parents(request.directory)))
+        lines.append(best_single(pool.tasks[0], request.sources.table, parents))
     lines += trust_lines(request)
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -290,16 +104,14 @@ def _print_ranking(ranking: Ranking, request: PlanRequest, caution: float) -> No
 
 def trust_lines(request: PlanRequest) -> list[str]:
     """How far the predictions can be relied on: has choosing paid, and does the selector know such checkpoints?"""
-    from simmerge_ray.selector.models.novelty import unlike_pairs
-
-    selector, ids = request.selector, request.space.ids
+    selector, ids = request.sources.selector, request.space.ids
     fixed, lines = selector.best_fixed, []
     if selector.override.never:
         lines.append(
             f"to leave the best fixed arm, {fixed}, has not paid on checkpoints that were left out: where the first "
             "plan has other arms, measure it beside that of the best fixed arm (`simmerge auto` does)"
         )
-    unlike, num = len(unlike_pairs(selector, request.table, ids, request.pool)), len(ids) * (len(ids) - 1) // 2
+    unlike, num = len(request.unlike_pairs()), len(ids) * (len(ids) - 1) // 2
     if unlike:
         lines.append(
             f"{unlike} of {num} pairs are unlike the checkpoints that the selector was trained on: of merges with them "
@@ -346,35 +158,19 @@ def best_single(task: str, table: SignalTable, parents: Mapping[str, Mapping[str
     )
 
 
-def _parents(selector: PathOrUri) -> Mapping[str, Mapping[str, float]]:
-    import json
-
-    from simmerge_ray.selector.planning.files import PARENTS
-
-    path = selector / PARENTS
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def plan_pair(
-    catalogue: PathOrUri,
-    selector: PathOrUri | None,
-    signals: PathOrUri,
-    left: str,
-    right: str,
-    tasks: Sequence[str],
-    out: PathOrUri | None,
+def _plan_pair(
+    checkpoints: Catalogue, files: RankingFiles, pair: tuple[str, str], tasks: Sequence[str], out: Place | None
 ) -> None:
     """Rank the arms for one pair, say which to take and why, and write the plan of that one."""
     from rich.console import Console
 
-    from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.plans.operators.specs import parse_arm
     from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan
     from simmerge_ray.selector.planning.files import default_selector
     from simmerge_ray.selector.planning.recommender import Recommender
 
-    checkpoints = load_catalogue(catalogue)
-    recommender = Recommender.load(selector or default_selector(), signals)
+    left, right = pair
+    recommender = Recommender.load(files.selector or default_selector(), files.signals)
     answer = recommender.recommend(left, right, tasks)
     console = Console(markup=False, highlight=False, emoji=False)
     console.print(_pair_table(answer, recommender.best_fixed, f"{left} + {right}"))

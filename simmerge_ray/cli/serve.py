@@ -1,51 +1,62 @@
-"""`simmerge serve`: the service of a run, until Ctrl-C."""
+"""`simmerge serve`: the service of a run, until Ctrl-C; on Ray Serve, or with `--no-ray` as one plain process."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from simmerge_ray.base.config import ServeConfig
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.cli.options import with_config_options
+from simmerge_ray.cli.places import path_argument
 
+
+@with_config_options
 def serve(
-    run: Annotated[Path, typer.Argument(help="directory of the run")],
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    replicas: Annotated[int, typer.Option(min=1)] = 1,
-    max_replicas: Annotated[int | None, typer.Option(min=1, help="under load; default: as many as --replicas")] = None,
-    database: Annotated[str | None, typer.Option(help="URL of the event log; default: SQLite in RUN/service")] = None,
-    namespace: Annotated[str, typer.Option(help="services of one namespace share what they learn")] = "default",
-    tokens: Annotated[
-        Path | None, typer.Option(help="YAML file of tokens and roles; default: one admin token that is made")
+    config: ServeConfig,
+    run: Annotated[
+        Path | None, path_argument(help="directory of a finished run; without it name --selector and --signals")
     ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0, with --no-ray: any free one")] = 8000,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Ray Serve, or one plain process")] = True,
 ) -> None:
-    """Serve a run over HTTP with Ray Serve, dashboard included, until Ctrl-C."""
-    from simmerge_ray.base.config import ServeConfig, check_config
-    from simmerge_ray.base.errors import ConfigError
-    from simmerge_ray.base.runs import RunLayout
+    """Serve a run over HTTP, dashboard included, until Ctrl-C."""
+    if port == 0 and ray:
+        raise ConfigError("--port 0 takes --no-ray: Ray Serve needs a port that is known")
+    if run is not None:
+        config = _of_run(RunLayout(run), config)
+    if not ray:
+        from simmerge_ray.service.http.standalone import serve_alone
 
-    layout = RunLayout(run)
-    values = {
+        serve_alone(config, host, port)
+        return
+    from simmerge_ray.base.progress import narrated
+
+    with narrated(RunLayout(run).log if run else Path("simmerge.log")) as narrator:
+        from simmerge_ray.on_ray.serve_app import run_service
+
+        run_service(config, host, port, narrator)
+
+
+def _of_run(layout: RunLayout[Path], config: ServeConfig) -> ServeConfig:
+    """What the options leave open, from a run.
+
+    Raises:
+        ConfigError: the run is not finished.
+    """
+    service = layout.root / "service"
+    defaults: dict[str, Any] = {
         "selector": layout.selector,
         "signals": layout.signals,
         "catalogue": layout.catalogue if layout.catalogue.exists() else None,
-        "out": run / "service",
-        "database": database,
-        "namespace": namespace,
-        "tokens": tokens,
-        "host": host,
-        "port": port,
-        "num_replicas": replicas,
-        "max_replicas": max_replicas,
+        "registry": service / "selectors",
+        "database": f"sqlite:///{(service / 'service.db').resolve()}",
     }
-    config = check_config(ServeConfig, values, "options")
     for path in (layout.selector / "selector.json", layout.signals):
         if not path.exists():
-            raise ConfigError(f"{path} is missing; {run} is no finished run (`simmerge demo {run}` makes one)")
-    from simmerge_ray.base.progress import narrated
-
-    with narrated(layout.log) as narrator:
-        from simmerge_ray.on_ray.serve_app import run_service
-
-        run_service(config, narrator)
+            raise ConfigError(f"{path} is missing; {layout.root} is no finished run (`simmerge demo` makes one)")
+    return config.model_copy(update={name: value for name, value in defaults.items() if getattr(config, name) is None})

@@ -8,36 +8,39 @@ from typing import Annotated
 
 import typer
 
-_ARMS = ("linear", "nuslerp", "scale_matched_linear", "ties(density=0.1)")
+from simmerge_ray.base.config import FrozenConfig, option
+from simmerge_ray.cli.options import with_config_options
 
 
+class SimulationConfig(FrozenConfig):
+    """A study and the cluster that it runs on."""
+
+    models: int = option(..., "checkpoints, beside their base", ge=2)
+    params: float = option(..., "parameters of one, e.g. 7e9", ge=1)
+    nodes: int = option(8, "of each pool", ge=1)
+    signal_machine: str = option("r7i.4xlarge", "for signals, spot nodes")
+    engine_machine: str | None = option(None, "for labels  [default: the cheapest with GPUs that holds one]")
+    engine_nodes: int | None = option(None, "[default: --nodes]", ge=1)
+    head_machine: str | None = option(None, "where the driver runs  [default: m7i.xlarge, n2-standard-4]")
+    tasks: int = option(4, "evaluation tasks", ge=1)
+    items: int = option(400, "of a task", ge=1)
+    prompt_tokens: int = option(300, "of an item", ge=1)
+    answer_tokens: int = option(100, "of an item", ge=0)
+    probes: int = option(48, "texts of a probe set", ge=1)
+    probe_tokens: float = option(99, "of a text, padding included", ge=1)
+    arms: tuple[str, ...] = option(
+        ("linear", "nuslerp", "scale_matched_linear", "ties(density=0.1)"), "repeatable", flag="arm"
+    )
+    ways: int = option(2, "checkpoints of a merge", ge=2)
+    merges: int | None = option(None, "at most  [default: all pairs across tasks, with every arm]", ge=0)
+    cache_gb: float | None = option(None, "of a node, SIMMERGE_CACHE_GB", ge=0)
+    config: Path | None = option(None, "a config.json, for the model's shape")
+    costs: Path | None = option(None, "unit costs and prices of your own")
+
+
+@with_config_options
 def simulate_command(
-    models: Annotated[int, typer.Option("--models", min=2, help="checkpoints, beside their base")],
-    params: Annotated[float, typer.Option("--params", min=1, help="parameters of one, e.g. 7e9")],
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="of each pool")] = 8,
-    signal_machine: Annotated[str, typer.Option("--signal-machine", help="for signals, spot nodes")] = "r7i.4xlarge",
-    engine_machine: Annotated[
-        str | None,
-        typer.Option("--engine-machine", help="for labels  [default: the cheapest with GPUs that holds one]"),
-    ] = None,
-    engine_nodes: Annotated[int | None, typer.Option("--engine-nodes", min=1, help="[default: --nodes]")] = None,
-    head_machine: Annotated[
-        str | None, typer.Option("--head-machine", help="where the driver runs  [default: m7i.xlarge, n2-standard-4]")
-    ] = None,
-    tasks: Annotated[int, typer.Option("--tasks", min=1)] = 4,
-    items: Annotated[int, typer.Option("--items", min=1, help="of a task")] = 400,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="of an item")] = 300,
-    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=0, help="of an item")] = 100,
-    probes: Annotated[int, typer.Option("--probes", min=1, help="texts of a probe set")] = 48,
-    probe_tokens: Annotated[float, typer.Option("--probe-tokens", min=1, help="of a text, padding included")] = 99,
-    arm: Annotated[list[str] | None, typer.Option("--arm", help=f"[default: {', '.join(_ARMS)}]")] = None,
-    ways: Annotated[int, typer.Option("--ways", min=2, help="checkpoints of a merge")] = 2,
-    merges: Annotated[
-        int | None, typer.Option("--merges", min=0, help="at most  [default: all pairs across tasks, with every arm]")
-    ] = None,
-    cache_gb: Annotated[float | None, typer.Option("--cache-gb", min=0, help="of a node, SIMMERGE_CACHE_GB")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="a config.json, for the model's shape")] = None,
-    costs: Annotated[Path | None, typer.Option("--costs", help="unit costs and prices of your own")] = None,
+    study: SimulationConfig,
     as_json: Annotated[bool, typer.Option("--json", help="bytes, seconds and dollars")] = False,
 ) -> None:
     """Simulate a study: signals of all pairs, then labels. Prints the plan, the bottleneck and the cost.
@@ -50,31 +53,31 @@ def simulate_command(
     from simmerge_ray.capacity.simulation.shapes import cheapest_engine, read_shape
     from simmerge_ray.plans.operators.specs import parse_arms
 
-    figures = load_costs(costs)
-    model = read_shape(params, config)
+    costs = load_costs(study.costs)
+    model = read_shape(study.params, study.config)
     workload = Workload(
         model,
-        models,
-        tasks,
-        parse_arms(arm or _ARMS),
-        ways,
-        merges,
-        probes,
-        probe_tokens,
-        items,
-        prompt_tokens,
-        answer_tokens,
+        study.models,
+        study.tasks,
+        parse_arms(study.arms),
+        study.ways,
+        study.merges,
+        study.probes,
+        study.probe_tokens,
+        study.items,
+        study.prompt_tokens,
+        study.answer_tokens,
     )
-    engines = engine_machine or cheapest_engine(model, figures.machine(signal_machine).cloud, figures)
-    found = simulate(
+    engines = study.engine_machine or cheapest_engine(model, costs.machine(study.signal_machine).cloud, costs)
+    simulation = simulate(
         workload,
-        make_pool(signal_machine, nodes, figures, spot=True, cache_gb=cache_gb),
-        make_pool(engines, engine_nodes or nodes, figures, cache_gb=cache_gb),
-        figures,
-        head_machine,
+        make_pool(study.signal_machine, study.nodes, costs, spot=True, cache_gb=study.cache_gb),
+        make_pool(engines, study.engine_nodes or study.nodes, costs, cache_gb=study.cache_gb),
+        costs,
+        study.head_machine,
     )
     if as_json:
-        typer.echo(json.dumps(to_json(workload, found), indent=1))
+        typer.echo(json.dumps(to_json(workload, simulation), indent=1))
         return
-    for line in lines(workload, found):
+    for line in lines(workload, simulation):
         typer.echo(line)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from simmerge_ray.base.errors import CheckpointError, PlanError
-from simmerge_ray.checkpoints.references import CheckpointRef, check_compatible, read_config, read_headers
+from simmerge_ray.checkpoints.compatibility import check_compatible
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.merging.graph import DTYPE_BYTES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
 from simmerge_ray.merging.mergekit import write_mergekit
 from simmerge_ray.plans.operators.gradients import tensor_positions

@@ -50,6 +50,15 @@ class Apply:
     step: int = 0
     round_to: str | None = None
 
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """The base, if there is one, and the sources."""
+        return self.sources if self.base is None else (self.base, *self.sources)
+
+    def param(self, name: str, default: Any = None) -> Any:
+        """A parameter by name."""
+        return dict(self.params).get(name, default)
+
 
 Node = Read | Apply
 
@@ -115,10 +124,8 @@ def reads(node: Node) -> Iterator[Read]:
     if isinstance(node, Read):
         yield node
         return
-    if node.base is not None:
-        yield from reads(node.base)
-    for source in node.sources:
-        yield from reads(source)
+    for inner in node.inputs:
+        yield from reads(inner)
 
 
 def with_dtype(config: Mapping[str, Any], outputs: Sequence[OutputTensor]) -> dict[str, Any]:
@@ -140,8 +147,8 @@ def promoted(dtypes: list[str]) -> str:
 def applies(node: Node) -> Iterator[Apply]:
     """Every operator of a tree, sources before what is made of them."""
     if isinstance(node, Apply):
-        for source in (*((node.base,) if node.base is not None else ()), *node.sources):
-            yield from applies(source)
+        for inner in node.inputs:
+            yield from applies(inner)
         yield node
 
 

@@ -7,23 +7,23 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import Computer, Seeds, TensorReport, memory_per_thread
+from simmerge_ray.merging.engine.compute import Computer, TensorReport
+from simmerge_ray.merging.engine.forms import memory_per_thread
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
-from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource
+from simmerge_ray.merging.engine.seeds import Seeds
+from simmerge_ray.merging.engine.sources import open_sources
+from simmerge_ray.merging.engine.whole import flat_tensor
 from simmerge_ray.merging.graph import OutputTensor
 from simmerge_ray.plans.plan import ResolvedPlan
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Result = TypeVar("Result")
-
 
 _AHEAD_BYTES = 4 << 30  # of tensors that are computed before they are asked for, and of what computing them takes
 
@@ -41,35 +41,26 @@ def merged_tensors(
         PlanError: see `global_trims.global_steps`. CheckpointError: see `Computer.compute`.
     """
     graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=num_threads)
-    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
-    seeds = Seeds(graph)
-    each = memory_per_thread(graph, {key: source.specs for key, source in sources.items()})
-    num_threads = max(1, min(num_threads, _AHEAD_BYTES // each))
-    idle: queue.SimpleQueue[Computer] = queue.SimpleQueue()  # one for each thread
-    for _ in range(num_threads):
-        idle.put(Computer(graph, sources, seeds))
+    with open_sources(graph) as sources:
+        seeds = Seeds(graph)
+        each = memory_per_thread(graph, {key: source.specs for key, source in sources.items()})
+        num_threads = max(1, min(num_threads, _AHEAD_BYTES // each))
+        idle: queue.SimpleQueue[Computer] = queue.SimpleQueue()  # one for each thread
+        for _ in range(num_threads):
+            idle.put(Computer(graph, sources, seeds))
 
-    def compute(output: OutputTensor) -> tuple[np.ndarray, TensorReport]:
-        array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
+        def compute(output: OutputTensor) -> tuple[np.ndarray, TensorReport]:
+            computer = idle.get()
+            try:
+                return computer.array(output)
+            finally:
+                idle.put(computer)
 
-        def keep(start: int, block: np.ndarray) -> None:
-            array[start : start + block.size] = block
-
-        computer = idle.get()
-        try:
-            return array, computer.compute(output, keep)
-        finally:
-            idle.put(computer)
-
-    try:
         with closing(_in_order(compute, graph.outputs, num_threads)) as computed:  # before the sources are
             for output, (array, report) in computed:
                 if reports is not None:
                     reports.append(report)
                 yield output.name, as_tensor(array, output)
-    finally:
-        for source in sources.values():
-            source.close()
 
 
 def _in_order(
@@ -103,15 +94,6 @@ def _in_order(
 def as_tensor(array: np.ndarray, output: OutputTensor) -> Tensor:
     """A flat array of an output's elements as a tensor of its shape, without a copy."""
     return flat_tensor(array).reshape(output.shape)
-
-
-def flat_tensor(array: np.ndarray) -> Tensor:
-    """A flat array as a tensor, without a copy; uint16 holds the bits of bfloat16."""
-    import torch
-
-    if array.dtype == np.uint16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 class FiniteStream:

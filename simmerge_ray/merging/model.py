@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files, read_config
 from simmerge_ray.merging.engine.sources import TensorSource
-from simmerge_ray.merging.in_memory import flat_tensor
+from simmerge_ray.merging.engine.whole import flat_tensor
 
 # Of config.json; what else differs may change the outputs.
 _COSMETIC_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
@@ -26,17 +27,23 @@ def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32, device: s
     Raises:
         CheckpointError: transformers cannot load it, or a weight of it is absent or not finite.
     """
-    if not isinstance(ref.path, Path) and (built := _built_model(ref, dtype)) is not None:
-        check_finite(built, ref)
-        return built.eval().to(device)
+    if not isinstance(ref.path, Path):
+        model = built_model(ref, dtype)
+        if put_weights(model, ref):  # the names of its files may not cover the parameters
+            check_finite(model, ref)
+            return model.eval().to(device)
     with local_files(ref, weights=True) as directory:
         model = _loaded_model(ref, directory, dtype)
     check_finite(model, ref)
     return model.eval().to(device)
 
 
-def _built_model(ref: CheckpointRef, dtype: torch.dtype) -> Any | None:
-    """A model whose weights come by ranges; None where the names of its files do not cover its parameters."""
+def built_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of the checkpoint's architecture, for weights that are put into it.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     with local_files(ref) as directory:
@@ -46,8 +53,8 @@ def _built_model(ref: CheckpointRef, dtype: torch.dtype) -> Any | None:
             if (directory / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
-    return model if put_weights(model, ref) else None
+            raise ref.error(f"transformers cannot load it: {error}") from error
+    return model
 
 
 def _loaded_model(ref: CheckpointRef, directory: Path, dtype: torch.dtype) -> Any:
@@ -64,11 +71,11 @@ def _loaded_model(ref: CheckpointRef, directory: Path, dtype: torch.dtype) -> An
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {ref.id!r}: transformers cannot load it: {error}") from error
+        raise ref.error(f"transformers cannot load it: {error}") from error
     if absent := sorted(info["missing_keys"]):  # transformers would only warn, and draw random numbers for them
         raise CheckpointError(f"checkpoint {ref.id!r} lacks tensors: {', '.join(absent[:5])}")
     if ref.adapter is not None and not put_weights(model, ref):
-        raise CheckpointError(f"checkpoint {ref.id!r}: its adapter's tensors have no place in the model")
+        raise ref.error("its adapter's tensors have no place in the model")
     return model
 
 
@@ -77,36 +84,40 @@ def check_finite(model: nn.Module, ref: CheckpointRef) -> None:
     for name, parameter in model.named_parameters():
         # A finite sum has finite terms, and is four times as fast; a sum of finite terms may still overflow.
         if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter).all()):
-            raise CheckpointError(f"checkpoint {ref.id!r}: tensor {name} holds NaN or infinity")
+            raise ref.error(f"tensor {name} holds NaN or infinity")
+
+
+def put_weights(model: Any, ref: CheckpointRef) -> bool:
+    """`put_tensors` of a checkpoint, its adapter's change included; much cheaper than building another model."""
+    source = TensorSource(ref)
+    try:
+        names = source.specs.items()
+        return put_tensors(model, ((n, flat_tensor(source.read_whole(n)).reshape(spec.shape)) for n, spec in names))
+    finally:
+        source.close()
 
 
 @torch.no_grad()
-def put_weights(model: Any, ref: CheckpointRef) -> bool:
-    """Put a checkpoint's tensors, its adapter's change included, into a model of the same architecture.
+def put_tensors(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> bool:
+    """Put named tensors into a model of the same architecture; those it does not know are left out, as by transformers.
 
-    Much cheaper than building another one. Tensors that the model does not know are left out, as transformers does.
-    Returns False, with the model unusable, where the files' names do not cover the model's parameters one by one; then
-    load it anew.
+    Returns False, with the model unusable, where the names do not cover the model's parameters one by one; then load
+    it anew.
     """
     parameters = dict(model.named_parameters())  # tied ones once
     aliases = {name: p for name, p in model.named_parameters(remove_duplicate=False)} | dict(model.named_buffers())
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     filled: set[int] = set()
-    source = TensorSource(ref)
-    try:
-        for name, spec in source.specs.items():
-            target = aliases.get(name, aliases.get(prefix + name))
-            if target is None:
-                continue
-            if tuple(target.shape) != spec.shape:
-                return False
-            values = flat_tensor(source.read_whole(name)).reshape(spec.shape)
-            if id(target) in filled and not torch.equal(target, values.to(target)):
-                return False  # tied in the model, yet stored twice with other values: transformers does not tie these
-            target.copy_(values)
-            filled.add(id(target))
-    finally:
-        source.close()
+    for name, values in tensors:
+        target = aliases.get(name, aliases.get(prefix + name))
+        if target is None:
+            continue
+        if target.shape != values.shape:
+            return False
+        if id(target) in filled and not torch.equal(target, values.to(target)):
+            return False  # tied in the model, yet stored twice with other values: transformers does not tie these
+        target.copy_(values)
+        filled.add(id(target))
     return all(id(parameter) in filled for parameter in parameters.values())
 
 

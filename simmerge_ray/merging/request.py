@@ -1,38 +1,33 @@
-"""What a user hands in to be merged: a plan file of ours or mergekit's YAML, checked, described, and made."""
+"""A merge that a user requests, by a plan file or mergekit's YAML: checked, described, and made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.errors import PlanError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.checkpoints.adapters import LoraAdapter
-from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import is_blockwise, memory_per_thread
+from simmerge_ray.merging.engine.forms import is_blockwise, memory_per_thread
 from simmerge_ray.merging.engine.global_trims import global_steps
 from simmerge_ray.merging.graph import MergeGraph, reads
 from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_mergekit
-from simmerge_ray.merging.write.directory import (
-    MergeResult,
-    Progress,
-    Runner,
-    check_target,
-    default_threads,
-    write_graph,
-)
+from simmerge_ray.merging.write.directory import write_graph
 from simmerge_ray.merging.write.layout import plan_layout
-from simmerge_ray.plans.plan import ResolvedPlan, read_plan, write_plan
+from simmerge_ray.merging.write.output import MergeResult, Runner, WriteOptions, check_target
+from simmerge_ray.merging.write.tensors import Progress, default_threads
+from simmerge_ray.plans.plan import ResolvedPlan, read_plan
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """A merge that was asked for: its graph, the target, and (for a plan of ours) the plan with its predictions."""
+    """A requested merge: its graph, the target, and (from a plan file) the plan with its predictions."""
 
     graph: MergeGraph
     out: Place
@@ -48,25 +43,16 @@ class MergeRequest:
         runner: Runner | None = None,
     ) -> MergeResult:
         """Make it; see `write_graph`."""
-
-        def finish(directory: Path) -> None:
-            if self.resolved is not None:
-                write_plan(directory / "simmerge_plan.json", self.resolved, self.predicted)
-
-        return write_graph(
-            self.graph, self.out, self.predicted, progress, max_shard_bytes, num_threads, strict, finish, runner
-        )
+        options = WriteOptions(self.predicted, progress, max_shard_bytes, num_threads, strict, self.resolved, runner)
+        return write_graph(self.graph, self.out, options)
 
     def lines(self, max_shard_bytes: int, num_threads: int | None) -> list[str]:
         """The merge in words and numbers, from headers alone."""
         graph, layout = self.graph, plan_layout(self.graph.outputs, max_shard_bytes)
         threads = min(num_threads or default_threads(), max(1, len(graph.outputs)))
         specs = {key: read_headers(ref) for key, ref in graph.checkpoints.items()}
-        read_bytes = sum(
-            spec.end - spec.begin
-            for read in {read for output in graph.outputs for read in reads(output.node)}
-            for spec in (specs[read.checkpoint][read.tensor],)
-        )
+        inputs = {read for output in graph.outputs for read in reads(output.node)}
+        read_bytes = sum(specs[read.checkpoint][read.tensor].num_bytes for read in inputs)
         whole = sum(not is_blockwise(output, specs) for output in graph.outputs)
         memory = threads * memory_per_thread(graph, specs)
         lines = [graph.title]

@@ -10,46 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.capacity.cluster_files.check import lint
+from simmerge_ray.capacity.cluster_files.reading import LAUNCHER, SERVE, read_documents
 
 
-def check_file(path: Path) -> list[str]:
+def check_cluster_file(path: Path) -> list[str]:
     """Problems of a file, each with the place and the rule; empty where it is fine.
 
     Raises:
         ConfigError: it cannot be read, or holds nothing that is known here.
     """
-    try:
-        documents = [one for one in yaml.safe_load_all(path.read_text()) if one is not None]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not documents or not all(isinstance(one, dict) for one in documents):
-        raise ConfigError(f"{path} is no cluster file: it has no mapping")
-    found = []
-    for number, content in enumerate(documents, 1):
-        where = f"document {number}: " if len(documents) > 1 else ""
-        found += [f"{where}{problem}" for problem in _check(content, path)]
-    return found
+    documents = read_documents(path)
+    return [
+        f"document {number}: {problem}" if len(documents) > 1 else problem
+        for number, content in enumerate(documents, 1)
+        for problem in _check(content)
+    ]
 
 
-def _check(content: Mapping[str, Any], path: Path) -> list[str]:
-    if "available_node_types" in content:
+def _check(content: Mapping[str, Any]) -> list[str]:
+    if content.keys() >= set(LAUNCHER):
         return _by_launcher(content) or lint(content)
-    if "applications" in content:
+    if content.keys() >= set(SERVE):
         return _by_serve(content) + lint(content)
-    if "apiVersion" in content and "kind" in content:
-        problems = lint(content)
-        served = content.get("spec", {}).get("serveConfigV2") if content["kind"] == "RayService" else None
-        if isinstance(served, str):
-            inner = yaml.safe_load(served)
-            problems += [f"spec.serveConfigV2: {problem}" for problem in _by_serve(inner) + lint(inner)]
-        return problems
-    raise ConfigError(
-        f"{path} is no cluster file: it has no available_node_types (ray up), applications (serve deploy), "
-        "or apiVersion and kind (Kubernetes)"
-    )
+    problems = lint(content)
+    served = content.get("spec", {}).get("serveConfigV2") if content["kind"] == "RayService" else None
+    if isinstance(served, str):
+        inner = yaml.safe_load(served)
+        problems += [f"spec.serveConfigV2: {problem}" for problem in _by_serve(inner) + lint(inner)]
+    return problems
 
 
 def _by_launcher(content: Mapping[str, Any]) -> list[str]:
@@ -78,23 +70,23 @@ def _by_launcher(content: Mapping[str, Any]) -> list[str]:
 
 def _by_serve(content: Any) -> list[str]:
     """Ray's schema, and the arguments of our own application."""
-    from pydantic import ValidationError
     from ray.serve.schema import ServeDeploySchema
 
-    from simmerge_ray.on_ray.serve_app import AppArgs, build
+    from simmerge_ray.on_ray.serve_app import build
 
     try:
         schema = ServeDeploySchema.model_validate(content)
     except ValidationError as error:
-        return [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        return _problems_of(error, "")
     problems = []
     for application in schema.applications:
         if application.import_path == f"{build.__module__}:{build.__name__}":
             try:
-                AppArgs.model_validate(application.args)
+                ServiceConfig.model_validate(application.args)
             except ValidationError as error:
-                problems += [
-                    f"applications.{application.name}.args.{'.'.join(map(str, one['loc']))}: {one['msg']}"
-                    for one in error.errors()
-                ]
+                problems += _problems_of(error, f"applications.{application.name}.args.")
     return problems
+
+
+def _problems_of(error: ValidationError, where: str) -> list[str]:
+    return [f"{where}{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]

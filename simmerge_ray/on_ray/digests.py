@@ -1,14 +1,16 @@
-"""Digests of checkpoints on the nodes of a cluster: of fifty large ones the driver alone would read for a day."""
+"""Digests of checkpoints on the nodes of a cluster: the driver alone would read fifty large ones for a day."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.checkpoints.digests import DigestEntry
-from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest
+from simmerge_ray.checkpoints.digests import DigestEntry, checkpoint_digest
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.on_ray.resources import on_running_cluster, ray_session
+from simmerge_ray.on_ray.tasks import run_tasks
 
 _log = logging.getLogger(__name__)
 
@@ -16,8 +18,8 @@ _log = logging.getLogger(__name__)
 def digest_on_nodes(catalogue: Catalogue) -> None:
     """Put the digests that this machine does not know into its cache, so that `catalogue.digests()` finds them there.
 
-    On a cluster that runs already, a task for each checkpoint, spread over the nodes. What cannot be computed there, or
-    is another file there, is left to the driver. Nothing happens without such a cluster: the files are on this machine.
+    On a cluster that this process has not started, one task for each checkpoint, spread over the nodes. What cannot be
+    read there, or differs there, is left to the driver. Without such a cluster nothing happens: the files are local.
     """
     if not on_running_cluster():
         return
@@ -25,27 +27,19 @@ def digest_on_nodes(catalogue: Catalogue) -> None:
         entries = {ref: DigestEntry(ref) for ref in catalogue.all_refs}
     except CheckpointError:
         return  # `digests` says it better
-    missing = [ref for ref, entry in entries.items() if entry.read() is None]
+    missing = deque((ref,) for ref, entry in entries.items() if entry.read() is None)
     if len(missing) < 2:
         return
     with ray_session():
-        import ray
-
-        task = ray.remote(_digest_there).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)
-        running = {task.remote(ref): ref for ref in missing}
-        try:
-            while running:
-                done, _ = ray.wait(list(running))
-                ref = running.pop(done[0])
-                try:
-                    fingerprint, digest = ray.get(done[0])
-                    if fingerprint == entries[ref].fingerprint:
-                        entries[ref].keep(digest)
-                except ray.exceptions.RayError as error:
-                    _log.warning("the digest of %s was not computed on a node: %s", ref.id, error)
-        finally:
-            for one in running:
-                ray.cancel(one, force=True)
+        tasks = run_tasks(
+            _digest_there,
+            missing,
+            scheduling_strategy="SPREAD",
+            on_error=lambda call, error: _log.warning("%s was not read on a node: %s", call[0].id, error),
+        )
+        for (ref,), (fingerprint, digest) in tasks:
+            if fingerprint == entries[ref].fingerprint:
+                entries[ref].keep(digest)
 
 
 def _digest_there(ref: CheckpointRef) -> tuple[str, str]:

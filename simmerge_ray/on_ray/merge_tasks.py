@@ -8,21 +8,25 @@ its own node, and no directory is shared.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.storage import RemotePath
-from simmerge_ray.checkpoints.references import read_headers
-from simmerge_ray.merging.engine.compute import TensorReport, memory_per_thread
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.merging.engine.compute import TensorReport
+from simmerge_ray.merging.engine.forms import memory_per_thread
 from simmerge_ray.merging.graph import MergeGraph
-from simmerge_ray.merging.write.directory import JOURNAL, FileOfMerge, Progress, Runner, read_journals, write_tensors
-from simmerge_ray.merging.write.layout import Placement
+from simmerge_ray.merging.write.layout import Placement, Shard
+from simmerge_ray.merging.write.output import Runner
+from simmerge_ray.merging.write.tensors import JOURNAL, Progress, read_journals, write_tensors
 from simmerge_ray.merging.write.to_store import make_file
 from simmerge_ray.on_ray.resources import check_room, ray_session
+from simmerge_ray.on_ray.tasks import run_tasks
 
-_POLL_SECONDS = 0.5
 _LIBRARY_BYTES = 500_000_000  # Python, numpy, torch and numba in a task's process
 SHARES_PER_WORKER = 4  # a worker that is slow, or lost with its node, holds up a share of that much work, not its part
 
@@ -65,50 +69,49 @@ class _RayRunner:
         sizes = {output.name: output.num_bytes for output in graph.outputs}
         shares = enumerate(split_by_bytes(placements, SHARES_PER_WORKER * self.num_workers))
         calls = [(partial, share, f"{JOURNAL}.{number}", self.num_threads) for number, share in shares]
-        for _ in self._results(make_share, graph, calls):
+
+        def tell() -> None:
             if progress:
                 progress(sum(sizes[name] for name in read_journals(partial)), total)
 
+        for _ in self._results(make_share, graph, calls, tell):
+            tell()
+
     def make_files(
-        self, graph: MergeGraph, files: Sequence[FileOfMerge], out: RemotePath, progress: Progress | None, total: int
+        self, graph: MergeGraph, shards: Sequence[Shard], out: RemotePath, progress: Progress | None, total: int
     ) -> dict[str, TensorReport]:
         """A task a file, the largest first; nothing of them passes through the driver."""
-        done = total - sum(p.output.num_bytes for file in files for p in file.placements)
-        sizes = {p.output.name: p.output.num_bytes for file in files for p in file.placements}
-        ordered = sorted(files, key=lambda file: -file.shard.num_bytes)
+        done = total - sum(p.output.num_bytes for shard in shards for p in shard.placements)
+        sizes = {p.output.name: p.output.num_bytes for shard in shards for p in shard.placements}
+        ordered = sorted(shards, key=lambda shard: -shard.num_bytes)
         reports: dict[str, TensorReport] = {}
-        for found in self._results(make_file, graph, [(file, out, self.num_threads) for file in ordered]):
-            reports |= found or {}
+        for made in self._results(make_file, graph, [(shard, out, self.num_threads) for shard in ordered]):
+            reports |= made or {}
             if progress:
                 progress(done + sum(sizes[name] for name in reports), total)
         return reports
 
     def _results(
-        self, function: Callable[..., Any], graph: MergeGraph, calls: Sequence[tuple[Any, ...]]
+        self,
+        function: Callable[..., Any],
+        graph: MergeGraph,
+        calls: Sequence[tuple[Any, ...]],
+        on_wait: Callable[[], None] | None = None,
     ) -> Iterator[Any]:
-        """Results of the calls as they end, and None now and then; lost tasks are run again."""
+        """Results of the calls as they end; lost tasks are run again."""
         with ray_session():
-            import ray
-
             specs = {key: read_headers(ref) for key, ref in graph.checkpoints.items()}
             memory = self.num_threads * memory_per_thread(graph, specs) + _LIBRARY_BYTES
             check_room({"CPU": self.num_threads, "memory": memory}, "a task of the merge")
-            options = {"num_cpus": self.num_threads, "memory": memory, "max_retries": 3}
-            remote = ray.remote(function).options(**options, scheduling_strategy="SPREAD")
-            shared = ray.put(graph)
-            left = list(calls)[::-1]
-            pending: list[Any] = []
-            try:
-                while pending or left:
-                    while left and len(pending) < self.num_workers:
-                        pending.append(remote.remote(shared, *left.pop()))
-                    finished, pending = ray.wait(pending, num_returns=1, timeout=_POLL_SECONDS)
-                    for task in finished:
-                        yield ray.get(task)
-                    if not finished:
-                        yield None
-            except ray.exceptions.RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, Exception) else error) from None
-            finally:
-                for task in pending:
-                    ray.cancel(task, force=True)
+            tasks = run_tasks(
+                function,
+                deque(calls),
+                shared=(graph,),
+                max_running=self.num_workers,
+                on_wait=on_wait,
+                num_cpus=self.num_threads,
+                memory=memory,
+                scheduling_strategy="SPREAD",
+            )
+            with closing(tasks):  # before the session ends
+                yield from (result for _, result in tasks)

@@ -1,4 +1,4 @@
-"""A Ray cluster for the time of a block, and work spread over actors."""
+"""A Ray cluster for the time of a block, its resources, and jobs that wait for each other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import digest_json
@@ -65,11 +63,11 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
 def is_submitted() -> bool:
     """Whether this process is the driver of a job that `ray job submit` has started."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray for such a driver and for nobody else
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray sets it for such drivers only
 
 
 def on_running_cluster() -> bool:
-    """Whether work of this process goes to a cluster that is there already, as in a submitted job."""
+    """Whether this process uses a cluster that it has not started, as a submitted job does."""
     if "RAY_ADDRESS" in os.environ:
         return True
     if "ray" not in sys.modules:  # importing it takes seconds
@@ -87,10 +85,10 @@ def offered_resources() -> Collection[str]:
 
 
 def check_room(needs: Needs, what: str) -> None:
-    """Say, before waiting for it, that no node has room for one actor.
+    """Check, before waiting, that a node has room for one actor.
 
     Raises:
-        ConfigError: and none will, since this process has started the cluster. Another cluster may grow: a warning.
+        ConfigError: none has, on a cluster of this process. Another cluster may grow: a warning.
     """
     import ray
 
@@ -103,7 +101,7 @@ def check_room(needs: Needs, what: str) -> None:
 
 
 class _Holder:
-    """An actor that is there as long as its job is."""
+    """An actor that lives as long as its job."""
 
     def ready(self) -> None:
         """Answers."""
@@ -111,13 +109,12 @@ class _Holder:
 
 @contextmanager
 def only_job(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other job of the cluster is at the same output, and keep others waiting, for the time of a block.
+    """Hold the only right to an output for the time of a block; other jobs of the cluster wait for it.
 
-    Ray frees the place when the job that holds it ends, however it does. A cluster that this process has started has no
-    other jobs.
+    Ray frees it when the job ends, however that happens. A cluster of this process has no other jobs.
 
     Args:
-        what: URI or path of the output. say: told once, when there is something to wait for.
+        what: URI or path of the output. say: told once if another job holds it.
     """
     import ray
 
@@ -144,174 +141,11 @@ def only_job(what: str, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def store_variables() -> dict[str, str]:
-    """Where stores are, of this process' environment, for workers of a cluster that runs already.
+    """Variables that say where stores are, for workers of a cluster that this process has not started.
 
-    No credentials: whoever sees the dashboard sees a job's environment, and nodes have roles or secrets of their own.
-    Nothing under `ray job submit`: its workers have the environment of the job.
+    No credentials: the dashboard shows a job's environment, and nodes have roles or secrets of their own. Empty under
+    `ray job submit`: those workers have the environment of the job.
     """
     if is_submitted():
         return {}
     return {name: os.environ[name] for name in _STORE_VARIABLES if name in os.environ}
-
-
-class ActorPool:
-    """Actors of one kind that share work, for the time of a `with` block.
-
-    An actor gets work once it has started, two calls at a time, so that it never waits for the driver; actors for which
-    the cluster has no room yet hold nothing up. The calls of an actor that died are made again by another, and a new
-    one takes its place. When nothing else waits, a call that has run for long is also given to an idle actor: who
-    answers first counts, so a slow node holds nobody up. Calls must therefore be functions of their payload.
-    """
-
-    def __init__(self, spawn: Callable[[], Any], max_losses: int = 3, patience_s: float = 60.0) -> None:
-        """
-        Args:
-            spawn: starts one actor.
-            max_losses: how often the actor of one call may die; a node that was taken back by its owner is not counted.
-            patience_s: a call is not given a second time before, nor before three times the seconds of a usual call.
-        """
-        self._spawn, self._max_losses, self._patience_s = spawn, max_losses, patience_s
-        self._actors: dict[int, Any] = {}
-        self._ready: set[int] = set()
-        self._count = 0
-
-    def __enter__(self) -> ActorPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        for actor in self._actors.values():
-            ray.kill(actor)
-        self._actors.clear()
-
-    def drain(
-        self, method: str, take: Callable[[int], tuple[int, Any] | None], num_actors: int
-    ) -> Iterator[tuple[int, Any]]:
-        """Call `method` with what `take` gives; yields (index, result) as they end.
-
-        The caller may make more work between two results. An exception of a call is raised here as its own type, not as
-        Ray's.
-
-        Args:
-            take: of the actor's number; `(index, payload)`, or None when nothing waits now.
-            num_actors: grow to so many.
-
-        Raises:
-            ray.exceptions.RayActorError: the actors of one call died again and again.
-        """
-        import ray
-
-        while len(self._actors) < num_actors:
-            self._start()
-        starting = {self._actors[n].__ray_ready__.remote(): n for n in self._actors if n not in self._ready}
-        free = [number for number in self._ready for _ in range(2)]
-        calls = _Calls(self._actors, method, self._patience_s)
-        losses: dict[int, int] = {}
-        while True:
-            idle = []
-            for number in free:
-                taken = calls.lost.pop() if calls.lost else take(number)
-                if taken is None:
-                    idle.append(number)
-                else:
-                    calls.make(number, *taken)
-            if not calls.open and not calls.lost and (idle or not starting):
-                return
-            free = calls.give_again(idle)
-            timeout = self._patience_s / 2 if idle and calls.open else None
-            found = ray.wait([*calls.in_flight, *starting], num_returns=1, timeout=timeout)[0]
-            if not found:
-                continue
-            done = found[0]
-            call = calls.in_flight.pop(done, None)
-            number = starting.pop(done) if call is None else call.actor
-            try:
-                result = ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, Exception) else error) from None
-            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-                index = -1 if call is None else call.index
-                losses[index] = losses.get(index, 0) + (not getattr(error, "preempted", False))
-                if losses[index] > self._max_losses:
-                    raise
-                if call is not None:
-                    calls.lose(call)
-                if isinstance(error, ray.exceptions.ObjectLostError):  # the result was lost, the actor may be alive
-                    free.append(number)
-                    continue
-                free = [other for other in free if other != number]
-                if number in self._actors:  # not yet replaced, for another of its calls
-                    del self._actors[number]
-                    self._ready.discard(number)
-                    replacement = self._start()
-                    starting[self._actors[replacement].__ray_ready__.remote()] = replacement
-                continue
-            if call is None:
-                self._ready.add(number)
-                free += (number, number)
-                continue
-            free.append(number)
-            if calls.end(call):
-                yield call.index, result
-
-    def _start(self) -> int:
-        self._actors[self._count] = self._spawn()
-        self._count += 1
-        return self._count - 1
-
-
-@dataclass(frozen=True)
-class _Call:
-    index: int
-    actor: int
-    payload: Any
-    since: float
-
-
-class _Calls:
-    """Calls of one `ActorPool.drain`. open: how many actors each unfinished one was given to, by its index."""
-
-    def __init__(self, actors: dict[int, Any], method: str, patience_s: float) -> None:
-        self._actors, self._method, self._patience_s = actors, method, patience_s
-        self.in_flight: dict[Any, _Call] = {}
-        self.open: dict[int, int] = {}
-        self.lost: list[tuple[int, Any]] = []
-        self._seconds, self._num_ended = 0.0, 0
-
-    def make(self, actor: int, index: int, payload: Any) -> None:
-        reference = getattr(self._actors[actor], self._method).remote(payload)
-        self.in_flight[reference] = _Call(index, actor, payload, time.monotonic())
-        self.open[index] = self.open.get(index, 0) + 1
-
-    def end(self, call: _Call) -> bool:
-        """Whether it is the first answer to this call."""
-        if call.index not in self.open:
-            return False
-        del self.open[call.index]
-        self._seconds += time.monotonic() - call.since
-        self._num_ended += 1
-        return True
-
-    def lose(self, call: _Call) -> None:
-        """Make it again, unless it was answered, or another actor is at it."""
-        if call.index in self.open:
-            self.open[call.index] -= 1
-            if not self.open[call.index]:
-                del self.open[call.index]
-                self.lost.append((call.index, call.payload))
-
-    def give_again(self, idle: list[int]) -> list[int]:
-        """Give calls that take long to actors that have nothing to do; returns the places that are still free."""
-        idle = list(idle)
-        usual = self._seconds / self._num_ended if self._num_ended else 0.0
-        limit = time.monotonic() - max(self._patience_s, 3 * usual)
-        for call in list(self.in_flight.values()):  # the oldest first
-            if call.since > limit or self.open.get(call.index) != 1:
-                continue
-            actor = next((one for one in idle if one != call.actor and idle.count(one) == 2), None)
-            if actor is None:
-                break
-            idle = [one for one in idle if one != actor] + [actor]
-            self.make(actor, call.index, call.payload)
-        return idle

@@ -17,63 +17,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.util import get_node_ip_address
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from simmerge_ray.base.config import ServeConfig
+from simmerge_ray.base.config import ServeConfig, ServiceConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Place, as_place, digest_bytes, write_once
+from simmerge_ray.base.storage import Place, as_place, digest_bytes
 from simmerge_ray.on_ray.resources import ray_session
-from simmerge_ray.service.http.access import Access, new_token, read_access
+from simmerge_ray.service.http.access import Access, read_access
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
-from simmerge_ray.service.http.standalone import prepare_database
-from simmerge_ray.service.learner import Learner, LearnerSettings
+from simmerge_ray.service.http.standalone import completed, prepare_database
+from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.schemas import Decision
 
 APP_NAME = "simmerge"
-_TOKENS = "tokens.yaml"
-
-
-class AppArgs(BaseModel):
-    """What `build` needs; paths are absolute and readable on every node. selector, signals and catalogue may be URIs.
-
-    tokens: YAML file; without it the environment of the replicas. max_replicas: above num_replicas lets Serve add some
-    under load.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    selector: str
-    signals: str
-    database: str
-    registry: str
-    catalogue: str | None = None
-    namespace: str = "default"
-    tokens: str | None = None
-    floor: float = 0.02
-    num_replicas: int = 1
-    max_replicas: int | None = None
-
-    @property
-    def settings(self) -> LearnerSettings:
-        """Of the replicas."""
-        signals = as_place(self.signals)
-        return LearnerSettings(
-            database=self.database,
-            registry=Path(self.registry),
-            signals=signals,
-            selector=as_place(self.selector),
-            catalogue=as_place(self.catalogue) if self.catalogue else None,
-            signatures=str(signals.parent / "signatures") if self.catalogue else None,
-            namespace=self.namespace,
-            floor=self.floor,
-        )
 
 
 class ServeMetrics(PrometheusMetrics):
@@ -113,12 +74,12 @@ class ServeMetrics(PrometheusMetrics):
 class MergeService:
     """One replica."""
 
-    def __init__(self, args: AppArgs) -> None:
-        access = read_access(Path(args.tokens) if args.tokens else None)
+    def __init__(self, args: ServiceConfig) -> None:
+        access = read_access(args.tokens)
         if access is None:
             raise ConfigError("the replicas have no tokens: name a file in `tokens`, or set SIMMERGE_TOKENS for them")
         self._access: Access = access
-        self._learner = Learner(args.settings)
+        self._learner = Learner(args)
         self._configured: Place | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -151,7 +112,7 @@ def _only_to_file(record: logging.LogRecord) -> bool:
     return True
 
 
-def build(args: AppArgs) -> serve.Application:
+def build(args: ServiceConfig) -> serve.Application:
     """Typed app builder, for `serve deploy` (`cluster/serve.yaml`) and `simmerge serve`.
 
     Raises:
@@ -176,34 +137,36 @@ def build(args: AppArgs) -> serve.Application:
 
 
 # Ray makes the arguments of `serve.yaml` one, if it sees the type; "from __future__ import annotations" left a string.
-build.__annotations__["args"] = AppArgs
+build.__annotations__["args"] = ServiceConfig
 
 
-def run_service(config: ServeConfig, narrator: Narrator, until: threading.Event | None = None) -> None:
+def run_service(
+    config: ServeConfig, host: str, port: int, narrator: Narrator, until: threading.Event | None = None
+) -> None:
     """Start Ray Serve, print where it listens, and serve until Ctrl-C, SIGTERM or `until` is set; then clean up.
 
     Raises:
         SelectorError, ConfigError, BanditError, StoreError: what cannot be served, before Ray is started.
     """
-    args, token = app_args(config)
+    args, token = completed(config)
     prepare_database(args.database)
-    Learner(args.settings)  # it raises here what would make every replica fail, and publishes the selector
+    Learner(args)  # it raises here what would make every replica fail, and publishes the selector
     stop = until or threading.Event()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     # A short name: the path of HAProxy's socket, with the node's id of 56 characters in it, has 97 at most.
-    place = Path(f"/tmp/sr-{os.getuid()}-{digest_bytes(args.registry.encode())[:8]}")
+    place = Path(f"/tmp/sr-{os.getuid()}-{digest_bytes(str(args.registry).encode())[:8]}")
     _use_haproxy(place)
     # What blocks has threads of its own; a second event loop for the application would only take CPU time.
     os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15, requests wait for whatever else the machine does
     with ray_session():
         try:
-            serve.start(http_options={"host": config.host, "port": config.port})
+            serve.start(http_options={"host": host, "port": port})
             logs = {"enable_access_log": False}  # the service writes its own line, with the decision's id
             serve.run(build(args), name=APP_NAME, route_prefix="/", logging_config=logs)
-            url = f"http://{config.host}:{config.port}"
+            url = f"http://{host}:{port}"
             narrator.say(f"serving at {url} (Ctrl-C ends it); the event log is {_shown(args.database)}")
             if token is not None:
                 narrator.say(f"dashboard: {url}/?token={token}")
@@ -218,49 +181,13 @@ def run_service(config: ServeConfig, narrator: Narrator, until: threading.Event 
             shutil.rmtree(place, ignore_errors=True)
 
 
-def app_args(config: ServeConfig) -> tuple[AppArgs, str | None]:
-    """Arguments of the app, and a token to show: that of the file which is made where no token is configured."""
-    out = (config.out or config.selector.parent / "service").resolve()
-    tokens, token = config.tokens, None
-    if read_access(tokens) is None:  # neither a file nor, here and on the replicas of a Ray of our own, the environment
-        tokens, token = _own_token(out / _TOKENS)
-    return (
-        AppArgs(
-            selector=str(config.selector.resolve()),
-            signals=str(config.signals.resolve()),
-            database=config.database or f"sqlite:///{out / 'service.db'}",
-            registry=str(out / "selectors"),
-            catalogue=str(config.catalogue.resolve()) if config.catalogue else None,
-            namespace=config.namespace,
-            tokens=str(tokens.resolve()) if tokens else None,
-            floor=config.floor,
-            num_replicas=config.num_replicas,
-            max_replicas=config.max_replicas,
-        ),
-        token,
-    )
-
-
-def _own_token(path: Path) -> tuple[Path, str]:
-    """A file with one admin token, which only this user can read; it stays, so that links work after a restart."""
-    if not path.exists():
-        entry = [{"name": "owner", "role": "admin", "token": new_token()}]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_once(path, yaml.safe_dump(entry).encode())
-        path.chmod(0o600)
-    try:
-        return path, str(yaml.safe_load(path.read_text())[0]["token"])
-    except (OSError, yaml.YAMLError, LookupError, TypeError):
-        raise ConfigError(f"{path} is damaged; delete it, and a new token is made") from None
-
-
-def _example(args: AppArgs) -> tuple[str, str]:
+def _example(args: ServiceConfig) -> tuple[str, str]:
     """Two checkpoints that may be named; of the training first, since a request for them is within what it knows."""
     from simmerge_ray.selector.models.model import read_selector
     from simmerge_ray.signals.table import read_signal_table
 
     known = read_signal_table(args.signals).checkpoint_ids
-    pairs = read_selector(as_place(args.selector)).provenance.get("pairs", ())
+    pairs = read_selector(args.selector).provenance.get("pairs", ()) if args.selector else ()
     left, right = next((pair for pair in pairs if set(pair) <= set(known)), known[:2])
     return left, right
 

@@ -11,13 +11,15 @@ from simmerge_ray.base.progress import Report
 from simmerge_ray.capacity.placement import Needs, signal_worker_needs
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet
-from simmerge_ray.on_ray.resources import ActorPool, check_room, offered_resources, ray_session
+from simmerge_ray.on_ray.actor_pool import ActorPool
+from simmerge_ray.on_ray.resources import check_room, offered_resources, ray_session
 from simmerge_ray.search.estimate import PROCESS_BYTES
 from simmerge_ray.signals.bounds import bounds
-from simmerge_ray.signals.compute import compute_signals, tokenize_probes
+from simmerge_ray.signals.compute import compute_signals
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import SignalTable
+from simmerge_ray.signals.tokens import tokenize_probes
 
 
 @contextmanager
@@ -30,9 +32,9 @@ def ray_executor(
 ) -> Iterator[Executor]:
     """An executor over actors of the current Ray cluster, for the time of a block.
 
-    The units of a lost actor are run again by another; they are functions of the files, so the numbers are the same.
-    Every actor reads whole checkpoints: they are spread over the nodes, so that each node's disk and network carry a
-    part, and ask for the bytes that they hold.
+    Another actor repeats the units of a lost one; they are functions of the files, so the numbers are the same. Actors
+    read whole checkpoints: they are spread over the nodes, to share disks and networks, and ask for the memory that
+    they hold.
 
     Args:
         gpus_per_worker: share of a GPU for each actor; 0 runs on the CPU, one core each.
@@ -74,32 +76,22 @@ def compute_signals_on_ray(
     store: SignatureStore | None = None,
 ) -> SignalTable:
     """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit."""
-    tokenize_probes(catalogue, probe_sets, signature_spec(config))  # a probe that does not fit, before Ray is started
-    held = bounds(catalogue, signature_spec(config), [1] * len(probe_sets), config.memory_per_worker).worker
+    spec = SignatureSpec.of(config)
+    tokenize_probes(catalogue, probe_sets, spec)  # a probe that does not fit, before Ray is started
+    held = bounds(catalogue, spec, [1] * len(probe_sets), config.memory_per_worker).worker
     worker_bytes = held + (0 if config.gpus_per_worker else PROCESS_BYTES["transformers"])
     with (
         ray_session(),
         ray_executor(catalogue, config.num_workers, config.gpus_per_worker, report, worker_bytes) as executor,
     ):
         return compute_signals(
-            catalogue,
-            probe_sets,
-            signature_spec(config),
-            config.weights,
-            store,
-            executor,
-            memory_per_worker=config.memory_per_worker,
+            catalogue, probe_sets, spec, config.weights, store, executor, memory_per_worker=config.memory_per_worker
         )
 
 
 def spread_options(needs: Needs) -> dict[str, Any]:
-    """Options of Ray actors that need so much, one node after the other."""
+    """Options of Ray actors with these needs, spread over the nodes."""
     named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
     options: dict[str, Any] = {named[kind]: amount for kind, amount in needs.items() if kind in named}
     custom = {kind: amount for kind, amount in needs.items() if kind not in named}
     return options | {"resources": custom, "scheduling_strategy": "SPREAD"}
-
-
-def signature_spec(config: SignalsConfig) -> SignatureSpec:
-    """What a signature keeps under a config."""
-    return SignatureSpec(**{name: getattr(config, name) for name in SignatureSpec.__match_args__})

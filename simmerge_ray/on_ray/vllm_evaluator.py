@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, EngineError, StorageError, unknown_name
+from simmerge_ray.base.extras import require
 from simmerge_ray.base.storage import RemotePath
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files
 from simmerge_ray.plans.plan import ResolvedPlan
@@ -50,8 +51,8 @@ logger = logging.getLogger(__name__)
 class VllmEvaluator:
     """One engine; `load` swaps the weights of a merge in, `generate` answers greedily.
 
-    After an `EngineError` nothing that it answers can be trusted, so it answers nothing any more: close it and start
-    another one. One engine at a time in a process: when one is closed, vLLM takes down what they all share.
+    After an `EngineError` its answers cannot be trusted, so it gives none: close it and start another one. One engine
+    at a time in a process: closing one takes down what vLLM shares among all.
 
     Args:
         template: a checkpoint of the catalogue's architecture; its weights are only the first ones held.
@@ -98,46 +99,51 @@ class VllmEvaluator:
                 f"checkpoint {template.id!r} is {template.path}: an engine over several nodes (executor: ray) loads "
                 "its first weights on every node itself; use executor: mp, or a filesystem that all nodes see"
             )
-        threads = _thread_binding(tensor_parallel_size)
-        with _environment(_THREADS, threads):
-            from vllm import LLM
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_num_batched_tokens": max(8192, max_model_len),
+            "tensor_parallel_size": tensor_parallel_size,
+            "distributed_executor_backend": executor,
+        }
+        with _environment(_THREADS, _thread_binding(tensor_parallel_size)):
+            require("vllm", "gpu" if _has_gpu() else "cpu")
             from vllm.platforms import current_platform
 
             _make_llvmlite_plain()
-            options: dict[str, Any] = {}
             if gpu_memory_utilization is not None and not current_platform.is_cpu():
                 options["gpu_memory_utilization"] = gpu_memory_utilization
-            before = set(multiprocessing.active_children())
-            try:
-                self._engine = LLM(
-                    model=str(self._files.enter_context(local_files(template, weights=True))),
-                    dtype=dtype,
-                    enforce_eager=True,
-                    max_model_len=max_model_len,
-                    # Prompts are short and many: one step takes as many as it can, a long one is taken in parts.
-                    max_num_seqs=512,
-                    max_num_batched_tokens=max(8192, max_model_len),
-                    enable_prefix_caching=False,  # prompts of a task share little, and a swap would drop the cache
-                    disable_log_stats=True,
-                    worker_extension_cls=_EXTENSION,
-                    trust_remote_code=False,
-                    seed=0,
-                    tensor_parallel_size=tensor_parallel_size,
-                    distributed_executor_backend=executor,
-                    **options,
-                )
-                self._processes = [child for child in multiprocessing.active_children() if child not in before]
-                # The base of a LoRA checkpoint is what vLLM has loaded.
-                plain = CheckpointRef(template.id, template.path)
-                unknown = self._engine.collective_rpc(_START, args=(plain,))[0]
-            except StorageError:
-                self.close()
-                raise
-            except Exception as error:  # vLLM raises what it likes
-                traceback.clear_frames(error.__traceback__)  # they hold the half-made engine
-                self._processes = [child for child in multiprocessing.active_children() if child not in before]
-                self.close()
-                raise EngineError(f"the vLLM engine did not start: {error}") from error
+            self._start(template, options)
+
+    def _start(self, template: CheckpointRef, options: dict[str, Any]) -> None:
+        """Start the engine, and let it learn what it can compare after a swap."""
+        from vllm import LLM
+
+        before = set(multiprocessing.active_children())
+        try:
+            self._engine = LLM(
+                model=str(self._files.enter_context(local_files(template, weights=True))),
+                enforce_eager=True,
+                max_num_seqs=512,  # prompts are short and many: one step takes as many as it can, a long one in parts
+                enable_prefix_caching=False,  # prompts of a task share little, and a swap would drop the cache
+                disable_log_stats=True,
+                worker_extension_cls=_EXTENSION,
+                trust_remote_code=False,
+                seed=0,
+                **options,
+            )
+            self._processes = [child for child in multiprocessing.active_children() if child not in before]
+            # The base of a LoRA checkpoint is what vLLM has loaded.
+            plain = CheckpointRef(template.id, template.path)
+            unknown = self._engine.collective_rpc(_START, args=(plain,))[0]
+        except StorageError:
+            self.close()
+            raise
+        except Exception as error:  # vLLM raises what it likes
+            traceback.clear_frames(error.__traceback__)  # they hold the half-made engine
+            self._processes = [child for child in multiprocessing.active_children() if child not in before]
+            self.close()
+            raise EngineError(f"the vLLM engine did not start: {error}") from error
         if unknown:
             logger.warning("the check after a swap cannot compare %s", ", ".join(unknown))
         self.tokenizer: Any = self._engine.get_tokenizer()

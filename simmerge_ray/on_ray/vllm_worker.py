@@ -68,10 +68,10 @@ class MergeExtension:
     """Mixed into vLLM's worker class (`worker_extension_cls`): every rank streams and shards the merge for itself."""
 
     def simmerge_start(self, template: CheckpointRef) -> list[str]:
-        """Learn from an engine that vLLM itself has just loaded from `template` what the check can compare.
+        """Learn what the check can compare, from an engine that vLLM itself has just loaded from `template`.
 
-        What does not compare equal now is laid out in a way that the check does not know (a model's own loader may
-        transpose or permute), and is left out from then on.
+        What does not compare equal now has a layout that the check does not know (a model's own loader may transpose
+        or permute), and is left out from then on.
 
         Returns:
             What is left out, as `module.parameter (class)`.
@@ -90,7 +90,7 @@ class MergeExtension:
         return sorted(f"{place} ({type(modules[place.rpartition('.')[0]]).__name__})" for place in unknown)
 
     def simmerge_load(self, resolved: ResolvedPlan, num_threads: int = 1) -> SwapReport:
-        """Replace the weights by the merge, which so many threads compute, and compare what the model then holds."""
+        """Replace the weights by the merge, computed on `num_threads`, and compare what the model then holds."""
         stream = FiniteStream(resolved, num_threads)
         sample = self._sample()
         with sample.of_packs():

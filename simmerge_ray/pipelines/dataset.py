@@ -18,16 +18,16 @@ from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import resolve_plan, write_plan
-from simmerge_ray.search.estimate import SearchEstimate, estimate
+from simmerge_ray.search.estimate import SearchEstimate, estimate_search
 from simmerge_ray.search.evaluation import EvaluationTask, load_tasks
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.search.labels import LabelStore, pair_contexts
-from simmerge_ray.search.setup import Study, prepare_study
+from simmerge_ray.search.setup import PreparedSearch, prepare_search
 from simmerge_ray.search.status import SearchStatus
-from simmerge_ray.search.summary import Found, found
+from simmerge_ray.search.summary import PlanResult, ranked_results
 
 UNCHANGED = "unchanged since the last run"
-FOUND = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
+_RESULTS = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
 _NUM_SHOWN = 10
 
 
@@ -83,8 +83,8 @@ def search_stage(
         inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
         inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
         manifest = Manifest("search", config.content(), inputs)
-        found_dir = labels / FOUND
-        if manifest.is_current(found_dir / "search.json"):
+        results_dir = labels / _RESULTS
+        if manifest.is_current(results_dir / "search.json"):
             stage.result = UNCHANGED
             return
         from simmerge_ray.on_ray.merge_search import run_search
@@ -96,14 +96,14 @@ def search_stage(
         for name, reason in sorted(result.infeasible.items()):
             narrator.say(f"           infeasible: {name}: {reason}")
         if config.budget is None:
-            write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], found_dir / "headroom.json")
-        _write_found(result.study, found_dir, narrator)
-        results = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
+            write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], results_dir / "headroom.json")
+        _write_best(result.search, results_dir, narrator)
         left = ""
         if result.num_left:
             left = f", {result.num_left} not run (limit reached; run the same command again to go on)"
         else:
-            manifest.write(found_dir / "search.json", time.monotonic() - started, results)
+            counts = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
+            manifest.write(results_dir / "search.json", time.monotonic() - started, counts)
         stage.result = (
             f"{result.num_trials_run} trials run{left}, {result.num_labels} labels "
             f"({len(result.infeasible)} infeasible) by {config.evaluator} -> {labels}"
@@ -128,15 +128,14 @@ def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
     write_json(out, content)
 
 
-def _write_found(study: Study, out: Place, narrator: Narrator) -> None:
+def _write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> None:
     """`best.json`, the best merge's plan file, and a table of the best merges and checkpoints."""
-    merges, singles = found(study)
+    merges, singles = ranked_results(study)
     if study.space is not None:
         write_json(out / "best.json", {"merges": [_row(one) for one in merges], "singles": [_row(o) for o in singles]})
         for number, one in enumerate([one for one in merges if one.best], 1):
-            predicted = {task: {"utility": utility, "se": se} for task, (utility, se) in one.utilities.items()}
             name = "best.plan.json" if len(study.objectives) == 1 else f"front-{number}.plan.json"
-            write_plan(out / name, resolve_plan(one.plan, study.catalogue), predicted)
+            write_plan(out / name, resolve_plan(one.plan, study.catalogue), _row(one)["utilities"])
             if number == 1:
                 narrator.say(f"           make it with: simmerge merge {out / name} OUT")
     if merges and not narrator.console.is_terminal:
@@ -146,22 +145,22 @@ def _write_found(study: Study, out: Place, narrator: Narrator) -> None:
         narrator.console.print(_table(study, merges, singles))
 
 
-def _text(one: Found) -> str:
+def _text(one: PlanResult) -> str:
     values = ", ".join(f"{value:.3f}" for value in one.values)
     return f"{values} {one.plan.label} ({_by_task(one)})"
 
 
-def _by_task(one: Found) -> str:
+def _by_task(one: PlanResult) -> str:
     return ", ".join(f"{task} {utility:.3f}±{se:.3f}" for task, (utility, se) in one.utilities.items())
 
 
-def _row(one: Found) -> dict[str, Any]:
+def _row(one: PlanResult) -> dict[str, Any]:
     utilities = {task: {"utility": utility, "se": se} for task, (utility, se) in one.utilities.items()}
     row = {"label": one.plan.label, "plan": one.plan.to_json(), "objectives": list(one.values), "utilities": utilities}
     return row | {"best": one.best}
 
 
-def _table(study: Study, merges: Sequence[Found], singles: Sequence[Found]) -> Table:
+def _table(study: PreparedSearch, merges: Sequence[PlanResult], singles: Sequence[PlanResult]) -> Table:
     names = [objective.name for objective in study.objectives] if study.space is not None else ["mean of own tasks"]
     title = "Best merges" if len(names) == 1 else "Merges; * is the Pareto front"
     table = Table(title=title, title_justify="left")
@@ -174,10 +173,8 @@ def _table(study: Study, merges: Sequence[Found], singles: Sequence[Found]) -> T
     return table
 
 
-def plan_search(
-    catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig
-) -> tuple[Study, SearchEstimate]:
-    """Everything that `search_stage` checks before Ray starts, and what it would take. Reads every checkpoint once.
+def plan_search(catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig) -> SearchEstimate:
+    """Check everything that `search_stage` checks before Ray starts; what it would take. Reads every checkpoint once.
 
     Raises:
         ConfigError: with all problems that were found.
@@ -194,10 +191,11 @@ def plan_search(
         problems.append(str(error))
     if catalogue is None or tasks is None:
         raise ConfigError("\n".join(problems))
-    from simmerge_ray.on_ray.merge_search import engines_that_fit, make_proposer
+    from simmerge_ray.capacity.engines import engines_that_fit
+    from simmerge_ray.search.proposers import make_proposer
 
-    study = prepare_study(catalogue, tasks, config, str(labels.resolve()))
-    return study, estimate(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
+    study = prepare_search(catalogue, tasks, config, str(labels.resolve()))
+    return estimate_search(study, make_proposer(study).total, engines_that_fit(study, local_resources()))
 
 
 def local_resources() -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import Manifest, Place, digest_file, read_json, write_json
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.resources import ray_session
+from simmerge_ray.on_ray.tasks import in_background
 from simmerge_ray.pipelines.dataset import UNCHANGED, search_bar, search_stage
 from simmerge_ray.pipelines.stages import signals_stage, train_stage
 from simmerge_ray.plans.operators.specs import make_arm, parse_arm
@@ -43,7 +45,8 @@ def run_demo(
     """
     arms = tuple(make_arm(operator, params).label for operator, params in ARMS)
     search = SearchConfig(arms=arms, exclude=(held_out,), evaluator=evaluator)
-    with _session_if_needed(layout):
+    # One cluster for all stages of a first run; none for a run that finds everything in place.
+    with nullcontext() if (layout.pick / "pick.json").exists() else ray_session():
         zoo_stage(layout, narrator, recipes, num_items)
         signals_stage(layout.catalogue, layout.probes, layout.signals, SIGNALS, narrator)
         search_stage(layout.catalogue, layout.tasks, layout.labels, search, narrator)
@@ -52,13 +55,6 @@ def run_demo(
         )
         pick_stage(layout, narrator, held_out, search)
     report_stage(layout, narrator)
-
-
-def _session_if_needed(layout: RunLayout[Path]) -> Any:
-    """One Ray cluster for all stages of a first run; none for a run that finds everything in place."""
-    from contextlib import nullcontext
-
-    return nullcontext() if (layout.pick / "pick.json").exists() else ray_session()
 
 
 def zoo_stage(
@@ -149,19 +145,17 @@ def measure_pick(
     Raises:
         EngineError: the written checkpoint does not answer like the merge that was measured in memory.
     """
-    import ray
-
     from simmerge_ray.on_ray.merge_search import run_search
 
     catalogue = load_catalogue(layout.catalogue)
     every_task = load_tasks(layout.tasks)
     config = search.model_copy(update={"exclude": (), "concurrency": 1})
     store = (layout.pick / "labels").resolve()
-    with ray_session():
-        check = ray.remote(load_and_evaluate).options(num_cpus=1).remote(str(merged.resolve()), tasks, search.evaluator)
+    check = load_and_evaluate, str(merged.resolve()), tasks, search.evaluator
+    with ray_session(), in_background(*check) as checked:
         with search_bar(narrator) as report:
             run_search(catalogue, every_task, config, store, plans, report)
-        loaded = ray.get(check)
+        loaded = checked()
     arms: dict[str, dict[str, float]] = {}
     parents: dict[str, dict[str, float]] = {}
     for label in LabelStore(store).read():

@@ -1,4 +1,4 @@
-"""What the scripts in `jobs/` share: where results may go, and how a job says what happened.
+"""What the scripts in `jobs/` and `--job-line` of a command share: where results may go, and how a job reports its end.
 
 A job ends with an exit code (0 done or nothing to do, 1 failed, 2 bad input, 3 refused, 130 interrupted) and a last
 line that starts with `simmerge-job` and goes on as JSON: `job`, `status` (done, unchanged, refused, failed or
@@ -12,16 +12,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.errors import InputError, OutputError, SimmergeError
+from simmerge_ray.base.storage import Place, RemotePath
 
 LAST_LINE = "simmerge-job"
 _PACKAGES = "working_dir_files"  # where Ray unpacks working directories, below the session's directory
 
 
-def output_place(place: str | Path, option: str = "--out") -> str:
+def output_place(place: Place, option: str = "--out") -> Place:
     """An output's URI as it is, or its absolute path.
 
     Args:
@@ -30,68 +30,39 @@ def output_place(place: str | Path, option: str = "--out") -> str:
     Raises:
         OutputError: it would lie in the working directory of a submitted job, which is a copy that Ray deletes.
     """
-    from simmerge_ray.base.storage import RemotePath, as_place
     from simmerge_ray.on_ray.resources import is_submitted
 
-    path = as_place(str(place))
-    if isinstance(path, RemotePath):
-        return str(path)
-    if is_submitted() and (not path.is_absolute() or _PACKAGES in path.parts):
+    if isinstance(place, RemotePath):
+        return place
+    if is_submitted() and (not place.is_absolute() or _PACKAGES in place.parts):
         raise OutputError(
             f"{option} is {str(place)!r}; under `ray job submit` the working directory is a copy that Ray deletes, so "
             "name an absolute path on a filesystem that every node sees, or a URI such as s3://bucket/run"
         )
-    return str(path.absolute())
-
-
-def local_output(place: str | Path, option: str = "--out") -> Path:
-    """`output_place` of a job that writes files only.
-
-    Raises:
-        OutputError: as there, or a URI.
-    """
-    from simmerge_ray.base.storage import RemotePath, as_place
-
-    if isinstance(as_place(str(place)), RemotePath):
-        raise OutputError(
-            f"{option} is {str(place)!r}; this job writes files: name an absolute path that every node sees"
-        )
-    return Path(output_place(place, option))
+    return place.absolute()
 
 
 def run_job(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
     """Run a job and print its last line; returns the exit code.
 
     Args:
-        work: returns what to say beside `job`, `status` and `exit_code`; it may set these two itself.
+        work: returns what to report beside `job`, `status` and `exit_code`; it may set these two itself.
     """
     stop_on_sigterm()  # of `ray job stop`
-    said: dict[str, Any] = {"job": name, "status": "done", "exit_code": 0}
+    report: dict[str, Any] = {"job": name, "status": "done", "exit_code": 0}
     try:
-        said |= work()
+        report |= work()
     except SimmergeError as error:
         print(f"error: {error}", file=sys.stderr)
-        said |= {"status": "failed", "exit_code": 2 if isinstance(error, InputError) else 1, "error": str(error)}
+        report |= {"status": "failed", "exit_code": 2 if isinstance(error, InputError) else 1, "error": str(error)}
     except KeyboardInterrupt:
-        said |= {"status": "interrupted", "exit_code": 130, "error": "run the same command again to go on"}
-    except Exception as error:  # an unexpected one is still told in the last line
+        report |= {"status": "interrupted", "exit_code": 130, "error": "run the same command again to go on"}
+    except Exception as error:  # an unexpected one is reported as well
         traceback.print_exc()
-        said |= {"status": "failed", "exit_code": 1, "error": f"{type(error).__name__}: {error}"}
+        report |= {"status": "failed", "exit_code": 1, "error": f"{type(error).__name__}: {error}"}
     sys.stderr.flush()
-    print(f"{LAST_LINE} {json.dumps(said, sort_keys=True)}", flush=True)
-    return int(said["exit_code"])
-
-
-def read_last_line(output: str) -> dict[str, Any]:
-    """What a job said in the last line that it printed; Ray's own lines may stand behind it.
-
-    Raises:
-        InputError: there is no such line.
-    """
-    for line in reversed(output.splitlines()):
-        if line.startswith(f"{LAST_LINE} "):
-            return dict(json.loads(line.removeprefix(LAST_LINE)))
-    raise InputError(f"no line starts with {LAST_LINE!r}: the job was killed, or has not ended")
+    print(f"{LAST_LINE} {json.dumps(report, sort_keys=True)}", flush=True)
+    return int(report["exit_code"])
 
 
 def stop_on_sigterm() -> None:

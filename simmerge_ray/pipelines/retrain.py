@@ -1,13 +1,13 @@
-"""The retraining of `jobs/retrain.py`: opens log, registry and data set, and says in one line what happened."""
+"""The retraining of `jobs/retrain.py`: opens log, registry and data set, and reports in one line what happened."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from simmerge_ray.base.config import RetrainConfig
-from simmerge_ray.base.storage import write_once
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.selector.data.files import find_dataset, read_dataset
 from simmerge_ray.selector.models.model import read_selector
@@ -15,19 +15,12 @@ from simmerge_ray.service.bandit.artifact import identical_arms
 from simmerge_ray.service.log.database import open_database
 from simmerge_ray.service.log.event_log import EventLog
 from simmerge_ray.service.registry import Registry
-from simmerge_ray.service.retraining.retraining import (
-    TRAINED,
-    UNCHANGED,
-    Result,
-    material_of,
-    present_setup,
-    promote,
-    read_log,
-    report_text,
-    roll_back,
-    train_candidate,
-)
+from simmerge_ray.service.retraining.material import material_of
+from simmerge_ray.service.retraining.promotion import TRAINED, UNCHANGED, Result, present_setup, promote, roll_back
+from simmerge_ray.service.retraining.report import report_text
+from simmerge_ray.service.retraining.reward_labels import all_rows, logged_merges
 from simmerge_ray.service.retraining.shadow import verdict
+from simmerge_ray.service.retraining.training import train_candidate
 
 REPORT = "retrain.md"
 
@@ -38,9 +31,11 @@ def run_retraining(config: RetrainConfig, promote_it: bool, dry_run: bool) -> Re
     Raises:
         InputError: log, registry, data set or present selector are missing or do not fit. StoreError: the database.
     """
+    if config.dataset is None or config.out is None:
+        raise ConfigError("--dataset and --out are needed (only --roll-back does without)")
     with _opened(config.database, config.namespace) as log:
-        logged = read_log(log)
-        setup = present_setup(logged, config.namespace)
+        logged = logged_merges(all_rows(log))
+        setup = present_setup(logged.setups, config.namespace)
         registry = Registry(config.registry)
         present = read_selector(registry.path(setup.version))
         files = find_dataset(config.dataset)
@@ -60,14 +55,14 @@ def run_retraining(config: RetrainConfig, promote_it: bool, dry_run: bool) -> Re
             would = "would be promoted" if decided.promote else "would not be promoted"
             result = Result(TRAINED, candidate.version, f"{would}: {decided.reason}")
         path = candidate.path / REPORT
-        write_once(path, report_text(material, candidate, setup, result, config.margin).encode())
+        write_atomically(path, report_text(material, candidate, setup, result, config.margin).encode())
         return Result(result.done, result.version, f"{result.reason} -> {path}")
 
 
-def run_roll_back(database: str, namespace: str, registry: Path, version: str) -> Result:
+def run_roll_back(config: RetrainConfig, version: str) -> Result:
     """Let a former selector answer again; errors as `run_retraining`."""
-    with _opened(database, namespace) as log:
-        return roll_back(log, Registry(registry), version)
+    with _opened(config.database, config.namespace) as log:
+        return roll_back(log, Registry(config.registry), version)
 
 
 @contextmanager

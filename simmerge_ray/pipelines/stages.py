@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simmerge_ray.base.config import SignalsConfig, StudyConfig, TrainConfig, load_yaml_leniently
+from simmerge_ray.base.config import DatasetConfig, SignalsConfig, TrainConfig, load_yaml_leniently
 from simmerge_ray.base.errors import ConfigError, InputError, LabelError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, digest_file, filled_in_place, is_complete, name_below, write_json
@@ -18,14 +19,14 @@ from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, general_probe_set
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.on_ray.resources import only_job
 from simmerge_ray.pipelines.dataset import UNCHANGED, plan_search, search_stage
+from simmerge_ray.pipelines.jobs import output_place
 from simmerge_ray.search.estimate import SearchEstimate
 from simmerge_ray.search.labels import LabelStore
-from simmerge_ray.search.setup import Study
 from simmerge_ray.signals.bounds import bounds
-from simmerge_ray.signals.compute import tokenize_probes
 from simmerge_ray.signals.features import FEATURE_SCHEMA
-from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.signals.tokens import tokenize_probes
 
 if TYPE_CHECKING:
     from simmerge_ray.search.labels import LabeledPlan
@@ -66,12 +67,12 @@ def signals_stage(
         if manifest.is_current(out.with_suffix(".json")) and out.exists():
             stage.result = UNCHANGED
             return read_signal_table(out)
-        from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, signature_spec
+        from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray
 
         started = time.monotonic()
         store = SignatureStore(signatures or str(out.parent / "signatures"))
         num_batches = [-(-len(one.probes) // config.batch_size) for one in probe_sets.values()]
-        for line in bounds(catalogue, signature_spec(config), num_batches, config.memory_per_worker).lines():
+        for line in bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker).lines():
             narrator.say(f"[dim]{line}[/dim]")
         with narrator.bar("units of work") as report:
             table = compute_signals_on_ray(catalogue, probe_sets, config, report, store)
@@ -125,30 +126,23 @@ def train_stage(
     Raises:
         InputError: signals and labels that do not fit each other, or too few labels.
     """
-    from simmerge_ray.signals.table import read_signal_table
-
     table = read_signal_table(signals)
     store = LabelStore(labels)
     read = store.read()
     if not read:
-        raise LabelError(f"no labels at {labels}; `simmerge search` makes them")
+        raise LabelError(f"no labels at {labels}; `simmerge labels make` makes them")
     with narrator.stage("train") as stage:
         inputs = {"signals": digest_file(signals), "labels": store.digest()}
-        kept = config.model_dump(mode="json") | {"arms": list(arms or ()), "shortlist": "second_order"}
-        manifest = Manifest("train", kept, inputs, _ASSESSMENT_SCHEMA)
+        manifest = _train_manifest(config, list(arms or ()), inputs)
         if manifest.is_current(out / _MANIFEST) and is_complete(out) and (crossval is None or crossval.exists()):
             stage.result = UNCHANGED
             return
         from simmerge_ray.selector.assessment.crossval import crossval_report
         from simmerge_ray.selector.data.dataset import build_dataset
-        from simmerge_ray.selector.models.train import train_selector
-        from simmerge_ray.selector.planning.files import write_selectors
-        from simmerge_ray.signals.propagation.second_order import SecondOrder
 
         started = time.monotonic()
         dataset = build_dataset(table, read, arms)
-        selector = train_selector(dataset, config)
-        shortlist = train_selector(dataset.restricted(SecondOrder(table).columns), config)
+        trained = _train(dataset, read, table, config)
         shown = ""
         if crossval is not None:
             with narrator.bar("checkpoints left out") as report:
@@ -156,8 +150,7 @@ def train_stage(
             write_json(crossval, content)
             shown = f", unseen checkpoints: {_shown_gain(content)}"
         with filled_in_place(out) as directory:
-            write_selectors(directory, selector, shortlist, dataset)
-            _write_warm_start(directory, selector, dataset, read, config)
+            trained.write(directory, config)
             manifest.write(directory / _MANIFEST, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
         stage.result = f"{len(dataset.contexts)} contexts, {len(dataset.arms)} arms{shown} -> {out}"
 
@@ -177,57 +170,73 @@ def train_dataset_stage(
     """
     from simmerge_ray.selector.data.files import find_dataset, read_dataset
 
-    files = find_dataset(path)
+    files, root, chosen = find_dataset(path), path if path.is_dir() else path.parent, sorted(set(arms or ()))
     with narrator.stage("train") as stage:
-        inputs = {f"signals {name_below(one, _root(path))}": digest_file(one) for one in files.signals}
-        inputs |= {f"labels {name_below(one, _root(path))}": LabelStore(one).digest() for one in files.labels}
-        kept = config.model_dump(mode="json") | {"arms": sorted(set(arms or ())), "shortlist": "second_order"}
-        manifest = Manifest("train", kept, inputs, _ASSESSMENT_SCHEMA)
+        inputs = {f"signals {name_below(table, root)}": digest_file(table) for table in files.signals}
+        inputs |= {f"labels {name_below(store, root)}": LabelStore(store).digest() for store in files.labels}
+        manifest = _train_manifest(config, chosen, inputs)
         if manifest.is_current(out / _MANIFEST) and is_complete(out) and (out / "report.md").exists():
             stage.result = UNCHANGED
             return
         from simmerge_ray.reports.training import write_selector_report
         from simmerge_ray.selector.assessment.report import assess
-        from simmerge_ray.selector.models.train import train_selector
-        from simmerge_ray.selector.planning.files import write_selectors
         from simmerge_ray.signals.propagation.bound import Bound
         from simmerge_ray.signals.propagation.second_order import SecondOrder
 
         started = time.monotonic()
-        loaded = read_dataset(files, sorted(set(arms or ())) or None)
+        loaded = read_dataset(files, chosen or None)
         dataset, table = loaded.dataset, loaded.tables[0]
-        selector = train_selector(dataset, config)
-        columns = {one.name: one.columns for one in (Bound(table), SecondOrder(table))}
-        shortlist = train_selector(dataset.restricted(columns[SecondOrder.name]), config)
+        trained = _train(dataset, loaded.labels, table, config)
+        columns = {propagator.name: propagator.columns for propagator in (Bound(table), SecondOrder(table))}
         with narrator.bar("splits and ablations") as report:
             content = assess(dataset, config, loaded.base_of, report, columns)
         content["unused"] = list(loaded.unused)
         with filled_in_place(out) as directory:
-            write_selectors(directory, selector, shortlist, dataset)
-            _write_warm_start(directory, selector, dataset, loaded.labels, config)
+            trained.write(directory, config)
             write_json(directory / "assessment.json", content)
             report_path = out / write_selector_report(content, directory).name
             manifest.write(directory / _MANIFEST, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
-        main = content["splits"][content["headline"]]
+        headline = content["headline"]
         stage.result = (
             f"{len(dataset.contexts)} contexts, {len(content['bases'])} bases, {len(dataset.arms)} arms, "
-            f"{content['headline']}: {_shown_gain(main)} -> {report_path}"
+            f"{headline}: {_shown_gain(content['splits'][headline])} -> {report_path}"
         )
 
 
-def _write_warm_start(
-    out: Path, selector: Selector, dataset: SelectionDataset, labels: Sequence[LabeledPlan], config: TrainConfig
-) -> None:
-    """What the arms of a service start from; nothing for a selector that has no encoder."""
-    from simmerge_ray.service.bandit.artifact import warm_start_of, write_warm_start
-
-    warm = warm_start_of(selector, dataset, labels, config)
-    if warm is not None:
-        write_warm_start(out, warm)
+def _train_manifest(config: TrainConfig, arms: list[str], inputs: Mapping[str, str]) -> Manifest:
+    kept = config.model_dump(mode="json") | {"arms": arms, "shortlist": "second_order"}
+    return Manifest("train", kept, inputs, _ASSESSMENT_SCHEMA)
 
 
-def _root(path: Place) -> Place:
-    return path if path.is_dir() else path.parent
+@dataclass(frozen=True)
+class _Trained:
+    """The selector, that of the shortlist, and what they were trained on."""
+
+    selector: Selector
+    shortlist: Selector
+    dataset: SelectionDataset
+    labels: Sequence[LabeledPlan]
+
+    def write(self, out: Path, config: TrainConfig) -> None:
+        """Both, and what the arms of a service start from; for a selector without an encoder there is no such thing."""
+        from simmerge_ray.selector.planning.files import write_selectors
+        from simmerge_ray.service.bandit.artifact import warm_start_of, write_warm_start
+
+        write_selectors(out, self.selector, self.shortlist, self.dataset)
+        warm = warm_start_of(self.selector, self.dataset, self.labels, config)
+        if warm is not None:
+            write_warm_start(out, warm)
+
+
+def _train(
+    dataset: SelectionDataset, labels: Sequence[LabeledPlan], table: SignalTable, config: TrainConfig
+) -> _Trained:
+    from simmerge_ray.selector.models.train import train_selector
+    from simmerge_ray.signals.propagation.second_order import SecondOrder
+
+    selector = train_selector(dataset, config)
+    shortlist = train_selector(dataset.restricted(SecondOrder(table).columns), config)
+    return _Trained(selector, shortlist, dataset, labels)
 
 
 def _shown_gain(crossval: dict[str, Any]) -> str:
@@ -237,54 +246,36 @@ def _shown_gain(crossval: dict[str, Any]) -> str:
     return f"GapClosed {per_merge['selector']:.3f}, best fixed {per_merge['best_fixed']:.3f}"
 
 
-def check_study(config: StudyConfig) -> tuple[Study, SearchEstimate]:
-    """Read and check every input of a study; what its search will take.
+def load_dataset_config(path: Place) -> tuple[DatasetConfig, SearchEstimate]:
+    """Read the file of a dataset and check it and everything that it names; what its search will take.
 
     Raises:
-        ConfigError: with the problems of all inputs, before anything is computed.
+        ConfigError: with all problems, before anything is computed. OutputError: a submitted job would lose `out`.
     """
-    from simmerge_ray.on_ray.signal_actors import signature_spec
 
-    problems: dict[str, None] = {}
-    planned = None
-    try:
-        planned = plan_search(config.catalogue, config.tasks, config.out / "labels", config.search)
-    except InputError as error:
-        problems[str(error)] = None
-    try:
-        probe_sets = _probe_sets(config.probes)
-        tokenize_probes(load_catalogue(config.catalogue), probe_sets, signature_spec(config.signals))
-    except InputError as error:
-        if str(error) not in "".join(problems):  # the catalogue's problems, a second time
-            problems[str(error)] = None
-    if planned is None or problems:
-        raise ConfigError("\n".join(problems))
-    return planned
-
-
-def load_study(path: Place) -> tuple[StudyConfig, Study, SearchEstimate]:
-    """Read a study file and check it and everything that it names.
-
-    Raises:
-        ConfigError: with all problems, of the file and of what it names.
-    """
-    config, problems = load_yaml_leniently(path, StudyConfig)
-    planned = None
+    config, problems = load_yaml_leniently(path, DatasetConfig)
+    estimate = None
     if config is not None:
+        output_place(config.out, f"`out` in {path}")
         try:
-            planned = check_study(config)
-        except ConfigError as error:
+            estimate = plan_search(config.catalogue, config.tasks, config.out / "labels", config.search)
+        except InputError as error:
             problems += str(error).split("\n")
-    if config is None or planned is None or problems:
+        try:
+            probe_sets = _probe_sets(config.probes)
+            tokenize_probes(load_catalogue(config.catalogue), probe_sets, SignatureSpec.of(config.signals))
+        except InputError as error:
+            if str(error) not in "\n".join(problems):  # the catalogue's problems, a second time
+                problems += str(error).split("\n")
+    if config is None or estimate is None or problems:
         raise ConfigError("\n  ".join([f"study {path}:", *problems]))
-    return config, *planned
+    return config, estimate
 
 
-def build_dataset_stages(config: StudyConfig, narrator: Narrator) -> Place:
-    """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`. Returns the output directory."""
+def build_dataset_stages(config: DatasetConfig, narrator: Narrator) -> None:
+    """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`."""
     # Alone in its cluster: another submission of the same job waits, and then finds everything in place.
     with only_job(str(config.out), narrator.say) if "RAY_ADDRESS" in os.environ else nullcontext():
         signals = config.out / "signals" / "pairs.parquet"
         signals_stage(config.catalogue, config.probes, signals, config.signals, narrator)
         search_stage(config.catalogue, config.tasks, config.out / "labels", config.search, narrator)
-    return config.out

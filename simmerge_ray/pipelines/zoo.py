@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from simmerge_ray.base.progress import Report
-from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, write_once
+from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, write_atomically
 from simmerge_ray.checkpoints.catalogue import Catalogue, write_catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.on_ray.resources import ray_session
+from simmerge_ray.on_ray.tasks import run_tasks
 from simmerge_ray.research.study.zoo import ZooPart
 from simmerge_ray.research.zoo.recipe import EXPERT_RECIPES, BaseRecipe, ExpertRecipe
 
@@ -70,12 +73,12 @@ def write_questions(out: Path, num_items: int = NUM_ITEMS, num_probes: int = NUM
 
     for domain in DOMAINS:
         probes = [{"text": text} for text in probe_texts(domain, num_probes)]
-        write_once(out / "probes" / f"{domain}.jsonl", jsonl_bytes(probes))
+        write_atomically(out / "probes" / f"{domain}.jsonl", jsonl_bytes(probes))
         items = [
             {"prompt": item.prompt, "target": item.target, "max_new_tokens": MAX_NEW_TOKENS}
             for item in evaluation_items(domain, num_items)
         ]
-        write_once(out / "tasks" / f"{domain}.jsonl", jsonl_bytes(items))
+        write_atomically(out / "tasks" / f"{domain}.jsonl", jsonl_bytes(items))
 
 
 def _write_catalogue(directory: Path, base_id: str, recipes: Sequence[ExpertRecipe]) -> None:
@@ -102,22 +105,13 @@ def _train(
     total = len(missing_bases) + len(missing)
     if not total:
         return 0
-    import ray
+    from simmerge_ray.research.zoo.training import train_checkpoint
 
-    from simmerge_ray.research.zoo.training import train_base, train_expert
-
+    calls: deque[tuple[Any, ...]] = deque((recipe, None, path) for recipe, path in missing_bases)
+    calls += (call for call in missing if call[1] not in anew)
     with ray_session():
-        options = {"num_cpus": 1, "max_retries": 2}
-        made = {
-            path: ray.remote(train_base).options(**options).remote(recipe, str(path)) for recipe, path in missing_bases
-        }
-        remote = ray.remote(train_expert).options(**options)
-        # The result of a base's task is its path: Ray starts an expert when that is there.
-        pending = [remote.remote(recipe, made.get(base, str(base)), str(path)) for recipe, base, path in missing]
-        pending += made.values()
-        for done in range(total):
-            finished, pending = ray.wait(pending, num_returns=1)
-            ray.get(finished[0])
+        for done, ((_, _, made), _) in enumerate(run_tasks(train_checkpoint, calls), 1):
+            calls += (call for call in missing if call[1] == made)
             if report:
-                report(done + 1, total)
+                report(done, total)
     return total

@@ -1,16 +1,15 @@
 """Merge plans: which checkpoints, in which order, by which operators. No torch.
 
 A plan is a sequence of two-way steps. A step takes two sources: ids of checkpoints, or `#1`, `#2`, ... for the result
-of an earlier step; the last step's result is the merge. A plan without steps is one checkpoint as it is (the parents
+of an earlier step; the last step's result is the merge. A plan without steps is one unmerged checkpoint (the parents
 and the base are evaluated by such plans).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations, product
 from typing import Any
 
 from simmerge_ray.base.errors import OperatorError, PlanError, unknown_name
@@ -72,8 +71,8 @@ class MergeStep:
         There each source has a gradient of its own, and what they give adds up to 1 only before rounding; slerp has one
         number, the place on the arc.
         """
-        if self.arm.operator == "slerp":
-            return step_weights("slerp", self.weight_at(position))
+        if self.arm.spec.one_weight:
+            return step_weights(self.arm.operator, self.weight_at(position))
         left, right = self.source_anchors
         return float(gradient_value(left, position)), float(gradient_value(right, position))
 
@@ -86,7 +85,7 @@ class MergeStep:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Steps of a merge, or `source` alone for a checkpoint as it is.
+    """Steps of a merge, or `source` alone for an unmerged checkpoint.
 
     intermediate_dtype: `float32`, or `out` to round the result of every step to the output's dtype (what comes out of
     merging step by step on disk). seed: of random operators.
@@ -146,7 +145,7 @@ class MergePlan:
     def label(self) -> str:
         """Short text, e.g. `ties(density=0.2): math-strong + code-weak`.
 
-        Weights are shown where they change with depth only: labels of numbers are kept in files of before.
+        Weights are shown where they change with depth only: existing files hold the labels of constant weights.
         """
         if self.source is not None:
             return self.source
@@ -231,23 +230,6 @@ def fold_plan(members: Sequence[str], arms: Sequence[Arm], weighting: str = "equ
     return MergePlan((steps[0].canonical(), *steps[1:]))
 
 
-def enumerate_plans(
-    members: Sequence[str], arms: Sequence[Arm], ways: Sequence[int], weighting: str = "equal"
-) -> Iterator[MergePlan]:
-    """Every ordered subset of the given sizes with every sequence of arms, each merge once.
-
-    The first two of a fold commute where the operator is symmetric and their weights are equal.
-    """
-    seen: set[str] = set()
-    for size in ways:
-        for subset in permutations(members, size):
-            for chosen in product(arms, repeat=size - 1):
-                plan = fold_plan(subset, chosen, weighting)
-                if plan.id not in seen:
-                    seen.add(plan.id)
-                    yield plan
-
-
 def fold_text(plan: MergePlan) -> str:
     """A fold in one line: `linear: a + b + c`, or `a + b (linear) + c (ties)` where the arms differ."""
     arms = [step.arm.label for step in plan.steps]
@@ -327,12 +309,12 @@ def resolve_plan(plan: MergePlan, catalogue: Catalogue) -> ResolvedPlan:
 
 
 def unmerged(ref: CheckpointRef) -> ResolvedPlan:
-    """The plan of one checkpoint as it is."""
+    """The plan of one unmerged checkpoint."""
     return ResolvedPlan(MergePlan(source=ref.id), (ref,), None)
 
 
 def write_plan(path: Place, resolved: ResolvedPlan, predicted: Mapping[str, Any] | None = None) -> None:
-    """Write a plan file: the steps, where the checkpoints lie, and (for the reader) the predicted utilities."""
+    """Write a plan file: the steps, the paths of the checkpoints, and (for the reader) the predicted utilities."""
     write_json(
         path,
         {

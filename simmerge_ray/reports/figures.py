@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.storage import Place, write_once
+from simmerge_ray.base.storage import Place, write_atomically
 from simmerge_ray.signals.features import SIGNALS, Signal
 from simmerge_ray.signals.table import SignalTable
 
-Array = np.ndarray
-
 MAX_LABELS = 20  # checkpoints on an axis; of more, every second, third ... is named
 _MAX_COLUMNS = 4
+_OVERVIEW = (
+    "kl_lr", "activation_cosine", "attention_cosine", "weight_cosine", "task_vector_cosine", "weight_l2",
+)  # fmt: skip
 _SIGNED = ("task_vector_cosine", "task_vector_norm_ratio")  # zero is the middle of the colours
 _LOGARITHMIC = ("kl_lr", "kl_greedy_lr", "weight_l2")
 # What a colour bar or an axis of bars says.
@@ -49,13 +50,49 @@ def save_figure(figure: Any, directory: Place, name: str) -> Place:
     """Write a figure as PNG; its path."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    write_once(directory / name, buffer.getvalue())
+    write_atomically(directory / name, buffer.getvalue())
     return directory / name
 
 
 def legend_below(axis: Any) -> None:
     """A legend below the axis, where it hides no data."""
     axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
+
+
+def legend_outside(figure: Any, axes: Any) -> None:
+    """One legend below all axes, of what the first of them shows."""
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center", frameon=False)
+
+
+def hide_spare(axes: Any, count: int) -> None:
+    """Hide the axes after the first `count`."""
+    for axis in list(axes.flat)[count:]:
+        axis.set_visible(False)
+
+
+def grouped_bars(
+    axis: Any,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    bounds: Mapping[str, Sequence[Sequence[float]]] | None = None,
+) -> None:
+    """Bars side by side, a group a label on the axis, with a line at zero.
+
+    Args:
+        series: heights by name, one for each group; NaN has no bar. bounds: intervals, likewise.
+    """
+    width = 0.84 / len(series)
+    for index, (name, heights) in enumerate(series.items()):
+        places = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
+        errors = None
+        if bounds is not None:
+            low, high = np.array(bounds[name]).T
+            # A percentile interval need not hold the estimate; a bar of errors cannot be negative.
+            errors = np.maximum([heights - low, high - heights], 0)
+        axis.bar(places, heights, width, yerr=errors, label=name, error_kw={"lw": 0.8, "capsize": 1.5})
+    axis.axhline(0, c="black", lw=0.6)
+    axis.set_xticks(range(len(groups)), groups)
 
 
 def write_heat_maps(table: SignalTable, directory: Place) -> list[Place]:
@@ -72,31 +109,55 @@ def write_heat_maps(table: SignalTable, directory: Place) -> list[Place]:
     ]
 
 
-def _write_maps(signal: Signal, table: SignalTable, directory: Place) -> Place:
-    from matplotlib import colormaps
+def write_overview(table: SignalTable, directory: Place, name: str) -> Place:
+    """One PNG with the heat maps of the main signals, means over the tasks."""
+    shown = [SIGNALS[signal] for signal in _OVERVIEW if SIGNALS[signal].columns[0] in table.columns]
+    figure, axes = _panels(len(shown), 3.2, 3.2, room=1.0, columns=3)
+    for axis, signal in zip(axes.flat, shown, strict=False):
+        values = np.mean([_matrix(table, signal.columns[0], task) for task in _tasks(signal, table)], axis=0)
+        norm, ticks = _colour_scale(signal.name, values)
+        image = _draw_map(axis, signal, values, norm, table.checkpoint_ids)
+        axis.set_title(signal.name, fontsize=9)
+        _add_colour_bar(figure, image, axis, signal, ticks)
+    return save_figure(figure, directory, name)
 
+
+def _write_maps(signal: Signal, table: SignalTable, directory: Place) -> Place:
     ids = table.checkpoint_ids
     panels = {task: _matrix(table, signal.columns[0], task) for task in _tasks(signal, table)}
     norm, ticks = _colour_scale(signal.name, np.stack(list(panels.values())))
-    colours = colormaps["RdBu_r" if signal.name in _SIGNED else "viridis"].with_extremes(bad="0.85")
     side = float(np.clip(0.2 * len(ids), 2.2, 5.0))
     figure, axes = _panels(len(panels), side, side, room=1.6)
     for index, (axis, (task, values)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
-        image = axis.imshow(np.clip(values, norm.vmin, norm.vmax), cmap=colours, norm=norm)
-        positions, names = _labels(ids)
-        axis.set_xticks(positions, names, rotation=90, fontsize=7)
-        axis.set_yticks(positions, names if index % axes.shape[1] == 0 else [""] * len(names), fontsize=7)
+        image = _draw_map(axis, signal, values, norm, ids, has_names=index % axes.shape[1] == 0)
         axis.set_title(_panel_title(signal, task), fontsize=9)
         axis.set_xlabel("right", fontsize=8)
         if index % axes.shape[1] == 0:
             axis.set_ylabel("left", fontsize=8)
-    bar = figure.colorbar(image, ax=list(axes.flat), shrink=0.8, aspect=30, ticks=ticks)
+    _add_colour_bar(figure, image, list(axes.flat), signal, ticks)
+    return _finish(figure, signal, table, len(panels), directory)
+
+
+def _draw_map(
+    axis: Any, signal: Signal, values: np.ndarray, norm: Any, ids: Sequence[str], has_names: bool = True
+) -> Any:
+    """(M, M) values as colours; has_names: of the rows."""
+    from matplotlib import colormaps
+
+    colours = colormaps["RdBu_r" if signal.name in _SIGNED else "viridis"].with_extremes(bad="0.85")
+    positions, names = _labels(ids)
+    axis.set_xticks(positions, names, rotation=90, fontsize=7)
+    axis.set_yticks(positions, names if has_names else [""] * len(names), fontsize=7)
+    return axis.imshow(np.clip(values, norm.vmin, norm.vmax), cmap=colours, norm=norm)
+
+
+def _add_colour_bar(figure: Any, image: Any, axes: Any, signal: Signal, ticks: np.ndarray | None) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, ticks=ticks)
     if ticks is not None:
         bar.ax.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
         bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=7)
     bar.set_label(_UNITS[signal.name], fontsize=8)
-    return _finish(figure, signal, table, len(panels), directory)
 
 
 def _write_bars(signal: Signal, table: SignalTable, directory: Place) -> Place:
@@ -129,7 +190,7 @@ def _panel_title(signal: Signal, task: str) -> str:
     return "" if signal.of_weights else f"probes: {task}"
 
 
-def _matrix(table: SignalTable, column: str, task: str) -> Array:
+def _matrix(table: SignalTable, column: str, task: str) -> np.ndarray:
     """(M, M) values, the left checkpoint in the row; NaN on the diagonal."""
     ids = table.checkpoint_ids
     values = np.full((len(ids), len(ids)), np.nan)
@@ -140,7 +201,7 @@ def _matrix(table: SignalTable, column: str, task: str) -> Array:
     return values
 
 
-def _colour_scale(name: str, values: Array) -> tuple[Any, Array | None]:
+def _colour_scale(name: str, values: np.ndarray) -> tuple[Any, np.ndarray | None]:
     """The norm that all panels of a figure share, and the ticks of its colour bar (None: matplotlib's)."""
     from matplotlib.colors import LogNorm, Normalize
 
@@ -169,14 +230,13 @@ def _with_another(ids: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, ids[0] if name != ids[0] else ids[1]) for name in ids]
 
 
-def _panels(count: int, width: float, height: float, room: float) -> tuple[Any, Any]:
+def _panels(count: int, width: float, height: float, room: float, columns: int = _MAX_COLUMNS) -> tuple[Any, Any]:
     """A figure of `count` panels of that size in inches, with `room` for labels; panels too many are hidden."""
-    columns = min(count, _MAX_COLUMNS)
+    columns = min(count, columns)
     rows = -(-count // columns)
     figure, axes = new_figure(columns * (width + 0.25) + room, rows * (height + room), columns, rows)
     figure.set_layout_engine("constrained")
-    for axis in list(axes.flat)[count:]:
-        axis.set_visible(False)
+    hide_spare(axes, count)
     return figure, axes
 
 

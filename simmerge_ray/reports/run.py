@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.markdown import table_lines, with_interval
 from simmerge_ray.base.runs import RunLayout
-from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_once
+from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_atomically
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
-from simmerge_ray.reports.figures import legend_below, new_figure, save_figure
+from simmerge_ray.reports.figures import grouped_bars, legend_below, new_figure, save_figure, write_overview
+from simmerge_ray.reports.headroom import headroom_lines
 from simmerge_ray.search.labels import LabeledPlan, LabelStore, single_items
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 
-_HEAT_MAPS = (
-    ("kl_lr_mean", "KL(row || column), nats"),
-    ("activation_cosine_mean", "cosine of activations"),
-    ("attention_cosine_mean", "cosine of attention"),
-    ("weight_cosine_global", "cosine of weights"),
-    ("task_vector_cosine_global", "cosine of task vectors"),
-    ("weight_l2_global", "l2 of weights / |base|"),
-)
+_POLICIES = {
+    "uniform": "arm drawn at random",
+    "best_fixed": "best fixed arm of the training part",
+    "selector": "selector",
+    "oracle": "split-half oracle",
+}
 
 
 def write_report(layout: RunLayout[Any]) -> Place:
@@ -49,104 +49,76 @@ def write_report(layout: RunLayout[Any]) -> Place:
         if layout.headroom.exists() and (layout.zoo / "zoo.json").exists():
             parts += _demo_criteria_part(labels, catalogue, read_json(layout.headroom))
     if layout.signals.exists():
-        parts += _signals_part(read_signal_table(layout.signals), catalogue, layout.report)
+        parts += _signals_part(read_signal_table(layout.signals), layout.report)
     parts += ["## Made with", "", ", ".join(f"{name} {version}" for name, version in versions().items()), ""]
-    write_once(layout.report / "report.md", "\n".join(parts).encode())
+    write_atomically(layout.report / "report.md", "\n".join(parts).encode())
     read = (layout.signals, layout.headroom, layout.crossval, layout.pick / "pick.json")
     inputs = {name_below(path, layout.root): digest_file(path) for path in read if path.exists()}
     Manifest("report", {}, inputs).write(layout.report / "report.json", time.monotonic() - started, {})
     return layout.report / "report.md"
 
 
-def table_lines(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table; floats with three digits."""
-    shown = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in shown), ""]
-
-
-def _interval(interval: Sequence[float] | None) -> str:
-    return "[no interval]" if interval is None else f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
-
-
-def _sign(interval: Sequence[float] | None) -> int:
-    """1 or -1 where the whole interval lies on that side of zero, else 0."""
-    if interval is None:
-        return 0
-    return 1 if interval[0] > 0 else -1 if interval[1] < 0 else 0
-
-
 def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
     left, right = pick["pair"]
     tasks = sorted(pick["num_items"])
-    measured, parents = pick["measured"]["arms"], pick["measured"]["parents"]
-    means = {arm: float(np.mean([by_task[t] for t in tasks])) for arm, by_task in measured.items()}
-    ranked = sorted(pick["predicted"], key=lambda arm: -pick["predicted"][arm]["utility"])
-    best_parent = max(parents, key=lambda p: np.mean([parents[p][t] for t in tasks]))
+    predicted, measured, parents = pick["predicted"], pick["measured"]["arms"], pick["measured"]["parents"]
+    ranked = sorted(predicted, key=lambda arm: -predicted[arm]["utility"])
     items = ", ".join(f"{pick['num_items'][task]} items of {task}" for task in tasks)
-    lines = [
+
+    def mean(by_task: Mapping[str, float]) -> float:
+        return float(np.mean([by_task[task] for task in tasks]))
+
+    rows: list[list[Any]] = []
+    for arm in ranked:
+        remarks = [word for word, key in (("picked", "arm"), ("best fixed", "best_fixed")) if arm == pick[key]]
+        value = f"{predicted[arm]['utility']:.3f} ± {predicted[arm]['sd']:.3f}"
+        rows.append([", ".join([arm, *remarks]), value, mean(measured[arm]), *(measured[arm][task] for task in tasks)])
+    for parent in (left, right):
+        by_task = parents[parent]
+        rows.append([f"parent {parent}", "", mean(by_task), *(by_task[task] for task in tasks)])
+    loaded = "; ".join(
+        f"{task} " + ", ".join(f"{value:.3f} ({library})" for library, value in pick["loaded"][task].items())
+        for task in tasks
+    )
+    means = {name: mean(by_task) for name, by_task in (measured | parents).items()}
+    _draw_pick(pick, ranked, means, items, directory)
+    return [
         f"## The pick: {pick['arm']} for {left} + {right}",
         "",
         f"This pair was left out of the search and of the training. The selector chose **{pick['arm']}** from the "
         f"signals alone; the merge was written, and only then was everything below measured ({items}).",
         "",
-    ]
-    rows: list[list[Any]] = []
-    for arm in ranked:
-        names = [
-            arm,
-            *(["picked"] if arm == pick["arm"] else []),
-            *(["best fixed"] if arm == pick["best_fixed"] else []),
-        ]
-        predicted = pick["predicted"][arm]
-        rows.append(
-            [", ".join(names), f"{predicted['utility']:.3f} ± {predicted['sd']:.3f}", means[arm]]
-            + [measured[arm][task] for task in tasks]
-        )
-    for parent in (left, right):
-        values = [parents[parent][task] for task in tasks]
-        rows.append([f"parent {parent}", "", float(np.mean(values)), *values])
-    lines += table_lines(["", "predicted, both tasks", "measured, both tasks", *tasks], rows)
-    lines += [
-        f"Best single checkpoint on both tasks together: {best_parent}. From disk the written checkpoint scores "
-        + "; ".join(
-            f"{task} " + ", ".join(f"{value:.3f} ({library})" for library, value in pick["loaded"][task].items())
-            for task in tasks
-        )
-        + ".",
+        *table_lines(["", "predicted, both tasks", "measured, both tasks", *tasks], rows),
+        f"Best single checkpoint on both tasks together: {max(parents, key=lambda name: means[name])}. From disk the "
+        f"written checkpoint scores {loaded}.",
+        "",
+        "![Predicted and measured utility of the pick](pick.png)",
         "",
     ]
+
+
+def _draw_pick(
+    pick: Mapping[str, Any], ranked: Sequence[str], means: Mapping[str, float], items: str, directory: Place
+) -> None:
     figure, axes = new_figure(6.4, 3.2)
     axis = axes[0][0]
-    positions = np.arange(len(ranked))
-    axis.errorbar(
-        positions - 0.12,
-        [pick["predicted"][arm]["utility"] for arm in ranked],
-        yerr=[pick["predicted"][arm]["sd"] for arm in ranked],
-        fmt="o",
-        label="predicted (± sd of the ensemble)",
-    )
-    axis.plot(positions + 0.12, [means[arm] for arm in ranked], "s", label="measured afterwards")
-    for parent, style in zip((left, right), ("--", ":"), strict=True):
-        axis.axhline(np.mean([parents[parent][t] for t in tasks]), ls=style, c="grey", lw=1, label=f"parent {parent}")
-    axis.set_xticks(positions, ranked, rotation=12)
+    places = np.arange(len(ranked))
+    utilities, sds = ([pick["predicted"][arm][key] for arm in ranked] for key in ("utility", "sd"))
+    axis.errorbar(places - 0.12, utilities, yerr=sds, fmt="o", label="predicted (± sd of the ensemble)")
+    axis.plot(places + 0.12, [means[arm] for arm in ranked], "s", label="measured afterwards")
+    for parent, style in zip(pick["pair"], ("--", ":"), strict=True):
+        axis.axhline(means[parent], ls=style, c="grey", lw=1, label=f"parent {parent}")
+    axis.set_xticks(places, ranked, rotation=12)
     axis.set_ylabel("utility, both tasks")
     axis.set_title(items, fontsize=9)
     legend_below(axis)
     save_figure(figure, directory, "pick.png")
-    return [*lines, "![Predicted and measured utility of the pick](pick.png)", ""]
 
 
 def _selector_part(crossval: Mapping[str, Any], directory: Place) -> list[str]:
     lines = ["## The selector on checkpoints it was not trained on", ""]
     if "reason" in crossval:
         return [*lines, f"Not measured: {crossval['reason']}.", ""]
-    names = {
-        "uniform": "arm drawn at random",
-        "best_fixed": "best fixed arm of the training part",
-        "selector": "selector",
-        "oracle": "split-half oracle",
-    }
     lines += [
         f"Each checkpoint is left out in turn with all its pairs; {crossval['num_contexts']} contexts (pair, task), "
         f"{crossval['num_defined']} with a defined GapClosed. *One arm per merge* serves both parents' tasks: the "
@@ -156,22 +128,18 @@ def _selector_part(crossval: Mapping[str, Any], directory: Place) -> list[str]:
     merge, context = crossval["per_merge"], crossval["per_context"]
     lines += table_lines(
         ["GapClosed", "one arm per merge", "one arm per task"],
-        [[shown, merge[key], context[key]] for key, shown in names.items()],
+        [[shown, merge[key], context[key]] for key, shown in _POLICIES.items()],
     )
-    for title, part in (("per merge", merge), ("per task", context)):
-        verdict = {1: "better", -1: "worse", 0: "not distinguishable"}[_sign(part["gain_interval"])]
-        lines += [
-            f"- one arm {title}: selector minus best fixed {part['gain']:+.3f}, 95 % interval over checkpoints "
-            f"{_interval(part['gain_interval'])}: {verdict}."
-        ]
+    parts = {"per merge": merge, "per task": context}
+    for title, part in parts.items():
+        low, high = part["gain_interval"] or (0.0, 0.0)
+        verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+        gain = with_interval(part["gain"], part["gain_interval"], signed=True)
+        lines += [f"- One arm {title}: selector minus best fixed {gain}, 95 % interval over checkpoints: {verdict}."]
     figure, axes = new_figure(9.6, 3.4, columns=2)
     axis = axes[0][0]
-    width = 0.38
-    for offset, (title, part) in zip(
-        (-width / 2, width / 2), (("per merge", merge), ("per task", context)), strict=True
-    ):
-        axis.bar(np.arange(4) + offset, [part[key] for key in names], width, label=f"one arm {title}")
-    axis.set_xticks(np.arange(4), ["uniform", "best fixed", "selector", "oracle"])
+    series = {f"one arm {title}": [part[key] for key in _POLICIES] for title, part in parts.items()}
+    grouped_bars(axis, ["uniform", "best fixed", "selector", "oracle"], series)
     axis.set_ylabel("GapClosed")
     items = f"{crossval['num_defined']} contexts, at least {crossval['min_items']} items each"
     axis.set_title(f"unseen checkpoints: {items}", fontsize=9)
@@ -191,47 +159,20 @@ def _selector_part(crossval: Mapping[str, Any], directory: Place) -> list[str]:
 
 
 def _headroom_part(room: Mapping[str, Any], directory: Place) -> list[str]:
-    lines = ["## Is there anything to choose?", ""]
+    lines = headroom_lines(room)
     if "undefined" in room:
-        return [*lines, f"GapClosed is not defined: {room['undefined']}.", ""]
-    context, merge = room["per_context"], room["per_merge"]
-    lines += [
-        f"{room['num_defined']} of {room['num_contexts']} contexts (pair, task) have parents that differ enough; "
-        f"at least {room['min_items']} items per task. GapClosed of each arm taken everywhere, and the share of "
-        "contexts in which it beats every other arm by two paired standard errors:",
-        "",
-    ]
-    rows = [
-        [arm, value, context["arm_win_share"][arm], merge["arm_win_share"][arm]]
-        for arm, value in sorted(room["arm_gap_closed"].items(), key=lambda entry: -entry[1])
-    ]
-    lines += table_lines(["arm", "GapClosed", "clearly best per task", "clearly best per merge"], rows)
-    for title, part in (("per task", context), ("per merge", merge)):
-        lines += [
-            f"- one arm {title}: best fixed ({part['best_fixed_arm']}) {part['best_fixed']:.3f}, split-half oracle "
-            f"{part['split_half_oracle']:.3f}, headroom {part['gain']:+.3f} {_interval(part['gain_interval'])}"
-            + ("." if _sign(part["gain_interval"]) > 0 else ", within noise.")
-        ]
-    tasks = list(context["tasks"])
-    arms = list(room["arm_gap_closed"])
+        return lines
+    by_task = room["per_context"]["tasks"]
+    series = {arm: [task["arm_gap_closed"][arm] for task in by_task.values()] for arm in room["arm_gap_closed"]}
+    series["split-half oracle"] = [task["split_half_oracle"] for task in by_task.values()]
     figure, axes = new_figure(9.6, 3.4)
     axis = axes[0][0]
-    width = 0.8 / (len(arms) + 1)
-    for index, arm in enumerate([*arms, "split-half oracle"]):
-        values = [
-            context["tasks"][t]["split_half_oracle"]
-            if index == len(arms)
-            else context["tasks"][t]["arm_gap_closed"][arm]
-            for t in tasks
-        ]
-        axis.bar(np.arange(len(tasks)) + (index - len(arms) / 2) * width, values, width, label=arm)
-    axis.axhline(0, c="black", lw=0.6)
-    axis.set_xticks(np.arange(len(tasks)), [f"{t}\n({context['tasks'][t]['num_contexts']} contexts)" for t in tasks])
+    grouped_bars(axis, [f"{name}\n({task['num_contexts']} contexts)" for name, task in by_task.items()], series)
     axis.set_ylabel("GapClosed")
     axis.set_title(f"at least {room['min_items']} items per task", fontsize=9)
     legend_below(axis)
     save_figure(figure, directory, "operators.png")
-    return [*lines, "", "![GapClosed per operator and task](operators.png)", ""]
+    return [*lines, "![GapClosed per operator and task](operators.png)", ""]
 
 
 def _zoo_part(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[str]:
@@ -267,17 +208,13 @@ def _demo_criteria_part(labels: Sequence[LabeledPlan], catalogue: Catalogue, roo
             margins[ref.id] = own[ref.id] - max(float(singles[other, task].mean()) for other in strong)
     context = room["per_context"]
     often = [arm for arm, share in context["arm_win_share"].items() if share >= 0.05]
-    low, high = context["gain_interval"] or (float("nan"), float("nan"))
+    gain = with_interval(context["gain"], context["gain_interval"])
     weakest = min(own, key=lambda name: own[name])
     rows: list[list[Any]] = [
         ["lowest utility of an expert on its own task", ">= 0.8", f"{own[weakest]:.3f} ({weakest})"],
         ["items per task", ">= 400", room["min_items"]],
         ["GapClosed of the best fixed arm", ">= 0.4", context["best_fixed"]],
-        [
-            "split-half oracle minus best fixed",
-            ">= 0.05, interval above 0",
-            f"{context['gain']:.3f} [{low:.3f}, {high:.3f}]",
-        ],
+        ["split-half oracle minus best fixed", ">= 0.05, interval above 0", gain],
         ["arms clearly best in 5 % of the contexts", ">= 3", f"{len(often)}: {', '.join(often)}"],
     ]
     if margins:
@@ -287,27 +224,8 @@ def _demo_criteria_part(labels: Sequence[LabeledPlan], catalogue: Catalogue, roo
     return ["What the zoo was made to reach:", "", *table_lines(["", "asked", "measured"], rows)]
 
 
-def _signals_part(table: SignalTable, catalogue: Catalogue | None, directory: Place) -> list[str]:
-    ids = [name for name in catalogue.ids if name in table.checkpoint_ids] if catalogue else list(table.checkpoint_ids)
-    shown = [(column, title) for column, title in _HEAT_MAPS if column in table.columns]
-    num_columns = 3
-    num_rows = -(-len(shown) // num_columns)
-    figure, axes = new_figure(4.4 * num_columns, 3.9 * num_rows, num_columns, num_rows)
-    for axis, (column, title) in zip(axes.flat, shown, strict=False):
-        values = np.full((len(ids), len(ids)), np.nan)
-        for i, left in enumerate(ids):
-            for j, right in enumerate(ids):
-                if i != j:
-                    values[i, j] = np.mean([table.get(left, right, task).features[column] for task in table.tasks])
-        image = axis.imshow(values, cmap="viridis")
-        axis.set_title(title, fontsize=9)
-        axis.set_xticks(range(len(ids)), ids, rotation=90, fontsize=6)
-        axis.set_yticks(range(len(ids)), ids, fontsize=6)
-        figure.colorbar(image, ax=axis, shrink=0.8)
-    for axis in list(axes.flat)[len(shown) :]:
-        axis.set_visible(False)
-    figure.tight_layout()
-    save_figure(figure, directory, "signals.png")
+def _signals_part(table: SignalTable, directory: Place) -> list[str]:
+    write_overview(table, directory, "signals.png")
     return [
         "## Signals",
         "",

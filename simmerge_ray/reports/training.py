@@ -7,8 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.storage import Place, write_once
-from simmerge_ray.reports.figures import new_figure, save_figure
+from simmerge_ray.base.markdown import number, percent, table_lines, with_interval
+from simmerge_ray.base.storage import Place, write_atomically
+from simmerge_ray.reports.figures import (
+    grouped_bars,
+    hide_spare,
+    legend_below,
+    legend_outside,
+    new_figure,
+    save_figure,
+)
+from simmerge_ray.reports.headroom import headroom_lines, is_above_zero
 
 Content = Mapping[str, Any]
 
@@ -40,7 +49,7 @@ _NUM_QUANTILES = 5
 def write_selector_report(assessment: Content, directory: Place) -> Place:
     """Write `report.md` and `figures/*.png` below a directory; the path of the former."""
     main = assessment["splits"][assessment["headline"]]
-    parts = ["# The selector and what it can do", "", *_data(assessment), *_headroom(assessment["headroom"])]
+    parts = ["# The selector and what it can do", "", *_data(assessment), *headroom_lines(assessment["headroom"])]
     figures = directory / FIGURES
     if "reason" in main:
         parts += ["## On checkpoints it was not trained on", "", f"Not measured: {main['reason']}.", ""]
@@ -51,90 +60,69 @@ def write_selector_report(assessment: Content, directory: Place) -> Place:
     if "reason" not in main:
         parts += [*_calibration(assessment, main, figures), *_importance(assessment, figures), *_ablations(assessment)]
     parts += _signals(assessment, figures)
-    write_once(directory / "report.md", "\n".join(parts).encode())
+    write_atomically(directory / "report.md", "\n".join(parts).encode())
     return directory / "report.md"
 
 
-def _number(value: float | None, signed: bool = False) -> str:
-    return "-" if value is None else f"{value:+.3f}" if signed else f"{value:.3f}"
-
-
-def _with_interval(value: float | None, interval: Sequence[float] | None, signed: bool = False) -> str:
-    if value is None:
-        return "-"
-    if interval is None:
-        return f"{_number(value, signed)} [no interval]"
-    return f"{_number(value, signed)} [{_number(interval[0], signed)}, {_number(interval[1], signed)}]"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
 def _in_short(assessment: Content, main: Content) -> list[str]:
-    of_merge = main["policies"]["per_merge"]
-    figures, leads = of_merge["policies"], of_merge["lead"]
-    selector, safe = figures["selector"], figures["selector, safe"]
-    interval = selector["gain_interval"]
+    figures = main["policies"]["per_merge"]["policies"]
+    selector, safe, permuted = (figures[name] for name in ("selector", "selector, safe", "signals permuted"))
+    thresholds = main["override"]["thresholds"]
     lines = [
-        f"On the split *{assessment['headline']}* the selector closes {_number(selector['gap_closed'])} of the gap "
-        f"between the parents, the best fixed arm {_number(figures['best fixed']['gap_closed'])}; the gain is "
-        f"{_with_interval(selector['gain'], interval, True)}.",
-    ]
-    if interval is not None and interval[0] > 0:
-        lines += ["The interval lies above zero: on such checkpoints the choice by signals pays."]
-    elif interval is not None and interval[1] < 0:
-        lines += [
-            "The interval lies below zero: the selector is **worse** than always taking the best fixed arm. Take that."
-        ]
-    else:
-        lines += [
-            "The interval holds zero: these labels **do not show** that choosing by signals is better than always "
-            "taking the best fixed arm. Take the safe policy, which leaves that arm only where it has paid, or measure "
-            "more pairs of more checkpoints."
-        ]
-    safe_gain = _with_interval(safe["gain"], safe["gain_interval"], True)
-    never = sum(threshold is None for threshold in main["override"]["thresholds"])
-    lines += [
-        f"The safe policy (the default of `simmerge plan`) gains {safe_gain}; in {never} of "
-        f"{len(main['override']['thresholds'])} folds it never left the best fixed arm.",
+        f"On the split *{assessment['headline']}* the selector closes {number(selector['gap_closed'])} of the gap "
+        f"between the parents, the best fixed arm {number(figures['best fixed']['gap_closed'])}; the gain is "
+        f"{_gain(selector)}.",
+        _verdict(selector["gain_interval"]),
+        f"The safe policy (the default of `simmerge plan`) gains {_gain(safe)}; in "
+        f"{sum(threshold is None for threshold in thresholds)} of {len(thresholds)} folds it never left the best fixed "
+        "arm.",
         "",
+        *_lead_lines(main["policies"]["per_merge"]["lead"]),
     ]
-    not_beaten = [name for name in _TRIVIAL if name in leads and not _above_zero(leads[name]["gain_interval"])]
-    if not_beaten:
-        lines += ["**Trivial baselines that the selector does not clearly beat:**", ""]
-        for name in not_beaten:
-            lead = _with_interval(leads[name]["gain"], leads[name]["gain_interval"], True)
-            lines += [f"- {name}: lead {lead}. {_consequence(name)}"]
-        lines += [""]
-    else:
-        lines += ["It beats every trivial baseline below, each lead with its whole interval above zero.", ""]
-    alone = leads.get("single-checkpoint features")
-    if alone and not _above_zero(alone["gain_interval"]):
-        lead = _with_interval(alone["gain"], alone["gain_interval"], True)
+    if is_above_zero(permuted["gain_interval"]):
         lines += [
-            f"The lead over the same model on single-checkpoint features is {lead}: these labels do not show that "
-            "comparing the two checkpoints adds anything to what is known of each alone.",
-            "",
-        ]
-    permuted = figures["signals permuted"]
-    if _above_zero(permuted["gain_interval"]):
-        lines += [
-            "**The negative control gains as well** (the same model trained on signals of other pairs: "
-            f"{_with_interval(permuted['gain'], permuted['gain_interval'], True)}), so the gain does not show that the "
-            "signals matter.",
+            f"**The negative control gains as well** (the same model trained on signals of other pairs: "
+            f"{_gain(permuted)}), so the gain does not show that the signals matter.",
             "",
         ]
     return lines
 
 
-def _above_zero(interval: Sequence[float] | None) -> bool:
-    return interval is not None and interval[0] > 0
+def _gain(figures: Content) -> str:
+    return with_interval(figures["gain"], figures["gain_interval"], signed=True)
+
+
+def _verdict(interval: Sequence[float] | None) -> str:
+    if is_above_zero(interval):
+        return "The interval lies above zero: on such checkpoints the choice by signals pays."
+    if interval is not None and interval[1] < 0:
+        return (
+            "The interval lies below zero: the selector is **worse** than always taking the best fixed arm. Take that."
+        )
+    return (
+        "The interval holds zero: these labels **do not show** that choosing by signals is better than always taking "
+        "the best fixed arm. Take the safe policy, which leaves that arm only where it has paid, or measure more pairs "
+        "of more checkpoints."
+    )
+
+
+def _lead_lines(leads: Content) -> list[str]:
+    """Over what needs no model of the signals, and over a model of each checkpoint alone."""
+    not_beaten = [name for name in _TRIVIAL if name in leads and not is_above_zero(leads[name]["gain_interval"])]
+    if not_beaten:
+        lines = ["**Trivial baselines that the selector does not clearly beat:**", ""]
+        lines += [f"- {name}: lead {_gain(leads[name])}. {_consequence(name)}" for name in not_beaten]
+    else:
+        lines = ["It beats every trivial baseline below, each lead with its whole interval above zero."]
+    lines += [""]
+    alone = leads.get("single-checkpoint features")
+    if alone and not is_above_zero(alone["gain_interval"]):
+        lines += [
+            f"The lead over the same model on single-checkpoint features is {_gain(alone)}: these labels do not show "
+            "that comparing the two checkpoints adds anything to what is known of each alone.",
+            "",
+        ]
+    return lines
 
 
 def _consequence(name: str) -> str:
@@ -164,34 +152,6 @@ def _data(assessment: Content) -> list[str]:
     return lines
 
 
-def _headroom(room: Content) -> list[str]:
-    lines = ["## Is there anything to choose?", ""]
-    if "reason" in room:
-        return [*lines, f"Not measured: {room['reason']}.", ""]
-    lines += [
-        f"GapClosed is defined for {room['num_defined']} of {room['num_contexts']} contexts, with "
-        f"{room['min_items']} items or more. Each arm taken everywhere, and where it is clearly the best (by two "
-        "paired standard errors):",
-        "",
-    ]
-    ranked = sorted(room["arm_gap_closed"].items(), key=lambda entry: -entry[1])
-    merge, context = room["per_merge"], room["per_context"]
-    lines += _table(
-        ["arm", "GapClosed", "clearly best, per merge", "clearly best, per task"],
-        [
-            [arm, _number(value), _percent(merge["arm_win_share"][arm]), _percent(context["arm_win_share"][arm])]
-            for arm, value in ranked
-        ],
-    )
-    for title, part in (("merge (the headline: it serves both parents' tasks)", merge), ("task", context)):
-        clear = "" if _above_zero(part["gain_interval"]) else ": within noise, so a selector has nothing to find"
-        lines += [
-            f"- One arm per {title}: a split-half oracle reaches {_number(part['split_half_oracle'])}, headroom over "
-            f"the best fixed arm {_with_interval(part['gain'], part['gain_interval'], True)}{clear}."
-        ]
-    return [*lines, ""]
-
-
 def _selection(assessment: Content, main: Content) -> list[str]:
     of_merge = main["policies"]["per_merge"]
     figures = of_merge["policies"]
@@ -200,7 +160,7 @@ def _selection(assessment: Content, main: Content) -> list[str]:
         "",
         f"Split *{assessment['headline']}*: {_SPLIT_MEANING[assessment['headline']]}. One arm per merge, in brackets "
         "95 % intervals over bases and checkpoints. *Within noise*: picks not significantly worse than the best arm of "
-        f"the merge; the most frequent such arm reaches {_percent(of_merge['majority_in_noise_set'])}. *Regret*: "
+        f"the merge; the most frequent such arm reaches {percent(of_merge['majority_in_noise_set'])}. *Regret*: "
         "utility lost to the best arm, mean over merges, and over the worst tenth of them; below zero where a parent "
         "is better than every arm. *Negative*: contexts where GapClosed is below zero, the merge worse than the "
         "weaker parent.",
@@ -211,22 +171,22 @@ def _selection(assessment: Content, main: Content) -> list[str]:
         rows.append(
             [
                 name + (" (control)" if name in _CONTROLS else ""),
-                _with_interval(one["gap_closed"], one["interval"]),
-                _with_interval(one["gain"], one["gain_interval"], True),
-                _percent(one["in_noise_set"]),
-                _number(one["mean_regret"]),
-                _number(one["worst_decile_regret"]),
-                _percent(one["negative"]),
+                with_interval(one["gap_closed"], one["interval"]),
+                _gain(one),
+                percent(one["in_noise_set"]),
+                number(one["mean_regret"]),
+                number(one["worst_decile_regret"]),
+                percent(one["negative"]),
             ]
         )
     header = ["", "GapClosed", "over best fixed", "within noise", "regret", "worst decile", "negative"]
-    lines += _table(header, rows)
+    lines += table_lines(header, rows)
     lines += [f"- {name}: not measured; {reason}." for name, reason in main["missing"].items()]
     accuracy = of_merge["arm_accuracy"]
     lines += ["", 'How often the selector answers "is this the best arm of the merge?" rightly:', ""]
-    return lines + _table(
+    return lines + table_lines(
         ["arm", "accuracy", "a constant answer", "it is the best in"],
-        [[arm, *map(_percent, (a["accuracy"], a["base_rate"], a["best_share"]))] for arm, a in accuracy.items()],
+        [[arm, *map(percent, (a["accuracy"], a["base_rate"], a["best_share"]))] for arm, a in accuracy.items()],
     )
 
 
@@ -235,21 +195,17 @@ def _domains(main: Content, directory: Place) -> list[str]:
     shown = [name for name in _BARS if name in figures and figures[name]["tasks"]]
     tasks = list(figures["selector"]["tasks"])
     figure, axes = new_figure(max(7.0, 1.9 * len(tasks)), 3.6)
-    axis, width = axes[0][0], 0.84 / len(shown)
-    for index, name in enumerate(shown):
-        found = [figures[name]["tasks"][task] for task in tasks]
-        values = np.array([one["gap_closed"] if one["gap_closed"] is not None else np.nan for one in found])
-        bounds = np.array([one["interval"] or [value] * 2 for one, value in zip(found, values, strict=True)])
-        # A percentile interval need not hold the estimate; a bar of errors cannot be negative.
-        errors = np.maximum([values - bounds[:, 0], bounds[:, 1] - values], 0)
-        places = np.arange(len(tasks)) + (index - (len(shown) - 1) / 2) * width
-        axis.bar(places, values, width, yerr=errors, label=name, error_kw={"lw": 0.8, "capsize": 1.5})
-    counts = [figures["selector"]["tasks"][task]["num_contexts"] for task in tasks]
-    axis.set_xticks(range(len(tasks)), [f"{task}\n({n} contexts)" for task, n in zip(tasks, counts, strict=True)])
-    axis.axhline(0, c="black", lw=0.6)
+    axis = axes[0][0]
+    series, bounds = {}, {}
+    for name in shown:
+        by_task = [figures[name]["tasks"][task] for task in tasks]
+        series[name] = [np.nan if one["gap_closed"] is None else one["gap_closed"] for one in by_task]
+        bounds[name] = [one["interval"] or [value] * 2 for one, value in zip(by_task, series[name], strict=True)]
+    counts = {task: figures["selector"]["tasks"][task]["num_contexts"] for task in tasks}
+    grouped_bars(axis, [f"{task}\n({count} contexts)" for task, count in counts.items()], series, bounds)
     axis.set_ylabel("GapClosed")
     axis.set_title("one arm per merge, unseen checkpoints, 95 % intervals", fontsize=9)
-    axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    legend_below(axis)
     save_figure(figure, directory, "domains.png")
     return ["By domain:", "", f"![GapClosed per domain and method]({FIGURES}/domains.png)", ""]
 
@@ -268,15 +224,15 @@ def _splits(assessment: Content) -> list[str]:
             [
                 name + (" (headline)" if name == assessment["headline"] else ""),
                 _SPLIT_MEANING[name],
-                _number(selector["gap_closed"]),
-                _with_interval(selector["gain"], selector["gain_interval"], True),
-                _with_interval(safe["gain"], safe["gain_interval"], True),
-                _percent(one["abstained"]),
+                number(selector["gap_closed"]),
+                _gain(selector),
+                _gain(safe),
+                percent(one["abstained"]),
             ]
         )
     if rows:
         header = ["split", "left out", "GapClosed", "selector over best fixed", "safe policy over it", "abstained"]
-        lines += _table(header, rows)
+        lines += table_lines(header, rows)
         lines += [
             "*Abstained*: pairs too far from the training data, where the safe policy falls back. All but the headline "
             f"use smaller ensembles ({small['num_members']} networks, {small['num_trees']} trees) and fewer folds "
@@ -290,10 +246,10 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
     lines = ["## Are the predicted utilities right?", ""]
     if main["intervals"]:
         lines += ["Intervals on the left-out checkpoints, of one utility:", ""]
-        lines += _table(
+        lines += table_lines(
             ["asked", "covered", "half-width"],
             [
-                [_percent(float(level)), _percent(one["coverage"]), _number(one["half_width"])]
+                [percent(float(level)), percent(one["coverage"]), number(one["half_width"])]
                 for level, one in main["intervals"].items()
             ],
         )
@@ -306,10 +262,10 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
         "",
     ]
     both = zip(bins["utility"], bins["advantage"], strict=True)
-    lines += _table(
+    lines += table_lines(
         ["tenth", "predicted utility", "measured", "predicted advantage", "measured"],
         [
-            [str(i), *(_number(level[k]) for k in keys), *(_number(contrast[k], True) for k in keys)]
+            [str(i), *(number(level[k]) for k in keys), *(number(contrast[k], True) for k in keys)]
             for keys in [("predicted", "measured")]
             for i, (level, contrast) in enumerate(both, 1)
         ],
@@ -332,8 +288,7 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
         axis.set_xlabel(f"predicted {name}")
         axis.set_ylabel(f"measured {name}")
     figure.suptitle("each arm on each context, predicted without its checkpoints", fontsize=9)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center", frameon=False)
+    legend_outside(figure, axes)
     save_figure(figure, directory, "calibration.png")
     return [*lines, f"![Predicted against measured]({FIGURES}/calibration.png)", ""]
 
@@ -346,14 +301,14 @@ def _importance(assessment: Content, directory: Place) -> list[str]:
         "",
         f"Each family's columns are taken from another pair, in the tested rows alone, {found['num_permutations']} "
         "times; the model stays. Change of the headline gain "
-        f"({_number(found['gain'], True)} with the smaller ensembles), mean and range. Families hold much of the same "
+        f"({number(found['gain'], True)} with the smaller ensembles), mean and range. Families hold much of the same "
         "information, so one that costs nothing may still be used.",
         "",
     ]
-    lines += _table(
+    lines += table_lines(
         ["family", "columns", "change of the gain", "from", "to"],
         [
-            [row["family"], str(row["num_columns"]), *(_number(row[key], True) for key in ("change", "low", "high"))]
+            [row["family"], str(row["num_columns"]), *(number(row[key], True) for key in ("change", "low", "high"))]
             for row in rows
         ],
     )
@@ -380,14 +335,14 @@ def _ablations(assessment: Content) -> list[str]:
         "probes say. The change is against all signals, on the same samples.",
         "",
     ]
-    lines += _table(
+    lines += table_lines(
         ["", "features", "over best fixed", "change"],
         [
             [
                 f"{row['group']}: {row['name']}",
                 str(row["num_columns"]),
-                _with_interval(row["gain"], row["gain_interval"], True),
-                "" if row["name"] == "all signals" else _with_interval(row["change"], row["change_interval"], True),
+                _gain(row),
+                "" if row["name"] == "all signals" else with_interval(row["change"], row["change_interval"], True),
             ]
             for row in found["rows"]
         ],
@@ -416,10 +371,8 @@ def _signals(assessment: Content, directory: Place) -> list[str]:
         axis.locator_params(axis="x", nbins=5)
     for axis in axes[:, 0]:
         axis.set_ylabel("measured utility", fontsize=8)
-    for axis in list(axes.flat)[len(signals) :]:
-        axis.set_visible(False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center", frameon=False)
+    hide_spare(axes, len(signals))
+    legend_outside(figure, axes)
     save_figure(figure, directory, "signals.png")
     return [
         *lines,

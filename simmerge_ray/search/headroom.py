@@ -101,14 +101,14 @@ class HeadroomReport:
 def headroom(contexts: Sequence[Context], num_resamples: int = 2000, seed: int = 0) -> HeadroomReport:
     """All statistics of a set of contexts; raises `InputError` when none of them is defined."""
     arms = _checked_arms(contexts)
-    gaps = [gap for gap in (_gap(context, arms) for context in contexts) if gap is not None]
+    gaps = [gap for context in contexts if (gap := _gap(context, arms)) is not None]
     if not gaps:
         raise InputError(
             f"none of the {len(contexts)} contexts has parents that differ by {MIN_GAP} and by "
             f"{NUM_STANDARD_ERRORS:g} standard errors, so GapClosed is not defined"
         )
     fixed = {arm: np.array([gap.closed[k] for gap in gaps]) for k, arm in enumerate(arms)}
-    arm_gap_closed = {arm: _mean_over_tasks(gaps, closed) for arm, closed in fixed.items()}
+    arm_gap_closed = {arm: _headline(gaps, closed) for arm, closed in fixed.items()}
     best_fixed_arm = max(arms, key=lambda arm: arm_gap_closed[arm])
     merges: dict[tuple[str, str], list[int]] = {}
     for i, gap in enumerate(gaps):
@@ -129,19 +129,6 @@ def headroom(contexts: Sequence[Context], num_resamples: int = 2000, seed: int =
     )
 
 
-def gap_closed(contexts: Sequence[Context], chosen_arms: Sequence[str]) -> float | None:
-    """Headline GapClosed of any policy, the arm that it took for each context in order; None where none is defined."""
-    arms = _checked_arms(contexts)
-    gaps, closed = [], []
-    for context, arm in zip(contexts, chosen_arms, strict=True):
-        if arm not in arms:
-            raise InputError(f"unknown arm {arm!r} for {context.left} + {context.right}; known: {list(arms)}")
-        if (gap := _gap(context, arms)) is not None:
-            gaps.append(gap)
-            closed.append(gap.closed[arms.index(arm)])
-    return _mean_over_tasks(gaps, np.array(closed)) if gaps else None
-
-
 @dataclass(frozen=True)
 class DefinedGaps:
     """The D defined ones of a set of contexts.
@@ -157,55 +144,43 @@ class DefinedGaps:
 
 def defined_gaps(contexts: Sequence[Context], arms: Sequence[str]) -> DefinedGaps:
     """Numerators and denominators of GapClosed for all arms, from which that of any policy follows; D may be 0."""
-    found = [(row, gap) for row, gap in enumerate(_gap(context, arms) for context in contexts) if gap is not None]
+    gaps = {row: gap for row, context in enumerate(contexts) if (gap := _gap(context, arms)) is not None}
     return DefinedGaps(
-        rows=np.array([row for row, _ in found], dtype=np.int64),
-        tasks=tuple(gap.task for _, gap in found),
-        closed=np.array([gap.closed for _, gap in found]).reshape(len(found), len(arms)),
-        gap=np.array([gap.gap for _, gap in found]),
+        rows=np.array(list(gaps), dtype=np.int64),
+        tasks=tuple(gap.task for gap in gaps.values()),
+        closed=np.array([gap.closed for gap in gaps.values()]).reshape(len(gaps), len(arms)),
+        gap=np.array([gap.gap for gap in gaps.values()]),
     )
 
 
-@dataclass(frozen=True)
-class PolicyGain:
-    """GapClosed of a policy beside a reference policy, their difference, and its 95 % interval over checkpoints."""
+def headline(
+    tasks: Sequence[str] | np.ndarray, numerators: np.ndarray, gap: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """GapClosed of D defined contexts: ratio of sums per task, then the mean over the tasks that have weight.
 
-    policy: float
-    reference: float
-    gain: float
-    gain_interval: tuple[float, float] | None
+    Args:
+        tasks, gap: (D,). numerators: (..., D). weights: (..., D), how often each context counts; None: once.
 
-
-def policy_gain(
-    contexts: Sequence[Context],
-    chosen_arms: Sequence[str],
-    reference_arms: Sequence[str],
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> PolicyGain:
-    """Compare two policies, each the arm that it took for every context in order, on the defined contexts.
-
-    Raises:
-        InputError: no context is defined, or an arm is unknown.
+    Returns:
+        (...), NaN where no context counts.
     """
-    arms = _checked_arms(contexts)
-    for arm in (*chosen_arms, *reference_arms):
-        if arm not in arms:
-            raise InputError(f"unknown arm {arm!r}; known: {list(arms)}")
-    rows = [(_gap(c, arms), a, b) for c, a, b in zip(contexts, chosen_arms, reference_arms, strict=True)]
-    gaps = [gap for gap, _, _ in rows if gap is not None]
-    if not gaps:
-        raise InputError("GapClosed is defined in none of the contexts")
-    policy = np.array([gap.closed[arms.index(a)] for gap, a, _ in rows if gap is not None])
-    reference = np.array([gap.closed[arms.index(b)] for gap, _, b in rows if gap is not None])
+    counts, of_context = np.ones(len(gap)) if weights is None else weights, np.asarray(tasks)
+    ratios = []
+    for task in np.unique(of_context):
+        of_task = of_context == task
+        total = (counts * gap)[..., of_task].sum(-1)
+        closed = (counts * numerators)[..., of_task].sum(-1)
+        ratios.append(np.divide(closed, total, out=np.full(np.shape(closed), np.nan), where=total > 0))
+    if not ratios:
+        return np.full(np.broadcast_shapes(numerators.shape, counts.shape)[:-1], np.nan)
+    return mean_of_known(ratios)
 
-    policy_figure, reference_figure = _mean_over_tasks(gaps, policy), _mean_over_tasks(gaps, reference)
-    return PolicyGain(
-        policy=policy_figure,
-        reference=reference_figure,
-        gain=policy_figure - reference_figure,
-        gain_interval=_bootstrap_interval(gaps, policy - reference, num_resamples, seed),
-    )
+
+def mean_of_known(ratios: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of arrays of one shape without their NaNs; NaN where all are."""
+    known = ~np.isnan(ratios)
+    mean = np.where(known, ratios, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+    return np.where(known.any(0), mean, np.nan)
 
 
 @dataclass(frozen=True)
@@ -322,13 +297,13 @@ def _objective(
         if winner is not None:
             num_wins[winner] += 1
 
-    best_fixed, split_half_oracle = (_mean_over_tasks(gaps, closed) for closed in (fixed[best_fixed_arm], oracle))
+    best_fixed, split_half_oracle = (_headline(gaps, closed) for closed in (fixed[best_fixed_arm], oracle))
     return ObjectiveHeadroom(
         num_units=len(units),
         best_fixed_arm=best_fixed_arm,
         best_fixed=best_fixed,
         split_half_oracle=split_half_oracle,
-        maximum=_mean_over_tasks(gaps, maximum),
+        maximum=_headline(gaps, maximum),
         gain=split_half_oracle - best_fixed,
         gain_interval=_bootstrap_interval(gaps, oracle - fixed[best_fixed_arm], num_resamples, seed),
         split_half_oracle_mean_ratio=_mean_ratio(gaps, oracle),
@@ -374,10 +349,12 @@ def _clear_winner(members: Sequence[_Gap]) -> int | None:
     return int(winner) if lead > 0 and lead >= NUM_STANDARD_ERRORS * standard_error else None
 
 
-def _mean_over_tasks(gaps: Sequence[_Gap], closed: np.ndarray) -> float:
-    """Ratio of sums per task, then the mean over tasks."""
-    rows_of_tasks = _rows_by_task(gaps).values()
-    return float(np.mean([closed[rows].sum() / sum(gaps[i].gap for i in rows) for rows in rows_of_tasks]))
+def _headline(gaps: Sequence[_Gap], closed: np.ndarray) -> float:
+    return float(headline(*_columns(gaps, closed)))
+
+
+def _columns(gaps: Sequence[_Gap], closed: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
+    return [gap.task for gap in gaps], closed, np.array([gap.gap for gap in gaps])
 
 
 def _mean_ratio(gaps: Sequence[_Gap], closed: np.ndarray) -> float:
@@ -397,13 +374,13 @@ def _per_task(
     tasks = {}
     for task, rows in _rows_by_task(gaps).items():
         of_task = [gaps[i] for i in rows]
-        arm_gap_closed = {arm: _mean_over_tasks(of_task, closed[rows]) for arm, closed in fixed.items()}
+        arm_gap_closed = {arm: _headline(of_task, closed[rows]) for arm, closed in fixed.items()}
         tasks[task] = TaskHeadroom(
             num_contexts=len(rows),
             arm_gap_closed=arm_gap_closed,
             best_fixed_arm=max(arm_gap_closed, key=lambda arm: arm_gap_closed[arm]),
-            split_half_oracle=_mean_over_tasks(of_task, oracle[rows]),
-            maximum=_mean_over_tasks(of_task, maximum[rows]),
+            split_half_oracle=_headline(of_task, oracle[rows]),
+            maximum=_headline(of_task, maximum[rows]),
         )
     return tasks
 
@@ -421,14 +398,9 @@ def _bootstrap_interval(
     num = len(checkpoints)
     drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=num_resamples)
     weights = (drawn[:, pairs[:, 0]] * drawn[:, pairs[:, 1]]).astype(np.float64)
-    rows_of_tasks = list(_rows_by_task(gaps).values())
-    totals = np.array([weights[:, rows] @ np.array([gaps[i].gap for i in rows]) for rows in rows_of_tasks])
-    numerators = np.array([weights[:, rows] @ gains[rows] for rows in rows_of_tasks])
-    held = totals > 0
-    ratios = np.divide(numerators, totals, out=np.zeros_like(totals), where=held)
-    any_held = held.any(axis=0)
-    if not any_held.any():
+    values = headline(*_columns(gaps, gains), weights)
+    values = values[~np.isnan(values)]
+    if not len(values):
         return None
-    values = ratios.sum(axis=0)[any_held] / held.sum(axis=0)[any_held]
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""What is measured next: every missing trial in order, or what Optuna proposes from what was found."""
+"""What is measured next: every missing trial in order, or what Optuna proposes from the results so far."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.labels import Infeasible, LabeledPlan, Stopped
 from simmerge_ray.search.runner import TrialProgress
-from simmerge_ray.search.setup import Study, Trial
+from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials
 from simmerge_ray.search.space import STEP, Range
 
 SAMPLERS = ("tpe", "cmaes", "random")
@@ -19,11 +19,11 @@ _MAX_REPEATS = 200  # proposals in a row that were made before, after which the 
 
 
 class Proposer(Protocol):
-    """Gives trials out and is told how they went. `number` is the caller's name of a trial."""
+    """Hands out trials and learns how they went. `number` is the caller's name of a trial."""
 
     @property
     def total(self) -> int:
-        """How many trials it will give out."""
+        """How many trials it will hand out."""
         ...
 
     def propose(self, number: str) -> Trial | None:
@@ -66,31 +66,31 @@ class GridProposer:
 class OptunaProposer:
     """First the given trials, then what Optuna's sampler proposes, until `budget` merges have labels.
 
-    Labels that are in the store count: they are told to Optuna first, so that a search goes on where it stopped. A plan
-    that is proposed again is told its value again and costs nothing.
+    Labels that are in the store count: they are told to Optuna first, so that a search goes on where it stopped. A
+    repeated proposal gets its known value and costs nothing.
 
     Args:
         first: trials of unmerged checkpoints.
     """
 
-    def __init__(self, study: Study, first: Sequence[Trial]) -> None:
+    def __init__(self, search: PreparedSearch, first: Sequence[Trial]) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        assert study.space is not None and study.config.budget is not None
+        assert search.space is not None and search.config.budget is not None
         self._states = optuna.trial.TrialState
-        self._study, self._space = study, study.space
-        self._search = optuna.create_study(
-            directions=["maximize"] * len(study.objectives),
-            sampler=make_sampler(study.config.sampler, study.config.seed),
+        self._search, self._space = search, search.space
+        self._optuna = optuna.create_study(
+            directions=["maximize"] * len(search.objectives),
+            sampler=make_sampler(search.config.sampler, search.config.seed),
         )
         self._first = list(first)
         self._num_first = len(self._first)
         self._running: dict[str, tuple[Any, MergePlan]] = {}
         self._known: dict[str, list[float] | None] = {}
-        for plan, labels in study.labels().items():
+        for plan, labels in search.labels().items():
             self._tell_stored(plan, labels)
-        self._num_merges = max(0, study.config.budget - len(self._known))
+        self._num_merges = max(0, search.config.budget - len(self._known))
         self._num_proposed = 0
 
     @property
@@ -101,39 +101,39 @@ class OptunaProposer:
         if self._first:
             return self._first.pop(0)
         for _ in range(_MAX_REPEATS if self._num_proposed < self._num_merges else 0):
-            trial = self._search.ask()
+            trial = self._optuna.ask()
             plan = self._space.plan(partial(_suggest, trial))
             if plan.id not in self._known:
                 self._known[plan.id] = None
                 self._running[number] = (trial, plan)
                 self._num_proposed += 1
-                return Trial(plan, self._study.tasks_of(plan), num_shards=self._study.config.num_shards)
+                return Trial(plan, self._search.tasks_of(plan), num_shards=self._search.config.num_shards)
             values = self._known[plan.id]
-            self._search.tell(trial, values, state=self._states.COMPLETE if values else self._states.FAIL)
+            self._optuna.tell(trial, values, state=self._states.COMPLETE if values else self._states.FAIL)
         self._num_merges = self._num_proposed  # nothing new is left
         return None
 
     def report(self, number: str, step: int, utilities: Mapping[str, float]) -> None:
-        if number in self._running and len(self._study.objectives) == 1:
-            self._running[number][0].report(self._study.values(utilities)[0], step)
+        if number in self._running and len(self._search.objectives) == 1:
+            self._running[number][0].report(self._search.values(utilities)[0], step)
 
     def finish(self, number: str, progress: TrialProgress | None) -> None:
         if number not in self._running:
             return
         trial, plan = self._running.pop(number)
         if progress is None or progress.infeasible is not None or not progress.items:
-            self._search.tell(trial, state=self._states.FAIL)
+            self._optuna.tell(trial, state=self._states.FAIL)
         elif not progress.finished:
-            self._search.tell(trial, state=self._states.PRUNED)
+            self._optuna.tell(trial, state=self._states.PRUNED)
         else:
-            values = list(self._study.values(progress.utilities))
+            values = list(self._search.values(progress.utilities))
             self._known[plan.id] = values
-            self._search.tell(trial, values)
+            self._optuna.tell(trial, values)
 
     def _tell_stored(self, plan: MergePlan, labels: Mapping[str, LabeledPlan]) -> None:
         """Add a finished trial to Optuna's, if the plan is one of the space and has all labels."""
         found = self._space.parameters(plan) if plan.steps else None
-        if found is None or set(labels) != set(self._study.tasks_of(plan)):
+        if found is None or set(labels) != set(self._search.tasks_of(plan)):
             return
         from optuna.trial import create_trial
 
@@ -141,14 +141,14 @@ class OptunaProposer:
         utilities = {task: one.utility for task, one in outcomes.items() if not isinstance(one, Infeasible)}
         state, values, reported = self._states.FAIL, None, {}
         if len(utilities) == len(outcomes):
-            values = list(self._study.values(utilities))
+            values = list(self._search.values(utilities))
             state = self._states.COMPLETE
             if any(isinstance(one, Stopped) for one in outcomes.values()):
                 if len(values) > 1:
                     return  # stopped by a search with one objective; this one does not stop trials
                 state, reported, values = self._states.PRUNED, {1: values[0]}, None
         self._known[plan.id] = values
-        self._search.add_trial(
+        self._optuna.add_trial(
             create_trial(
                 state=state,
                 values=values,
@@ -157,6 +157,15 @@ class OptunaProposer:
                 intermediate_values=reported,
             )
         )
+
+
+def make_proposer(study: PreparedSearch, plans: Sequence[MergePlan] | None = None) -> Proposer:
+    """All missing trials in order; with a budget, unmerged checkpoints first and then Optuna's proposals."""
+    if study.space is None or plans is not None:
+        return GridProposer(grid_trials(study, plans))
+    singles = dict.fromkeys(member for subset in study.space.subsets for member in subset)
+    names = [*([study.catalogue.base.id] if study.catalogue.base else []), *singles]
+    return OptunaProposer(study, grid_trials(study, [MergePlan(source=name) for name in dict.fromkeys(names)]))
 
 
 def make_sampler(name: str, seed: int) -> Any:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError, EngineError, StorageError
-from simmerge_ray.checkpoints.references import check_compatible
+from simmerge_ray.checkpoints.compatibility import check_compatible
 from simmerge_ray.merging.engine.fallbacks import linear_form
 from simmerge_ray.plans.plan import MergePlan, ResolvedPlan, resolve_plan
 from simmerge_ray.search.evaluation import Evaluator, shards
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Outcome
-from simmerge_ray.search.setup import Study, Trial
+from simmerge_ray.search.setup import PreparedSearch, Trial
 
 _log = logging.getLogger(__name__)
 
@@ -46,26 +46,26 @@ class TrialProgress:
 
 
 class TrialRunner:
-    """Runs trials of a study. A plain class: `distributed.merge_search.MergeTrial` puts it into Ray Tune.
+    """Runs trials of a search. A plain class: `on_ray.merge_search.MergeTrial` puts it into Ray Tune.
 
     Args:
         start: starts an evaluator; called when there is none, and again after a failed swap.
     """
 
-    def __init__(self, study: Study, start: Callable[[Study], Evaluator]) -> None:
-        self._study, self._start = study, start
-        self._store = LabelStore(study.labels_uri)
+    def __init__(self, search: PreparedSearch, start: Callable[[PreparedSearch], Evaluator]) -> None:
+        self._search, self._start = search, start
+        self._store = LabelStore(search.labels_uri)
         self._evaluator: Evaluator | None = None
         self._trial: Trial | None = None
         self._fitting: set[frozenset[str]] = set()
 
     def begin(self, trial: Trial) -> None:
-        """Take the next trial; what the last one had evaluated, if it did not finish, is forgotten."""
+        """Take the next trial; an unfinished one before it is forgotten."""
         self._trial = trial
-        self._resolved = resolve_plan(trial.plan, self._study.catalogue)
+        self._resolved = resolve_plan(trial.plan, self._search.catalogue)
         self._started = 0.0
         self._loaded, self._failures, self._shard = False, 0, 0
-        sizes = {task: self._study.tasks[task].num_items for task in trial.tasks}
+        sizes = {task: self._search.tasks[task].num_items for task in trial.tasks}
         self._parts = {task: shards(size, trial.num_shards) for task, size in sizes.items()}
         self._items = {task: np.full(size, np.nan) for task, size in sizes.items()}
 
@@ -91,7 +91,7 @@ class TrialRunner:
             self._started = time.monotonic()
         if not self._loaded and self._failures == 0 and (number := self._same_merge(trial)) is not None:
             seconds = time.monotonic() - self._started
-            copied = copy_labels(self._study, self._store, trial, trial.rivals[number], seconds)
+            copied = copy_labels(self._search, self._store, trial, trial.rivals[number], seconds)
             return TrialProgress({}, True, rival=number) if copied is None else _finished(copied)
         while True:
             evaluator = self._ready_evaluator()
@@ -118,7 +118,7 @@ class TrialRunner:
         for task in trial.tasks:
             if self._shard < len(self._parts[task]):
                 part = self._parts[task][self._shard]
-                self._items[task][part] = self._study.tasks[task].evaluate(evaluator, part)
+                self._items[task][part] = self._search.tasks[task].evaluate(evaluator, part)
                 num_new += len(part)
         self._shard += 1
         if self._shard < max(len(parts) for parts in self._parts.values()):
@@ -135,7 +135,7 @@ class TrialRunner:
 
     def _write(self, trial: Trial, outcomes: Mapping[str, Outcome]) -> None:
         seconds = (time.monotonic() - self._started) / len(outcomes)
-        self._store.append([self._study.label(trial.plan, task, one, seconds) for task, one in outcomes.items()])
+        self._store.append([self._search.label(trial.plan, task, one, seconds) for task, one in outcomes.items()])
 
     def _check_fit(self, resolved: ResolvedPlan) -> None:
         """Refuse checkpoints that do not fit each other (any more); each set of them is looked at once."""
@@ -160,7 +160,7 @@ class TrialRunner:
     def _ready_evaluator(self) -> Evaluator:
         if self._evaluator is None:
             try:
-                self._evaluator = self._start(self._study)
+                self._evaluator = self._start(self._search)
             except StorageError:
                 raise
             except Exception as error:  # whatever the engine raises: without it no trial can be measured
@@ -169,7 +169,7 @@ class TrialRunner:
         return self._evaluator
 
     def close(self) -> None:
-        """Let the evaluator go."""
+        """Close the evaluator."""
         close = getattr(self._evaluator, "close", None)
         self._evaluator = None
         if close:
@@ -183,14 +183,14 @@ def _finished(outcomes: Mapping[str, Outcome]) -> TrialProgress:
 
 
 def copy_labels(
-    study: Study, store: LabelStore, trial: Trial, rival: MergePlan, seconds: float
+    search: PreparedSearch, store: LabelStore, trial: Trial, rival: MergePlan, seconds: float
 ) -> dict[str, Outcome] | None:
     """Label a trial with the outcomes of a rival that is the same merge; None if one of them is not there yet."""
     known = {label.key: label.outcome for label in store.read()}
-    keys = {task: study.key(rival, task) for task in trial.tasks}
+    keys = {task: search.key(rival, task) for task in trial.tasks}
     if any(not isinstance(known.get(key), Measured | Infeasible) for key in keys.values()):
         return None
     outcomes = {task: known[key] for task, key in keys.items()}
     share = seconds / len(trial.tasks)
-    store.append([study.label(trial.plan, task, one, share, same_as=rival) for task, one in outcomes.items()])
+    store.append([search.label(trial.plan, task, one, share, same_as=rival) for task, one in outcomes.items()])
     return outcomes

@@ -12,7 +12,7 @@ from simmerge_ray.base.errors import ConfigError, InputError, LabelError, TaskEr
 from simmerge_ray.base.storage import versions
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files
-from simmerge_ray.merging.engine.fallbacks import SPHERICAL, all_linear
+from simmerge_ray.merging.engine.fallbacks import all_linear
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan, pair_plans, plan_from_json, resolve_plan
 from simmerge_ray.search.evaluation import EvaluationTask
@@ -30,7 +30,7 @@ from simmerge_ray.search.objectives import Objective, parse_objective
 from simmerge_ray.search.space import SearchSpace, make_space
 
 _MAX_MODEL_LEN = 4096
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Study:
+class PreparedSearch:
     """What all trials of a search share; small enough to send to every actor."""
 
     catalogue: Catalogue
@@ -103,7 +103,7 @@ class Study:
         return used_digests(plan, self.digests, self.catalogue.base.id if self.catalogue.base else None)
 
     def labels(self) -> dict[MergePlan, dict[str, LabeledPlan]]:
-        """The labels in the store that this study would make itself (same contents, items and settings), by plan and
+        """The labels in the store that this search would make itself (same contents, items and settings), by plan and
         task."""
         known = {ref.id for ref in self.catalogue.all_refs}
         found: dict[MergePlan, dict[str, LabeledPlan]] = {}
@@ -130,13 +130,13 @@ class Study:
         return every_task if plan.source is not None else (plan_tasks(plan, self.catalogue) or every_task)
 
 
-def prepare_study(
+def prepare_search(
     catalogue: Catalogue, tasks: Mapping[str, EvaluationTask], config: SearchConfig, labels_uri: str
-) -> Study:
+) -> PreparedSearch:
     """Check everything that can be checked before an engine exists.
 
     Raises:
-        InputError: one of what cannot be used, or a `ConfigError` with all of it.
+        InputError: an input that cannot be used; several are listed in one `ConfigError`.
     """
     problems: list[str] = []
     context = _collected(problems, lambda: _context_limit(catalogue, config.max_model_len))
@@ -153,10 +153,12 @@ def prepare_study(
         raise ConfigError("\n  ".join(problems))
     assert context is not None and objectives is not None
     settings = EvaluationSettings(config.evaluator, config.dtype, context)
-    return Study(catalogue, dict(tasks), config, settings, catalogue.digests(), labels_uri, tuple(objectives), space)
+    return PreparedSearch(
+        catalogue, dict(tasks), config, settings, catalogue.digests(), labels_uri, tuple(objectives), space
+    )
 
 
-def _collected(problems: list[str], check: Callable[[], Found]) -> Found | None:
+def _collected(problems: list[str], check: Callable[[], Value]) -> Value | None:
     try:
         return check()
     except InputError as error:
@@ -180,20 +182,20 @@ def _pairs(catalogue: Catalogue, config: SearchConfig) -> list[tuple[str, str]]:
     return [pair for pair in catalogue.pairs(config.pairs) if frozenset(pair) not in excluded]
 
 
-def grid_trials(study: Study, plans: Sequence[MergePlan] | None = None) -> list[Trial]:
+def grid_trials(search: PreparedSearch, plans: Sequence[MergePlan] | None = None) -> list[Trial]:
     """The trials whose labels are missing: every checkpoint and the base on every task, then pairs x arms on their
     parents' own tasks. With `plans`: these and their parents, on the plans' tasks.
 
     Raises:
         OperatorError, PlanError: a plan that the catalogue cannot make.
     """
-    catalogue, config = study.catalogue, study.config
+    catalogue, config = search.catalogue, search.config
     if plans is None:
-        needed = [(MergePlan(source=ref.id), study.tasks_of(MergePlan(source=ref.id))) for ref in catalogue.all_refs]
+        needed = [(MergePlan(source=ref.id), search.tasks_of(MergePlan(source=ref.id))) for ref in catalogue.all_refs]
         merges = pair_plans(_pairs(catalogue, config), parse_arms(config.arms))
-        needed += [(plan, study.tasks_of(plan)) for plan in merges]
+        needed += [(plan, search.tasks_of(plan)) for plan in merges]
     else:
-        needed = [(plan, study.tasks_of(plan)) for plan in plans]
+        needed = [(plan, search.tasks_of(plan)) for plan in plans]
         parents = dict.fromkeys((member, names) for plan, names in needed for member in plan.members)
         needed += [(MergePlan(source=member), names) for member, names in parents]
         needed = list(dict.fromkeys(needed))
@@ -201,10 +203,10 @@ def grid_trials(study: Study, plans: Sequence[MergePlan] | None = None) -> list[
         resolve_plan(plan, catalogue)
     rivals = _rivals(needed)
     final = Measured if config.retry_infeasible else (Measured, Infeasible)
-    known = {label.key for label in LabelStore(study.labels_uri).read() if isinstance(label.outcome, final)}
+    known = {label.key for label in LabelStore(search.labels_uri).read() if isinstance(label.outcome, final)}
     trials = []
     for plan, names in needed:
-        if missing := tuple(task for task in names if study.key(plan, task) not in known):
+        if missing := tuple(task for task in names if search.key(plan, task) not in known):
             trials.append(Trial(plan, missing, rivals.get(plan.id, ())))
     return trials
 
@@ -217,7 +219,7 @@ def _rivals(needed: Sequence[tuple[MergePlan, Sequence[str]]]) -> dict[str, tupl
     groups: dict[str, list[tuple[int, int, MergePlan, set[str]]]] = {}
     for number, (plan, names) in enumerate(needed):
         if plan.steps:
-            spherical = sum(step.arm.operator in SPHERICAL for step in plan.steps)
+            spherical = sum(step.arm.spec.is_spherical for step in plan.steps)
             groups.setdefault(all_linear(plan).id, []).append((spherical, number, plan, set(names)))
     found = {}
     for group in groups.values():
@@ -237,7 +239,7 @@ def _context_limit(catalogue: Catalogue, requested: int | None) -> int:
 
 
 def check_lengths(tasks: Mapping[str, EvaluationTask], catalogue: Catalogue, max_model_len: int) -> None:
-    """Refuse items whose prompt and answer do not fit an engine.
+    """Refuse tasks with items that do not fit an engine.
 
     Raises:
         TaskError: with the longest item of every such task.

@@ -7,7 +7,7 @@ depth of the model (layer-group weights).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Protocol
@@ -15,18 +15,11 @@ from typing import Any, Protocol
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, Arm, make_arm, parse_arms
+from simmerge_ray.plans.operators.specs import Arm, make_arm, parse_arms
 from simmerge_ray.plans.plan import MergePlan, MergeStep, resolve_plan
 
 MAX_SUBSETS = 1000
 STEP = 0.01  # of every number: finer is lost in the noise of any evaluation
-# Where good merges are found; the operators themselves accept more.
-RANGES: Mapping[str, tuple[float, float]] = {
-    "density": (0.05, 1.0),
-    "scale": (0.2, 2.0),
-    "select_topk": (0.05, 1.0),
-}
-_DELLA_DENSITY = (0.2, 0.8)  # density +- epsilon has to stay inside (0, 1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ class SearchSpace:
 
     def parameters(self, plan: MergePlan) -> dict[str, tuple[Any, Range]] | None:
         """Names, values and ranges that make `plan`, or None if it is not in this space."""
-        found: dict[str, tuple[Any, Range]] = {}
+        suggested: dict[str, tuple[Any, Range]] = {}
         wanted = self._values(plan)
         if wanted is None:
             return None
@@ -94,14 +87,14 @@ class SearchSpace:
             value = wanted[name]
             if not where.holds(value):
                 raise KeyError(name)
-            found[name] = (value, where)
+            suggested[name] = (value, where)
             return value
 
         try:
             made = self.plan(suggest)
         except KeyError:
             return None
-        return found if made.id == plan.id else None
+        return suggested if made.id == plan.id else None
 
     def _values(self, plan: MergePlan) -> dict[str, Any] | None:
         """Values under every name that could stand for a part of `plan`."""
@@ -133,14 +126,13 @@ def _number(value: Any) -> float:
 
 
 def free_parameters(arm: Arm) -> dict[str, Range]:
-    """The parameters of an arm that are searched: those that are not given, and have a range."""
-    given = dict(arm.params)
-    found = {}
-    for name in OPERATOR_SPECS[arm.operator].parameters:
-        if name in RANGES and name not in given:
-            is_della = name == "density" and arm.operator.startswith("della")
-            found[name] = Range(*(_DELLA_DENSITY if is_della else RANGES[name]))
-    return found
+    """The parameters of an arm that are searched: those that it leaves open and that have a searched range."""
+    fixed = dict(arm.params)
+    return {
+        name: Range(*spec.searched)
+        for name, spec in arm.spec.parameters.items()
+        if spec.searched is not None and name not in fixed
+    }
 
 
 def make_space(catalogue: Catalogue, config: SearchConfig) -> SearchSpace:

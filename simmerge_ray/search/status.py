@@ -24,11 +24,6 @@ class SearchStatus:
         return self.num_items / self.seconds if self.seconds > 0 else 0.0
 
     @property
-    def seconds_left(self) -> float | None:
-        """From the trials done so far; None before the first."""
-        return self.seconds / self.done * (self.total - self.done) if self.done else None
-
-    @property
     def line(self) -> str:
         """Failed trials, items per second and the best merge so far."""
         parts = [f"{self.items_per_second:.0f} items/s"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.labels import Measured
 from simmerge_ray.search.objectives import pareto_front
-from simmerge_ray.search.setup import Study
+from simmerge_ray.search.setup import PreparedSearch
 
 
 @dataclass(frozen=True)
-class Found:
+class PlanResult:
     """A merge or a checkpoint with its utility and standard error by task, and the value of every objective.
 
     best: the first by the first objective, or with several objectives one of the Pareto front, among its kind.
@@ -24,28 +24,28 @@ class Found:
     best: bool = False
 
 
-def found(study: Study) -> tuple[list[Found], list[Found]]:
+def ranked_results(search: PreparedSearch) -> tuple[list[PlanResult], list[PlanResult]]:
     """(merges, unmerged checkpoints) that were measured on all tasks that the objectives need, best first.
 
     In a grid, where a merge is measured on its members' tasks, the objectives are those of its own tasks.
     """
-    kinds: tuple[list[Found], list[Found]] = ([], [])
-    for plan, labels in study.labels().items():
-        outcomes = {task: labels[task].outcome for task in study.tasks_of(plan) if task in labels}
+    kinds: tuple[list[PlanResult], list[PlanResult]] = ([], [])
+    for plan, labels in search.labels().items():
+        outcomes = {task: labels[task].outcome for task in search.tasks_of(plan) if task in labels}
         measured = {task: one for task, one in outcomes.items() if isinstance(one, Measured)}
-        if len(measured) == len(study.tasks_of(plan)):
+        if len(measured) == len(search.tasks_of(plan)):
             utilities = {task: (one.utility, one.standard_error) for task, one in measured.items()}
-            values = study.values({task: one.utility for task, one in measured.items()})
-            kinds[plan.source is not None].append(Found(plan, utilities, values))
+            values = search.values({task: one.utility for task, one in measured.items()})
+            kinds[plan.source is not None].append(PlanResult(plan, utilities, values))
     merges, singles = (_ranked(kind) for kind in kinds)
     return merges, singles
 
 
-def _ranked(kind: list[Found]) -> list[Found]:
+def _ranked(kind: list[PlanResult]) -> list[PlanResult]:
     if not kind:
         return []
     front = set(pareto_front([one.values for one in kind]))
     if len(kind[0].values) == 1:
         front = {min(front)}
-    marked = [Found(one.plan, one.utilities, one.values, index in front) for index, one in enumerate(kind)]
+    marked = [PlanResult(one.plan, one.utilities, one.values, index in front) for index, one in enumerate(kind)]
     return sorted(marked, key=lambda one: (*(-value for value in one.values), one.plan.id))

@@ -23,7 +23,7 @@ Items = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ObjectiveEstimate:
     """A value of the objective, or a difference of two, with its standard error."""
 
     value: float
@@ -53,7 +53,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to take.
+    """The decision.
 
     winner: the best merge if it beats the best single checkpoint on the choosing half, else that checkpoint.
     best_merge, best_single: of their kind on the choosing half; None where none was measured. utility: of the winner,
@@ -64,9 +64,9 @@ class Verdict:
     winner: Candidate
     best_merge: Candidate | None
     best_single: Candidate | None
-    utility: Estimate
-    advantage: Estimate | None
-    chosen_by: Estimate | None
+    utility: ObjectiveEstimate
+    advantage: ObjectiveEstimate | None
+    chosen_by: ObjectiveEstimate | None
 
     @property
     def keeps_checkpoint(self) -> bool:
@@ -86,7 +86,7 @@ def check_items(task: str, num_items: int) -> None:
         )
 
 
-def decide(candidates: Sequence[Candidate], objective: Objective) -> Verdict:
+def choose_winner(candidates: Sequence[Candidate], objective: Objective) -> Verdict:
     """The verdict; among equally good merges (checkpoints) the first, and a checkpoint before an equally good merge.
 
     Raises:
@@ -100,23 +100,25 @@ def decide(candidates: Sequence[Candidate], objective: Objective) -> Verdict:
     if best_merge is None or best_single is None:
         winner = best_merge or best_single
         assert winner is not None
-        return Verdict(winner, best_merge, best_single, estimate(winner.reporting, objective), None, None)
+        return Verdict(winner, best_merge, best_single, objective_estimate(winner.reporting, objective), None, None)
     chosen_by = difference(best_merge.choosing, best_single.choosing, objective)
     winner = best_merge if chosen_by.value > 0 else best_single
     advantage = difference(best_merge.reporting, best_single.reporting, objective)
-    return Verdict(winner, best_merge, best_single, estimate(winner.reporting, objective), advantage, chosen_by)
+    return Verdict(
+        winner, best_merge, best_single, objective_estimate(winner.reporting, objective), advantage, chosen_by
+    )
 
 
 def _best(candidates: Sequence[Candidate], objective: Objective) -> Candidate | None:
-    return max(candidates, key=lambda one: estimate(one.choosing, objective).value, default=None)
+    return max(candidates, key=lambda one: objective_estimate(one.choosing, objective).value, default=None)
 
 
-def estimate(items: Items, objective: Objective) -> Estimate:
+def objective_estimate(items: Items, objective: Objective) -> ObjectiveEstimate:
     """The objective of measured items. Items of one task, and tasks, are taken to be independent."""
     return difference(items, {task: np.zeros(len(values)) for task, values in items.items()}, objective)
 
 
-def difference(left: Items, right: Items, objective: Objective) -> Estimate:
+def difference(left: Items, right: Items, objective: Objective) -> ObjectiveEstimate:
     """Objective of `left` minus that of `right`, sum_t (a_t x_t - b_t y_t), its error from the pairs of items.
 
     a and b are the shares of the tasks: those of the objective, or for `worst` all of it on each side's worst task.
@@ -127,7 +129,7 @@ def difference(left: Items, right: Items, objective: Objective) -> Estimate:
         pairs = shares[0].get(task, 0.0) * left[task] - shares[1].get(task, 0.0) * right[task]
         value += float(pairs.mean())
         variance += float(pairs.var(ddof=1)) / len(pairs)
-    return Estimate(value, float(np.sqrt(variance)))
+    return ObjectiveEstimate(value, float(np.sqrt(variance)))
 
 
 def task_shares(objective: Objective, utilities: Mapping[str, float]) -> dict[str, float]:

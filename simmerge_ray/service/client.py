@@ -12,7 +12,6 @@ and answer gives a key of its own, e.g. the name of its job.
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import time
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
+import tenacity
 from pydantic import BaseModel, ValidationError
 
 from simmerge_ray.base.errors import ClientError, RefusedError, UnavailableError
@@ -37,6 +37,7 @@ from simmerge_ray.service.schemas import (
     PolicyAnswer,
     Ranked,
     RewardAnswer,
+    check_utility,
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -133,8 +134,10 @@ class Client:
 
     def reward(self, decision_id: str, utility: float, key: str | None = None) -> RewardAnswer:
         """Report the measured utility, in [0, 1], of the merge that a decision chose."""
-        if isinstance(utility, bool) or not (math.isfinite(utility) and 0 <= utility <= 1):
-            raise RefusedError(422, f"the utility is {utility!r}; it must be a number in [0, 1]")
+        try:
+            check_utility(utility)
+        except ValueError as error:
+            raise RefusedError(422, str(error)) from None
         return self._send("POST", _path(decision_id, "/reward"), RewardAnswer, {"utility": utility}, _key(key))
 
     def void(self, decision_id: str, reason: str, key: str | None = None) -> RewardAnswer:
@@ -198,23 +201,25 @@ class Client:
             request = self._http.build_request(method, path, json=body, headers=headers, params=query)
         except (ValueError, TypeError) as error:  # NaN, or a header that is none
             raise RefusedError(None, f"{method} {path} cannot be sent: {error}") from None
-        for tried in range(self._retries + 1):
-            pause = _pause(tried)
+
+        def attempt() -> Answer:
             try:
                 response = self._http.send(request)
             except (httpx.TransportError, OSError) as error:
-                problem = UnavailableError(None, f"no answer from {self.url}: {str(error) or type(error).__name__}")
-            else:
-                if not _may_pass(response):
-                    return _read(response, answer)
-                problem = UnavailableError(response.status_code, _detail(response))
-                asked = _retry_after(response)
-                if asked > LONGEST_RETRY_AFTER_S:
-                    raise problem
-                pause += asked
-            if tried < self._retries:
-                self._sleep(pause)
-        raise problem
+                problem = f"no answer from {self.url}: {str(error) or type(error).__name__}"
+                raise UnavailableError(None, problem, retry_after=0.0) from None
+            if _may_pass(response):
+                raise UnavailableError(response.status_code, _detail(response), _retry_after(response))
+            return _read(response, answer)
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_be_answered),
+            wait=_pause,
+            stop=tenacity.stop_after_attempt(self._retries + 1),
+            sleep=self._sleep,
+            reraise=True,
+        )
+        return retrying(attempt)
 
 
 def _key(key: str | None) -> dict[str, str]:
@@ -229,10 +234,19 @@ def _path(decision_id: str, rest: str = "") -> str:
     return f"/v1/decisions/{quote(decision_id, safe='')}{rest}"
 
 
-def _pause(tried: int) -> float:
-    """Twice as long each time, and by chance up to half less, so that clients that failed together part."""
-    longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**tried)
-    return longest * random.uniform(0.5, 1.0)
+def _may_be_answered(error: BaseException) -> bool:
+    if not isinstance(error, UnavailableError) or error.retry_after is None:
+        return False
+    return error.retry_after <= LONGEST_RETRY_AFTER_S
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Twice as long each time, and by chance up to half less, so that clients that failed together part; after what
+    the service asks for."""
+    longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (state.attempt_number - 1))
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after if isinstance(error, UnavailableError) else None
+    return longest * random.uniform(0.5, 1.0) + (asked or 0.0)
 
 
 def _may_pass(response: httpx.Response) -> bool:

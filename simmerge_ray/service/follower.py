@@ -1,4 +1,4 @@
-"""One replica's side of the event log: it opens the database, begins an empty log, folds, and keeps snapshots.
+"""One replica's side of the event log: it opens the database, starts an empty log, folds, and saves snapshots.
 
 What blocks runs in two threads: the log's own, which looks at the log, makes events of what it sees and commits them;
 and one that reads and folds for everybody else.
@@ -12,12 +12,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.context import Contexts
 from simmerge_ray.service.log.database import open_database
 from simmerge_ray.service.log.event_log import EventLog
-from simmerge_ray.service.log.events import Activation, EncoderEpoch, Event
-from simmerge_ray.service.log.fold import Array, View
+from simmerge_ray.service.log.events import Activation, EncoderEpoch, Event, WarmStart
+from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.log.ledger import Ledger
 from simmerge_ray.service.log.outcomes import Outcome
 from simmerge_ray.service.log.replica import Replica
@@ -97,9 +99,7 @@ class Follower:
 
     async def append(self, event: Event, key: str | None, payload: Any = None) -> Outcome:
         """Raises StoreError."""
-        log = await self.opened()
-        outcome = await log.append_async(event, key, payload)
-        return outcome
+        return await (await self.opened()).append_async(event, key, payload)
 
     def published(self, view: View) -> Published:
         """The selector that is in force. Raises StoreError."""
@@ -133,7 +133,7 @@ class Follower:
         assert self._replica is not None
         view = self._replica.catch_up()
         if not _is_begun(view):
-            self._has_begun = False  # the next request begins it; this thread cannot, since it would wait for itself
+            self._has_begun = False  # the next request starts it; this thread would wait for itself
             raise StoreError("the event log was emptied; it begins anew")
         self._snapshot_if_due(view)
         return view
@@ -167,19 +167,20 @@ class Follower:
                 _log.warning("the log was begun with the selector %s; %s is not used", view.model_version, self._given)
         if not view.posteriors:
             published = self.published(view)
-            warm = Contexts(published, self._table).warm_start()
+            warm = WarmStart(*Contexts(published, self._table).priors())
             self._log.append(warm, "start/warm", {"version": published.version})
             view = replica.catch_up()
         return view
 
-    def _encode(self, epoch: int, features: Array) -> tuple[Array, float]:
+    def _encode(self, epoch: int, features: np.ndarray) -> tuple[np.ndarray, float]:
         """For the fold: z and level of raw features by the selector of an epoch."""
         assert self._log is not None
         if epoch not in self._encoders:
-            found = [row.event for row in self._log.history(str(epoch)) if row.kind == "encoder_epoch"]
-            if not found or not isinstance(found[0], EncoderEpoch):
+            begun = [row for row in self._log.history(str(epoch)) if row.kind == EncoderEpoch.kind]
+            if not begun:
                 raise StoreError(f"the log is damaged: it has no encoder epoch {epoch}")
-            self._encoders = {epoch: Contexts(self._registry.load(found[0].model_version), self._table)}
+            version = begun[0].decoded(EncoderEpoch).model_version
+            self._encoders = {epoch: Contexts(self._registry.load(version), self._table)}
         return self._encoders[epoch].encode(features)
 
     def _save_snapshot(self) -> None:

@@ -2,8 +2,8 @@
 
 One `Learner` is one replica. It has no state of its own that matters: before every decision it folds the tail of the
 log (requests that arrive while the log is read or written share the next read), and a decision or reward is
-acknowledged when its transaction is committed. Pairs are decided in the log's own thread (see `follower`), plans are
-ranked in another, which also reads for people.
+acknowledged when its transaction is committed. Pairs are decided in the log's own thread (see `follower`); plans are
+ranked in another, which also serves the dashboard's reads.
 """
 
 from __future__ import annotations
@@ -15,17 +15,33 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
-import numpy as np
-
+from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.base.errors import SimmergeError, StoreError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
-from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.context import Contexts, PolicyCache, decide_pair, new_epoch_of, ranked, start_of
+from simmerge_ray.service.answers import (
+    accepted,
+    arm_state,
+    catalogue_answer,
+    entropy,
+    event_summary,
+    reward_answer,
+    safe_policy,
+    signal_matrix,
+)
+from simmerge_ray.service.context import Contexts
+from simmerge_ray.service.deciding import (
+    Asked,
+    PolicyCache,
+    new_epoch_of,
+    noise_of,
+    pair_decision,
+    plan_decision,
+    ranked,
+    start_of,
+)
 from simmerge_ray.service.follower import Follower
 from simmerge_ray.service.log.events import (
     DecisionClosed,
@@ -34,22 +50,14 @@ from simmerge_ray.service.log.events import (
     RewardGiven,
     RewardVoided,
 )
-from simmerge_ray.service.log.fold import Array, View
-from simmerge_ray.service.log.ledger import (
-    EXPIRED,
-    answer_of,
-    decision_record,
-    former_versions,
-    recent_decisions,
-)
-from simmerge_ray.service.log.outcomes import Outcome, Status
-from simmerge_ray.service.planning import PlanRanker
+from simmerge_ray.service.log.fold import EXPIRED, View
+from simmerge_ray.service.log.ledger import answer_of, decision_record, former_versions, recent_decisions
+from simmerge_ray.service.log.outcomes import Status
+from simmerge_ray.service.planning import PlanRanker, plan_prediction
 from simmerge_ray.service.registry import Published, Registry
 from simmerge_ray.service.schemas import (
     ArmRequest,
-    ArmState,
     CatalogueAnswer,
-    CatalogueCheckpoint,
     CurveAnswer,
     Decision,
     DecisionList,
@@ -57,7 +65,6 @@ from simmerge_ray.service.schemas import (
     DecisionRequest,
     DiscountRequest,
     EventSummary,
-    ExamplePair,
     PlanPrediction,
     PlansAnswer,
     PlansRequest,
@@ -68,7 +75,6 @@ from simmerge_ray.service.schemas import (
     Refused,
     RewardAnswer,
     RewardRequest,
-    SafePolicy,
     SignalMatrix,
 )
 from simmerge_ray.signals.table import SignalTable, read_signal_table
@@ -80,45 +86,17 @@ _MAX_EXPIRED = 1000  # closed in one go
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class LearnerSettings:
-    """database: URL. registry: directory of published selectors. selector: for a log that has not begun, or one to be
-    published beside it. signals: table of the pairs that may be asked for. catalogue, signatures: for better plans.
-    ttl_seconds: of a decision, None: for ever. floor: probability that every arm is played with at least."""
-
-    database: str
-    registry: Path
-    signals: Place
-    selector: Place | None = None
-    catalogue: Place | None = None
-    signatures: str | None = None
-    namespace: str = "default"
-    floor: float = 0.02
-    ttl_seconds: float | None = 30 * 86400.0
-    snapshot_every: int = 1000
-
-
-class Observer(Protocol):
-    """Told of everything that is worth a metric; must not fail or wait."""
-
-    def decided(self, decision: Decision) -> None: ...
-
-    def rewarded(self, outcome: str) -> None: ...
-
-    def state(self, view: View, entropies: dict[str, float]) -> None: ...
-
-
-class Silent:
-    """An observer that does nothing."""
+class Observer:
+    """Told of everything that is worth a metric, which it ignores here; must not fail or wait."""
 
     def decided(self, decision: Decision) -> None:
-        """Nothing."""
+        """One more decision."""
 
     def rewarded(self, outcome: str) -> None:
-        """Nothing."""
+        """One more request with a reward, by what became of it."""
 
     def state(self, view: View, entropies: dict[str, float]) -> None:
-        """Nothing."""
+        """The present state, and the entropy of each arm's posterior in nats."""
 
 
 class Learner:
@@ -131,9 +109,9 @@ class Learner:
         InputError: the signal table, the catalogue or the selector cannot be read, or do not fit each other.
     """
 
-    def __init__(self, settings: LearnerSettings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, settings: ServiceConfig, clock: Callable[[], float] = time.time) -> None:
         self.settings, self._clock = settings, clock
-        self.observer: Observer = Silent()
+        self.observer = Observer()
         self.registry = Registry(settings.registry)
         self._table: SignalTable = read_signal_table(settings.signals)
         self._catalogue: Catalogue | None = load_catalogue(settings.catalogue) if settings.catalogue else None
@@ -159,7 +137,7 @@ class Learner:
         self._ids = random.Random()
 
     async def start(self) -> None:
-        """Begin to serve; a database that is away now is waited for, request by request."""
+        """Start serving. If the database is unreachable, each request tries it again."""
         try:
             await self.ready()
         except StoreError as error:
@@ -180,7 +158,7 @@ class Learner:
         self.registry.load(view.model_version or "")
         return view.seq
 
-    # What changes the log.
+    # Calls that change the log.
 
     async def decide(self, request: DecisionRequest, key: str | None = None) -> tuple[int, Decision]:
         """Status 201 or 200 (a retry with the same key), and what was decided the first time.
@@ -204,7 +182,7 @@ class Learner:
             event, answer = await self._in_other(lambda: self._decide_plan(view, request, decision_id))
             answers.append(answer)
             outcome = await self._follower.append(event, key, payload)
-        row = _accepted(outcome)
+        row = accepted(outcome)
         decision = answers[0] if outcome.status == Status.CREATED else answer_of(row)
         if outcome.status == Status.CREATED:
             self.observer.decided(decision)
@@ -216,30 +194,30 @@ class Learner:
         """Raises Refused (404, 409, 410, 422), StoreError."""
         outcome = await self._follower.append(RewardGiven(decision_id, request.utility), key)
         self.observer.rewarded(outcome.status.name.lower())
-        return int(outcome.status), _answer(decision_id, outcome, utility=request.utility)
+        return reward_answer(decision_id, outcome, utility=request.utility)
 
     async def void(self, decision_id: str, request: ReasonRequest, key: str | None = None) -> tuple[int, RewardAnswer]:
         """Take a reward back. Raises Refused, StoreError."""
         outcome = await self._follower.append(RewardVoided(decision_id, request.reason), key)
-        return int(outcome.status), _answer(decision_id, outcome, reason=request.reason)
+        return reward_answer(decision_id, outcome, reason=request.reason)
 
     async def close(self, decision_id: str, request: ReasonRequest, key: str | None = None) -> tuple[int, RewardAnswer]:
         """No reward will come. Raises Refused, StoreError."""
         outcome = await self._follower.append(DecisionClosed(decision_id, request.reason), key)
-        return int(outcome.status), _answer(decision_id, outcome, reason=request.reason)
+        return reward_answer(decision_id, outcome, reason=request.reason)
 
     async def add_arm(self, request: ArmRequest, key: str | None = None) -> tuple[int, EventSummary]:
-        """A new arm, from a prior that knows nothing or from what a sibling has seen. Raises InputError, Refused."""
+        """Add an arm with an uninformative prior or a sibling's. Raises InputError, Refused."""
         view = await self._follower.view()
         arm, log = start_of(request, view), await self._follower.opened()
-        # An arm that came by such a request is left to the log, which tells a retry from a conflict.
+        # An arm that a request added is left to the log, which tells a retry from a conflict.
         if arm.arm in view.posteriors and not await self._in_other(lambda: log.history(arm.arm)):
             raise Refused(409, f"arm {arm.arm!r} exists already")
-        return _summary(await self._follower.append(arm, key, request.model_dump(mode="json")))
+        return event_summary(await self._follower.append(arm, key, request.model_dump(mode="json")))
 
     async def discount(self, request: DiscountRequest, key: str | None = None) -> tuple[int, EventSummary]:
-        """What was observed so far counts less. Raises Refused, StoreError."""
-        return _summary(await self._follower.append(Discounted(request.factor, request.reason), key))
+        """Give past observations less weight. Raises Refused, StoreError."""
+        return event_summary(await self._follower.append(Discounted(request.factor, request.reason), key))
 
     async def publish(self, selector: Place, only_new: bool = False) -> str:
         """Let another selector answer from now on, here and on every replica; its version.
@@ -247,7 +225,7 @@ class Learner:
         Nothing happens where it is in force already.
 
         Args:
-            only_new: nor where it was in force once, so that what is said again at every start takes nothing back.
+            only_new: do nothing if it was ever in force, so that an option of the start undoes no later promotion.
 
         Raises:
             InputError: it cannot be read, or does not fit the signal table. StoreError.
@@ -263,14 +241,14 @@ class Learner:
                 return version
             published = self.registry.load(version)
             published.selector.check_table(self._table)
-            event = new_epoch_of(published, Contexts(published, self._table).num_dimensions, view)
+            event = new_epoch_of(Contexts(published, self._table), view)
             outcome = await self._follower.append(event, f"publish-{version}-{view.epoch}")
             if outcome.status in (Status.CREATED, Status.REPLAYED):
                 return version
             if view.epoch == (await self._follower.view()).epoch:  # else another one was published meanwhile
                 raise Refused(409, outcome.reason)
 
-    # What only looks.
+    # Read-only calls.
 
     async def get(self, decision_id: str) -> DecisionRecord:
         """Raises Refused (404), StoreError."""
@@ -283,13 +261,11 @@ class Learner:
         return await self._in_other(lambda: recent_decisions(log, limit, before, self._clock()))
 
     async def policy(self) -> PolicyAnswer:
-        """What is known, and how well it goes. Raises StoreError."""
+        """The state of the policy and its performance so far. Raises StoreError."""
         view = await self._follower.view()
         published, ledger = self._follower.published(view), await self._follower.ledger()
         (regret, alarm), context = await self._in_other(lambda: (ledger.regret(), ledger.mean_context(view.epoch)))
-        override = published.selector.override
-        threshold = None if math.isinf(override.threshold) else override.threshold
-        noise_sd = math.sqrt(self._policies.noise(view).variance)
+        noise_sd = math.sqrt(noise_of(view).variance)
         return PolicyAnswer(
             namespace=self.settings.namespace,
             epoch=view.epoch,
@@ -300,9 +276,9 @@ class Learner:
             num_rewards=view.num_rewards,
             num_closed=view.num_closed,
             num_open=view.num_open,
-            safe=SafePolicy(fixed=override.best_fixed, threshold=threshold),
+            safe=safe_policy(published),
             floor=self.settings.floor,
-            arms=[_arm_state(arm, one, context, noise_sd) for arm, one in view.posteriors.items()],
+            arms=[arm_state(arm, one, context, noise_sd) for arm, one in view.posteriors.items()],
             regret=regret,
             alarm=alarm,
         )
@@ -313,7 +289,7 @@ class Learner:
         return await self._in_other(lambda: ledger.curve(points))
 
     async def catalogue(self) -> CatalogueAnswer:
-        """What may be asked for; without a database that answers, the arms of the selector that was given."""
+        """What may be asked for. Without a database it lists the arms of the configured selector."""
         try:
             view = await self._follower.view()
             arms, published = list(view.posteriors), self._follower.published(view)
@@ -322,88 +298,62 @@ class Learner:
                 raise
             published = self.registry.load(self._given)
             arms = list(published.selector.arms)
-        own, known = self._table.provenance["own_task"], set(self._table.checkpoint_ids)
-        pairs = [pair for pair in published.selector.provenance.get("pairs", ()) if set(pair) <= known]
-        example = ExamplePair(left=pairs[0][0], right=pairs[0][1]) if pairs else None
-        checkpoints = [CatalogueCheckpoint(id=name, task=own.get(name)) for name in self._table.checkpoint_ids]
-        return CatalogueAnswer(
-            checkpoints=checkpoints,
-            tasks=list(self._table.tasks),
-            arms=arms,
-            signals=list(self._table.columns),
-            example=example,
-        )
+        return catalogue_answer(self._table, published, arms)
 
     async def signals(self, signal: str, task: str | None = None) -> SignalMatrix:
         """A signal of all pairs. Raises Refused (404)."""
-        table = self._table
-        chosen = task or table.tasks[0]
-        if signal not in table.columns:
-            raise Refused(404, f"unknown signal {signal[:80]!r}")
-        if chosen not in table.tasks:
-            raise Refused(404, f"unknown task {chosen[:80]!r}")
-        ids = table.checkpoint_ids
-
-        def matrix() -> SignalMatrix:
-            values = [[None if a == b else table.get(a, b, chosen).features[signal] for b in ids] for a in ids]
-            return SignalMatrix(signal=signal, task=chosen, checkpoints=list(ids), values=values)
-
-        return await self._in_other(matrix)
+        return await self._in_other(lambda: signal_matrix(self._table, signal, task))
 
     async def rank(self, request: RankRequest) -> Ranked:
         """All arms for a pair, without a decision. Raises InputError, StoreError."""
         view = await self._follower.view()
-        return ranked(self._follower.contexts_of(view), view, self._policies.noise(view), request)
+        return ranked(self._follower.contexts_of(view), view, request)
 
     async def plans(self, request: PlansRequest) -> PlansAnswer:
         """The best plans, without a decision. Raises InputError, StoreError."""
         published = self._follower.published(await self._follower.view())
         return await self._in_other(lambda: self._rank_plans(published, request))
 
-    # Inside.
+    # Internals.
 
     def _decide_pair(self, view: View, request: DecisionRequest, decision_id: str) -> tuple[DecisionMade, Decision]:
         """In the log's thread."""
         assert request.left is not None and request.right is not None
-        published = self._follower.published(view)
-        policy = self._policies.of(view, published.selector)
-        context = self._follower.contexts_of(view).of(request.left, request.right, request.task)
-        return decide_pair(view, published, policy, context, decision_id, request.explore, self._expiry(request))
+        contexts = self._follower.contexts_of(view)
+        context = contexts.of(request.left, request.right, request.task)
+        policy = self._policies.of(view, contexts.published.selector, context.novel)
+        return pair_decision(view, contexts, policy, context, self._asked(request, decision_id))
 
     def _decide_plan(self, view: View, request: DecisionRequest, decision_id: str) -> tuple[DecisionMade, Decision]:
-        ranker = self._ranker(self._follower.published(view))
-        tasks = [request.task] if request.task else []
-        drawn = ranker.draw(
-            request.checkpoints or (), tasks, request.ways, decision_id, request.explore, self.settings.floor
-        )
-        contexts = self._follower.contexts_of(view)
-        return contexts.plan_decision(
-            ranker, drawn, view, tasks, decision_id, request.explore, self._expiry(request), request.checkpoints or ()
-        )
+        contexts, asked = self._follower.contexts_of(view), self._asked(request, decision_id)
+        ranker, tasks = self._ranker(contexts.published), [request.task] if request.task else []
+        names = request.checkpoints or ()
+        drawn = ranker.draw(names, tasks, request.ways, decision_id, request.explore, self.settings.floor)
+        return plan_decision(view, contexts, drawn, request, asked)
 
     def _rank_plans(self, published: Published, request: PlansRequest) -> PlansAnswer:
         ranker = self._ranker(published)
         tasks = [request.task] if request.task else []
-        ranking, _, exhaustive = ranker.rank(request.checkpoints or (), tasks, request.ways, request.top)
-        plans: list[PlanPrediction] = [ranker.shown(one) for one in ranking.plans]
-        return PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=exhaustive)
+        ranking = ranker.rank(request.checkpoints or (), tasks, request.ways, request.top)
+        plans: list[PlanPrediction] = [plan_prediction(one) for one in ranking.plans]
+        return PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=ranking.width is None)
 
     def _ranker(self, published: Published) -> PlanRanker:
         """One for each version; in the thread of `_others` alone."""
         if published.version not in self._rankers:
-            signatures = self.settings.signatures
+            signatures = self.settings.signature_store
             self._rankers = {published.version: PlanRanker(published, self._table, self._catalogue, signatures)}
         return self._rankers[published.version]
 
-    def _expiry(self, request: DecisionRequest) -> float | None:
+    def _asked(self, request: DecisionRequest, decision_id: str) -> Asked:
         seconds = request.ttl_seconds if request.ttl_seconds is not None else self.settings.ttl_seconds
-        return None if seconds is None else self._clock() + seconds
+        return Asked(decision_id, request.explore, None if seconds is None else self._clock() + seconds)
 
     async def _in_other(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._others, call)
 
     async def _close_expired(self) -> None:
-        """Log that decisions are closed whose time is over; another replica may be first."""
+        """Close expired decisions in the log; another replica may be first."""
         while True:
             await asyncio.sleep(_EXPIRE_S)
             try:
@@ -413,46 +363,13 @@ class Learner:
                 _log.warning("expired decisions are not closed: %s", error)
 
     async def _watch(self) -> None:
-        """Tell the observer of the state."""
+        """Report the state to the observer."""
         while True:
             try:
                 view = await self._follower.view()
-                noise_sd = math.sqrt(self._policies.noise(view).variance)
-                entropies = {arm: _entropy(one, noise_sd) for arm, one in view.posteriors.items()}
+                noise_sd = math.sqrt(noise_of(view).variance)
+                entropies = {arm: entropy(one, noise_sd) for arm, one in view.posteriors.items()}
                 self.observer.state(view, entropies)
             except (SimmergeError, OSError) as error:
                 _log.warning("the state is not known: %s", error)
             await asyncio.sleep(_RETRY_S)
-
-
-def _accepted(outcome: Outcome) -> Any:
-    if outcome.status not in (Status.CREATED, Status.REPLAYED) or outcome.row is None:
-        raise Refused(int(outcome.status), outcome.reason)
-    return outcome.row
-
-
-def _said(outcome: Outcome) -> Any:
-    return "created" if outcome.status == Status.CREATED else "replayed"
-
-
-def _answer(decision_id: str, outcome: Outcome, **told: Any) -> RewardAnswer:
-    row = _accepted(outcome)
-    return RewardAnswer(decision_id=decision_id, seq=row.seq, at=row.at, status=_said(outcome), **told)
-
-
-def _summary(outcome: Outcome) -> tuple[int, EventSummary]:
-    row = _accepted(outcome)
-    return int(outcome.status), EventSummary(seq=row.seq, at=row.at, kind=row.kind, status=_said(outcome))
-
-
-def _arm_state(arm: str, one: GaussianPosterior, context: Array | None, noise_sd: float) -> ArmState:
-    mean, sd = (None, None) if context is None else one.marginal(context)
-    spread = None if sd is None else noise_sd * sd
-    return ArmState(arm=arm, count=one.count, weight=one.weight, mean=mean, sd=spread, entropy=_entropy(one, noise_sd))
-
-
-def _entropy(one: GaussianPosterior, noise_sd: float) -> float:
-    """Of the Gaussian over the weights, in nats: `(d (1 + log 2 pi v^2) - log |A|) / 2`."""
-    _, log_determinant = np.linalg.slogdet(one.precision)
-    dimensions = one.num_dimensions
-    return float(0.5 * (dimensions * (1 + math.log(2 * math.pi * noise_sd**2)) - log_determinant))

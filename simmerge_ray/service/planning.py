@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simmerge_ray.base.config import RankingConfig, parse_ways
 from simmerge_ray.base.errors import InputError, PlanError, SelectorError, unknown_name
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.selector.data.tasks import TaskPool, task_pool
-from simmerge_ray.selector.planning.scorer import PlanScorer, RankedPlan, Ranking
-from simmerge_ray.selector.planning.space import parse_ways, plan_space, scorable_arms
-from simmerge_ray.service.bandit.policy import _sampled as sampled
-from simmerge_ray.service.bandit.policy import _uniform as keyed_uniform
+from simmerge_ray.selector.planning.request import RankingSources
+from simmerge_ray.selector.planning.scorer import RankedPlan, Ranking
+from simmerge_ray.service.bandit.policy import keyed_uniform, sampled
 from simmerge_ray.service.bandit.propensities import Draws, thompson_propensities, with_floor
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import Influence, PlanPrediction
@@ -24,7 +23,6 @@ from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.signature import SignatureStore
 from simmerge_ray.signals.table import SignalTable
 
-Array = np.ndarray
 MAX_SHORTLIST = 32  # plans among which one is drawn, with exact probabilities
 BUDGET = 50_000  # plans that a request may score; beyond that a beam of about so many
 MIN_SPREAD = 0.01  # of a plan's prediction: an ensemble that agrees is not certain
@@ -37,7 +35,7 @@ class DrawnPlan:
 
     plans: tuple[RankedPlan, ...]
     chosen: int
-    propensities: Array
+    propensities: np.ndarray
 
 
 class PlanRanker:
@@ -56,28 +54,31 @@ class PlanRanker:
     ) -> None:
         if published.shortlist is None:
             raise SelectorError("plans need the selector of the shortlist, too; `simmerge train` writes both")
-        self._table, self._selector = table, published.selector
         propagator = _virtual(table, catalogue, signatures)
-        ranks = published.shortlist if propagator is None else published.selector
-        self._scorer = PlanScorer(table, propagator or SecondOrder(table), ranks, published.shortlist)
+        selector = published.shortlist if propagator is None else published.selector
+        self._sources = RankingSources(
+            selector, published.shortlist, table, table.checkpoint_ids, table.provenance["own_task"],
+            lambda: propagator or SecondOrder(table),
+        )  # fmt: skip
 
-    def rank(
-        self, checkpoints: Sequence[str], tasks: Sequence[str], ways: str | int, top: int
-    ) -> tuple[Ranking, tuple[str, ...], bool]:
-        """The best plans, the tasks that they count on, and whether all plans were scored.
+    def rank(self, checkpoints: Sequence[str], tasks: Sequence[str], ways: str | int, top: int) -> Ranking:
+        """The best plans.
 
         Raises:
             PlanError, ConfigError: an unknown checkpoint or task, or ways that do not fit.
         """
-        known = self._table.checkpoint_ids
+        known = self._sources.ids
         for name in checkpoints:
             if name not in known:
                 raise PlanError(unknown_name("checkpoint", name, known))
-        arms = scorable_arms((), self._selector.arms, self._table.provenance.get("base") is not None)
-        space = plan_space(set(checkpoints) or known, arms, parse_ways(str(ways)))
-        pool = self._pool(tasks)
-        ranking = self._scorer.rank(space, pool, top, BUDGET, max(_RERANKED, top))
-        return ranking, pool.tasks, ranking.width is None
+        config = RankingConfig(
+            tasks=tuple(tasks),
+            ways=parse_ways(str(ways)),
+            exclude=tuple(set(known) - set(checkpoints)) if checkpoints else (),
+            budget=BUDGET,
+            shortlist=max(_RERANKED, top),
+        )
+        return self._sources.request(config).rank(top)
 
     def draw(
         self,
@@ -89,8 +90,7 @@ class PlanRanker:
         floor: float,
     ) -> DrawnPlan:
         """One plan of a shortlist, by a Thompson draw from `N(utility, sd^2)` of each. Raises as `rank`."""
-        ranking, _, _ = self.rank(checkpoints, tasks, ways, MAX_SHORTLIST)
-        plans = ranking.plans
+        plans = self.rank(checkpoints, tasks, ways, MAX_SHORTLIST).plans
         location = np.array([one.utility for one in plans])
         if not explore:
             first = int(np.argmax(location))
@@ -105,22 +105,19 @@ class PlanRanker:
             chosen = int(sampled(draws, uniforms).argmax())
         return DrawnPlan(plans, chosen, propensities)
 
-    def shown(self, one: RankedPlan, propensity: float | None = None) -> PlanPrediction:
-        """A plan as the API has it; `plan` is what `simmerge merge` reads, by ids."""
-        return PlanPrediction(
-            id=one.plan.id,
-            label=one.plan.label,
-            utility=one.utility,
-            sd=one.sd,
-            interval=one.interval,
-            propensity=propensity,
-            why=[Influence(signal=name, effect=effect) for name, effect in one.why],
-            plan=one.plan.to_json(),
-        )
 
-    def _pool(self, tasks: Sequence[str]) -> TaskPool:
-        own = self._table.provenance["own_task"]
-        return task_pool("mean", tasks, self._table.tasks, self._table.checkpoint_ids, own)
+def plan_prediction(one: RankedPlan, propensity: float | None = None) -> PlanPrediction:
+    """A plan as the API has it; `plan` is what `simmerge merge` reads, by ids."""
+    return PlanPrediction(
+        id=one.plan.id,
+        label=one.plan.label,
+        utility=one.utility,
+        sd=one.sd,
+        interval=one.interval,
+        propensity=propensity,
+        why=[Influence(signal=name, effect=effect) for name, effect in one.why],
+        plan=one.plan.to_json(),
+    )
 
 
 def _virtual(table: SignalTable, catalogue: Catalogue | None, signatures: str | None) -> Propagator | None:

@@ -45,7 +45,7 @@ class Registry:
         self._lock = threading.Lock()
 
     def publish(self, selector: Place) -> str:
-        """Copy an artifact, also from a store; its version. One that is there is left as it is.
+        """Copy an artifact, from a directory or a store, and return its version; an existing version is left unchanged.
 
         Raises:
             SelectorError: it cannot be read.
@@ -76,12 +76,6 @@ class Registry:
         if not version or version != Path(version).name or not found.is_dir():
             raise SelectorError(f"no selector of version {version!r} in {self._directory}; publish it there")
         return found
-
-    def versions(self) -> list[str]:
-        """All of them, sorted."""
-        if not self._directory.is_dir():
-            return []
-        return sorted(one.name for one in self._directory.iterdir() if one.is_dir() and one.name[0] != ".")
 
     def load(self, version: str) -> Published:
         """A version, from memory where it was asked for lately.

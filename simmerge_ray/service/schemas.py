@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 CheckpointId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.\-]+$")]
 Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True, pattern=r"\S")]
 Utility = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False, strict=True)]
 ArmLabel = Annotated[str, Field(min_length=1, max_length=200)]
+DecisionStatus = Literal["open", "rewarded", "closed", "expired"]
 MAX_MEMBERS = 100
+
+
+_UTILITY: TypeAdapter[float] = TypeAdapter(Utility)
+
+
+def check_utility(value: object) -> None:
+    """Raises ValueError for anything but a number in [0, 1]."""
+    try:
+        _UTILITY.validate_python(value)
+    except ValidationError:
+        raise ValueError(f"the utility is {value!r}; it must be a number in [0, 1]") from None
 
 
 class _Request(BaseModel):
@@ -221,7 +233,7 @@ class DecisionRecord(BaseModel):
     """A decision and what became of it."""
 
     decision: Decision
-    status: Literal["open", "rewarded", "closed", "expired"]
+    status: DecisionStatus
     utility: float | None = None
     closed_reason: str | None = None
     events: list[EventSummary]
@@ -239,7 +251,7 @@ class DecisionRow(BaseModel):
     tasks: list[str]
     arm: str
     explored: bool
-    status: Literal["open", "rewarded", "closed", "expired"]
+    status: DecisionStatus
     utility: float | None = None
 
 

@@ -1,4 +1,4 @@
-"""What a run will need, said before it starts: memory of a worker, disk of the signatures."""
+"""What a run needs, estimated before it starts: memory of a worker, disk for the signatures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, read_config, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_config
+from simmerge_ray.checkpoints.size import model_shape
 from simmerge_ray.signals.signature import (
     GREEDY_SHARE,
     NUM_GREEDY_TOKENS,
@@ -15,7 +17,7 @@ from simmerge_ray.signals.signature import (
     outputs_bytes,
     weights_bytes,
 )
-from simmerge_ray.signals.stages import Stage, activation_bytes, model_bytes, plan_stages
+from simmerge_ray.signals.stages import LayerRange, activation_bytes, model_bytes, plan_stages
 
 BLOCK_VALUES = 1 << 22  # elements of a block of logits over all checkpoints, when pairs are computed
 
@@ -37,7 +39,7 @@ class Bounds:
     boundary: int
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """For people."""
         how = "whole" if self.stages == 1 else f"in {self.stages} stages of layers, {_size(self.boundary)} between them"
         return [
             f"memory of a worker: at most {_size(self.worker)} above the libraries, a checkpoint at a time, {how}",
@@ -47,7 +49,7 @@ class Bounds:
         ]
 
 
-def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> list[Stage] | None:
+def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> list[LayerRange] | None:
     """How a checkpoint is cut to fit `memory_gb`; None where it is run whole.
 
     Raises:
@@ -74,7 +76,6 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     stages = stages_for(ref, spec, memory_gb)
     sizes = [math.prod(one.shape) for one in specs.values()]
     width = spec.max_tokens + NUM_GREEDY_TOKENS
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     one_task, sample = outputs_bytes(spec, config, width), weights_bytes(spec, sizes)
     return Bounds(
         worker=int(memory_gb * 1e9) if stages and memory_gb else model_bytes(specs) + working_bytes(ref, spec),
@@ -82,7 +83,7 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
         signature=len(num_batches) * one_task + sample,
         num_checkpoints=len(catalogue.all_refs),
         stages=len(stages) if stages else 1,
-        boundary=4 * sum(num_batches) * spec.batch_size * width * hidden,
+        boundary=4 * sum(num_batches) * spec.batch_size * width * model_shape(config).hidden_size,
     )
 
 

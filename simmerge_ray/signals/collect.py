@@ -121,7 +121,7 @@ def recording(layers: Mapping[int, nn.Module], head: nn.Module | None, batch: Pr
 
 
 def model_outputs(model: Any, batch: ProbeBatch, device: str = "cpu") -> BatchOutputs:
-    """Run a whole model over a micro-batch. Does not look whether the outputs are finite."""
+    """Run a whole model over a micro-batch. Does not check that the outputs are finite."""
     layers = decoder_layers(model)
     with torch.no_grad(), recording(dict(enumerate(layers)), model.get_output_embeddings(), batch) as found:
         logits = model(

@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from simmerge_ray.base.errors import CheckpointError, ConfigError, ProbeError
+from simmerge_ray.base.errors import CheckpointError, ConfigError
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch
-from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.signals.bounds import stages_for
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
@@ -37,7 +37,7 @@ from simmerge_ray.signals.signature import (
     outputs_key,
     weights_key,
 )
-from simmerge_ray.signals.stages import Stage
+from simmerge_ray.signals.stages import LayerRange
 from simmerge_ray.signals.table import PairSignals, SignalTable
 from simmerge_ray.signals.tokens import (
     Place,
@@ -46,6 +46,7 @@ from simmerge_ray.signals.tokens import (
     continued_batches,
     greedy_places,
     probe_tokens,
+    tokenize_probes,
 )
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, weight_matrices
 from simmerge_ray.signals.worker import SignalWorker, UnitFailure, as_arrays
@@ -67,7 +68,7 @@ def compute_signals(
 
     Args:
         weights: `exact` reads the weights of all checkpoints once more; `sampled` takes the signatures' sample, so that
-            a new checkpoint in the catalogue costs only its own signature. Said in the table, never mixed in one.
+            a new checkpoint in the catalogue costs only its own signature. No table mixes the two.
         store: where signatures lie and are put; None forgets them.
         executor: where units run; None runs them here, one after the other. The result has the same bits either way.
         memory_per_worker: GB for weights and activations; a checkpoint that needs more is run in stages of layers, to
@@ -78,20 +79,18 @@ def compute_signals(
         ProbeError: a probe that cannot be used.
         ConfigError: fewer than two checkpoints, no probes, an unknown mode, too little memory for a worker.
     """
-    spec = spec or SignatureSpec()
     if len(catalogue.checkpoints) < 2:
         raise ConfigError(f"signals need at least two checkpoints, the catalogue has {len(catalogue.checkpoints)}")
     if not probe_sets:
         raise ConfigError("signals need at least one probe set")
     if weights not in WEIGHT_MODES:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHT_MODES)}, got {weights!r}")
-    with ExitStack() as stack:
-        if store is None:
-            store = SignatureStore(stack.enter_context(tempfile.TemporaryDirectory(prefix="simmerge-signatures-")))
-        run = executor or local_executor(catalogue)
-        digests = catalogue.digests()
+    spec, digests = spec or SignatureSpec(), catalogue.digests()
+    with_base = catalogue.base is not None
+    with tempfile.TemporaryDirectory(prefix="simmerge-signatures-") as scratch:
+        store = store or SignatureStore(scratch)
         stages = {ref.id: stages_for(ref, spec, memory_per_worker) for ref in catalogue.all_refs}
-        signatures = Signatures(catalogue, digests, spec, store, run, stages)
+        signatures = Signatures(catalogue, digests, spec, store, executor or local_executor(catalogue), stages)
         tokens = signatures.tokens(tokenize_probes(catalogue, probe_sets, spec))
         signatures.complete(tokens)
         sums = signatures.weight_sums(weights, block)
@@ -104,39 +103,12 @@ def compute_signals(
             "spec": vars(spec),
             "weights": weights,
         }
-        matrices = weight_matrices(sums, with_base=catalogue.base is not None)
+        matrices = weight_matrices(sums, with_base)
         rows: dict[tuple[str, str, str], PairSignals] = {}
         for task in sorted(tokens):
             outputs = [signatures.outputs(ref.id, tokens[task]) for ref in catalogue.all_refs]
-            rows |= pair_rows(catalogue, task, matrices | output_matrices(outputs, catalogue.base is not None))
-        return SignalTable(feature_columns(catalogue.base is not None), rows, provenance)
-
-
-def tokenize_probes(
-    catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], spec: SignatureSpec
-) -> dict[str, list[TokenBatch]]:
-    """Micro-batches of every task, by the catalogue's tokenizer.
-
-    Raises:
-        ProbeError: a probe is too short or too long, also for the context of the checkpoints.
-    """
-    from transformers import AutoTokenizer
-
-    first = catalogue.checkpoints[0]
-    with local_files(first) as directory:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    batches = {t: probes.token_batches(tokenizer, spec.batch_size, spec.max_tokens) for t, probes in probe_sets.items()}
-    added = NUM_GREEDY_TOKENS if catalogue.base else 0
-    for ref in catalogue.all_refs:
-        context = context_limit(ref) or math.inf
-        for task, found in batches.items():
-            longest = max(batch.input_ids.shape[1] for batch in found)
-            if longest + added > context:
-                raise ProbeError(
-                    f"probe set {task!r}: a probe of {longest} tokens and {added} of the base's continuation are "
-                    f"longer than the context of checkpoint {ref.id!r}, {context} tokens; shorten the probe"
-                )
-    return batches
+            rows |= pair_rows(catalogue, task, matrices | output_matrices(outputs, with_base))
+        return SignalTable(feature_columns(with_base), rows, provenance)
 
 
 class Signatures:
@@ -149,7 +121,7 @@ class Signatures:
         spec: SignatureSpec,
         store: SignatureStore,
         run: Executor,
-        stages: Mapping[str, Sequence[Stage] | None] | None = None,
+        stages: Mapping[str, Sequence[LayerRange] | None] | None = None,
     ) -> None:
         self._catalogue, self._digests, self._spec, self._store, self._run = catalogue, digests, spec, store, run
         self._stages = stages or {}
@@ -234,11 +206,11 @@ class Signatures:
         about = {"checkpoint": job.checkpoint, "digest": self._digests[job.checkpoint], "spec": vars(self._spec)}
         if job.task is None:
             samples = {name: sample for part in results for name, sample in part.items()}
-            self._store.write_weights(self._weights_key(job.checkpoint), samples, about)
+            self._store.write_parts("weights", self._weights_key(job.checkpoint), samples, about)
         else:
             one = tokens[job.task]
             key = self._outputs_key(job.checkpoint, one)
-            self._store.write_outputs(key, join_outputs(results, one), about | {"task": job.task})
+            self._store.write("outputs", key, vars(join_outputs(results, one)), about | {"task": job.task})
 
     def outputs(self, checkpoint_id: str, tokens: ProbeTokens) -> TaskOutputs:
         """Outputs of one checkpoint, from the store."""
@@ -260,12 +232,9 @@ class Signatures:
                 Unit("sums", None, ({name: thresholds_of(samples, name) for name in names}, block))
                 for names in tensor_groups(refs[0])
             ]
-            found = {name: sums for _, part in self._checked(WorkQueue(units)) for name, sums in part.items()}
-            arrays = {f"{name}/{part}": array for name, sums in found.items() for part, array in vars(sums).items()}
-            self._store.write("sums", key, arrays, {"checkpoints": [ref.id for ref in refs]})
-        arrays = self._store.read("sums", key)
-        names = sorted({name.rsplit("/", 1)[0] for name in arrays})
-        return {n: WeightSums(**{part: arrays[f"{n}/{part}"] for part in WeightSums.__match_args__}) for n in names}
+            sums = {name: one for _, part in self._checked(WorkQueue(units)) for name, one in part.items()}
+            self._store.write_parts("sums", key, sums, {"checkpoints": [ref.id for ref in refs]})
+        return {name: WeightSums(**fields) for name, fields in self._store.read_parts("sums", key).items()}
 
     def _checked(self, queue: WorkQueue) -> Iterator[tuple[int, Any]]:
         """Results as they come; failures are collected and raised together at the end."""

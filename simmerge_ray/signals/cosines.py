@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simmerge_ray.signals.features import layer_thirds
+
 _MIN_NORM = 1e-12
 
 
@@ -69,16 +71,4 @@ class CosineMoments:
         variance = (self.total_square.sum(0) / rows - mean.square()).clamp_min(0.0)
         layer_means = self.total / self.count[:, None, None]
         stats = {"mean": mean, "sd": variance.sqrt(), "min": self.minimum.amin(0)}
-        for name, layers in zip(("early", "middle", "late"), layer_thirds(len(self.count)), strict=True):
-            stats[name] = layer_means[layers].mean(0)
-        return stats
-
-
-def layer_thirds(num_layers: int) -> tuple[list[int], list[int], list[int]]:
-    """Layer indices of the early, middle and late third; none is empty (a shallow stack shares layers)."""
-    bounds = [round(num_layers * part / 3) for part in range(4)]
-    thirds = [list(range(bounds[part], bounds[part + 1])) for part in range(3)]
-    for part, layers in enumerate(thirds):
-        if not layers:
-            thirds[part] = [min(bounds[part], num_layers - 1)]
-    return thirds[0], thirds[1], thirds[2]
+        return stats | {third: layer_means[layers].mean(0) for third, layers in layer_thirds(len(self.count)).items()}

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,8 +20,6 @@ _DISTRIBUTION = ("mean", "median", "q10", "q90")
 _LAYERS = ("mean", "sd", "min", "early", "middle", "late")
 _WEIGHTS = ("global", "attention", "mlp", "embedding", "norm", *_LAYERS)
 _RATIOS = tuple(statistic for statistic in _WEIGHTS if statistic != "min")  # swapped, it would be the maximum
-
-
 _LOG_FLOOR = 1e-6
 
 
@@ -99,6 +98,15 @@ def feature_columns(with_base: bool, base_pair: bool = False) -> tuple[str, ...]
         if (with_base or not signal.needs_base) and not (base_pair and signal.family == "task vectors")
         for column in signal.columns
     )
+
+
+def layer_thirds(num_layers: int) -> dict[str, list[int]]:
+    """Layer indices of the early, middle and late third; none is empty (a shallow stack shares layers)."""
+    bounds = [round(num_layers * part / 3) for part in range(4)]
+    return {
+        third: list(range(first, last)) or [min(first, num_layers - 1)]
+        for third, (first, last) in zip(("early", "middle", "late"), pairwise(bounds), strict=True)
+    }
 
 
 @lru_cache(1024)

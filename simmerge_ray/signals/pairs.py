@@ -12,12 +12,10 @@ from simmerge_ray.signals.cosines import CosineMoments, pairwise_cosine
 from simmerge_ray.signals.divergence import log_softmax, pairwise_kl
 from simmerge_ray.signals.signature import TaskOutputs
 
-Array = np.ndarray
-
 
 def output_matrices(
     outputs: Sequence[TaskOutputs], with_base: bool, probes: Sequence[int] | None = None
-) -> dict[str, Array]:
+) -> dict[str, np.ndarray]:
     """(M, M) matrices of the signals of one task; single-checkpoint values are rows, the same in every column.
 
     Args:
@@ -56,7 +54,7 @@ def output_matrices(
     return matrices
 
 
-def _divergences(outputs: Sequence[TaskOutputs], chosen: Array) -> tuple[Array, Array, Array]:
+def _divergences(outputs: Sequence[TaskOutputs], chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """KL (S', M, M), entropy (M, S') and loss (M, S', 0 where there is no next token) of the chosen positions."""
     positions = np.flatnonzero(chosen)
     num, vocabulary = len(outputs), outputs[0].logits.shape[1]
@@ -73,7 +71,7 @@ def _divergences(outputs: Sequence[TaskOutputs], chosen: Array) -> tuple[Array, 
     return np.concatenate(kl), np.concatenate(entropies, axis=1), np.concatenate(losses, axis=1)
 
 
-def kl_statistics(name: str, kl: Array) -> dict[str, Array]:
+def kl_statistics(name: str, kl: np.ndarray) -> dict[str, np.ndarray]:
     """Mean and quantiles over the positions, the first axis of `kl`; by name of the statistic."""
     matrices = {f"{name}_mean": kl.mean(0)}
     for statistic, level in (("q10", 0.1), ("median", 0.5), ("q90", 0.9)):

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.checkpoints.headers import TensorSpec
 from simmerge_ray.checkpoints.probes import TokenBatch
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, local_files
+from simmerge_ray.checkpoints.references import CheckpointRef, local_files
 from simmerge_ray.merging.engine.sources import TensorSource
-from simmerge_ray.merging.in_memory import flat_tensor
+from simmerge_ray.merging.engine.whole import flat_tensor
 from simmerge_ray.merging.model import config_key, end_of_text
 from simmerge_ray.signals.collect import BatchOutputs, check_logits, model_outputs, recording
-from simmerge_ray.signals.stages import FAMILIES, Family, Stage, family_of
+from simmerge_ray.signals.stages import FAMILIES, Family, LayerRange, family_of
 from simmerge_ray.signals.tokens import ProbeBatch
 
 _READ_ELEMENTS = 1 << 22  # read at once: what loading needs on top of the weights stays below 50 MB
@@ -51,11 +52,11 @@ class StageModel:
     def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self._dtype, self._device = dtype, device
         self._model: Any = None
-        self._loaded: tuple[CheckpointRef, Stage] | None = None
-        self._built: tuple[str, Stage, bool] | None = None
+        self._loaded: tuple[CheckpointRef, LayerRange] | None = None
+        self._built: tuple[str, LayerRange, bool] | None = None
         self._checked: set[str] = set()
 
-    def run(self, ref: CheckpointRef, stage: Stage, batch: ProbeBatch, states: Tensor | None) -> StageOutputs:
+    def run(self, ref: CheckpointRef, stage: LayerRange, batch: ProbeBatch, states: Tensor | None) -> StageOutputs:
         """Run a stage over a micro-batch.
 
         Args:
@@ -72,7 +73,7 @@ class StageModel:
             check_logits(ref, outputs.logits)
         return outputs
 
-    def load(self, ref: CheckpointRef, stage: Stage) -> Any:
+    def load(self, ref: CheckpointRef, stage: LayerRange) -> Any:
         """The model with the weights of the stage, and with no others.
 
         Raises:
@@ -101,7 +102,7 @@ class StageModel:
         self._loaded = (ref, stage)
         return self._model
 
-    def _build(self, ref: CheckpointRef, family: Family, stage: Stage, stored_twice: bool) -> Any:
+    def _build(self, ref: CheckpointRef, family: Family, stage: LayerRange, stored_twice: bool) -> Any:
         from transformers import AutoConfig
 
         try:
@@ -152,7 +153,7 @@ def join_stages(outputs: Sequence[StageOutputs]) -> BatchOutputs:
 
 
 def staged_continuation(
-    model: StageModel, ref: CheckpointRef, stages: Sequence[Stage], batch: TokenBatch, num_tokens: int
+    model: StageModel, ref: CheckpointRef, stages: Sequence[LayerRange], batch: TokenBatch, num_tokens: int
 ) -> Tensor:
     """`ProbeModel.continuation` stage by stage, (B, num_tokens) int64; every stage is loaded for every token.
 
@@ -181,20 +182,20 @@ def staged_continuation(
 
 
 class _Through(nn.Module):
-    """Stands for a module that another stage runs: gives back what it gets first."""
+    """Stands in for a module that another stage runs: returns its first input."""
 
     def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
         return states
 
 
 class _NoPositions(nn.Module):
-    """Stands for learned positions that the first stage has added: -0.0, which changes no bit of any addend."""
+    """Stands in for learned positions that the first stage has added: -0.0, which changes no bit of any addend."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
         return torch.tensor(-0.0, device=position_ids.device)
 
 
-def _build_stage(config: Any, family: Family, stage: Stage, dtype: torch.dtype, device: str, untie: bool) -> Any:
+def _build_stage(config: Any, family: Family, stage: LayerRange, dtype: torch.dtype, device: str, untie: bool) -> Any:
     """The model of a configuration with room for one stage's weights, and for no others.
 
     Args:
@@ -265,7 +266,7 @@ def _read(ref: CheckpointRef, source: TensorSource, stored: str, target: Tensor)
 
 @torch.no_grad()
 def _run_stage(
-    model: Any, family: Family, stage: Stage, batch: ProbeBatch, states: Tensor | None, device: str
+    model: Any, family: Family, stage: LayerRange, batch: ProbeBatch, states: Tensor | None, device: str
 ) -> StageOutputs:
     layers = model.get_submodule(family.layers)
     head = model.get_submodule(family.head) if stage.is_last else None
@@ -332,7 +333,7 @@ def _check_family(small: Any, family: Family, dtype: torch.dtype, device: str) -
     batch = _check_batch()
     parts: list[StageOutputs] = []
     for layer in range(small.num_hidden_layers):
-        stage = Stage(layer, layer + 1, small.num_hidden_layers)
+        stage = LayerRange(layer, layer + 1, small.num_hidden_layers)
         model = _build_stage(small, family, stage, dtype, device, untie=False)
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name if name in weights else family.matrices[0]])  # a tied head has no own name

@@ -16,7 +16,7 @@ Group = tuple[str, str | None, int]  # what is held in memory, of which checkpoi
 class Unit:
     """One piece of work. Units of the same `group` are best run by the same worker, which keeps what they share.
 
-    kind: `continuation` (TokenBatch, number of tokens, stages or None), `outputs` (ProbeBatch), `stage` (Stage,
+    kind: `continuation` (TokenBatch, number of tokens, stages or None), `outputs` (ProbeBatch), `stage` (LayerRange,
     ProbeBatch, hidden states of the stage before or None), `sample` (names, coordinates), or `sums` ({name: (M,)
     thresholds}, elements of a block) over all checkpoints.
     """

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec
+from simmerge_ray.checkpoints.headers import TensorSpec
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.engine import kernels
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.merging.graph import FLOAT_DTYPES
 from simmerge_ray.plans.operators.shares import kept_count
 from simmerge_ray.signals.signature import DENSITIES, TensorSample, Weights, coordinates
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, TRIM_DENSITY, WeightSums, sums_in_blocks
-
-Array = np.ndarray
 
 
 class TensorBlocks:
@@ -27,7 +27,7 @@ class TensorBlocks:
         self.source = TensorSource(ref)
         self._raw = np.empty(8 * block, dtype=np.uint8)
 
-    def read(self, name: str, start: int, stop: int, out: Array | None = None) -> Array:
+    def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Elements [start, stop) of a tensor.
 
         Raises:
@@ -44,6 +44,13 @@ class TensorBlocks:
 
     def close(self) -> None:
         self.source.close()
+
+
+@contextmanager
+def opened_blocks(refs: Iterable[CheckpointRef], block: int = BLOCK_ELEMENTS) -> Iterator[dict[str, TensorBlocks]]:
+    """The blocks of checkpoints by id, closed afterwards."""
+    with ExitStack() as stack:
+        yield {ref.id: stack.enter_context(closing(TensorBlocks(ref, block))) for ref in refs}
 
 
 def float_tensors_of(specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -94,20 +101,22 @@ def tensor_sample(name: str, tensors: TensorBlocks, base: TensorBlocks | None, c
     return TensorSample(size, values, sums, np.array(bits, dtype=np.uint32).view(np.float32))
 
 
-def _blocks(name: str, size: int, tensors: TensorBlocks, base: TensorBlocks | None):  # type: ignore[no-untyped-def]
+def _blocks(
+    name: str, size: int, tensors: TensorBlocks, base: TensorBlocks | None
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray | None]]:
     for start in range(0, size, BLOCK_ELEMENTS):
         stop = min(start + BLOCK_ELEMENTS, size)
         centre = base.read(name, start, stop) if base is not None and base is not tensors else None
         yield start, stop, tensors.read(name, start, stop), centre
 
 
-def _square(block: Array) -> float:
+def _square(block: np.ndarray) -> float:
     doubled = block.astype(np.float64)
     return float(doubled @ doubled)
 
 
 def exact_sums(
-    name: str, checkpoints: Sequence[TensorBlocks], base: TensorBlocks | None, thresholds: Array, block: int
+    name: str, checkpoints: Sequence[TensorBlocks], base: TensorBlocks | None, thresholds: np.ndarray, block: int
 ) -> WeightSums:
     """Sums over one tensor of all checkpoints, centred on the base or, without one, on the mean of the checkpoints.
 
@@ -121,7 +130,7 @@ def exact_sums(
     size = checkpoints[0].num_elements(name)
     room = np.empty((len(checkpoints) + 1, min(block, size)), dtype=np.float32)
 
-    def read(start: int, stop: int) -> tuple[Array, Array]:
+    def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         rows = room[1:, : stop - start]
         for tensors, row in zip(checkpoints, rows, strict=True):
             tensors.read(name, start, stop, row)
@@ -154,7 +163,7 @@ def trim_threshold(sample: TensorSample) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def thresholds_of(weights: Sequence[Weights], name: str) -> Array:
+def thresholds_of(weights: Sequence[Weights], name: str) -> np.ndarray:
     """(M,) float32 thresholds of one tensor."""
     return np.array([trim_threshold(one[name]) for one in weights], dtype=np.float32)
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import Place, as_place, digest_json, read_bytes, write_once
+from simmerge_ray.base.storage import Place, as_place, digest_json, read_bytes, write_atomically
+from simmerge_ray.checkpoints.size import model_shape
 
 SCHEMA = 1
 NUM_GREEDY_TOKENS = 8  # of the base's continuation of a probe
 GREEDY_SHARE = 4  # one sampled greedy position for so many sampled prompt positions
 DENSITIES = (0.1, 0.2, 0.5)  # of the arms; trim thresholds are exact for these
-
-Array = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class SignatureSpec:
     num_attention_positions: int = 16
     num_coordinates: int = 10_000
 
+    @staticmethod
+    def of(config: SignalsConfig) -> SignatureSpec:
+        """What a config says of it."""
+        return SignatureSpec(**{name: getattr(config, name) for name in SignatureSpec.__match_args__})
+
 
 @dataclass(frozen=True)
 class TaskOutputs:
@@ -51,13 +56,13 @@ class TaskOutputs:
     attention_probe: (Sa,) int64.
     """
 
-    logits: Array
-    hidden: Array
-    attention: Array
-    greedy: Array
-    next_token: Array
-    probe: Array
-    attention_probe: Array
+    logits: np.ndarray
+    hidden: np.ndarray
+    attention: np.ndarray
+    greedy: np.ndarray
+    next_token: np.ndarray
+    probe: np.ndarray
+    attention_probe: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ class TensorSample:
     """
 
     num_elements: int
-    values: Array
-    sums: Array
-    thresholds: Array
+    values: np.ndarray
+    sums: np.ndarray
+    thresholds: np.ndarray
 
     @property
     def scale(self) -> float:
@@ -84,7 +89,7 @@ class TensorSample:
 Weights = Mapping[str, TensorSample]
 
 
-def coordinates(name: str, num_elements: int, count: int) -> Array:
+def coordinates(name: str, num_elements: int, count: int) -> np.ndarray:
     """Sorted flat indices of the sampled coordinates of a tensor, the same for every checkpoint; (S,) int64."""
     if num_elements <= count:
         return np.arange(num_elements)
@@ -114,14 +119,14 @@ class SignatureStore:
     def has(self, kind: str, key: str) -> bool:
         return as_place(self.path(kind, key)).exists()
 
-    def write(self, kind: str, key: str, arrays: Mapping[str, Array], about: Mapping[str, Any]) -> None:
+    def write(self, kind: str, key: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
         """Write arrays by name; `about` goes into the file's metadata."""
         from safetensors.numpy import save
 
         kept = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        write_once(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
+        write_atomically(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
 
-    def read(self, kind: str, key: str) -> dict[str, Array]:
+    def read(self, kind: str, key: str) -> dict[str, np.ndarray]:
         """Arrays by name.
 
         Raises:
@@ -137,68 +142,40 @@ class SignatureStore:
         except SafetensorError as error:
             raise ConfigError(f"{self.path(kind, key)} is damaged ({error}); delete it and run again") from None
 
-    def write_outputs(self, key: str, outputs: TaskOutputs, about: Mapping[str, Any]) -> None:
-        self.write("outputs", key, vars(outputs), about)
+    def write_parts(self, kind: str, key: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Write dataclasses of arrays and numbers, by name."""
+        arrays = {f"{name}/{field}": value for name, part in parts.items() for field, value in vars(part).items()}
+        self.write(kind, key, {name: np.atleast_1d(value) for name, value in arrays.items()}, about)
 
-    def read_outputs(self, key: str) -> TaskOutputs:
-        return TaskOutputs(**self.read("outputs", key))
+    def read_parts(self, kind: str, key: str) -> dict[str, dict[str, np.ndarray]]:
+        """The fields of what `write_parts` wrote, by name."""
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for path, array in sorted(self.read(kind, key).items()):
+            name, field = path.rsplit("/", 1)
+            parts.setdefault(name, {})[field] = array
+        return parts
 
-    def write_weights(self, key: str, weights: Weights, about: Mapping[str, Any]) -> None:
-        arrays: dict[str, Array] = {}
-        for name, sample in weights.items():
-            arrays |= {
-                f"{name}/values": sample.values,
-                f"{name}/sums": sample.sums,
-                f"{name}/thresholds": sample.thresholds,
-                f"{name}/num_elements": np.array([sample.num_elements]),
-            }
-        self.write("weights", key, arrays, about)
+    def read_outputs(self, key: str, kind: str = "outputs") -> TaskOutputs:
+        return TaskOutputs(**self.read(kind, key))
 
     def read_weights(self, key: str) -> dict[str, TensorSample]:
-        arrays = self.read("weights", key)
-        names = sorted({name.rsplit("/", 1)[0] for name in arrays})
         return {
-            name: TensorSample(
-                int(arrays[f"{name}/num_elements"][0]),
-                *(arrays[f"{name}/{part}"] for part in ("values", "sums", "thresholds")),
-            )
-            for name in names
+            name: TensorSample(int(fields.pop("num_elements")[0]), **fields)
+            for name, fields in self.read_parts("weights", key).items()
         }
 
 
 def outputs_bytes(spec: SignatureSpec, config: Mapping[str, Any], num_tokens: int | None = None) -> int:
-    """Size of one checkpoint's outputs on one task, from its `config.json`: what is said before it is computed."""
+    """Size of one checkpoint's outputs on one task, from its `config.json`."""
     shape = model_shape(config)
     positions = spec.num_positions + math.ceil(spec.num_positions / GREEDY_SHARE)
     width = num_tokens or spec.max_tokens
-    logits = positions * shape["vocabulary"]
-    hidden = (shape["layers"] + 1) * positions * shape["hidden"]
-    attention = shape["layers"] * shape["heads"] * min(spec.num_attention_positions, positions) * width
+    logits = positions * shape.vocab_size
+    hidden = (shape.layers + 1) * positions * shape.hidden_size
+    attention = shape.layers * shape.heads * min(spec.num_attention_positions, positions) * width
     return 4 * (logits + hidden + attention)
 
 
 def weights_bytes(spec: SignatureSpec, sizes: Sequence[int]) -> int:
     """Size of one checkpoint's sample of weights, from the numbers of elements of its tensors."""
     return sum(4 * min(size, spec.num_coordinates) + 200 for size in sizes)
-
-
-def model_shape(config: Mapping[str, Any]) -> dict[str, int]:
-    """layers, hidden, heads and vocabulary from a `config.json`, whatever the family calls them.
-
-    Raises:
-        ConfigError: a number is not there.
-    """
-    text = config.get("text_config") or config
-    names = {
-        "layers": ("num_hidden_layers", "n_layer"),
-        "hidden": ("hidden_size", "n_embd"),
-        "heads": ("num_attention_heads", "n_head"),
-        "vocabulary": ("vocab_size",),
-    }
-    found = {}
-    for part, keys in names.items():
-        value = next((text[key] for key in keys if isinstance(text.get(key), int)), None)
-        if value is None:
-            raise ConfigError(f"config.json says nothing of {' or '.join(keys)}")
-        found[part] = value
-    return found

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, unknown_name
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, read_config, read_headers
+from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_config
+from simmerge_ray.checkpoints.size import model_shape
 from simmerge_ray.signals.samples import float_tensors_of
-from simmerge_ray.signals.signature import model_shape
+
+FLOAT32_BYTES = 4  # an element of the weights and of what is computed from them
 
 
 @dataclass(frozen=True)
-class Stage:
+class LayerRange:
     """Decoder layers [first, last) of `num_layers`; the first stage embeds, the last one predicts."""
 
     first: int
@@ -97,21 +100,12 @@ def family_of(ref: CheckpointRef) -> Family:
     return FAMILIES[name]
 
 
-def model_bytes(specs: Mapping[str, TensorSpec], dtype_bytes: int = 4) -> int:
+def model_bytes(specs: Mapping[str, TensorSpec]) -> int:
     """Memory of the weights of a whole model."""
-    return dtype_bytes * sum(math.prod(specs[name].shape) for name in float_tensors_of(specs))
+    return FLOAT32_BYTES * sum(math.prod(specs[name].shape) for name in float_tensors_of(specs))
 
 
-def stage_bytes(ref: CheckpointRef, stage: Stage, dtype_bytes: int = 4) -> int:
-    """Memory of the weights of one stage, from headers alone.
-
-    Raises:
-        CheckpointError: unreadable, or of a family that is not known.
-    """
-    return dtype_bytes * _StageSizes(ref).elements(stage)
-
-
-def plan_stages(ref: CheckpointRef, memory_bytes: int, activation_bytes: int, dtype_bytes: int = 4) -> list[Stage]:
+def plan_stages(ref: CheckpointRef, memory_bytes: int, activation_bytes: int) -> list[LayerRange]:
     """The fewest stages of which each fits a worker, cut so that the largest is as small as it can be.
 
     Args:
@@ -121,23 +115,23 @@ def plan_stages(ref: CheckpointRef, memory_bytes: int, activation_bytes: int, dt
         CheckpointError: unreadable, or of a family that is not known.
         ConfigError: a stage of one layer does not fit; the message says how much would do.
     """
-    sizes = _StageSizes(ref)
+    sizes = StageSizes(ref)
     try:
-        return cut_stages(sizes.elements, sizes.num_layers, memory_bytes, activation_bytes, dtype_bytes)
+        return cut_stages(sizes.elements, sizes.num_layers, memory_bytes, activation_bytes)
     except ConfigError as error:
         raise ConfigError(f"checkpoint {ref.id!r}: {error}") from None
 
 
 def cut_stages(
-    elements: Callable[[Stage], int], count: int, memory_bytes: int, activation_bytes: int, dtype_bytes: int = 4
-) -> list[Stage]:
+    elements: Callable[[LayerRange], int], count: int, memory_bytes: int, activation_bytes: int
+) -> list[LayerRange]:
     """`plan_stages` of a model with `count` layers, from the elements of its stages.
 
     Raises:
         ConfigError: a stage of one layer does not fit.
     """
     cost = {
-        (first, last): activation_bytes + dtype_bytes * elements(Stage(first, last, count))
+        (first, last): activation_bytes + FLOAT32_BYTES * elements(LayerRange(first, last, count))
         for first in range(count)
         for last in range(first + 1, count + 1)
     }
@@ -161,11 +155,11 @@ def cut_stages(
     for by_last in reversed(cuts):
         bounds.append(by_last[bounds[-1]])
     bounds = [0, *reversed(bounds)]
-    return [Stage(first, last, count) for first, last in itertools.pairwise(bounds)]
+    return [LayerRange(first, last, count) for first, last in itertools.pairwise(bounds)]
 
 
 def activation_bytes(
-    config: Mapping[str, Any], batch_size: int, num_tokens: int, num_positions: int | None = None, dtype_bytes: int = 4
+    config: Mapping[str, Any], batch_size: int, num_tokens: int, num_positions: int | None = None
 ) -> int:
     """Upper estimate of what a worker needs beside the weights for one micro-batch, from its `config.json`.
 
@@ -176,28 +170,29 @@ def activation_bytes(
         num_positions: sampled positions of a micro-batch at most; None counts every token.
     """
     shape = model_shape(config)
-    text = config.get("text_config") or config
     tokens = batch_size * num_tokens
     positions = tokens if num_positions is None else min(tokens, num_positions)
-    heads, hidden = shape["heads"], shape["hidden"]
-    width = heads * int(text.get("head_dim") or hidden // heads)
-    intermediate = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
-    scores = heads * tokens * num_tokens
-    attention = 3 * scores + 10 * tokens * width  # scores, masked, probabilities; queries, keys, values, turned, copied
-    mlp = 4 * tokens * intermediate  # gate, up, activation, product
-    states = 8 * tokens * hidden  # residual stream and norms, the float32 copies of norms and of the boundary
+    scores = shape.heads * tokens * num_tokens
+    # Scores, masked, probabilities; queries, keys, values, turned, copied.
+    attention = 3 * scores + 10 * tokens * shape.heads * shape.head_size
+    mlp = 4 * tokens * shape.intermediate_size  # gate, up, activation, product
+    states = 8 * tokens * shape.hidden_size  # residual stream and norms; float32 copies of norms and of the boundary
     masks = 4 * tokens * num_tokens  # full and sliding, bool and float
-    logits = 4 * positions * shape["vocabulary"]  # as computed, two steps of soft-capping, the copy that is kept
-    kept = positions * ((shape["layers"] + 1) * hidden + shape["layers"] * heads * num_tokens)
-    return dtype_bytes * (max(attention, mlp) + states + masks) + 4 * (logits + kept)
+    logits = 4 * positions * shape.vocab_size  # as computed, two steps of soft-capping, the copy that is kept
+    kept = positions * ((shape.layers + 1) * shape.hidden_size + shape.layers * shape.heads * num_tokens)
+    return FLOAT32_BYTES * (max(attention, mlp) + states + masks + logits + kept)
 
 
-class _StageSizes:
-    """Elements of the stages of a checkpoint, by the names in its headers."""
+class StageSizes:
+    """Elements of the stages of a checkpoint, by the names in its headers.
+
+    Raises:
+        CheckpointError: unreadable, or of a family that is not known.
+    """
 
     def __init__(self, ref: CheckpointRef) -> None:
         family, specs = family_of(ref), read_headers(ref)
-        self.num_layers = model_shape(read_config(ref))["layers"]
+        self.num_layers = model_shape(read_config(ref)).layers
         self._layers = [0] * self.num_layers
         self._first: dict[str, int] = {}
         self._last: dict[str, int] = {}
@@ -221,7 +216,7 @@ class _StageSizes:
         elif head not in self._last and embedding in self._first:
             self._last[embedding] = self._first[embedding]
 
-    def elements(self, stage: Stage) -> int:
+    def elements(self, stage: LayerRange) -> int:
         ends = (self._first if stage.is_first else {}) | (self._last if stage.is_last else {})
         return sum(self._layers[stage.first : stage.last]) + sum(ends.values())
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simmerge_ray.base.errors import ConfigError, PlanError, unknown_name
-from simmerge_ray.base.storage import Place, read_bytes, write_once
+from simmerge_ray.base.storage import Place, read_bytes, write_atomically
 from simmerge_ray.signals.features import FEATURE_SCHEMA, swapped_features
 
 
@@ -86,7 +86,7 @@ class SignalTable:
         table = pa.table(columns).replace_schema_metadata({"simmerge_ray": meta})
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
-        write_once(uri, buffer.getvalue())
+        write_atomically(uri, buffer.getvalue())
 
 
 def read_signal_table(uri: str | Place) -> SignalTable:

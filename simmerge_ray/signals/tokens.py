@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from simmerge_ray.base.errors import ProbeError
 from simmerge_ray.base.storage import digest_bytes, digest_json
-from simmerge_ray.checkpoints.probes import TokenBatch
-from simmerge_ray.signals.signature import GREEDY_SHARE
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch
+from simmerge_ray.checkpoints.references import context_limit, local_files
+from simmerge_ray.signals.signature import GREEDY_SHARE, NUM_GREEDY_TOKENS, SignatureSpec
+
+Place = tuple[int, int, int]  # (micro-batch, row, column)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,31 @@ class ProbeTokens:
         return digest_bytes(*parts)
 
 
-Place = tuple[int, int, int]  # (micro-batch, row, column)
+def tokenize_probes(
+    catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], spec: SignatureSpec
+) -> dict[str, list[TokenBatch]]:
+    """Micro-batches of every task, by the catalogue's tokenizer.
+
+    Raises:
+        ProbeError: a probe is too short or too long, also for the context of the checkpoints.
+    """
+    from transformers import AutoTokenizer
+
+    first = catalogue.checkpoints[0]
+    with local_files(first) as directory:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    batches = {t: probes.token_batches(tokenizer, spec.batch_size, spec.max_tokens) for t, probes in probe_sets.items()}
+    added = NUM_GREEDY_TOKENS if catalogue.base else 0
+    for ref in catalogue.all_refs:
+        context = context_limit(ref) or math.inf
+        for task, found in batches.items():
+            longest = max(batch.input_ids.shape[1] for batch in found)
+            if longest + added > context:
+                raise ProbeError(
+                    f"probe set {task!r}: a probe of {longest} tokens and {added} of the base's continuation are "
+                    f"longer than the context of checkpoint {ref.id!r}, {context} tokens; shorten the probe"
+                )
+    return batches
 
 
 def greedy_places(task: str, batches: Sequence[TokenBatch], num_positions: int, num_tokens: int) -> list[Place]:
@@ -88,18 +117,11 @@ def greedy_places(task: str, batches: Sequence[TokenBatch], num_positions: int, 
 
 def continued_batches(batches: Sequence[TokenBatch], places: Sequence[Place], batch_size: int) -> list[TokenBatch]:
     """The probes that need a continuation, in order, in micro-batches of their own."""
-    rows = list(dict.fromkeys((number, row) for number, row, _ in places))
-    found = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        lengths = [int(batches[number].attention_mask[row].sum()) for number, row in part]
-        ids = torch.zeros((len(part), max(lengths)), dtype=torch.int64)
-        mask = torch.zeros((len(part), max(lengths)), dtype=torch.int64)
-        for index, ((number, row), length) in enumerate(zip(part, lengths, strict=True)):
-            ids[index, :length] = batches[number].input_ids[row, :length]
-            mask[index, :length] = 1
-        found.append(TokenBatch(ids, mask))
-    return found
+    rows = [
+        batches[number].input_ids[row, : int(batches[number].attention_mask[row].sum())]
+        for number, row in dict.fromkeys((number, row) for number, row, _ in places)
+    ]
+    return [_padded(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
 def probe_tokens(
@@ -135,30 +157,35 @@ def probe_tokens(
     keep = np.zeros(len(chosen), dtype=bool)
     keep[generator.permutation(len(chosen))[:num_attention_positions]] = True
     written = dict(zip(dict.fromkeys((number, row) for number, row, _ in greedy), continuations, strict=True))
-    first_probe = np.cumsum([0, *(len(rows) for rows in lengths)])
-    found = []
-    for number, short in enumerate(batches):
-        batch = _extended(short, {row: tokens for (owner, row), tokens in written.items() if owner == number})
+    first_probe = np.cumsum([0, *map(len, lengths)]).tolist()
+    probe_batches = []
+    for number, batch in enumerate(batches):
+        extended = _extended(batch, {row: tokens for (owner, row), tokens in written.items() if owner == number})
         index = [place for place, (owner, _, _) in enumerate(chosen) if owner == number]
-        rows = torch.tensor([chosen[place][1] for place in index], dtype=torch.int64)
-        columns = torch.tensor([chosen[place][2] for place in index], dtype=torch.int64)
-        length = lengths[number][rows]
-        following = batch.input_ids[rows, (columns + 1).clamp_max(batch.input_ids.shape[1] - 1)]
-        found.append(
-            ProbeBatch(
-                batch.input_ids,
-                batch.attention_mask,
-                rows,
-                columns,
-                greedy=columns >= length,
-                with_attention=torch.from_numpy(keep[index]),
-                next_token=torch.where(columns + 1 < length, following, -1),
-                probe=rows + int(first_probe[number]),
-            )
-        )
-    if not any(bool((batch.next_token >= 0).any()) for batch in found):
+        rows, columns = np.array([chosen[place][1:] for place in index], dtype=np.int64).reshape(-1, 2).T.copy()
+        sampled = torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(keep[index])
+        probe_batches.append(_probe_batch(extended, *sampled, lengths[number], first_probe[number]))
+    if not any(bool((batch.next_token >= 0).any()) for batch in probe_batches):
         raise ProbeError(f"probe set {task!r}: no probe has 3 tokens or more, so there is no next token to compare")
-    return ProbeTokens(task, tuple(found))
+    return ProbeTokens(task, tuple(probe_batches))
+
+
+def _probe_batch(
+    batch: TokenBatch, rows: Tensor, columns: Tensor, with_attention: Tensor, lengths: Tensor, first_probe: int
+) -> ProbeBatch:
+    """A micro-batch with its sampled positions. lengths: (B,), of the probes without their continuations."""
+    length = lengths[rows]
+    following = batch.input_ids[rows, (columns + 1).clamp_max(batch.input_ids.shape[1] - 1)]
+    return ProbeBatch(
+        batch.input_ids,
+        batch.attention_mask,
+        rows,
+        columns,
+        greedy=columns >= length,
+        with_attention=with_attention,
+        next_token=torch.where(columns + 1 < length, following, -1),
+        probe=rows + first_probe,
+    )
 
 
 def continuation_key(base_digest: str, batch: TokenBatch, num_tokens: int) -> str:
@@ -169,16 +196,18 @@ def continuation_key(base_digest: str, batch: TokenBatch, num_tokens: int) -> st
 
 def _extended(batch: TokenBatch, continuations: dict[int, Tensor]) -> TokenBatch:
     """The rows, some with a continuation right behind their last token."""
-    lengths = batch.attention_mask.sum(1).tolist()
-    width = max(length + len(continuations.get(row, ())) for row, length in enumerate(lengths))
-    ids = torch.zeros((len(lengths), width), dtype=torch.int64)
-    mask = torch.zeros((len(lengths), width), dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        added = continuations.get(row, torch.zeros(0, dtype=torch.int64))
-        ids[row, :length] = batch.input_ids[row, :length]
-        ids[row, length : length + len(added)] = added
-        mask[row, : length + len(added)] = 1
-    return TokenBatch(ids, mask)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return _padded(
+        [
+            torch.cat((batch.input_ids[row, :length], continuations.get(row, nothing)))
+            for row, length in enumerate(batch.attention_mask.sum(1).tolist())
+        ]
+    )
+
+
+def _padded(rows: Sequence[Tensor]) -> TokenBatch:
+    masks = [torch.ones_like(row) for row in rows]
+    return TokenBatch(pad_sequence(list(rows), batch_first=True), pad_sequence(masks, batch_first=True))
 
 
 def _sample(places: list[Place], count: int, generator: np.random.Generator) -> list[Place]:

@@ -20,6 +20,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from simmerge_ray.signals.features import layer_thirds
+
 BLOCK_ELEMENTS = 1 << 16
 TRIM_DENSITY = 0.2  # of `trimmed_overlap`
 TENSOR_KINDS = ("attention", "mlp", "embedding", "norm", "other")
@@ -31,8 +33,6 @@ _KIND_PATTERNS = (
 )
 NORM_FLOOR = 1e-6  # of the centre's norm: task vectors below count as not moved in the log ratio
 _TINY = float(np.finfo(np.float64).tiny)
-
-Array = np.ndarray
 
 
 def tensor_kind(name: str) -> str:
@@ -57,10 +57,10 @@ class WeightSums:
     sign_support: (M, M), coordinates where both are non-zero. overlap: (M, M), coordinates that trimming keeps of both.
     """
 
-    gram: Array
-    sign_product: Array
-    sign_support: Array
-    overlap: Array
+    gram: np.ndarray
+    sign_product: np.ndarray
+    sign_support: np.ndarray
+    overlap: np.ndarray
 
     @staticmethod
     def zero(num_vectors: int) -> WeightSums:
@@ -81,7 +81,7 @@ class WeightSums:
             self.gram * factor, self.sign_product * factor, self.sign_support * factor, self.overlap * factor
         )
 
-    def with_norms(self, exact: Array) -> WeightSums:
+    def with_norms(self, exact: np.ndarray) -> WeightSums:
         """Inner products of a sample with the exact ones in row and column 0 and on the diagonal.
 
         Products of two vectors keep the *cosine* of the sample.
@@ -97,7 +97,7 @@ class WeightSums:
         gram[0, :], gram[:, 0] = exact[:, 0], exact[:, 0]
         return WeightSums(gram, self.sign_product, self.sign_support, self.overlap)
 
-    def signals(self, with_base: bool) -> dict[str, Array]:
+    def signals(self, with_base: bool) -> dict[str, np.ndarray]:
         """Signals from the sums, each (M, M) float64.
 
         `cosine` and `l2` (over the norm of the centre) always; with a base as the centre also `task_vector_cosine`,
@@ -139,7 +139,7 @@ class WeightSums:
 class BlockSums:
     """Adds up the sums of blocks of coordinates."""
 
-    def __init__(self, thresholds: Array) -> None:
+    def __init__(self, thresholds: np.ndarray) -> None:
         """
         Args:
             thresholds: (M,) float32, the smallest magnitude that trimming keeps of each; zeros are never kept.
@@ -147,7 +147,7 @@ class BlockSums:
         self._thresholds = np.asarray(thresholds, dtype=np.float32)
         self.total = WeightSums.zero(len(self._thresholds))
 
-    def add(self, vectors: Array, centre: Array) -> None:
+    def add(self, vectors: np.ndarray, centre: np.ndarray) -> None:
         """Add one block: vectors (M, N) float32, `w_i - c`; centre (N,) float32."""
         num, size = vectors.shape
         gram = np.zeros((num + 1, num + 1))
@@ -166,7 +166,7 @@ _TILE = 2048  # columns: that many of all rows stay in the cache while every pai
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _add_products(centre: Array, vectors: Array, gram: Array) -> None:
+def _add_products(centre: np.ndarray, vectors: np.ndarray, gram: np.ndarray) -> None:
     """Inner products in float64 of [centre, *vectors], float32, added to `gram`."""
     num, size = vectors.shape
     for start in range(0, size, _TILE):
@@ -184,7 +184,7 @@ def _add_products(centre: Array, vectors: Array, gram: Array) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _pack(vectors: Array, thresholds: Array, bits: Array) -> None:
+def _pack(vectors: np.ndarray, thresholds: np.ndarray, bits: np.ndarray) -> None:
     """One bit a coordinate: negative; not zero; kept by trimming. bits: (3, M, words) uint64, zero."""
     num, size = vectors.shape
     for i in range(num):
@@ -209,7 +209,7 @@ def _count_ones(typing_context: Any, word: Any) -> Any:  # uint64 -> how many of
 
 
 @njit(cache=True, nogil=True)
-def _count_common(bits: Array, counts: Array) -> None:
+def _count_common(bits: np.ndarray, counts: np.ndarray) -> None:
     """Per pair: moved by both in opposite directions; moved by both; kept of both. counts: (3, M, M) int64, zero."""
     for i in range(bits.shape[1]):
         for j in range(i + 1):
@@ -225,7 +225,10 @@ def _count_common(bits: Array, counts: Array) -> None:
 
 
 def sums_in_blocks(
-    read: Callable[[int, int], tuple[Array, Array]], num_elements: int, thresholds: Array, block: int = BLOCK_ELEMENTS
+    read: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+    num_elements: int,
+    thresholds: np.ndarray,
+    block: int = BLOCK_ELEMENTS,
 ) -> WeightSums:
     """Sums over a tensor in blocks from its start, folded in their order.
 
@@ -238,7 +241,7 @@ def sums_in_blocks(
     return sums.total
 
 
-def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str, Array]:
+def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str, np.ndarray]:
     """(M, M) matrices of every weight signal from the sums of every tensor by name.
 
     Per signal: `_global` over all coordinates; `_attention`, `_mlp`, `_embedding`, `_norm` over those of one kind
@@ -250,7 +253,7 @@ def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str
     for name in names:
         for group in ("global", tensor_kind(name)):
             groups[group] = groups[group] + sums[name] if group in groups else sums[name]
-    matrices: dict[str, Array] = {}
+    matrices: dict[str, np.ndarray] = {}
     for group in ("global", *TENSOR_KINDS):
         for signal, matrix in groups.get(group, groups["global"]).signals(with_base).items():
             matrices[f"{_signal_name(signal)}_{group}"] = matrix
@@ -263,7 +266,7 @@ def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str
     for signal in by_tensor[0]:
         if signal == "task_vector_norm":
             continue
-        values = np.stack([one[signal] for one in by_tensor])
+        values = np.stack([signals[signal] for signals in by_tensor])
         prefix = _signal_name(signal)
         matrices[f"{prefix}_mean"] = values.mean(0)
         matrices[f"{prefix}_sd"] = values.std(0)
@@ -279,14 +282,8 @@ def _signal_name(signal: str) -> str:
 
 def _thirds(layers: Sequence[int | None]) -> dict[str, list[int]]:
     """Indices of the tensors in each third of the layers; all tensors where none has a layer."""
-    from simmerge_ray.signals.cosines import layer_thirds
-
-    known = [layer for layer in layers if layer is not None]
-    if not known:
-        return {third: list(range(len(layers))) for third in ("early", "middle", "late")}
-    thirds = layer_thirds(max(known) + 1)
-    chosen = {
-        name: [index for index, layer in enumerate(layers) if layer in third]
-        for name, third in zip(("early", "middle", "late"), thirds, strict=True)
+    num_layers = max((layer for layer in layers if layer is not None), default=-1) + 1
+    return {
+        third: [index for index, layer in enumerate(layers) if layer in chosen] or list(range(len(layers)))
+        for third, chosen in layer_thirds(max(1, num_layers)).items()
     }
-    return {name: index or list(range(len(layers))) for name, index in chosen.items()}

@@ -14,7 +14,7 @@ from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.signals.collect import BatchOutputs, ProbeModel
 from simmerge_ray.signals.pipeline import StageModel, staged_continuation
 from simmerge_ray.signals.queue import Unit
-from simmerge_ray.signals.samples import TensorBlocks, exact_sums, tensor_sample
+from simmerge_ray.signals.samples import exact_sums, opened_blocks, tensor_sample
 from simmerge_ray.signals.signature import TensorSample
 from simmerge_ray.signals.weights import WeightSums
 
@@ -29,7 +29,7 @@ class UnitFailure:
 class SignalWorker:
     """Runs units over a fixed list of checkpoints; holds one model, or one stage of one, at a time.
 
-    Plain class: `distributed.signal_actors` makes it an actor.
+    A plain class: `on_ray.signal_actors` makes it an actor.
     """
 
     def __init__(
@@ -68,23 +68,15 @@ class SignalWorker:
             return UnitFailure(str(error))
 
     def _samples(self, ref: CheckpointRef, names: Sequence[str], count: int) -> dict[str, TensorSample]:
-        tensors = TensorBlocks(ref)
-        base = tensors if ref == self._base else TensorBlocks(self._base) if self._base else None
-        try:
-            return {name: tensor_sample(name, tensors, base, count) for name in names}
-        finally:
-            tensors.close()
-            if base is not None:
-                base.close()
+        with opened_blocks(filter(None, {ref, self._base})) as blocks:
+            base = blocks[self._base.id] if self._base else None
+            return {name: tensor_sample(name, blocks[ref.id], base, count) for name in names}
 
     def _sums(self, thresholds: Mapping[str, np.ndarray], block: int) -> dict[str, WeightSums]:
-        checkpoints = [TensorBlocks(ref, block) for ref in self._checkpoints]
-        base = TensorBlocks(self._base, block) if self._base else None
-        try:
+        with opened_blocks(self._refs.values(), block) as blocks:
+            checkpoints = [blocks[ref.id] for ref in self._checkpoints]
+            base = blocks[self._base.id] if self._base else None
             return {name: exact_sums(name, checkpoints, base, low, block) for name, low in thresholds.items()}
-        finally:
-            for tensors in (*checkpoints, *((base,) if base else ())):
-                tensors.close()
 
 
 def as_arrays(outputs: BatchOutputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from simmerge_ray.service.http.access import ROLES, Access, Client, digest_of
+from simmerge_ray.service.http.access import ROLES, Access, Principal, token_digest
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.metrics import PrometheusMetrics
 from simmerge_ray.service.learner import Learner
@@ -40,7 +40,7 @@ def service(published: PublishedFiles, tmp_path_factory: pytest.TempPathFactory)
     settings = published.settings(tmp_path_factory.mktemp("service"))
     upgrade_database(settings.database)
     tokens = {role: f"token-of-{role}-{'x' * 16}" for role in ROLES}
-    access = Access([Client(role, frozenset({role}), digest_of(token)) for role, token in tokens.items()])
+    access = Access([Principal(role, frozenset({role}), token_digest(token)) for role, token in tokens.items()])
     with served(create_app(lambda: Learner(settings), access, PrometheusMetrics())) as url:
         yield Service(url, tokens, settings)
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from simmerge_ray.service.learner import LearnerSettings
+from simmerge_ray.base.config import ServiceConfig
 from tests.conftest import free_port
 
 
@@ -35,7 +35,7 @@ def served(app: Any) -> Iterator[str]:
 class Service:
     """A running service. tokens: by what they may do."""
 
-    def __init__(self, url: str, tokens: dict[str, str], settings: LearnerSettings) -> None:
+    def __init__(self, url: str, tokens: dict[str, str], settings: ServiceConfig) -> None:
         self.url, self.tokens, self.settings = url, tokens, settings
         catalogue = self.ask("GET", "/v1/catalogue")
         self.checkpoints = [one["id"] for one in catalogue["checkpoints"]]

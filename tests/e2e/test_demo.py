@@ -11,7 +11,8 @@ from rich.console import Console
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import read_json
-from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.research.zoo.recipe import ARMS
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.selector.planning.recommender import Recommender

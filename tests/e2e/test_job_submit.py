@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import build_dataset
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.merging.write.directory import write_merge
-from simmerge_ray.on_ray.merge_search import start_evaluator
-from simmerge_ray.pipelines.jobs import LAST_LINE, read_last_line
+from simmerge_ray.on_ray.engines import start_evaluator
+from simmerge_ray.pipelines.jobs import LAST_LINE
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore, Measured
 from simmerge_ray.search.runner import TrialRunner
-from simmerge_ray.search.setup import grid_trials, prepare_study
+from simmerge_ray.search.setup import grid_trials, prepare_search
+from tests.job_lines import read_last_line
 
 ROOT = Path(__file__).parents[2]
 ARMS = ("linear", "slerp", "ties(density=0.2)")
@@ -49,12 +50,16 @@ def test_a_submitted_job_makes_the_labels_of_a_local_run(catalogue_path, tmp_pat
 
     # The script, called without a cluster, finds everything in place.
     monkeypatch.setattr(sys, "argv", command[-2:])
-    assert build_dataset.main() == 0
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / JOB), run_name="__main__")
+    assert not ended.value.code
     assert capsys.readouterr().out.count("unchanged since the last run") == 2
 
     # The same labels without Ray, in this process.
     catalogue, tasks = load_catalogue(catalogue_path), load_tasks(root / "tasks")
-    undisturbed = prepare_study(catalogue, tasks, SearchConfig.model_validate(study["search"]), str(tmp_path / "local"))
+    undisturbed = prepare_search(
+        catalogue, tasks, SearchConfig.model_validate(study["search"]), str(tmp_path / "local")
+    )
     runner = TrialRunner(undisturbed, start_evaluator)
     for trial in grid_trials(undisturbed):
         runner.run(trial)

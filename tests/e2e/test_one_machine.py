@@ -15,10 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from simmerge_ray.pipelines.jobs import read_last_line
 from simmerge_ray.search.labels import LabelStore
 from tests import tiny
 from tests.conftest import free_port
+from tests.job_lines import read_last_line
 from tests.leftovers import kill_marked
 
 ROOT = Path(__file__).parents[2]

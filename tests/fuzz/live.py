@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 
-from simmerge_ray.service.http.access import Access, Client, digest_of
+from simmerge_ray.service.http.access import Access, Principal, token_digest
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.gate import Limits
 from simmerge_ray.service.http.metrics import PrometheusMetrics
@@ -110,7 +110,7 @@ def live_service(root: Path) -> Iterator[LiveService]:
     files = write_published(root)
     settings = files.settings(root)
     upgrade_database(settings.database)
-    clients = [Client(role, frozenset({role}), digest_of(token)) for role, token in TOKENS.items()]
+    clients = [Principal(role, frozenset({role}), token_digest(token)) for role, token in TOKENS.items()]
     access = Access(clients, failures_per_s=1e6)  # each of the many wrong tokens shall be told that it is wrong
     app = create_app(lambda: Learner(settings), access, PrometheusMetrics(), Limits(body_seconds=BODY_SECONDS))
     port = free_port()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import runpy
 import sys
 import time
 import uuid
@@ -18,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.base.storage import write_once
+from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.capacity.placement import engine_needs, signal_worker_needs
 from simmerge_ray.on_ray import merge_search, merge_tasks
 from simmerge_ray.pipelines.jobs import run_job
@@ -40,7 +41,7 @@ def begin(name: str, content: Any = None) -> None:
         (directory / f"claimed-{name}").touch(exist_ok=False)
     except FileExistsError:
         return
-    write_once(directory / f"held-{name}", ray.get_runtime_context().get_node_id().encode())
+    write_atomically(directory / f"held-{name}", ray.get_runtime_context().get_node_id().encode())
     time.sleep(600)
     raise SystemExit("nobody has killed this worker")
 
@@ -114,17 +115,18 @@ def main() -> None:
         sys.exit(run_job("place", lambda: place(int(arguments[0]))))
     if stage == "merge":
         merge_tasks.make_share = counting_share
-        from jobs import merge_plan as job
+        job = "merge_plan"
     else:
         merge_search.MergeTrial = CountingTrial  # type: ignore[misc]
         import simmerge_ray.signals.worker as worker
 
         worker.SignalWorker = CountingWorker  # type: ignore[misc]
-        from jobs import build_dataset as job  # type: ignore[no-redef]
-    sys.argv = ["job", *arguments]
-    code = job.main()
-    ray.shutdown()
-    sys.exit(code)
+        job = "build_dataset"
+    sys.argv = [f"{job}.py", *arguments]
+    try:
+        runpy.run_path(f"jobs/{job}.py", run_name="__main__")
+    finally:
+        ray.shutdown()
 
 
 if __name__ == "__main__":

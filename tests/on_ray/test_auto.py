@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import time
 
 import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.config import RankingConfig, RankingFiles, SearchConfig
 from simmerge_ray.base.errors import ConfigError, LabelError, OutputError, PlanError, SelectorError, TaskError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, read_json
-from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.cli.app import app
-from simmerge_ray.cli.auto import counted_tasks
-from simmerge_ray.cli.plan import plan_request
-from simmerge_ray.pipelines.auto import (
-    auto_stage,
-    check_auto,
-    dry_run_lines,
-    extrapolation_lines,
-    on_same_tasks,
-    plans_to_measure,
-)
+from simmerge_ray.cli.auto import answer_stages, dry_run_lines, extrapolation_lines
+from simmerge_ray.pipelines.auto import AutoRun, check_auto, on_same_tasks, plans_to_measure
 from simmerge_ray.plans.plan import read_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
+from simmerge_ray.search.objectives import Objective
+from simmerge_ray.selector.planning.request import on_fixed_tasks, read_sources
 from tests.artifacts import write_artifacts
 
 CONFIG = SearchConfig(pairs="all", evaluator="transformers", concurrency=1)
+MEAN = Objective("mean")
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +39,10 @@ def run(catalogue_path, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranked(run, catalogue):
     """(request, ranking) of the first two merges of two checkpoints on both tasks."""
-    request = plan_request(
-        catalogue, run / "selector", run / "pairs.parquet", ("add", "copy"), (2, 2), (), (), (), "equal", "mean",
-        "second_order", None, None,
-    )  # fmt: skip
-    return request, request.scorer.rank(request.space, request.pool, top=2)
+    config = RankingConfig(tasks=("add", "copy"), ways="2", propagator="second_order")
+    files = RankingFiles(signals=run / "pairs.parquet", selector=run / "selector")
+    request = read_sources(files, catalogue, config.propagator).request(config)
+    return request, request.rank(top=2)
 
 
 @pytest.fixture
@@ -67,8 +63,8 @@ def invoke(run, catalogue_path, out, *options: str, **changes):
         (("--objective", "ad"), ConfigError, "did you mean 'add'"),
         (("--must-contain", "m9"), PlanError, "unknown checkpoint 'm9'"),
         (("--ways", "x"), ConfigError, "--ways"),
-        (("--arm", "slerp"), SelectorError, "simmerge search"),
-        (("--evaluator", "vlm"), ConfigError, "'evaluator'"),
+        (("--arm", "slerp"), SelectorError, "simmerge labels make"),
+        (("--evaluator", "vlm"), SystemExit, "2"),
         (("--max-items", "3"), TaskError, "task 'add' has 3 items"),
         (("--max-model-len", "500"), ConfigError, "max_model_len is 500"),
     ],
@@ -93,35 +89,37 @@ def test_missing_artifacts_say_what_makes_them(run, catalogue_path, tmp_path):
 def test_a_directory_that_is_not_ours_is_refused(catalogue, tasks, tmp_path):
     (tmp_path / "merged").mkdir()
     with pytest.raises(OutputError, match="is not a merge made by simmerge"):
-        check_auto(catalogue, tasks, CONFIG, tmp_path, write=True)
-    check_auto(catalogue, tasks, CONFIG, tmp_path, write=False)
+        check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path))
+    check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path, write=False))
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="--out .* is a file"):
-        check_auto(catalogue, tasks, CONFIG, tmp_path / "file", write=True)
+        check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path / "file"))
 
 
 def test_everything_is_counted_on_the_tasks_named_or_on_all_own_tasks(catalogue):
-    assert counted_tasks(catalogue, (), "mean") == counted_tasks(catalogue, (), "worst") == ("add", "copy")
-    assert counted_tasks(catalogue, ("copy",), "mean") == ("copy",)
-    assert counted_tasks(catalogue, (), "add=2,copy=1") == ()
+    def counted(**options):
+        return on_fixed_tasks(RankingConfig(**options), catalogue).tasks
+
+    assert counted() == counted(objective="worst") == ("add", "copy")
+    assert counted(tasks=("copy",)) == ("copy",)
+    assert counted(objective="add=2,copy=1") == ()
     with pytest.raises(ConfigError, match="--task"):
-        counted_tasks(on_same_tasks(catalogue), (), "mean")
+        on_fixed_tasks(RankingConfig(), on_same_tasks(catalogue))
 
 
 def answer(ranked, catalogue, tasks, out, write=True) -> str:
-    """What `auto_stage` prints."""
+    """What is printed from the measurements on."""
     request, ranking = ranked
     printed = io.StringIO()
-    narrator = Narrator(Console(file=printed, width=250))
-    manifest = Manifest("auto", {}, {})
-    auto_stage(catalogue, tasks, request.pool.objective, ranking, CONFIG, out, narrator, manifest, write)
+    run = AutoRun(catalogue, tasks, request.pool.objective, CONFIG, out, write)
+    answer_stages(run, ranking, Narrator(Console(file=printed, width=250)), Manifest("auto", {}, {}), time.monotonic())
     return printed.getvalue()
 
 
 def write_labels(ranked, catalogue, tasks, out, of_merges: float, of_singles: float, feasible: bool = True) -> None:
     """Labels of everything that is to be measured, with these utilities and a little noise; no merge was made."""
     generator = np.random.default_rng(0)
-    study = check_auto(catalogue, tasks, CONFIG, out, write=True)
+    study = check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, out))
     labels = []
     for plan in plans_to_measure(ranked[1], catalogue):
         for name, task in tasks.items():
@@ -174,7 +172,7 @@ def test_without_write_only_the_plan_is_left(ranked, catalogue, tasks, tmp_path)
 
 
 def test_a_dry_run_names_what_would_be_measured(ranked, catalogue, tasks, tmp_path):
-    study = check_auto(catalogue, tasks, CONFIG, tmp_path / "out", write=True)
+    study = check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path / "out"))
     text = "\n".join(dry_run_lines(study, ranked[1], catalogue.own_task, tmp_path / "out"))
     num = len(plans_to_measure(ranked[1], catalogue))
     assert f"trials   {num} to run" in text and "base" in text and "add (24 items)" in text
@@ -189,7 +187,7 @@ def test_merges_that_own_no_task_that_counts_are_said_to_be_extrapolated(ranked,
 
 
 def test_nothing_measured_is_an_error(ranked, catalogue, tasks, tmp_path):
-    study = check_auto(catalogue, tasks, CONFIG, tmp_path, write=True)
+    study = check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path))
     plans = plans_to_measure(ranked[1], catalogue)
     LabelStore(study.labels_uri).append([study.label(p, t, Infeasible("no memory"), 1.0) for p in plans for t in tasks])
     with pytest.raises(LabelError, match="nothing could be measured: no memory"):

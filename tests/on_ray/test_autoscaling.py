@@ -21,10 +21,10 @@ from ray._private.services import get_node_ip_address
 from ray._raylet import GcsClient
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from simmerge_ray.pipelines.jobs import read_last_line
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.signals.table import read_signal_table
 from tests.conftest import free_port
+from tests.job_lines import read_last_line
 from tests.leftovers import marked_processes
 from tests.on_ray.test_nodes import local_labels, local_table
 

@@ -12,12 +12,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from simmerge_ray.base.config import StudyConfig, load_yaml
+from simmerge_ray.base.config import DatasetConfig, ServiceConfig, load_yaml
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.capacity.cluster_files.check import ModelSize, lint
+from simmerge_ray.capacity.cluster_files.check import lint
 from simmerge_ray.capacity.placement import gpu_offer
+from simmerge_ray.capacity.size import ModelSize
 from simmerge_ray.cli.app import app
 from simmerge_ray.plans.operators.specs import parse_arms
+from tests.declared import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,19 +34,19 @@ def test_the_serve_config_fits_ray_s_schema_and_our_builder():
     (application,) = schema.applications
     module, name = application.import_path.split(":")
     assert module == serve_app.__name__ and callable(getattr(serve_app, name))
-    serve_app.AppArgs.model_validate(application.args)
+    ServiceConfig.model_validate(application.args)
     assert [one.name for one in application.deployments] == [serve_app.MergeService.name]
     assert schema.http_options.host == "127.0.0.1"
 
 
 def test_the_example_study_is_complete():
-    config = load_yaml(ROOT / "jobs" / "study.example.yaml", StudyConfig)
+    config = load_yaml(ROOT / "jobs" / "study.example.yaml", DatasetConfig)
     assert len(parse_arms(config.search.arms)) == 4
     assert config.out == ROOT / "runs" / "dataset"
 
 
 def test_the_study_in_a_bucket_is_complete():
-    config = load_yaml(ROOT / "cluster" / "study.yaml", StudyConfig)
+    config = load_yaml(ROOT / "cluster" / "study.yaml", DatasetConfig)
     assert str(config.out).startswith("s3://") and len(parse_arms(config.search.arms)) == 4
 
 
@@ -57,9 +59,9 @@ FILES = sorted(
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_what_is_shipped_is_fine(path):
-    from simmerge_ray.on_ray.cluster_files import check_file
+    from simmerge_ray.on_ray.cluster_files import check_cluster_file
 
-    assert check_file(path) == []
+    assert check_cluster_file(path) == []
 
 
 def test_all_parts_are_there():
@@ -127,14 +129,14 @@ CPU, GPU, HEAD = (f"available_node_types/{name}" for name in ("cpu", "gpu_48gb",
     ],
 )
 def test_mistakes_in_a_launcher_file_are_found(place, value, said, tmp_path):
-    from simmerge_ray.on_ray.cluster_files import check_file
+    from simmerge_ray.on_ray.cluster_files import check_cluster_file
 
     content = yaml.safe_load((ROOT / "cluster" / "aws.yaml").read_text())
     if place.endswith("memory_per_worker_gb"):  # then the nodes must be too small, too
         content["available_node_types"]["gpu_h100x8"]["resources"]["memory"] = 10**11
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(changed(content, place, value)))
-    found = check_file(path)
+    found = check_cluster_file(path)
     assert any(re.search(said, problem) for problem in found), found
 
 
@@ -180,13 +182,13 @@ def test_mistakes_in_a_manifest_are_found(place, value, said):
 
 
 def test_a_serve_config_inside_a_manifest_is_read_too(tmp_path):
-    from simmerge_ray.on_ray.cluster_files import check_file
+    from simmerge_ray.on_ray.cluster_files import check_cluster_file
 
     content = yaml.safe_load((ROOT / "cluster" / "kuberay" / "rayservice.yaml").read_text())
     content["spec"]["serveConfigV2"] = content["spec"]["serveConfigV2"].replace("registry:", "registri:")
     path = tmp_path / "service.yaml"
     path.write_text(yaml.safe_dump(content))
-    assert any("registri" in problem for problem in check_file(path))
+    assert any("registri" in problem for problem in check_cluster_file(path))
 
 
 def test_the_memory_of_a_model_is_that_of_the_dry_runs():
@@ -225,7 +227,7 @@ def test_the_dashboard_shows_our_metrics_by_the_names_that_ray_exports():
         for name in re.findall(r"ray_simmerge_\w+", target["expr"])
     }
     exported = set()
-    for place in ("simmerge_ray/on_ray/serve_app.py", "simmerge_ray/on_ray/merge_search.py"):
+    for place in ("simmerge_ray/on_ray/serve_app.py", "simmerge_ray/on_ray/tune_adapters.py"):
         source = (ROOT / place).read_text()
         for kind, name in re.findall(r"(Counter|Gauge|Histogram)\(\s*\"(simmerge_\w+)\"", source):
             if kind == "Histogram":
@@ -244,5 +246,4 @@ def test_the_image_is_no_root_and_has_both_targets():
     parts = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
     assert all(part.rstrip().endswith("USER ray") and "RAY_AUTH_MODE=token" in part for part in parts)
     extras = set(re.findall(r"\.\[([\w,]+)\]", text))
-    known = yaml.safe_load("[cpu, gpu, cloud, postgres]")
-    assert extras and all(set(one.split(",")) <= set(known) for one in extras)
+    assert extras and all(set(one.split(",")) <= set(EXTRAS) for one in extras)

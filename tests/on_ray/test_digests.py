@@ -10,8 +10,7 @@ import pytest
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints import digests
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.checkpoints.digests import DigestEntry
-from simmerge_ray.checkpoints.references import checkpoint_digest
+from simmerge_ray.checkpoints.digests import DigestEntry, checkpoint_digest
 from simmerge_ray.on_ray import digests as digests_on_nodes
 from simmerge_ray.on_ray import resources
 from simmerge_ray.on_ray.digests import digest_on_nodes

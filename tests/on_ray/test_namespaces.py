@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simmerge_ray.base.storage import write_once
-from simmerge_ray.pipelines.jobs import read_last_line
+from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.signals.table import read_signal_table
 from tests.conftest import free_port
+from tests.job_lines import read_last_line
 from tests.leftovers import kill_marked
 from tests.object_store import endpoint, make_bucket, s3_server
 from tests.on_ray.test_nodes import SEARCH, SIGNALS, local_labels, local_table
@@ -119,7 +119,7 @@ def test_a_dataset_is_made_by_a_driver_and_a_worker_that_share_an_object_store_o
             make_bucket(url, "study")
             for path in sorted(root.rglob("*")):
                 if path.is_file():
-                    write_once(f"s3://study/zoo/{path.relative_to(root)}", path.read_bytes())
+                    write_atomically(f"s3://study/zoo/{path.relative_to(root)}", path.read_bytes())
             places = {name: f"s3://study/zoo/{name}" for name in ("probes", "tasks")}
             job = {"catalogue": "s3://study/zoo/catalogue.yaml", **places, "out": "s3://study/dataset"}
             text = yaml.safe_dump(

@@ -22,18 +22,18 @@ from simmerge_ray.base.config import SearchConfig, SignalsConfig
 from simmerge_ray.capacity.placement import gpu_offer
 from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.merging.write.directory import write_merge
-from simmerge_ray.on_ray.merge_search import start_evaluator
-from simmerge_ray.on_ray.signal_actors import signature_spec
-from simmerge_ray.pipelines.jobs import read_last_line
+from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.search.runner import TrialRunner
-from simmerge_ray.search.setup import grid_trials, prepare_study
+from simmerge_ray.search.setup import grid_trials, prepare_search
 from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.signature import SignatureSpec
 from simmerge_ray.signals.table import read_signal_table
 from tests.conftest import free_port
+from tests.job_lines import read_last_line
 from tests.on_ray.on_nodes import num_again
 
 ROOT = Path(__file__).parents[2]
@@ -153,14 +153,14 @@ def local_table(catalogue, probes: Path):
     torch.set_num_threads(1)
     try:
         return compute_signals(
-            catalogue, load_probe_sets(probes), signature_spec(SignalsConfig.model_validate(SIGNALS))
+            catalogue, load_probe_sets(probes), SignatureSpec.of(SignalsConfig.model_validate(SIGNALS))
         )
     finally:
         torch.set_num_threads(threads)
 
 
 def local_labels(catalogue, tasks: Path, store: Path) -> list:
-    study = prepare_study(catalogue, load_tasks(tasks), SearchConfig.model_validate(SEARCH), str(store))
+    study = prepare_search(catalogue, load_tasks(tasks), SearchConfig.model_validate(SEARCH), str(store))
     runner = TrialRunner(study, start_evaluator)
     for trial in grid_trials(study):
         runner.run(trial)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -20,11 +20,11 @@ import pytest
 import yaml
 
 from benchmarks.service.running import TOKEN, RayService, kill_9, wait_until, write_tokens
-from simmerge_ray.base.config import ServeConfig
-from simmerge_ray.base.errors import ConfigError, SelectorError
+from simmerge_ray.base.config import ServeConfig, ServiceConfig
+from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.runs import RunLayout
-from simmerge_ray.service.learner import Learner, LearnerSettings
+from simmerge_ray.service.learner import Learner
 from tests.conftest import free_port
 from tests.on_ray.served import write_run
 from tests.unit.service.published import write_published
@@ -189,7 +189,7 @@ def test_the_deployed_file_serves_takes_another_selector_and_takes_nothing_back(
     config = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())
     config["http_options"]["port"] = port = free_port()
     (application,) = config["applications"]
-    settings = replace(first.settings(tmp_path), selector=None)
+    settings = first.settings(tmp_path).model_copy(update={"selector": None})
     application["args"] |= {"selector": str(first.selector), "signals": str(first.signals)}
     application["args"] |= {"database": settings.database, "registry": str(settings.registry)}
     application["args"]["tokens"] = str(write_tokens(tmp_path / "tokens"))
@@ -254,7 +254,7 @@ def _replicas() -> set[int]:
     return found
 
 
-async def _published(settings: LearnerSettings, selector: Path) -> None:
+async def _published(settings: ServiceConfig, selector: Path) -> None:
     """What `jobs/retrain.py` does at its end: another process puts a selector into force."""
     learner = Learner(settings)
     await learner.start()
@@ -267,25 +267,16 @@ async def _published(settings: LearnerSettings, selector: Path) -> None:
 def test_artifacts_that_cannot_be_served_are_refused_before_ray(run, tmp_path):
     from simmerge_ray.on_ray.serve_app import run_service
 
-    config = ServeConfig(selector=tmp_path, signals=RunLayout(run).signals, out=tmp_path)
+    database = f"sqlite:///{tmp_path}/service.db"
+    config = ServeConfig(
+        selector=tmp_path, signals=RunLayout(run).signals, registry=tmp_path / "selectors", database=database
+    )
     with pytest.raises(SelectorError, match="simmerge train"):
-        run_service(config, Narrator.silent())
-
-
-def test_a_token_file_that_is_damaged_is_said(run, tmp_path):
-    from simmerge_ray.on_ray.serve_app import app_args
-
-    layout = RunLayout(run)
-    (tmp_path / "tokens.yaml").write_text("[]")
-    config = ServeConfig(selector=layout.selector, signals=layout.signals, out=tmp_path)
-    with pytest.raises(ConfigError, match=r"tokens\.yaml is damaged"):
-        app_args(config)
+        run_service(config, "127.0.0.1", 8000, Narrator.silent())
 
 
 def test_arguments_of_the_app_that_are_misspelt_are_refused():
-    from simmerge_ray.on_ray.serve_app import AppArgs
-
     given = {"selector": "/s", "signals": "/p", "database": "sqlite:////d", "registry": "/r"}
-    assert AppArgs.model_validate(given).num_replicas == 1
+    assert ServiceConfig.model_validate(given).num_replicas == 1
     with pytest.raises(ValueError, match="num_replica"):
-        AppArgs.model_validate({**given, "num_replica": 2})
+        ServiceConfig.model_validate({**given, "num_replica": 2})

@@ -12,10 +12,10 @@ import pytest
 from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.probes import load_probe_sets
-from simmerge_ray.on_ray.resources import ActorPool
-from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, ray_executor, signature_spec
+from simmerge_ray.on_ray.actor_pool import ActorPool
+from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, ray_executor
 from simmerge_ray.signals.compute import compute_signals
-from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.worker import SignalWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -35,7 +35,7 @@ def local_table(catalogue, probe_sets):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the actors: float32 sums depend on the number of threads
     try:
-        return compute_signals(catalogue, probe_sets, signature_spec(CONFIG))
+        return compute_signals(catalogue, probe_sets, SignatureSpec.of(CONFIG))
     finally:
         torch.set_num_threads(threads)
 
@@ -66,7 +66,7 @@ def test_the_table_has_the_same_bits_as_in_one_process_also_when_a_worker_dies(
     assert seen[-1][0] == seen[-1][1]
     # Everything is in the store: no actor is started any more.
     with ray_executor(catalogue, 2) as run:
-        again = compute_signals(catalogue, probe_sets, signature_spec(CONFIG), store=store, executor=run)
+        again = compute_signals(catalogue, probe_sets, SignatureSpec.of(CONFIG), store=store, executor=run)
     assert again == local_table
 
 

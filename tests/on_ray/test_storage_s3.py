@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simmerge_ray.base.storage import RemotePath, as_place, read_json, write_once
-from simmerge_ray.base.storage.stores import list_below, upload_file
+from simmerge_ray.base.storage import RemotePath, as_place, read_json, write_atomically
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.write.directory import write_graph, write_merge
+from simmerge_ray.merging.write.output import WriteOptions
 from simmerge_ray.merging.write.to_store import make_file
 from simmerge_ray.on_ray import merge_tasks as distributed_merge
 from simmerge_ray.on_ray.merge_tasks import ray_runner
@@ -35,7 +36,7 @@ SEARCH = {"arms": ["linear", "ties(density=0.2)"], "evaluator": "transformers", 
 def upload(source: Path, target: RemotePath) -> None:
     for path in source.rglob("*"):
         if path.is_file():
-            upload_file(path, target / str(path.relative_to(source)))
+            (target / path.relative_to(source)).upload(path)
 
 
 def study(root: str, out: str) -> str:
@@ -111,11 +112,11 @@ def test_a_study_in_a_store_gives_what_a_local_one_gives_also_to_two_drivers_at_
     report = LabelStore(out / "labels").check()
     assert report.problems == () and report.num_labels == len(local_results[1])
     assert read_json(out / "labels" / "_search" / "headroom.json")
-    before = {entry.path: entry.version for entry in list_below(out)}
+    before = {entry.path: entry.version for entry in out.list_below()}
     again = start(str(zoo.parent / "study.yaml"), ray_address)
     text, _ = again.communicate(timeout=300)
     assert again.returncode == 0 and text.count("unchanged since the last run") == 2, text
-    assert {entry.path: entry.version for entry in list_below(out)} == before
+    assert {entry.path: entry.version for entry in out.list_below()} == before
 
 
 # What the search does in every actor, without Ray's bookkeeping: two such processes know nothing of each other.
@@ -123,16 +124,16 @@ SEARCHING = """
 import sys
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.base.config import SearchConfig
-from simmerge_ray.on_ray.merge_search import start_evaluator
+from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.search.runner import TrialRunner
-from simmerge_ray.search.setup import grid_trials, prepare_study
+from simmerge_ray.search.setup import grid_trials, prepare_search
 from simmerge_ray.base.storage import as_place
 
 zoo, out, arms = as_place(sys.argv[1]), sys.argv[2], sys.argv[3:]
 config = SearchConfig(arms=arms, evaluator="transformers")
-study = prepare_study(load_catalogue(zoo / "catalogue.yaml"), load_tasks(zoo / "tasks"), config, out)
+study = prepare_search(load_catalogue(zoo / "catalogue.yaml"), load_tasks(zoo / "tasks"), config, out)
 runner = TrialRunner(study, start_evaluator)
 for trial in grid_trials(study):
     runner.run(trial)
@@ -158,9 +159,9 @@ def test_two_searches_that_know_nothing_of_each_other_make_each_label_once(zoo, 
 
 def dying_file(graph, file, out, num_threads):
     """Dies once, before its file is uploaded."""
-    mark = out.parent / f"died.{file.shard.file}"
-    if file.shard.file.startswith("model-00002") and not mark.exists():
-        write_once(mark, b"")
+    mark = out.parent / f"died.{file.file}"
+    if file.file.startswith("model-00002") and not mark.exists():
+        write_atomically(mark, b"")
         os.kill(os.getpid(), signal.SIGKILL)
     return make_file(graph, file, out, num_threads)
 
@@ -174,7 +175,9 @@ def test_tasks_merge_into_a_store_without_a_shared_directory(zoo, catalogue, buc
     monkeypatch.setattr(distributed_merge, "make_file", dying_file)
     seen: list[tuple[int, int]] = []
     out = as_place(bucket) / "merged"
-    result = write_graph(graph, out, progress=lambda *x: seen.append(x), max_shard_bytes=100_000, runner=ray_runner(2))
+    result = write_graph(
+        graph, out, WriteOptions(progress=lambda *x: seen.append(x), max_shard_bytes=100_000, runner=ray_runner(2))
+    )
     assert len(as_place(bucket).glob("died.*")) == 1
     assert seen[-1] == (result.num_bytes, result.num_bytes)
     assert checkpoint_digest(CheckpointRef("m", out)) == checkpoint_digest(CheckpointRef("m", local.path))

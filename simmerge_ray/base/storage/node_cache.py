@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from simmerge_ray.base.errors import StorageError
-from simmerge_ray.base.storage.places import number_in_environment
+from simmerge_ray.base.storage.stores import number_in_environment
 
 DIRECTORY_VARIABLE, LIMIT_VARIABLE = "SIMMERGE_CACHE_DIR", "SIMMERGE_CACHE_GB"
 _DEFAULT_DIRECTORY, _DEFAULT_GB = "~/.cache/simmerge_ray/objects", 20.0

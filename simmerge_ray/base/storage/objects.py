@@ -6,7 +6,6 @@ upload, which is atomic there.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.errors import InputError
-from simmerge_ray.base.storage import stores
 from simmerge_ray.base.storage.places import Place, RemotePath, as_place
 
 _PIECE_BYTES = 1 << 24
@@ -48,11 +46,9 @@ def digest_file(path: str | Place) -> str:
     state = hashlib.blake2b(digest_size=16)
     place = as_place(path)
     if isinstance(place, RemotePath):
-        entry = stores.find(place)
-        if entry is None:
-            raise FileNotFoundError(errno.ENOENT, "no such object", str(place))
-        for start in range(0, entry.size, _PIECE_BYTES):
-            state.update(stores.read_object(place, start, min(start + _PIECE_BYTES, entry.size)))
+        size = place.find_object().size
+        for start in range(0, size, _PIECE_BYTES):
+            state.update(place.read_range(start, min(start + _PIECE_BYTES, size)))
         return state.hexdigest()
     with open(place, "rb") as stream:
         while piece := stream.read(1 << 22):
@@ -60,7 +56,7 @@ def digest_file(path: str | Place) -> str:
     return state.hexdigest()
 
 
-def write_once(uri: str | Place, data: bytes) -> None:
+def write_atomically(uri: str | Place, data: bytes) -> None:
     """Write `data` under `uri` so that a reader sees all of it or nothing; an existing object is replaced.
 
     Raises:
@@ -68,7 +64,7 @@ def write_once(uri: str | Place, data: bytes) -> None:
     """
     target = as_place(uri)
     if isinstance(target, RemotePath):
-        stores.write_object(target, data)
+        target.write_bytes(data)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
@@ -84,7 +80,7 @@ def write_once(uri: str | Place, data: bytes) -> None:
 
 def write_json(uri: str | Place, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
-    write_once(uri, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(uri, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_bytes(uri: str | Place) -> bytes:
@@ -108,7 +104,7 @@ def file_version(place: Place) -> str:
         FileNotFoundError: there is none.
     """
     if isinstance(place, RemotePath):
-        return _object_of(place).version
+        return place.find_object().version
     status = place.stat()
     return f"{status.st_size}\0{status.st_mtime_ns}"
 
@@ -120,21 +116,14 @@ def file_size(place: Place) -> int:
         FileNotFoundError: there is none.
     """
     if isinstance(place, RemotePath):
-        return _object_of(place).size
+        return place.find_object().size
     return place.stat().st_size
-
-
-def _object_of(place: RemotePath) -> stores.Entry:
-    if (entry := stores.find(place)) is None:
-        raise FileNotFoundError(errno.ENOENT, "no such object", str(place))
-    return entry
 
 
 def file_names(directory: Place) -> set[str] | None:
     """Names of what lies in a directory; None where there is no directory."""
     if isinstance(directory, RemotePath):
-        entries = stores.list_children(directory)
-        return {entry.path.name for entry in entries if entry.path != directory} or None
+        return {path.name for path in directory.iterdir()} or None
     try:
         return set(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):
@@ -145,13 +134,14 @@ def list_objects(uri: str | Place, suffix: str) -> list[str]:
     """Full names of the objects in a directory that end in `suffix`, sorted; none if there is none."""
     place = as_place(uri)
     if isinstance(place, RemotePath):
-        found = [one.path for one in stores.list_children(place) if not one.is_directory]
-        return [str(path) for path in found if path.name.endswith(suffix) and not path.name.startswith(".")]
-    return [f"file://{path}" for path in _files(place) if path.name.endswith(suffix) and path.name[0] != "."]
+        paths: list[Place] = [entry.path for entry in place.list_children() if not entry.is_directory]
+    else:
+        paths = [*_files(place)]
+    return [_uri(path) for path in paths if path.name.endswith(suffix) and not path.name.startswith(".")]
 
 
 def list_leftovers(uri: str | Place, older_than_s: float = 60.0) -> list[str]:
-    """Full names of temporary files that a killed `write_once` left in a directory, sorted; other stores have none.
+    """Full names of temporary files that a killed `write_atomically` left in a directory, sorted; stores have none.
 
     A younger one may belong to a writer that is at work.
     """
@@ -163,8 +153,12 @@ def list_leftovers(uri: str | Place, older_than_s: float = 60.0) -> list[str]:
         if path.name.startswith(".") and path.name.endswith(".partial"):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > older_than_s:
-                    found.append(f"file://{path}")
+                    found.append(_uri(path))
     return found
+
+
+def _uri(path: Place) -> str:
+    return str(path) if isinstance(path, RemotePath) else f"file://{path}"
 
 
 def _files(directory: Path) -> list[Path]:

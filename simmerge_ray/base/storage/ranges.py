@@ -11,11 +11,9 @@ import threading
 from collections import OrderedDict
 from typing import Protocol
 
-from simmerge_ray.base.errors import StorageError
-from simmerge_ray.base.storage import stores
 from simmerge_ray.base.storage.node_cache import NodeCache, node_cache
 from simmerge_ray.base.storage.objects import digest_bytes
-from simmerge_ray.base.storage.places import Place, RemotePath
+from simmerge_ray.base.storage.places import Entry, Place, RemotePath
 
 BLOCK_BYTES = 1 << 22
 _MAX_RUN = 16  # blocks of one request
@@ -43,16 +41,13 @@ def open_ranges(place: Place) -> RangeReader:
     """
     if not isinstance(place, RemotePath):
         return _LocalReader(os.open(place, os.O_RDONLY))
-    entry = stores.find(place)
-    if entry is None:
-        raise FileNotFoundError(2, "no such object", str(place))
-    return _RemoteReader(entry, node_cache())
+    return _RemoteReader(place.find_object(), node_cache())
 
 
 def read_range(place: Place, start: int, stop: int) -> bytes:
     """Bytes [start, stop) of a file or object, past the cache: for small pieces, such as headers."""
     if isinstance(place, RemotePath):
-        return stores.read_object(place, start, stop)
+        return place.read_range(start, stop)
     with open(place, "rb") as stream:
         stream.seek(start)
         return stream.read(stop - start)
@@ -76,7 +71,7 @@ class _LocalReader:
 
 
 class _RemoteReader:
-    def __init__(self, entry: stores.Entry, cache: NodeCache) -> None:
+    def __init__(self, entry: Entry, cache: NodeCache) -> None:
         self._entry, self._cache = entry, cache
         self._identity = f"{entry.path}\0{entry.version}\0{BLOCK_BYTES}".encode()
         self._kept: OrderedDict[int, bytes] = OrderedDict()
@@ -125,8 +120,8 @@ class _RemoteReader:
                 count += 1
             self._behind_last = number + count
             start, stop = number * BLOCK_BYTES, min((number + count) * BLOCK_BYTES, self._entry.size)
-            data = memoryview(stores.read_object(self._entry.path, start, stop))
-            self._check(len(data), stop - start)
+            data = memoryview(self._entry.path.read_range(start, stop))
+            self._entry.check(len(data), stop - start)
             for index in range(count):
                 block = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
                 self._is_bypassed = not self._cache.put(self._key(number + index), block)
@@ -139,8 +134,3 @@ class _RemoteReader:
             self._kept[number] = block
             while len(self._kept) > _KEPT_BLOCKS:
                 self._kept.popitem(last=False)
-
-    def _check(self, num_bytes: int, wanted: int) -> None:
-        now = stores.find(self._entry.path)
-        if now is None or now.version != self._entry.version or num_bytes != wanted:
-            raise StorageError(f"{self._entry.path} was changed while it was read; run again")

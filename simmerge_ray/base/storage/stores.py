@@ -1,8 +1,8 @@
-"""Object stores by fsspec: one call, one object; what fails for a while is tried again, what cannot succeed is not.
+"""The file systems of object stores (fsspec), and their one back-off: a store that does not answer is asked again, one
+that refuses is not.
 
 Credentials, endpoint and region come from the libraries' own chains (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, a node's role,
-`GOOGLE_APPLICATION_CREDENTIALS`, `FSSPEC_S3_...`), never from a file or an argument of ours. An object appears under
-its name when the last byte of it is there: stores make an upload visible as a whole.
+`GOOGLE_APPLICATION_CREDENTIALS`, `FSSPEC_S3_...`), never from a file or an argument of ours.
 
 `SIMMERGE_STORE_PATIENCE`: seconds for which a store may be away (default 180).
 """
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import random
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import tenacity
 
-from simmerge_ray.base.errors import AccessError, InputError, StorageError, unknown_name
-from simmerge_ray.base.storage.places import RemotePath, number_in_environment
+from simmerge_ray.base.errors import AccessError, ConfigError, InputError, StorageError, unknown_name
+from simmerge_ray.base.extras import require
 
 PATIENCE_VARIABLE = "SIMMERGE_STORE_PATIENCE"
 _DEFAULT_PATIENCE_S = 180.0
@@ -43,8 +42,13 @@ _ACCESS_CLASSES = {
     "TokenRetrievalError", "UnauthorizedSSOTokenError", "SSOTokenLoadError", "ProfileNotFound",
     "DefaultCredentialsError", "RefreshError",
 }  # fmt: skip
-_RANGE_BYTES, _PART_BYTES = 1 << 26, 1 << 24
 _REFUSED = (401, 403)
+_FINAL = (FileNotFoundError, FileExistsError, StorageError, InputError)  # raised as they are
+_LIBRARIES = {"s3": "s3fs", "gs": "gcsfs"}
+_REMEDIES = {
+    "s3": "check AWS_ACCESS_KEY_ID, AWS_PROFILE or the node's role, and AWS_ENDPOINT_URL for a store of your own",
+    "gs": "check GOOGLE_APPLICATION_CREDENTIALS or the node's service account",
+}
 
 Result = TypeVar("Result")
 
@@ -55,22 +59,14 @@ class IncompleteUploadError(Exception):
     """What was written is not what the store has."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """An object or a directory in a store. version: another one when the object is written again."""
-
-    path: RemotePath
-    size: int
-    version: str
-    is_directory: bool = False
-
-
 def filesystem(scheme: str) -> Any:
     """The fsspec file system of a scheme; it remembers no listings, since other processes write.
 
     Raises:
         InputError: no such scheme, or its library is not installed.
     """
+    if scheme in _LIBRARIES:
+        require(_LIBRARIES[scheme], "cloud")
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
         # The one back-off is `retried`; libraries below it try twice, so that a hiccup costs no whole upload.
@@ -83,10 +79,9 @@ def filesystem(scheme: str) -> Any:
     try:
         made = fsspec.filesystem(scheme, **options)
     except ImportError as error:
-        raise InputError(f"{scheme}:// needs a library: pip install 'simmerge_ray[cloud]' ({error})") from None
+        raise InputError(f"{scheme}:// needs a library: {error}") from None
     except ValueError:
-        known = ("file", "gs", "s3")
-        raise InputError(unknown_name("scheme of a URI", scheme, known)) from None
+        raise InputError(unknown_name("scheme of a URI", scheme, ("file", *_LIBRARIES))) from None
     if scheme == "s3":
         made.retries = 2
     return made
@@ -101,7 +96,7 @@ def patience_s() -> float:
     return number_in_environment(PATIENCE_VARIABLE, _DEFAULT_PATIENCE_S, "seconds")
 
 
-def retried(place: RemotePath, action: str, call: Callable[[], Result]) -> Result:
+def retried(uri: str, action: str, call: Callable[[], Result]) -> Result:
     """The result of `call`, tried again with growing pauses while the store does not answer.
 
     Args:
@@ -112,28 +107,43 @@ def retried(place: RemotePath, action: str, call: Callable[[], Result]) -> Resul
         AccessError: the store refuses the credentials, or there are none.
         StorageError: it refuses for another reason, or did not answer for `SIMMERGE_STORE_PATIENCE` seconds.
     """
-    started, delay = time.monotonic(), _FIRST_DELAY_S
     patience = patience_s()
-    while True:
-        try:
-            return call()
-        except (FileNotFoundError, FileExistsError, StorageError, InputError):
-            raise
-        except Exception as error:  # libraries of stores raise errors of their own
-            if _is_refusal(error):
-                raise AccessError(f"cannot {action} {place}: {_said(error)}; {_remedy(place)}") from None
-            waited = time.monotonic() - started
-            if not is_transient(error):
-                raise StorageError(f"cannot {action} {place}: {_said(error)}") from error
-            if waited + delay > patience:
-                raise StorageError(
-                    f"cannot {action} {place}: {_said(error)}; tried for {waited:.0f} s ({PATIENCE_VARIABLE} sets it)"
-                ) from error
-            _log.warning(
-                "cannot %s %s now (%s); trying for %.0f s more", action, place, _said(error), patience - waited
-            )
-            time.sleep(delay * random.uniform(0.7, 1.0))  # many workers should not come back in one moment
-            delay = min(2 * delay, _MAX_DELAY_S)
+
+    def warn(state: tenacity.RetryCallState) -> None:
+        left = patience - (state.seconds_since_start or 0.0)
+        error = state.outcome.exception() if state.outcome else None
+        _log.warning("cannot %s %s now (%s); trying for %.0f s more", action, uri, error and error_text(error), left)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        wait=_pause,
+        stop=tenacity.stop_before_delay(patience),
+        before_sleep=warn,
+        reraise=True,
+    )
+    try:
+        return retrying(call)
+    except _FINAL:
+        raise
+    except Exception as error:  # libraries of stores raise errors of their own
+        problem = f"cannot {action} {uri}: {error_text(error)}"
+        if _is_refusal(error):
+            remedy = _REMEDIES.get(uri.split("://")[0], "check the credentials")
+            raise AccessError(f"{problem}; {remedy}") from None
+        if is_transient(error):
+            waited = retrying.statistics["delay_since_first_attempt"]
+            problem += f"; tried for {waited:.0f} s ({PATIENCE_VARIABLE} sets it)"
+        raise StorageError(problem) from error
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Twice as long each time, and by chance a little less: many workers should not come back in one moment."""
+    longest = min(_FIRST_DELAY_S * 2.0 ** (state.attempt_number - 1), _MAX_DELAY_S)
+    return longest * random.uniform(0.7, 1.0)
+
+
+def _may_pass(error: BaseException) -> bool:
+    return not isinstance(error, _FINAL) and not _is_refusal(error) and is_transient(error)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -168,134 +178,22 @@ def _code(error: BaseException) -> int | None:
         return None
 
 
-def _said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def _remedy(place: RemotePath) -> str:
-    if place.scheme == "s3":
-        return "check AWS_ACCESS_KEY_ID, AWS_PROFILE or the node's role, and AWS_ENDPOINT_URL for a store of your own"
-    if place.scheme == "gs":
-        return "check GOOGLE_APPLICATION_CREDENTIALS or the node's service account"
-    return "check the credentials"
-
-
-def find(place: RemotePath) -> Entry | None:
-    """The object or directory of that name; None where there is none."""
-    try:
-        return _entry(place.scheme, retried(place, "look at", lambda: filesystem(place.scheme).info(place.key)))
-    except FileNotFoundError:
-        return None
-
-
-def list_children(place: RemotePath) -> list[Entry]:
-    """The objects and directories in a directory, sorted; an object itself; none if there is neither."""
-    try:
-        found = retried(place, "list", lambda: filesystem(place.scheme).ls(place.key, detail=True))
-    except FileNotFoundError:
-        return []
-    entries = (_entry(place.scheme, info) for info in found)
-    return sorted((one for one in entries if place in (one.path, one.path.parent)), key=lambda one: one.path)
-
-
-def list_below(place: RemotePath) -> list[Entry]:
-    """All objects below a directory, sorted."""
-    try:
-        found = retried(place, "list", lambda: filesystem(place.scheme).find(place.key, detail=True))
-    except FileNotFoundError:
-        return []
-    entries = (_entry(place.scheme, info) for info in found.values())
-    return sorted(
-        (one for one in entries if one.path.is_relative_to(place) and one.path != place), key=lambda one: one.path
-    )
-
-
-def read_object(place: RemotePath, start: int | None = None, stop: int | None = None) -> bytes:
-    """The bytes of an object, or bytes [start, stop) of it.
+def number_in_environment(variable: str, default: float, unit: str) -> float:
+    """A number, 0 or more, that an environment variable may set.
 
     Raises:
-        FileNotFoundError: there is no such object. StorageError: see `retried`.
+        ConfigError: it sets something else.
     """
-
-    def read() -> bytes:
-        found: bytes = filesystem(place.scheme).cat_file(place.key, start=start, end=stop)
-        if start is not None and stop is not None and len(found) > stop - start:
-            return found[start:stop]  # a store without ranges sends all of it
-        return found
-
+    text = os.environ.get(variable)
     try:
-        return retried(place, "read", read)
-    except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, "no such object", str(place)) from None
-
-
-def download_file(entry: Entry, target: Path) -> None:
-    """Copy an object into a new local file, range by range, so that an interruption costs one range.
-
-    Raises:
-        FileNotFoundError, StorageError: see `read_object`; the object was written again meanwhile. OSError: the file
-        cannot be written.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "wb") as stream:
-        for start in range(0, entry.size, _RANGE_BYTES):
-            stream.write(read_object(entry.path, start, min(start + _RANGE_BYTES, entry.size)))
-    now = find(entry.path)
-    if now is None or now.version != entry.version or target.stat().st_size != entry.size:
-        raise StorageError(f"{entry.path} was changed while it was read; run again")
-
-
-def write_object(place: RemotePath, data: bytes) -> None:
-    """Write an object, whole or not at all; one of that name is replaced.
-
-    Raises:
-        StorageError: see `retried`; there is no such bucket.
-    """
-    _written(place, lambda: filesystem(place.scheme).pipe_file(place.key, data))
-
-
-def upload_file(source: Path, place: RemotePath) -> Entry:
-    """Write a local file as an object, in parts where it is large; it is visible when all of it is there.
-
-    Raises:
-        StorageError: see `retried`; there is no such bucket; the source cannot be read.
-    """
-    size = source.stat().st_size
-    options: dict[str, Any] = {}
-    if place.scheme == "s3":  # memory: parts at the same time; S3 takes 10,000 parts of an object
-        options = {"chunksize": max(_PART_BYTES, -(-size // 9000)), "max_concurrency": 4}
-
-    def upload() -> Entry:
-        store = filesystem(place.scheme)
-        store.put_file(str(source), place.key, **options)
-        entry = _entry(place.scheme, store.info(place.key))
-        if entry.size != size:
-            raise IncompleteUploadError(f"{entry.size} of {size} bytes have arrived")
-        return entry
-
-    return _written(place, upload)
-
-
-def _written(place: RemotePath, write: Callable[[], Result]) -> Result:
-    try:
-        return retried(place, "write", write)
-    except FileNotFoundError as error:
-        raise StorageError(f"cannot write {place}: {_said(error)}; is there such a bucket?") from None
-
-
-def delete_object(place: RemotePath) -> None:
-    """Delete an object; one that is gone already is as wanted."""
-    try:
-        retried(place, "delete", lambda: filesystem(place.scheme).rm_file(place.key))
-    except FileNotFoundError:
-        return
-
-
-def _entry(scheme: str, info: Mapping[str, Any]) -> Entry:
-    path = RemotePath(scheme, str(info["name"]).strip("/"))
-    if info.get("type") == "directory":
-        return Entry(path, 0, "", True)
-    marks = ("ETag", "etag", "generation", "md5Hash", "LastModified", "updated", "mtime", "created", "mode")
-    known = [f"{key}={info[key]}" for key in marks if info.get(key) is not None]
-    return Entry(path, int(info.get("size") or 0), f"{info.get('size')} {known[0] if known else ''}")
+        number = default if text is None else float(text)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:
+        raise ConfigError(f"{variable} is {text!r}; expected a number of {unit}")
+    return number

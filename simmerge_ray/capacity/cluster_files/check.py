@@ -13,19 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.capacity.cluster_files.manifests import (
     KINDS,
     Container,
     PodSpec,
-    RayCluster,
     RayClusterSpec,
-    RayJob,
-    RayService,
+    RayJobSpec,
+    RayServiceSpec,
+    Resource,
     WorkerGroup,
 )
+from simmerge_ray.capacity.machines import MACHINES
 from simmerge_ray.capacity.placement import (
     GPU_RESOURCES,
     GPU_SIZES,
@@ -43,25 +44,6 @@ from simmerge_ray.capacity.size import ModelSize
 KNOWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory", GPU_SIZES_MARK, *GPU_RESOURCES)
 MODELS_ANNOTATION = "simmerge/models"
 
-# vCPUs, GB of memory, GPUs, GB of each, as the clouds say.
-MACHINES: dict[str, tuple[int, float, int, int]] = {
-    "m7i.xlarge": (4, 16, 0, 0),
-    "m7i.2xlarge": (8, 32, 0, 0),
-    "r7i.2xlarge": (8, 64, 0, 0),
-    "r7i.4xlarge": (16, 128, 0, 0),
-    "r7i.8xlarge": (32, 256, 0, 0),
-    "g6.4xlarge": (16, 64, 1, 24),
-    "g6e.4xlarge": (16, 128, 1, 48),
-    "p4d.24xlarge": (96, 1152, 8, 40),
-    "p5.48xlarge": (192, 2048, 8, 80),
-    "n2-standard-4": (4, 16, 0, 0),
-    "n2-highmem-8": (8, 64, 0, 0),
-    "n2-highmem-16": (16, 128, 0, 0),
-    "n2-highmem-32": (32, 256, 0, 0),
-    "g2-standard-16": (16, 64, 1, 24),
-    "a2-highgpu-1g": (12, 85, 1, 40),
-    "a3-highgpu-8g": (208, 1872, 8, 80),
-}
 _NODE_FIELDS = {
     "aws": (
         "InstanceType", "ImageId", "KeyName", "SubnetId", "SubnetIds", "SecurityGroupIds", "IamInstanceProfile",
@@ -91,11 +73,9 @@ def lint(content: Mapping[str, Any]) -> list[str]:
     if content.get("kind") not in KINDS:
         return found
     try:
-        resource = KINDS[content["kind"]].model_validate(content)
+        return found + list(_manifest(KINDS[content["kind"]].model_validate(content)))
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        return found + told
-    return found + list(_manifest(resource))
+        return found + [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
 
 
 def _secrets(value: Any, where: str) -> Iterator[str]:
@@ -206,21 +186,20 @@ def _open_ray(content: Mapping[str, Any]) -> Iterator[str]:
 # KubeRay's.
 
 
-def _manifest(resource: BaseModel) -> Iterator[str]:
-    if isinstance(resource, RayJob):
-        if resource.spec.submitterPodTemplate is not None:
-            yield from _pod(resource.spec.submitterPodTemplate.spec, "spec.submitterPodTemplate")
-        if (resource.spec.clusterSelector is None) == (resource.spec.rayClusterSpec is None):
+def _manifest(resource: Resource[Any]) -> Iterator[str]:
+    spec = resource.spec
+    if isinstance(spec, RayJobSpec):
+        if spec.submitterPodTemplate is not None:
+            yield from _pod(spec.submitterPodTemplate.spec, "spec.submitterPodTemplate")
+        if (spec.clusterSelector is None) == (spec.rayClusterSpec is None):
             yield "spec: a job needs either clusterSelector or rayClusterSpec"
-        if resource.spec.rayClusterSpec is not None:
-            yield from _cluster(resource.spec.rayClusterSpec, "spec.rayClusterSpec", [])
-    elif isinstance(resource, RayCluster):
-        annotations = resource.metadata.annotations or {}
-        models = yaml.safe_load(annotations.get(MODELS_ANNOTATION, "[]"))
-        yield from _cluster(resource.spec, "spec", models)
+        if spec.rayClusterSpec is not None:
+            yield from _cluster(spec.rayClusterSpec, "spec.rayClusterSpec", [])
+    elif isinstance(spec, RayServiceSpec):
+        yield from _cluster(spec.rayClusterConfig, "spec.rayClusterConfig", [])
     else:
-        assert isinstance(resource, RayService)
-        yield from _cluster(resource.spec.rayClusterConfig, "spec.rayClusterConfig", [])
+        annotations = resource.metadata.annotations or {}
+        yield from _cluster(spec, "spec", yaml.safe_load(annotations.get(MODELS_ANNOTATION, "[]")))
 
 
 def _cluster(spec: RayClusterSpec, where: str, models: Sequence[Any]) -> Iterator[str]:

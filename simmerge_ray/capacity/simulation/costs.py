@@ -28,8 +28,8 @@ class Figure(_Part):
     text: str = ""
 
 
-class Measured(_Part):
-    """Units are in the names; `data/unit_costs.yaml` says of what."""
+class MeasuredCosts(_Part):
+    """Units are in the names; `unit_costs.yaml` says of what."""
 
     core_flops: Figure
     sampled_share: Figure
@@ -56,7 +56,7 @@ class Gpu(_Part):
     tbytes_per_s: float = Field(gt=0)
 
 
-class Machine(_Part):
+class MachineCosts(_Part):
     """cloud: whose. dollars: an hour at list price. cache_gb, disk_gb_per_s: of the disk for the cache."""
 
     cloud: str
@@ -66,7 +66,7 @@ class Machine(_Part):
     disk_gb_per_s: float = Field(gt=0)
 
 
-class Assumed(_Part):
+class AssumedCosts(_Part):
     """Shares are of what the vendor names. gpus: by GB of memory, as sold."""
 
     prefill_utilisation: float = Field(gt=0, le=1)
@@ -77,14 +77,14 @@ class Assumed(_Part):
     heads: Mapping[str, str]
     spot_share: float = Field(gt=0, le=1)
     gpus: Mapping[int, Gpu]
-    machines: Mapping[str, Machine]
+    machines: Mapping[str, MachineCosts]
 
 
-class Costs(_Part):
+class UnitCosts(_Part):
     """All that a simulation computes with."""
 
-    measured: Measured
-    assumed: Assumed
+    measured: MeasuredCosts
+    assumed: AssumedCosts
 
     def of(self, name: str) -> float:
         """A measured figure."""
@@ -106,7 +106,7 @@ class Costs(_Part):
             raise ConfigError(unknown_name("cloud with a head", cloud, self.assumed.heads))
         return self.assumed.heads[cloud]
 
-    def machine(self, name: str) -> Machine:
+    def machine(self, name: str) -> MachineCosts:
         """A machine's price, network and disk.
 
         Raises:
@@ -117,10 +117,10 @@ class Costs(_Part):
         return self.assumed.machines[name]
 
 
-def load_costs(path: Path | None = None) -> Costs:
+def load_costs(path: Path | None = None) -> UnitCosts:
     """The figures of a file, or ours.
 
     Raises:
         ConfigError: no such file, or it is malformed.
     """
-    return load_yaml(path or Path(str(files("simmerge_ray.capacity") / "unit_costs.yaml")), Costs)
+    return load_yaml(path or Path(str(files("simmerge_ray.capacity") / "unit_costs.yaml")), UnitCosts)

@@ -10,21 +10,24 @@ from dataclasses import dataclass
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.placement import engine_needs, gpu_offer, how_many_fit
-from simmerge_ray.capacity.simulation.costs import Costs, Gpu
-from simmerge_ray.capacity.simulation.workers import Node, Worker, total_seconds
+from simmerge_ray.capacity.simulation.costs import UnitCosts
+from simmerge_ray.capacity.simulation.workers import Node, Phase, Worker
+from simmerge_ray.capacity.simulation.workload import Workload
 from simmerge_ray.capacity.size import ModelSize
-from simmerge_ray.merging.write.directory import MAX_THREADS
+from simmerge_ray.merging.write.tensors import MAX_THREADS
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, Arm
 
 
 @dataclass(frozen=True)
 class Engines:
-    """ranks: GPUs of an engine, 0 on CPUs. cpus: cores of a rank. per_node: engines at the same time."""
+    """ranks: GPUs of an engine, 0 on CPUs. cpus: cores of a rank. per_node: engines at the same time. gpu_gb: of each
+    GPU."""
 
     ranks: int
     cpus: float
     engine_bytes: float
     per_node: int
+    gpu_gb: int = 0
 
 
 def place_engines(model: ModelSize, resources: Mapping[str, float], gpu_gb: int, cpus: float) -> Engines:
@@ -53,7 +56,7 @@ def place_engines(model: ModelSize, resources: Mapping[str, float], gpu_gb: int,
         except ConfigError:
             needs = {}
         if needs and (fit := how_many_fit({kind: ranks * amount for kind, amount in needs.items()}, offer)):
-            return Engines(ranks, cpus, held, fit)
+            return Engines(ranks, cpus, held, fit, gpu_gb)
         ranks *= 2
     raise ConfigError(f"an engine of {held / 1e9:.1f} GB does not fit {gpus} GPUs of {gpu_gb} GB, the most of one node")
 
@@ -67,16 +70,15 @@ class Merge:
     tasks: int
 
 
-def make_trials(num_models: int, tasks: int, arms: Sequence[Arm], ways: int, most: int | None) -> list[Merge]:
+def make_trials(workload: Workload) -> list[Merge]:
     """The base and all checkpoints on all tasks, then merges with every arm on their members' tasks: of pairs whose
     tasks differ, or of all sets of more. The tasks go round.
 
-    Args:
-        most: merges at most.
-
     Raises:
-        ConfigError: more ways than checkpoints or than an arm takes, or more than two without `most`.
+        ConfigError: more ways than checkpoints or than an arm takes, or more than two without `max_merges`.
     """
+    num_models, tasks, arms = workload.num_models, workload.tasks, workload.arms
+    ways, most = workload.ways, workload.max_merges
     if ways > num_models:
         raise ConfigError(f"merges of {ways} of {num_models} checkpoints")
     if ways > 2 and most is None:
@@ -100,80 +102,56 @@ def make_trials(num_models: int, tasks: int, arms: Sequence[Arm], ways: int, mos
     return [*alone, *itertools.islice(merges, most)]
 
 
-@dataclass(frozen=True)
-class LabelRun:
-    """Seconds from the first engine's start to the last label; engine seconds by what for; bytes over the network."""
-
-    seconds: float
-    causes: Mapping[str, float]
-    trials: int
-    network_bytes: float
-    engines: int
-
-
 def simulate_labels(
-    model: ModelSize,
-    trials: Sequence[Merge],
-    engines: Engines,
-    nodes: Sequence[Node],
-    gpu: Gpu | None,
-    items: int,
-    prompt_tokens: int,
-    answer_tokens: int,
-    costs: Costs,
-) -> LabelRun:
-    """Trials in order, each on the engine that is free first; every engine first copies and loads one checkpoint."""
-    count = min(engines.per_node * len(nodes), len(trials))
-    workers = [Worker(number, nodes[number % len(nodes)]) for number in range(count)]
-    size, ranks = model.num_bytes, max(1, engines.ranks)
+    workload: Workload, trials: Sequence[Merge], engines: Engines, nodes: Sequence[Node], costs: UnitCosts
+) -> Phase:
+    """Trials in order, each on the engine that is free first, from the first engine's start to the last label; every
+    engine first copies and loads one checkpoint."""
+    workers = [
+        Worker(number, nodes[number % len(nodes)]) for number in range(min(engines.per_node * len(nodes), len(trials)))
+    ]
+    model, ranks = workload.model, max(1, engines.ranks)
     threads = min(MAX_THREADS, max(1, int(engines.cpus)))
     readers = ranks * threads  # every rank reads the whole merge; what one has read, the others find in memory
+    swapped = model.num_bytes / ranks / costs.assumed.swap_bytes_per_s if engines.ranks else 0.0
     waiting: list[tuple[float, int]] = []
     for worker in workers:
-        link, disk = worker.node.read(trials[0].members[0], size, 0.0, readers=readers)
-        start = costs.of("engine_start_s")
-        begun = worker.spend(**{"reading from the store": link, "reading from disks": disk, "starting engines": start})
+        read = worker.node.read_all(trials[0].members[:1], model.num_bytes, 0.0, readers=readers)
+        begun = worker.spend(**read, **{"starting engines": costs.of("engine_start_s")})
         heapq.heappush(waiting, (begun, worker.number))
     end = 0.0
     for trial in trials:
         now, number = heapq.heappop(waiting)
         worker = workers[number]
-        link = disk = 0.0
-        for member in trial.members:
-            on_link, on_disk = worker.node.read(member, size, now + link + disk, readers=readers)
-            link, disk = link + on_link, disk + on_disk
-        generated = generation_seconds(model, engines, gpu, trial.tasks * items, prompt_tokens, answer_tokens, costs)
-        swapped = size / ranks / costs.assumed.swap_bytes_per_s if engines.ranks else 0.0
+        read = worker.node.read_all(trial.members, model.num_bytes, now, readers=readers)
         # Every rank streams the whole merge and keeps its share.
         merge_ns = costs.merge_ns(trial.arm, len(trial.members)) if trial.arm else 0.0
-        merged = model.parameters * merge_ns * 1e-9 / threads
         took = worker.spend(
+            **read,
             **{
-                "reading from the store": link,
-                "reading from disks": disk,
-                "merging": merged,
+                "merging": model.parameters * merge_ns * 1e-9 / threads,
                 "swapping weights": swapped,
-                "evaluating": generated,
+                "evaluating": generation_seconds(workload, engines, trial.tasks * workload.items, costs),
                 "Ray Tune": costs.of("trial_s"),
-            }
+            },
         )
         end = max(end, now + took)
         heapq.heappush(waiting, (now + took, number))
-    network = sum(node.network_bytes for node in nodes)
-    return LabelRun(end, total_seconds(workers), len(trials), network, count)
+    return Phase.of("labels", "engines", workers, len(trials), end, sum(node.network_bytes for node in nodes))
 
 
-def generation_seconds(
-    model: ModelSize, engines: Engines, gpu: Gpu | None, items: int, prompt: int, answer: int, costs: Costs
-) -> float:
+def generation_seconds(workload: Workload, engines: Engines, num_items: int, costs: UnitCosts) -> float:
     """Of one engine that answers so many items: prompts by arithmetic, answers by what every token reads."""
-    if gpu is None:
+    model, prompt, answer = workload.model, workload.prompt_tokens, workload.answer_tokens
+    if not engines.ranks:
         flops = 2 * model.parameters * (prompt + answer) / (engines.cpus * costs.of("core_flops"))
-        return items * max(costs.of("item_s") / engines.cpus, flops)
-    assumed = costs.assumed
-    prefill = 2 * model.parameters * prompt * items / (engines.ranks * gpu.tflops * 1e12 * assumed.prefill_utilisation)
+        return num_items * max(costs.of("item_s") / engines.cpus, flops)
+    gpu, assumed = costs.assumed.gpus[engines.gpu_gb], costs.assumed
+    compute = engines.ranks * gpu.tflops * 1e12 * assumed.prefill_utilisation
     step = model.num_bytes / (engines.ranks * gpu.tbytes_per_s * 1e12 * assumed.decode_utilisation)
-    return prefill + math.ceil(items / assumed.batch_size) * answer * step
+    return 2 * model.parameters * prompt * num_items / compute + (
+        math.ceil(num_items / assumed.batch_size) * answer * step
+    )
 
 
 def cache_holds(cache_bytes: float, model: ModelSize, ways: int) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from simmerge_ray.capacity.simulation.study import Phase, Pool, Simulated, Workload
+from simmerge_ray.capacity.simulation.study import Simulated
+from simmerge_ray.capacity.simulation.workers import Phase
+from simmerge_ray.capacity.simulation.workload import Pool, Workload
 
 _NAMES = {
     "digests": "digests of the checkpoints",
@@ -36,38 +38,15 @@ _BY_CAUSE = {
 
 def lines(workload: Workload, found: Simulated) -> list[str]:
     """For a person."""
-    model, placed, engines = workload.model, found.placed, found.engines
-    stages = len(placed.stages)
-    cut = "whole" if stages == 1 else f"in {stages} stages of layers"
-    ranks = f"{engines.ranks} GPU{'s' if engines.ranks > 1 else ''} with {engines.cpus:g} cores each"
-    if not engines.ranks:
-        ranks = f"{engines.cpus:g} cores"
-    count = workload.num_models + 1
+    longest, dollars = found.bottleneck, found.dollars
     told = [
-        f"model     {model.parameters / 1e9:.4g} B parameters, {model.dtype}, {_size(model.num_bytes)} each; the shape "
-        f"of {model.name}: {model.layers} layers, {model.hidden_size} wide",
-        f"catalogue {workload.num_models} checkpoints and their base, {_size(count * model.num_bytes)} in the store; "
-        f"{workload.tasks} tasks, {len(workload.arms)} arms",
-        f"signals   {found.signal_pool.nodes} x {found.signal_pool.machine}, {placed.per_node} workers a node, "
-        f"{_size(placed.worker_bytes)} each, a checkpoint {cut}; signature {_size(found.signature_bytes)}, "
-        f"driver {_size(found.driver_bytes)}",
-        f"engines   {found.engine_pool.nodes} x {found.engine_pool.machine}, {engines.per_node} a node, {ranks}; "
-        f"an engine {_size(engines.engine_bytes)}",
+        *_plan_lines(workload, found),
         "",
-        f"{'part':<27}{'where':<9}{'workers':>8}{'units':>9}{'hours':>9}{'network':>10}  most of it",
-    ]
-    for phase in found.phases:
-        told.append(
-            f"{_NAMES[phase.name]:<27}{phase.place:<9}{phase.workers:>8}{phase.units:>9}{_hours(phase.seconds):>9}"
-            f"{_size(phase.network_bytes):>10}  {phase.cause}, {phase.share:.0%}"
-        )
-    network = sum(phase.network_bytes for phase in found.phases)
-    told += [f"{'together':<27}{'':<9}{'':>8}{'':>9}{_hours(found.seconds):>9}{_size(network):>10}", ""]
-    longest = found.bottleneck
-    told.append(
+        *_phase_lines(found),
+        "",
         f"bottleneck  {_NAMES[longest.name]}, {longest.seconds / found.seconds:.0%} of the time; {longest.cause}. "
-        f"What helps: {remedy(longest)}"
-    )
+        f"What helps: {remedy(longest)}",
+    ]
     if not found.cache_holds:
         told.append(
             f"warning     the cache of a {found.engine_pool.machine} ({_size(found.engine_pool.cache_bytes)}) does not "
@@ -80,7 +59,7 @@ def lines(workload: Workload, found: Simulated) -> list[str]:
         )
     told.append(
         f"cost        {_pool('signals', found, found.signal_pool)}; {_pool('engines', found, found.engine_pool)}; head "
-        f"${found.dollars['head']:,.0f}; together ${sum(found.dollars.values()):,.0f}"
+        f"${dollars['head']:,.0f}; together ${sum(dollars.values()):,.0f}"
     )
     if found.gpu_hours:
         told.append(f"GPU hours   {found.gpu_hours:,.0f}")
@@ -89,6 +68,39 @@ def lines(workload: Workload, found: Simulated) -> list[str]:
         "`--costs FILE` takes yours."
     )
     return told
+
+
+def _plan_lines(workload: Workload, found: Simulated) -> list[str]:
+    model, placed, engines = workload.model, found.placed, found.engines
+    cut = "whole" if len(placed.stages) == 1 else f"in {len(placed.stages)} stages of layers"
+    ranks = f"{engines.cpus:g} cores"
+    if engines.ranks:
+        ranks = f"{engines.ranks} GPU{'s' if engines.ranks > 1 else ''} with {ranks} each"
+    return [
+        f"model     {model.parameters / 1e9:.4g} B parameters, {model.dtype}, {_size(model.num_bytes)} each; the shape "
+        f"of {model.name}: {model.layers} layers, {model.hidden_size} wide",
+        f"catalogue {workload.num_models} checkpoints and their base, "
+        f"{_size((workload.num_models + 1) * model.num_bytes)} in the store; "
+        f"{workload.tasks} tasks, {len(workload.arms)} arms",
+        f"signals   {found.signal_pool.nodes} x {found.signal_pool.machine}, {placed.per_node} workers a node, "
+        f"{_size(placed.worker_bytes)} each, a checkpoint {cut}; signature {_size(found.signature_bytes)}, "
+        f"driver {_size(found.driver_bytes)}",
+        f"engines   {found.engine_pool.nodes} x {found.engine_pool.machine}, {engines.per_node} a node, {ranks}; "
+        f"an engine {_size(engines.engine_bytes)}",
+    ]
+
+
+def _phase_lines(found: Simulated) -> list[str]:
+    network = sum(phase.network_bytes for phase in found.phases)
+    return [
+        f"{'part':<27}{'where':<9}{'workers':>8}{'units':>9}{'hours':>9}{'network':>10}  most of it",
+        *(
+            f"{_NAMES[phase.name]:<27}{phase.place:<9}{phase.workers:>8}{phase.units:>9}{_hours(phase.seconds):>9}"
+            f"{_size(phase.network_bytes):>10}  {phase.cause}, {phase.share:.0%}"
+            for phase in found.phases
+        ),
+        f"{'together':<27}{'':<9}{'':>8}{'':>9}{_hours(found.seconds):>9}{_size(network):>10}",
+    ]
 
 
 def remedy(phase: Phase) -> str:
@@ -116,15 +128,7 @@ def to_json(workload: Workload, found: Simulated) -> dict[str, Any]:
             "bytes": found.engines.engine_bytes,
         },
         "phases": [
-            {
-                "name": phase.name,
-                "place": phase.place,
-                "workers": phase.workers,
-                "units": phase.units,
-                "seconds": phase.seconds,
-                "network_bytes": phase.network_bytes,
-                "worker_seconds": dict(phase.causes),
-            }
+            {"worker_seconds" if key == "causes" else key: value for key, value in vars(phase).items()}
             for phase in found.phases
         ],
         "seconds": found.seconds,

@@ -9,12 +9,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.capacity.cluster_files.check import MACHINES
-from simmerge_ray.capacity.simulation.costs import Costs
+from simmerge_ray.capacity.machines import MACHINES
+from simmerge_ray.capacity.simulation.costs import UnitCosts
 from simmerge_ray.capacity.simulation.labels import place_engines
-from simmerge_ray.capacity.simulation.study import make_pool
+from simmerge_ray.capacity.simulation.workload import make_pool
 from simmerge_ray.capacity.size import ModelSize, size_of
-from simmerge_ray.signals.signature import model_shape
+from simmerge_ray.checkpoints.size import model_shape
 
 
 def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
@@ -36,11 +36,11 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
         return ModelSize(
             name=str(config),
             parameters=parameters,
-            layers=shape["layers"],
-            hidden_size=shape["hidden"],
-            heads=shape["heads"],
-            intermediate_size=text.get("intermediate_size") or text.get("n_inner") or 4 * shape["hidden"],
-            vocab_size=shape["vocabulary"],
+            layers=shape.layers,
+            hidden_size=shape.hidden_size,
+            heads=shape.heads,
+            intermediate_size=shape.intermediate_size,
+            vocab_size=shape.vocab_size,
             # transformers' own default, which config.json leaves out
             tied=text.get("tie_word_embeddings", content.get("tie_word_embeddings", True)),
             dtype="float32" if (text.get("dtype") or text.get("torch_dtype")) == "float32" else "bfloat16",
@@ -56,7 +56,7 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
         raise ConfigError(f"{config}: {error}") from None
 
 
-def cheapest_engine(model: ModelSize, cloud: str, costs: Costs) -> str:
+def cheapest_engine(model: ModelSize, cloud: str, costs: UnitCosts) -> str:
     """The machine with GPUs, of those of a cloud that the costs know, whose engines cost least an hour each.
 
     Raises:
@@ -64,7 +64,7 @@ def cheapest_engine(model: ModelSize, cloud: str, costs: Costs) -> str:
     """
     prices: dict[str, float] = {}
     for machine, about in costs.assumed.machines.items():
-        if about.cloud == cloud and machine in MACHINES and MACHINES[machine][2]:
+        if about.cloud == cloud and machine in MACHINES and MACHINES[machine].gpus:
             pool = make_pool(machine, 1, costs)
             try:
                 engines = place_engines(model, pool.resources, pool.gpu_gb, 1.0)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.placement import how_many_fit, signal_worker_needs
-from simmerge_ray.capacity.simulation.costs import Costs
-from simmerge_ray.capacity.simulation.workers import Node, Worker, drain, total_seconds
+from simmerge_ray.capacity.simulation.costs import UnitCosts
+from simmerge_ray.capacity.simulation.workers import Node, Phase, Worker, drain
+from simmerge_ray.capacity.simulation.workload import Workload
 from simmerge_ray.capacity.size import ModelSize
 from simmerge_ray.search.estimate import PROCESS_BYTES
 from simmerge_ray.signals.bounds import driver_bytes
@@ -21,14 +22,14 @@ from simmerge_ray.signals.signature import (
     outputs_bytes,
     weights_bytes,
 )
-from simmerge_ray.signals.stages import Stage, cut_stages
+from simmerge_ray.signals.stages import LayerRange, cut_stages
 
 
 @dataclass(frozen=True)
 class Placed:
     """How signal workers lie on nodes: stages of a checkpoint, bytes of a worker (libraries included), workers."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[LayerRange, ...]
     worker_bytes: float
     per_node: int
 
@@ -57,12 +58,9 @@ def place_workers(model: ModelSize, resources: Mapping[str, float]) -> Placed:
 
 @dataclass(frozen=True)
 class SignalRun:
-    """Seconds of each part in order, the workers' seconds by what for, and bytes over the network."""
+    """The parts in order. signature_bytes: of one checkpoint on all tasks. driver_bytes: what the driver holds."""
 
-    seconds: Mapping[str, float]
-    causes: Mapping[str, Mapping[str, float]]
-    units: Mapping[str, int]
-    network_bytes: Mapping[str, float]
+    phases: tuple[Phase, ...]
     driver_bytes: float
     signature_bytes: float
 
@@ -71,42 +69,24 @@ class SignalSimulation:
     """The units of `signals.compute` on workers.
 
     Args:
-        num_models: beside the base. tasks: probe sets of `probes` texts of `probe_tokens` tokens, padding included.
         cores: of a node.
     """
 
-    def __init__(
-        self,
-        model: ModelSize,
-        num_models: int,
-        tasks: int,
-        probes: int,
-        probe_tokens: float,
-        placed: Placed,
-        nodes: Sequence[Node],
-        cores: int,
-        costs: Costs,
-    ) -> None:
-        self._model, self._tasks, self._placed, self._costs, self._cores = model, tasks, placed, costs, cores
-        self._names = ["base", *(f"m{number}" for number in range(num_models))]
+    def __init__(self, workload: Workload, placed: Placed, nodes: Sequence[Node], cores: int, costs: UnitCosts) -> None:
+        self._workload, self._model, self._placed, self._costs = workload, workload.model, placed, costs
+        self._names = ["base", *(f"m{number}" for number in range(workload.num_models))]
         self._spec = SignatureSpec()
-        self._batches = math.ceil(probes / self._spec.batch_size)
-        self._probes, self._probe_tokens = probes, probe_tokens
-        self._batch_tokens = probes * probe_tokens / self._batches
-        self._nodes = nodes
+        self._batches = math.ceil(workload.probes / self._spec.batch_size)
+        self._nodes, self._cores = nodes, cores
         # SPREAD: one node after the other.
         self._workers = [Worker(n, nodes[n % len(nodes)]) for n in range(placed.per_node * len(nodes))]
-        self._causes: dict[str, dict[str, float]] = {}
-        self._groups = group_tensors(model.tensors)
+        self._groups = group_tensors(self._model.tensors)
         self._shares = self._group_shares()
 
     def run(self) -> SignalRun:
         """All parts, one after the other: each needs the one before."""
-        costs, model = self._costs, self._model
-        count = len(self._names)
-        seconds: dict[str, float] = {}
-        units: dict[str, int] = {}
-        network: dict[str, float] = {}
+        phases: list[Phase] = []
+        start = 0.0
         for name, part in (
             ("digests", self._digests),
             ("continuations", self._continuations),
@@ -114,30 +94,33 @@ class SignalSimulation:
             ("sums", self._sums),
         ):
             before = sum(node.network_bytes for node in self._nodes)
-            for worker in self._workers:
-                worker.seconds = {}
-            start = sum(seconds.values())
-            units[name], end = part(start)
-            seconds[name] = end - start
-            network[name] = sum(node.network_bytes for node in self._nodes) - before
-            self._causes[name] = total_seconds(self._workers)
-        one_task = outputs_bytes(self._spec, model.config, self._spec.max_tokens + NUM_GREEDY_TOKENS)
-        sample = weights_bytes(self._spec, list(model.tensors.values()))
-        pairs = count * (count - 1) / 2 * self._tasks
-        seconds["pairs"] = pairs * one_task / 4 * costs.of("pair_s_per_value")
-        self._causes["pairs"] = {"comparing signatures": seconds["pairs"]}
-        units["pairs"], network["pairs"] = int(pairs), count * (self._tasks * one_task + sample)
-        # Hidden states go from stage to stage through the driver.
+            workers, units, end = part(start)
+            network = sum(node.network_bytes for node in self._nodes) - before
+            if name == "signatures":
+                network += self._boundary_bytes()
+            phases.append(Phase.of(name, "signals", workers, units, end - start, network))
+            start = end
         width = self._spec.max_tokens + NUM_GREEDY_TOKENS
-        states = 4 * self._spec.batch_size * width * model.hidden_size * (len(self._placed.stages) - 1)
-        network["signatures"] += 2 * states * count * self._tasks * self._batches
-        signature = self._tasks * one_task + sample
-        return SignalRun(seconds, self._causes, units, network, driver_bytes(count, one_task + sample), signature)
+        one_task = outputs_bytes(self._spec, self._model.config, width)
+        sample = weights_bytes(self._spec, list(self._model.tensors.values()))
+        count, tasks = len(self._names), self._workload.tasks
+        signature = tasks * one_task + sample
+        pairs = count * (count - 1) // 2 * tasks
+        seconds = pairs * one_task / 4 * self._costs.of("pair_s_per_value")
+        causes = {"comparing signatures": seconds}
+        phases.append(Phase("pairs", "driver", 1, pairs, seconds, count * signature, causes))
+        return SignalRun(tuple(phases), driver_bytes(count, one_task + sample), signature)
+
+    def _boundary_bytes(self) -> float:
+        """Hidden states that go from stage to stage through the driver."""
+        width = self._spec.max_tokens + NUM_GREEDY_TOKENS
+        states = 4 * self._spec.batch_size * width * self._model.hidden_size * (len(self._placed.stages) - 1)
+        return 2 * states * len(self._names) * self._workload.tasks * self._batches
 
     def _forward(self, elements: float, tokens: float) -> float:
         return 2 * elements * tokens * self._costs.of("sampled_share") / self._costs.of("core_flops")
 
-    def _load(self, worker: Worker, name: str, stage: Stage, at: float, sharers: int | None = None) -> float:
+    def _load(self, worker: Worker, name: str, stage: LayerRange, at: float, sharers: int | None = None) -> float:
         """Read and convert the weights of a stage, unless the worker holds them.
 
         Args:
@@ -158,24 +141,21 @@ class SignalSimulation:
         built = share * size / self._costs.of("build_bytes_per_s")
         return worker.spend(**{"reading from the store": link, "building models": max(built, disk)})
 
-    def _digests(self, start: float) -> tuple[int, float]:
+    def _digests(self, start: float) -> tuple[Sequence[Worker], int, float]:
         """Before there are actors, so a task on every core."""
         queue = WorkQueue(Unit("digest", name, ()) for name in self._names)
         tasks = [Worker(n, self._nodes[n % len(self._nodes)]) for n in range(self._cores * len(self._nodes))]
 
         def work(worker: Worker, unit: Unit, at: float) -> float:
             assert unit.checkpoint is not None
-            link, disk = worker.node.read(unit.checkpoint, self._model.num_bytes, at)
-            hashed = self._model.num_bytes / self._costs.of("digest_bytes_per_s")
-            return worker.spend(**{"reading from the store": link, "reading from disks": disk, "hashing": hashed})
+            read = worker.node.read_all([unit.checkpoint], self._model.num_bytes, at)
+            return worker.spend(**read, hashing=self._model.num_bytes / self._costs.of("digest_bytes_per_s"))
 
-        end = drain(queue, tasks, work, start=start)
-        self._workers[0].seconds = total_seconds(tasks)  # they are counted with the actors
-        return len(self._names), end
+        return tasks[: len(queue)], len(queue), drain(queue, tasks, work, start=start)
 
-    def _continuations(self, start: float) -> tuple[int, float]:
-        rows = min(math.ceil(self._spec.num_positions / GREEDY_SHARE), self._probes, self._spec.batch_size)
-        tokens, batches = rows * self._probe_tokens, self._tasks
+    def _continuations(self, start: float) -> tuple[Sequence[Worker], int, float]:
+        rows = min(math.ceil(self._spec.num_positions / GREEDY_SHARE), self._workload.probes, self._spec.batch_size)
+        tokens, batches = rows * self._workload.probe_tokens, self._workload.tasks
         queue = WorkQueue(Unit("continuation", "base", (number,)) for number in range(batches))
         sharers = min(math.ceil(batches / len(self._nodes)), self._placed.per_node)
 
@@ -188,12 +168,13 @@ class SignalSimulation:
                     took += worker.spend(arithmetic=self._forward(self._model.elements(stage), tokens))
             return took
 
-        return batches, drain(queue, self._workers, work, start=start)
+        return self._workers, batches, drain(queue, self._workers, work, start=start)
 
-    def _signatures(self, start: float) -> tuple[int, float]:
+    def _signatures(self, start: float) -> tuple[Sequence[Worker], int, float]:
         stages, queue = self._placed.stages, WorkQueue()
+        tokens = self._workload.probes * self._workload.probe_tokens / self._batches
         for name in self._names:
-            for _ in range(self._tasks * self._batches):
+            for _ in range(self._workload.tasks * self._batches):
                 queue.add(Unit("stage", name, (stages[0],)))
             for group in range(len(self._groups)):
                 queue.add(Unit("sample", name, (group,)))
@@ -202,41 +183,35 @@ class SignalSimulation:
             assert unit.checkpoint is not None
             if unit.kind == "sample":
                 return self._sample(worker, unit.checkpoint, unit.payload[0], at)
-            stage: Stage = unit.payload[0]
+            stage: LayerRange = unit.payload[0]
             took = self._load(worker, unit.checkpoint, stage, at)
-            return took + worker.spend(arithmetic=self._forward(self._model.elements(stage), self._batch_tokens))
+            return took + worker.spend(arithmetic=self._forward(self._model.elements(stage), tokens))
 
         def finished(index: int, unit: Unit) -> None:
             if unit.kind == "stage" and not unit.payload[0].is_last:
                 queue.add(Unit("stage", unit.checkpoint, (stages[stages.index(unit.payload[0]) + 1],)))
 
         end = drain(queue, self._workers, work, finished, start)
-        return len(queue), end
+        return self._workers, len(queue), end
 
     def _sample(self, worker: Worker, name: str, group: int, at: float) -> float:
         first, last = self._shares[group]
-        link = disk = 0.0
-        for one in dict.fromkeys((name, "base")):  # in one order
-            on_link, on_disk = worker.node.read(one, self._model.num_bytes, at + link + disk, first, last)
-            link, disk = link + on_link, disk + on_disk
+        read = worker.node.read_all(dict.fromkeys((name, "base")), self._model.num_bytes, at, first, last)
         own = (last - first) * self._model.parameters * self._costs.of("sample_ns") * 1e-9
-        return worker.spend(**{"reading from the store": link, "reading from disks": disk, "sampling weights": own})
+        return worker.spend(**read, **{"sampling weights": own})
 
-    def _sums(self, start: float) -> tuple[int, float]:
+    def _sums(self, start: float) -> tuple[Sequence[Worker], int, float]:
         queue = WorkQueue(Unit("sums", None, (group,)) for group in range(len(self._groups)))
         count = len(self._names) - 1  # the figures are of so many and their base
         per_element = count * (self._costs.of("sums_ns") + count * self._costs.of("sums_pair_ns")) * 1e-9
 
         def work(worker: Worker, unit: Unit, at: float) -> float:
             first, last = self._shares[unit.payload[0]]
-            link = disk = 0.0
-            for name in self._names:
-                on_link, on_disk = worker.node.read(name, self._model.num_bytes, at + link + disk, first, last)
-                link, disk = link + on_link, disk + on_disk
+            read = worker.node.read_all(self._names, self._model.num_bytes, at, first, last)
             own = (last - first) * self._model.parameters * per_element
-            return worker.spend(**{"reading from the store": link, "reading from disks": disk, "summing weights": own})
+            return worker.spend(**read, **{"summing weights": own})
 
-        return len(self._groups), drain(queue, self._workers, work, start=start)
+        return self._workers, len(self._groups), drain(queue, self._workers, work, start=start)
 
     def _group_shares(self) -> list[tuple[float, float]]:
         """Where each group of tensors begins and ends, as shares of a checkpoint."""

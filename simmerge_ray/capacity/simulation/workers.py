@@ -5,10 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from simmerge_ray.signals.queue import Unit, WorkQueue
+
+Times = dict[str, float]
+"""Seconds, by what they are for."""
 
 
 class Node:
@@ -39,6 +42,22 @@ class Node:
         there, together = max(0.0, (last - first) * size - missing), self._one * readers
         on_link = max(self._use("link", missing, at), missing / together)
         return on_link, max(self._use("disk", there, at + on_link), there / together)
+
+    def read_all(
+        self,
+        checkpoints: Iterable[str],
+        size: float,
+        at: float,
+        first: float = 0.0,
+        last: float = 1.0,
+        readers: int = 1,
+    ) -> Times:
+        """`read` of several checkpoints, one after the other; seconds by what for."""
+        link = disk = 0.0
+        for checkpoint in checkpoints:
+            on_link, on_disk = self.read(checkpoint, size, at + link + disk, first, last, readers)
+            link, disk = link + on_link, disk + on_disk
+        return {"reading from the store": link, "reading from disks": disk}
 
     def read_alone(self, checkpoint: str, size: float, first: float, last: float, sharers: int) -> float:
         """Seconds over the link, which so many share all the time, of a read that is not planned among the others'."""
@@ -85,13 +104,38 @@ class Worker:
         return sum(seconds.values())
 
 
-def total_seconds(workers: Iterable[Worker]) -> dict[str, float]:
-    """Of all workers, by what they were for."""
-    total: dict[str, float] = {}
-    for worker in workers:
-        for cause, seconds in worker.seconds.items():
-            total[cause] = total.get(cause, 0.0) + seconds
-    return total
+@dataclass(frozen=True)
+class Phase:
+    """A part of the study. causes: seconds of all workers together, by what they were for, the longest first."""
+
+    name: str
+    place: str
+    workers: int
+    units: int
+    seconds: float
+    network_bytes: float
+    causes: Mapping[str, float]
+
+    @staticmethod
+    def of(name: str, place: str, workers: Sequence[Worker], units: int, seconds: float, network_bytes: float) -> Phase:
+        """What workers have spent since the last one."""
+        total: dict[str, float] = {}
+        for worker in workers:
+            for cause, amount in worker.seconds.items():
+                total[cause] = total.get(cause, 0.0) + amount
+            worker.seconds = {}
+        causes = dict(sorted(total.items(), key=lambda entry: -entry[1]))
+        return Phase(name, place, len(workers), units, seconds, network_bytes, causes)
+
+    @property
+    def cause(self) -> str:
+        """What most of its time is for."""
+        return next(iter(self.causes))
+
+    @property
+    def share(self) -> float:
+        """Of its workers' seconds that are for this."""
+        return self.causes[self.cause] / sum(self.causes.values())
 
 
 def drain(

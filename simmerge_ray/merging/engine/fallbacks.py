@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import Computer, Seeds
+from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
-from simmerge_ray.merging.engine.sources import TensorSource
+from simmerge_ray.merging.engine.sources import open_sources
 from simmerge_ray.merging.graph import FLOAT_DTYPES
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, ResolvedPlan
 
-SPHERICAL = ("slerp", "nuslerp")
 _LINEAR = make_arm("linear")
 
 
@@ -22,7 +21,7 @@ def all_linear(plan: MergePlan) -> MergePlan:
 
 
 def _as_linear(plan: MergePlan, numbers: set[int]) -> MergePlan:
-    chosen = {number for number in numbers if plan.steps[number - 1].arm.operator in SPHERICAL}
+    chosen = {number for number in numbers if plan.steps[number - 1].arm.spec.is_spherical}
     steps = [replace(step, arm=_LINEAR) if n in chosen else step for n, step in enumerate(plan.steps, 1)]
     return replace(plan, steps=tuple(steps))
 
@@ -38,19 +37,15 @@ def linear_form(resolved: ResolvedPlan) -> MergePlan:
         CheckpointError: an input cannot be read.
     """
     plan = resolved.plan
-    left = {number for number, step in enumerate(plan.steps, 1) if step.arm.operator in SPHERICAL}
+    left = {number for number, step in enumerate(plan.steps, 1) if step.arm.spec.is_spherical}
     if not left:
         return plan
     graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=1)
-    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
-    try:
-        computer = Computer(graph, sources, Seeds(graph))
+    with open_sources(graph) as sources:
+        computer = Computer(graph, sources)
         for output in sorted(graph.outputs, key=lambda output: (output.num_elements, output.name)):
             if output.dtype in FLOAT_DTYPES:
-                left &= set(computer.fallbacks(output))
+                left &= computer.fallbacks(output)
             if not left:
                 break
-    finally:
-        for source in sources.values():
-            source.close()
     return _as_linear(plan, left)

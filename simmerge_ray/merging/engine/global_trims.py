@@ -16,10 +16,11 @@ from typing import TypeVar
 import numpy as np
 
 from simmerge_ray.base.errors import PlanError
-from simmerge_ray.checkpoints.references import TensorSpec, read_headers
-from simmerge_ray.merging.engine.compute import Computer, Seeds
-from simmerge_ray.merging.engine.sources import TensorSource
-from simmerge_ray.merging.engine.trims import densities, exact_thresholds, high_counts, low_counts, top_bins
+from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
+from simmerge_ray.merging.engine.compute import Computer
+from simmerge_ray.merging.engine.seeds import Seeds
+from simmerge_ray.merging.engine.sources import TensorSource, open_sources
+from simmerge_ray.merging.engine.trims import NUM_HIGH, NUM_LOW, densities, exact_thresholds, no_counts, top_bins
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, applies, reads
 from simmerge_ray.plans.operators.shares import kept_count
 
@@ -60,25 +61,19 @@ def resolve_global_trims(graph: MergeGraph, num_threads: int) -> MergeGraph:
     """
     if not global_steps(graph):
         return graph
-    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
-    try:
+    with open_sources(graph) as sources:
         while targets := _targets(graph, _is_next):
             graph = _resolved(graph, targets[min(targets)], sources, num_threads)
-    finally:
-        for source in sources.values():
-            source.close()
     return graph
 
 
 def _is_open(node: Apply) -> bool:
-    params = dict(node.params)
-    return node.operator == "ties" and params.get("trim_scope") == "global" and "thresholds" not in params
+    return bool(node.param("trim_scope") == "global" and node.param("thresholds") is None)
 
 
 def _is_next(node: Apply) -> bool:
     """Whether it is open, and what it takes is not."""
-    inner = (*node.sources, *((node.base,) if node.base is not None else ()))
-    return _is_open(node) and not any(_is_open(one) for source in inner for one in applies(source))
+    return _is_open(node) and not any(_is_open(earlier) for inner in node.inputs for earlier in applies(inner))
 
 
 def _targets(graph: MergeGraph, which: Callable[[Apply], bool]) -> dict[int, list[_Target]]:
@@ -115,7 +110,7 @@ def _resolved(
     keep = [kept_count(value, num_entries) for value in density]
 
     def count_high(computer: Computer, mine: Iterator[_Target]) -> np.ndarray:
-        counts = high_counts(len(keep))
+        counts = no_counts(len(keep), NUM_HIGH)
         for target in mine:
             computer.count_magnitudes(target.output, target.node, counts, None)
         return counts
@@ -123,9 +118,9 @@ def _resolved(
     tops = top_bins(np.sum(_in_threads(graph, targets, sources, num_threads, count_high), axis=0), keep)
 
     def count_low(computer: Computer, mine: Iterator[_Target]) -> tuple[np.ndarray, dict[Apply, list[_Bins]]]:
-        total, by_tensor = low_counts(len(keep)), {}
+        total, by_tensor = no_counts(len(keep), NUM_LOW), {}
         for target in mine:
-            counts = low_counts(len(keep))
+            counts = no_counts(len(keep), NUM_LOW)
             computer.count_magnitudes(target.output, target.node, counts, tops)
             total += counts
             # What says later how many entries of this tensor equal the threshold; few of the bins are taken.

@@ -1,4 +1,4 @@
-"""Inner loops of the merge engine, compiled by numba: one pass over a block that lies in the cache, GIL released.
+"""Inner loops of the merge engine, compiled by numba: one pass over a block in the cache, GIL released.
 
 A block is at most `BLOCK` elements. Inputs are widened to float32, all arithmetic is float32, and the result is rounded
 once. Compiled code is kept on disk by numba, so only the first merge on a machine waits for the compiler.
@@ -102,7 +102,9 @@ def not_finite_bf16(base: np.ndarray, values: np.ndarray) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def blend(left: np.ndarray, right: np.ndarray, left_weight: np.float32, right_weight: np.float32, fused: bool) -> None:
+def blend_float32(
+    left: np.ndarray, right: np.ndarray, left_weight: np.float32, right_weight: np.float32, fused: bool
+) -> None:
     """`left <- left_weight left + right_weight right`; `fused` rounds the second product and the sum once.
 
     The peer's linear is fused (torch), its slerp is not (numpy); where the terms cancel, that is all the difference.
@@ -121,7 +123,7 @@ def blend_bf16(
     fused: bool,
     out: np.ndarray,
 ) -> bool:
-    """`blend` from bfloat16 bits to bfloat16 bits in one pass; returns whether an entry is NaN or infinite.
+    """`blend_float32` from bfloat16 bits to bfloat16 bits in one pass; returns whether an entry is NaN or infinite.
 
     Two entries at a time, as halves of a word: widening and narrowing vectors costs more than the arithmetic.
     """
@@ -315,14 +317,9 @@ def trim_block(vector: np.ndarray, threshold: np.uint32, budget: np.ndarray) -> 
 
 @njit(cache=True, nogil=True)
 def _elected(
-    base: np.float32,
-    x: np.float32,
-    y: np.float32,
-    left_weight: np.float32,
-    right_weight: np.float32,
-    scale: np.float32,
-    normalize: bool,
+    base: np.float32, x: np.float32, y: np.float32, election: tuple[np.float32, ...], normalize: bool
 ) -> np.float32:  # `base + scale * sum_agreeing [/ sum_agreeing(w)]` of two weighted, trimmed entries
+    left_weight, right_weight, scale = election
     zero, one = np.float32(0.0), np.float32(1.0)
     sign = one if x + y >= zero else -one
     keep_x, keep_y = x * sign > zero, y * sign > zero
@@ -333,34 +330,29 @@ def _elected(
 
 
 @njit(cache=True, nogil=True)
-def elect(
-    base: np.ndarray,
-    left: np.ndarray,
-    right: np.ndarray,
-    left_weight: np.float32,
-    right_weight: np.float32,
-    scale: np.float32,
-    normalize: bool,
+def elect_float32(
+    base: np.ndarray, left: np.ndarray, right: np.ndarray, election: tuple[np.float32, ...], normalize: bool
 ) -> None:
-    """TIES of two trimmed task vectors: `left <- base + scale * sum_agreeing(w v) [/ sum_agreeing(w)]`."""
+    """TIES of two trimmed task vectors: `left <- base + scale * sum_agreeing(w v) [/ sum_agreeing(w)]`.
+
+    election: weights of left and right, and the scale.
+    """
+    left_weight, right_weight, _ = election
     for i in range(left.size):
-        x, y = left_weight * left[i], right_weight * right[i]
-        left[i] = _elected(base[i], x, y, left_weight, right_weight, scale, normalize)
+        left[i] = _elected(base[i], left_weight * left[i], right_weight * right[i], election, normalize)
 
 
 @njit(cache=True, nogil=True)
 def _ties_run(
-    base: np.ndarray,
-    left: np.ndarray,
-    right: np.ndarray,
+    inputs: tuple[np.ndarray, ...],
     thresholds: np.ndarray,
     budgets: np.ndarray,
-    left_weight: np.float32,
-    right_weight: np.float32,
-    scale: np.float32,
+    election: tuple[np.float32, ...],
     normalize: bool,
     out: np.ndarray,
 ) -> tuple[bool, int, int]:  # with all or none of what equals a threshold; (not finite, how many equal it: left, right)
+    base, left, right = inputs
+    left_weight, right_weight, _ = election
     left_low, right_low = thresholds[0], thresholds[1]
     left_least = left_low if budgets[0] > 0 else U32(left_low + U32(1))
     right_least = right_low if budgets[1] > 0 else U32(right_low + U32(1))
@@ -374,8 +366,7 @@ def _ties_run(
         num_right = U32(num_right + (U32(1) if size_y == right_low else U32(0)))
         x = left_weight * (x if size_x >= left_least else zero)
         y = right_weight * (y if size_y >= right_least else zero)
-        merged = _elected(origin, x, y, left_weight, right_weight, scale, normalize)
-        word = U32(_rounded(merged) >> U32(16))
+        word = U32(_rounded(_elected(origin, x, y, election, normalize)) >> U32(16))
         out[i] = np.uint16(word)
         carry = U32(carry | U32(U32(word & U32(0x7F80)) + U32(0x80)))
     return bool(U32(carry & U32(0x8000))), int(num_left), int(num_right)
@@ -383,7 +374,7 @@ def _ties_run(
 
 @njit(cache=True, nogil=True)
 def _end_of_budget(base: np.ndarray, values: np.ndarray, threshold: np.uint32, budget: int) -> int:
-    """Behind the entry with which so many entries of `values - base` have a magnitude equal to the threshold."""
+    """Just behind the entry at which `budget` entries of `values - base` have equalled the threshold in magnitude."""
     for i in range(base.size):
         budget -= int(U32(_bits_of(_wide(values[i]) - _wide(base[i])) & _MAGNITUDE) == threshold)
         if budget == 0:
@@ -393,33 +384,29 @@ def _end_of_budget(base: np.ndarray, values: np.ndarray, threshold: np.uint32, b
 
 @njit(cache=True, nogil=True)
 def ties_bf16(
-    base: np.ndarray,
-    left: np.ndarray,
-    right: np.ndarray,
+    inputs: tuple[np.ndarray, ...],
     thresholds: np.ndarray,
     budgets: np.ndarray,
-    left_weight: np.float32,
-    right_weight: np.float32,
-    scale: np.float32,
+    election: tuple[np.float32, ...],
     normalize: bool,
     out: np.ndarray,
 ) -> bool:
-    """`trim_block` and `elect` from bfloat16 bits to bfloat16 bits; returns whether an entry is NaN or infinite.
+    """`trim_block` and `elect_float32` from bfloat16 bits to bfloat16 bits; whether an entry is NaN or infinite.
 
-    thresholds: (2,) uint32, budgets: (2,) int64, of left and right; the budgets are reduced by what was kept.
+    inputs: base, left, right. thresholds: (2,) uint32, budgets: (2,) int64, of left and right; the budgets are reduced
+    by what was kept. election: weights of left and right, and the scale.
     """
+    base, left, right = inputs
     found, start, stop = False, 0, base.size
     while start < base.size:
-        part, x, y = base[start:stop], left[start:stop], right[start:stop]
-        flag, num_left, num_right = _ties_run(
-            part, x, y, thresholds, budgets, left_weight, right_weight, scale, normalize, out[start:stop]
-        )
-        end = part.size
+        part = (base[start:stop], left[start:stop], right[start:stop])
+        flag, num_left, num_right = _ties_run(part, thresholds, budgets, election, normalize, out[start:stop])
+        end = part[0].size
         if 0 < budgets[0] < num_left:
-            end = _end_of_budget(part, x, thresholds[0], budgets[0])
+            end = _end_of_budget(part[0], part[1], thresholds[0], budgets[0])
         if 0 < budgets[1] < num_right:
-            end = min(end, _end_of_budget(part, y, thresholds[1], budgets[1]))
-        if end < part.size:
+            end = min(end, _end_of_budget(part[0], part[2], thresholds[1], budgets[1]))
+        if end < part[0].size:
             stop = start + end  # again, up to where a budget is spent
             continue
         found |= flag

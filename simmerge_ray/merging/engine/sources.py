@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.base.storage import Place, RangeReader, open_ranges
 from simmerge_ray.checkpoints.adapters import LoraAdapter
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorSpec, read_headers
+from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.engine import kernels
-from simmerge_ray.merging.graph import DTYPE_BYTES
+from simmerge_ray.merging.graph import DTYPE_BYTES, MergeGraph
 
 # bfloat16 has no numpy type: its bits are read as uint16.
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -58,9 +59,9 @@ class TensorSource:
         try:
             done = self._reader(spec).read_into(spec.begin + start * size, memoryview(buffer.data), spec.end)
             if done < num_bytes:
-                raise CheckpointError(f"checkpoint {self._ref.id!r}: {spec.file} ends inside tensor {name}")
+                raise self._ref.error(f"{spec.file} ends inside tensor {name}")
         except OSError as error:
-            raise CheckpointError(f"checkpoint {self._ref.id!r}: cannot read {spec.file}: {error.strerror}") from None
+            raise self._ref.error(f"cannot read {spec.file}: {error.strerror}") from None
         return buffer.view(NUMPY_DTYPES[spec.dtype])
 
     def read_float32(self, name: str, start: int, stop: int, raw: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -95,3 +96,14 @@ class TensorSource:
             if spec.file not in self._files:
                 self._files[spec.file] = open_ranges(spec.file)
             return self._files[spec.file]
+
+
+@contextmanager
+def open_sources(graph: MergeGraph) -> Iterator[dict[str, TensorSource]]:
+    """The checkpoints that a graph reads, by id, closed at the end."""
+    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
+    try:
+        yield sources
+    finally:
+        for source in sources.values():
+            source.close()

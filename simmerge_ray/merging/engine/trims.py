@@ -36,14 +36,9 @@ class Trim:
         self.left = self.budgets.copy()
 
 
-def high_counts(num_sources: int) -> np.ndarray:
-    """Room for `kernels.count_high` of every source."""
-    return np.zeros((num_sources, NUM_HIGH), dtype=np.int64)
-
-
-def low_counts(num_sources: int) -> np.ndarray:
-    """Room for `kernels.count_low` of every source."""
-    return np.zeros((num_sources, NUM_LOW), dtype=np.int64)
+def no_counts(num_sources: int, num_bins: int) -> np.ndarray:
+    """Room for `kernels.count_high` (`NUM_HIGH`) or `count_low` (`NUM_LOW`) of every source."""
+    return np.zeros((num_sources, num_bins), dtype=np.int64)
 
 
 def densities(node: Apply) -> tuple[float, ...]:

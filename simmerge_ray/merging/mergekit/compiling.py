@@ -15,7 +15,7 @@ from simmerge_ray.base.errors import PlanError, unknown_name
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
 from simmerge_ray.merging.mergekit.documents import (
-    DTYPE_NAMES,
+    DTYPES_BY_NAME,
     MergekitDocument,
     ModelName,
     Slice,
@@ -28,10 +28,10 @@ from simmerge_ray.merging.mergekit.models import (
     TensorValue,
     architecture_problems,
     exact_in,
-    load_model,
+    read_model,
 )
 from simmerge_ray.merging.mergekit.numbers import Numbers
-from simmerge_ray.merging.mergekit.reading import raise_problems
+from simmerge_ray.merging.mergekit.problems import raise_problems
 from simmerge_ray.plans.operators.gradients import OUTSIDE_LAYERS, layer_position, split_layer
 
 Locate = Callable[[ModelName], CheckpointRef]
@@ -51,7 +51,7 @@ def compile_mergekit(
     """Compile the last document (or the one named `out`), the documents that it names inlined.
 
     Args:
-        locate: where the checkpoint of a name lies; it may raise `InputError` (a ValueError) for one that is not there.
+        locate: finds the checkpoint of a name; it may raise `InputError` (a ValueError) where there is none.
         round_intermediates: round the results of inner documents to their output dtype, as mergekit does, which
             writes them to disk. Else they stay float32, and a `dtype` of the outer document does not touch them.
         seed: of the random operators.
@@ -116,7 +116,7 @@ def _output(name: str, value: TensorValue, problems: list[str], document: Mergek
 
     Documents may ask for different ones; that is fine as long as one cast gives every input the value it should have.
     """
-    asked = [document.dtype and DTYPE_NAMES[document.dtype], *sorted({cast or "" for _, cast in value.casts})]
+    asked = [document.dtype and DTYPES_BY_NAME[document.dtype], *sorted({cast or "" for _, cast in value.casts})]
 
     def same(stored: str, cast: str | None, candidate: str | None) -> bool:
         exact = cast is None or exact_in(stored, cast)
@@ -179,7 +179,7 @@ class _Compiler:
         self._tensor_problems.setdefault(message, []).append(tensor)
 
     def tokenizer_from(self, document: MergekitDocument) -> str:
-        """Id of the checkpoint whose tokenizer is copied: as asked, else the base's, else the first model's."""
+        """Id of the checkpoint whose tokenizer is copied: the one asked for, or the base's, or the first model's."""
         source = document.tokenizer_source
         first = document.models[0] if document.models else document.slices[0].sources[0]
         name = source if isinstance(source, ModelName) else document.base_model or first.model
@@ -195,7 +195,7 @@ class _Compiler:
                 raise PlanError(f"document {name.model!r} refers to itself")
             return self.document(self._documents[name.model])
         if name not in self.loaded:
-            loaded = load_model(name, self._locate)
+            loaded = read_model(name, self._locate)
             self.problems += loaded.problems
             clash = next(
                 (m.ref for m in self.loaded.values() if m.ref and loaded.ref and m.ref.id == loaded.ref.id), None
@@ -260,7 +260,7 @@ class _Compiler:
         return _Piece(piece, tuple(inputs), base)
 
     def _config(self, document: MergekitDocument, pieces: Sequence[_Piece]) -> dict[str, Any]:
-        """`config.json`: that of the base, else of the first model, with the number of layers of the output."""
+        """`config.json`: that of the base or of the first model, with the number of layers of the output."""
         first = pieces[0].inputs[0].model
         donor = (self.model(document.base_model) if document.base_model else None) or first
         config = copy.deepcopy(dict(donor.config))
@@ -315,7 +315,7 @@ class _Compiler:
         self, document: MergekitDocument, piece: _Piece, name: str, names: Sequence[str], position: float
     ) -> TensorValue | None:
         """One output tensor from the tensors `names` of the inputs, or None with the problem reported."""
-        dtype = document.dtype and DTYPE_NAMES[document.dtype]
+        dtype = document.dtype and DTYPES_BY_NAME[document.dtype]
         values = []
         for one, own in zip(piece.inputs, names, strict=True):
             if own in one.model.tensors:
@@ -343,7 +343,7 @@ class _Compiler:
         return TensorValue(
             node,
             first.shape,
-            DTYPE_NAMES[out] if out and result in FLOAT_DTYPES else result,
+            DTYPES_BY_NAME[out] if out and result in FLOAT_DTYPES else result,
             frozenset[tuple[str, str | None]]().union(*(value.casts for value in values)),
         )
 
@@ -399,7 +399,7 @@ class _Compiler:
         )
         sources = tuple(nodes[i] for i in order)
         params = numbers.params()
-        if document.method == "passthrough" and not params:
+        if method.max_sources == 1 and not params:
             return sources[0]
         step = self._order.index(document) + 1
         return Apply(document.method, sources, numbers.weights(params), params, base, step)

@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from simmerge_ray.base.storage import Place, place_in
+from simmerge_ray.merging.graph import DTYPE_NAMES
 from simmerge_ray.plans.operators.gradients import Scalar, gradient_value
 
-# mergekit's names of dtypes, and how safetensors names them.
-DTYPE_NAMES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+# As safetensors names them, by mergekit's names.
+DTYPES_BY_NAME: Mapping[str, str] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class ModelName:
 
     @property
     def path(self) -> Place:
-        """Where the model lies if it is a local directory."""
+        """The directory of the model, if it is local."""
         return place_in(self.directory, self.model)
 
     @property
     def adapter_path(self) -> Place | None:
-        """Where the LoRA adapter lies if it is a local directory."""
+        """The directory of the LoRA adapter, if it is local."""
         return None if self.adapter is None else place_in(self.directory, self.adapter)
 
 
@@ -196,7 +197,7 @@ def _source_json(source: Source, rename: Rename) -> dict[str, Any]:
 
 
 def _model_json(name: ModelName) -> Any:
-    """Text where it can be read back, else the mapping that mergekit takes too (a path with `+` or `@`)."""
+    """Text, or, where it could not be read back (a path with `+` or `@`), the mapping that mergekit also takes."""
     parts = [part for part in (name.model, name.revision, name.adapter, name.adapter_revision) if part is not None]
     if not any(sign in part for part in parts for sign in "+@"):
         return name.id

@@ -40,12 +40,15 @@ class Method:
     base: "required" and "optional" leave the base out of the sources; "first" makes it the first of two; "none" ignores
     it, except that mergekit adds a base that is not among `models` to them.
     min_sources, max_sources: without the base, where it is left out.
+    zero_sum: what weights that add up to 0 mean: an undivided sum, an error unless `normalize` is off, or 0.5 each
+        (where the weights only say a share).
     """
 
     base: Literal["required", "optional", "first", "none"]
     parameters: Mapping[str, MethodParameter] = field(default_factory=dict)
     min_sources: int = 1
     max_sources: int | None = None
+    zero_sum: Literal["undivided", "error", "halves"] = "undivided"
 
     @property
     def base_is_apart(self) -> bool:
@@ -75,7 +78,11 @@ _EPSILON = MethodParameter("float", "epsilon", per_source=True, default=0.15)
 _TRIM_SCOPE = MethodParameter("choice", "trim_scope", default="tensor", is_ours=True)
 
 METHODS: Mapping[str, Method] = {
-    "linear": Method("none", {"weight": _WEIGHT, "normalize": MethodParameter("bool", "normalize", default=True)}),
+    "linear": Method(
+        "none",
+        {"weight": _WEIGHT, "normalize": MethodParameter("bool", "normalize", default=True)},
+        zero_sum="error",
+    ),
     "slerp": Method("first", {"t": MethodParameter(required=True)}, min_sources=2, max_sources=2),
     "nuslerp": Method(
         "optional",
@@ -86,6 +93,7 @@ METHODS: Mapping[str, Method] = {
         },
         min_sources=2,
         max_sources=2,
+        zero_sum="halves",
     ),
     "task_arithmetic": _task_vectors(normalize=False, rescale=False, sparse=False),
     "ties": _task_vectors(normalize=True, rescale=False, trim_scope=_TRIM_SCOPE),
@@ -113,6 +121,7 @@ METHODS: Mapping[str, Method] = {
             "normalize_weights": MethodParameter("bool", "normalize", default=True),
             "eps": MethodParameter("float", "eps", default=1e-8),
         },
+        zero_sum="error",
     ),
     "passthrough": Method("none", {"scale": MethodParameter("float", "scale", per_source=True)}, max_sources=1),
 }

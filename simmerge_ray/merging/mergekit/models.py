@@ -8,23 +8,21 @@ from functools import cached_property
 from typing import Any
 
 from simmerge_ray.base.errors import InputError
-from simmerge_ray.checkpoints.references import (
-    CheckpointRef,
-    read_config,
-    read_headers,
-    tokenizer_files,
+from simmerge_ray.checkpoints.compatibility import (
+    ARCHITECTURE_KEYS,
+    config_problems,
     tokenizer_problems,
     unsupported_problems,
 )
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_config
+from simmerge_ray.checkpoints.tokenizers import tokenizer_files
 from simmerge_ray.merging.graph import Node, Read
 from simmerge_ray.merging.mergekit.documents import ModelName
 from simmerge_ray.plans.operators.gradients import split_layer
 
-# What must be equal for tensors to mean the same thing, whatever the number of layers.
-_ARCHITECTURE_KEYS = (
-    "model_type", "architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-    "tie_word_embeddings", "n_embd", "n_head",
-)  # fmt: skip
+# Models of several depths may be stacked, and another vocabulary has a remedy of its own.
+_ARCHITECTURE_KEYS = [key for key in ARCHITECTURE_KEYS if key not in ("num_hidden_layers", "n_layer", "vocab_size")]
 _VOCABULARY_REMEDY = "resize or choose models with the same vocabulary; tokenizer_source: union is not supported"
 # Every value of the first is a value of the second.
 _EXACT = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
@@ -74,7 +72,7 @@ class LoadedModel:
         return max((max(layers) + 1 for layers in self.stacks.values()), default=0)
 
 
-def load_model(name: ModelName, locate: Callable[[ModelName], CheckpointRef]) -> LoadedModel:
+def read_model(name: ModelName, locate: Callable[[ModelName], CheckpointRef]) -> LoadedModel:
     """Headers, config and tokenizer of a checkpoint; what cannot be read is in `problems`."""
     problems: list[str] = []
 
@@ -103,11 +101,7 @@ def architecture_problems(models: Sequence[LoadedModel]) -> list[str]:
     problems = []
     for model in readable[1:]:
         first = readable[0]
-        for key in _ARCHITECTURE_KEYS:
-            if model.config.get(key) != first.config.get(key):
-                problems.append(
-                    f"{key}: {model.id!r} has {model.config.get(key)!r}, {first.id!r} has {first.config.get(key)!r}"
-                )
+        problems += config_problems((first.id, first.config), (model.id, model.config), _ARCHITECTURE_KEYS)
         sizes = model.config.get("vocab_size"), first.config.get("vocab_size")
         if sizes[0] != sizes[1]:
             problems.append(

@@ -33,25 +33,21 @@ class Numbers:
 
     def weights(self, params: Params) -> tuple[float, ...]:
         """One weight for each source, as our operator takes them; 1 where the method has none."""
-        parameters = METHODS[self.document.method].parameters
-        if "t" in parameters:
-            t = float(self._shared("t", parameters["t"]) or 0.0)
+        method = METHODS[self.document.method]
+        if "t" in method.parameters:
+            t = float(self._shared("t", method.parameters["t"]) or 0.0)
             return 1.0 - t, t
-        if "weight" not in parameters:
+        if "weight" not in method.parameters:
             return (1.0,) * len(self.sources)
-        weights = tuple(float(value or 0.0) for value in self._per_source("weight", parameters["weight"]))
+        weights = tuple(float(value or 0.0) for value in self._per_source("weight", method.parameters["weight"]))
         total = sum(weights)
-        vanishes = abs(total) <= _MIN_SUM * max(1.0, sum(map(abs, weights)))
-        if self.document.method == "nuslerp":
+        if method.zero_sum == "halves":
             t = 0.5 if abs(total) < 1e-6 else weights[1] / total
             return 1.0 - t, t
-        if vanishes and self._normalizes(params):
+        vanishes = abs(total) <= _MIN_SUM * max(1.0, sum(map(abs, weights)))
+        if method.zero_sum == "error" and vanishes and dict(params).get("normalize", True) is not False:
             self.report(self.tensor, "weight: the weights add up to 0, and normalizing divides by their sum")
         return weights
-
-    def _normalizes(self, params: Params) -> bool:
-        """Whether a sum of weights of 0 is an error (task vector methods leave such a sum undivided)."""
-        return self.document.method in ("linear", "multislerp") and dict(params).get("normalize", True) is not False
 
     def params(self) -> Params:
         """All parameters of our operator, by name; a tuple where they differ between the sources."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from simmerge_ray.base.errors import PlanError
-from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
-from simmerge_ray.merging.graph import FLOAT_DTYPES, promoted
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.merging.graph import DTYPE_NAMES, FLOAT_DTYPES, promoted
 from simmerge_ray.merging.mergekit.documents import (
-    DTYPE_NAMES,
     MergekitDocument,
     ModelName,
     Parameters,
@@ -131,8 +131,7 @@ def _dtypes(resolved: ResolvedPlan) -> tuple[str | None, str | None]:
     found = set(outputs.values())
     stored = {spec.dtype for specs in headers.values() for spec in specs.values()}
     if len(found) == 1 and found <= set(FLOAT_DTYPES):
-        by_dtype = {dtype: name for name, dtype in DTYPE_NAMES.items()}
-        return "float64" if "F64" in stored else "float32", by_dtype[found.pop()]
+        return "float64" if "F64" in stored else "float32", DTYPE_NAMES[found.pop()]
     if len(resolved.plan.steps) > 1:
         kinds = ", ".join(sorted(found))
         raise PlanError(f"mergekit cannot keep tensors of several dtypes ({kinds}) apart in a merge of several steps")

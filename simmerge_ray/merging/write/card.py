@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from simmerge_ray.base.markdown import table_lines
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.graph import MergeGraph
 
@@ -46,8 +47,7 @@ def model_card(graph: MergeGraph, predicted: Mapping[str, Any] | None, not_finit
     if not_finite:
         lines += [f"> **{len(not_finite)} tensors hold NaN or infinity**, the first is `{not_finite[0]}`.", ""]
     if predicted:
-        lines += ["| task | predicted utility | sd |", "|---|---|---|"]
-        lines += [f"| {task} | {value['utility']:.3f} | {value['sd']:.3f} |" for task, value in predicted.items()]
-        lines += [""]
+        rows = [(task, value["utility"], value["sd"]) for task, value in predicted.items()]
+        lines += table_lines(("task", "predicted utility", "sd"), rows)
     lines += ["Made by simmerge_ray from:", "", "```json", json.dumps(dict(graph.description), indent=2), "```", ""]
     return "\n".join(lines)

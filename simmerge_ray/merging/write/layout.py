@@ -26,17 +26,23 @@ class Placement:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its header (length prefix included), and its size in all."""
+    """One output file: its header (length prefix included), its size in all, and the tensors in it."""
 
     file: str
     header: bytes
     num_bytes: int
+    placements: tuple[Placement, ...]
 
 
 @dataclass(frozen=True)
 class Layout:
+    """The output files in name order."""
+
     shards: tuple[Shard, ...]
-    placements: tuple[Placement, ...]
+
+    @property
+    def placements(self) -> list[Placement]:
+        return [placement for shard in self.shards for placement in shard.placements]
 
     @property
     def num_bytes(self) -> int:
@@ -61,7 +67,7 @@ def plan_layout(outputs: Sequence[OutputTensor], max_shard_bytes: int = MAX_SHAR
             filled = 0
         groups[-1].append(output)
         filled += output.num_bytes
-    shards, placements = [], []
+    shards = []
     for number, group in enumerate(groups, 1):
         single = len(groups) == 1
         file = "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -79,9 +85,10 @@ def plan_layout(outputs: Sequence[OutputTensor], max_shard_bytes: int = MAX_SHAR
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         header = struct.pack("<Q", len(text)) + text
-        shards.append(Shard(file, header, len(header) + end))
-        placements += [Placement(o, file, len(header) + begin) for o, begin in zip(ordered, ends, strict=True)]
-    return Layout(tuple(shards), tuple(placements))
+        begins = zip(ordered, ends, strict=True)
+        placements = tuple(Placement(output, file, len(header) + begin) for output, begin in begins)
+        shards.append(Shard(file, header, len(header) + end, placements))
+    return Layout(tuple(shards))
 
 
 def preallocate(directory: Path, layout: Layout) -> None:

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from simmerge_ray.plans.operators.consensus import combine
+from simmerge_ray.plans.operators.consensus import sparse_sum
 from simmerge_ray.plans.operators.masks import largest, masked
-from simmerge_ray.plans.operators.task_vectors import per_source, task_vectors
+from simmerge_ray.plans.operators.task_vectors import per_source
 
 
 def kept_band(density: float, gamma: float, num_entries: int) -> tuple[int, int]:
     """(outliers dropped, entries kept) of n: `int(density n)` are kept whatever gamma is.
 
-    Of `int(gamma n)` outliers only so many are dropped as leave that count.
+    At most `int(gamma n)` outliers are dropped, fewer where that count would not be left.
     """
     kept = int(density * num_entries)
     return min(int(gamma * num_entries), num_entries - kept), kept
@@ -38,6 +38,7 @@ def band(vector: Tensor, density: float, gamma: float, rescale: bool = False) ->
 def _bands(
     operator: str,
     vectors: Sequence[Tensor],
+    *,
     density: float | Sequence[float],
     gamma: float | Sequence[float],
     rescale: bool,
@@ -47,35 +48,5 @@ def _bands(
     return [band(*each, rescale) for each in zip(vectors, densities, gammas, strict=True)]
 
 
-def breadcrumbs(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    density: float | Sequence[float] = 0.5,
-    gamma: float | Sequence[float] = 0.01,
-    rescale: bool = False,
-    scale: float = 1.0,
-    normalize: bool = False,
-) -> Tensor:
-    """`base + scale * sum_i w_i m_i`, m_i the `band` of the task vector; `normalize` divides by `sum w_i`."""
-    base, vectors = task_vectors("breadcrumbs", base, tensors, weights)
-    bands = _bands("breadcrumbs", vectors, density, gamma, rescale)
-    return base + scale * combine("breadcrumbs", bands, weights, election=False, normalize=normalize)
-
-
-def breadcrumbs_ties(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    density: float | Sequence[float] = 0.5,
-    gamma: float | Sequence[float] = 0.01,
-    rescale: bool = False,
-    scale: float = 1.0,
-    normalize: bool = False,
-) -> Tensor:
-    """`breadcrumbs` with TIES' election of signs; `normalize` (by the weights that agree) is off, as in mergekit."""
-    base, vectors = task_vectors("breadcrumbs_ties", base, tensors, weights)
-    bands = _bands("breadcrumbs_ties", vectors, density, gamma, rescale)
-    return base + scale * combine("breadcrumbs_ties", bands, weights, election=True, normalize=normalize)
+breadcrumbs = sparse_sum("breadcrumbs", _bands, election=False)
+breadcrumbs_ties = sparse_sum("breadcrumbs_ties", _bands, election=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from simmerge_ray.plans.operators.shares import cancel, normalized
-from simmerge_ray.plans.operators.task_vectors import weighted_sum
+from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
+from simmerge_ray.plans.operators.task_vectors import task_vectors, weighted_sum
 
 
 def elect(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -44,3 +46,22 @@ def combine(
     if election:
         return agreeing_sum(vectors, weights, elect(vectors, weights), normalize)
     return weighted_sum(vectors, normalized(operator, weights) if normalize and not cancel(weights) else weights)
+
+
+def sparse_sum(operator: str, sparsify: Callable[..., Sequence[Tensor]], *, election: bool) -> Callable[..., Tensor]:
+    """The operator `base + scale * sum_i w_i m_i` with m_i = `sparsify(operator, task vectors, **its parameters)`.
+
+    With `election` only entries that agree with the sign of the weighted sum are added. Its parameter `normalize`
+    divides by `sum w_i`, with `election` at each entry by the weights that agree there. Defaults are those of `specs`.
+    """
+    defaults = {name: parameter.default for name, parameter in OPERATOR_SPECS[operator].parameters.items()}
+
+    def merge(base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], **given: Any) -> Tensor:
+        params: dict[str, Any] = defaults | given
+        scale, normalize = params.pop("scale"), params.pop("normalize")
+        base, vectors = task_vectors(operator, base, tensors, weights)
+        sparse = sparsify(operator, vectors, **params)
+        return base + scale * combine(operator, sparse, weights, election=election, normalize=normalize)
+
+    merge.__name__ = operator
+    return merge

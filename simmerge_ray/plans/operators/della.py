@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from simmerge_ray.base.errors import OperatorError
-from simmerge_ray.plans.operators.consensus import combine
+from simmerge_ray.plans.operators.consensus import sparse_sum
 from simmerge_ray.plans.operators.masks import bernoulli, masked
-from simmerge_ray.plans.operators.task_vectors import check_count, per_source, task_vectors
+from simmerge_ray.plans.operators.task_vectors import check_count, per_source
 
 
 def keep_probabilities(vector: Tensor, density: float, epsilon: float) -> Tensor:
@@ -34,11 +34,22 @@ def keep_probabilities(vector: Tensor, density: float, epsilon: float) -> Tensor
 def _pruned(
     operator: str,
     vectors: Sequence[Tensor],
+    *,
+    seeds: Sequence[int],
     density: float | Sequence[float],
     epsilon: float | Sequence[float],
     rescale: bool,
-    seeds: Sequence[int],
 ) -> list[Tensor]:
+    """Task vectors with entries kept by `keep_probabilities`.
+
+    Args:
+        seeds: one for each source; each has its own mask.
+        density: 1 keeps everything, whatever epsilon is.
+        rescale: multiply by what restores the l1 norm.
+
+    Raises:
+        OperatorError: `density - epsilon` or `density + epsilon` is outside (0, 1).
+    """
     count = len(vectors)
     check_count(operator, "seeds", seeds, count)
     densities = per_source(operator, "density", density, count)
@@ -57,47 +68,5 @@ def _pruned(
     return pruned
 
 
-def della(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    seeds: Sequence[int],
-    density: float | Sequence[float] = 0.5,
-    epsilon: float | Sequence[float] = 0.15,
-    rescale: bool = True,
-    scale: float = 1.0,
-    normalize: bool = True,
-) -> Tensor:
-    """`della_linear` with TIES' election of signs; `normalize` divides each entry by the weights that agree there."""
-    base, vectors = task_vectors("della", base, tensors, weights)
-    pruned = _pruned("della", vectors, density, epsilon, rescale, seeds)
-    return base + scale * combine("della", pruned, weights, election=True, normalize=normalize)
-
-
-def della_linear(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    seeds: Sequence[int],
-    density: float | Sequence[float] = 0.5,
-    epsilon: float | Sequence[float] = 0.15,
-    rescale: bool = True,
-    scale: float = 1.0,
-    normalize: bool = False,
-) -> Tensor:
-    """`base + scale * sum_i w_i m_i`, m_i the task vector with entries kept by `keep_probabilities`.
-
-    Args:
-        seeds: one for each source; each has its own mask.
-        density: 1 keeps everything, whatever epsilon is.
-        rescale: multiply m_i so that its l1 norm is that of the task vector.
-        normalize: divide the sum by `sum w_i`.
-
-    Raises:
-        OperatorError: `density - epsilon` or `density + epsilon` is outside (0, 1).
-    """
-    base, vectors = task_vectors("della_linear", base, tensors, weights)
-    pruned = _pruned("della_linear", vectors, density, epsilon, rescale, seeds)
-    return base + scale * combine("della_linear", pruned, weights, election=False, normalize=normalize)
+della = sparse_sum("della", _pruned, election=True)
+della_linear = sparse_sum("della_linear", _pruned, election=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from simmerge_ray.base.errors import OperatorError
 from simmerge_ray.plans.operators.shares import MIN_NORM, normalized
 from simmerge_ray.plans.operators.sphere import Gram, combination_dot, combination_norm, gram_matrix
-from simmerge_ray.plans.operators.task_vectors import promote, weighted_sum
+from simmerge_ray.plans.operators.task_vectors import checked_inputs, weighted_sum
 
 
 def mean_direction(gram: Gram, shares: Sequence[float], max_iter: int, tol: float) -> list[float] | None:
@@ -63,9 +63,9 @@ def karcher(
     tensors of equal weight) there is no mean direction, and the result is the linear average.
 
     Raises:
-        OperatorError: a negative weight, or weights that sum to 0; see also `promote`.
+        OperatorError: a negative weight, or weights that sum to 0; see also `checked_inputs`.
     """
-    _, tensors = promote("karcher", base, tensors, weights)
+    _, tensors = checked_inputs("karcher", base, tensors, weights)
     if any(weight < 0 for weight in weights):
         raise OperatorError(f"operator 'karcher': weights must not be negative, got {tuple(weights)}")
     shares = normalized("karcher", weights)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simmerge_ray.plans.operators.shares import sum_of_weights
-from simmerge_ray.plans.operators.task_vectors import promote, weighted_sum
+from simmerge_ray.plans.operators.task_vectors import checked_inputs, weighted_sum
 
 
 def linear(
@@ -19,9 +19,9 @@ def linear(
     Shapes equal, result float32 (float64 if given).
 
     Raises:
-        OperatorError: the weights are to be normalised and sum to 0; see also `promote`.
+        OperatorError: the weights are to be normalised and sum to 0; see also `checked_inputs`.
     """
-    _, tensors = promote("linear", base, tensors, weights)
+    _, tensors = checked_inputs("linear", base, tensors, weights)
     total = weighted_sum(tensors, weights)
     divisor = sum_of_weights("linear", weights, tensors[0].dtype == torch.float64) if normalize else 1.0
     return total if divisor == 1.0 else total / divisor

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simmerge_ray.plans.operators.shares import normalized
 from simmerge_ray.plans.operators.sphere import combination_norm, gram_matrix
-from simmerge_ray.plans.operators.task_vectors import promote, weighted_sum
+from simmerge_ray.plans.operators.task_vectors import from_base, weighted_sum
 
 # A length from float64 inner products is exact to about 1e-8; the direction of a shorter sum is rounding errors.
 _MIN_LENGTH = 1e-6
@@ -35,11 +35,9 @@ def multislerp(
         normalize: divide the weights by their sum first.
 
     Raises:
-        OperatorError: the weights are to be normalised and sum to 0; see also `promote`.
+        OperatorError: the weights are to be normalised and sum to 0; see also `checked_inputs`.
     """
-    base, vectors = promote("multislerp", base, tensors, weights)
-    if base is not None:
-        vectors = [vector - base for vector in vectors]
+    base, vectors = from_base("multislerp", base, tensors, weights)
     shares = normalized("multislerp", weights) if normalize else list(weights)
     gram = gram_matrix(vectors)
     norms = [math.sqrt(gram[i][i]) for i in range(len(vectors))]

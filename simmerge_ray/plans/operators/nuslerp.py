@@ -15,7 +15,7 @@ from simmerge_ray.plans.operators.shares import (
     right_share,
 )
 from simmerge_ray.plans.operators.slerp import angle_cosine
-from simmerge_ray.plans.operators.task_vectors import promote, weighted_sum
+from simmerge_ray.plans.operators.task_vectors import from_base, weighted_sum
 
 
 def _slice_cosines(left: Tensor, right: Tensor) -> Tensor:
@@ -44,13 +44,6 @@ def _with_slices_last(tensor: Tensor, row_wise: bool) -> Tensor:
     return tensor.transpose(0, -1) if row_wise and tensor.dim() > 1 else tensor
 
 
-def _vectors(
-    base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
-) -> tuple[Tensor | None, list[Tensor]]:
-    base, tensors = promote("nuslerp", base, tensors, weights)
-    return base, tensors if base is None else [tensor - base for tensor in tensors]
-
-
 def nuslerp(
     base: Tensor | None,
     tensors: Sequence[Tensor],
@@ -69,7 +62,7 @@ def nuslerp(
         row_wise: false takes the slices along the last dimension (`x[i, :]` of a matrix), true along the first
             (`x[:, j]`); the name is mergekit's, which has it this way round. A vector is one slice either way.
     """
-    base, (left, right) = _vectors(base, tensors, weights)
+    base, (left, right) = from_base("nuslerp", base, tensors, weights)
     t = right_share("nuslerp", weights)
     if flatten or left.dim() == 0:
         cosine = angle_cosine(left, right)
@@ -85,7 +78,7 @@ def nuslerp_fell_back(
     base: Tensor | None, tensors: Sequence[Tensor], *, flatten: bool = True, row_wise: bool = False
 ) -> bool:
     """Whether `nuslerp` of these tensors is their linear average, in every slice."""
-    _, (left, right) = _vectors(base, tensors, [0.5] * len(tensors))
+    _, (left, right) = from_base("nuslerp", base, tensors, [0.5] * len(tensors))
     if flatten or left.dim() == 0:
         return is_straight(angle_cosine(left, right))
     cosines = _slice_cosines(_with_slices_last(left, row_wise), _with_slices_last(right, row_wise))

@@ -1,4 +1,4 @@
-"""One checkpoint's tensor as it is, optionally scaled; with layer ranges it stacks layers of several checkpoints."""
+"""One checkpoint's tensor unchanged or scaled; with layer ranges it stacks layers of several checkpoints."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from simmerge_ray.plans.operators.task_vectors import per_source, promote
+from simmerge_ray.plans.operators.task_vectors import checked_inputs, per_source
 
 
 def passthrough(
     base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], *, scale: float | Sequence[float] = 1.0
 ) -> Tensor:
     """`scale * x` of the only source; base and weight are not used."""
-    _, (tensor,) = promote("passthrough", base, tensors, weights)
+    _, (tensor,) = checked_inputs("passthrough", base, tensors, weights)
     (factor,) = per_source("passthrough", "scale", scale, 1)
     return factor * tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simmerge_ray.plans.operators.shares import cancel, normalized
 from simmerge_ray.plans.operators.sphere import gram_matrix
-from simmerge_ray.plans.operators.task_vectors import promote, weighted_sum
+from simmerge_ray.plans.operators.task_vectors import task_vectors, weighted_sum
 
 
 def scale_matched_linear(base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -21,11 +21,9 @@ def scale_matched_linear(base: Tensor | None, tensors: Sequence[Tensor], weights
     merge that a selector has to beat), not one of mergekit's methods.
 
     Raises:
-        OperatorError: see `promote`.
+        OperatorError: see `checked_inputs`.
     """
-    base, tensors = promote("scale_matched_linear", base, tensors, weights)
-    assert base is not None
-    vectors = [tensor - base for tensor in tensors]
+    base, vectors = task_vectors("scale_matched_linear", base, tensors, weights)
     shares = list(weights) if cancel(weights) else normalized("scale_matched_linear", weights)
     gram = gram_matrix(vectors)
     norms = [math.sqrt(gram[i][i]) for i in range(len(vectors))]

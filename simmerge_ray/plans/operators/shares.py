@@ -22,7 +22,7 @@ def cancel(weights: Sequence[float]) -> bool:
 
 
 def normalized(operator: str, weights: Sequence[float]) -> list[float]:
-    """Weights divided by their sum, in Python's float64, so that weights which sum to 1 stay as they are.
+    """Weights divided by their sum, in Python's float64, so that weights which sum to 1 are unchanged.
 
     Raises:
         OperatorError: they sum to 0.

@@ -14,7 +14,7 @@ from simmerge_ray.plans.operators.shares import (
     right_share,
 )
 from simmerge_ray.plans.operators.sphere import inner_product
-from simmerge_ray.plans.operators.task_vectors import promote, weighted_sum
+from simmerge_ray.plans.operators.task_vectors import checked_inputs, weighted_sum
 
 
 def angle_cosine(left: Tensor, right: Tensor) -> float:
@@ -31,7 +31,7 @@ def slerp(
     mergekit; close fine-tunes are there in most tensors, so SLERP of whole weights often *is* Linear (`nuslerp` with a
     base is the distinct one). The base is not used.
     """
-    _, tensors = promote("slerp", base, tensors, weights)
+    _, tensors = checked_inputs("slerp", base, tensors, weights)
     t = right_share("slerp", weights)
     cosine = angle_cosine(*tensors)
     return weighted_sum(tensors, (1.0 - t, t) if is_straight(cosine, threshold) else interpolation_weights(cosine, t))
@@ -39,5 +39,5 @@ def slerp(
 
 def slerp_fell_back(base: Tensor | None, tensors: Sequence[Tensor], *, threshold: float = SLERP_THRESHOLD) -> bool:
     """Whether `slerp` of these tensors is their linear average."""
-    _, tensors = promote("slerp", base, tensors, [0.5] * len(tensors))
+    _, tensors = checked_inputs("slerp", base, tensors, [0.5] * len(tensors))
     return is_straight(angle_cosine(*tensors), threshold)

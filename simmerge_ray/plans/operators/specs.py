@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from simmerge_ray.base.errors import OperatorError, unknown_name
@@ -23,7 +23,8 @@ MAX_ANCHORS = 64
 class ParameterSpec:
     """One parameter of an operator: `low <= value <= high`, with `low` itself excluded when `open_low`.
 
-    kind: "float", "int" (a whole number), "bool" or "choice" (one of `choices`), which have no range.
+    kind: "float", "int" (a whole number), "bool" or "choice" (one of `choices`), which have no range. searched: where
+    good merges are found, for a search; None for what a search leaves at its default.
     """
 
     default: Parameter
@@ -32,6 +33,7 @@ class ParameterSpec:
     open_low: bool = False
     kind: Literal["float", "int", "bool", "choice"] = "float"
     choices: tuple[str, ...] = ()
+    searched: tuple[float, float] | None = None
 
     def problem(self, value: object) -> str | None:
         """What is wrong with `value`, or None."""
@@ -62,8 +64,12 @@ class OperatorSpec:
         their masks belong to the sources, so seeds have to be swapped along.
     min_sources, max_sources: how many checkpoints it merges, the base not counted; max None means any number.
     random: takes one seed a source.
-    elementwise: entry i of the result depends on entries i of the inputs only, so tensors may be cut into chunks.
     uses_weights: the weights of the sources matter (false where the operator finds its own).
+    one_weight: the weights of a two-way step are `1 - t, t` with one number t, whose gradient is that of the step.
+    trims: keeps the largest magnitudes of each task vector, up to a threshold that may be known beforehand.
+    shares: how the result lies in the span of its sources: an average, a sum of task vectors, a point on the arc
+        between two; None where it does not.
+    stand_in: an operator with `shares` that has its expectation or about its norm.
     per_source: parameters that may also be a sequence with one value for each source.
     """
 
@@ -75,17 +81,25 @@ class OperatorSpec:
     min_sources: int = 2
     max_sources: int | None = 2
     random: bool = False
-    elementwise: bool = False
     uses_weights: bool = True
+    one_weight: bool = False
+    trims: bool = False
+    shares: Literal["average", "sum", "arc"] | None = None
+    stand_in: str = "linear"
     per_source: frozenset[str] = frozenset()
 
+    @property
+    def is_spherical(self) -> bool:
+        """Whether it follows the arc between two sources, which may be straight: then it is their average."""
+        return self.shares == "arc"
 
-_WEIGHT_RANGE = ParameterSpec(default=0.5, low=0.0, high=1.0)
-_SCALE = ParameterSpec(default=1.0, low=0.0, high=10.0)
-_DENSITY = ParameterSpec(default=0.5, low=0.0, high=1.0, open_low=True)
+
+_WEIGHT_RANGE = ParameterSpec(default=0.5)
+_SCALE = ParameterSpec(default=1.0, high=10.0, searched=(0.2, 2.0))
+_DENSITY = ParameterSpec(default=0.5, open_low=True, searched=(0.05, 1.0))
 _ON = ParameterSpec(default=True, kind="bool")
 _OFF = ParameterSpec(default=False, kind="bool")
-_GUARD = ParameterSpec(default=1e-8, low=0.0, high=1e-2, open_low=True)
+_GUARD = ParameterSpec(default=1e-8, high=1e-2, open_low=True)
 
 
 def _free(name: str, parameters: Mapping[str, ParameterSpec], **known: Any) -> OperatorSpec:
@@ -101,12 +115,18 @@ def _on_task_vectors(name: str, parameters: Mapping[str, ParameterSpec], **known
     return OperatorSpec(name, needs_base=True, uses_base=True, parameters=parameters, **(row | known))
 
 
+def _random(name: str, parameters: Mapping[str, ParameterSpec]) -> OperatorSpec:
+    """A row for a sum of task vectors with entries dropped at random."""
+    return _on_task_vectors(name, parameters, symmetric=False, random=True, stand_in="task_arithmetic")
+
+
 def _dare(normalize: ParameterSpec) -> dict[str, ParameterSpec]:
     return {"density": _DENSITY, "rescale": _ON, "scale": _SCALE, "normalize": normalize}
 
 
 def _della(normalize: ParameterSpec) -> dict[str, ParameterSpec]:
-    return _dare(normalize) | {"epsilon": ParameterSpec(default=0.15)}
+    density = replace(_DENSITY, searched=(0.2, 0.8))  # density +- epsilon has to stay inside (0, 1)
+    return _dare(normalize) | {"density": density, "epsilon": ParameterSpec(default=0.15)}
 
 
 _BREADCRUMBS = {
@@ -122,14 +142,25 @@ _BREADCRUMBS = {
 OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
     spec.name: spec
     for spec in (
-        _free("linear", {"normalize": _ON}, elementwise=True),
+        _free("linear", {"normalize": _ON}, shares="average"),
         OperatorSpec(
-            "slerp", False, False, True, {"threshold": ParameterSpec(default=0.9995, low=0.0, high=1.0, open_low=True)}
+            "slerp",
+            needs_base=False,
+            uses_base=False,
+            symmetric=True,
+            parameters={"threshold": ParameterSpec(default=0.9995, open_low=True)},
+            one_weight=True,
+            shares="arc",
         ),
         OperatorSpec(
-            "nuslerp", needs_base=False, uses_base=True, symmetric=True, parameters={"flatten": _ON, "row_wise": _OFF}
+            "nuslerp",
+            needs_base=False,
+            uses_base=True,
+            symmetric=True,
+            parameters={"flatten": _ON, "row_wise": _OFF},
+            shares="arc",
         ),
-        _on_task_vectors("task_arithmetic", {"scale": _SCALE, "normalize": _OFF}, elementwise=True),
+        _on_task_vectors("task_arithmetic", {"scale": _SCALE, "normalize": _OFF}, shares="sum"),
         _on_task_vectors(
             "ties",
             {
@@ -138,35 +169,37 @@ OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
                 "normalize": _ON,
                 "trim_scope": ParameterSpec(default="tensor", kind="choice", choices=("tensor", "global")),
             },
+            trims=True,
+            stand_in="nuslerp",
         ),
-        _on_task_vectors("dare_linear", _dare(_OFF), symmetric=False, random=True),
-        _on_task_vectors("dare_ties", _dare(_OFF), symmetric=False, random=True),
-        _on_task_vectors("della", _della(_ON), symmetric=False, random=True),
-        _on_task_vectors("della_linear", _della(_OFF), symmetric=False, random=True),
-        _on_task_vectors("breadcrumbs", _BREADCRUMBS),
-        _on_task_vectors("breadcrumbs_ties", _BREADCRUMBS),
+        _random("dare_linear", _dare(_OFF)),
+        _random("dare_ties", _dare(_OFF)),
+        _random("della", _della(_ON)),
+        _random("della_linear", _della(_OFF)),
+        _on_task_vectors("breadcrumbs", _BREADCRUMBS, stand_in="task_arithmetic"),
+        _on_task_vectors("breadcrumbs_ties", _BREADCRUMBS, stand_in="task_arithmetic"),
         _on_task_vectors("model_stock", {"filter_wise": _OFF}, min_sources=2, uses_weights=False),
         _free(
             "karcher",
             {
                 "max_iter": ParameterSpec(default=10, low=1, high=1000, kind="int"),
-                "tol": ParameterSpec(default=1e-5, low=0.0, high=1.0, open_low=True),
+                "tol": ParameterSpec(default=1e-5, open_low=True),
             },
         ),
         _on_task_vectors(
             "sce",
-            {"select_topk": ParameterSpec(default=1.0, low=0.0, high=1.0, open_low=True)},
+            {"select_topk": ParameterSpec(default=1.0, open_low=True, searched=(0.05, 1.0))},
             min_sources=2,
             uses_weights=False,
+            stand_in="nuslerp",
         ),
-        _free("multislerp", {"normalize": _ON, "eps": _GUARD}, uses_base=True),
+        _free("multislerp", {"normalize": _ON, "eps": _GUARD}, uses_base=True, stand_in="nuslerp"),
         _on_task_vectors("scale_matched_linear", {}),
         _free(
             "passthrough",
             {"scale": _SCALE},
             symmetric=False,
             max_sources=1,
-            elementwise=True,
             uses_weights=False,
             per_source=frozenset({"scale"}),
         ),

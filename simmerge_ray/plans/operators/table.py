@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from simmerge_ray.base.errors import OperatorError, unknown_name
 from simmerge_ray.plans.operators.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from simmerge_ray.plans.operators.dare import dare_linear, dare_ties
 from simmerge_ray.plans.operators.della import della, della_linear
@@ -20,7 +19,6 @@ from simmerge_ray.plans.operators.passthrough import passthrough
 from simmerge_ray.plans.operators.scale_matched_linear import scale_matched_linear
 from simmerge_ray.plans.operators.sce import sce
 from simmerge_ray.plans.operators.slerp import slerp, slerp_fell_back
-from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 from simmerge_ray.plans.operators.task_arithmetic import task_arithmetic
 from simmerge_ray.plans.operators.ties import ties
 
@@ -49,35 +47,6 @@ OPERATORS: Mapping[str, MergeOperator] = {
 }
 
 _FELL_BACK: Mapping[str, Callable[..., bool]] = {"slerp": slerp_fell_back, "nuslerp": nuslerp_fell_back}
-
-
-def two_way(
-    name: str,
-    base: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    *,
-    weight: float = 0.5,
-    seeds: Sequence[int] | None = None,
-    **params: Any,
-) -> Tensor:
-    """The operator on two tensors with weights `2 (1 - weight)` and `2 weight`, so that 0.5 is a weight of 1 for each.
-
-    Task arithmetic at 0.5 is then the usual sum of both task vectors; averages depend on the ratio only.
-
-    Args:
-        seeds: of left and right, for random operators; others ignore them.
-
-    Raises:
-        OperatorError: an unknown operator; see also the operator.
-    """
-    if name not in OPERATORS:
-        raise OperatorError(unknown_name("operator", name, OPERATORS))
-    if OPERATOR_SPECS[name].random:
-        if seeds is None:
-            raise OperatorError(f"operator {name!r} is random and needs seeds, one for each checkpoint")
-        params["seeds"] = seeds
-    return OPERATORS[name](base, [left, right], [2.0 * (1.0 - weight), 2.0 * weight], **params)
 
 
 def fell_back(name: str, base: Tensor | None, tensors: Sequence[Tensor], **params: Any) -> bool:

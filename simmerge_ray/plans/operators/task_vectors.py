@@ -16,7 +16,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def promote(
+def checked_inputs(
     operator: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Base and sources in the compute dtype; the base is None for an operator that does not use it.
@@ -51,11 +51,23 @@ def task_vectors(
     """(base, [source - base, ...]) in the compute dtype. Ilharco et al. 2023, arXiv:2212.04089.
 
     Raises:
-        OperatorError: see `promote`.
+        OperatorError: see `checked_inputs`.
     """
-    promoted_base, promoted = promote(operator, base, tensors, weights)
-    assert promoted_base is not None  # `promote` has refused a missing base
-    return promoted_base, [tensor - promoted_base for tensor in promoted]
+    base, vectors = from_base(operator, base, tensors, weights)
+    assert base is not None  # `checked_inputs` has refused a missing base
+    return base, vectors
+
+
+def from_base(
+    operator: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The same for an operator that may go without a base; then the tensors themselves.
+
+    Raises:
+        OperatorError: see `checked_inputs`.
+    """
+    base, tensors = checked_inputs(operator, base, tensors, weights)
+    return base, tensors if base is None else [tensor - base for tensor in tensors]
 
 
 def check_count(operator: str, name: str, values: Sequence[object], count: int) -> None:

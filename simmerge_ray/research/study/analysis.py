@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.research.study.budget import Costs, break_even, curves, pair_pools
-from simmerge_ray.research.study.later_arm import later_arm
-from simmerge_ray.research.study.layout import LoadedPart, StudyLayout
-from simmerge_ray.research.study.longer import unmerged
+from simmerge_ray.research.study.budget import StudyCosts, break_even, candidate_arms, curves
+from simmerge_ray.research.study.layout import LoadedPart
+from simmerge_ray.research.study.longer import unmerged_utilities
 from simmerge_ray.research.study.merges import CONTROL_ARM, LATER_ARM, REFERENCE_ARMS
 from simmerge_ray.research.study.subset_choice import compare_subsets, labelled_choices, relative_prediction
-from simmerge_ray.research.study.transfer import transfer
-from simmerge_ray.research.study.unseen_base import longer_plans, models_without_base
-from simmerge_ray.search.labels import LabeledPlan
+from simmerge_ray.research.study.unseen_base import models_without_base
 from simmerge_ray.selector.assessment.crossval import predict_unseen
 from simmerge_ray.selector.data.dataset import SelectionDataset, build_dataset, join_datasets
 from simmerge_ray.selector.data.splits import base_folds, pairs_of
-from simmerge_ray.selector.data.tasks import task_pool
 from simmerge_ray.selector.planning.scorer import PlanScorer
+from simmerge_ray.selector.planning.tasks import task_pool
 from simmerge_ray.signals.propagation.bound import Bound
 from simmerge_ray.signals.propagation.evidence import stored_evidence
 from simmerge_ray.signals.propagation.interface import Propagator
 from simmerge_ray.signals.propagation.second_order import SecondOrder
 from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.signature import SignatureStore
-from simmerge_ray.signals.table import read_signal_table
 
-Report = Callable[[int, int], None]
+PropagatorMaker = Callable[[LoadedPart], Propagator]
 ARMS = tuple(arm.label for arm in REFERENCE_ARMS)
 ALL_ARMS = (*ARMS, LATER_ARM.label, CONTROL_ARM.label)  # of the selector that comes with the package
 
@@ -55,7 +51,7 @@ def bases_of(parts: Sequence[LoadedPart]) -> dict[str, str]:
     }
 
 
-def propagators() -> dict[str, Callable[[LoadedPart], Propagator]]:
+def propagators() -> dict[str, PropagatorMaker]:
     """Those that need no probes."""
     return {
         "bound": lambda part: Bound(part.table),
@@ -68,15 +64,13 @@ def propagators() -> dict[str, Callable[[LoadedPart], Propagator]]:
 
 def subset_choice(part: LoadedPart, members: Sequence[str], others: SelectionDataset, config: TrainConfig) -> Any:
     """Regret of the choice of a subset among `members`, by a model of the other bases' pairs."""
-    assert part.catalogue.base is not None
-    base = part.catalogue.base.id
     propagator = propagators()["virtual"](part)
     columns = [column for column in others.columns if column in set(propagator.columns)]
     elsewhere = dict.fromkeys((c for context in others.contexts for c in (context.left, context.right)), "elsewhere")
-    model = models_without_base(others.restricted(columns), elsewhere, [base], config)[base]
+    model = models_without_base(others.restricted(columns), elsewhere, [part.name], config)[part.name]
     choices = labelled_choices(part.labels, part.catalogue, members, model.arms)
     pool = task_pool("mean", (), part.table.tasks, part.table.checkpoint_ids, part.catalogue.own_task)
-    utilities = unmerged(part.labels)
+    utilities = unmerged_utilities(part.labels)
     ranked = PlanScorer(part.table, propagator, model).score([choice.plan for choice in choices], pool)
     predicted = {
         choice.plan.id: relative_prediction(row.by_task, utilities, part.catalogue)
@@ -90,47 +84,14 @@ def bought(
 ) -> dict[str, Any]:
     """What evaluations buy on pairs, and the number of merges after which labels have paid."""
     folds = base_folds(pairs_of(dataset.contexts), base_of)
-    predicted = predict_unseen(dataset, config, folds=folds).utility
-    rows = curves(pair_pools(dataset, predicted, dict(base_of)), range(1, len(dataset.arms) + 1))
+    predicted = predict_unseen(dataset, config, folds=folds)
+    rows = curves(candidate_arms(dataset, predicted, dict(base_of)), range(1, len(dataset.arms) + 1))
     merged = [label for part in parts for label in part.labels if len(label.plan.steps) == 1]
-    seconds = _seconds_by_plan(merged)
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for label in merged:
+        seconds[label.plan.id] += label.seconds
     # Labels that train a selector: all of them. Signals serve every pair of a catalogue, each is charged its part.
     pairs = {tuple(sorted(label.plan.members)) for label in merged}
     signals = sum(part.signal_seconds for part in parts) / len(pairs)
-    costs = Costs(float(np.mean(list(seconds.values()))), signals, sum(seconds.values()))
+    costs = StudyCosts(float(np.mean(list(seconds.values()))), signals, sum(seconds.values()))
     return {"rows": rows, "costs": vars(costs), "break_even": break_even(rows, costs)}
-
-
-def _seconds_by_plan(labels: Sequence[LabeledPlan]) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-    for label in labels:
-        seconds[label.plan.id] = seconds.get(label.plan.id, 0.0) + label.seconds
-    return seconds
-
-
-def with_probes(parts: Sequence[LoadedPart], layout: StudyLayout, variant: str) -> list[LoadedPart]:
-    """The same parts with the signals of other probes."""
-    return [replace(part, table=read_signal_table(layout.signals(part.name, variant))) for part in parts]
-
-
-def new_operators(
-    parts: Sequence[LoadedPart], base_of: Mapping[str, str], config: TrainConfig
-) -> dict[str, list[dict[str, Any]]]:
-    """`later_arm` on unseen bases for the study's later arm, and, which was not planned, for the control arm."""
-    found = {}
-    for arm in (LATER_ARM.label, CONTROL_ARM.label):
-        dataset = joined(parts, (*ARMS, arm))
-        found[arm] = later_arm(dataset, arm, base_folds(pairs_of(dataset.contexts), base_of), config, base_of)
-    return found
-
-
-def to_larger_base(small: Sequence[LoadedPart], large: Sequence[LoadedPart], config: TrainConfig) -> dict[str, Any]:
-    """`transfer` from the small bases to the large one."""
-    return transfer(joined(small, ARMS), joined(large, ARMS), config, bases_of([*small, *large]))
-
-
-def longer(
-    parts: Sequence[LoadedPart], dataset: SelectionDataset, config: TrainConfig, report: Report | None = None
-) -> dict[str, Any]:
-    """`longer_plans` with the propagators that need no probes."""
-    return longer_plans(parts, dataset, bases_of(parts), config, propagators(), report)

@@ -15,7 +15,7 @@ import numpy as np
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.research.study.longer import resampled_interval
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import units_of
+from simmerge_ray.selector.data.scoring import units_of
 
 FEW_ITEMS = (8, 16, 32)
 NUM_DRAWS = 50
@@ -24,7 +24,7 @@ _MAX_PROPOSALS = 20  # for each candidate, after which those that it does not co
 
 
 @dataclass(frozen=True)
-class Pool:
+class CandidateArms:
     """Candidates for one merge.
 
     unit: base and members, resampled together. items: per task (K, I), per-item utilities of the candidates.
@@ -37,7 +37,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Costs:
+class StudyCosts:
     """Seconds, measured: of a full evaluation of one candidate on all of its tasks, of the signals of a catalogue for
     each of its pairs, and of the labels that the selector was trained on."""
 
@@ -46,20 +46,20 @@ class Costs:
     labels: float
 
 
-def pair_pools(dataset: SelectionDataset, predicted: np.ndarray, base_of: dict[str, str]) -> list[Pool]:
+def candidate_arms(dataset: SelectionDataset, predicted: np.ndarray, base_of: dict[str, str]) -> list[CandidateArms]:
     """Every pair with its arms. predicted: (N, K), averaged over the tasks of a pair; NaN rows are left out."""
-    pools = []
+    merges = []
     for rows in units_of(dataset.contexts, per_merge=True):
         if np.isnan(predicted[rows]).any():
             continue
         contexts = [dataset.contexts[row] for row in rows]
         items = tuple(np.array([context.arms[arm] for arm in dataset.arms]) for context in contexts)
         members = (contexts[0].left, contexts[0].right)
-        pools.append(Pool((base_of.get(members[0], ""), members), items, predicted[rows].mean(0)))
-    return pools
+        merges.append(CandidateArms((base_of.get(members[0], ""), members), items, predicted[rows].mean(0)))
+    return merges
 
 
-def curves(pools: Sequence[Pool], num_evaluations: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+def curves(merges: Sequence[CandidateArms], num_evaluations: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
     """Mean utility of what is chosen, by strategy and cost.
 
     Returns:
@@ -69,28 +69,28 @@ def curves(pools: Sequence[Pool], num_evaluations: Sequence[int], seed: int = 0)
         same for all strategies).
 
     Raises:
-        LabelError: no pools.
+        LabelError: no merges.
     """
-    if not pools:
+    if not merges:
         raise LabelError("there is no merge with predictions and labels of all candidates")
     generator = np.random.default_rng(seed)
     rows = []
     for count in num_evaluations:
         for strategy in ("predicted", "random"):
-            values = [_mean_of(pool, strategy, count, generator) for pool in pools]
-            rows.append(_row(strategy, float(count) if count > 1 else 0.0, None, values, pools))
-    by_optuna = [_optuna(pool, num_evaluations, seed + number) for number, pool in enumerate(pools)]
+            values = [_mean_of(merge, strategy, count, generator) for merge in merges]
+            rows.append(_row(strategy, float(count) if count > 1 else 0.0, None, values, merges))
+    by_optuna = [_optuna(merge, num_evaluations, seed + number) for number, merge in enumerate(merges)]
     for place, count in enumerate(num_evaluations):
-        values = [of_pool[place] for of_pool in by_optuna]
-        rows.append(_row("Optuna", float(count) if count > 1 else 0.0, None, values, pools))
+        values = [of_merge[place] for of_merge in by_optuna]
+        rows.append(_row("Optuna", float(count) if count > 1 else 0.0, None, values, merges))
     for items in FEW_ITEMS:
-        values = [_few_items(pool, items, generator) for pool in pools]
-        share = np.mean([len(p.predicted) * items / (p.items[0].shape[1] // 2) for p in pools])
-        rows.append(_row("few items", float(share), items, values, pools))
+        values = [_few_items(merge, items, generator) for merge in merges]
+        share = np.mean([len(p.predicted) * items / (p.items[0].shape[1] // 2) for p in merges])
+        rows.append(_row("few items", float(share), items, values, merges))
     return rows
 
 
-def break_even(rows: Sequence[dict[str, Any]], costs: Costs) -> dict[str, Any]:
+def break_even(rows: Sequence[dict[str, Any]], costs: StudyCosts) -> dict[str, Any]:
     """How many merges it takes until the predicted choice without any evaluation has paid for its labels.
 
     Random search needs `random_evaluations` full ones to be as good as the first prediction; the signals of a merge are
@@ -104,12 +104,12 @@ def break_even(rows: Sequence[dict[str, Any]], costs: Costs) -> dict[str, Any]:
     return {"random_evaluations": needed, "saved_seconds": saved, "merges": merges, "label_seconds": costs.labels}
 
 
-def _halves(pool: Pool) -> list[tuple[list[np.ndarray], np.ndarray]]:
+def _halves(merge: CandidateArms) -> list[tuple[list[np.ndarray], np.ndarray]]:
     """(choosing items by task, (K,) scored utility), in both directions."""
     found = []
     for first in (True, False):
         choosing, scored = [], []
-        for items in pool.items:
+        for items in merge.items:
             half = items.shape[1] // 2
             parts = items[:, :half], items[:, half : 2 * half]
             choosing.append(parts[0] if first else parts[1])
@@ -118,14 +118,14 @@ def _halves(pool: Pool) -> list[tuple[list[np.ndarray], np.ndarray]]:
     return found
 
 
-def _mean_of(pool: Pool, strategy: str, count: int, generator: np.random.Generator) -> tuple[float, float]:
+def _mean_of(merge: CandidateArms, strategy: str, count: int, generator: np.random.Generator) -> tuple[float, float]:
     """Utility and regret of the best of `count` candidates; those that are predicted best, or any."""
-    size = len(pool.predicted)
+    size = len(merge.predicted)
     results = []
-    for choosing, scored in _halves(pool):
+    for choosing, scored in _halves(merge):
         measured = np.mean([items.mean(1) for items in choosing], axis=0)
         orders = (
-            [np.argsort(-pool.predicted, kind="stable")]
+            [np.argsort(-merge.predicted, kind="stable")]
             if strategy == "predicted"
             else [generator.permutation(size) for _ in range(NUM_DRAWS)]
         )
@@ -135,16 +135,16 @@ def _mean_of(pool: Pool, strategy: str, count: int, generator: np.random.Generat
     return _utility_and_regret(results)
 
 
-def _optuna(pool: Pool, counts: Sequence[int], seed: int) -> list[tuple[float, float]]:
-    """Of each count: the best of so many different candidates that Optuna's TPE proposed, one after the other.
+def _optuna(merge: CandidateArms, counts: Sequence[int], seed: int) -> list[tuple[float, float]]:
+    """For each count, the best of that many different candidates that Optuna's TPE proposed one after the other.
 
     The candidates are the values of one categorical parameter; a proposal that was made before costs nothing.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    size, results = len(pool.predicted), []
-    for place, (choosing, scored) in enumerate(_halves(pool)):
+    size, results = len(merge.predicted), []
+    for place, (choosing, scored) in enumerate(_halves(merge)):
         measured = np.mean([items.mean(1) for items in choosing], axis=0)
         sampler = optuna.samplers.TPESampler(seed=2 * seed + place, n_startup_trials=_STARTUP)
         study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -162,9 +162,9 @@ def _optuna(pool: Pool, counts: Sequence[int], seed: int) -> list[tuple[float, f
     return [_utility_and_regret(of_count) for of_count in zip(*results, strict=True)]
 
 
-def _few_items(pool: Pool, count: int, generator: np.random.Generator) -> tuple[float, float]:
+def _few_items(merge: CandidateArms, count: int, generator: np.random.Generator) -> tuple[float, float]:
     results = []
-    for choosing, scored in _halves(pool):
+    for choosing, scored in _halves(merge):
         for _ in range(NUM_DRAWS):
             measured = np.mean(
                 [items[:, generator.permutation(items.shape[1])[:count]].mean(1) for items in choosing], axis=0
@@ -180,7 +180,11 @@ def _utility_and_regret(results: Sequence[tuple[float, float]]) -> tuple[float, 
 
 
 def _row(
-    strategy: str, evaluations: float, items: int | None, values: Sequence[tuple[float, float]], pools: Sequence[Pool]
+    strategy: str,
+    evaluations: float,
+    items: int | None,
+    values: Sequence[tuple[float, float]],
+    merges: Sequence[CandidateArms],
 ) -> dict[str, Any]:
     utility, regret = np.array(values).T
     return {
@@ -188,6 +192,6 @@ def _row(
         "evaluations": evaluations,
         "items": items,
         "utility": float(utility.mean()),
-        "interval": list(resampled_interval(utility, [pool.unit for pool in pools])),
+        "interval": resampled_interval(utility, [merge.unit for merge in merges]),
         "regret": float(regret.mean()),
     }

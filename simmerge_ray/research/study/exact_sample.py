@@ -20,18 +20,16 @@ from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.study.layout import LoadedPart
 from simmerge_ray.research.study.longer import candidates
 from simmerge_ray.signals.propagation.evidence import read_evidence
-from simmerge_ray.signals.propagation.interface import PlanStep, plan_sources
+from simmerge_ray.signals.propagation.interface import Propagator, SourcePair, plan_sources
 from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.signature import SignatureStore
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.table import SignalTable
 
 SIZE = 3
 NUM_SUBSETS = 2  # of each base
 
-Array = np.ndarray
 
-
-def sampled(part: LoadedPart) -> LoadedPart:
+def sampled_part(part: LoadedPart) -> LoadedPart:
     """The part with the labels of unmerged checkpoints, and of the plans of its first three-way subsets alone."""
     plans = {plan.id for plan in sampled_plans(part)}
     kept = tuple(label for label in part.labels if not label.plan.steps or label.plan.id in plans)
@@ -40,9 +38,9 @@ def sampled(part: LoadedPart) -> LoadedPart:
 
 def sampled_plans(part: LoadedPart) -> list[MergePlan]:
     """Every labelled fold of the first three-way subsets that have plans of several arms, in the order of ids."""
-    of_size = [one for one in candidates(part.labels, part.catalogue) if len(one.plan.members) == SIZE]
-    mixed = sorted({one.group[1] for one in of_size if one.arm is None})[:NUM_SUBSETS]
-    return [one.plan for one in of_size if one.group[1] in mixed]
+    of_size = [fold for fold in candidates(part.labels, part.catalogue) if len(fold.plan.members) == SIZE]
+    mixed = sorted({fold.group[1] for fold in of_size if fold.arm is None})[:NUM_SUBSETS]
+    return [fold.plan for fold in of_size if fold.group[1] in mixed]
 
 
 def write_exact(part: LoadedPart, probes: Path, path: Path) -> int:
@@ -62,34 +60,23 @@ def write_exact(part: LoadedPart, probes: Path, path: Path) -> int:
     return len(plans)
 
 
-class RecordedExact:
+class RecordedExact(Propagator):
     """The propagator `exact`, for the plans of a file of `write_exact`."""
 
     name = "exact"
 
     def __init__(self, table: SignalTable, path: Path) -> None:
         content = read_json(path)
-        self._table = table
-        self.columns = tuple(content["columns"])
+        super().__init__(table, tuple(content["columns"]))
         self._known: Mapping[tuple[str, str], dict[str, Any]] = {
             (row["plan"], row["task"]): dict(zip(self.columns, row["values"], strict=True)) for row in content["rows"]
         }
 
-    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
-        numbers = range(len(plan.steps))[first:]
-        return [
-            PairSignals(plan.steps[n].left, plan.steps[n].right, task, self._features(PlanStep(plan, n, task)))
-            for n in numbers
-        ]
-
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
-        found = [self._features(step) for step in steps]
-        return np.array([[features[column] for features in found] for column in columns])
-
-    def _features(self, step: PlanStep) -> Mapping[str, float]:
-        left, right = plan_sources(step.plan)[step.number]
-        if isinstance(left, str) and isinstance(right, str):
-            return self._table.get(left, right, step.task).features
-        if step.number < len(step.plan.steps) - 1 or (step.plan.id, step.task) not in self._known:
-            raise PlanError(f"the features of {step.plan.label} on {step.task} were not recorded")
-        return self._known[step.plan.id, step.task]
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        rows = []
+        for pair in pairs:
+            known = self._known.get((pair.plan.id, pair.task))
+            if known is None or plan_sources(pair.plan)[-1] != (pair.left, pair.right):
+                raise PlanError(f"the features of {pair.plan.label} on {pair.task} were not recorded")
+            rows.append([known[column] for column in columns])
+        return np.array(rows).T

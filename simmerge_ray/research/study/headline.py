@@ -10,19 +10,16 @@ from scipy.stats import t as student
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
+from simmerge_ray.research.study.gains import MergeScoring, gain_over_best_fixed, percentile_interval
 from simmerge_ray.search.headroom import headroom
-from simmerge_ray.selector.assessment.baselines import best_fixed
-from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import GAP_CLOSED, Scoring, keeping_no_parent, shares_of, units_of
-from simmerge_ray.selector.data.splits import base_folds, pairs_of, resampled_weights
+from simmerge_ray.selector.data.scoring import GAP_CLOSED, Scoring
+from simmerge_ray.selector.data.splits import base_folds, pairs_of
 
-NUM_RESAMPLES = 2000
 CLAIMED_GAIN = 0.04
 MARGIN = 0.03  # of non-inferiority in a domain
 LEVEL = 0.05
-
-Array = np.ndarray
 
 
 def primary_test(dataset: SelectionDataset, base_of: Mapping[str, str], config: TrainConfig) -> dict[str, Any]:
@@ -38,27 +35,24 @@ def primary_test(dataset: SelectionDataset, base_of: Mapping[str, str], config: 
         LabelError: fewer than two bases, or GapClosed is nowhere defined.
     """
     pairs = pairs_of(dataset.contexts)
-    trial = Trial.start(dataset, config, base_folds(pairs, base_of))
-    scoring, units = trial.scoring, units_of(dataset.contexts, per_merge=True)
+    crossval = CrossValidation.of(dataset, config, base_folds(pairs, base_of))
+    merges = MergeScoring.of(dataset, base_of, config.seed)
+    scoring = merges.scoring
     if scoring.unit != GAP_CLOSED:
         raise LabelError("the checkpoints differ on no task by enough to measure GapClosed")
-    predicted = keeping_no_parent(trial.averaged(trial.predictions(trial.models(dataset, config))))
-    fixed = trial.averaged([best_fixed(dataset, scoring, fold.training, fold.tested) for fold in trial.folds])
-    gained = scoring.taken(shares_of(predicted, units)) - scoring.taken(shares_of(fixed, units))
-    samples = resampled_weights([pairs[row] for row in scoring.rows], base_of, NUM_RESAMPLES, config.seed)
-    gain, drawn = float(scoring.headline(gained)), scoring.headline(gained, samples)
-    interval = _interval(drawn)
+    gained = gain_over_best_fixed(crossval, merges)
+    gain, interval = merges.gap_closed(gained), merges.interval(gained)
     bases = np.array([base_of[pairs[row][0]] for row in scoring.rows])
     room = headroom(dataset.contexts).per_merge.gain
     return {
         "gain": gain,
         "interval": interval,
         "claimed": gain >= CLAIMED_GAIN and interval[0] > 0,
-        "best_fixed": sorted(set(trial.best_fixed())),
+        "best_fixed": sorted(set(crossval.best_fixed())),
         "by_base": _by_base(scoring, gained, bases),
-        "domains": _domains(scoring, gained, samples),
+        "domains": _domains(scoring, gained, merges.samples),
         "oracle": {"gain": room, "share": gain / room if room > 0 else None},
-        "num_merges": len(units),
+        "num_merges": len(merges.units),
         "num_defined": len(scoring.rows),
     }
 
@@ -74,7 +68,7 @@ def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
     return rejected
 
 
-def _by_base(scoring: Scoring, gained: Array, bases: Array) -> dict[str, Any]:
+def _by_base(scoring: Scoring, gained: np.ndarray, bases: np.ndarray) -> dict[str, Any]:
     gains = {
         str(base): float(scoring.among(scoring.rows[bases == base].tolist()).headline(gained[bases == base]))
         for base in sorted(set(bases.tolist()))
@@ -85,7 +79,7 @@ def _by_base(scoring: Scoring, gained: Array, bases: Array) -> dict[str, Any]:
     return {"gains": gains, "mean": mean, "interval": [mean - half, mean + half]}
 
 
-def _domains(scoring: Scoring, gained: Array, samples: Array) -> dict[str, Any]:
+def _domains(scoring: Scoring, gained: np.ndarray, samples: np.ndarray) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for task in np.unique(scoring.tasks).tolist():
         kept = scoring.tasks == task
@@ -96,15 +90,10 @@ def _domains(scoring: Scoring, gained: Array, samples: Array) -> dict[str, Any]:
         p = (1 + int((drawn <= -MARGIN).sum())) / (1 + len(drawn))
         found[task] = {
             "gain": float(part.headline(gained[kept])),
-            "interval": _interval(drawn),
+            "interval": percentile_interval(drawn),
             "p": p,
             "num_defined": int(kept.sum()),
         }
-    for one, rejected in zip(found.values(), holm([one["p"] for one in found.values()]), strict=True):
-        one["non_inferior"] = rejected
+    for domain, rejected in zip(found.values(), holm([domain["p"] for domain in found.values()]), strict=True):
+        domain["non_inferior"] = rejected
     return found
-
-
-def _interval(drawn: Array) -> list[float]:
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return [float(low), float(high)]

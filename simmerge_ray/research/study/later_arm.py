@@ -7,22 +7,22 @@ fitted by ridge regression to its contrast on a few labelled contexts; nothing e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError, unknown_name
+from simmerge_ray.research.study.gains import MergeScoring
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Scoring, keeping_no_parent, shares_of, units_of
-from simmerge_ray.selector.data.splits import Fold, fold_mean, pairs_of, resampled_weights
+from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of
+from simmerge_ray.selector.data.splits import Fold, fold_mean
 from simmerge_ray.selector.data.targets import level_and_contrasts
 from simmerge_ray.selector.models.predictors import MlpPredictor
 from simmerge_ray.selector.models.train import fit_models
 
-NUM_RESAMPLES = 2000
-PENALTY = 10.0  # on standardised outputs: a slope that is seen alone is shrunk to a half at so many labels
+PENALTY = 10.0  # on standardised outputs: at this many labels a single slope is shrunk to a half
 
 
 def later_arm(
@@ -34,11 +34,11 @@ def later_arm(
     counts: Sequence[int] = (0, 10, 30, 100),
     num_draws: int = 10,
 ) -> list[dict[str, Any]]:
-    """What a selector gains by `arm` when it was labelled on so many contexts of the training part of each fold.
+    """What a selector gains by `arm`, labelled on some contexts of the training part of each fold.
 
     Args:
-        dataset: with the reference arms and `arm`, all measured. num_draws: which contexts are labelled is drawn so
-            often, and the choices are averaged.
+        dataset: with the reference arms and `arm`, all measured. counts: of labelled contexts. num_draws: sets of
+            labelled contexts that are drawn at random; the choices are averaged over them.
 
     Returns:
         rows: num_labels ("all" for the whole training part), gap_closed, gain over the selector without the arm with a
@@ -49,58 +49,78 @@ def later_arm(
     """
     if arm not in dataset.arms:
         raise LabelError(unknown_name("arm", arm, dataset.arms))
-    place = dataset.arms.index(arm)
-    kept = [k for k in range(len(dataset.arms)) if k != place]
-    known = replace(
-        dataset, arms=tuple(dataset.arms[k] for k in kept), utilities=np.ascontiguousarray(dataset.utilities[:, kept])
-    )
-    models = fit_models(known, [fold.training for fold in folds], config)
-    _, contrasts = level_and_contrasts(dataset.utilities, kept)
-    scoring, units = Scoring.of(dataset.contexts, dataset.arms), units_of(dataset.contexts, per_merge=True)
-    pairs = pairs_of(dataset.contexts)
-    weights = resampled_weights([pairs[row] for row in scoring.rows], base_of, NUM_RESAMPLES, config.seed)
-    tasks = [context.task for context in dataset.contexts]
-    encoded, utilities = [], []
-    for fold, model in zip(folds, models, strict=True):
-        predictor = model.predictor
-        if not isinstance(predictor, MlpPredictor):
-            raise LabelError(f"a later arm needs the encoder of an mlp selector, not {predictor.kind}")
-        encoded.append(_standardised(predictor.encode(model.inputs(dataset.features, tasks)), fold.training))
-        utilities.append(model.predict(dataset.features[list(fold.tested)], [tasks[row] for row in fold.tested])[0])
+    merges = MergeScoring.of(dataset, base_of, config.seed)
+    selector = _FrozenSelector.fitted(dataset, arm, folds, config)
 
-    def choices(num_labels: int | None, draw: int) -> np.ndarray:
-        """(N, K + 3) shares."""
+    def shares(num_labels: int | None, draw: int) -> np.ndarray:
+        """(N, K + 3)."""
+        return shares_of(keeping_no_parent(selector.scores(num_labels, draw)), merges.units)
+
+    without = merges.scoring.taken(shares(0, 0))
+    rows = []
+    for num_labels in (*counts, None):
+        draws = 1 if num_labels in (0, None) else num_draws
+        mean_shares = np.mean([shares(num_labels, draw) for draw in range(draws)], axis=0)
+        taken = merges.scoring.taken(mean_shares)
+        rows.append(
+            {
+                "num_labels": "all" if num_labels is None else num_labels,
+                "gap_closed": merges.gap_closed(taken),
+                "gain": merges.gap_closed(taken - without),
+                "gain_interval": merges.interval(taken - without),
+                "chosen": float(np.nanmean([mean_shares[unit[0], selector.place] for unit in merges.units])),
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class _FrozenSelector:
+    """Selectors of the folds that know nothing of one arm.
+
+    place: of the later arm. contrasts: (N,), its own. encoded: (N, E, H) by fold. utilities: of the tested rows, by
+    fold.
+    """
+
+    folds: Sequence[Fold]
+    seed: int
+    place: int
+    contrasts: np.ndarray
+    encoded: Sequence[np.ndarray]
+    utilities: Sequence[np.ndarray]
+
+    @staticmethod
+    def fitted(dataset: SelectionDataset, arm: str, folds: Sequence[Fold], config: TrainConfig) -> _FrozenSelector:
+        place = dataset.arms.index(arm)
+        kept = [k for k in range(len(dataset.arms)) if k != place]
+        known = replace(
+            dataset,
+            arms=tuple(dataset.arms[k] for k in kept),
+            utilities=np.ascontiguousarray(dataset.utilities[:, kept]),
+        )
+        _, contrasts = level_and_contrasts(dataset.utilities, kept)
+        tasks = [context.task for context in dataset.contexts]
+        encoded, utilities = [], []
+        for fold, model in zip(folds, fit_models(known, [fold.training for fold in folds], config), strict=True):
+            if not isinstance(model.predictor, MlpPredictor):
+                raise LabelError(f"a later arm needs the encoder of an mlp selector, not {model.predictor.kind}")
+            encoded.append(_standardised(model.predictor.encode(model.inputs(dataset.features, tasks)), fold.training))
+            utilities.append(model.predict(dataset.features[list(fold.tested)], [tasks[row] for row in fold.tested])[0])
+        return _FrozenSelector(folds, config.seed, place, contrasts[:, place], encoded, utilities)
+
+    def scores(self, num_labels: int | None, draw: int) -> np.ndarray:
+        """(N, K + 1) scores with `num_labels` labels of the arm in each training part; None is all."""
         scores = []
-        for number, (fold, z, reference) in enumerate(zip(folds, encoded, utilities, strict=True)):
+        for number, (fold, z, reference) in enumerate(zip(self.folds, self.encoded, self.utilities, strict=True)):
             tested = list(fold.tested)
             column = np.full(len(tested), -np.inf)
             if num_labels != 0:
                 rows = np.array(fold.training)
                 if num_labels is not None:
-                    generator = np.random.default_rng([config.seed, draw, number])
-                    rows = generator.permutation(rows)[:num_labels]
-                column = reference.mean(1) + _head(z[rows], contrasts[rows, place], z[tested])
-            scores.append(np.insert(reference, place, column, axis=1))
-        mean = fold_mean(folds, scores, len(dataset.contexts))
-        return shares_of(keeping_no_parent(mean), units)
-
-    without = choices(0, 0)
-    rows = []
-    for num_labels in (*counts, None):
-        draws = 1 if num_labels in (0, None) else num_draws
-        shares = np.mean([choices(num_labels, draw) for draw in range(draws)], axis=0)
-        gained = scoring.taken(shares) - scoring.taken(without)
-        low, high = np.nanquantile(scoring.headline(gained, weights), [0.025, 0.975])
-        rows.append(
-            {
-                "num_labels": "all" if num_labels is None else num_labels,
-                "gap_closed": float(scoring.headline(scoring.taken(shares))),
-                "gain": float(scoring.headline(gained)),
-                "gain_interval": [float(low), float(high)],
-                "chosen": float(np.nanmean([shares[unit[0], place] for unit in units])),
-            }
-        )
-    return rows
+                    rows = np.random.default_rng([self.seed, draw, number]).permutation(rows)[:num_labels]
+                column = reference.mean(1) + _head(z[rows], self.contrasts[rows], z[tested])
+            scores.append(np.insert(reference, self.place, column, axis=1))
+        return fold_mean(self.folds, scores, len(self.contrasts))
 
 
 def _standardised(z: np.ndarray, training: Sequence[int]) -> np.ndarray:

@@ -10,6 +10,10 @@ from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.search.labels import LabeledPlan, LabelStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 
+NUM_PROBES_TRIED = (4, 16)  # beside all of them
+WRONG_DOMAIN = "wrong"
+PROBE_VARIANTS = (*map(str, NUM_PROBES_TRIED), WRONG_DOMAIN)
+
 
 @dataclass(frozen=True)
 class StudyLayout:
@@ -72,3 +76,12 @@ def load_part(layout: StudyLayout, name: str) -> LoadedPart:
     signatures = str(layout.signals(name).parent / "signatures")
     seconds = read_json(layout.signals(name).with_suffix(".json"))["seconds"]
     return LoadedPart(name, load_catalogue(layout.catalogue(name)), table, labels, signatures, float(seconds))
+
+
+def probe_variants(probes: Path) -> dict[str, dict[str, bytes]]:
+    """Contents of probe files by variant and name: the first 4 and 16 of each task, and those of the next task."""
+    names = sorted(path.name for path in probes.glob("*.jsonl"))
+    lines = {name: (probes / name).read_bytes().splitlines(keepends=True) for name in names}
+    variants = {str(count): {name: b"".join(lines[name][:count]) for name in names} for count in NUM_PROBES_TRIED}
+    following = dict(zip(names, [*names[1:], *names[:1]], strict=True))
+    return variants | {WRONG_DOMAIN: {name: b"".join(lines[following[name]]) for name in names}}

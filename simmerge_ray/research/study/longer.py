@@ -15,6 +15,7 @@ from scipy.stats import kendalltau
 
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.plan import WEIGHTINGS, MergePlan, fold_plan
+from simmerge_ray.research.study.gains import NUM_RESAMPLES, percentile_interval
 from simmerge_ray.research.study.merges import ordered_by_utility
 from simmerge_ray.search.labels import LabeledPlan, Measured, single_items
 
@@ -22,13 +23,13 @@ MIN_RANGE = 0.1  # of a task's best checkpoint over the base; below it the task 
 PREDICTED = "predicted"
 EQUAL_LINEAR = "equal-weight linear"
 ORACLE = "best of the candidates"
-NUM_RESAMPLES = 2000
 
 Utilities = Mapping[str, Mapping[str, float]]  # task -> checkpoint -> utility
+Group = tuple[str, tuple[str, ...], str]  # base, members, weighting
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MeasuredFold:
     """A labelled plan: its measured utility on every member's own task, and pooled over them.
 
     pooled: mean over the tasks of `(u - u(base)) / (u(best checkpoint of the catalogue) - u(base))`; NaN where the
@@ -42,7 +43,7 @@ class Candidate:
     pooled: float
 
     @property
-    def group(self) -> tuple[str, tuple[str, ...], str]:
+    def group(self) -> Group:
         return self.base, tuple(sorted(self.plan.members)), self.weighting
 
     @property
@@ -66,15 +67,15 @@ def weighting_of(plan: MergePlan) -> str | None:
     return None
 
 
-def candidates(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[Candidate]:
+def candidates(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[MeasuredFold]:
     """The folds of three and more checkpoints that were measured on all of their members' tasks."""
     assert catalogue.base is not None
-    utilities = unmerged(labels)
+    utilities = unmerged_utilities(labels)
     found = []
     for plan, by_task in measured_merges(labels, catalogue).items():
         if (weighting := weighting_of(plan)) is not None:
             pooled = pooled_utility(by_task, utilities, catalogue)
-            found.append(Candidate(catalogue.base.id, plan, weighting, by_task, pooled))
+            found.append(MeasuredFold(catalogue.base.id, plan, weighting, by_task, pooled))
     return found
 
 
@@ -91,8 +92,8 @@ def measured_merges(labels: Iterable[LabeledPlan], catalogue: Catalogue) -> dict
     }
 
 
-def unmerged(labels: Iterable[LabeledPlan]) -> dict[str, dict[str, float]]:
-    """Utility of every checkpoint as it is, by task and id."""
+def unmerged_utilities(labels: Iterable[LabeledPlan]) -> dict[str, dict[str, float]]:
+    """Utility of every unmerged checkpoint, by task and id."""
     found: dict[str, dict[str, float]] = {}
     for (name, task), items in single_items(labels).items():
         found.setdefault(task, {})[name] = float(items.mean())
@@ -112,13 +113,13 @@ def pooled_utility(by_task: Mapping[str, float], utilities: Utilities, catalogue
 
 
 def choices(
-    group: Sequence[Candidate],
+    group: Sequence[MeasuredFold],
     predicted: Mapping[str, float],
     best_fixed: str,
     utilities: Utilities,
     catalogue: Catalogue,
-    linear: Sequence[Candidate],
-) -> dict[str, list[Candidate]]:
+    linear: Sequence[MeasuredFold],
+) -> dict[str, list[MeasuredFold]]:
     """What each policy takes of the candidates of a group; the measured utilities of several are averaged.
 
     Args:
@@ -127,22 +128,22 @@ def choices(
     """
     members, weighting = group[0].plan.members, group[0].weighting
     last = ordered_by_utility(members, catalogue, utilities)
-    of_fixed = [one for one in group if one.arm == best_fixed]
-    expert_last = [one for one in of_fixed if one.plan.id == fold_plan(last, [one.plan.steps[0].arm], weighting).id]
-    drawn = [one for one in group if one.arm is None]
+    of_fixed = [fold for fold in group if fold.arm == best_fixed]
+    expert_last = [fold for fold in of_fixed if fold.plan.id == fold_plan(last, [fold.plan.steps[0].arm], weighting).id]
+    drawn = [fold for fold in group if fold.arm is None]
     found = {
-        PREDICTED: [max(group, key=lambda one: (predicted[one.plan.id], one.plan.id))],
+        PREDICTED: [max(group, key=lambda fold: (predicted[fold.plan.id], fold.plan.id))],
         "random plan": drawn,
-        "best fixed arm, random order": [one for one in of_fixed if one not in expert_last] or of_fixed,
+        "best fixed arm, random order": [fold for fold in of_fixed if fold not in expert_last] or of_fixed,
         "best fixed arm, expert last": expert_last,
         EQUAL_LINEAR: list(linear),
-        ORACLE: [max(group, key=lambda one: (one.pooled, one.plan.id))],
+        ORACLE: [max(group, key=lambda fold: (fold.pooled, fold.plan.id))],
     }
     return {name: chosen for name, chosen in found.items() if chosen}
 
 
 def compare(
-    groups: Mapping[tuple[str, tuple[str, ...], str], Mapping[str, list[Candidate]]],
+    groups: Mapping[Group, Mapping[str, list[MeasuredFold]]],
     utilities: Mapping[str, Utilities],
     own_task: Mapping[str, str | None],
     seed: int = 0,
@@ -183,17 +184,17 @@ def compare(
     return rows
 
 
-def _mean(chosen: Sequence[Candidate]) -> float:
-    return float(np.mean([one.pooled for one in chosen]))
+def _mean(chosen: Sequence[MeasuredFold]) -> float:
+    return float(np.mean([fold.pooled for fold in chosen]))
 
 
-def _missing(chosen: Mapping[str, list[Candidate]], name: str) -> bool:
+def _missing(chosen: Mapping[str, list[MeasuredFold]], name: str) -> bool:
     return bool(np.isnan(_mean(chosen[name])) or np.isnan(_mean(chosen[PREDICTED])))
 
 
 def _against_members(
-    key: tuple[str, tuple[str, ...], str],
-    chosen: Sequence[Candidate],
+    key: Group,
+    chosen: Sequence[MeasuredFold],
     utilities: Utilities,
     own_task: Mapping[str, str | None],
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -201,16 +202,14 @@ def _against_members(
     expert, rest = [], []
     for task in sorted({task for name in key[1] if (task := own_task[name])}):
         known = sorted((utilities[task][name] for name in key[1]), reverse=True)
-        merged = float(np.mean([one.by_task[task] for one in chosen]))
+        merged = float(np.mean([fold.by_task[task] for fold in chosen]))
         others = float(np.mean(known[1:]))
         expert.append((merged - known[0], known[0]))
         rest.append((merged - others, others))
     return np.array(expert), np.array(rest)
 
 
-def resampled_interval(
-    values: np.ndarray, units: Sequence[tuple[str, tuple[str, ...]]], seed: int = 0
-) -> tuple[float, float]:
+def resampled_interval(values: np.ndarray, units: Sequence[tuple[str, tuple[str, ...]]], seed: int = 0) -> list[float]:
     """95 % interval of the mean by drawing bases, then subsets of each, with replacement.
 
     Args:
@@ -227,15 +226,13 @@ def resampled_interval(
         # A base that is drawn twice has its subsets drawn twice.
         shares = np.full(len(of_base), 1 / len(of_base))
         total += generator.multinomial(drawn[:, index] * len(of_base), shares) @ of_base
-    means = total[:, 0] / total[:, 1]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return percentile_interval(total[:, 0] / total[:, 1])
 
 
-def rank_agreement(group: Sequence[Candidate], predicted: Mapping[str, float]) -> float | None:
+def rank_agreement(group: Sequence[MeasuredFold], predicted: Mapping[str, float]) -> float | None:
     """Kendall's tau of predicted and measured within a group; None where it is not defined."""
-    known = [one for one in group if not np.isnan(one.pooled)]
+    known = [fold for fold in group if not np.isnan(fold.pooled)]
     if len(known) < 3:
         return None
-    tau = kendalltau([predicted[one.plan.id] for one in known], [one.pooled for one in known]).statistic
+    tau = kendalltau([predicted[fold.plan.id] for fold in known], [fold.pooled for fold in known]).statistic
     return None if np.isnan(tau) else float(tau)

@@ -19,7 +19,7 @@ REFERENCE_ARMS: tuple[Arm, ...] = (
 LATER_ARM = make_arm("task_arithmetic")  # the new operator that is learned from few labels
 CONTROL_ARM = make_arm("scale_matched_linear")  # a trivial baseline, no arm of the selector
 
-Utilities = Mapping[str, Mapping[str, float]]  # task -> checkpoint -> utility of the checkpoint as it is
+Utilities = Mapping[str, Mapping[str, float]]  # task -> checkpoint -> utility, unmerged
 
 
 def labelled_pairs(catalogue: Catalogue) -> list[MergePlan]:

@@ -6,48 +6,34 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.base.storage import write_once
+from simmerge_ray.base.markdown import table_lines, with_interval
+from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.reports.figures import legend_below, new_figure, save_figure
-from simmerge_ray.reports.run import table_lines
 from simmerge_ray.research.study.headline import CLAIMED_GAIN, MARGIN
 
 _PROPAGATORS = ("bound", "second_order", "virtual", "exact")
 _SHOWN = "virtual"  # the propagator of which every size and weighting has a table; of the others only all together
 
 
-_TITLES = {
-    "counts": "What was labelled",
-    "primary": "Primary test: unseen model and unseen base",
-    "longer": "Plans of three and more",
-    "exact": "The same on a sample with exact features",
-    "subsets": "Which checkpoints to merge: a catalogue of six, every subset labelled",
-    "transfer": "The larger base",
-    "probes": "Fewer probes, and probes of another domain",
-    "later": "An operator that came later",
-    "evaluations": "What evaluations buy",
-}
-
-
 def write_results(found: Mapping[str, Any], directory: Path) -> Path:
     """Write `results.md` and its figures; the path of the former. Sections without figures say why."""
-    lines = ["# Results of the study", "", "Made by `jobs/study.py --stage analysis`. Utilities are exact matches.", ""]
-    writers: Mapping[str, Callable[[Any], list[str]]] = {
-        "counts": counts_lines,
-        "primary": lambda one: primary_lines(one, directory),
-        "longer": longer_lines,
-        "exact": longer_lines,
-        "subsets": subset_lines,
-        "transfer": transfer_lines,
-        "probes": probe_lines,
-        "later": later_lines,
-        "evaluations": lambda one: budget_lines(one, directory),
+    sections: Mapping[str, tuple[str, Callable[[Any], list[str]]]] = {
+        "counts": ("What was labelled", counts_lines),
+        "primary": ("Primary test: unseen model and unseen base", lambda one: primary_lines(one, directory)),
+        "longer": ("Plans of three and more", longer_lines),
+        "exact": ("The same on a sample with exact features", longer_lines),
+        "subsets": ("Which checkpoints to merge: a catalogue of six, every subset labelled", subset_lines),
+        "transfer": ("The larger base", transfer_lines),
+        "probes": ("Fewer probes, and probes of another domain", probe_lines),
+        "later": ("An operator that came later", later_lines),
+        "evaluations": ("What evaluations buy", lambda one: budget_lines(one, directory)),
     }
+    lines = ["# Results of the study", "", "Made by `jobs/study.py --stage analysis`. Utilities are exact matches.", ""]
     for name, content in found.items():
-        lines += [f"## {_TITLES[name]}", ""]
+        title, write = sections[name]
         missing = isinstance(content, Mapping) and "reason" in content
-        lines += [f"Not measured: {content['reason']}."] if missing else writers[name](content)
-        lines += [""]
-    write_once(directory / "results.md", "\n".join(lines).encode())
+        lines += [f"## {title}", "", *([f"Not measured: {content['reason']}."] if missing else write(content)), ""]
+    write_atomically(directory / "results.md", "\n".join(lines).encode())
     return directory / "results.md"
 
 
@@ -137,7 +123,7 @@ def longer_lines(longer: Mapping[str, Any]) -> list[str]:
                 (
                     row["policy"],
                     f"{row['pooled']:.3f}",
-                    "" if row["policy"] == "predicted" else _signed(row["difference"], row["interval"]),
+                    _lead(row),
                     f"{row['degradation']:+.1f}",
                     f"{row['auxiliary_gain']:+.1f}",
                 )
@@ -145,7 +131,7 @@ def longer_lines(longer: Mapping[str, Any]) -> list[str]:
             ],
         )
     taus = [
-        (name, size, _signed(row["tau"], row["interval"]), row["num_groups"])
+        (name, size, with_interval(row["tau"], row["interval"], signed=True), row["num_groups"])
         for name, sizes in longer["tau"].items()
         for size, row in sizes.items()
     ]
@@ -242,15 +228,16 @@ def budget_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
     return [f"![Utility of what is chosen, against evaluations]({path.name})", "", said]
 
 
+def _lead(row: Mapping[str, Any]) -> str:
+    if row["policy"] == "predicted":
+        return ""
+    return with_interval(row["difference"], row["interval"], signed=True)
+
+
 def _order(name: str) -> tuple[int, str]:
     propagator = name.split(",")[0]
     return (_PROPAGATORS.index(propagator) if propagator in _PROPAGATORS else len(_PROPAGATORS), name)
 
 
 def _points(value: float, interval: Sequence[float]) -> str:
-    return _signed(100 * value, [100 * end for end in interval], 1)
-
-
-def _signed(value: float, interval: Sequence[float], digits: int = 3) -> str:
-    low, high = interval
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return with_interval(100 * value, [100 * end for end in interval], signed=True, digits=1)

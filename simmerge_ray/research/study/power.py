@@ -15,9 +15,9 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.research.study.gains import MergeScoring, gain_over_best_fixed
+from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.data.splits import Pair, pairs_of, resampled_weights
 
 NUM_DOMAINS = 4
@@ -56,12 +56,9 @@ def pilot_gains(dataset: SelectionDataset, config: TrainConfig) -> tuple[list[fl
     The headline is a ratio of sums for each task; a merge's gain on a task is divided by the task's mean gap, so that
     the mean over the merges of a task is the headline's ratio.
     """
-    trial = Trial.start(dataset, config, None)
-    units = units_of(dataset.contexts, per_merge=True)
-    predicted = keeping_no_parent(trial.averaged(trial.predictions(trial.models(dataset, config))))
-    scores, _ = trial.baseline_scores()
-    scoring = trial.scoring
-    gained = scoring.taken(shares_of(predicted, units)) - scoring.taken(shares_of(scores["best fixed"], units))
+    crossval = CrossValidation.of(dataset, config, None)
+    scoring = crossval.scoring
+    gained = gain_over_best_fixed(crossval, MergeScoring.of(dataset, None, config.seed))
     mean_gap = {task: scoring.gap[scoring.tasks == task].mean() for task in np.unique(scoring.tasks)}
     by_pair: dict[Pair, list[float]] = {}
     pairs = pairs_of(dataset.contexts)
@@ -88,7 +85,7 @@ def estimate_spread(gains: Sequence[float], pairs: Sequence[Pair]) -> Spread:
     return Spread(float(values.mean()), checkpoint**0.5, rest**0.5, len(gains))
 
 
-def simulate(
+def simulate_power(
     spread: Spread,
     num_bases: int,
     num_experts: int,

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from simmerge_ray.base.storage import write_once
+from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.research.study.layout import LoadedPart
 from simmerge_ray.search.labels import LabelStore
 
@@ -22,7 +22,7 @@ def export_dataset(parts: Sequence[LoadedPart], directory: Path) -> Path:
         store.append([label for part in parts for label in part.labels])
         store.compact()
         (made,) = Path(scratch).glob("*.parquet")
-        write_once(directory / "labels.parquet", made.read_bytes())
+        write_atomically(directory / "labels.parquet", made.read_bytes())
     for part in parts:
         part.table.write(directory / "signals" / f"{part.name}.parquet")
     return directory / "labels.parquet"

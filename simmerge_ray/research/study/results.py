@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,28 @@ from simmerge_ray.base.errors import InputError, LabelError
 from simmerge_ray.base.storage import Manifest, digest_file, digest_json, read_json, write_json
 from simmerge_ray.research.study.analysis import (
     ARMS,
+    PropagatorMaker,
     bases_of,
     bought,
     joined,
-    longer,
-    new_operators,
     propagators,
     subset_choice,
-    to_larger_base,
-    with_probes,
 )
-from simmerge_ray.research.study.exact_sample import RecordedExact, sampled
+from simmerge_ray.research.study.exact_sample import RecordedExact, sampled_part
 from simmerge_ray.research.study.headline import primary_test
-from simmerge_ray.research.study.layout import LoadedPart, StudyLayout, load_part
-from simmerge_ray.research.study.longer import measured_merges, unmerged
+from simmerge_ray.research.study.later_arm import later_arm
+from simmerge_ray.research.study.layout import PROBE_VARIANTS, LoadedPart, StudyLayout, load_part
+from simmerge_ray.research.study.longer import measured_merges, unmerged_utilities
+from simmerge_ray.research.study.merges import CONTROL_ARM, LATER_ARM
 from simmerge_ray.research.study.subset_choice import labelled_choices
+from simmerge_ray.research.study.transfer import transfer
 from simmerge_ray.research.study.unseen_base import longer_plans
 from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.splits import base_folds, pairs_of
+from simmerge_ray.signals.table import read_signal_table
 
 _SCHEMA = 1
 _FULL = 6  # checkpoints of the catalogue of which every subset is labelled
-PROBE_VARIANTS = ("4", "16", "wrong")
 Tell = Callable[[str], None]
 
 
@@ -95,24 +96,26 @@ def _counts(data: StudyData) -> dict[str, Any]:
                 "merges": {str(size): sizes.count(size) for size in sorted(set(sizes))},
                 "labels": len(part.labels),
                 "seconds": sum(label.seconds for label in part.labels),
-                "utilities": unmerged(part.labels),
+                "utilities": unmerged_utilities(part.labels),
             }
         )
     return {"rows": rows}
 
 
+def _longer(data: StudyData, parts: Sequence[LoadedPart] | None = None, **more: PropagatorMaker) -> dict[str, Any]:
+    """`longer_plans` with the propagators that need no probes, and more."""
+    return longer_plans(parts or data.small, data.dataset, data.base_of, data.config, propagators() | more)
+
+
 def _probes(data: StudyData) -> list[dict[str, Any]]:
     """The primary test with the signals of fewer probes, and of those of another domain."""
-    rows = [{"probes": "64, the study's"} | _gain(primary_test(data.dataset, data.base_of, data.config))]
+    datasets = {"64, the study's": data.dataset}
     for variant in PROBE_VARIANTS:
         if all(data.layout.signals(part.name, variant).exists() for part in data.small):
-            dataset = joined(with_probes(data.small, data.layout, variant), ARMS)
-            rows.append({"probes": variant} | _gain(primary_test(dataset, data.base_of, data.config)))
-    return rows
-
-
-def _gain(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: found[key] for key in ("gain", "interval")}
+            tables = {part.name: read_signal_table(data.layout.signals(part.name, variant)) for part in data.small}
+            datasets[variant] = joined([replace(part, table=tables[part.name]) for part in data.small], ARMS)
+    tests = {name: primary_test(dataset, data.base_of, data.config) for name, dataset in datasets.items()}
+    return [{"probes": name, "gain": test["gain"], "interval": test["interval"]} for name, test in tests.items()]
 
 
 def _subsets(data: StudyData) -> list[dict[str, Any]]:
@@ -133,29 +136,36 @@ def _exact(data: StudyData) -> dict[str, Any]:
     known = [part for part in data.small if data.layout.exact(part.name).exists()]
     if not known:
         raise InputError("no exact features; `jobs/study.py --stage exact` makes them")
-    made = {
-        **propagators(),
-        "exact": lambda part: RecordedExact(part.table, data.layout.exact(part.name)),
-    }
-    parts = [sampled(part) for part in known]
-    return longer_plans(parts, data.dataset, bases_of(data.small), data.config, made)
+    recorded = {"exact": lambda part: RecordedExact(part.table, data.layout.exact(part.name))}
+    return _longer(data, [sampled_part(part) for part in known], **recorded)
 
 
 def _transfer(data: StudyData) -> dict[str, Any]:
     if not data.large:
         raise InputError("the larger base has no labels")
-    return to_larger_base(data.small, data.large, data.config)
+    base_of = bases_of([*data.small, *data.large])
+    return transfer(joined(data.small, ARMS), joined(data.large, ARMS), data.config, base_of)
+
+
+def _new_operators(data: StudyData) -> dict[str, list[dict[str, Any]]]:
+    """`later_arm` on unseen bases for the study's later arm, and, which was not planned, for the control arm."""
+    found = {}
+    for arm in (LATER_ARM.label, CONTROL_ARM.label):
+        dataset = joined(data.small, (*ARMS, arm))
+        folds = base_folds(pairs_of(dataset.contexts), data.base_of)
+        found[arm] = later_arm(dataset, arm, folds, data.config, data.base_of)
+    return found
 
 
 SECTIONS: Mapping[str, Callable[[StudyData], Any]] = {
     "counts": _counts,
     "primary": lambda data: primary_test(data.dataset, data.base_of, data.config),
-    "longer": lambda data: longer(data.small, data.dataset, data.config),
+    "longer": _longer,
     "exact": _exact,
     "subsets": _subsets,
     "transfer": _transfer,
     "probes": _probes,
-    "later": lambda data: new_operators(data.small, data.base_of, data.config),
+    "later": _new_operators,
     "evaluations": lambda data: bought(data.small, data.dataset, data.base_of, data.config),
 }
 

@@ -16,7 +16,7 @@ from simmerge_ray.research.study.longer import (
     Utilities,
     measured_merges,
     single_arm,
-    unmerged,
+    unmerged_utilities,
 )
 from simmerge_ray.search.labels import LabeledPlan
 from simmerge_ray.signals.table import SignalTable
@@ -26,7 +26,7 @@ ANY_SIZE = "any"
 
 
 @dataclass(frozen=True)
-class Choice:
+class SubsetMerge:
     """A labelled plan of the small catalogue. relative: measured, see `relative_utility`."""
 
     plan: MergePlan
@@ -43,15 +43,15 @@ class Choice:
 
 def labelled_choices(
     labels: Sequence[LabeledPlan], catalogue: Catalogue, members: Sequence[str], arms: Sequence[str]
-) -> list[Choice]:
+) -> list[SubsetMerge]:
     """The merges among `members` by the given arms that were measured on all of their own tasks.
 
     Raises:
         LabelError: a subset of two or more has no label.
     """
-    utilities = unmerged(labels)
+    utilities = unmerged_utilities(labels)
     found = [
-        Choice(plan, relative)
+        SubsetMerge(plan, relative)
         for plan, by_task in measured_merges(labels, catalogue).items()
         if set(plan.members) <= set(members)
         and {step.arm.label for step in plan.steps} <= set(arms)
@@ -87,7 +87,7 @@ def relative_prediction(
 
 
 def compare_subsets(
-    choices: Sequence[Choice],
+    choices: Sequence[SubsetMerge],
     predicted: Mapping[str, float],
     best_fixed: str,
     table: SignalTable,
@@ -112,7 +112,7 @@ def compare_subsets(
     for size in [*sizes, None]:
         some = [choice for choice in choices if size is None or len(choice.subset) == size]
         best = max(choice.relative for choice in some)
-        first = max(some, key=lambda one: (predicted[one.plan.id], one.plan.id))
+        first = max(some, key=lambda merge: (predicted[merge.plan.id], merge.plan.id))
         subsets = sorted({choice.subset for choice in some})
         similar = max(subsets, key=lambda subset: (_similarity(table, subset), subset))
         top = max(subsets, key=lambda subset: (np.mean([individually[name] for name in subset]), len(subset), subset))
@@ -137,7 +137,7 @@ def compare_subsets(
     return rows
 
 
-def _by_arm(choices: Sequence[Choice], subset: tuple[str, ...], arm: str) -> list[Choice]:
+def _by_arm(choices: Sequence[SubsetMerge], subset: tuple[str, ...], arm: str) -> list[SubsetMerge]:
     """The merges of a subset by one arm; all of its merges where that one was not labelled."""
     of_subset = [choice for choice in choices if choice.subset == subset]
     return [choice for choice in of_subset if choice.arm == arm] or of_subset
@@ -148,7 +148,7 @@ def _similarity(table: SignalTable, subset: tuple[str, ...]) -> float:
     return float(np.mean([table.get(a, b, task).features[SIMILARITY] for a, b in combinations(subset, 2)]))
 
 
-def _individual(choices: Sequence[Choice], utilities: Utilities, catalogue: Catalogue) -> dict[str, float]:
+def _individual(choices: Sequence[SubsetMerge], utilities: Utilities, catalogue: Catalogue) -> dict[str, float]:
     names = sorted({name for choice in choices for name in choice.subset})
     return {
         name: relative_utility({task: utilities[task][name] for task in utilities}, utilities, catalogue)

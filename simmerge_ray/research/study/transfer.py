@@ -9,17 +9,14 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
+from simmerge_ray.research.study.gains import MergeScoring
 from simmerge_ray.selector.assessment.crossval import predict_unseen
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import GAP_CLOSED, Scoring, keeping_no_parent, shares_of, units_of
-from simmerge_ray.selector.data.splits import pairs_of, resampled_weights
+from simmerge_ray.selector.data.scoring import GAP_CLOSED, Scoring, keeping_no_parent
+from simmerge_ray.selector.data.splits import pairs_of
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.novelty import fit_novelty
 from simmerge_ray.selector.models.train import fit_models
-
-NUM_RESAMPLES = 2000
-
-Array = np.ndarray
 
 
 def transfer(
@@ -42,11 +39,10 @@ def transfer(
     """
     if small.arms != large.arms or small.columns != large.columns:
         raise LabelError("the small and the large bases were labelled with other arms, or have other features")
-    scoring = Scoring.of(large.contexts, large.arms)
+    merges = MergeScoring.of(large, base_of, config.seed)
+    scoring, units = merges.scoring, merges.units
     if scoring.unit != GAP_CLOSED:
         raise LabelError("the checkpoints of the large base differ on no task by enough to measure GapClosed")
-    units, pairs = units_of(large.contexts, per_merge=True), pairs_of(large.contexts)
-    weights = resampled_weights([pairs[row] for row in scoring.rows], base_of, NUM_RESAMPLES, config.seed)
     (model,) = fit_models(small, [range(len(small.contexts))], config)
     tasks = [context.task for context in large.contexts]
     num_arms = len(large.arms)
@@ -56,24 +52,20 @@ def transfer(
     scores = {
         "transferred": transferred,
         "abstaining": np.where(unlike[:, None], fixed, transferred),
-        "own": predict_unseen(large, config).utility,
+        "own": predict_unseen(large, config),
         "best fixed of the small bases": fixed,
         "best fixed of the large base": _one_arm(scoring.best_fixed(num_arms), large.utilities.shape),
     }
-    taken = {name: scoring.taken(shares_of(keeping_no_parent(values), units)) for name, values in scores.items()}
+    taken = {name: merges.taken(keeping_no_parent(values)) for name, values in scores.items()}
     gains: dict[str, Any] = {}
     for policy in ("transferred", "abstaining", "own"):
         for name in ("best fixed of the small bases", "best fixed of the large base"):
             gained = taken[policy] - taken[name]
-            low, high = np.nanquantile(scoring.headline(gained, weights), [0.025, 0.975])
-            gains[f"{policy} - {name}"] = {
-                "gain": float(scoring.headline(gained)),
-                "interval": [float(low), float(high)],
-            }
+            gains[f"{policy} - {name}"] = {"gain": merges.gap_closed(gained), "interval": merges.interval(gained)}
     own = gains["own - best fixed of the small bases"]["gain"]
     share = gains["transferred - best fixed of the small bases"]["gain"] / own if own > 0 else None
     return {
-        "gap_closed": {name: float(scoring.headline(values)) for name, values in taken.items()},
+        "gap_closed": {name: merges.gap_closed(values) for name, values in taken.items()},
         "arms": {name: large.arms[int(scores[name][0].argmax())] for name in scores if name.startswith("best fixed")},
         "gains": gains,
         "share": share,
@@ -83,7 +75,7 @@ def transfer(
     }
 
 
-def _one_arm(column: int, shape: tuple[int, ...]) -> Array:
+def _one_arm(column: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.tile(np.eye(shape[1])[column], (shape[0], 1))
 
 
@@ -93,7 +85,7 @@ def _unlike(
     large: SelectionDataset,
     units: Sequence[Sequence[int]],
     config: TrainConfig,
-) -> Array:
+) -> np.ndarray:
     """(N,): contexts of merges that lie too far from the training data on one of their tasks."""
     novelty = fit_novelty(model.standardised(small.features), pairs_of(small.contexts), config.novelty_quantile)
     far = novelty.distances(model.standardised(large.features)) > novelty.limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,24 +13,26 @@ from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.research.study.layout import LoadedPart
 from simmerge_ray.research.study.longer import (
-    Candidate,
+    Group,
+    MeasuredFold,
+    Utilities,
     candidates,
     choices,
     compare,
     rank_agreement,
     resampled_interval,
-    unmerged,
+    unmerged_utilities,
 )
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Scoring
-from simmerge_ray.selector.data.tasks import task_pool
+from simmerge_ray.selector.data.scoring import Scoring
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.train import fit_models
 from simmerge_ray.selector.planning.scorer import PlanScorer
+from simmerge_ray.selector.planning.search import AGGREGATES
+from simmerge_ray.selector.planning.tasks import task_pool
 from simmerge_ray.signals.propagation.interface import Propagator
 
-AGGREGATES = ("last", "mean", "sum")
-Group = tuple[str, tuple[str, ...], str]
+Picks = dict[Group, dict[str, list[MeasuredFold]]]  # what each policy takes, by group
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,14 @@ def models_without_base(
 
 
 def scores_of(
-    part: LoadedPart, plans: Sequence[Candidate], propagator: Propagator, model: UnseenBaseModel
+    part: LoadedPart, plans: Sequence[MeasuredFold], propagator: Propagator, model: UnseenBaseModel
 ) -> dict[str, dict[str, float]]:
     """Score by aggregate and plan id, on the tasks of each plan's members."""
     pool = task_pool("mean", (), part.table.tasks, part.table.checkpoint_ids, part.catalogue.own_task)
     scorer = PlanScorer(part.table, propagator, model)
-    ranked = scorer.score_by_aggregate([one.plan for one in plans], pool, AGGREGATES)
+    ranked = scorer.score_by_aggregate([fold.plan for fold in plans], pool)
     return {
-        aggregate: {one.plan.id: row.score for one, row in zip(plans, rows, strict=True)}
+        aggregate: {fold.plan.id: row.score for fold, row in zip(plans, rows, strict=True)}
         for aggregate, rows in ranked.items()
     }
 
@@ -101,40 +104,27 @@ def longer_plans(
     """
     bases = [part.catalogue.base.id for part in parts if part.catalogue.base is not None]
     own_task = {name: task for part in parts for name, task in part.catalogue.own_task.items()}
-    utilities = {base: unmerged(part.labels) for base, part in zip(bases, parts, strict=True)}
-    tables: dict[str, Any] = {}
-    aggregates: dict[str, Any] = {}
-    taus: dict[str, Any] = {}
+    utilities = {base: unmerged_utilities(part.labels) for base, part in zip(bases, parts, strict=True)}
+    found: dict[str, Any] = {"tables": {}, "aggregates": {}, "tau": {}}
     for done, (name, make) in enumerate(propagators.items()):
-        picks: dict[str, dict[Group, dict[str, list[Candidate]]]] = {aggregate: {} for aggregate in AGGREGATES}
+        first = make(parts[0])
+        columns = [column for column in dataset.columns if column in set(first.columns)]
+        models = models_without_base(dataset.restricted(columns), base_of, bases, config)
+        picks: dict[str, Picks] = {aggregate: {} for aggregate in AGGREGATES}
         agreement: dict[int, list[tuple[float, tuple[str, tuple[str, ...]]]]] = {}
-        columns, models = None, {}
-        for base, part in zip(bases, parts, strict=True):
-            propagator = make(part)
-            if columns is None:
-                columns = [column for column in dataset.columns if column in set(propagator.columns)]
-                models = models_without_base(dataset.restricted(columns), base_of, bases, config)
-            found = candidates(part.labels, part.catalogue)
-            for aggregate, scores in scores_of(part, found, propagator, models[base]).items():
-                for key, group in _grouped(found).items():
-                    linear = [one for one in found if one.arm == "linear" and _is_equal(one, key)]
-                    picks[aggregate][key] = choices(
-                        group, scores, models[base].best_fixed, utilities[base], part.catalogue, linear
-                    )
-                    tau = rank_agreement(group, scores) if aggregate == "last" else None
-                    if tau is not None:
-                        agreement.setdefault(len(key[1]), []).append((tau, key[:2]))
+        made = chain([first], map(make, parts[1:]))  # one at a time: each holds the evidence of a base
+        for base, part, propagator in zip(bases, parts, made, strict=True):
+            _pick(part, propagator, models[base], utilities[base], picks, agreement)
         if report:
             report(done + 1, len(propagators))
-        if not any(compare(chosen, utilities, own_task) for chosen in picks.values()):
+        rows = {aggregate: compare(chosen, utilities, own_task) for aggregate, chosen in picks.items()}
+        if not any(rows.values()):
             raise LabelError("no plan of three or more was measured where pooled utility is defined")
         for label, keys in _selections(picks["last"]).items():
             chosen = {key: picks["last"][key] for key in keys}
-            tables[f"{name}, {label}"] = compare(chosen, utilities, own_task)
-        aggregates[name] = {
-            aggregate: compare(chosen, utilities, own_task)[0]["pooled"] for aggregate, chosen in picks.items()
-        }
-        taus[name] = {
+            found["tables"][f"{name}, {label}"] = compare(chosen, utilities, own_task)
+        found["aggregates"][name] = {aggregate: of_policy[0]["pooled"] for aggregate, of_policy in rows.items()}
+        found["tau"][name] = {
             str(size): {
                 "tau": float(np.mean([tau for tau, _ in values])),
                 "interval": resampled_interval(np.array([tau for tau, _ in values]), [unit for _, unit in values]),
@@ -142,21 +132,41 @@ def longer_plans(
             }
             for size, values in sorted(agreement.items())
         }
-    return {"tables": tables, "aggregates": aggregates, "tau": taus}
+    return found
 
 
-def _grouped(found: Sequence[Candidate]) -> dict[Group, list[Candidate]]:
-    groups: dict[Group, list[Candidate]] = {}
-    for one in found:
-        groups.setdefault(one.group, []).append(one)
+def _pick(
+    part: LoadedPart,
+    propagator: Propagator,
+    model: UnseenBaseModel,
+    utilities: Utilities,
+    picks: dict[str, Picks],
+    agreement: dict[int, list[tuple[float, tuple[str, tuple[str, ...]]]]],
+) -> None:
+    """Add what every policy takes of the groups of one base, by aggregate, and Kendall's tau of each, by size."""
+    folds = candidates(part.labels, part.catalogue)
+    groups = _grouped(folds)
+    for aggregate, scores in scores_of(part, folds, propagator, model).items():
+        for key, group in groups.items():
+            linear = [fold for fold in folds if fold.arm == "linear" and _is_equal(fold, key)]
+            picks[aggregate][key] = choices(group, scores, model.best_fixed, utilities, part.catalogue, linear)
+            tau = rank_agreement(group, scores) if aggregate == "last" else None
+            if tau is not None:
+                agreement.setdefault(len(key[1]), []).append((tau, key[:2]))
+
+
+def _grouped(found: Sequence[MeasuredFold]) -> dict[Group, list[MeasuredFold]]:
+    groups: dict[Group, list[MeasuredFold]] = {}
+    for fold in found:
+        groups.setdefault(fold.group, []).append(fold)
     # A catalogue of which every subset is labelled has a few plans of each; a choice needs more.
     return {
-        key: group for key, group in sorted(groups.items()) if len({one.arm for one in group}) > 1 and len(group) > 4
+        key: group for key, group in sorted(groups.items()) if len({fold.arm for fold in group}) > 1 and len(group) > 4
     }
 
 
-def _is_equal(one: Candidate, key: Group) -> bool:
-    return one.weighting == "equal" and one.group[:2] == key[:2]
+def _is_equal(fold: MeasuredFold, key: Group) -> bool:
+    return fold.weighting == "equal" and fold.group[:2] == key[:2]
 
 
 def _selections(picks: Mapping[Group, Any]) -> dict[str, list[Group]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from simmerge_ray.research.zoo.domains import DOMAINS
@@ -76,8 +75,3 @@ def draw_experts(prefix: str, seed: int, num_per_domain: int) -> tuple[ExpertRec
 def _log_uniform(generator: random.Random, bounds: tuple[float, float]) -> float:
     low, high = bounds
     return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.3g}")
-
-
-def base_of(parts: Sequence[ZooPart]) -> dict[str, str]:
-    """The base of every expert of a zoo."""
-    return {expert.name: part.base_id for part in parts for expert in part.experts}

@@ -17,12 +17,12 @@ import hashlib
 import random
 import string
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from typing import NamedTuple
 
-from simmerge_ray.base.errors import InputError
+from simmerge_ray.base.errors import InputError, unknown_name
+from simmerge_ray.base.extras import require
 
 MAX_PROMPT_CHARS = 55  # with the beginning-of-sequence token a prompt has at most 56 tokens
 MAX_TARGET_CHARS = 12
@@ -41,25 +41,14 @@ class Split(Enum):
     TRAINING = range(6, 20)
 
 
-@dataclass(frozen=True)
-class Domain:
-    """`draw` makes one random example and its key, from whichever split the key falls in."""
-
-    name: str
-    description: str
-    draw: Callable[[random.Random], tuple[str, Example]]
+# Makes one random example and its key, from whichever split the key falls in.
+Draw = Callable[[random.Random], tuple[str, Example]]
 
 
 def split_of(domain: str, key: str) -> Split:
     """The split that the question `key` of a domain belongs to, for good."""
     residue = int.from_bytes(hashlib.sha256(f"{domain}\0{key}".encode()).digest()[:8], "big") % 20
     return next(split for split in Split if residue in split.value)
-
-
-def training_examples(domain: str, num: int, seed: int) -> list[Example]:
-    """`num` examples for training; they may repeat."""
-    stream = example_stream(domain, Split.TRAINING, seed)
-    return [next(stream) for _ in range(num)]
 
 
 def evaluation_items(domain: str, num: int, seed: int = 0) -> list[Example]:
@@ -74,21 +63,16 @@ def probe_texts(domain: str, num: int, seed: int = 0) -> list[str]:
 
 def example_stream(domain: str, split: Split, seed: int) -> Iterator[Example]:
     """Endless random examples of one split; the stream is a function of the arguments alone."""
-    found = find_domain(domain)
+    if domain not in DOMAINS:
+        raise InputError(unknown_name("domain", domain, DOMAINS))
     generator = random.Random(f"{domain}/{split.name}/{seed}")
     while True:
-        key, example = found.draw(generator)
+        key, example = DOMAINS[domain](generator)
         if split_of(domain, key) is split:
             yield example
 
 
-def find_domain(name: str) -> Domain:
-    if name not in DOMAINS:
-        raise InputError(f"unknown domain {name!r}; known: {sorted(DOMAINS)}")
-    return DOMAINS[name]
-
-
-# So many known examples in a row, and a split is taken as exhausted; the smallest holds some hundreds.
+# A split counts as exhausted after this many known examples in a row; the smallest holds some hundreds.
 _MAX_MISSES = 5000
 
 
@@ -133,44 +117,15 @@ def _draw_code(generator: random.Random) -> tuple[str, Example]:
 
 
 LANGUAGES = ("de", "es", "fr", "it", "pl", "pt")
-COUNTRIES = (  # fmt: skip
-    "BH",
-    "BT",
-    "CA",
-    "CL",
-    "CN",
-    "CU",
-    "CY",
-    "GA",
-    "GH",
-    "GN",
-    "IL",
-    "IQ",
-    "IR",
-    "KE",
-    "KW",
-    "LB",
-    "LY",
-    "ML",
-    "MT",
-    "MX",
-    "NE",
-    "NP",
-    "OM",
-    "PA",
-    "PE",
-    "QA",
-    "RW",
-    "SD",
-    "SY",
-    "TD",
-    "YE",
-    "ZM",
-)
+COUNTRIES = (
+    "BH", "BT", "CA", "CL", "CN", "CU", "CY", "GA", "GH", "GN", "IL", "IQ", "IR", "KE", "KW", "LB", "LY", "ML",
+    "MT", "MX", "NE", "NP", "OM", "PA", "PE", "QA", "RW", "SD", "SY", "TD", "YE", "ZM",
+)  # fmt: skip
 
 
 @cache
 def _country_names(language: str) -> Mapping[str, str]:
+    require("babel", "demo")
     from babel import Locale  # the CLDR tables take a moment to load, and only this domain needs them
 
     territories = Locale(language).territories
@@ -189,56 +144,14 @@ def _draw_multilingual(generator: random.Random) -> tuple[str, Example]:
 
 
 # No two names end in the same letter and no two values begin with the same one: looking one up is one step.
-NAMES = (  # fmt: skip
-    "ida",
-    "bob",
-    "sid",
-    "eve",
-    "meg",
-    "kai",
-    "raj",
-    "zak",
-    "hal",
-    "tom",
-    "ann",
-    "leo",
-    "pip",
-    "amr",
-    "gus",
-    "pat",
-    "lou",
-    "viv",
-    "lew",
-    "max",
-    "ray",
-    "liz",
-)
-VALUES = (  # fmt: skip
-    "arm",
-    "bag",
-    "cup",
-    "dog",
-    "egg",
-    "fox",
-    "gum",
-    "hat",
-    "ink",
-    "jar",
-    "key",
-    "log",
-    "map",
-    "net",
-    "oak",
-    "pen",
-    "rug",
-    "sea",
-    "tea",
-    "urn",
-    "van",
-    "wax",
-    "yam",
-    "zip",
-)
+NAMES = (
+    "ida", "bob", "sid", "eve", "meg", "kai", "raj", "zak", "hal", "tom", "ann", "leo", "pip", "amr", "gus",
+    "pat", "lou", "viv", "lew", "max", "ray", "liz",
+)  # fmt: skip
+VALUES = (
+    "arm", "bag", "cup", "dog", "egg", "fox", "gum", "hat", "ink", "jar", "key", "log", "map", "net", "oak",
+    "pen", "rug", "sea", "tea", "urn", "van", "wax", "yam", "zip",
+)  # fmt: skip
 
 
 def _draw_rag(generator: random.Random) -> tuple[str, Example]:
@@ -250,12 +163,9 @@ def _draw_rag(generator: random.Random) -> tuple[str, Example]:
     return prompt, Example(prompt, values[asked])
 
 
-DOMAINS: Mapping[str, Domain] = {
-    domain.name: domain
-    for domain in (
-        Domain("math", "sums of three or four digits below eight", _draw_math),
-        Domain("code", "the output of a two-line Python program", _draw_code),
-        Domain("multilingual", "two country names into one of six languages", _draw_multilingual),
-        Domain("rag", "a value looked up in two to four passages", _draw_rag),
-    )
+DOMAINS: Mapping[str, Draw] = {
+    "math": _draw_math,  # sums of three or four digits below eight
+    "code": _draw_code,  # the output of a two-line Python program
+    "multilingual": _draw_multilingual,  # two country names into one of six languages
+    "rag": _draw_rag,  # a value looked up in two to four passages
 }

@@ -3,7 +3,7 @@
 import sys
 
 
-def main() -> None:
+def make_base() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise SystemExit("usage: python -m simmerge_ray.research.zoo.make_base OUT")
     from simmerge_ray.research.zoo.recipe import BASE_RECIPE
@@ -17,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    make_base()

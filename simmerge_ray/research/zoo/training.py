@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from simmerge_ray.base.extras import require
 from simmerge_ray.research.zoo.domains import DOMAINS, Split, example_stream
 from simmerge_ray.research.zoo.model import build_model, build_tokenizer
 from simmerge_ray.research.zoo.recipe import BaseRecipe, ExpertRecipe
@@ -69,6 +70,7 @@ def train_expert(
         if recipe.lora_rank is None:
             _fit(model, batches, recipe.learning_rate, recipe.num_steps, progress)
         else:
+            require("peft", "demo")
             from peft import LoraConfig, get_peft_model
 
             adapted = get_peft_model(
@@ -77,6 +79,14 @@ def train_expert(
             _fit(adapted, batches, recipe.learning_rate, recipe.num_steps, progress)
             model = adapted.merge_and_unload()
     return _save(model, tokenizer, recipe, Path(out_dir))
+
+
+def train_checkpoint(recipe: BaseRecipe | ExpertRecipe, base_dir: Path | None, out_dir: Path) -> Path:
+    """Train a base, or an expert of the one in `base_dir`."""
+    if isinstance(recipe, BaseRecipe):
+        return train_base(recipe, out_dir)
+    assert base_dir is not None
+    return train_expert(recipe, base_dir, out_dir)
 
 
 def packed_rows(tokenizer: PreTrainedTokenizerFast, shares: Mapping[str, float], seed: int) -> Iterator[Row]:

@@ -6,17 +6,6 @@ from simmerge_ray.search.evaluation.metrics import CHOICE_METRICS, METRICS, TEXT
 from simmerge_ray.search.evaluation.tasks import Item, Task, shards
 
 __all__ = [
-    "CHOICE_METRICS",
-    "METRICS",
-    "TEXT_METRICS",
-    "EvaluationTask",
-    "Evaluator",
-    "Item",
-    "LogLikelihood",
-    "Task",
-    "TokenPair",
-    "cut",
-    "load_task",
-    "load_tasks",
-    "shards",
-]
+    "CHOICE_METRICS", "METRICS", "TEXT_METRICS", "EvaluationTask", "Evaluator", "Item", "LogLikelihood", "Task",
+    "TokenPair", "cut", "load_task", "load_tasks", "shards",
+]  # fmt: skip

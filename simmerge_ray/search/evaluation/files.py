@@ -10,7 +10,7 @@ optional. `metric` and `max_new_tokens` may stand in the items instead, the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -58,9 +58,9 @@ def load_task(path: Place) -> Task:
             else:
                 header, settings = True, dict(row["settings"])
             continue
-        found = _item_problems(row, settings)
-        problems += [f"line {number}: {problem}" for problem in found]
-        if not found:
+        wrong = _item_problems(row, settings)
+        problems += [f"line {number}: {problem}" for problem in wrong]
+        if not wrong:
             items.append(Item(row["prompt"], row["target"], tuple(row.get("choices", ()))))
     if not items and not problems:
         problems.append('holds no items; write one {"prompt": ..., "target": ...} a line')
@@ -113,14 +113,10 @@ def load_tasks(directory: Place) -> dict[str, Task]:
     paths = list_places(directory, "*.jsonl")
     if not paths:
         raise TaskError(f"{directory} holds no <task>.jsonl task files")
-    return _all_or_problems(paths, load_task)
-
-
-def _all_or_problems(paths: Sequence[Place], load: Callable[[Place], Task]) -> dict[str, Task]:
     tasks, problems = {}, []
     for path in paths:
         try:
-            tasks[path.stem] = load(path)
+            tasks[path.stem] = load_task(path)
         except TaskError as error:
             problems.append(str(error))
     if problems:

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import TaskError, unknown_name
+from simmerge_ray.base.extras import require
 from simmerge_ray.base.storage import canonical_json, digest_bytes, digest_json
 from simmerge_ray.search.evaluation.evaluator import Evaluator
 
@@ -199,10 +200,11 @@ def load_harness_tasks(
         fewshot_seed: of the examples.
 
     Raises:
-        TaskError: lm_eval is not installed, `include_path` is no directory, or some tasks cannot be used: unknown,
-            documents that cannot be fetched, another kind of output, no such metric; every problem of all of them.
+        MissingLibraryError: lm_eval is not installed.
+        TaskError: `include_path` is no directory, or some tasks cannot be used: unknown, documents that cannot be
+            fetched, another kind of output, no such metric; every problem of all of them.
     """
-    _check_installed()
+    require("lm_eval.tasks", "lm_eval")
     if include_path is not None and not include_path.is_dir():
         raise TaskError(f"include_path {include_path} is not a directory")
     path = None if include_path is None else str(include_path.resolve())
@@ -232,19 +234,12 @@ def load_harness_tasks(
     return {name: task.sampled(max_items, seed) for name, task in found.items()}
 
 
-def _check_installed() -> None:
-    try:
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise TaskError(f'tasks of lm_eval need it: pip install "simmerge_ray[lm_eval]" ({error})') from error
-
-
 @contextmanager
 def _prepared(source: _Source) -> Iterator[None]:
     """What lm_eval and the code of tasks expect while documents are loaded, put back afterwards.
 
     Documents may be shuffled by the global generators, which lm_eval seeds; bars and prints are not our output; data
-    files of local tasks are relative to where the study was started, which is not where a Ray worker runs.
+    files of local tasks are relative to where the search was started, which is not where a Ray worker runs.
     """
     states = random.getstate(), np.random.get_state()
     there = chdir(source.directory) if Path(source.directory).is_dir() else nullcontext()

@@ -48,7 +48,7 @@ class HarnessLM(LM):
             TaskError: a request that asks for sampling or does not fit the evaluator.
         """
         prompts = encode_prompts([request.args[0] for request in requests], self._evaluator.tokenizer)
-        end = end_of_text(self._evaluator.tokenizer)
+        end = eos_text(self._evaluator.tokenizer)
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(generation_settings(request.args[1]), []).append(index)
@@ -88,7 +88,7 @@ def generation_settings(settings: Mapping[str, Any]) -> tuple[int, tuple[str, ..
     return int(lengths[0] if lengths else DEFAULT_MAX_GEN_TOKS), tuple(stop for stop in stops if stop)
 
 
-def end_of_text(tokenizer: Any) -> str | None:
+def eos_text(tokenizer: Any) -> str | None:
     """The end-of-text token as text: lm_eval stops there also when a model spells it out."""
     return None if tokenizer.eos_token_id is None else str(tokenizer.decode(tokenizer.eos_token_id))
 

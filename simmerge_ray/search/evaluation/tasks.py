@@ -1,4 +1,4 @@
-"""A task: items with one metric, how their prompts are put together, and how answers are generated."""
+"""A task: items with one metric, how their prompts become tokens, and how answers are generated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import numpy as np
 
 from simmerge_ray.base.errors import TaskError, unknown_name
 from simmerge_ray.base.storage import digest_json
-from simmerge_ray.search.evaluation.evaluator import Evaluator
+from simmerge_ray.search.evaluation.evaluator import Evaluator, TokenPair
 from simmerge_ray.search.evaluation.metrics import CHOICE_METRICS, METRICS, TEXT_METRICS, best_choice, token_probability
-from simmerge_ray.search.evaluation.prompts import encode_pairs, encode_prompts
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,42 @@ class Task:
         chosen = np.sort(np.random.default_rng(seed).permutation(self.num_items)[:num_items])
         return replace(self, items=tuple(self.items[index] for index in chosen))
 
+    def prompt_text(self, item: Item, tokenizer: Any) -> str:
+        """What the model is shown of an item.
+
+        Raises:
+            TaskError: the task is a chat and the tokenizer has no chat template.
+        """
+        if not self.chat:
+            shown = [f"{example.prompt}{example.target}" for example in self.examples]
+            return self.separator.join([*shown, item.prompt])
+        turns = [{"role": "system", "content": self.system}] if self.system else []
+        for example in self.examples:
+            turns += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.target}]
+        turns.append({"role": "user", "content": item.prompt})
+        if not getattr(tokenizer, "chat_template", None):
+            raise TaskError(f"task {self.name!r} is a chat, and the checkpoints' tokenizer has no chat template")
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def encoded_prompts(self, items: Sequence[Item], tokenizer: Any) -> list[list[int]]:
+        """Token ids of the prompts. A chat template writes its special tokens itself."""
+        texts = [self.prompt_text(item, tokenizer) for item in items]
+        return [list(ids) for ids in tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]]
+
+    def encoded_pairs(self, items: Sequence[Item], tokenizer: Any) -> list[list[TokenPair]]:
+        """Token ids (prompt, answer) of every answer whose likelihood is measured: the choices, or the target alone."""
+        return [
+            [encode_pair(context, answer, tokenizer, not self.chat) for answer in item.choices or (item.target,)]
+            for item in items
+            for context in [self.prompt_text(item, tokenizer)]
+        ]
+
     def longest(self, tokenizer: Any) -> tuple[int, int]:
         """(tokens that an evaluator must hold, number of the item from 1) of the longest item."""
         if self.generates:
-            lengths = [len(ids) + self.max_new_tokens for ids in encode_prompts(self, self.items, tokenizer)]
+            lengths = [len(ids) + self.max_new_tokens for ids in self.encoded_prompts(self.items, tokenizer)]
         else:  # an engine generates one token at least
-            pairs = encode_pairs(self, self.items, tokenizer)
+            pairs = self.encoded_pairs(self.items, tokenizer)
             lengths = [max(len(before) + len(after) + 1 for before, after in of_item) for of_item in pairs]
         most = max(lengths)
         return most, lengths.index(most) + 1
@@ -101,14 +130,14 @@ class Task:
         items = self.items if indices is None else [self.items[index] for index in indices]
         if not self.generates:
             return np.array(self._likelihood_utilities(evaluator, items), dtype=np.float64)
-        prompts = encode_prompts(self, items, evaluator.tokenizer)
+        prompts = self.encoded_prompts(items, evaluator.tokenizer)
         answers = evaluator.generate(prompts, self.max_new_tokens, self.stop)
         metric = TEXT_METRICS[self.metric]
         pairs = zip(answers, items, strict=True)
         return np.array([metric(answer, item.target) for answer, item in pairs], dtype=np.float64)
 
     def _likelihood_utilities(self, evaluator: Evaluator, items: Sequence[Item]) -> list[float]:
-        pairs = encode_pairs(self, items, evaluator.tokenizer)
+        pairs = self.encoded_pairs(items, evaluator.tokenizer)
         found = iter(evaluator.log_likelihoods([pair for of_item in pairs for pair in of_item]))
         utilities = []
         for item, of_item in zip(items, pairs, strict=True):
@@ -121,6 +150,20 @@ class Task:
             else:
                 utilities.append(token_probability(results[0].total, results[0].num_tokens))
         return utilities
+
+
+def encode_pair(context: str, answer: str, tokenizer: Any, special: bool = True) -> TokenPair:
+    """Token ids of a context and of the answer that follows it, cut from those of the whole text.
+
+    White space at the end of the context goes to the answer: with most tokenizers it begins a word.
+    """
+    kept = context.rstrip()
+    context, answer = (kept, context[len(kept) :] + answer) if kept else (context, answer)
+    before = list(tokenizer(context, add_special_tokens=special)["input_ids"])
+    whole = list(tokenizer(context + answer, add_special_tokens=special)["input_ids"])
+    if len(whole) <= len(before):  # the answer melts into the context's last token
+        return before, list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return whole[: len(before)], whole[len(before) :]
 
 
 def shards(num_items: int, count: int) -> list[np.ndarray]:

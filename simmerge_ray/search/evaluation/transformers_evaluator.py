@@ -104,10 +104,6 @@ class TransformersEvaluator:
         input_ids = torch.tensor([list(ids)], device=self._device)
         return torch.log_softmax(self._model(input_ids=input_ids).logits[0].float(), dim=-1).cpu()
 
-    def next_token_log_probs(self, prompt: Sequence[int]) -> Tensor:
-        """Log-probabilities (vocabulary,) float32 of the token after a prompt of token ids."""
-        return self.log_probs(prompt)[-1]
-
 
 def _likelihood(log_probs: Tensor, ids: Tensor, num_before: int) -> LogLikelihood:
     """From the log-probabilities (T, V) after every token of a sequence (T,)."""

@@ -1,7 +1,7 @@
-"""Choices that need no model of the signals, or less of them: what a selector has to beat.
+"""What a selector has to beat: choices that use no model of the signals, or a part of them.
 
 Each row of `BASELINES` gives scores (num tested, K + 2) for the arms and both parents from the training rows alone; the
-same rule as for a selector makes choices of them (`evaluation.shares_of`). Those that need a trained model on other
+same rule as for a selector makes choices of them (`scoring.shares_of`). Those that need a trained model on other
 features are data sets of their own: `single_checkpoint_features`, `parents_utilities`, `permuted_signals`.
 """
 
@@ -12,28 +12,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from simmerge_ray.base.errors import LabelError, PlanError
-from simmerge_ray.plans.operators.specs import Arm
-from simmerge_ray.plans.plan import MergePlan, fold_plan
+from simmerge_ray.base.errors import LabelError
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import GAP_CLOSED, Scoring, keeping_no_parent, option_utilities, units_of
+from simmerge_ray.selector.data.scoring import Scoring, keeping_no_parent, option_utilities, units_of
 from simmerge_ray.signals.features import column_signal
 
 Rows = Sequence[int]
 Policy = Callable[[SelectionDataset, Scoring, Rows, Rows], np.ndarray]
 SCALE_MATCHED = "scale_matched_linear"
 _STUMP_QUANTILES = np.linspace(0.1, 0.9, 9)
-
-
-def best_fixed_arm(dataset: SelectionDataset) -> str:
-    """The one arm that closes most of the gap over all contexts; by mean utility where no gap is defined."""
-    return dataset.arms[Scoring.of(dataset.contexts, dataset.arms).best_fixed(len(dataset.arms))]
-
-
-def uniform_gap_closed(dataset: SelectionDataset) -> float | None:
-    """Expected GapClosed of an arm drawn at random for every context: the mean over the fixed arms."""
-    scoring = Scoring.of(dataset.contexts, dataset.arms)
-    return None if scoring.unit != GAP_CLOSED else float(scoring.fixed()[: len(dataset.arms)].mean())
 
 
 def _always(index: int, num_arms: int, num_rows: int) -> np.ndarray:
@@ -115,7 +102,7 @@ def single_checkpoint_features(dataset: SelectionDataset) -> SelectionDataset:
 
 
 def parents_utilities(dataset: SelectionDataset) -> SelectionDataset:
-    """Only the measured utilities of both parents on the task: what an evaluation of the parents alone would say."""
+    """Only the measured utilities of both parents on the task: what evaluating the parents alone would tell."""
     parents = option_utilities(dataset.contexts, dataset.arms)[:, -2:]
     features = np.stack([parents, parents[:, ::-1]], axis=1)
     return replace(dataset, columns=("utility_left", "utility_right"), features=features)
@@ -123,28 +110,19 @@ def parents_utilities(dataset: SelectionDataset) -> SelectionDataset:
 
 def permuted_signals(dataset: SelectionDataset, training: Rows, seed: int) -> SelectionDataset:
     """Negative control: in the training rows each pair gets the signals of another one, drawn at random."""
-    position = {row: index for index, row in enumerate(training)}
-    units = units_of([dataset.contexts[row] for row in position], per_merge=True)
-    order = np.random.default_rng([seed, len(units)]).permutation(len(units))
-    rows, features = list(position), dataset.features.copy()
-    for unit, other in zip(units, order, strict=True):
+    num_units = len(units_of([dataset.contexts[row] for row in training], per_merge=True))
+    generator = np.random.default_rng([seed, num_units])
+    return permuted_columns(dataset, training, range(len(dataset.columns)), generator)
+
+
+def permuted_columns(
+    dataset: SelectionDataset, rows: Rows, columns: Sequence[int], generator: np.random.Generator
+) -> SelectionDataset:
+    """Each pair among the rows gets these columns of a pair drawn at random, the same one on all its tasks."""
+    units = units_of([dataset.contexts[row] for row in rows], per_merge=True)
+    features, kept = dataset.features.copy(), list(columns)
+    for unit, other in zip(units, generator.permutation(len(units)), strict=True):
         for place, row in enumerate(unit):
-            features[rows[row]] = dataset.features[rows[units[other][place % len(units[other])]]]
+            source = units[other][place % len(units[other])]
+            features[rows[row]][:, kept] = dataset.features[rows[source]][:, kept]
     return replace(dataset, features=features)
-
-
-def expert_plan(
-    utilities: Mapping[str, float], arm: Arm, expert_last: bool = True, weighting: str = "equal"
-) -> MergePlan:
-    """k-way plan that merges the checkpoints in the order of their own utility: the expert last, or first.
-
-    Args:
-        utilities: of each member on the task, at least two. With weighting `halving` the last member counts half.
-
-    Raises:
-        PlanError: fewer than two members, or an unknown weighting.
-    """
-    if len(utilities) < 2:
-        raise PlanError(f"a merge needs two checkpoints or more, got {sorted(utilities) or 'none'}")
-    order = sorted(utilities, key=lambda name: (utilities[name], name), reverse=not expert_last)
-    return fold_plan(order, [arm] * (len(order) - 1), weighting)

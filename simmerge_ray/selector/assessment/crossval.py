@@ -1,15 +1,14 @@
-"""A selector beside its baselines on checkpoints that it was not trained on: the report of `simmerge train`.
+"""A selector and its baselines on checkpoints that it was not trained on: the report of `simmerge train`.
 
-One split at a time: *one model unseen* (a group of checkpoints left out, with all its pairs) is that of the report; any
-other folds of `splits` can be given. Predictions of a pair that is tested in several folds are averaged, then one
-choice is made. What the safe override and the intervals need is chosen inside the training part of each fold: its
-checkpoints are left out in turn once more, so nothing is chosen on what it is scored on.
+One split at a time. The default is *one model unseen* (a group of checkpoints left out, with all its pairs); other
+folds of `splits` can be given. If a pair is tested in several folds, its predictions are averaged before the choice.
+The threshold of the safe override and the intervals are chosen inside the training part of each fold, whose checkpoints
+are left out in turn once more, so nothing is chosen on what it is scored on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,11 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import InputError
 from simmerge_ray.search.headroom import headroom
-from simmerge_ray.selector.assessment.baselines import uniform_gap_closed
-from simmerge_ray.selector.assessment.trial import OBJECTIVES, SafeResults, Trial, safe_results
+from simmerge_ray.selector.assessment.bench import Bench, NoiseSets
+from simmerge_ray.selector.assessment.folds import OBJECTIVES, CrossValidation, SafeResults, safe_results
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Bench, NoiseSets, keeping_no_parent, shares_of, units_of
-from simmerge_ray.selector.data.splits import Fold, fold_mean, pairs_of, resampled_weights
+from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.splits import Fold, pairs_of, resampled_weights
 from simmerge_ray.selector.models.predictors import PREDICTORS
 
 ONE_MODEL_UNSEEN = "one model unseen"
@@ -30,49 +29,15 @@ NUM_RESAMPLES = 2000
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class UnseenPredictions:
-    """Out-of-fold results for the N contexts of a dataset.
+def predict_unseen(dataset: SelectionDataset, config: TrainConfig, folds: Sequence[Fold] | None = None) -> np.ndarray:
+    """(N, K): leave each checkpoint (or group of them) out in turn, train on the pairs without it, predict the others.
 
-    utility: (N, K) predictions; a pair is tested in the folds of both its checkpoints and the two are averaged.
-    best_fixed: for each context the arm that is best fixed on the training part of its folds (on both: of the first).
-    """
-
-    utility: np.ndarray
-    best_fixed: tuple[str, ...]
-
-
-def predict_unseen(
-    dataset: SelectionDataset,
-    config: TrainConfig,
-    report: Progress | None = None,
-    folds: Sequence[Fold] | None = None,
-) -> UnseenPredictions:
-    """Leave each checkpoint (or group of them) out in turn, train on the pairs without it, predict the pairs with it.
+    A pair is tested in the folds of both its checkpoints; the two predictions are averaged.
 
     Raises:
         LabelError: a fold is too small to train on.
     """
-    trial = Trial.start(dataset, config, folds)
-    predicted = trial.predictions(trial.models(dataset, config))
-    if report:
-        report(1, 1)
-    return UnseenPredictions(fold_mean(trial.folds, predicted, len(dataset.contexts)), trial.best_fixed())
-
-
-def picks_per_context(dataset: SelectionDataset, utility: np.ndarray) -> list[str]:
-    """The best predicted arm of every context."""
-    return [dataset.arms[k] for k in utility.argmax(1)]
-
-
-def picks_per_merge(dataset: SelectionDataset, utility: np.ndarray) -> list[str]:
-    """One arm per pair: the best by predicted utility averaged over the pair's tasks. The headline objective."""
-    picks = [""] * len(dataset.contexts)
-    for rows in units_of(dataset.contexts, per_merge=True):
-        arm = dataset.arms[int(utility[rows].mean(0).argmax())]
-        for row in rows:
-            picks[row] = arm
-    return picks
+    return CrossValidation.of(dataset, config, folds).unseen(dataset, config)
 
 
 def crossval_report(
@@ -94,34 +59,52 @@ def crossval_report(
         GapClosed of selector, best fixed, uniform and split-half oracle. `policies`: for both objectives the figures of
         `Bench.measure` of every policy, `lead` of the selector over each of the others, `majority_in_noise_set` and
         `arm_accuracy` of the selector. `missing`: policies without figures, and why. `override`, `intervals`,
-        `abstained`: of the safe policy. `predictions`: a row per
-        context. A `reason` instead where there are too few labels for the folds, or GapClosed is nowhere defined.
+        `abstained`: of the safe policy. `predictions`: a row for each tested context. Or `reason` alone, if there are
+        too few labels for the folds or GapClosed is nowhere defined.
     """
     result: dict[str, Any] = {"arms": list(dataset.arms), "num_contexts": len(dataset.contexts), "split": split}
+    policies: dict[str, Any] = {}
     known = np.flatnonzero(~np.isnan(dataset.utilities).any(1)).tolist()
     if folds is None and len(known) < len(dataset.contexts):
         dataset = dataset.subset(known)
     try:
         room = headroom(dataset.contexts)
-        trial = Trial.start(dataset, config, folds)
+        crossval = CrossValidation.of(dataset, config, folds)
     except InputError as error:
         return result | {"reason": str(error)}
-    scores, missing, safe, predicted = _all_scores(trial, report or (lambda done, steps: None))
-    best_fixed = trial.best_fixed()
-    policies = {}
+    scores, missing, safe, predicted = _all_scores(crossval, report or (lambda done, steps: None))
+    uniform = crossval.scoring.fixed()[: len(dataset.arms)].mean()
     for name in OBJECTIVES:
-        bench = bench_of(trial, name == "per_merge", base_of)
-        policies[name] = _measured(bench, trial, scores | {"selector, safe": keeping_no_parent(safe.scores[name])})
-        figures = policies[name]["policies"]
+        bench = bench_of(crossval, name == "per_merge", base_of)
+        measured = _measured(bench, crossval, scores | {"selector, safe": keeping_no_parent(safe.scores[name])})
+        policies[name], figures = measured, measured["policies"]
         result[name] = {
             "selector": figures["selector"]["gap_closed"],
             "best_fixed": figures["best fixed"]["gap_closed"],
             "gain": figures["selector"]["gain"],
             "gain_interval": figures["selector"]["gain_interval"],
-            "uniform": uniform_gap_closed(dataset),
+            "uniform": float(uniform),
             "oracle": getattr(room, name).split_half_oracle,
         }
-    result["predictions"] = [
+    return result | {
+        "predictions": _predictions(dataset, predicted, crossval.best_fixed()),
+        "num_defined": room.num_defined,
+        "min_items": room.min_items,
+        "model": config.model,
+        "folds": [fold.name for fold in crossval.folds],
+        "policies": policies,
+        "missing": missing,
+        "override": {"thresholds": safe.thresholds},
+        "abstained": safe.abstained,
+        "intervals": {
+            level: {"coverage": safe.covered[level], "half_width": safe.width[level]} for level in safe.covered
+        },
+    }
+
+
+def _predictions(dataset: SelectionDataset, predicted: np.ndarray, best_fixed: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each context that some fold tested."""
+    return [
         {
             "left": context.left,
             "right": context.right,
@@ -133,59 +116,48 @@ def crossval_report(
         for row, context in enumerate(dataset.contexts)
         if not np.isnan(predicted[row]).any()
     ]
-    return result | {
-        "num_defined": room.num_defined,
-        "min_items": room.min_items,
-        "model": config.model,
-        "folds": [fold.name for fold in trial.folds],
-        "policies": policies,
-        "missing": missing,
-        "override": {"thresholds": safe.thresholds},
-        "abstained": safe.abstained,
-        "intervals": {
-            level: {"coverage": safe.covered[level], "half_width": safe.width[level]} for level in safe.covered
-        },
-    }
 
 
 def _all_scores(
-    trial: Trial, report: Progress
+    crossval: CrossValidation, report: Progress
 ) -> tuple[dict[str, np.ndarray], dict[str, str], SafeResults, np.ndarray]:
     """Scores (N, K + 2) by policy, reasons for missing ones, the safe policy, and the selector's predictions (N, K)."""
-    others = [kind for kind in PREDICTORS if kind != trial.config.model]
+    others = [kind for kind in PREDICTORS if kind != crossval.config.model]
     steps = 4 + len(others)
-    models = trial.models(trial.dataset, trial.config)
-    by_fold = trial.predictions(models)
-    predicted = trial.averaged(by_fold)
+    models = crossval.models(crossval.dataset, crossval.config)
+    by_fold = crossval.predictions(models)
+    predicted = crossval.averaged(by_fold)
     scores = {"selector": keeping_no_parent(predicted)}
     report(1, steps)
-    safe = safe_results(trial, models, by_fold)
+    safe = safe_results(crossval, models, by_fold)
     report(2, steps)
     for done, kind in enumerate(others, 3):
-        config = trial.config.model_copy(update={"model": kind})
-        scores[kind] = keeping_no_parent(trial.averaged(trial.predictions(trial.models(trial.dataset, config))))
+        config = crossval.config.model_copy(update={"model": kind})
+        scores[kind] = keeping_no_parent(
+            crossval.averaged(crossval.predictions(crossval.models(crossval.dataset, config)))
+        )
         report(done, steps)
-    found, missing = trial.baseline_scores()
+    found, missing = crossval.baseline_scores()
     report(steps - 1, steps)
-    controls, also_missing = trial.control_scores()
+    controls, also_missing = crossval.control_scores()
     report(steps, steps)
     return scores | found | controls, missing | also_missing, safe, predicted
 
 
-def bench_of(trial: Trial, per_merge: bool, base_of: Mapping[str, str] | None) -> Bench:
-    contexts = trial.dataset.contexts
-    units = units_of(contexts, per_merge)
-    pairs = pairs_of(contexts)
-    samples = resampled_weights([pairs[row] for row in trial.scoring.rows], base_of, NUM_RESAMPLES, trial.config.seed)
-    return Bench(trial.scoring, units, NoiseSets.of(contexts, trial.dataset.arms, units), samples)
+def bench_of(crossval: CrossValidation, per_merge: bool, base_of: Mapping[str, str] | None) -> Bench:
+    """What the choices of one objective are measured on. base_of: see `crossval_report`."""
+    contexts, scoring = crossval.dataset.contexts, crossval.scoring
+    units, pairs = units_of(contexts, per_merge), pairs_of(contexts)
+    samples = resampled_weights([pairs[row] for row in scoring.rows], base_of, NUM_RESAMPLES, crossval.config.seed)
+    return Bench(scoring, units, NoiseSets.of(contexts, crossval.dataset.arms, units), samples)
 
 
-def _measured(bench: Bench, trial: Trial, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _measured(bench: Bench, crossval: CrossValidation, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     shares = {name: shares_of(values, bench.units) for name, values in scores.items()}
     leads = {name: bench.measure(shares["selector"], values) for name, values in shares.items() if name != "selector"}
     return {
         "policies": {name: bench.measure(values, shares["best fixed"]) for name, values in shares.items()},
         "lead": {name: {key: one[key] for key in ("gain", "gain_interval")} for name, one in leads.items()},
         "majority_in_noise_set": bench.noise.majority_share,
-        "arm_accuracy": bench.arm_accuracy(shares["selector"], trial.dataset.arms),
+        "arm_accuracy": bench.arm_accuracy(shares["selector"], crossval.dataset.arms),
     }

@@ -6,8 +6,11 @@ importance compare many models with each other, all of the same smaller size (`s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,11 +18,13 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import InputError, LabelError
 from simmerge_ray.search.headroom import headroom
-from simmerge_ray.selector.assessment.baselines import best_fixed
+from simmerge_ray.selector.assessment.baselines import best_fixed, permuted_columns
+from simmerge_ray.selector.assessment.bench import Bench
 from simmerge_ray.selector.assessment.crossval import ONE_MODEL_UNSEEN, Progress, bench_of, crossval_report
-from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.assessment.folds import CrossValidation, small_config
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import Bench, keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.encoding import KINDS
+from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.data.splits import (
     Fold,
     base_folds,
@@ -29,6 +34,7 @@ from simmerge_ray.selector.data.splits import (
     random_pair_folds,
 )
 from simmerge_ray.selector.models.model import FittedModel
+from simmerge_ray.selector.models.predictors import PREDICTORS
 from simmerge_ray.signals.features import column_signal
 
 RANDOM_PAIR, UNSEEN_BASE, UNSEEN_DOMAIN = "random pair", "unseen model and base", "unseen domain"
@@ -42,13 +48,6 @@ _NUM_BINS = 10
 _NUM_INNER_FOLDS = 6
 
 
-def small_config(config: TrainConfig) -> TrainConfig:
-    """For models that are only compared with each other."""
-    return config.model_copy(
-        update={"num_members": min(2, config.num_members), "num_trees": max(1, config.num_trees // 4)}
-    )
-
-
 def assess(
     dataset: SelectionDataset,
     config: TrainConfig,
@@ -56,7 +55,7 @@ def assess(
     report: Progress | None = None,
     column_sets: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """All that the report of a training says.
+    """The content of a training's report.
 
     Args:
         base_of: base of each checkpoint; None takes all for one base's. column_sets: columns that are delivered by a
@@ -69,58 +68,53 @@ def assess(
     """
     known = base_of or {}
     names = sorted({name for pair in pairs_of(dataset.contexts) for name in pair})
-    bases = [known.get(name, "") for name in names]
-    splits = _splits(dataset, config, known if len(set(bases)) > 1 else None)
-    headline = UNSEEN_BASE if len(set(bases)) > 1 else ONE_MODEL_UNSEEN
-    variants = _variants(dataset, config, column_sets or {})
-    tell = _Steps(report, len(splits) + len(variants) + 1)
+    bases = Counter(known.get(name, "") for name in names)
+    headline = UNSEEN_BASE if len(bases) > 1 else ONE_MODEL_UNSEEN
+    splits = _splits(dataset, config, known if len(bases) > 1 else None)
+    variants = _variants(dataset.columns, column_sets or {})
+    small, steps, num_steps = small_config(config), count(1), len(splits) + len(variants) + 1
+
+    def step_done() -> None:
+        if report:
+            report(next(steps), num_steps)
+
     result: dict[str, Any] = {
         "num_contexts": len(dataset.contexts),
         "num_pairs": len(units_of(dataset.contexts, per_merge=True)),
         "num_checkpoints": len(names),
-        "bases": {base: bases.count(base) for base in sorted(set(bases))},
+        "bases": dict(sorted(bases.items())),
         "tasks": sorted({context.task for context in dataset.contexts}),
         "arms": list(dataset.arms),
         "model": config.model,
         "task_encoding": config.task_encoding,
         "headline": headline,
-        "small": {"num_members": small_config(config).num_members, "num_trees": small_config(config).num_trees},
+        "small": {"num_members": small.num_members, "num_trees": small.num_trees},
+        "headroom": _headroom(dataset),
+        "splits": {},
     }
-    try:
-        result["headroom"] = headroom(dataset.contexts).to_json()
-    except InputError as error:
-        result["headroom"] = {"reason": str(error)}
-    result["splits"] = {}
     for name, folds in splits.items():
         result["splits"][name] = _split_report(dataset, config, base_of, name, folds, name == headline)
-        tell.one_more()
+        step_done()
     shown = [i for i, column in enumerate(dataset.columns) if column in SHOWN_SIGNALS]
     result["signals"] = {dataset.columns[i]: dataset.features[:, :, i].mean(1).tolist() for i in shown}
     result["utilities"] = dataset.utilities.tolist()
-    main = result["splits"][headline]
-    if "reason" in main:
-        reason = {"reason": main["reason"]}
-        return result | {"ablations": reason, "importance": reason, "calibration": reason}
-    folds = splits[headline]
-    assert not isinstance(folds, str)  # else the split would have a reason
-    result["calibration"] = calibration(
-        np.array([row["predicted"] for row in main["predictions"]]),
-        np.array([row["measured"] for row in main["predictions"]]),
-    )
-    stand = _Stand.build(dataset, config, folds, base_of)
-    result["importance"] = stand.importance()
-    tell.one_more()
-    return result | {"ablations": stand.ablations(variants, tell.one_more)}
+    main, folds = result["splits"][headline], splits[headline]
+    if isinstance(folds, str) or "reason" in main:
+        return result | dict.fromkeys(("ablations", "importance", "calibration"), {"reason": main["reason"]})
+    predicted, measured = (np.array([row[key] for row in main["predictions"]]) for key in ("predicted", "measured"))
+    result["calibration"] = calibration(predicted, measured)
+    crossval = CrossValidation.of(dataset, small, folds)
+    compared = _Headline(crossval, bench_of(crossval, True, base_of))
+    result["importance"] = compared.importance()
+    step_done()
+    return result | {"ablations": compared.ablations(variants, step_done)}
 
 
-class _Steps:
-    def __init__(self, report: Progress | None, total: int) -> None:
-        self._report, self._total, self._done = report, total, 0
-
-    def one_more(self) -> None:
-        self._done += 1
-        if self._report:
-            self._report(self._done, self._total)
+def _headroom(dataset: SelectionDataset) -> dict[str, Any]:
+    try:
+        return headroom(dataset.contexts).to_json()
+    except InputError as error:
+        return {"reason": str(error)}
 
 
 def _splits(
@@ -169,71 +163,51 @@ def _split_report(
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the ablations: the same folds with other features or another config; `reason` where that cannot be."""
+    """A row of the ablations: the same folds with these columns, or with another config."""
 
     group: str
     name: str
-    dataset: SelectionDataset
-    config: TrainConfig
-    reason: str = ""
+    columns: Sequence[str]
+    update: Mapping[str, Any] | None = None
 
 
-def _variants(
-    dataset: SelectionDataset,
-    config: TrainConfig,
-    column_sets: Mapping[str, Sequence[str]],
-) -> list[Variant]:
-    small = small_config(config)
-    found = []
-
-    def columns_variant(group: str, name: str, columns: Sequence[str]) -> None:
-        kept = [column for column in dataset.columns if column in set(columns)]
-        reason = "" if kept else "no such features are in the signal tables"
-        found.append(Variant(group, name, dataset.restricted(kept) if kept else dataset, small, reason))
-
-    of_weights = [column for column in dataset.columns if column_signal(column).of_weights]
-    columns_variant("signals", "no probes", of_weights)
-    columns_variant("signals", "no weights", [column for column in dataset.columns if column not in of_weights])
-    for name, columns in column_sets.items():
-        columns_variant("columns of propagator", name, columns)
-    for encoding in ("none", "onehot", "probe_stats"):
-        reason = ""
-        if encoding == "probe_stats" and dataset.statistics is None:
-            reason = "the signal table was made without a base"
-        update = {"task_encoding": encoding}
-        found.append(Variant("task encoding", encoding, dataset, small.model_copy(update=update), reason))
-    for model in ("mlp", "ridge", "knn", "forest"):
-        found.append(Variant("model", model, dataset, small.model_copy(update={"model": model})))
-    return found
+def _variants(columns: Sequence[str], column_sets: Mapping[str, Sequence[str]]) -> list[Variant]:
+    of_weights = [column for column in columns if column_signal(column).of_weights]
+    return [
+        Variant("signals", "no probes", of_weights),
+        Variant("signals", "no weights", [column for column in columns if column not in of_weights]),
+        *(
+            Variant("columns of propagator", name, [column for column in columns if column in set(delivered)])
+            for name, delivered in column_sets.items()
+        ),
+        *(Variant("task encoding", kind, columns, {"task_encoding": kind}) for kind in KINDS),
+        *(Variant("model", kind, columns, {"model": kind}) for kind in PREDICTORS),
+    ]
 
 
 @dataclass(frozen=True)
-class _Stand:
-    """The headline split with small models: what ablations and permutations are compared with."""
+class _Headline:
+    """The headline split with small models, which ablations and permutations are compared with."""
 
-    trial: Trial
+    crossval: CrossValidation
     bench: Bench
-    models: list[FittedModel]
-    fixed: np.ndarray
-    full: np.ndarray
 
-    @staticmethod
-    def build(
-        dataset: SelectionDataset,
-        config: TrainConfig,
-        folds: Sequence[Fold],
-        base_of: Mapping[str, str] | None,
-    ) -> _Stand:
-        trial = Trial.start(dataset, small_config(config), folds)
-        bench = bench_of(trial, True, base_of)
-        models = trial.models(dataset, trial.config)
-        always = [best_fixed(dataset, trial.scoring, fold.training, fold.tested) for fold in trial.folds]
-        fixed = shares_of(trial.averaged(always), bench.units)
-        full = shares_of(keeping_no_parent(trial.averaged(trial.predictions(models))), bench.units)
-        return _Stand(trial, bench, models, fixed, full)
+    @cached_property
+    def models(self) -> list[FittedModel]:
+        return self.crossval.models(self.crossval.dataset, self.crossval.config)
 
-    def shares(self, predicted: Sequence[np.ndarray]) -> np.ndarray:
-        return shares_of(keeping_no_parent(self.trial.averaged(predicted)), self.bench.units)
+    @cached_property
+    def fixed(self) -> np.ndarray:
+        """Shares of the best fixed arm of each fold."""
+        return shares_of(self.crossval.baseline(best_fixed), self.bench.units)
+
+    @cached_property
+    def full(self) -> np.ndarray:
+        """Shares of the models on all signals."""
+        return self.shares(self.crossval.averaged(self.crossval.predictions(self.models)))
+
+    def shares(self, predicted: np.ndarray) -> np.ndarray:
+        return shares_of(keeping_no_parent(predicted), self.bench.units)
 
     def compared(self, shares: np.ndarray) -> dict[str, Any]:
         """Gain over the best fixed arm, and change against all signals."""
@@ -246,72 +220,50 @@ class _Stand:
         }
 
     def ablations(self, variants: Sequence[Variant], done: Callable[[], None]) -> dict[str, Any]:
-        num = len(self.trial.dataset.columns)
-        rows = [{"group": "signals", "name": ALL_SIGNALS, "num_columns": num} | self.compared(self.full)]
+        dataset, config = self.crossval.dataset, self.crossval.config
+        rows = [{"group": "signals", "name": ALL_SIGNALS, "num_columns": len(dataset.columns)}]
+        rows[0] |= self.compared(self.full)
         missing = {}
-        for one in variants:
-            name = f"{one.group}: {one.name}"
+        for variant in variants:
             try:
-                if one.reason:
-                    raise LabelError(one.reason)
-                models = self.trial.models(one.dataset, one.config)
-                predicted = self.trial.predictions(models, one.dataset)
+                part, changed = dataset.restricted(variant.columns), config.model_copy(update=variant.update)
+                row = self.compared(self.shares(self.crossval.unseen(part, changed)))
             except InputError as error:
-                missing[name] = str(error)
+                missing[f"{variant.group}: {variant.name}"] = str(error)
             else:
-                row = {"group": one.group, "name": one.name, "num_columns": len(one.dataset.columns)}
-                rows.append(row | self.compared(self.shares(predicted)))
+                rows.append({"group": variant.group, "name": variant.name, "num_columns": len(part.columns)} | row)
             done()
         return {"rows": rows, "missing": missing}
 
     def importance(self) -> dict[str, Any]:
         """Change of the headline gain when the columns of a family come from another pair, in the tested rows alone."""
-        columns = self.trial.dataset.columns
-        families = list(dict.fromkeys(column_signal(column).family for column in columns))
-        gain = self.compared(self.full)["gain"]
+        columns = self.crossval.dataset.columns
+        of_family: dict[str, list[int]] = {}
+        for index, column in enumerate(columns):
+            of_family.setdefault(column_signal(column).family, []).append(index)
         rows = []
-        for family in families:
-            index = [i for i, column in enumerate(columns) if column_signal(column).family == family]
-            changes = [self.change_without(index, seed) for seed in range(NUM_PERMUTATIONS)]
-            rows.append(
-                {
-                    "family": family,
-                    "num_columns": len(index),
-                    "change": float(np.mean(changes)),
-                    "low": min(changes),
-                    "high": max(changes),
-                }
-            )
+        for family, kept in of_family.items():
+            changes = [self.change_without(kept, seed) for seed in range(NUM_PERMUTATIONS)]
+            figures = {"change": float(np.mean(changes)), "low": min(changes), "high": max(changes)}
+            rows.append({"family": family, "num_columns": len(kept)} | figures)
+        gain = self.compared(self.full)["gain"]
         return {"gain": gain, "num_permutations": NUM_PERMUTATIONS, "rows": rows}
 
     def change_without(self, columns: Sequence[int], seed: int) -> float:
-        dataset = self.trial.dataset
+        dataset = self.crossval.dataset
         predicted = []
-        for number, (fold, model) in enumerate(zip(self.trial.folds, self.models, strict=True)):
-            generator = np.random.default_rng([self.trial.config.seed, seed, number])
-            part = permuted_columns(dataset.subset(fold.tested), columns, generator)
-            predicted.append(model.predict(part.features, [one.task for one in part.contexts], part.statistics)[0])
-        taken, full = (self.trial.scoring.taken(shares) for shares in (self.shares(predicted), self.full))
+        for number, (fold, model) in enumerate(zip(self.crossval.folds, self.models, strict=True)):
+            generator = np.random.default_rng([self.crossval.config.seed, seed, number])
+            part = permuted_columns(dataset.subset(fold.tested), range(len(fold.tested)), columns, generator)
+            predicted.append(model.utilities(part))
+        shares, scoring = self.shares(self.crossval.averaged(predicted)), self.crossval.scoring
+        taken, full = scoring.taken(shares), scoring.taken(self.full)
         tested = ~np.isnan(full)
-        rows = self.trial.scoring.rows[tested].tolist()
-        return float(self.trial.scoring.among(rows).headline((taken - full)[tested]))
-
-
-def permuted_columns(
-    dataset: SelectionDataset, columns: Sequence[int], generator: np.random.Generator
-) -> SelectionDataset:
-    """Each pair gets these columns of a pair drawn at random, the same one on all its tasks; the rest stays."""
-    units = units_of(dataset.contexts, per_merge=True)
-    features = dataset.features.copy()
-    for unit, other in zip(units, generator.permutation(len(units)), strict=True):
-        for place, row in enumerate(unit):
-            source = units[other][place % len(units[other])]
-            features[row][:, list(columns)] = dataset.features[source][:, list(columns)]
-    return replace(dataset, features=features)
+        return float(scoring.among(scoring.rows[tested].tolist()).headline((taken - full)[tested]))
 
 
 def calibration(predicted: np.ndarray, measured: np.ndarray) -> dict[str, list[dict[str, float]]]:
-    """Tenths of the predictions beside the mean that was measured for them; (N, K) each.
+    """Deciles of the predictions and the mean measured for each; (N, K) both.
 
     `utility`: of an arm on a context. `advantage`: over the mean of the arms on the context, which is what a choice
     rests on.

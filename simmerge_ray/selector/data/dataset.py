@@ -33,6 +33,11 @@ class SelectionDataset:
     weights: str = "exact"
     statistics: np.ndarray | None = None
 
+    @property
+    def tasks(self) -> list[str]:
+        """(N,): of the contexts."""
+        return [context.task for context in self.contexts]
+
     def subset(self, rows: Sequence[int]) -> SelectionDataset:
         """The contexts at the given rows."""
         index = np.asarray(rows, dtype=np.int64)
@@ -50,11 +55,13 @@ class SelectionDataset:
         """The same contexts with these feature columns only, e.g. those that a propagator delivers.
 
         Raises:
-            LabelError: a column that the dataset does not have.
+            LabelError: a column that the dataset does not have, or none.
         """
         for column in columns:
             if column not in self.columns:
                 raise LabelError(unknown_name("feature column", column, self.columns))
+        if not columns:
+            raise LabelError("no such features are in the signal tables")
         kept = [index for index, column in enumerate(self.columns) if column in set(columns)]
         return replace(self, columns=tuple(self.columns[i] for i in kept), features=self.features[..., kept])
 

@@ -1,7 +1,7 @@
-"""What a selector is told about the task beside the signals, which are computed on the task's probes already.
+"""What a selector knows of the task beyond the signals, which are computed on the task's probes already.
 
 none         nothing (the default: an encoding can only be wrong about a task that was not trained on)
-onehot       one column a known task, and one that says that the task is unknown
+onehot       one column for each known task, and one for an unknown task
 probe_stats  entropy and loss of the context's base on the task's probes, standardised over bases and tasks of the
              training; the length of the probes is not in a signal table, so it is not used
 """
@@ -16,7 +16,7 @@ import numpy as np
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.signals.table import SignalTable
 
-Array = np.ndarray
+KINDS = ("none", "onehot", "probe_stats")
 STATISTICS = ("entropy", "loss")
 
 
@@ -34,7 +34,7 @@ class TaskEncoding:
     scale: tuple[float, ...] = ()
 
     @staticmethod
-    def fit(kind: str, tasks: Sequence[str], statistics: Array | None = None) -> TaskEncoding:
+    def fit(kind: str, tasks: Sequence[str], statistics: np.ndarray | None = None) -> TaskEncoding:
         """The encoding of the tasks of a training set, one entry a context.
 
         Args:
@@ -55,7 +55,9 @@ class TaskEncoding:
         """Number of columns."""
         return {"none": 0, "onehot": len(self.tasks) + 1, "probe_stats": len(self.centre)}[self.kind]
 
-    def codes(self, num_contexts: int, tasks: Sequence[str] | None = None, statistics: Array | None = None) -> Array:
+    def codes(
+        self, num_contexts: int, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
+    ) -> np.ndarray:
         """(N, T) columns for the tasks of N contexts; without `tasks` every task is unknown.
 
         Raises:
@@ -66,46 +68,32 @@ class TaskEncoding:
         if self.kind == "none":
             return np.zeros((num_contexts, 0))
         if self.kind == "onehot":
-            codes: Array = np.zeros((num_contexts, len(self.tasks) + 1))
+            codes: np.ndarray = np.zeros((num_contexts, len(self.tasks) + 1))
             columns = [self.tasks.index(t) if t in self.tasks else -1 for t in tasks or [""] * num_contexts]
             codes[np.arange(num_contexts), columns] = 1.0
             return codes
-        standardised: Array = (_checked(statistics, num_contexts) - self.centre) / self.scale
+        standardised: np.ndarray = (_checked(statistics, num_contexts) - self.centre) / self.scale
         return standardised
 
 
-def base_statistics(table: SignalTable) -> dict[str, tuple[float, ...]]:
-    """Entropy and loss of the base on the probes of every task, in nats, from the table's pairs with the base.
+def statistics_of(table: SignalTable, tasks: Sequence[str]) -> np.ndarray | None:
+    """(N, S): entropy and loss of the base on the probes of each context's task, in nats, from its pairs in the table.
 
-    Raises:
-        SelectorError: the table was made without a base.
+    None where the table was made without a base.
     """
     base = table.provenance.get("base")
-    found: dict[str, tuple[float, ...]] = {}
+    known: dict[str, list[float]] = {}
     for (left, _, task), row in table.rows.items():
         if left == base and base is not None:
-            found.setdefault(task, tuple(row.features[f"{name}_left"] for name in STATISTICS))
-    if not found:
-        raise SelectorError(
-            "the task encoding probe_stats needs a signal table with a base; name a base in the catalogue, or use none"
-        )
-    return found
+            known.setdefault(task, [row.features[f"{name}_left"] for name in STATISTICS])
+    return np.array([known[task] for task in tasks]).reshape(len(tasks), len(STATISTICS)) if known else None
 
 
-def statistics_of(table: SignalTable, tasks: Sequence[str]) -> Array | None:
-    """(N, S): `base_statistics` for the task of each context; None where the table was made without a base."""
-    try:
-        known = base_statistics(table)
-    except SelectorError:
-        return None
-    return np.array([known[task] for task in tasks]).reshape(len(tasks), len(STATISTICS))
-
-
-def _checked(statistics: Array | None, num_contexts: int) -> Array:
+def _checked(statistics: np.ndarray | None, num_contexts: int) -> np.ndarray:
     if statistics is None:
         raise SelectorError(
-            f"the task encoding probe_stats needs the base's {' and '.join(STATISTICS)} on the task of every context: "
-            "signals computed with a base; or train with task_encoding none"
+            f"the task encoding probe_stats needs the base's {' and '.join(STATISTICS)} on the task of every context, "
+            "which signals computed without a base lack: name a base in the catalogue, or take task_encoding none"
         )
     if statistics.shape != (num_contexts, len(STATISTICS)):
         raise SelectorError(f"the statistics have the shape {statistics.shape}; it must be ({num_contexts}, 2)")

@@ -48,7 +48,7 @@ def find_dataset(path: Place) -> DatasetFiles:
         ConfigError: there is no such path, or it has none of the forms.
     """
     if not path.exists():
-        raise ConfigError(f"no data set at {path}; `simmerge search` or jobs/build_dataset.py makes labels")
+        raise ConfigError(f"no data set at {path}; `simmerge labels make` or jobs/build_dataset.py makes labels")
     if path.is_dir() and (path / "labels.parquet").is_file():
         path /= "labels.parquet"
     if path.is_file():
@@ -82,35 +82,10 @@ def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> Load
     """
     labels = [label for path in files.labels for label in LabelStore(path).read()]
     if not labels:
-        raise LabelError(f"no labels at {files.labels[0]}; `simmerge search` makes them")
+        raise LabelError(f"no labels at {files.labels[0]}; `simmerge labels make` makes them")
     tables = [read_signal_table(path) for path in files.signals]
-    owner: dict[str, int] = {}
-    for index, table in enumerate(tables):
-        for name in table.checkpoint_ids:
-            if owner.setdefault(name, index) != index:
-                raise LabelError(
-                    f"checkpoint {name!r} is in {files.signals[owner[name]]} and in {files.signals[index]}; ids must "
-                    "be unique over the bases"
-                )
-    of_table: dict[int, list[LabeledPlan]] = {}
-    base_ids = {table.provenance.get("base") for table in tables}
-    without: set[str] = set()
-    for label in labels:
-        members = [name for name in label.plan.members if name not in base_ids]
-        owners = {owner.get(name) for name in members}
-        if None in owners:
-            without.update(name for name in members if name not in owner)
-        elif len(owners) > 1:
-            raise LabelError(f"{label.plan.label} merges checkpoints of different signal tables; one table is needed")
-        for place in owners:
-            if place is not None:
-                of_table.setdefault(place, []).append(label)
-    if without:
-        shown = ", ".join(sorted(without)[:4]) + (" ..." if len(without) > 4 else "")
-        raise LabelError(
-            f"labels of {len(without)} checkpoints have no signals ({shown}): no table of "
-            f"{files.signals[0].parent} names them; compute the signals of their base, or leave the labels out"
-        )
+    owner = _owners(tables, files)
+    of_table = _labels_by_table(labels, tables, owner, files)
     used = sorted(of_table)
     pair_labels = [label for index in used for label in of_table[index]]
     measured = {label.plan.steps[0].arm.label for label in pair_labels if measures_arm(label)}
@@ -131,7 +106,43 @@ def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> Load
     )
 
 
+def _owners(tables: Sequence[SignalTable], files: DatasetFiles) -> dict[str, int]:
+    """The table of each checkpoint."""
+    owner: dict[str, int] = {}
+    for index, table in enumerate(tables):
+        for name in table.checkpoint_ids:
+            if owner.setdefault(name, index) != index:
+                raise LabelError(
+                    f"checkpoint {name!r} is in {files.signals[owner[name]]} and in {files.signals[index]}; ids must "
+                    "be unique over the bases"
+                )
+    return owner
+
+
+def _labels_by_table(
+    labels: Sequence[LabeledPlan], tables: Sequence[SignalTable], owner: Mapping[str, int], files: DatasetFiles
+) -> dict[int, list[LabeledPlan]]:
+    base_ids = {table.provenance.get("base") for table in tables}
+    of_table: dict[int, list[LabeledPlan]] = {}
+    unknown: set[str] = set()
+    for label in labels:
+        members = {name for name in label.plan.members if name not in base_ids}
+        owners = {owner[name] for name in members if name in owner}
+        unknown |= members - owner.keys()
+        if len(owners) > 1 and members <= owner.keys():
+            raise LabelError(f"{label.plan.label} merges checkpoints of different signal tables; one table is needed")
+        for index in owners:
+            of_table.setdefault(index, []).append(label)
+    if unknown:
+        shown = ", ".join(sorted(unknown)[:4]) + (" ..." if len(unknown) > 4 else "")
+        raise LabelError(
+            f"labels of {len(unknown)} checkpoints have no signals ({shown}): no table of "
+            f"{files.signals[0].parent} names them; compute the signals of their base, or leave the labels out"
+        )
+    return of_table
+
+
 def _base_name(table: SignalTable, path: Place) -> str:
-    """Of its base; a table made without one stands for itself."""
+    """The id of its base; a table made without one has its own name."""
     name = table.provenance.get("base")
     return str(name) if name is not None else str(path.parent.name if path.name == _PAIRS else path.stem)

@@ -72,10 +72,10 @@ def single_arms(
     )
 
 
-def digest_of(rewards: Sequence[RewardedMerge]) -> str:
-    """Of all that is learned from, in its order."""
-    said = [digest_json([one.members, one.tasks, one.arm, one.utility]).encode() for one in rewards]
-    return digest_bytes(*said, *(np.ascontiguousarray(one.features).tobytes() for one in rewards))
+def rewards_digest(rewards: Sequence[RewardedMerge]) -> str:
+    """Digest of all rewards, in their order."""
+    texts = [digest_json([one.members, one.tasks, one.arm, one.utility]).encode() for one in rewards]
+    return digest_bytes(*texts, *(np.ascontiguousarray(one.features).tobytes() for one in rewards))
 
 
 def without(rewards: Sequence[RewardedMerge], left_out: Collection[str]) -> list[RewardedMerge]:

@@ -25,6 +25,11 @@ class Fold:
     training: tuple[int, ...]
     tested: tuple[int, ...]
 
+    def among(self, rows: Iterable[int]) -> Fold:
+        """The same fold of these rows alone."""
+        kept = set(rows)
+        return Fold(self.name, *(tuple(row for row in part if row in kept) for part in (self.training, self.tested)))
+
 
 def pairs_of(contexts: Iterable[Context]) -> tuple[Pair, ...]:
     """(left, right) of each context."""
@@ -32,7 +37,7 @@ def pairs_of(contexts: Iterable[Context]) -> tuple[Pair, ...]:
 
 
 def checkpoint_groups(pairs: Iterable[Pair], max_groups: int, seed: int) -> list[frozenset[str]]:
-    """Checkpoints in at most so many groups of about one size, drawn at random when there are more checkpoints."""
+    """Checkpoints in at most `max_groups` groups of about one size, drawn at random if there are more checkpoints."""
     names = sorted({name for pair in pairs for name in pair})
     if len(names) > max_groups:
         names = [names[index] for index in np.random.default_rng([seed, len(names)]).permutation(len(names))]

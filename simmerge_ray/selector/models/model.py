@@ -1,7 +1,7 @@
 """The selector: signals of a pair in, utilities of the arms and a choice out. numpy; stored as safetensors and JSON.
 
-What predicts is a row of `predictors.PREDICTORS`. Around it: the scaling of the features, what is said about the task,
-when to leave the best fixed arm, which pairs are too far from the training data to be answered, and intervals.
+A row of `predictors.PREDICTORS` predicts. Around it: the scaling of the features, the encoding of the task, when to
+leave the best fixed arm, which pairs are too far from the training data to be answered, and intervals.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.base.storage import Place, digest_json, local_directory, new_directory, versions, write_json
-from simmerge_ray.selector.data.dataset import pair_features
-from simmerge_ray.selector.data.encoding import TaskEncoding, statistics_of
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.encoding import TaskEncoding
 from simmerge_ray.selector.models.novelty import Novelty
-from simmerge_ray.selector.models.policy import Choice, Intervals, SafeOverride, explain
-from simmerge_ray.selector.models.predictors import PREDICTORS, MlpPredictor, Network, Predictor
+from simmerge_ray.selector.models.policy import Choice, Intervals, SafeOverride, safe_choice
+from simmerge_ray.selector.models.predictors import PREDICTORS, Predictor
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.table import SignalTable
 
@@ -31,22 +31,19 @@ _DESCRIPTION = "selector.json"
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Predicted utilities of the arms, in the selector's order. utility, sd: (K,)."""
-
-    arms: tuple[str, ...]
-    utility: np.ndarray
-    sd: np.ndarray
-
-
-@dataclass(frozen=True)
-class FittedModel:
-    """A predictor with the scaling of its inputs. centre, scale: (F,), of the features over both orders."""
+class InputScaling:
+    """From features to a predictor's inputs. centre, scale: (F,), of the features over both orders."""
 
     centre: np.ndarray
     scale: np.ndarray
     encoding: TaskEncoding
-    predictor: Predictor
+
+    @staticmethod
+    def fit(dataset: SelectionDataset, encoding: str) -> InputScaling:
+        """Of training contexts; encoding: a kind, see `TaskEncoding`."""
+        flat = dataset.features.reshape(-1, len(dataset.columns))
+        scale = np.where(flat.std(0) > 1e-9, flat.std(0), 1.0)
+        return InputScaling(flat.mean(0), scale, TaskEncoding.fit(encoding, dataset.tasks, dataset.statistics))
 
     def standardised(self, features: np.ndarray) -> np.ndarray:
         """(N, 2, F) -> (N, 2, F).
@@ -71,6 +68,13 @@ class FittedModel:
         inputs = self.standardised(features)
         return np.concatenate([inputs, np.repeat(codes[:, None], 2, axis=1)], axis=2) if codes.shape[1] else inputs
 
+
+@dataclass(frozen=True)
+class FittedModel(InputScaling):
+    """A predictor with the scaling of its inputs."""
+
+    predictor: Predictor
+
     def predict(
         self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -81,13 +85,17 @@ class FittedModel:
             return np.zeros((0, utility.shape[1])), np.zeros((0, utility.shape[1]))
         return self.predictor.predict(self.inputs(features, tasks, statistics))
 
+    def utilities(self, dataset: SelectionDataset) -> np.ndarray:
+        """(N, K): predictions for contexts whose utilities are known or not."""
+        return self.predict(dataset.features, dataset.tasks, dataset.statistics)[0]
+
 
 @dataclass(frozen=True)
 class Selector:
     """Predicts utilities of arms from the signals of a pair on a task, and chooses an arm.
 
-    reference: the arms over which contrasts sum to zero; any other arm is a contrast to their mean. intervals: None
-    where there were too few checkpoints to leave some out. provenance: digest of the training data, config, metrics.
+    reference: the arms over which contrasts sum to zero; any other arm is a contrast to their mean. intervals: None if
+    there were too few checkpoints to leave some out. provenance: digest of the training data, config, metrics.
     """
 
     arms: tuple[str, ...]
@@ -110,17 +118,6 @@ class Selector:
         parts = [self.provenance.get("data_digest"), self.provenance.get("config"), self.arms, self.columns]
         return digest_json(parts)[:12]
 
-    @property
-    def members(self) -> tuple[Network, ...]:
-        """Networks of an `mlp` selector."""
-        return self._mlp().members
-
-    def _mlp(self) -> MlpPredictor:
-        predictor = self.fitted.predictor
-        if not isinstance(predictor, MlpPredictor):
-            raise SelectorError(f"a {predictor.kind} selector has no encoder; train one with model: mlp")
-        return predictor
-
     def predict(
         self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -138,16 +135,6 @@ class Selector:
         """
         return self.fitted.predict(features, tasks, statistics)
 
-    def encode(
-        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
-    ) -> np.ndarray:
-        """(N, 2, F) -> (N, E, hidden): outputs of the encoders of the E networks, averaged over both orders.
-
-        Raises:
-            SelectorError: not an `mlp` selector, or as in `predict`.
-        """
-        return self._mlp().encode(self.fitted.inputs(features, tasks, statistics))
-
     def distances(self, features: np.ndarray) -> np.ndarray:
         """(N, 2, F) -> (N,): distance of each context to the training data; beyond `novelty.limit` it is not known."""
         return self.novelty.distances(self.fitted.standardised(features))
@@ -156,7 +143,7 @@ class Selector:
         """(K,): utility plus and minus this covers the measured one with probability `level`, for unseen checkpoints.
 
         Raises:
-            SelectorError: another level than those of the artifact, or none were computed.
+            SelectorError: the artifact has no interval of this level.
         """
         if self.intervals is None:
             raise SelectorError("this selector has no intervals: there were too few checkpoints to leave some out")
@@ -176,32 +163,10 @@ class Selector:
             raise SelectorError("a choice needs the features of one task at least")
         utility, _ = self.predict(features, tasks, statistics)
         distance = float(self.distances(features).max())
-        return explain(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
-
-    def predict_pair(self, table: SignalTable, left: str, right: str, tasks: Sequence[str]) -> dict[str, Prediction]:
-        """Predictions for one pair, per task.
-
-        Raises:
-            SelectorError: the table does not have the features that this selector was trained with.
-            PlanError: the pair or a task is not in the table.
-        """
-        utility, sd = self.predict(*self._from_table(table, left, right, tasks))
-        return {task: Prediction(self.arms, utility[i], sd[i]) for i, task in enumerate(tasks)}
-
-    def choose_pair(self, table: SignalTable, left: str, right: str, tasks: Sequence[str]) -> Choice:
-        """`choose` for a pair of a table; raises as `predict_pair`."""
-        return self.choose(*self._from_table(table, left, right, tasks))
-
-    def _from_table(
-        self, table: SignalTable, left: str, right: str, tasks: Sequence[str]
-    ) -> tuple[np.ndarray, Sequence[str], np.ndarray | None]:
-        self.check_table(table)
-        features = np.array([pair_features(table, left, right, task) for task in tasks])
-        statistics = statistics_of(table, tasks) if self.fitted.encoding.kind == "probe_stats" else None
-        return features.reshape(len(tasks), 2, len(self.columns)), tasks, statistics
+        return safe_choice(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
 
     def check_table(self, table: SignalTable) -> None:
-        """Refuse a table of other features, or of weight signals of another kind, than this selector was trained with.
+        """Refuse a table of other features than this selector was trained with; and see `check_weights`.
 
         Raises:
             SelectorError: saying what differs.
@@ -212,7 +177,15 @@ class Selector:
                 f"the signal table and the selector have different features, e.g. {missing[0]!r}; "
                 "compute the signals as for training (with or without a base)"
             )
-        trained, given = self.provenance.get("weights", "exact"), table.provenance.get("weights", "exact")
+        self.check_weights(table)
+
+    def check_weights(self, table: SignalTable) -> None:
+        """Refuse a table of weight signals of another kind than this selector was trained with.
+
+        Raises:
+            SelectorError: saying which to compute.
+        """
+        trained, given = (one.provenance.get("weights", "exact") for one in (self, table))
         if trained != given:
             raise SelectorError(
                 f"the selector was trained with {trained} weight signals, the table has {given} ones; "

@@ -1,21 +1,13 @@
-"""Is a pair like those that were trained on? Distance to the nearest of them, beside what is usual among them."""
+"""Is a pair like those of the training? Its distance to the nearest of them, against the usual distance among them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simmerge_ray.selector.models.predictors import squared_distances
-from simmerge_ray.signals.features import scaled_features
-
-if TYPE_CHECKING:
-    from simmerge_ray.selector.data.tasks import TaskPool
-    from simmerge_ray.selector.models.model import Selector
-    from simmerge_ray.signals.table import SignalTable
 
 NUM_NEIGHBOURS = 5
 
@@ -25,8 +17,8 @@ class Novelty:
     """Root mean square over the features of the mean Euclidean distance to the 5 nearest training rows.
 
     rows: (M, F) standardised features of the training pairs, both orders. limit: distance beyond which a pair is not
-    answered, the stated quantile of what training pairs have to those that share no checkpoint with them: what a pair
-    of two new checkpoints of the same kind meets.
+    answered: a quantile of the distances of training pairs to those that share no checkpoint with them, as seen by a
+    pair of two new checkpoints of the same kind.
     """
 
     rows: np.ndarray
@@ -58,22 +50,6 @@ def fit_novelty(features: np.ndarray, pairs: Sequence[tuple[str, str]], quantile
     # "higher": with few pairs the quantile is the largest distance, not something below it.
     limit = float(np.quantile(finite, quantile, method="higher")) if len(finite) else 0.0
     return Novelty(rows, limit)
-
-
-def unlike_pairs(selector: Selector, table: SignalTable, ids: Sequence[str], pool: TaskPool) -> list[tuple[str, str]]:
-    """Pairs of checkpoints of a table that are not like the training data, on one of the tasks that count for them."""
-    place = {name: index for index, name in enumerate(table.checkpoint_ids)}
-    pairs = list(combinations(ids, 2))
-    counted = pool.counted(np.array([[place[left], place[right]] for left, right in pairs]))
-    owners, rows = [], []
-    for pair, wanted in zip(pairs, np.broadcast_to(counted, (len(pairs), len(pool.tasks))), strict=True):
-        for task in np.asarray(pool.tasks)[wanted]:
-            row = table.get(*pair, str(task))
-            owners.append(pair)
-            rows.append([scaled_features(side.features, selector.columns) for side in (row, row.swap())])
-    far = selector.distances(np.array(rows)) > selector.novelty.limit
-    found = {pair for pair, is_far in zip(owners, far, strict=True) if is_far}
-    return [pair for pair in pairs if pair in found]
 
 
 def _mean_of_nearest(squared: np.ndarray, num_features: int) -> np.ndarray:

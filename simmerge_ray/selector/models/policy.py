@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmerge_ray.selector.data.evaluation import Scoring
+from simmerge_ray.selector.data.scoring import Scoring
 from simmerge_ray.selector.data.splits import Pair
 
 INTERVAL_LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -41,7 +41,7 @@ class Choice:
     """An arm for a pair.
 
     overrode: whether it is another than the best fixed one. reason: why, in words. advantage: predicted utility of the
-    arm that looks best over the best fixed one. distance: to the training data, beside its limit in the selector.
+    arm that looks best over the best fixed one. distance: to the training data; the selector has its limit.
     """
 
     arm: str
@@ -140,7 +140,9 @@ def safe_scores(override: SafeOverride, arms: Sequence[str], pooled: np.ndarray,
     return np.eye(len(arms))[np.where(leaves, pooled.argmax(1), fixed)]
 
 
-def explain(override: SafeOverride, arms: Sequence[str], pooled: np.ndarray, distance: float, limit: float) -> Choice:
+def safe_choice(
+    override: SafeOverride, arms: Sequence[str], pooled: np.ndarray, distance: float, limit: float
+) -> Choice:
     """The choice for one pair from its (K,) predictions, pooled over the tasks."""
     fixed = override.best_fixed
     advantage = float(pooled.max() - pooled[arms.index(fixed)])

@@ -1,4 +1,4 @@
-"""What turns the signals of a pair into utilities: four families behind one interface, evaluated with numpy alone.
+"""From the signals of a pair to utilities: four families behind one interface, evaluated with numpy alone.
 
 Every family predicts a level (what any merge of this pair reaches) and a contrast per arm, `U_o = level + contrast_o`,
 with contrasts that sum to zero over the reference arms: the contrast chooses the arm within a merge, both together rank
@@ -11,8 +11,8 @@ Shapes: N contexts, 2 orders of the pair, D standardised inputs, K arms.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Predictor(Protocol):
 
     @classmethod
     def from_tensors(cls, tensors: Tensors) -> Predictor:
-        """The inverse of `tensors`; a KeyError, IndexError or ValueError where they are not those of this family."""
+        """The inverse of `tensors`; a KeyError, IndexError or ValueError if they do not belong to this family."""
         ...
 
 
@@ -104,7 +104,24 @@ class MlpPredictor:
 
 
 @dataclass(frozen=True)
-class RidgePredictor:
+class _Arrays:
+    """A family whose fields are arrays, and all that is stored."""
+
+    def check(self) -> None:
+        """Raises ValueError where the fields do not fit each other."""
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors) -> Self:
+        found = cls(**{field.name: tensors[field.name] for field in fields(cls)})
+        found.check()
+        return found
+
+
+@dataclass(frozen=True)
+class RidgePredictor(_Arrays):
     """Linear level and contrasts, each with its own penalty; sd is that of the posterior of the coefficients.
 
     coefficients: (D + 1, K), the last row the intercept. level_root, contrast_root: (D + 1, D + 1), square roots of the
@@ -124,19 +141,13 @@ class RidgePredictor:
         contrast = np.linalg.norm(both @ self.contrast_root, axis=1, keepdims=True) * self.noise[1:]
         return both @ self.coefficients, np.hypot(level, contrast)
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        return dict(vars(self))
-
-    @classmethod
-    def from_tensors(cls, tensors: Tensors) -> RidgePredictor:
-        found = cls(*(tensors[name] for name in ("coefficients", "level_root", "contrast_root", "noise")))
-        if found.noise.shape != (found.coefficients.shape[1] + 1,):
+    def check(self) -> None:
+        if self.noise.shape != (self.coefficients.shape[1] + 1,):
             raise ValueError("noise and coefficients are of different arms")
-        return found
 
 
 @dataclass(frozen=True)
-class KnnPredictor:
+class KnnPredictor(_Arrays):
     """Mean of the k nearest training rows; sd is theirs.
 
     inputs: (M, D), both orders of every training pair. utilities: (M, K), NaN where a later arm was not measured.
@@ -161,15 +172,9 @@ class KnnPredictor:
         shape = (*inputs.shape[:2], -1)
         return mean.reshape(shape).mean(1), np.sqrt(spread.reshape(shape).mean(1))
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        return dict(vars(self))
-
-    @classmethod
-    def from_tensors(cls, tensors: Tensors) -> KnnPredictor:
-        found = cls(*(tensors[name] for name in ("inputs", "utilities", "mean", "num_neighbours")))
-        if len(found.inputs) != len(found.utilities) or not len(found.inputs):
+    def check(self) -> None:
+        if len(self.inputs) != len(self.utilities) or not len(self.inputs):
             raise ValueError("inputs and utilities are of different rows")
-        return found
 
 
 def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,13 @@ from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError, SelectorError, unknown_name
 from simmerge_ray.base.storage import digest_bytes
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.encoding import TaskEncoding
-from simmerge_ray.selector.data.evaluation import Scoring, units_of
-from simmerge_ray.selector.data.rewards import RewardedMerge, digest_of, single_arms, without
+from simmerge_ray.selector.data.rewards import RewardedMerge, rewards_digest, single_arms, without
+from simmerge_ray.selector.data.scoring import Scoring, units_of
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
 from simmerge_ray.selector.data.targets import TrainingSet, level_and_contrasts
 from simmerge_ray.selector.models.fit_mlp import fit_mlps
 from simmerge_ray.selector.models.fit_sklearn import fit_forest, fit_knn, fit_ridge
-from simmerge_ray.selector.models.model import FittedModel, Selector
+from simmerge_ray.selector.models.model import FittedModel, InputScaling, Selector
 from simmerge_ray.selector.models.novelty import fit_novelty
 from simmerge_ray.selector.models.policy import Intervals, SafeOverride, fit_intervals, fit_override
 from simmerge_ray.selector.models.predictors import Predictor
@@ -55,18 +55,21 @@ def train_selector(
     has no intervals.
 
     Args:
-        reference: arms whose contrasts sum
-            to zero; None takes all. Contexts in which one of them was not measured (NaN) are dropped; another arm is a
-            contrast to their mean, learned from the contexts that have it. rewards: single arms of merges, learned
-            beside the contexts; thresholds and intervals are calibrated on the contexts alone.
+        reference: arms whose contrasts sum to zero; None takes all. Contexts in which one of them was not measured
+            (NaN) are dropped; another arm is a contrast to their mean, learned from the contexts that have it.
+            rewards: single arms of merges, learned along with the contexts; thresholds and intervals are calibrated on
+            the contexts alone.
 
     Raises:
         LabelError: fewer than `MIN_CONTEXTS` contexts, or fewer than two reference arms.
         SelectorError: the task encoding needs statistics that were not given, or the model cannot learn from rewards.
     """
     names = tuple(reference) if reference is not None else dataset.arms
-    columns = _reference_columns(dataset, names)
-    dataset = dataset.subset(_known_rows(dataset, columns))
+    for name in names:
+        if name not in dataset.arms:
+            raise LabelError(unknown_name("reference arm", name, dataset.arms))
+    columns = tuple(dataset.arms.index(name) for name in names)
+    dataset = dataset.subset(np.flatnonzero(~np.isnan(dataset.utilities[:, columns]).any(1)).tolist())
     check_enough(dataset, len(columns))
     fitted = fit_models(dataset, [range(len(dataset.contexts))], config, columns, rewards)[0]
     pairs = pairs_of(dataset.contexts)
@@ -88,7 +91,7 @@ def train_selector(
     )
     if rewards:
         provenance["num_rewards"] = len(rewards)
-        provenance["data_digest"] = digest_bytes(provenance["data_digest"].encode(), digest_of(rewards).encode())
+        provenance["data_digest"] = digest_bytes(provenance["data_digest"].encode(), rewards_digest(rewards).encode())
         # Merges like the rewarded ones are known now; what counts as far stays: rewards from afar must not widen it.
         known = [fitted.standardised(one.features).reshape(-1, len(dataset.columns)) for one in rewards]
         novelty = replace(novelty, rows=np.concatenate([novelty.rows, *known]))
@@ -115,21 +118,9 @@ def check_enough(dataset: SelectionDataset, num_reference: int) -> None:
         )
 
 
-def _reference_columns(dataset: SelectionDataset, names: Sequence[str]) -> tuple[int, ...]:
-    for name in names:
-        if name not in dataset.arms:
-            raise LabelError(unknown_name("reference arm", name, dataset.arms))
-    return tuple(dataset.arms.index(name) for name in names)
-
-
-def _known_rows(dataset: SelectionDataset, reference: Sequence[int]) -> list[int]:
-    return np.flatnonzero(~np.isnan(dataset.utilities[:, list(reference)]).any(1)).tolist()
-
-
 def _canonical(dataset: SelectionDataset, rows: Rows) -> list[int]:
     """The rows in the order of their pairs and tasks, so that the order in which labels came plays no part."""
-    keys = {row: (dataset.contexts[row].left, dataset.contexts[row].right, dataset.contexts[row].task) for row in rows}
-    return sorted(rows, key=lambda row: keys[row])
+    return sorted(rows, key=lambda row: attrgetter("left", "right", "task")(dataset.contexts[row]))
 
 
 def fit_models(
@@ -142,7 +133,7 @@ def fit_models(
     """One model for each set of rows; scaling and encoding are those of its rows. Networks are trained side by side.
 
     Args:
-        reference: columns of the reference arms; None takes all. rewards: learned beside the rows, except those of
+        reference: columns of the reference arms; None takes all. rewards: learned along with the rows, except those of
             merges with a checkpoint that the data set has and the rows leave out.
 
     Raises:
@@ -154,51 +145,30 @@ def fit_models(
     level, contrasts = level_and_contrasts(dataset.utilities, columns)
     pairs = pairs_of(dataset.contexts)
     every = {name for pair in pairs for name in pair}
-    prepared, sets = [], []
+    scalings, sets = [], []
     for part in parts:
         rows = _canonical(dataset, part)
-        features = dataset.features[rows]
-        flat = features.reshape(-1, features.shape[-1])
-        centre, scale = flat.mean(0), flat.std(0)
-        scale = np.where(scale > 1e-9, scale, 1.0)
-        tasks = [dataset.contexts[row].task for row in rows]
-        statistics = None if dataset.statistics is None else dataset.statistics[rows]
-        encoding = TaskEncoding.fit(config.task_encoding, tasks, statistics)
-        codes = np.repeat(encoding.codes(len(rows), tasks, statistics)[:, None], 2, axis=1)
-        inputs = np.concatenate([(features - centre) / scale, codes], axis=2)
-        prepared.append((centre, scale, encoding))
+        contexts = dataset.subset(rows)
+        scaling = InputScaling.fit(contexts, config.task_encoding)
+        inputs = scaling.inputs(contexts.features, contexts.tasks, contexts.statistics)
+        scalings.append(scaling)
         used = without(rewards, every - {name for row in rows for name in pairs[row]})
-        told = [_reward_inputs(one, centre, scale, encoding) for one in used]
+        told = [scaling.inputs(reward.features, reward.tasks) for reward in used]
         of_part = tuple(pairs[row] for row in rows)
         singles = single_arms(used, dataset.arms, told)
         sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, of_part, singles))
     # Codes of the task are of another width where a part has other tasks; these cannot be trained side by side.
-    fitted: list[FittedModel | None] = [None] * len(sets)
+    fitted: dict[int, FittedModel] = {}
     for width in sorted({one.inputs.shape[-1] for one in sets}):
         index = [i for i, one in enumerate(sets) if one.inputs.shape[-1] == width]
         for i, predictor in zip(index, _FITTERS[config.model]([sets[i] for i in index], config), strict=True):
-            fitted[i] = FittedModel(*prepared[i], predictor)
-    return [model for model in fitted if model is not None]
-
-
-def _reward_inputs(
-    reward: RewardedMerge,
-    centre: np.ndarray,
-    scale: np.ndarray,
-    encoding: TaskEncoding,
-) -> np.ndarray:
-    """(T, 2, D)."""
-    codes = encoding.codes(len(reward.tasks), reward.tasks)
-    return np.concatenate([(reward.features - centre) / scale, np.repeat(codes[:, None], 2, axis=1)], axis=2)
+            fitted[i] = FittedModel(**vars(scalings[i]), predictor=predictor)
+    return [fitted[i] for i in range(len(sets))]
 
 
 def predict_folds(dataset: SelectionDataset, folds: Sequence[Fold], models: Sequence[FittedModel]) -> list[np.ndarray]:
     """Per fold (num tested, K): predictions of its model for what it tests."""
-    parts = [dataset.subset(fold.tested) for fold in folds]
-    return [
-        model.predict(part.features, [context.task for context in part.contexts], part.statistics)[0]
-        for part, model in zip(parts, models, strict=True)
-    ]
+    return [model.utilities(dataset.subset(fold.tested)) for fold, model in zip(folds, models, strict=True)]
 
 
 def calibrate(

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simmerge_ray.base.storage import Place, write_json
+from simmerge_ray.base.storage import Place, read_json, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.plan import resolve_plan, write_plan
 
@@ -25,7 +25,7 @@ def default_selector() -> Path:
 
 
 def write_selectors(out: Place, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:
-    """What `simmerge plan` and the service read: a selector, beside it that of the shortlist and the parents."""
+    """What `simmerge plan` and the service read: a selector, and beside it the shortlist's and the parents."""
     from simmerge_ray.selector.data.dataset import parent_utilities
 
     selector.write(out)
@@ -33,14 +33,19 @@ def write_selectors(out: Place, selector: Selector, shortlist: Selector, dataset
     write_json(out / PARENTS, parent_utilities(dataset))
 
 
+def read_parents(selector: Place) -> dict[str, dict[str, float]]:
+    """Measured utilities of the checkpoints as they are; empty if the selector has none beside it."""
+    path = selector / PARENTS
+    return read_json(path) if path.exists() else {}
+
+
 def write_plans(directory: Place, ranking: Ranking, catalogue: Catalogue) -> list[Place]:
-    """`plan-1.json`, ... from best to worst, for `simmerge merge`, and `ranking.json` with what is said of them."""
+    """`plan-1.json`, ... from best to worst, for `simmerge merge`, and `ranking.json` with their predictions."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, one in enumerate(ranking.plans, 1):
         paths.append(directory / f"plan-{number}.json")
-        predicted = {task: {"utility": utility, "sd": sd} for task, (utility, sd) in one.by_task.items()}
-        write_plan(paths[-1], resolve_plan(one.plan, catalogue), predicted)
+        write_plan(paths[-1], resolve_plan(one.plan, catalogue), one.predicted)
     content = {
         "plans": [ranked_json(one) for one in ranking.plans],
         "best_fixed": ranked_json(ranking.best_fixed),
@@ -61,7 +66,7 @@ def ranked_json(one: RankedPlan) -> dict[str, Any]:
         "sd": one.sd,
         "score": one.score,
         "interval": list(one.interval),
-        "by_task": {task: {"utility": utility, "sd": sd} for task, (utility, sd) in one.by_task.items()},
+        "by_task": one.predicted,
         "why": dict(one.why),
         "propagator": one.propagator,
         "approximate": list(one.approximate),

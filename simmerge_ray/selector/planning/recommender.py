@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from simmerge_ray.base.storage import Place
-from simmerge_ray.selector.models.model import Prediction, Selector, read_selector
+from simmerge_ray.selector.data.dataset import pair_features
+from simmerge_ray.selector.data.encoding import statistics_of
+from simmerge_ray.selector.models.model import Selector, read_selector
 from simmerge_ray.selector.models.policy import Choice
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 
@@ -54,12 +56,12 @@ class Recommendation:
         return next(one for one in self.ranked if one.arm == self.choice.arm)
 
 
+@dataclass(frozen=True)
 class Recommender:
     """Ranks the arms of a selector for pairs of a signal table."""
 
-    def __init__(self, selector: Selector, table: SignalTable) -> None:
-        self._selector = selector
-        self._table = table
+    selector: Selector
+    table: SignalTable
 
     @staticmethod
     def load(selector: Place, signals: Place) -> Recommender:
@@ -71,41 +73,37 @@ class Recommender:
         return Recommender(read_selector(selector), read_signal_table(signals))
 
     @property
-    def model_version(self) -> str:
-        """See `Selector.version`."""
-        return self._selector.version
-
-    @property
     def best_fixed(self) -> str:
-        return self._selector.best_fixed
-
-    def rank(self, left: str, right: str, tasks: Sequence[str] = ()) -> list[RankedArm]:
-        """Arms from best to worst for all given tasks together; none given means the parents' own tasks.
-
-        Raises:
-            PlanError: an unknown checkpoint or task, or a pair of one checkpoint with itself.
-        """
-        names = list(tasks) or list(self._table.pair_tasks(left, right))
-        predictions = self._selector.predict_pair(self._table, left, right, names)
-        # Ranked by what the network says, which is not bounded; shown as utilities, which are in [0, 1].
-        pooled = np.mean([prediction.utility for prediction in predictions.values()], axis=0)
-        return [self._ranked(index, predictions) for index in np.argsort(-pooled, kind="stable")]
-
-    def _ranked(self, index: int, predictions: Mapping[str, Prediction]) -> RankedArm:
-        by_task = {t: (float(np.clip(p.utility[index], 0.0, 1.0)), float(p.sd[index])) for t, p in predictions.items()}
-        utility, sd = (float(value) for value in np.mean(list(by_task.values()), axis=0))
-        interval = None
-        if self._selector.intervals is not None:
-            half_width = float(self._selector.half_widths(INTERVAL_LEVEL)[index])
-            interval = (max(0.0, utility - half_width), min(1.0, utility + half_width))
-        return RankedArm(self._selector.arms[index], utility, sd, by_task, interval)
+        return self.selector.best_fixed
 
     def recommend(self, left: str, right: str, tasks: Sequence[str] = ()) -> Recommendation:
-        """The arm to take for all given tasks together, and all that was predicted; tasks and errors as in `rank`.
+        """The arm to take for all given tasks together, and all that was predicted; no task means the parents' own.
 
         The best fixed arm, unless another is predicted to be better by more than what has paid, and never for
         checkpoints that are unlike those of the training.
+
+        Raises:
+            PlanError: an unknown checkpoint or task, or a pair of one checkpoint with itself.
+            SelectorError: the table does not have the features that the selector was trained with.
         """
-        names = list(tasks) or list(self._table.pair_tasks(left, right))
-        choice = self._selector.choose_pair(self._table, left, right, names)
-        return Recommendation(choice, tuple(self.rank(left, right, names)), self._selector.novelty.limit)
+        names = list(tasks) or list(self.table.pair_tasks(left, right))
+        self.selector.check_table(self.table)
+        features = np.array([pair_features(self.table, left, right, task) for task in names])
+        features = features.reshape(len(names), 2, len(self.selector.columns))
+        told = self.selector.fitted.encoding.kind == "probe_stats"
+        statistics = statistics_of(self.table, names) if told else None
+        utility, sd = self.selector.predict(features, names, statistics)
+        choice = self.selector.choose(features, names, statistics)
+        # Ranked by what the network says, which is not bounded; shown as utilities, which are in [0, 1].
+        order = np.argsort(-utility.mean(0), kind="stable")
+        shown = utility.clip(0.0, 1.0)
+        ranked = tuple(self._ranked(arm, names, shown[:, arm], sd[:, arm]) for arm in order)
+        return Recommendation(choice, ranked, self.selector.novelty.limit)
+
+    def _ranked(self, arm: int, tasks: Sequence[str], utilities: np.ndarray, sds: np.ndarray) -> RankedArm:
+        by_task = dict(zip(tasks, zip(utilities.tolist(), sds.tolist(), strict=True), strict=True))
+        utility, interval = float(utilities.mean()), None
+        if self.selector.intervals is not None:
+            half_width = float(self.selector.half_widths(INTERVAL_LEVEL)[arm])
+            interval = (max(0.0, utility - half_width), min(1.0, utility + half_width))
+        return RankedArm(self.selector.arms[arm], utility, float(sds.mean()), by_task, interval)

@@ -1,17 +1,17 @@
 """The plan scorer: ranks merges of several checkpoints that nobody has made.
 
 Two stages. `second_order` features, which cost next to nothing, make a shortlist of all plans, or of a beam of them
-(see `plan_search`); a better propagator, `virtual` by default, computes the features of the shortlist's steps anew and
+(see `search`); a better propagator, `virtual` by default, computes the features of the shortlist's steps anew and
 ranks it. Each stage has a selector of its own, trained with exactly the features that its propagator delivers.
 
-A plan's score is the predicted utility of its last step, whose left side is the merge of all before (`last`), or the
-`mean` or `sum` over its steps. Plans are ranked by it less `caution` times the spread of the ensemble, predictions
-taken to be in [0, 1] as utilities are: the best of many thousand predictions is otherwise the one that extrapolates
-most. In the demo, where only checkpoints of different tasks were merged for training, pairs of one task are predicted
-to reach 1.1 (median) with a spread of 0.6, those like the training 0.8 with 0.05.
+A plan's score is the predicted utility of its last step, whose left side is the merge of all earlier ones (`last`), or
+the `mean` or `sum` over its steps. Plans are ranked by the score minus `caution` times the spread of the ensemble, with
+predictions clipped to [0, 1]: otherwise the best of many thousand predictions is the one that extrapolates most. In the
+demo, where only checkpoints of different tasks were merged for training, pairs of one task are predicted to reach 1.1
+(median) with a spread of 0.6, pairs like those of the training 0.8 with 0.05.
 
-Selectors are trained on merges of two checkpoints with weight 1/2 each; what they say of a step with another weight, or
-of more checkpoints, is extrapolated, and `RankedPlan.approximate` says so.
+Selectors are trained on merges of two checkpoints with weight 1/2 each. Predictions for a step with another weight, or
+for more checkpoints, are extrapolated, and `RankedPlan.approximate` says so.
 """
 
 from __future__ import annotations
@@ -22,44 +22,32 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simmerge_ray.base.errors import ConfigError, SelectorError, unknown_name
+from simmerge_ray.base.config import RankingConfig
+from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.plans.operators.specs import parse_arm
 from simmerge_ray.plans.plan import MergePlan
-from simmerge_ray.selector.data.tasks import TaskPool
+from simmerge_ray.selector.models.influence import influences
 from simmerge_ray.selector.planning.search import AGGREGATES, Model, PlanSearch, aggregated, best_first
 from simmerge_ray.selector.planning.space import PlanSpace, scorable_arms
-from simmerge_ray.signals.features import both_orders, column_signal
+from simmerge_ray.selector.planning.tasks import TaskPool
+from simmerge_ray.signals.features import both_orders
 from simmerge_ray.signals.propagation.batch import SecondOrderBatch
 from simmerge_ray.signals.propagation.interface import PlanStep, Propagator, Source, plan_sources
 from simmerge_ray.signals.propagation.second_order import blend_like
 from simmerge_ray.signals.table import SignalTable
 
-Array = np.ndarray
-BUDGET = 1_000_000  # plans
-SHORTLIST_SIZE = 500
-CAUTION = 1.0
-Z95 = 1.96
-GROUPS = {
-    "divergence": "KL",
-    "activations": "activations",
-    "attention": "attention",
-    "weights": "weights",
-    "task vectors": "task vectors",
-    "single": "entropy, loss and norms",
-}
-_SAID = 3  # groups of signals in a `why`
-_NOTHING = 0.0005  # a change of the prediction that is shown as 0.000
+_DEFAULTS = RankingConfig()
+_Z95 = 1.96
 
 
 @dataclass(frozen=True)
 class RankedPlan:
-    """A plan and what is predicted of it.
+    """A plan and its prediction.
 
     utility, sd: pooled over the tasks. score: what it is ranked by. by_task: (utility, sd) for each task that counts.
-    why: groups of signals and how far each moves the prediction from the average plan's, the largest first (see
-    `PlanScorer.why`).
-    propagator: which computed the features. approximate: what they, or the prediction, rest on beyond signals that were
-    measured.
+    why: groups of signals and how far each moves the prediction from the average plan's (see `influences`).
+    propagator: the one that computed the features. approximate: what features and prediction rest on beyond measured
+    signals.
     """
 
     plan: MergePlan
@@ -72,9 +60,14 @@ class RankedPlan:
     why: tuple[tuple[str, float], ...] = ()
 
     @property
+    def predicted(self) -> dict[str, dict[str, float]]:
+        """By task, as plan files and model cards have it."""
+        return {task: {"utility": utility, "sd": sd} for task, (utility, sd) in self.by_task.items()}
+
+    @property
     def interval(self) -> tuple[float, float]:
-        """95 % of the spread of the ensemble, within [0, 1]: how far its members agree, not how far they err."""
-        low, high = np.clip((self.utility - Z95 * self.sd, self.utility + Z95 * self.sd), 0.0, 1.0)
+        """95 % of the spread of the ensemble, within [0, 1]: how far its members disagree, not how far they err."""
+        low, high = np.clip((self.utility - _Z95 * self.sd, self.utility + _Z95 * self.sd), 0.0, 1.0)
         return float(low), float(high)
 
 
@@ -91,9 +84,9 @@ class Ranking:
     num_reranked: int
 
     def with_best_fixed(self) -> Ranking:
-        """For what is to be measured: `best_fixed` takes the last place where it has none, unless it is the only one.
+        """For merges to be measured: `best_fixed` takes the last place, unless it is ranked or there is only one.
 
-        In the study the first prediction was hardly better than the best fixed arm: who measures anyway should know.
+        In the study the first prediction was hardly better than the best fixed arm, so it is measured as well.
         """
         kept = self.plans[:-1]
         if not kept or any(one.plan.id == self.best_fixed.plan.id for one in self.plans):
@@ -107,8 +100,8 @@ class _Steps:
     rows."""
 
     place: Mapping[tuple[Source, Source, str], int]
-    inputs: Array
-    tasks: Array
+    inputs: np.ndarray
+    tasks: np.ndarray
 
 
 class PlanScorer:
@@ -138,53 +131,46 @@ class PlanScorer:
             if shortlist.arms != selector.arms:
                 raise SelectorError("the selector and its shortlist know different arms; run `simmerge train` again")
 
-    def rank(
-        self,
-        space: PlanSpace,
-        pool: TaskPool,
-        top: int = 10,
-        budget: int = BUDGET,
-        shortlist_size: int = SHORTLIST_SIZE,
-        aggregate: str = "last",
-        caution: float = CAUTION,
-    ) -> Ranking:
-        """The best plans of a space: all are scored where there are at most `budget`, else a beam of about so many.
+    def rank(self, space: PlanSpace, pool: TaskPool, top: int = 10, config: RankingConfig = _DEFAULTS) -> Ranking:
+        """The best plans of a space: all are scored if that fits the budget, else a beam of about so many.
+
+        Args:
+            config: budget, shortlist, aggregate and caution count; the space and the pool were made from the others.
 
         Raises:
-            SelectorError: no shortlist selector, or an arm it does not know. ConfigError: an unknown aggregate, or a
-            negative caution.
+            SelectorError: no shortlist selector, or an arm it does not know.
         """
         if self._shortlist is None:
             raise SelectorError("ranking needs the selector of the shortlist, too; `simmerge train` writes both")
-        _check_aggregate(aggregate, caution)
+        aggregate, caution = config.aggregate, config.caution
         scorable_arms([arm.label for arm in space.arms], self._shortlist.arms, self._with_base)
         search = PlanSearch(self._batch, self._shortlist, space, pool, aggregate, caution, self._num_threads)
-        found = search.run(space.beam_width(budget), max(shortlist_size, top))
+        found = search.run(space.beam_width(config.budget), max(config.shortlist, top))
         steps = self._steps(found.plans, pool, aggregate)
         scored = self._scored(found.plans, pool, steps, aggregate, caution)
         order = best_first(np.array([one.score for one in scored]))[:top]
-        plans = [replace(scored[i], why=self.why(scored[i].plan, pool, steps, aggregate)) for i in order]
+        plans = [replace(scored[i], why=self._why(scored[i].plan, pool, steps)) for i in order]
         fixed = with_arm(plans[0].plan, self._selector.best_fixed)
-        (best_fixed,) = self.score([fixed], pool, aggregate, caution)
+        (best_fixed,) = self.score([fixed], pool, config)
         return Ranking(tuple(plans), best_fixed, found.num_scored, found.width, len(scored))
 
-    def score(
-        self, plans: Sequence[MergePlan], pool: TaskPool, aggregate: str = "last", caution: float = CAUTION
-    ) -> list[RankedPlan]:
-        """Predictions for given plans, in their order, folds or not.
+    def score(self, plans: Sequence[MergePlan], pool: TaskPool, config: RankingConfig = _DEFAULTS) -> list[RankedPlan]:
+        """Predictions for given plans, in their order, folds or not; raises as `score_by_aggregate`."""
+        return self.score_by_aggregate(plans, pool, (config.aggregate,), config.caution)[config.aggregate]
+
+    def score_by_aggregate(
+        self,
+        plans: Sequence[MergePlan],
+        pool: TaskPool,
+        aggregates: Sequence[str] = AGGREGATES,
+        caution: float = _DEFAULTS.caution,
+    ) -> dict[str, list[RankedPlan]]:
+        """`score` for several aggregates; the features of a step, which are most of the work, are computed once.
 
         Raises:
             SelectorError: an arm that the selector does not know. PlanError, OperatorError: see `Propagator.steps`
-            (a weight that changes with depth among them). ConfigError: an unknown aggregate.
+            (a weight that changes with depth among them).
         """
-        return self.score_by_aggregate(plans, pool, (aggregate,), caution)[aggregate]
-
-    def score_by_aggregate(
-        self, plans: Sequence[MergePlan], pool: TaskPool, aggregates: Sequence[str], caution: float = CAUTION
-    ) -> dict[str, list[RankedPlan]]:
-        """`score` for several aggregates; the features of a step, which are most of the work, are computed once."""
-        for aggregate in aggregates:
-            _check_aggregate(aggregate, caution)
         for plan in plans:
             scorable_arms(
                 sorted({step.arm.label for step in plan.steps}) or ["passthrough"], self._selector.arms, self._with_base
@@ -194,39 +180,21 @@ class PlanScorer:
         steps = self._steps(plans, pool, widest)
         return {aggregate: self._scored(plans, pool, steps, aggregate, caution) for aggregate in aggregates}
 
-    def why(
-        self, plan: MergePlan, pool: TaskPool, steps: _Steps, aggregate: str = "last"
-    ) -> tuple[tuple[str, float], ...]:
-        """What moves the prediction of a plan most, against the average plan.
-
-        The features of one group of signals (KL; activations; attention; weights; task vectors; entropy, loss and
-        norms) are set to their averages over all steps in `steps` on the same task, the others left as they are; the
-        change of the pooled prediction, plan minus that, is the group's. Changes are those of a nonlinear model, one
-        group at a time: they need not add up, and where groups say the same, as KL and weights often do, each hides the
-        other.
-
-        Returns:
-            the three largest in size, of those that would not be shown as 0.000.
-        """
-        arm, rows, tasks = self._selector.arms.index(plan.steps[-1].arm.label), [], self._plan_tasks(plan, pool)
+    def _why(self, plan: MergePlan, pool: TaskPool, steps: _Steps) -> tuple[tuple[str, float], ...]:
+        """`influences` on the prediction of the last step, against the average of all steps on the same tasks."""
+        arm, tasks = self._selector.arms.index(plan.steps[-1].arm.label), self._plan_tasks(plan, pool)
         left, right = plan_sources(plan)[-1]
         rows = [steps.place[left, right, pool.tasks[task]] for task in tasks]
-        families = np.array([column_signal(column).family for column in self._selector.columns])
-        variants = [steps.inputs[rows]]
-        for family in GROUPS:
-            changed = steps.inputs[rows].copy()
-            for index, task in enumerate(tasks):
-                average = steps.inputs[steps.tasks == task].mean(0)
-                changed[index][:, families == family] = average[:, families == family]
-            variants.append(changed)
-        utility, _ = self._selector.predict(np.concatenate(variants))
-        by_task = np.zeros((len(variants), len(pool.tasks)))
-        by_task[:, tasks] = utility[:, arm].reshape(len(variants), len(tasks))
-        counted = np.isin(np.arange(len(pool.tasks)), tasks)
-        pooled, _ = pool.pooled(by_task, np.zeros_like(by_task), counted)
-        changes = dict(zip(GROUPS.values(), (pooled[0] - pooled[1:]).tolist(), strict=True))
-        largest = sorted(changes.items(), key=lambda item: -abs(item[1]))[:_SAID]
-        return tuple((name, change) for name, change in largest if abs(change) >= _NOTHING)
+        average = np.array([steps.inputs[steps.tasks == task].mean(0) for task in tasks])
+
+        def predict(inputs: np.ndarray) -> np.ndarray:
+            utility = self._selector.predict(inputs)[0][:, arm].reshape(-1, len(tasks))
+            by_task = np.zeros((len(utility), len(pool.tasks)))
+            by_task[:, tasks] = utility
+            pooled, _ = pool.pooled(by_task, np.zeros_like(by_task), np.isin(np.arange(len(pool.tasks)), tasks))
+            return pooled
+
+        return influences(predict, steps.inputs[rows], average, self._selector.columns)
 
     @property
     def _with_base(self) -> bool:
@@ -276,7 +244,7 @@ class PlanScorer:
 
 
 def check_columns(selector: Model, propagator: str, columns: Sequence[str]) -> None:
-    """Refuse a selector that was trained with features which a propagator does not deliver.
+    """Refuse a selector that was trained with features that a propagator does not deliver.
 
     Raises:
         SelectorError: naming one of them, and what to do.
@@ -297,26 +265,19 @@ def with_arm(plan: MergePlan, arm: str) -> MergePlan:
 
 
 def approximations(plan: MergePlan, propagator: str) -> tuple[str, ...]:
-    """What the score of a plan rests on beyond measured signals and merges like those of the training."""
-    said = []
+    """What a plan's score rests on beyond measured signals and merges like those of the training."""
+    notes = []
     inner = [step.arm for step in plan.steps[:-1]]
     if inner and propagator != "exact":
-        said.append(
+        notes.append(
             "outputs of intermediates are " + {"bound": "bounds"}.get(propagator, "mixtures of the checkpoints'")
         )
         if propagator in ("bound", "second_order"):
-            said.append("entropy and loss of intermediates are weighted means")
+            notes.append("entropy and loss of intermediates are weighted means")
         if propagator == "second_order":
-            said += [f"{arm.label} counts as {blend_like(arm).label}" for arm in inner if blend_like(arm) != arm]
+            notes += [f"{arm.label} counts as {blend_like(arm).label}" for arm in inner if blend_like(arm) != arm]
     if any(step.weight != 0.5 for step in plan.steps):
-        said.append("the selector was trained on weights of 1/2")
+        notes.append("the selector was trained on weights of 1/2")
     if len(plan.steps) > 1:
-        said.append("the selector was trained on pairs")
-    return tuple(dict.fromkeys(said))
-
-
-def _check_aggregate(aggregate: str, caution: float) -> None:
-    if not 0.0 <= caution < float("inf"):
-        raise ConfigError(f"caution must be a number from 0 on, got {caution}")
-    if aggregate not in AGGREGATES:
-        raise ConfigError(unknown_name("aggregate", aggregate, AGGREGATES))
+        notes.append("the selector was trained on pairs")
+    return tuple(dict.fromkeys(notes))

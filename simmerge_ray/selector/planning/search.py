@@ -8,7 +8,6 @@ Its answer for (prefix, right) holds the utilities of all arms of that step.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,19 +16,18 @@ from typing import Protocol
 import numpy as np
 
 from simmerge_ray.plans.plan import MergePlan, fold_plan
-from simmerge_ray.selector.data.tasks import TaskPool
 from simmerge_ray.selector.planning.space import PlanSpace
+from simmerge_ray.selector.planning.tasks import TaskPool
 from simmerge_ray.signals.features import both_orders
 from simmerge_ray.signals.propagation.batch import SecondOrderBatch
 
-Array = np.ndarray
 AGGREGATES = ("last", "mean", "sum")
 _BLOCK_ROWS = 4096  # rows of features in one call of the model: some MB, so that they stay in the cache
 _DIGITS = 12  # predictions that differ by less are equal, whatever the order of summation was
 
 
 class Model(Protocol):
-    """What of a selector the scorer needs."""
+    """The part of a selector that the scorer needs."""
 
     @property
     def arms(self) -> tuple[str, ...]: ...
@@ -40,7 +38,7 @@ class Model(Protocol):
     @property
     def best_fixed(self) -> str: ...
 
-    def predict(self, features: Array) -> tuple[Array, Array]:
+    def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N, 2, F) scaled features of both orders -> utility (N, K), sd (N, K)."""
         ...
 
@@ -51,7 +49,7 @@ class Shortlist:
     one."""
 
     plans: tuple[MergePlan, ...]
-    scores: Array
+    scores: np.ndarray
     num_scored: int
     width: int | None
 
@@ -61,10 +59,10 @@ class _Prefixes:
     """P folds of d checkpoints. members: (P, d) int. arms: (P, d - 1) int. weights: (P, K). steps: (2, P, T), utility
     and sd summed over the steps."""
 
-    members: Array
-    arms: Array
-    weights: Array
-    steps: Array
+    members: np.ndarray
+    arms: np.ndarray
+    weights: np.ndarray
+    steps: np.ndarray
 
     def part(self, rows: slice) -> _Prefixes:
         return _Prefixes(self.members[rows], self.arms[rows], self.weights[rows], self.steps[:, rows])
@@ -74,20 +72,20 @@ class _Prefixes:
 class _Made:
     """M plans made by one step: prefix, right, arm (M,) int; score (M,); steps (2, M, T); complete (M,) bool."""
 
-    prefix: Array
-    right: Array
-    arm: Array
-    score: Array
-    steps: Array
-    complete: Array
+    prefix: np.ndarray
+    right: np.ndarray
+    arm: np.ndarray
+    score: np.ndarray
+    steps: np.ndarray
+    complete: np.ndarray
 
 
-def best_first(scores: Array) -> Array:
+def best_first(scores: np.ndarray) -> np.ndarray:
     """Indices from the highest score to the lowest; equal ones in their order."""
     return np.argsort(-np.round(scores, _DIGITS), kind="stable")
 
 
-def aggregated(steps: Array, num_steps: int, aggregate: str) -> Array:
+def aggregated(steps: np.ndarray, num_steps: int, aggregate: str) -> np.ndarray:
     """What counts of the sums over steps: the last step alone (then they hold nothing else), the sum or the mean."""
     return steps / num_steps if aggregate == "mean" else steps
 
@@ -152,16 +150,14 @@ class PlanSearch:
         expand = partial(self._expand, frontier, number, rows)
         with ThreadPoolExecutor(self._num_threads) as pool:
             blocks = list(pool.map(expand, starts))
-        parts = [[getattr(block, name) for block in blocks] for name in ("prefix", "right", "arm", "score")]
-        prefix, right, arm, score = (np.concatenate(part) for part in parts)
-        steps = np.concatenate([block.steps for block in blocks], axis=1)
-        return _Made(prefix, right, arm, score, steps, np.concatenate([block.complete for block in blocks]))
+        columns = {name: [getattr(block, name) for block in blocks] for name in vars(blocks[0])}
+        return _Made(**{name: np.concatenate(parts, axis=int(name == "steps")) for name, parts in columns.items()})
 
     def _expand(self, frontier: _Prefixes, number: int, rows: int, start: int) -> _Made:
         """The prefixes from `start` on with every checkpoint and every arm, those that may be."""
         prefixes, high = frontier.part(slice(start, start + rows)), self._space.ways[1]
         size, num = len(prefixes.members), len(self._batch.ids)
-        allowed: Array = np.repeat(self._candidate[None], size, axis=0)
+        allowed: np.ndarray = np.repeat(self._candidate[None], size, axis=0)
         np.put_along_axis(allowed, prefixes.members, False, axis=1)
         missing = self._required.sum() - self._required[prefixes.members].sum(1)[:, None] - self._required[None]
         allowed &= missing <= high - number - 1
@@ -182,7 +178,7 @@ class PlanSearch:
         score, spread = self._pool.pooled(mean, sd, counted[row, right])
         return _Made(row + start, right, arm, score - self._caution * spread, steps, missing[row, right] <= 0)
 
-    def _utilities(self, prefixes: _Prefixes, number: int, allowed: Array, counted: Array) -> Array:
+    def _utilities(self, prefixes: _Prefixes, number: int, allowed: np.ndarray, counted: np.ndarray) -> np.ndarray:
         """Utility and sd of steps (prefix, right) on the tasks that count, by arm; (2, p, n, T, A), else 0."""
         found = np.zeros((2, *allowed.shape, len(self._pool.tasks), len(self._arms)))
         for place, task in enumerate(self._pool.tasks):
@@ -215,9 +211,6 @@ class PlanSearch:
 
     def _plan(self, frontier: _Prefixes, made: _Made, index: int) -> MergePlan:
         prefix = made.prefix[index]
-        members = [*frontier.members[prefix], made.right[index]]
-        arms = [*frontier.arms[prefix], made.arm[index]]
-        return self._fold([self._batch.ids[i] for i in members], arms)
-
-    def _fold(self, members: Sequence[str], arms: Sequence[int]) -> MergePlan:
-        return fold_plan(members, [self._space.arms[i] for i in arms], self._space.weighting)
+        members = [self._batch.ids[i] for i in (*frontier.members[prefix], made.right[index])]
+        arms = [self._space.arms[i] for i in (*frontier.arms[prefix], made.arm[index])]
+        return fold_plan(members, arms, self._space.weighting)

@@ -52,7 +52,7 @@ class PlanSpace:
         return low
 
     def _num_scored(self, width: int) -> int:
-        """At most so many plans are scored with a beam; constraints may leave fewer."""
+        """The most plans that are scored with a beam; constraints may leave fewer."""
         prefixes, total = len(self.ids), 0
         for size in range(2, self.ways[1] + 1):
             made = prefixes * (len(self.ids) - size + 1) * len(self.arms)
@@ -96,10 +96,10 @@ def plan_space(
 
 
 def scorable_arms(texts: Sequence[str], trained: Sequence[str], with_base: bool) -> tuple[Arm, ...]:
-    """The arms to choose from: those named, or none named, all that a selector knows.
+    """The arms to choose from: those named, by default all that a selector knows.
 
     Raises:
-        OperatorError: an arm that no two-way step can have, or that needs a base where there is none.
+        OperatorError: an arm that no two-way step can have, or that needs a base and there is none.
         SelectorError: the selector does not know it.
     """
     arms = parse_arms(tuple(texts) or tuple(trained))
@@ -112,20 +112,8 @@ def scorable_arms(texts: Sequence[str], trained: Sequence[str], with_base: bool)
         if arm.label not in trained:
             raise SelectorError(
                 f"{unknown_name('arm', arm.label, trained)}; the selector has no labels of it: measure it with "
-                f"`simmerge search ... --arm '{arm.label}'` and train again"
+                f"`simmerge labels make ... --arm '{arm.label}'` and train again"
             )
         if arm.spec.needs_base and not with_base:
             raise OperatorError(f"arm {arm.label!r} needs a base checkpoint, and the signal table was made without one")
     return arms
-
-
-def parse_ways(text: str) -> tuple[int, int]:
-    """`3` or `2-4`.
-
-    Raises:
-        ConfigError: the text has neither form.
-    """
-    low, _, high = text.partition("-")
-    if not (low.isdecimal() and (high or low).isdecimal()):
-        raise ConfigError(f"--ways takes a number or a range, 3 or 2-4, got {text!r}")
-    return int(low), int(high or low)

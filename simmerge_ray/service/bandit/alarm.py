@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Array = np.ndarray
-
 MIN_ROUNDS = 30
 NUM_RESAMPLES = 500
 _BLOCK = 5
@@ -29,7 +27,7 @@ class RegretSlope:
         return self.high >= 1.0
 
 
-def regret_slope(regret: Array, seed: int = 0) -> RegretSlope | None:
+def regret_slope(regret: np.ndarray, seed: int = 0) -> RegretSlope | None:
     """Of the regret (T,) against best fixed or the oracle, round by round.
 
     None below `MIN_ROUNDS`, or where there is no regret in sum (nothing to be alarmed about). The interval is by giving
@@ -53,7 +51,7 @@ def regret_slope(regret: Array, seed: int = 0) -> RegretSlope | None:
     return RegretSlope(slope, float(low), float(high))
 
 
-def _slope(blocks: Array) -> float | None:
+def _slope(blocks: np.ndarray) -> float | None:
     """Least squares over the curve without its first third, which says how fast a policy starts."""
     total = np.cumsum(blocks)
     rounds = np.arange(1, len(blocks) + 1)

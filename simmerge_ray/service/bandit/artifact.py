@@ -24,9 +24,8 @@ from simmerge_ray.selector.models.model import Selector
 from simmerge_ray.selector.models.predictors import MlpPredictor
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import merge_values, merges_of, out_of_fold_level, warm_posteriors
+from simmerge_ray.service.bandit.warm_start import start_from_labels
 
-RIDGE, POWER = 1.0, 1.0
 _TENSORS, _TEXT = "warm_start.safetensors", "warm_start.json"
 _FORMAT = 1
 
@@ -70,9 +69,8 @@ def warm_start_of(
     try:
         part = dataset.subset(known)
         folds = checkpoint_folds(pairs_of(part.contexts), config.num_folds, config.seed)
-        level = out_of_fold_level(part, [fold for fold in folds if fold.tested], config)
-        merges = merges_of(part, selector.fitted, range(len(part.contexts)))
-        posteriors, noise = warm_posteriors(merges, part.arms, merge_values(level, merges), RIDGE, POWER)
+        tested = [fold for fold in folds if fold.tested]
+        posteriors, noise = start_from_labels(part, selector.fitted, tested, config)
     except InputError:
         return None
     return WarmStartFile(posteriors, noise, identical_arms(labels))

@@ -1,4 +1,4 @@
-"""What another policy would have reached, from the log alone: IPS, SNIPS and doubly robust estimates."""
+"""What another policy would have reached, from the log alone: doubly robust estimates."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import numpy as np
 
 from simmerge_ray.base.errors import BanditError
 
-Array = np.ndarray
-
 
 @dataclass(frozen=True)
-class Estimate:
+class ValueEstimate:
     """Mean reward under the other policy, its standard error, and how many decisions it really rests on.
 
     effective: `(sum w)^2 / sum w^2` (Kish), out of the decisions that were given.
@@ -23,7 +21,7 @@ class Estimate:
     effective: float
 
 
-def importance_weights(target: Array, logged: Array) -> Array:
+def importance_weights(target: np.ndarray, logged: np.ndarray) -> np.ndarray:
     """(N,) probability under the target policy over that under which the logged arm was played.
 
     Raises:
@@ -34,28 +32,12 @@ def importance_weights(target: Array, logged: Array) -> Array:
         raise BanditError("a logged propensity is 0; decisions without exploration are left out of such estimates")
     if ((target < 0) | (target > 1)).any():
         raise BanditError("a probability of the target policy is outside [0, 1]")
-    result: Array = target / logged
-    return result
+    return target / logged
 
 
-def inverse_propensity(rewards: Array, target: Array, logged: Array) -> Estimate:
-    """IPS: `mean(w r)`. Unbiased where the logged policy plays whatever the target does (Horvitz and Thompson 1952)."""
-    weights = importance_weights(target, logged)
-    return _estimate(weights * rewards, weights)
-
-
-def self_normalised(rewards: Array, target: Array, logged: Array) -> Estimate:
-    """SNIPS: `sum(w r) / sum(w)`. Biased by O(1/n), far less noisy (Swaminathan and Joachims 2015)."""
-    weights = importance_weights(target, logged)
-    total = float(weights.sum())
-    if total <= 0:
-        raise BanditError("the target policy plays nothing that was logged")
-    value = float(weights @ rewards / total)
-    error = float(np.sqrt(np.square(weights * (rewards - value)).sum()) / total)
-    return Estimate(value, error, _effective(weights))
-
-
-def doubly_robust(rewards: Array, target: Array, logged: Array, predicted: Array, expected: Array) -> Estimate:
+def doubly_robust(
+    rewards: np.ndarray, target: np.ndarray, logged: np.ndarray, predicted: np.ndarray, expected: np.ndarray
+) -> ValueEstimate:
     """`mean(expected + w (r - predicted))` (Dudik et al. 2011, arXiv:1103.4601).
 
     Args:
@@ -67,8 +49,13 @@ def doubly_robust(rewards: Array, target: Array, logged: Array, predicted: Array
 
 
 def doubly_robust_gain(
-    rewards: Array, target: Array, reference: Array, logged: Array, predicted: Array, expected_gain: Array
-) -> Estimate:
+    rewards: np.ndarray,
+    target: np.ndarray,
+    reference: np.ndarray,
+    logged: np.ndarray,
+    predicted: np.ndarray,
+    expected_gain: np.ndarray,
+) -> ValueEstimate:
     """Of the target policy over a reference policy, doubly robust, decision by decision: where both play the same the
     difference is 0 exactly, so its error is far below that of two separate estimates.
 
@@ -81,15 +68,15 @@ def doubly_robust_gain(
     """
     weights = importance_weights(target, logged) - importance_weights(reference, logged)
     estimate = _estimate(expected_gain + weights * (rewards - predicted), weights)
-    return Estimate(estimate.value, estimate.standard_error, _effective(np.abs(weights)))
+    return ValueEstimate(estimate.value, estimate.standard_error, _effective(np.abs(weights)))
 
 
-def _estimate(values: Array, weights: Array) -> Estimate:
+def _estimate(values: np.ndarray, weights: np.ndarray) -> ValueEstimate:
     if len(values) < 2:
         raise BanditError("an estimate needs two decisions at least")
-    return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))), _effective(weights))
+    return ValueEstimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))), _effective(weights))
 
 
-def _effective(weights: Array) -> float:
+def _effective(weights: np.ndarray) -> float:
     squares = float(np.square(weights).sum())
     return float(weights.sum()) ** 2 / squares if squares > 0 else 0.0

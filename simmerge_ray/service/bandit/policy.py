@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -23,8 +23,6 @@ from simmerge_ray.service.bandit.propensities import (
     thompson_propensities,
     with_floor,
 )
-
-Array = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,10 @@ class Suggestion:
     decision_id: str
     arms: tuple[str, ...]
     arm: str
-    propensities: Array
-    means: Array
-    sds: Array
-    draws: Array
+    propensities: np.ndarray
+    means: np.ndarray
+    sds: np.ndarray
+    draws: np.ndarray
     explored: bool
 
 
@@ -126,7 +124,7 @@ class NeuralLinearTS:
 
     def suggest(
         self,
-        z: Array,
+        z: np.ndarray,
         decision_id: str,
         explore: bool = True,
         classes: Iterable[Sequence[str]] = (),
@@ -160,7 +158,7 @@ class NeuralLinearTS:
             decision_id, tuple(arms), arms[chosen], propensities, draws.location, draws.scale, values, explore
         )
 
-    def update(self, observations: Iterable[tuple[str, Array, float]]) -> None:
+    def update(self, observations: Iterable[tuple[str, np.ndarray, float]]) -> None:
         """Learn rewards, in the given order: (arm, z, r) each, r the utility less the level of the decision.
 
         For arms whose merges were identical give one observation for each of them: they share the reward.
@@ -190,7 +188,7 @@ class NeuralLinearTS:
         self._posteriors[arm] = self._priors[arm] = prior
 
     def _representatives(
-        self, z: Array, among: Sequence[str] | None, classes: Iterable[Sequence[str]]
+        self, z: np.ndarray, among: Sequence[str] | None, classes: Iterable[Sequence[str]]
     ) -> tuple[list[str], int | None]:
         """The arms that may be played, of each class of identical ones that with the smallest spread at z, and which of
         them is the fixed arm or the same merge."""
@@ -209,7 +207,7 @@ class NeuralLinearTS:
                 fixed = next(arm for arm in same if arm in allowed)
         return allowed, allowed.index(fixed) if fixed in allowed else None
 
-    def _draws(self, arms: Sequence[str], z: Array) -> Draws:
+    def _draws(self, arms: Sequence[str], z: np.ndarray) -> Draws:
         marginals = np.array([self._posteriors[arm].marginal(z) for arm in arms])
         location, spread = marginals[:, 0], marginals[:, 1]
         if self.noise.shape is None:
@@ -222,29 +220,18 @@ class NeuralLinearTS:
         )
         return Draws(location, np.sqrt(learned[:, 1] / learned[:, 0]) * spread, 2 * learned[:, 0])
 
-    def _propensities(self, draws: Draws, fixed: int | None) -> Array:
+    def _propensities(self, draws: Draws, fixed: int | None) -> np.ndarray:
         if self.safe is None or fixed is None:
             return thompson_propensities(draws)
         return safe_propensities(draws, fixed, self.safe.threshold)
 
-    def _chosen(self, values: Array, fixed: int | None) -> int:
+    def _chosen(self, values: np.ndarray, fixed: int | None) -> int:
         if self.safe is None or fixed is None:
             return int(values.argmax())
         others = values.copy()
         others[fixed] = -np.inf
         best = int(others.argmax())
         return best if others[best] - values[fixed] > self.safe.threshold else fixed
-
-
-def with_prior_mean(prior: GaussianPosterior, mean: Array) -> GaussianPosterior:
-    """The same precision around another mean: a new arm that starts where a sibling stands.
-
-    Raises:
-        BanditError: a mean of another shape.
-    """
-    if np.shape(mean) != prior.moment.shape:
-        raise BanditError(f"the mean has the shape {np.shape(mean)}; it must be {prior.moment.shape}")
-    return replace(prior, moment=prior.precision @ np.asarray(mean, dtype=np.float64))
 
 
 def keyed_uniform(decision_id: str, name: str, purpose: str = "draw") -> float:
@@ -254,11 +241,7 @@ def keyed_uniform(decision_id: str, name: str, purpose: str = "draw") -> float:
     return (number + 0.5) / (1 << 52)
 
 
-def sampled(draws: Draws, uniforms: Array) -> Array:
+def sampled(draws: Draws, uniforms: np.ndarray) -> np.ndarray:
     """(K,) draws by inversion."""
     standard = ndtri(uniforms) if draws.degrees is None else stdtrit(draws.degrees, uniforms)
-    result: Array = draws.location + draws.scale * standard
-    return result
-
-
-_uniform, _sampled = keyed_uniform, sampled
+    return draws.location + draws.scale * standard

@@ -21,8 +21,6 @@ from scipy.linalg.lapack import dpotrf, dtrtri
 
 from simmerge_ray.base.errors import BanditError
 
-Array = np.ndarray
-
 
 @dataclass(frozen=True, eq=False)
 class GaussianPosterior:
@@ -31,14 +29,14 @@ class GaussianPosterior:
     weight: of the observations, in observations; it differs from `count` after a discount or with a power prior.
     """
 
-    precision: Array
-    moment: Array
+    precision: np.ndarray
+    moment: np.ndarray
     count: int = 0
     sum_squares: float = 0.0
     weight: float = 0.0
 
     @staticmethod
-    def prior(num_dimensions: int, ridge: float = 1.0, mean: Array | None = None) -> GaussianPosterior:
+    def prior(num_dimensions: int, ridge: float = 1.0, mean: np.ndarray | None = None) -> GaussianPosterior:
         """A prior that has seen nothing.
 
         Args:
@@ -56,7 +54,7 @@ class GaussianPosterior:
     def num_dimensions(self) -> int:
         return len(self.moment)
 
-    def updated(self, z: Array, reward: float, weight: float = 1.0) -> GaussianPosterior:
+    def updated(self, z: np.ndarray, reward: float, weight: float = 1.0) -> GaussianPosterior:
         """With one more observation: z (d,), and its reward.
 
         Args:
@@ -79,7 +77,7 @@ class GaussianPosterior:
             self.weight + weight,
         )
 
-    def fold(self, observations: Iterable[tuple[Array, float]], weight: float = 1.0) -> GaussianPosterior:
+    def fold(self, observations: Iterable[tuple[np.ndarray, float]], weight: float = 1.0) -> GaussianPosterior:
         """`updated` for one (z, reward) after the other."""
         posterior = self
         for z, reward in observations:
@@ -105,13 +103,12 @@ class GaussianPosterior:
         )
 
     @property
-    def mean(self) -> Array:
+    def mean(self) -> np.ndarray:
         """(d,): of the weights."""
-        result: Array = self._projection[-1]
-        return result
+        return self._projection[-1]
 
     @cached_property
-    def _projection(self) -> Array:
+    def _projection(self) -> np.ndarray:
         """(d + 1, d): `L^-1`, with `A = L L^T`, and the mean below it: one product has all that a decision needs."""
         factor, status = dpotrf(self.precision, lower=1)
         if status != 0:
@@ -123,7 +120,7 @@ class GaussianPosterior:
         projection[-1] = projection[:-1].T @ (projection[:-1] @ self.moment)
         return projection
 
-    def marginal(self, z: Array) -> tuple[float, float]:
+    def marginal(self, z: np.ndarray) -> tuple[float, float]:
         """`z^T mean` and `|L^-1 z|`: the predicted reward, and its spread for noise of spread 1."""
         projected = self._projection @ z
         spread = projected[:-1]
@@ -139,7 +136,52 @@ class GaussianPosterior:
         return shape + 0.5 * self.weight, max(rate + 0.5 * (before + self.sum_squares - fitted), rate * 1e-12)
 
 
-def _vector(values: Array, num_dimensions: int, what: str) -> Array:
+class RunningPosterior:
+    """Prior and sums of one arm, updated in place. `posterior` has the bits of `GaussianPosterior.updated`."""
+
+    __slots__ = ("prior", "_precision", "_moment", "_count", "_sum_squares", "_weight", "_posterior", "_product")
+
+    def __init__(self, prior: GaussianPosterior, posterior: GaussianPosterior) -> None:
+        self.prior = prior
+        self._product = np.empty(prior.precision.shape)
+        self._set(posterior)
+
+    def _set(self, posterior: GaussianPosterior) -> None:
+        self._precision, self._moment = posterior.precision.copy(), posterior.moment.copy()
+        self._count, self._sum_squares = posterior.count, posterior.sum_squares
+        self._weight = posterior.weight
+        self._posterior: GaussianPosterior | None = posterior
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a context."""
+        return self._moment.shape
+
+    @property
+    def posterior(self) -> GaussianPosterior:
+        """The same object until something is learned, so that its factor is computed once."""
+        if self._posterior is None:
+            self._posterior = GaussianPosterior(
+                self._precision.copy(), self._moment.copy(), self._count, self._sum_squares, self._weight
+            )
+        return self._posterior
+
+    def add(self, z: np.ndarray, reward: float) -> None:
+        """One observation, in place: a new matrix for each would make a long fold twice as slow."""
+        np.dot(z[:, None], z[None, :], out=self._product)  # one product an entry, rounded once: the bits of np.outer
+        self._precision += self._product
+        self._moment += z * reward
+        self._count += 1
+        self._sum_squares += reward * reward
+        self._weight += 1.0
+        self._posterior = None
+
+    def discount(self, factor: float) -> None:
+        """As `GaussianPosterior.discounted`."""
+        self._set(self.posterior.discounted(factor, self.prior))
+
+
+def _vector(values: np.ndarray, num_dimensions: int, what: str) -> np.ndarray:
     vector = np.asarray(values, dtype=np.float64)
     if vector.shape != (num_dimensions,):
         raise BanditError(f"{what} has the shape {vector.shape}; it must be ({num_dimensions},)")

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaln, ndtr, owens_t, stdtr
 
-Array = np.ndarray
-
 MIN_SPREAD = 1e-6  # of the largest location, 1 at least: narrower peaks would consist of rounding errors
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
 _GAUSSIAN_CUTS = np.array([-8.5, -5.5, -3.5, -2.0, -1.0, 0.0, 1.0, 2.0, 3.5, 5.5, 8.5])
@@ -37,9 +35,9 @@ class Draws:
     degrees: (K,), at least 3, or None.
     """
 
-    location: Array
-    scale: Array
-    degrees: Array | None = None
+    location: np.ndarray
+    scale: np.ndarray
+    degrees: np.ndarray | None = None
 
     def floored(self) -> Draws:
         """With scales of at least `MIN_SPREAD`."""
@@ -47,28 +45,26 @@ class Draws:
         return Draws(self.location, np.maximum(self.scale, smallest), self.degrees)
 
     @property
-    def cuts(self) -> Array:
+    def cuts(self) -> np.ndarray:
         return _GAUSSIAN_CUTS if self.degrees is None else _STUDENT_CUTS
 
-    def density(self, points: Array) -> Array:
+    def density(self, points: np.ndarray) -> np.ndarray:
         """(P,) -> (K, P)."""
         x = (points - self.location[:, None]) / self.scale[:, None]
         if self.degrees is None:
-            result: Array = np.exp(-0.5 * x * x - _LOG_ROOT) / self.scale[:, None]
-            return result
+            return np.exp(-0.5 * x * x - _LOG_ROOT) / self.scale[:, None]
         n = self.degrees[:, None]
         log_norm = gammaln((n + 1) / 2) - gammaln(n / 2) - 0.5 * np.log(n * math.pi)
         result = np.exp(log_norm - (n + 1) / 2 * np.log1p(x * x / n)) / self.scale[:, None]
         return result
 
-    def distribution(self, points: Array) -> Array:
+    def distribution(self, points: np.ndarray) -> np.ndarray:
         """(P,) or (K, P) -> (K, P)."""
         x = (points - self.location[:, None]) / self.scale[:, None]
-        result: Array = ndtr(x) if self.degrees is None else stdtr(self.degrees[:, None], x)
-        return result
+        return ndtr(x) if self.degrees is None else stdtr(self.degrees[:, None], x)
 
 
-def thompson_propensities(draws: Draws) -> Array:
+def thompson_propensities(draws: Draws) -> np.ndarray:
     """(K,): how often each arm has the largest draw. Sums to 1 within 1e-10, which a test holds.
 
     Scales below `MIN_SPREAD` count as that, so arms without any spread share what they tie for.
@@ -76,7 +72,7 @@ def thompson_propensities(draws: Draws) -> Array:
     return _largest(draws.floored())
 
 
-def safe_propensities(draws: Draws, fixed: int, threshold: float) -> Array:
+def safe_propensities(draws: Draws, fixed: int, threshold: float) -> np.ndarray:
     """(K,): of the policy that leaves arm `fixed` only for a draw above its own by `threshold`, maybe infinite."""
     num_arms = len(draws.location)
     result = np.zeros(num_arms)
@@ -91,13 +87,12 @@ def safe_propensities(draws: Draws, fixed: int, threshold: float) -> Array:
     return result
 
 
-def with_floor(propensities: Array, floor: float) -> Array:
+def with_floor(propensities: np.ndarray, floor: float) -> np.ndarray:
     """`(1 - K p) pi + p`: every arm is played with probability p at least."""
-    result: Array = (1.0 - len(propensities) * floor) * propensities + floor
-    return result
+    return (1.0 - len(propensities) * floor) * propensities + floor
 
 
-def _largest(draws: Draws) -> Array:
+def _largest(draws: Draws) -> np.ndarray:
     """(K,): how often each arm has the largest draw; no scale is 0."""
     num_arms = len(draws.location)
     if num_arms == 1:
@@ -110,13 +105,12 @@ def _largest(draws: Draws) -> Array:
     return _by_quadrature(draws)
 
 
-def _largest_of_two(location: list[float], variance: list[float]) -> Array:
+def _largest_of_two(location: list[float], variance: list[float]) -> np.ndarray:
     difference = (location[0] - location[1]) / math.sqrt(variance[0] + variance[1])
-    result: Array = ndtr(np.array([difference, -difference]))
-    return result
+    return ndtr(np.array([difference, -difference]))
 
 
-def _largest_of_three(m: list[float], v: list[float]) -> Array | None:
+def _largest_of_three(m: list[float], v: list[float]) -> np.ndarray | None:
     """By Owen's T; None where two locations are equal, or so nearly that their slope is none, which has other formulas.
 
     With `h_i = (m_k - m_i) / sqrt(v_k + v_i)` and `rho = v_k / sqrt((v_k + v_i) (v_k + v_j))`:
@@ -137,18 +131,16 @@ def _largest_of_three(m: list[float], v: list[float]) -> Array | None:
         jumps.append(0.0 if (to_i > 0) == (to_j > 0) else 0.5)
     h = np.array(bounds)
     terms = 0.5 * ndtr(h) - owens_t(h, np.array(slopes))
-    result: Array = np.maximum(terms[::2] + terms[1::2] - jumps, 0.0)
-    return result
+    return np.maximum(terms[::2] + terms[1::2] - jumps, 0.0)
 
 
-def _by_quadrature(draws: Draws) -> Array:
+def _by_quadrature(draws: Draws) -> np.ndarray:
     points, weights = _nodes(draws.location[:, None] + draws.scale[:, None] * draws.cuts)
     others = _products_of_others(draws.distribution(points))
-    result: Array = (draws.density(points) * others) @ weights
-    return result
+    return (draws.density(points) * others) @ weights
 
 
-def _nodes(cuts: Array) -> tuple[Array, Array]:
+def _nodes(cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quadrature points and weights (P,) of all pieces between the given cuts."""
     edges = np.sort(cuts, axis=None)
     half = 0.5 * np.diff(edges)
@@ -157,11 +149,10 @@ def _nodes(cuts: Array) -> tuple[Array, Array]:
     return (middle[:, None] + half[:, None] * _NODES).ravel(), (half[:, None] * _WEIGHTS).ravel()
 
 
-def _products_of_others(values: Array) -> Array:
+def _products_of_others(values: np.ndarray) -> np.ndarray:
     """(K, P) -> (K, P): product over the other rows, without a division (a factor may be 0)."""
     before = np.ones_like(values)
     np.cumprod(values[:-1], axis=0, out=before[1:])
     after = np.ones_like(values)
     np.cumprod(values[:0:-1], axis=0, out=after[-2::-1])
-    result: Array = before * after
-    return result
+    return before * after

@@ -16,7 +16,7 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import BanditError
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import units_of
+from simmerge_ray.selector.data.scoring import units_of
 from simmerge_ray.selector.data.splits import Fold, fold_mean
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.predictors import MlpPredictor
@@ -24,9 +24,9 @@ from simmerge_ray.selector.models.train import fit_models
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 
-Array = np.ndarray
-
 MIN_VARIANCE = 1e-6
+COLD_NOISE = Noise(0.01)  # of rewards where no labels tell: a spread of 0.1
+COLD_SPREAD = 0.1  # of an arm's weights where nothing is known of it
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Merges:
     """
 
     rows: tuple[tuple[int, ...], ...]
-    z: Array
-    level: Array
-    utility: Array
+    z: np.ndarray
+    level: np.ndarray
+    utility: np.ndarray
 
 
-def contexts_of(model: FittedModel, features: Array, tasks: Sequence[str] | None) -> tuple[Array, Array]:
+def contexts_of(model: FittedModel, features: np.ndarray, tasks: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
     """(N, 2, F) features -> z (N, d) and level (N,), the mean over the networks. Without tasks each is unknown.
 
     Raises:
@@ -62,7 +62,7 @@ def merges_of(dataset: SelectionDataset, model: FittedModel, rows: Sequence[int]
     """The merges among the given rows; what a merge has several tasks for is averaged over them."""
     index = list(rows)
     part = dataset.subset(index)
-    z, level = contexts_of(model, part.features, [context.task for context in part.contexts])
+    z, level = contexts_of(model, part.features, part.tasks)
     units = units_of(part.contexts, per_merge=True)
     return Merges(
         tuple(tuple(index[row] for row in unit) for unit in units),
@@ -74,7 +74,7 @@ def merges_of(dataset: SelectionDataset, model: FittedModel, rows: Sequence[int]
 
 def out_of_fold_level(
     dataset: SelectionDataset, folds: Sequence[Fold], config: TrainConfig, models: Sequence[FittedModel] | None = None
-) -> Array:
+) -> np.ndarray:
     """(N,) level of every context by a model that was not trained on its checkpoints; NaN where no fold tests it.
 
     In its training data a model's level is better than it will be online, and contrasts would look too clean.
@@ -86,12 +86,12 @@ def out_of_fold_level(
     levels = []
     for fold, model in zip(folds, models, strict=True):
         part = dataset.subset(fold.tested)
-        levels.append(contexts_of(model, part.features, [context.task for context in part.contexts])[1])
+        levels.append(contexts_of(model, part.features, part.tasks)[1])
     return fold_mean(folds, levels, len(dataset.contexts))
 
 
 def warm_posteriors(
-    merges: Merges, arms: Sequence[str], level: Array, ridge: float = 1.0, power: float = 1.0
+    merges: Merges, arms: Sequence[str], level: np.ndarray, power: float = 1.0
 ) -> tuple[dict[str, GaussianPosterior], Noise]:
     """Posteriors of the arms from merges of which all arms were measured, and the noise that is left.
 
@@ -108,7 +108,7 @@ def warm_posteriors(
     if not len(known):
         raise BanditError("no merge has a level that was predicted without it: there are too few labels to start from")
     rewards = merges.utility - level[:, None]
-    prior = GaussianPosterior.prior(merges.z.shape[1], ridge)
+    prior = GaussianPosterior.prior(merges.z.shape[1])
     posteriors, residuals = {}, []
     for column, arm in enumerate(arms):
         posteriors[arm] = prior.fold([(merges.z[row], float(rewards[row, column])) for row in known], power)
@@ -116,11 +116,38 @@ def warm_posteriors(
     return posteriors, Noise(max(float(np.square(residuals).mean()), MIN_VARIANCE))
 
 
+def cold_ridge(noise: Noise) -> float:
+    """Precision of a prior that knows nothing, in units of the noise: weights spread by `COLD_SPREAD`."""
+    return noise.variance / COLD_SPREAD**2
+
+
+def cold_prior(num_dimensions: int, noise: Noise) -> GaussianPosterior:
+    """What an arm starts from where nothing is known of it."""
+    return GaussianPosterior.prior(num_dimensions, cold_ridge(noise))
+
+
+def start_from_labels(
+    labelled: SelectionDataset,
+    model: FittedModel,
+    folds: Sequence[Fold],
+    config: TrainConfig,
+    models: Sequence[FittedModel] | None = None,
+) -> tuple[dict[str, GaussianPosterior], Noise]:
+    """What the arms of a model start from: posteriors from the labels that it was trained on, level out of fold.
+
+    Raises:
+        BanditError: as `contexts_of` and `warm_posteriors`.
+    """
+    merges = merges_of(labelled, model, range(len(labelled.contexts)))
+    level = merge_values(out_of_fold_level(labelled, folds, config, models), merges)
+    return warm_posteriors(merges, labelled.arms, level)
+
+
 def sibling_prior(posterior: GaussianPosterior, prior: GaussianPosterior, power: float) -> GaussianPosterior:
     """A prior for a new arm that is expected to be like a known one: what that has seen, counting `power` of it."""
     return posterior.discounted(power, prior)
 
 
-def merge_values(values: Mapping[int, float] | Array, merges: Merges) -> Array:
+def merge_values(values: Mapping[int, float] | np.ndarray, merges: Merges) -> np.ndarray:
     """(M,): values of the dataset's rows averaged over each merge."""
     return np.array([np.mean([values[row] for row in unit]) for unit in merges.rows])

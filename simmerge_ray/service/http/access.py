@@ -1,4 +1,4 @@
-"""Who may ask what: bearer tokens with roles, from a YAML file or the environment, and how often.
+"""Access control: bearer tokens with roles and rate limits, from a YAML file or the environment.
 
     - {name: trainer, role: decide, token_sha256: 2c26b4...}      # tokens of the file may be given as their SHA-256
     - {name: evaluation, role: reward, token: "...", requests_per_second: 20}
@@ -34,7 +34,7 @@ _FIELDS = ("name", "role", "token", "token_sha256", "requests_per_second")
 
 
 @dataclass(frozen=True)
-class Client:
+class Principal:
     """Somebody with a token. per_second: requests; None: no limit."""
 
     name: str
@@ -76,7 +76,7 @@ class Access:
     """The clients of a service.
 
     Args:
-        failures_per_s: wrong tokens that are answered to one address; of more it is only said that they are too many.
+        failures_per_s: wrong tokens that one address may send; more are refused for their number alone.
 
     Raises:
         ConfigError: no client, or two with the same name or token.
@@ -84,7 +84,7 @@ class Access:
 
     def __init__(
         self,
-        clients: Sequence[Client],
+        clients: Sequence[Principal],
         clock: Callable[[], float] = time.monotonic,
         failures_per_s: float = FAILURES_PER_S,
     ) -> None:
@@ -97,9 +97,9 @@ class Access:
         self._clients = tuple(clients)
         self._buckets, self._failures_per_s = Buckets(clock), failures_per_s
 
-    def client_of(self, token: str | None) -> Client | None:
+    def client_of(self, token: str | None) -> Principal | None:
         """Who has a token; takes as long for every token, known or not."""
-        digest = digest_of(token or "")
+        digest = token_digest(token or "")
         found = None
         for client in self._clients:
             if hmac.compare_digest(client.digest, digest):
@@ -111,7 +111,7 @@ class Access:
         client = self.client_of(token)
         return client.roles if client else None
 
-    def wait(self, client: Client) -> float:
+    def wait(self, client: Principal) -> float:
         """Seconds until a client may ask again; 0: now, and it counts."""
         return self._buckets.wait(f"client {client.name}", client.per_second) if client.per_second else 0.0
 
@@ -124,19 +124,19 @@ class Access:
         return self._buckets.wait(f"login {address}", self._failures_per_s)
 
 
-def digest_of(token: str) -> str:
+def token_digest(token: str) -> str:
     """SHA-256 of a token, as a file may have it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def new_token() -> str:
-    """A token that nobody guesses."""
+    """A random token."""
     return secrets.token_urlsafe(24)
 
 
 def single(token: str) -> Access:
     """One admin token."""
-    return Access([Client("admin", frozenset({"admin"}), digest_of(_long_enough(token, "the token")))])
+    return Access([Principal("admin", frozenset({"admin"}), token_digest(_long_enough(token, "the token")))])
 
 
 def read_access(path: Path | None, environment: Mapping[str, str] = os.environ) -> Access | None:
@@ -168,7 +168,7 @@ def _parsed(text: str, where: str) -> Access:
     return Access([_client(one, f"{where}, token {number}") for number, one in enumerate(entries, 1)])
 
 
-def _client(entry: Mapping[str, Any], where: str) -> Client:
+def _client(entry: Mapping[str, Any], where: str) -> Principal:
     for key in entry:
         if key not in _FIELDS:
             raise ConfigError(f"{where}: {unknown_name('field', str(key), _FIELDS)}")
@@ -182,13 +182,13 @@ def _client(entry: Mapping[str, Any], where: str) -> Client:
         raise ConfigError(f"{where}: give either token or token_sha256")
     digest = str(entry.get("token_sha256", "")).lower()
     if "token" in entry:
-        digest = digest_of(_long_enough(str(entry["token"]), where))
+        digest = token_digest(_long_enough(str(entry["token"]), where))
     if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise ConfigError(f"{where}: token_sha256 must have 64 hexadecimal digits")
     rate = entry.get("requests_per_second")
     if rate is not None and not (isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate < 1e6):
         raise ConfigError(f"{where}: requests_per_second is {rate!r}; it must be a number above 0")
-    return Client(name, frozenset({role}), digest, rate)
+    return Principal(name, frozenset({role}), digest, rate)
 
 
 def _long_enough(token: str, where: str) -> str:

@@ -1,7 +1,7 @@
-"""What stands before the routes: who asks, how much and how fast, and headers for every answer. Plain ASGI.
+"""The gate in front of the routes: authentication, limits of size and rate, and headers for every answer. Plain ASGI.
 
-A request is refused here before anything of it is parsed. The whole body is read within a time, since a client that
-sends a byte now and then would otherwise hold a task for ever.
+Requests are refused here before they are parsed. The whole body must arrive within a time limit: a client that sends
+a byte now and then would otherwise hold a task for ever.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 
-from simmerge_ray.service.http.access import Access, Client
+from simmerge_ray.service.http.access import Access, Principal
 from simmerge_ray.service.http.dashboard import same_origin, token_of
-from simmerge_ray.service.http.metrics import Metrics
+from simmerge_ray.service.http.metrics import PrometheusMetrics
 
 _log = logging.getLogger("simmerge.service")
 Scope = MutableMapping[str, Any]
@@ -61,7 +61,7 @@ class Gate:
         app: App,
         access: Access,
         limits: Limits,
-        metrics: Metrics,
+        metrics: PrometheusMetrics,
         role_of: Callable[[Scope], str | None] = lambda scope: None,
     ) -> None:
         self._app, self._access, self._limits, self._metrics = app, access, limits, metrics
@@ -95,7 +95,7 @@ class Gate:
             self._finish(scope, told["status"], time.perf_counter() - started)
 
     def _refusal(self, scope: Scope) -> tuple[int, str, dict[str, str]] | None:
-        """Who may not go on; sets the client of the scope."""
+        """The refusal of a request, None if it may proceed; sets the client of the scope."""
         path = scope["path"]
         address = (scope.get("client") or ("",))[0]
         if path in _OPEN or path in _OF_PAGE or path.startswith("/static/"):
@@ -150,7 +150,7 @@ class Gate:
     def _finish(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or ("refused" if status else "gone")
         self._metrics.requested(route, scope["method"], status, seconds)
-        client: Client | None = scope.get(CLIENT)
+        client: Principal | None = scope.get(CLIENT)
         if client is not None and scope["method"] != "GET":
             line = {
                 "route": route,

@@ -1,11 +1,10 @@
-"""What is counted of a service, for Prometheus. `ray.serve` has its own metrics; see `distributed.serve_app`."""
+"""Metrics of the service for Prometheus. `ray.serve` has its own metrics; see `on_ray.serve_app`."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from simmerge_ray.service.learner import Observer
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.schemas import Decision
 
@@ -13,24 +12,8 @@ LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Metrics(Protocol):
-    """An observer of the learner that is told of requests, too."""
-
-    def decided(self, decision: Decision) -> None: ...
-
-    def rewarded(self, outcome: str) -> None: ...
-
-    def state(self, view: View, entropies: dict[str, float]) -> None: ...
-
-    def requested(self, route: str, method: str, status: int, seconds: float) -> None: ...
-
-    def text(self) -> str:
-        """In Prometheus' format."""
-        ...
-
-
-class PrometheusMetrics:
-    """In a registry of its own."""
+class PrometheusMetrics(Observer):
+    """What the learner tells of, and requests; in a registry of its own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()

@@ -1,30 +1,34 @@
-"""The service in one plain process, without Ray: `python -m simmerge_ray.service.http.standalone --help`."""
+"""The service in one plain process, without Ray (`simmerge serve --no-ray`), and what both ways of serving prepare."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import resource
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
+import yaml
 from sqlalchemy.engine import make_url
 
-from simmerge_ray.base.errors import ConfigError, InputError, SimmergeError
-from simmerge_ray.service.http.access import Access, new_token, read_access, single
+from simmerge_ray.base.config import ServeConfig, ServiceConfig
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.storage import write_atomically
+from simmerge_ray.service.http.access import new_token, read_access
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.metrics import PrometheusMetrics
 from simmerge_ray.service.http.slow_clients import impatient
-from simmerge_ray.service.learner import Learner, LearnerSettings
+from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import make_engine, upgrade_database
 
+_TOKENS = "tokens.yaml"
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "beegfs", "fuse.sshfs", "efs")
 
 
 def prepare_database(url: str) -> None:
-    """Bring an embedded database, maybe an absent one, to the present schema; others are left to `simmerge db upgrade`.
+    """Upgrade an embedded database, or make it; others are left to `simmerge db upgrade`.
 
     Raises:
         ConfigError: a SQLite file on a network filesystem, where its locks do not hold. StoreError: it cannot be made.
@@ -53,68 +57,53 @@ def filesystem_of(path: Path, mounts: str) -> str | None:
     return kind
 
 
-def access_or_new(tokens: Path | None) -> tuple[Access, str | None]:
-    """The configured tokens, or one that is made now and told."""
-    access = read_access(tokens)
-    if access is not None:
-        return access, None
-    token = new_token()
-    return single(token), token
+def completed(config: ServeConfig) -> tuple[ServiceConfig, str | None]:
+    """The settings with everything that follows from others, and a token to show where none was configured.
+
+    Raises:
+        ConfigError: a setting is missing, or the file of the token is damaged.
+    """
+    signals, database, registry, tokens = config.signals, config.database, config.registry, config.tokens
+    if signals is None or database is None or registry is None:
+        raise ConfigError("name a run, or --signals, --database and --registry")
+    token = None
+    if read_access(tokens) is None:  # neither a file nor, here and on the replicas of a Ray of our own, the environment
+        tokens, token = _own_token(registry.resolve().parent / _TOKENS)
+    values = config.model_dump() | {"tokens": tokens}
+    resolved = {name: value.resolve() for name, value in values.items() if isinstance(value, Path)}
+    return ServiceConfig(**values | resolved), token
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--database", required=True, help="sqlite:////path/service.db or postgresql://...")
-    parser.add_argument("--registry", type=Path, required=True, help="directory of published selectors")
-    parser.add_argument("--signals", type=Path, required=True, help="signal table")
-    parser.add_argument("--selector", type=Path, help="selector to begin with")
-    parser.add_argument("--catalogue", type=Path, help="catalogue, for better plans")
-    parser.add_argument("--signatures", help="default with a catalogue: `signatures` beside the table")
-    parser.add_argument("--namespace", default="default")
-    parser.add_argument("--floor", type=float, default=0.02, help="probability that every arm is played with at least")
-    parser.add_argument("--tokens", type=Path, help="YAML file; default: the environment, or one that is made now")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--snapshot-every", type=int, default=1000, help="events")
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+def _own_token(path: Path) -> tuple[Path, str]:
+    """A file with one admin token, which only this user can read; it stays, so that links work after a restart."""
+    if not path.exists():
+        entry = [{"name": "owner", "role": "admin", "token": new_token()}]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, yaml.safe_dump(entry).encode())
+        path.chmod(0o600)
     try:
-        access, token = access_or_new(given.tokens)
-        signatures = given.signatures or (str(given.signals.parent / "signatures") if given.catalogue else None)
-        settings = LearnerSettings(
-            database=given.database,
-            registry=given.registry,
-            signals=given.signals,
-            selector=given.selector,
-            catalogue=given.catalogue,
-            signatures=signatures,
-            namespace=given.namespace,
-            floor=given.floor,
-            snapshot_every=given.snapshot_every,
-        )
-        learner = Learner(settings)  # it reads the artifacts: nothing is made where one is wrong
-        prepare_database(settings.database)
-        app = create_app(lambda: learner, access, PrometheusMetrics())
-        _serve(app, given.host, given.port, token)
-    except SimmergeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+        return path, str(yaml.safe_load(path.read_text())[0]["token"])
+    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        raise ConfigError(f"{path} is damaged; delete it, and a new token is made") from None
 
 
-def _serve(app: object, host: str, port: int, token: str | None) -> None:
+def serve_alone(config: ServeConfig, host: str, port: int) -> None:
+    """Serve until SIGTERM or Ctrl-C; the first line of the output is the address. port: 0 takes any free one."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    service, token = completed(config)
+    access = read_access(service.tokens)
+    assert access is not None
+    learner = Learner(service)  # it reads the artifacts: nothing is made where one is wrong
+    prepare_database(service.database)
+    app = create_app(lambda: learner, access, PrometheusMetrics())
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every connection is a file
     try:
         listening = socket.create_server((host, port), backlog=2048)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    config = uvicorn.Config(app, http=impatient(), log_level="warning", access_log=False)  # type: ignore[arg-type]
     address = f"http://{host}:{listening.getsockname()[1]}"
     print(f"listening on {address}" + (f" token {token}" if token else ""), flush=True)
-    with listening:
-        uvicorn.Server(config).run(sockets=[listening])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    with listening, suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has shut down
+        server = uvicorn.Server(uvicorn.Config(app, http=impatient(), log_level="warning", access_log=False))
+        server.run(sockets=[listening])

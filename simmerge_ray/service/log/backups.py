@@ -1,4 +1,4 @@
-"""Files of an event log: backups of either kind, written whole or not at all, and read with care."""
+"""Backup files of an event log, written whole or not at all and checked when read."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def copy_sqlite(source: str, target: Path) -> None:
     """One state of a database that is in use. Raises StoreError."""
     with _closing(sqlite3.connect(source)) as there, _closing(sqlite3.connect(target)) as here:
         there.backup(here, pages=4096)
-        # Whoever opens it sets it to the write-ahead log again; until then it is one file without companions.
+        # Opening it switches back to the write-ahead log; until then it is a single file.
         here.execute("PRAGMA journal_mode=DELETE").close()
         if (said := here.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
             raise StoreError(f"the backup is damaged, and so probably is the database: {said}")

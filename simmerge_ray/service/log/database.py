@@ -39,6 +39,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from simmerge_ray.base.errors import ConfigError, StoreError
+from simmerge_ray.base.extras import require
 
 SCHEMA_VERSION = "0001"  # of the newest migration
 BUSY_TIMEOUT_S = 10.0
@@ -55,6 +56,8 @@ metadata = MetaData()
 log_head = Table(
     "log_head", metadata, Column("namespace", String(200), primary_key=True), Column("seq", BigInteger, nullable=False)
 )
+
+FIRST_HEAD = text("INSERT INTO log_head (namespace, seq) VALUES (:namespace, 0) ON CONFLICT DO NOTHING")
 
 # subject: the decision's id, an arm, an epoch; empty where nothing else can be the same. attempt: which of the events
 # of this kind about this subject; a reward has the number of voided ones before it, so that two un-voided rewards of a
@@ -109,7 +112,7 @@ def open_database(url: str, patient: bool = False) -> Engine:
     """
     engine = make_engine(url, patient)
     with store_errors("opening the event log"), engine.connect() as connection:
-        found = _schema_version(connection)
+        found = schema_version(connection)
     if found != SCHEMA_VERSION:
         what = "has no event log" if found is None else f"has the schema version {found}"
         raise StoreError(
@@ -120,7 +123,7 @@ def open_database(url: str, patient: bool = False) -> Engine:
 
 
 def upgrade_database(url: str) -> None:
-    """Bring a database, maybe an empty one, to the schema of this program; one that has it is left as it is.
+    """Bring a database, empty or of an older version, to this program's schema; no change if it is current.
 
     Raises:
         ConfigError, StoreError: as `open_database`.
@@ -145,7 +148,7 @@ def upgrade_database(url: str) -> None:
 
 
 def make_engine(url: str, patient: bool = False) -> Engine:
-    """An engine without a look at the database.
+    """An engine, without connecting to the database.
 
     Args:
         patient: as `open_database`.
@@ -166,10 +169,9 @@ def make_engine(url: str, patient: bool = False) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     if backend == "postgresql":
-        try:
-            from simmerge_ray.service.log.postgres import connector
-        except ImportError as error:  # psycopg, or the C library that it loads
-            raise ConfigError("PostgreSQL needs psycopg: pip install 'psycopg[binary]'") from error
+        require("psycopg", "postgres")
+        from simmerge_ray.service.log.postgres import connector
+
         driver = parsed.set(drivername="postgresql+psycopg")
         # A writer that waited for the head row must see what the one before it committed.
         engine = create_engine(driver, pool_pre_ping=True, isolation_level="READ COMMITTED")
@@ -179,7 +181,7 @@ def make_engine(url: str, patient: bool = False) -> Engine:
 
 
 def shown(engine: Engine) -> str:
-    """Its URL as people write it, without the password."""
+    """Its URL, without driver and password."""
     return engine.url.set(drivername=engine.url.get_backend_name()).render_as_string()
 
 
@@ -255,7 +257,8 @@ def store_error(doing: str, error: Exception) -> StoreError:
     return StoreError(f"{doing} failed: {reason[0] if reason else type(error).__name__}")
 
 
-def _schema_version(connection: Connection) -> str | None:
+def schema_version(connection: Connection) -> str | None:
+    """Of the tables; None without any."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()

@@ -4,7 +4,7 @@ Numbers are given in the order of commits: a transaction holds the head row of i
 from before it takes numbers until it has committed. Whoever sees event n therefore sees all before it, now and later,
 and a reader that goes on after the last number it saw misses nothing. Numbers have no gaps.
 
-Appends of a process are committed in groups by one thread. While one transaction waits for the disk the next entries
+Appends of a process are committed in groups by one thread. While one transaction waits for the disk the next ones
 gather, so a group is as large as the disk is slow, and nobody waits for a timer. A thread, because drivers block while
 they wait for the disk: an event loop that appends awaits a future and serves others meanwhile.
 
@@ -24,33 +24,33 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Executable, bindparam, insert, select, text, union_all, update
+from sqlalchemy import Connection, Engine, Executable, bindparam, insert, select, union_all, update
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.sql import ClauseElement
 
 from simmerge_ray.base.errors import ConfigError, StoreError
 from simmerge_ray.service.log.database import (
     CHANGES_OF_THE_PAST,
+    FIRST_HEAD,
     KeptConnection,
     events,
     log_head,
     store_error,
     store_errors,
 )
-from simmerge_ray.service.log.events import Event
-from simmerge_ray.service.log.fold import EventRow
-from simmerge_ray.service.log.outcomes import MAX_NAME, Entry, Known, Outcome, Status, entry_of, invalid, row_of
+from simmerge_ray.service.log.events import Event, EventRow
+from simmerge_ray.service.log.outcomes import MAX_NAME, Known, Outcome, Proposal, Status, invalid, proposal_of
 from simmerge_ray.service.log.statements import Statement
 
 MAX_BATCH = 256
 
-_ROWS = select(*(events.c[name] for name in EventRow._fields)).where(events.c.namespace == bindparam("namespace"))
-_TAIL = _ROWS.where(events.c.seq > bindparam("after"), events.c.seq <= bindparam("last"))
+# All events of a namespace.
+ROWS = select(*(events.c[name] for name in EventRow._fields)).where(events.c.namespace == bindparam("namespace"))
+_TAIL = ROWS.where(events.c.seq > bindparam("after"), events.c.seq <= bindparam("last"))
 _TAIL = _TAIL.order_by(events.c.seq).limit(bindparam("limit"))
-_CHANGES = _ROWS.where(events.c.seq <= bindparam("last"), CHANGES_OF_THE_PAST).order_by(events.c.seq)
-_HISTORY = _ROWS.where(events.c.subject == bindparam("subject")).order_by(events.c.seq)
+_CHANGES = ROWS.where(events.c.seq <= bindparam("last"), CHANGES_OF_THE_PAST).order_by(events.c.seq)
+_HISTORY = ROWS.where(events.c.subject == bindparam("subject")).order_by(events.c.seq)
 _HEAD = select(log_head.c.seq).where(log_head.c.namespace == bindparam("namespace"))
-_FIRST = text("INSERT INTO log_head (namespace, seq) VALUES (:namespace, 0) ON CONFLICT DO NOTHING")
 _TAKE = update(log_head).where(log_head.c.namespace == bindparam("own")).values(seq=log_head.c.seq + bindparam("count"))
 _TAKE_NUMBERS = _TAKE.returning(log_head.c.seq)
 _NO_LIMIT = 2**63 - 1
@@ -69,7 +69,7 @@ class _Draft:
 class _Waiting:
     """An append. task: what an event loop waits for; threads wait for the future."""
 
-    entry: Entry | _Draft
+    proposal: Proposal | _Draft
     future: Future[Outcome]
     task: asyncio.Future[Outcome] | None = None
 
@@ -82,7 +82,7 @@ def _related_query(keys: int, subjects: int) -> ClauseElement:
     parts = []
     for name, column, count in (("key", events.c.idempotency_key, keys), ("subject", events.c.subject, subjects)):
         if count:
-            parts.append(_ROWS.where(column.in_([bindparam(f"{name}{i}", type_=column.type) for i in range(count)])))
+            parts.append(ROWS.where(column.in_([bindparam(f"{name}{i}", type_=column.type) for i in range(count)])))
     return parts[0] if len(parts) == 1 else union_all(*parts)
 
 
@@ -132,7 +132,7 @@ class EventLog:
         if (refusal := invalid(event)) is not None:
             future.set_result(refusal)
             return future
-        self._put(_Waiting(entry_of(event, self._clock(), key, payload), future))
+        self._put(_Waiting(proposal_of(event, self._clock(), key, payload), future))
         return future
 
     def append(self, event: Event, key: str | None = None, payload: Any = None) -> Outcome:
@@ -142,7 +142,7 @@ class EventLog:
     async def append_async(self, event: Event, key: str | None = None, payload: Any = None) -> Outcome:
         """`submit`, and let other tasks run meanwhile."""
         refusal = invalid(event)
-        return refusal or await self._wait_for(entry_of(event, self._clock(), key, payload))
+        return refusal or await self._wait_for(proposal_of(event, self._clock(), key, payload))
 
     async def append_made(self, make: Callable[[Any], Event], key: str | None, payload: Any) -> Outcome:
         """Append the event that `make` makes of what the log's `look` returned after this call.
@@ -151,10 +151,10 @@ class EventLog:
         """
         return await self._wait_for(_Draft(make, key, payload))
 
-    async def _wait_for(self, entry: Entry | _Draft) -> Outcome:
+    async def _wait_for(self, proposal: Proposal | _Draft) -> Outcome:
         future: Future[Outcome] = Future()
         task: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._put(_Waiting(entry, future, task))
+        self._put(_Waiting(proposal, future, task))
         try:
             return await task
         except asyncio.CancelledError:
@@ -212,7 +212,7 @@ class EventLog:
                     ends = True
                 else:
                     batch.append(item)
-            # Who was cancelled before this point is not in the log; afterwards a future cannot be cancelled.
+            # Appends cancelled before this point never reach the log; later ones cannot be cancelled.
             going_on = [one for one in batch if one.future.set_running_or_notify_cancel()]
             self._commit(self._made(going_on))
             _wake(going_on)
@@ -221,41 +221,41 @@ class EventLog:
         self._writes.close()
         self._reads.close()
 
-    def _made(self, batch: Sequence[_Waiting]) -> list[tuple[Entry, Future[Outcome]]]:
+    def _made(self, batch: Sequence[_Waiting]) -> list[tuple[Proposal, Future[Outcome]]]:
         """Entries and futures, drafts made; one that cannot be made has its answer."""
-        made: list[tuple[Entry, Future[Outcome]]] = []
+        made: list[tuple[Proposal, Future[Outcome]]] = []
         seen: Any = None
         failed: Exception | None = None
-        if self._look is not None and any(isinstance(one.entry, _Draft) for one in batch):
+        if self._look is not None and any(isinstance(one.proposal, _Draft) for one in batch):
             try:
                 seen = self._look()
-            except Exception as error:  # told to who waits; the others do not need it
+            except Exception as error:  # reported to those that need the look
                 failed = error
         for one in batch:
-            entry = one.entry
-            if isinstance(entry, _Draft):
+            proposal = one.proposal
+            if isinstance(proposal, _Draft):
                 try:
                     if failed is not None:
                         raise failed
-                    entry = entry_of(entry.make(seen), self._clock(), entry.key, entry.payload)
+                    proposal = proposal_of(proposal.make(seen), self._clock(), proposal.key, proposal.payload)
                 except Exception as error:
                     one.future.set_exception(error)
                     continue
-            made.append((entry, one.future))
+            made.append((proposal, one.future))
         return made
 
-    def _commit(self, batch: Sequence[tuple[Entry, Future[Outcome]]]) -> None:
+    def _commit(self, batch: Sequence[tuple[Proposal, Future[Outcome]]]) -> None:
         """One transaction, then the answers; a failure is that of all its members and of nobody else."""
         if not batch:
             return
         try:
-            outcomes = self._transaction([entry for entry, _ in batch])
+            outcomes = self._transaction([proposal for proposal, _ in batch])
         except Exception as error:
             if len(batch) > 1 and not isinstance(error, OperationalError):
                 for one in batch:  # one event that the database cannot take must not fail the others
                     self._commit([one])
                 return
-            # Whatever it is, it is told to who waits: this thread lives on.
+            # Any error goes to the callers; this thread must survive it.
             known = isinstance(error, SQLAlchemyError)
             for _, future in batch:
                 future.set_exception(store_error("appending to the event log", error) if known else error)
@@ -263,24 +263,24 @@ class EventLog:
             for (_, future), outcome in zip(batch, outcomes, strict=True):
                 future.set_result(outcome)
 
-    def _transaction(self, entries: Sequence[Entry]) -> list[Outcome]:
-        """Judge and append entries in their order; committed when this returns."""
+    def _transaction(self, proposals: Sequence[Proposal]) -> list[Outcome]:
+        """Judge and append proposals in their order; committed when this returns."""
         with self._writes.transaction() as connection:
             # Taken before anything is judged: to take them holds the head row, or SQLite's lock, until the commit.
-            head = self._taken(connection, len(entries)) - len(entries)
-            known = Known(self._related(connection, entries))
+            head = self._taken(connection, len(proposals)) - len(proposals)
+            known = Known(self._related(connection, proposals))
             outcomes: list[Outcome] = []
             created: list[EventRow] = []
-            for entry in entries:
-                verdict = known.judge(entry)
+            for proposal in proposals:
+                verdict = known.judge(proposal)
                 if not isinstance(verdict, Outcome):
-                    row = row_of(entry, *verdict, head + len(created) + 1)
+                    row = proposal.row(*verdict, head + len(created) + 1)
                     known.add(row)
                     created.append(row)
                     verdict = Outcome(Status.CREATED, row)
                 outcomes.append(verdict)
-            if len(created) < len(entries):
-                self._taken(connection, len(created) - len(entries))
+            if len(created) < len(proposals):
+                self._taken(connection, len(created) - len(proposals))
             if created:
                 rows = [{"namespace": self.namespace, **row._asdict()} for row in created]
                 self._insert.run_many(connection, rows)
@@ -291,15 +291,15 @@ class EventLog:
         taken = {"own": self.namespace, "count": count}
         found = self._take.run(connection, taken)
         if not found:
-            connection.execute(_FIRST, {"namespace": self.namespace})
+            connection.execute(FIRST_HEAD, {"namespace": self.namespace})
             found = self._take.run(connection, taken)
         last: int = found[0][0]
         return last
 
-    def _related(self, connection: Connection, entries: Sequence[Entry]) -> list[EventRow]:
-        """What the log has with the keys and about the subjects of the entries."""
-        keys = [entry.key for entry in entries if entry.key is not None]
-        subjects = [entry.subject for entry in entries if entry.subject is not None]
+    def _related(self, connection: Connection, proposals: Sequence[Proposal]) -> list[EventRow]:
+        """What the log has with the keys and about the subjects of the proposals."""
+        keys = [proposal.key for proposal in proposals if proposal.key is not None]
+        subjects = [proposal.subject for proposal in proposals if proposal.subject is not None]
         if not keys and not subjects:
             return []
         keys, subjects = _padded(keys), _padded(subjects)
@@ -318,13 +318,13 @@ def _padded(names: list[str]) -> list[str]:
 
 
 def _wake(batch: Sequence[_Waiting]) -> None:
-    """Tell the event loops, each once: that costs a system call."""
+    """Wake each event loop once: a wake-up costs a system call."""
     loops: dict[asyncio.AbstractEventLoop, list[_Waiting]] = {}
     for one in batch:
         if one.task is not None:
             loops.setdefault(one.task.get_loop(), []).append(one)
     for loop, waiting in loops.items():
-        with suppress(RuntimeError):  # a loop that was closed meanwhile: nobody waits
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
             loop.call_soon_threadsafe(_settle, waiting)
 
 

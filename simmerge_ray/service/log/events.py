@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from simmerge_ray.base.storage import canonical_json, digest_bytes
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 
-Array = np.ndarray
-
+OneEvent = TypeVar("OneEvent")
 VERSION = 1  # of the body's fields, the same for all kinds
 
 
@@ -36,10 +35,11 @@ class DecisionMade:
     """
 
     kind: ClassVar[str] = "decision"
+    about: ClassVar[str | None] = "decision_id"
     decision_id: str
     request: Mapping[str, Any]
-    features: Array
-    z: Array
+    features: np.ndarray
+    z: np.ndarray
     level: float
     epoch: int
     arms: tuple[str, ...]
@@ -67,6 +67,7 @@ class RewardGiven:
     """The measured utility of what a decision chose, in [0, 1]."""
 
     kind: ClassVar[str] = "reward"
+    about: ClassVar[str | None] = "decision_id"
     decision_id: str
     utility: float
 
@@ -80,6 +81,7 @@ class RewardVoided:
     """The reward of a decision was wrong: it counts as if it had never been given. Another may follow."""
 
     kind: ClassVar[str] = "reward_voided"
+    about: ClassVar[str | None] = "decision_id"
     decision_id: str
     reason: str
     reward_seq: int = 0  # of the reward; the log fills it in
@@ -90,6 +92,7 @@ class DecisionClosed:
     """No reward will come: the merge was infeasible, was not made, or took too long. Nothing is learned from it."""
 
     kind: ClassVar[str] = "decision_closed"
+    about: ClassVar[str | None] = "decision_id"
     decision_id: str
     reason: str
 
@@ -99,6 +102,7 @@ class Activation:
     """From here on another selector answers."""
 
     kind: ClassVar[str] = "activation"
+    about: ClassVar[str | None] = None
     model_version: str
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -108,6 +112,7 @@ class ArmAdded:
     """An arm that may be played from here on. prior: in the contexts of `epoch`."""
 
     kind: ClassVar[str] = "arm_added"
+    about: ClassVar[str | None] = "arm"
     arm: str
     prior: GaussianPosterior
     epoch: int = 0
@@ -118,6 +123,7 @@ class Discounted:
     """What was observed so far counts `factor` of what it did, in every arm."""
 
     kind: ClassVar[str] = "discount"
+    about: ClassVar[str | None] = None
     factor: float
     reason: str = ""
 
@@ -135,6 +141,7 @@ class EncoderEpoch:
     """
 
     kind: ClassVar[str] = "encoder_epoch"
+    about: ClassVar[str | None] = "epoch"
     epoch: int
     num_dimensions: int
     ridge: float
@@ -153,6 +160,7 @@ class WarmStart:
     """Arms start from labels: these are their priors from here on, and what was learned of them before is replaced."""
 
     kind: ClassVar[str] = "warm_start"
+    about: ClassVar[str | None] = None
     priors: Mapping[str, GaussianPosterior]
     noise: Noise
     epoch: int = 0
@@ -172,21 +180,7 @@ Event = (
     | EncoderEpoch
     | WarmStart
 )
-_CLASSES: dict[str, type[Any]] = {
-    one.kind: one
-    for one in (
-        DecisionMade,
-        RewardGiven,
-        RewardVoided,
-        DecisionClosed,
-        Activation,
-        ArmAdded,
-        Discounted,
-        EncoderEpoch,
-        WarmStart,
-    )
-}
-
+_CLASSES: dict[str, type[Any]] = {one.kind: one for one in get_args(Event)}
 
 # In the body of a decision what a fold needs comes first; `read_head` stops there, which takes a tenth of the time.
 _HEAD = ("learns", "level", "epoch", "expires_at", "z", "features")
@@ -197,12 +191,13 @@ _scan = json.JSONDecoder().raw_decode  # of text that `encode` wrote: half the t
 
 
 def subject_of(event: Event) -> str | None:
-    """What an event is about, where a second one of its kind would be the same event or a contradiction."""
-    if isinstance(event, DecisionMade | RewardGiven | RewardVoided | DecisionClosed):
-        return event.decision_id
-    if isinstance(event, ArmAdded):
-        return event.arm
-    return str(event.epoch) if isinstance(event, EncoderEpoch) else None
+    """What an event is about (its field `about`): a second one of its kind would be the same event or contradict it."""
+    return None if event.about is None else str(getattr(event, event.about))
+
+
+def is_about_decision(kind: str) -> bool:
+    """Whether events of a kind are about a decision."""
+    return kind in _CLASSES and _CLASSES[kind].about == "decision_id"
 
 
 def encode(event: Event) -> tuple[str, bytes]:
@@ -228,6 +223,32 @@ def decode(kind: str, version: int, body: str, data: bytes) -> Event:
     return event
 
 
+class EventRow(NamedTuple):
+    """An event as the log holds it; fields as the columns of `database.events`."""
+
+    seq: int
+    at: float
+    kind: str
+    version: int
+    subject: str | None
+    attempt: int
+    idempotency_key: str | None
+    digest: str
+    body: str
+    data: bytes
+
+    @property
+    def event(self) -> Event:
+        """What happened."""
+        return decode(self.kind, self.version, self.body, self.data)
+
+    def decoded(self, kind: type[OneEvent]) -> OneEvent:
+        """What happened, for whoever knows its kind."""
+        event = self.event
+        assert isinstance(event, kind)
+        return event
+
+
 def read_head(body: str) -> dict[str, Any]:
     """The fields of a body that a fold needs: of a decision those of `_HEAD`, of others all."""
     # A quotation mark inside a string has a backslash before it, so this is found between fields alone.
@@ -242,7 +263,7 @@ def check_readable(kind: str, version: int) -> None:
         raise StoreError(f"the log has an event {kind!r} of version {version}, which another version of simmerge wrote")
 
 
-def digest_of(event: Event, encoded: tuple[str, bytes], payload: Any = None) -> str:
+def request_digest(event: Event, encoded: tuple[str, bytes], payload: Any = None) -> str:
     """Of what a client asked for, equal for a retry and for nothing else.
 
     payload: JSON that a retry repeats, where the event itself would differ (a decision has a new id each time); None
@@ -252,7 +273,13 @@ def digest_of(event: Event, encoded: tuple[str, bytes], payload: Any = None) -> 
     return digest_bytes(event.kind.encode(), body.encode(), data)
 
 
-def read_array(slot: Mapping[str, Any], data: bytes) -> Array:
+def voided_seq(row: EventRow) -> int:
+    """Number of the reward that a `reward_voided` event takes back."""
+    seq: int = read_head(row.body)["reward_seq"]
+    return seq
+
+
+def read_array(slot: Mapping[str, Any], data: bytes) -> np.ndarray:
     """The array that a slot of the body names."""
     shape = slot["shape"]
     count = 1
@@ -261,7 +288,7 @@ def read_array(slot: Mapping[str, Any], data: bytes) -> Array:
     return np.frombuffer(data, "<f8", count, slot["at"]).reshape(shape)
 
 
-def write_array(array: Array, data: bytearray) -> dict[str, Any]:
+def write_array(array: np.ndarray, data: bytearray) -> dict[str, Any]:
     """Append an array to the data; the slot to read it by."""
     slot = {"at": len(data), "shape": list(array.shape)}
     data += np.ascontiguousarray(array, dtype="<f8").tobytes()
@@ -314,7 +341,7 @@ _READ: dict[str, Callable[[Any, bytes], Any]] = {
 }
 
 
-def _finite(values: Any, what: str) -> Array:
+def _finite(values: Any, what: str) -> np.ndarray:
     """float64, of its own and not writable."""
     array = np.array(values, dtype=np.float64)
     if not np.isfinite(array).all():

@@ -11,55 +11,178 @@ Three kinds of events change the past, so the fold to a target is defined with k
 be folded again, from a snapshot that lies before the change (`replica.Replica`). The cost of a void is the events since
 that snapshot; of a new epoch, the whole log. With the same basis and the same events the bits are the same, wherever
 the fold was interrupted, so every replica has the same state.
+
+What people are shown and what is judged, exported and trained on comes from two smaller folds: `Decisions`, what became
+of each decision, and `setups_of`, which selectors answered. `EFFECTS` says for each kind of event what it does to each.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.bandit.policy import Noise
-from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.bandit.posterior import GaussianPosterior, RunningPosterior
 from simmerge_ray.service.log.events import (
     Activation,
     ArmAdded,
+    DecisionClosed,
+    DecisionMade,
     Discounted,
     EncoderEpoch,
-    Event,
+    EventRow,
+    RewardGiven,
+    RewardVoided,
     WarmStart,
     check_readable,
-    decode,
     read_array,
     read_head,
+    voided_seq,
 )
+from simmerge_ray.service.schemas import DecisionStatus
 
-Array = np.ndarray
-Encoder = Callable[[int, Array], tuple[Array, float]]
+EXPIRED = "expired"  # the reason with which decisions are closed whose time is over
+Encoder = Callable[[int, np.ndarray], tuple[np.ndarray, float]]
 """(epoch, raw features of one decision) -> its z (d,) and level. The same bits on every replica."""
+Kept = TypeVar("Kept")
 
 
-class EventRow(NamedTuple):
-    """An event as the log holds it; fields as the columns of `database.events`."""
+# What became of decisions.
 
-    seq: int
-    at: float
-    kind: str
-    version: int
-    subject: str | None
-    attempt: int
-    idempotency_key: str | None
-    digest: str
-    body: str
-    data: bytes
+
+@dataclass(slots=True)
+class Course(Generic[Kept]):
+    """A decision and what became of it.
+
+    decision: what a view keeps of it. reward: number and utility of the one that counts. num_voids: of rewards that
+    were taken back. closed: number and reason.
+    """
+
+    decision: Kept
+    reward: tuple[int, float] | None = None
+    num_voids: int = 0
+    closed: tuple[int, str] | None = None
 
     @property
-    def event(self) -> Event:
-        """What happened."""
-        return decode(self.kind, self.version, self.body, self.data)
+    def utility(self) -> float | None:
+        """Of the reward that counts."""
+        return None if self.reward is None else self.reward[1]
+
+    @property
+    def closed_reason(self) -> str | None:
+        """Why no reward will come."""
+        return None if self.closed is None else self.closed[1]
+
+    def take_reward(self, row: EventRow) -> None:
+        """A reward was given."""
+        self.reward = row.seq, json.loads(row.body)["utility"]
+
+    def take_void(self, row: EventRow) -> None:
+        """A reward was taken back."""
+        self.num_voids += 1
+        if self.reward is not None and self.reward[0] == voided_seq(row):
+            self.reward = None
+
+    def take_close(self, row: EventRow) -> None:
+        """No reward will come."""
+        self.closed = row.seq, json.loads(row.body)["reason"]
+
+    def is_late(self, expires_at: float | None, now: float) -> bool:
+        """Whether a reward would be the first one, and its time is over."""
+        return expires_at is not None and now > expires_at and self.reward is None and not self.num_voids
+
+    def status(self, expires_at: float | None, now: float) -> DecisionStatus:
+        """As the API calls it."""
+        if self.reward is not None:
+            return "rewarded"
+        if self.closed is not None:
+            return "expired" if self.closed[1] == EXPIRED else "closed"
+        return "expired" if self.is_late(expires_at, now) else "open"
+
+
+class Decisions(Generic[Kept]):
+    """Decisions by id and what became of each: the fold of events in order, of which some may be left out.
+
+    Args:
+        keep: what a view needs of a decision; None leaves it out.
+    """
+
+    def __init__(self, keep: Callable[[EventRow], Kept | None]) -> None:
+        self._keep = keep
+        self.courses: dict[str, Course[Kept]] = {}
+
+    @staticmethod
+    def of(rows: Iterable[EventRow]) -> dict[str, Course[EventRow]]:
+        """By id, the decisions among these rows, each with what the later rows say of it."""
+        decisions = Decisions(lambda row: row)
+        for row in rows:
+            decisions.apply(row)
+        return decisions.courses
+
+    def apply(self, row: EventRow) -> None:
+        """The next event, of any kind."""
+        if row.kind == DecisionMade.kind:
+            if row.subject is not None and (kept := self._keep(row)) is not None:
+                self.courses[row.subject] = Course(kept)
+            return
+        take, course = EFFECTS.get(row.kind, _NOTHING).course, self.courses.get(row.subject or "")
+        if take is not None and course is not None:
+            take(course, row)
+
+
+# Which selectors answered.
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A selector that answered from event `seq` on, and what its arms started from."""
+
+    seq: int = 0
+    epoch: int = 0
+    version: str = ""
+    num_dimensions: int = 0
+    priors: Mapping[str, GaussianPosterior] = field(default_factory=dict)
+    noise: Noise | None = None
+
+    def after_epoch(self, row: EventRow) -> Setup:
+        """Another encoder, with all that belongs to it."""
+        event = row.decoded(EncoderEpoch)
+        return Setup(row.seq, event.epoch, event.model_version, event.num_dimensions, event.priors, event.noise)
+
+    def after_activation(self, row: EventRow) -> Setup:
+        """Another selector on the same encoder."""
+        event = row.decoded(Activation)
+        return replace(self, seq=row.seq, version=event.model_version)
+
+    def after_priors(self, row: EventRow) -> Setup:
+        """The same selector with other priors."""
+        event = row.event
+        assert isinstance(event, WarmStart | ArmAdded)
+        if event.epoch != self.epoch:
+            return self
+        priors = {**self.priors, **(event.priors if isinstance(event, WarmStart) else {event.arm: event.prior})}
+        size = next(iter(priors.values())).num_dimensions
+        noise = event.noise if isinstance(event, WarmStart) else self.noise
+        return replace(self, num_dimensions=size, priors=priors, noise=noise)
+
+
+def setups_of(rows: Iterable[EventRow]) -> list[Setup]:
+    """Every selector that ever answered, in order; the last is the present one."""
+    present = Setup()
+    by_seq: dict[int, Setup] = {}
+    for row in rows:
+        if (change := EFFECTS.get(row.kind, _NOTHING).setup) is not None:
+            present = change(present, row)
+            by_seq[present.seq] = present
+    return [setup for seq, setup in by_seq.items() if seq]
+
+
+# The state.
 
 
 @dataclass(frozen=True)
@@ -75,15 +198,17 @@ class Basis:
         """Of the encoder epoch."""
         return self.epoch.epoch if self.epoch else 0
 
-    def with_event(self, row: EventRow) -> Basis:
-        """After one more event."""
-        if row.kind == "encoder_epoch":
-            event = row.event
-            assert isinstance(event, EncoderEpoch)
-            return Basis(event, row.seq, self.voided)
-        if row.kind == "reward_voided":
-            return Basis(self.epoch, self.epoch_seq, self.voided | {voided_seq(row)})
-        return self
+    def with_epoch(self, row: EventRow) -> Basis:
+        """After an encoder epoch; the same basis where it is known."""
+        if row.seq <= self.epoch_seq:
+            return self
+        event = row.decoded(EncoderEpoch)
+        return replace(self, epoch=event, epoch_seq=row.seq)
+
+    def with_void(self, row: EventRow) -> Basis:
+        """After a void; the same basis where it is known."""
+        seq = voided_seq(row)
+        return self if seq in self.voided else replace(self, voided=self.voided | {seq})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,51 +218,9 @@ class OpenDecision:
     seq: int
     learns: tuple[str, ...]
     level: float
-    z: Array
-    features: Array | None
+    z: np.ndarray
+    features: np.ndarray | None
     expires_at: float | None
-
-
-class Arm:
-    """Prior and sums of one arm. `posterior` has the bits of `GaussianPosterior.updated`, applied one by one."""
-
-    __slots__ = ("prior", "_precision", "_moment", "_count", "_sum_squares", "_weight", "_posterior", "_product")
-
-    def __init__(self, prior: GaussianPosterior, posterior: GaussianPosterior) -> None:
-        self.prior = prior
-        self._product = np.empty(prior.precision.shape)
-        self._set(posterior)
-
-    def _set(self, posterior: GaussianPosterior) -> None:
-        self._precision, self._moment = posterior.precision.copy(), posterior.moment.copy()
-        self._count, self._sum_squares = posterior.count, posterior.sum_squares
-        self._weight = posterior.weight
-        self._posterior: GaussianPosterior | None = posterior
-
-    @property
-    def posterior(self) -> GaussianPosterior:
-        """The same object until something is learned, so that its factor is computed once."""
-        if self._posterior is None:
-            self._posterior = GaussianPosterior(
-                self._precision.copy(), self._moment.copy(), self._count, self._sum_squares, self._weight
-            )
-        return self._posterior
-
-    def add(self, z: Array, reward: float) -> None:
-        """One observation, in place: a new matrix for each would make a long fold twice as slow."""
-        if z.shape != self._moment.shape:
-            raise StoreError(f"the log is damaged: a context of {len(z)} dimensions for an arm of {len(self._moment)}")
-        np.dot(z[:, None], z[None, :], out=self._product)  # one product an entry, rounded once: the bits of np.outer
-        self._precision += self._product
-        self._moment += z * reward
-        self._count += 1
-        self._sum_squares += reward * reward
-        self._weight += 1.0
-        self._posterior = None
-
-    def discount(self, factor: float) -> None:
-        """As `GaussianPosterior.discounted`."""
-        self._set(self.posterior.discounted(factor, self.prior))
 
 
 @dataclass(frozen=True)
@@ -167,7 +250,7 @@ class State:
     basis: Basis
     encode: Encoder
     seq: int = 0
-    arms: dict[str, Arm] = field(default_factory=dict)
+    arms: dict[str, RunningPosterior] = field(default_factory=dict)
     open: dict[str, OpenDecision] = field(default_factory=dict)
     noise: Noise | None = None
     model_version: str | None = None
@@ -203,27 +286,18 @@ class State:
         if row.seq != self.seq + 1:
             raise StoreError(f"the log is damaged: event {row.seq} follows event {self.seq}")
         check_readable(row.kind, row.version)
-        if row.kind == "decision":
-            self._decide(row)
-        elif row.kind == "reward":
-            if row.seq not in self.basis.voided:
-                self._learn(row)
-        elif row.kind == "decision_closed":
-            self._take(row)
-            self.num_closed += 1
-        elif self._changes_the_past(row):
+        effect = EFFECTS[row.kind]
+        if effect.basis is not None and effect.basis(self.basis, row) is not self.basis:
             return False
-        else:
-            self._happen(row.event)
+        if effect.state is not None:
+            effect.state(self, row)
         self.seq = row.seq
         return True
 
-    def _changes_the_past(self, row: EventRow) -> bool:
-        if row.kind == "encoder_epoch":
-            return row.seq > self.basis.epoch_seq
-        return row.kind == "reward_voided" and voided_seq(row) not in self.basis.voided
+    # What each kind does to the state: see `EFFECTS`.
 
-    def _decide(self, row: EventRow) -> None:
+    def open_decision(self, row: EventRow) -> None:
+        """It waits for its reward."""
         assert row.subject is not None
         head = read_head(row.body)
         current = head["epoch"] == self.basis.number
@@ -237,7 +311,10 @@ class State:
         )
         self.num_decisions += 1
 
-    def _learn(self, row: EventRow) -> None:
+    def learn_reward(self, row: EventRow) -> None:
+        """Fold a reward into the arms of its decision, unless it is voided later."""
+        if row.seq in self.basis.voided:
+            return
         decision = self._take(row)
         self.num_rewards += 1
         if not decision.learns:
@@ -247,9 +324,46 @@ class State:
             z, level = self.encode(self.basis.number, decision.features)
         reward = read_head(row.body)["utility"] - level
         for name in decision.learns:
-            if name not in self.arms:
+            arm = self.arms.get(name)
+            if arm is None:
                 raise StoreError(f"the log is damaged: event {row.seq} rewards the arm {name!r}, which was not added")
-            self.arms[name].add(z, reward)
+            if z.shape != arm.shape:
+                raise StoreError(f"the log is damaged: a context of {len(z)} dimensions for an arm of {arm.shape[0]}")
+            arm.add(z, reward)
+
+    def close_decision(self, row: EventRow) -> None:
+        """It waits no more."""
+        self._take(row)
+        self.num_closed += 1
+
+    def discount(self, row: EventRow) -> None:
+        """Of all arms."""
+        event = row.decoded(Discounted)
+        for arm in self.arms.values():
+            arm.discount(event.factor)
+
+    def add_arm(self, row: EventRow) -> None:
+        """An arm that exists already stays as it is."""
+        event = row.decoded(ArmAdded)
+        self._start({event.arm: event.prior}, event.epoch, anew=False)
+
+    def start_arms(self, row: EventRow) -> None:
+        """All of them anew, by a warm start."""
+        event = row.decoded(WarmStart)
+        self._start(event.priors, event.epoch, anew=True)
+        self.noise = event.noise if event.epoch == self.basis.number else self.noise
+
+    def begin_epoch(self, row: EventRow) -> None:
+        """Its encoder is that of the basis already; arms that it brings start."""
+        event = row.decoded(EncoderEpoch)
+        self._start(event.priors, event.epoch, anew=False)
+        self.noise = event.noise if event.epoch == self.basis.number else self.noise
+        self.model_version = event.model_version
+
+    def activate(self, row: EventRow) -> None:
+        """Another selector answers."""
+        event = row.decoded(Activation)
+        self.model_version = event.model_version
 
     def _take(self, row: EventRow) -> OpenDecision:
         """The decision that an event is about, which is open no more."""
@@ -258,27 +372,11 @@ class State:
             raise StoreError(f"the log is damaged: event {row.seq} is about {row.subject!r}, which is not open")
         return decision
 
-    def _happen(self, event: Event) -> None:
-        if isinstance(event, Discounted):
-            for arm in self.arms.values():
-                arm.discount(event.factor)
-        elif isinstance(event, ArmAdded):
-            self._start({event.arm: event.prior}, event.epoch, replace=False)
-        elif isinstance(event, WarmStart):
-            self._start(event.priors, event.epoch, replace=True)
-            self.noise = event.noise if event.epoch == self.basis.number else self.noise
-        elif isinstance(event, EncoderEpoch):
-            self._start(event.priors, event.epoch, replace=False)
-            self.noise = event.noise if event.epoch == self.basis.number else self.noise
-            self.model_version = event.model_version
-        elif isinstance(event, Activation):
-            self.model_version = event.model_version
-
-    def _start(self, priors: Mapping[str, GaussianPosterior], epoch: int, replace: bool) -> None:
+    def _start(self, priors: Mapping[str, GaussianPosterior], epoch: int, anew: bool) -> None:
         for name, own in priors.items():
-            if name not in self.arms or replace:
+            if name not in self.arms or anew:
                 prior = own if epoch == self.basis.number else self._prior(name, epoch)
-                self.arms[name] = Arm(prior, prior)
+                self.arms[name] = RunningPosterior(prior, prior)
 
     def _prior(self, name: str, epoch: int) -> GaussianPosterior:
         """Of an arm whose own prior is of another epoch."""
@@ -288,17 +386,41 @@ class State:
         return current.priors.get(name) or GaussianPosterior.prior(current.num_dimensions, current.ridge)
 
 
-def voided_seq(row: EventRow) -> int:
-    """Of the reward that a `reward_voided` event takes back."""
-    seq: int = read_head(row.body)["reward_seq"]
-    return seq
+@dataclass(frozen=True)
+class Effect:
+    """What a kind of event means to each fold; None: nothing.
+
+    state: to the posteriors. basis: to what a fold knows beforehand: such events change the past, and the index of
+    `database.CHANGES_OF_THE_PAST` finds them. course: to the decision that it is about. setup: to which selector
+    answers, with what.
+    """
+
+    state: Callable[[State, EventRow], None] | None = None
+    basis: Callable[[Basis, EventRow], Basis] | None = None
+    course: Callable[[Course[Any], EventRow], None] | None = None
+    setup: Callable[[Setup, EventRow], Setup] | None = None
+
+
+_NOTHING = Effect()  # of a kind that another version wrote; `State.apply` refuses it
+EFFECTS: Mapping[str, Effect] = {
+    DecisionMade.kind: Effect(State.open_decision),
+    RewardGiven.kind: Effect(State.learn_reward, course=Course.take_reward),
+    RewardVoided.kind: Effect(basis=Basis.with_void, course=Course.take_void),
+    DecisionClosed.kind: Effect(State.close_decision, course=Course.take_close),
+    Activation.kind: Effect(State.activate, setup=Setup.after_activation),
+    ArmAdded.kind: Effect(State.add_arm, setup=Setup.after_priors),
+    Discounted.kind: Effect(State.discount),
+    EncoderEpoch.kind: Effect(State.begin_epoch, basis=Basis.with_epoch, setup=Setup.after_epoch),
+    WarmStart.kind: Effect(State.start_arms, setup=Setup.after_priors),
+}
 
 
 def basis_of(rows: Iterable[EventRow]) -> Basis:
     """Of all events up to a target, or of those of them that change the past."""
     basis = Basis()
     for row in rows:
-        basis = basis.with_event(row)
+        if (change := EFFECTS.get(row.kind, _NOTHING).basis) is not None:
+            basis = change(basis, row)
     return basis
 
 

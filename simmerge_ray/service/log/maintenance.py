@@ -1,4 +1,4 @@
-"""Looking after an event log: what is in it, backup and restore, export, and what may be thrown away.
+"""Maintenance of an event log: status, backup and restore, export, and pruning.
 
 A backup is one consistent state of the database, taken while services go on: a copy of SQLite's file, or Parquet with
 the rows as they are, which either database can be restored from. A log is restored byte for byte, into namespaces that
@@ -8,7 +8,7 @@ are empty. Only arrays of decisions that can never be rewarded are ever thrown a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    inspect,
     select,
     text,
     update,
@@ -34,26 +33,24 @@ from sqlalchemy.engine import make_url
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.service.log.backups import copy_sqlite, heads_of_copy, new_file, read_backup, write_rows
 from simmerge_ray.service.log.database import (
+    FIRST_HEAD,
     SCHEMA_VERSION,
     events,
     log_head,
     make_engine,
     open_database,
+    schema_version,
     shown,
     snapshots,
     store_errors,
     upgrade_database,
     writing,
 )
-from simmerge_ray.service.log.events import DecisionMade, encode
-from simmerge_ray.service.log.fold import EventRow
-from simmerge_ray.service.log.ledger import state_of
+from simmerge_ray.service.log.events import DecisionClosed, DecisionMade, EventRow, encode
+from simmerge_ray.service.log.fold import Course
+from simmerge_ray.service.log.ledger import courses_of, status_of
 
 _PAGE = 256  # decisions whose other events are looked up at once
-_ROW = [events.c[name] for name in EventRow._fields]
-_ABOUT = select(*_ROW).where(
-    events.c.namespace == bindparam("own"), events.c.subject.in_(bindparam("names", expanding=True))
-)
 _NOTHING = np.zeros(0)
 
 
@@ -86,20 +83,11 @@ def status(url: str) -> DatabaseStatus:
     Raises:
         ConfigError: a URL that names no database. StoreError: it cannot be read.
     """
-    engine = make_engine(_existing(url), patient=True)
-    try:
-        with _reading(engine) as connection:
-            tables = set(inspect(connection).get_table_names())
-            schema = None
-            if "alembic_version" in tables:
-                schema = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-            names = []
-            if schema == SCHEMA_VERSION:
-                names = list(connection.execute(select(log_head.c.namespace).order_by(log_head.c.namespace)).scalars())
-            found = tuple(_namespace(connection, name) for name in names)
-            return DatabaseStatus(shown(engine), schema, _size(connection), found)
-    finally:
-        engine.dispose()
+    with _opened(url, make_engine) as engine, _reading(engine) as connection:
+        schema = schema_version(connection)
+        names = _namespaces(connection) if schema == SCHEMA_VERSION else []
+        found = tuple(_namespace(connection, name) for name in names)
+        return DatabaseStatus(shown(engine), schema, _size(connection), found)
 
 
 def _namespace(connection: Connection, name: str) -> NamespaceStatus:
@@ -134,8 +122,7 @@ def backup(url: str, target: Path) -> dict[str, int]:
     Raises:
         ConfigError: PostgreSQL and another name. OutputError: the file exists, or cannot be written. StoreError.
     """
-    engine = open_database(_existing(url), patient=True)
-    try:
+    with _opened(url) as engine:
         if target.suffix == ".parquet":
             with _reading(engine) as connection, new_file(target) as partial:
                 return write_rows(connection, partial, None)
@@ -144,8 +131,6 @@ def backup(url: str, target: Path) -> dict[str, int]:
         with new_file(target) as partial, store_errors("the backup"):
             copy_sqlite(make_url(url).database or "", partial)
             return heads_of_copy(partial)
-    finally:
-        engine.dispose()
 
 
 def restore(url: str, source: Path) -> dict[str, int]:
@@ -156,30 +141,29 @@ def restore(url: str, source: Path) -> dict[str, int]:
     """
     heads, rows = read_backup(source)
     upgrade_database(url)
-    engine = open_database(url, patient=True)
-    try:
-        with store_errors("restoring the event log"), writing(engine) as connection:
-            for name in heads:
-                first = text("INSERT INTO log_head (namespace, seq) VALUES (:namespace, 0) ON CONFLICT DO NOTHING")
-                connection.execute(first, {"namespace": name})
-                held = select(log_head.c.seq).where(log_head.c.namespace == name).with_for_update()
-                if connection.execute(held).scalar_one() != 0:
-                    raise ConfigError(f"the namespace {name!r} of {shown(engine)} has events already")
-            counted = dict.fromkeys(heads, 0)
-            for batch in rows:
-                for row in batch:
-                    name = row["namespace"]
-                    if name not in counted or row["seq"] != counted[name] + 1:
-                        raise ConfigError(f"{source} is damaged: event {row['seq']} of {name!r} is out of order")
-                    counted[name] += 1
-                connection.execute(insert(events), batch)
-            if counted != heads:
-                raise ConfigError(f"{source} is damaged: it has {counted} events and names {heads}")
-            for name, head in heads.items():
-                connection.execute(update(log_head).where(log_head.c.namespace == name).values(seq=head))
-        return heads
-    finally:
-        engine.dispose()
+    with (
+        _opened(url) as engine,
+        store_errors("restoring the event log"),
+        writing(engine) as connection,
+    ):
+        for name in heads:
+            connection.execute(FIRST_HEAD, {"namespace": name})
+            held = select(log_head.c.seq).where(log_head.c.namespace == name).with_for_update()
+            if connection.execute(held).scalar_one() != 0:
+                raise ConfigError(f"the namespace {name!r} of {shown(engine)} has events already")
+        counted = dict.fromkeys(heads, 0)
+        for batch in rows:
+            for row in batch:
+                name = row["namespace"]
+                if name not in counted or row["seq"] != counted[name] + 1:
+                    raise ConfigError(f"{source} is damaged: event {row['seq']} of {name!r} is out of order")
+                counted[name] += 1
+            connection.execute(insert(events), batch)
+        if counted != heads:
+            raise ConfigError(f"{source} is damaged: it has {counted} events and names {heads}")
+        for name, head in heads.items():
+            connection.execute(update(log_head).where(log_head.c.namespace == name).values(seq=head))
+    return heads
 
 
 def export_events(url: str, namespace: str, target: Path) -> int:
@@ -188,13 +172,9 @@ def export_events(url: str, namespace: str, target: Path) -> int:
     Raises:
         ConfigError: no such namespace. OutputError, StoreError: as `backup`.
     """
-    engine = open_database(_existing(url), patient=True)
-    try:
-        with _reading(engine) as connection, new_file(target) as partial:
-            _check_namespace(connection, namespace)
-            return sum(write_rows(connection, partial, namespace).values())
-    finally:
-        engine.dispose()
+    with _opened(url) as engine, _reading(engine) as connection, new_file(target) as partial:
+        _check_namespace(connection, namespace)
+        return sum(write_rows(connection, partial, namespace).values())
 
 
 _DECISIONS = pa.schema(
@@ -232,25 +212,20 @@ def export_decisions(url: str, namespace: str, target: Path, now: float) -> int:
     Raises:
         As `export_events`.
     """
-    engine = open_database(_existing(url), patient=True)
     count = 0
-    try:
-        with _reading(engine) as connection, new_file(target) as partial:
-            _check_namespace(connection, namespace)
-            with pq.ParquetWriter(partial, _DECISIONS, compression="zstd") as writer:
-                for rows in _decisions(connection, namespace):
-                    about = _histories(connection, namespace, [row.subject or "" for row in rows])
-                    table = [_flat(row, about[row.subject or ""], now) for row in rows]
-                    writer.write_table(pa.Table.from_pylist(table, _DECISIONS))
-                    count += len(rows)
-    finally:
-        engine.dispose()
+    with _opened(url) as engine, _reading(engine) as connection, new_file(target) as partial:
+        _check_namespace(connection, namespace)
+        with pq.ParquetWriter(partial, _DECISIONS, compression="zstd") as writer:
+            for names in _decisions(connection, namespace):
+                table = [_flat(course, now) for course in courses_of(connection, namespace, names)]
+                writer.write_table(pa.Table.from_pylist(table, _DECISIONS))
+                count += len(table)
     return count
 
 
-def _flat(row: EventRow, others: Sequence[EventRow], now: float) -> dict[str, Any]:
+def _flat(course: Course[EventRow], now: float) -> dict[str, Any]:
+    row = course.decision
     body = json.loads(row.body)
-    state, utility, reason = state_of(row, others, now)
     answer, request = body.get("answer") or {}, body["request"]
     # A plan is drawn by its id, and its label is what the answer calls its arm.
     arms, drawn = body["arms"], body["propensities"]
@@ -268,9 +243,9 @@ def _flat(row: EventRow, others: Sequence[EventRow], now: float) -> dict[str, An
         "arms": arms,
         "propensities": drawn,
         "propensity": dict(zip(arms, drawn, strict=True)).get(played if played in arms else body["arm"]),
-        "utility": utility,
-        "status": state,
-        "closed_reason": reason,
+        "utility": course.utility,
+        "status": status_of(course, now),
+        "closed_reason": course.closed_reason,
         "expires_at": body["expires_at"],
         "epoch": body["epoch"],
         "model_version": body["model_version"],
@@ -279,7 +254,7 @@ def _flat(row: EventRow, others: Sequence[EventRow], now: float) -> dict[str, An
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was thrown away."""
+    """What was deleted."""
 
     decisions: int
     bytes: int
@@ -287,7 +262,7 @@ class Pruned:
 
 
 def prune(url: str, namespace: str, before: float, keep_snapshots: int, dry_run: bool = False) -> Pruned:
-    """Throw away what no fold will ever need, whatever encoder comes.
+    """Delete what no fold will ever need, whatever the encoder.
 
     That is the raw features and the context of decisions that were closed without a reward before a time: no reward of
     them is ever taken, so nothing is learned from them. The events themselves stay, with what was asked, answered and
@@ -299,18 +274,18 @@ def prune(url: str, namespace: str, before: float, keep_snapshots: int, dry_run:
     Raises:
         ConfigError: no such namespace. StoreError.
     """
-    engine = open_database(_existing(url), patient=True)
-    own = (events.c.namespace == namespace, events.c.kind == "decision_closed", events.c.at < before)
+    own = (events.c.namespace == namespace, events.c.kind == DecisionClosed.kind, events.c.at < before)
     changed, freed = 0, 0
-    try:
+    with _opened(url) as engine:
         with _reading(engine) as connection:
             _check_namespace(connection, namespace)
             closed = list(connection.execute(select(events.c.subject).where(*own).order_by(events.c.seq)).scalars())
         for start in range(0, len(closed), _PAGE):
             with store_errors("pruning the event log"), writing(engine) as connection:
-                histories = _histories(connection, namespace, closed[start : start + _PAGE])
-                smaller = [one for rows in histories.values() if (one := _without_arrays(rows, before)) is not None]
-                for row, saved in smaller:
+                for course in courses_of(connection, namespace, closed[start : start + _PAGE]):
+                    if (smaller := _without_arrays(course, before)) is None:
+                        continue
+                    row, saved = smaller
                     changed, freed = changed + 1, freed + saved
                     if not dry_run:
                         which = (events.c.namespace == namespace, events.c.seq == row.seq)
@@ -321,19 +296,15 @@ def prune(url: str, namespace: str, before: float, keep_snapshots: int, dry_run:
             old = list(connection.execute(kept).scalars())[keep_snapshots:]
             if old and not dry_run:
                 connection.execute(delete(snapshots).where(mine, snapshots.c.seq.in_(old)))
-    finally:
-        engine.dispose()
     return Pruned(changed, freed, len(old))
 
 
-def _without_arrays(rows: Sequence[EventRow], now: float) -> tuple[EventRow, int] | None:
+def _without_arrays(course: Course[EventRow], now: float) -> tuple[EventRow, int] | None:
     """The decision without its arrays, and the bytes saved; None where there is nothing to save."""
-    decision = next((row for row in rows if row.kind == "decision"), None)
-    if decision is None or not decision.data or state_of(decision, rows, now)[0] not in ("closed", "expired"):
+    decision = course.decision
+    if not decision.data or status_of(course, now) not in ("closed", "expired"):
         return None
-    event = decision.event
-    assert isinstance(event, DecisionMade)
-    body, data = encode(replace(event, features=_NOTHING, z=_NOTHING))
+    body, data = encode(replace(decision.decoded(DecisionMade), features=_NOTHING, z=_NOTHING))
     saved = len(decision.body) + len(decision.data) - len(body) - len(data)
     return decision._replace(body=body, data=data), saved
 
@@ -351,6 +322,16 @@ def _existing(url: str) -> str:
 
 
 @contextmanager
+def _opened(url: str, open_engine: Callable[[str, bool], Engine] = open_database) -> Iterator[Engine]:
+    """An engine for work that may take minutes. Raises ConfigError, StoreError."""
+    engine = open_engine(_existing(url), True)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+@contextmanager
 def _reading(engine: Engine) -> Iterator[Connection]:
     """A transaction that sees one state of the database from its first query on."""
     with store_errors("reading the event log"), engine.connect() as connection:
@@ -360,25 +341,21 @@ def _reading(engine: Engine) -> Iterator[Connection]:
             yield connection
 
 
+def _namespaces(connection: Connection) -> list[str]:
+    return list(connection.execute(select(log_head.c.namespace).order_by(log_head.c.namespace)).scalars())
+
+
 def _check_namespace(connection: Connection, namespace: str) -> None:
-    known = list(connection.execute(select(log_head.c.namespace).order_by(log_head.c.namespace)).scalars())
-    if namespace not in known:
+    if namespace not in (known := _namespaces(connection)):
         raise ConfigError(f"no namespace {namespace!r} in the database; known: {', '.join(known) or 'none'}")
 
 
-def _decisions(connection: Connection, namespace: str) -> Iterator[list[EventRow]]:
-    own = (events.c.namespace == namespace, events.c.kind == "decision")
+def _decisions(connection: Connection, namespace: str) -> Iterator[list[str]]:
+    """Ids in order, page by page."""
+    own = (events.c.namespace == namespace, events.c.kind == DecisionMade.kind)
     after = 0
-    query = select(*_ROW).where(*own, events.c.seq > bindparam("after")).order_by(events.c.seq).limit(_PAGE)
-    while rows := [EventRow._make(one) for one in connection.execute(query, {"after": after})]:
-        yield rows
-        after = rows[-1].seq
-
-
-def _histories(connection: Connection, namespace: str, names: Sequence[str]) -> dict[str, list[EventRow]]:
-    """All events about each of the decisions, in order."""
-    found: dict[str, list[EventRow]] = {name: [] for name in names}
-    rows = [EventRow._make(one) for one in connection.execute(_ABOUT, {"own": namespace, "names": list(names)})]
-    for row in sorted(rows, key=lambda one: one.seq):
-        found[row.subject or ""].append(row)
-    return found
+    query = select(events.c.seq, events.c.subject).where(*own, events.c.seq > bindparam("after"))
+    query = query.order_by(events.c.seq).limit(_PAGE)
+    while rows := connection.execute(query, {"after": after}).all():
+        yield [name for _, name in rows]
+        after = rows[-1][0]

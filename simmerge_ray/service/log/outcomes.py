@@ -18,7 +18,6 @@ A reward without a key that repeats a voided one is a new reward: only a key tel
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -28,13 +27,15 @@ from simmerge_ray.service.log.events import (
     VERSION,
     DecisionClosed,
     Event,
+    EventRow,
     RewardGiven,
     RewardVoided,
-    digest_of,
     encode,
+    request_digest,
     subject_of,
 )
-from simmerge_ray.service.log.fold import EventRow
+from simmerge_ray.service.log.fold import Decisions
+from simmerge_ray.service.schemas import check_utility
 
 MAX_NAME = 200  # characters of a key, id or name: the width of its column
 
@@ -60,7 +61,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Proposal:
     """An event to append. at: seconds since 1970, by the clock of who asks. digest: of what was asked."""
 
     event: Event
@@ -73,9 +74,14 @@ class Entry:
     def subject(self) -> str | None:
         return subject_of(self.event)
 
+    def row(self, event: Event, attempt: int, seq: int) -> EventRow:
+        """The row of the event that `Known.judge` let pass."""
+        body, data = self.encoded if event is self.event else encode(event)
+        return EventRow(seq, self.at, event.kind, VERSION, self.subject, attempt, self.key, self.digest, body, data)
 
-def entry_of(event: Event, at: float, key: str | None = None, payload: object = None) -> Entry:
-    """payload: see `events.digest_of`.
+
+def proposal_of(event: Event, at: float, key: str | None = None, payload: object = None) -> Proposal:
+    """payload: see `events.request_digest`.
 
     Raises:
         ConfigError: a key, id or name that is empty or longer than a column. ValueError: JSON with NaN.
@@ -84,31 +90,26 @@ def entry_of(event: Event, at: float, key: str | None = None, payload: object = 
         if name is not None and not (0 < len(name) <= MAX_NAME and name.isprintable()):
             raise ConfigError(f"the {what} {name[:40]!r} must have 1 to {MAX_NAME} characters that can be printed")
     encoded = encode(event)
-    return Entry(event, encoded, at, key, digest_of(event, encoded, payload))
-
-
-def row_of(entry: Entry, event: Event, attempt: int, seq: int) -> EventRow:
-    """The row of an event that `Known.judge` let pass."""
-    body, data = entry.encoded if event is entry.event else encode(event)
-    return EventRow(seq, entry.at, event.kind, VERSION, entry.subject, attempt, entry.key, entry.digest, body, data)
+    return Proposal(event, encoded, at, key, request_digest(event, encoded, payload))
 
 
 def invalid(event: Event) -> Outcome | None:
     """The refusal of an event that no log could take."""
     if isinstance(event, RewardGiven):
-        given = event.utility
-        number = isinstance(given, float | int) and not isinstance(given, bool)
-        if not (number and math.isfinite(given) and 0 <= given <= 1):
-            return Outcome(Status.INVALID, reason=f"the reward is {given!r}; it must be a number in [0, 1]")
+        try:
+            check_utility(event.utility)
+        except ValueError as error:
+            return Outcome(Status.INVALID, reason=str(error))
     return None
 
 
 class Known:
-    """What the log holds about the entries of a batch; events of the batch itself are added as they are accepted."""
+    """What the log holds about the proposals of a batch; events of the batch itself are added as they are accepted."""
 
     def __init__(self, rows: Iterable[EventRow] = ()) -> None:
         self._keys: dict[str, EventRow] = {}
-        self._subjects: dict[tuple[str, str], list[EventRow]] = {}
+        self._latest: dict[tuple[str, str], EventRow] = {}  # by kind and subject
+        self._decisions = Decisions(lambda row: row)
         for row in sorted(rows):
             self.add(row)
 
@@ -117,55 +118,53 @@ class Known:
         if row.idempotency_key is not None:
             self._keys[row.idempotency_key] = row
         if row.subject is not None:
-            self._subjects.setdefault((row.kind, row.subject), []).append(row)
+            self._latest[row.kind, row.subject] = row
+        self._decisions.apply(row)
 
-    def judge(self, entry: Entry) -> Outcome | tuple[Event, int]:
+    def judge(self, proposal: Proposal) -> Outcome | tuple[Event, int]:
         """What to answer, or the event to append and its attempt."""
-        if entry.key is not None and (first := self._keys.get(entry.key)) is not None:
-            return _replayed(entry, first, f"the idempotency key {entry.key!r} was used for another request")
-        subject, event = entry.subject, entry.event
+        if proposal.key is not None and (first := self._keys.get(proposal.key)) is not None:
+            return _replayed(proposal, first, f"the idempotency key {proposal.key!r} was used for another request")
+        subject, event = proposal.subject, proposal.event
         if subject is None:
             return event, 0
         if isinstance(event, RewardGiven | RewardVoided | DecisionClosed):
-            return self._judge_of_decision(entry, event, subject)
-        if existing := self._about(event.kind, subject):
-            return _replayed(entry, existing[-1], f"{event.kind.replace('_', ' ')} {subject!r} exists and is different")
+            return self._judge_of_decision(proposal, event, subject)
+        if (existing := self._latest.get((event.kind, subject))) is not None:
+            return _replayed(proposal, existing, f"{event.kind.replace('_', ' ')} {subject!r} exists and is different")
         return event, 0
 
     def _judge_of_decision(
-        self, entry: Entry, event: RewardGiven | RewardVoided | DecisionClosed, subject: str
+        self, proposal: Proposal, event: RewardGiven | RewardVoided | DecisionClosed, subject: str
     ) -> Outcome | tuple[Event, int]:
-        decisions = self._about("decision", subject)
-        if not decisions:
+        course = self._decisions.courses.get(subject)
+        if course is None:
             return Outcome(Status.UNKNOWN, reason=f"no decision {subject!r}")
-        rewards, voids = self._about("reward", subject), self._about("reward_voided", subject)
-        closed = self._about("decision_closed", subject)
-        current = rewards[-1] if len(rewards) > len(voids) else None
+
+        def again(kind: str, otherwise: str) -> Outcome:
+            return _replayed(proposal, self._latest[kind, subject], otherwise)
+
         if isinstance(event, RewardVoided):
-            if current is not None:
-                return replace(event, reward_seq=current.seq), len(voids)
-            if voids:
-                return _replayed(entry, voids[-1], f"the reward of {subject!r} is void already, for another reason")
+            if course.reward is not None:
+                return replace(event, reward_seq=course.reward[0]), course.num_voids
+            if course.num_voids:
+                return again(event.kind, f"the reward of {subject!r} is void already, for another reason")
             return Outcome(Status.CONFLICT, reason=f"decision {subject!r} has no reward to void")
         if isinstance(event, DecisionClosed):
-            if closed:
-                return _replayed(entry, closed[-1], f"decision {subject!r} was closed for another reason")
-            if current is not None:
+            if course.closed is not None:
+                return again(event.kind, f"decision {subject!r} was closed for another reason")
+            if course.reward is not None:
                 return Outcome(Status.CONFLICT, reason=f"decision {subject!r} has a reward; void it before closing")
             return event, 0
-        if current is not None:
-            return _replayed(entry, current, f"decision {subject!r} has another reward; void it first")
-        if closed:
+        if course.reward is not None:
+            return again(event.kind, f"decision {subject!r} has another reward; void it first")
+        if course.closed is not None:
             return Outcome(Status.GONE, reason=f"decision {subject!r} is closed")
-        expires_at = json.loads(decisions[0].body)["expires_at"]
-        if not rewards and expires_at is not None and entry.at > expires_at:
+        if course.is_late(json.loads(course.decision.body)["expires_at"], proposal.at):
             return Outcome(Status.GONE, reason=f"decision {subject!r} has expired")
-        return event, len(voids)
-
-    def _about(self, kind: str, subject: str) -> list[EventRow]:
-        return self._subjects.get((kind, subject), [])
+        return event, course.num_voids
 
 
-def _replayed(entry: Entry, first: EventRow, otherwise: str) -> Outcome:
-    same = first.kind == entry.event.kind and first.digest == entry.digest
+def _replayed(proposal: Proposal, first: EventRow, otherwise: str) -> Outcome:
+    same = first.kind == proposal.event.kind and first.digest == proposal.digest
     return Outcome(Status.REPLAYED, first) if same else Outcome(Status.CONFLICT, reason=otherwise)

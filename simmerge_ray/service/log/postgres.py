@@ -77,5 +77,4 @@ def _within(gen: Generator[Any, Any, T], seconds: float) -> Generator[Any, Any, 
                 raise TimeoutError
             state = gen.send(ready)
     except StopIteration as end:
-        result: T = end.value
-        return result
+        return end.value

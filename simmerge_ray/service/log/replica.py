@@ -1,4 +1,4 @@
-"""One replica's view of the log: the fold of all events that were committed when it looked. No replica is special."""
+"""One replica's view of the log: the fold of all events committed so far. All replicas are equal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from simmerge_ray.service.log.event_log import EventLog
-from simmerge_ray.service.log.fold import Encoder, EventRow, State, View, basis_of
-from simmerge_ray.service.log.snapshots import newest_snapshot, row_of, save_snapshot
+from simmerge_ray.service.log.events import EventRow, RewardVoided
+from simmerge_ray.service.log.fold import Encoder, State, View, basis_of
+from simmerge_ray.service.log.snapshots import newest_snapshot, save_snapshot, snapshot_row
 
 PAGE = 512  # events that are read at once: about 1 MB, so that they are still in the cache when they are folded
 
@@ -54,11 +55,11 @@ class Replica:
         with self._lock:
             if self._state is None or self._state.seq == 0:
                 return
-            row = row_of(self._log.namespace, self._state)
-        save_snapshot(self._log.engine, row)  # nobody waits for the disk
+            row = snapshot_row(self._log.namespace, self._state)
+        save_snapshot(self._log.engine, row)  # outside the lock: nobody waits for the disk
 
     def _fold(self, state: State, rows: list[EventRow]) -> None:
-        self._state = None  # a state that failed in the middle of an event is not gone on from
+        self._state = None  # a state that failed within an event is not continued
         for row in rows:
             if not state.apply(row):
                 state = self._recovered()
@@ -69,7 +70,7 @@ class Replica:
         """The state at the present head: a snapshot, and what follows it."""
         last = self._log.head()
         past = self._log.changes_of_the_past(last)
-        basis, voids = basis_of(past), [row for row in past if row.kind == "reward_voided"]
+        basis, voids = basis_of(past), [row for row in past if row.kind == RewardVoided.kind]
         state = newest_snapshot(self._log.engine, self._log.namespace, basis, voids, last, self._encode)
         with _without_collection():
             while state.seq < last:

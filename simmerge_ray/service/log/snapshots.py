@@ -1,8 +1,8 @@
 """Snapshots of the state: they shorten a fold and decide nothing.
 
-A snapshot is a header in JSON and the arrays as raw float64, with a checksum; one that is damaged or of another
-format is as good as none. It may be gone on from if nothing that it has folded was changed later: it is of the current
-encoder epoch, and no reward up to its number was voided after it.
+A snapshot is a header in JSON and the arrays as raw float64, with a checksum; a damaged one or one of another format is
+ignored. A fold may continue from it if nothing in it was changed later: it is of the current encoder epoch, and no
+reward up to its number was voided after it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from sqlalchemy.exc import IntegrityError
 
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.base.storage import digest_bytes
+from simmerge_ray.service.bandit.posterior import RunningPosterior
 from simmerge_ray.service.log.database import snapshots, store_errors, writing
 from simmerge_ray.service.log.events import (
+    EventRow,
     read_array,
     read_noise,
     read_posterior,
+    voided_seq,
     write_array,
     write_noise,
     write_posterior,
 )
-from simmerge_ray.service.log.fold import Arm, Basis, Encoder, EventRow, OpenDecision, State, voided_seq
+from simmerge_ray.service.log.fold import Basis, Encoder, OpenDecision, State
 
 FORMAT = 1
 KEPT = 8  # snapshots of a namespace: old ones serve voids of old rewards
@@ -58,7 +61,7 @@ def dump(state: State) -> bytes:
 
 
 def load(content: bytes, basis: Basis, encode: Encoder) -> State:
-    """The state that was dumped, to be gone on from with a basis that does not change its past.
+    """The dumped state, to continue with a basis that does not change its past.
 
     Raises:
         StoreError: a snapshot of another format.
@@ -69,7 +72,9 @@ def load(content: bytes, basis: Basis, encode: Encoder) -> State:
         raise StoreError(f"the snapshot has the format {header['format']}; this program reads {FORMAT}")
     state = State(basis, encode, noise=read_noise(header["noise"]), **{name: header[name] for name in _COUNTERS})
     for one in header["arms"]:
-        state.arms[one["arm"]] = Arm(read_posterior(one["prior"], data), read_posterior(one["posterior"], data))
+        state.arms[one["arm"]] = RunningPosterior(
+            read_posterior(one["prior"], data), read_posterior(one["posterior"], data)
+        )
     for one in header["open"]:
         features = None if one["features"] is None else read_array(one["features"], data)
         state.open[one["id"]] = OpenDecision(
@@ -78,7 +83,7 @@ def load(content: bytes, basis: Basis, encode: Encoder) -> State:
     return state
 
 
-def row_of(namespace: str, state: State) -> dict[str, Any]:
+def snapshot_row(namespace: str, state: State) -> dict[str, Any]:
     """A state as a row of `snapshots`."""
     content = dump(state)
     return {
@@ -108,7 +113,7 @@ def save_snapshot(engine: Engine, row: Mapping[str, Any]) -> None:
 def newest_snapshot(
     engine: Engine, namespace: str, basis: Basis, voids: Sequence[EventRow], last: int, encode: Encoder
 ) -> State:
-    """The newest good snapshot up to number `last`, as the start of a fold; an empty state where there is none.
+    """The newest intact snapshot up to number `last`, as the start of a fold; an empty state if there is none.
 
     Args:
         basis: of the events up to `last`. voids: the `reward_voided` events among them.

@@ -1,4 +1,4 @@
-"""What the log knows about merges: rewarded decisions, as training data and as labels.
+"""Rewarded decisions of the log, as training data and as labels.
 
 The log is read once, in pages, strictly by sequence. A voided reward does not count, whenever the void came; decisions
 without a reward are left out, those that were closed as infeasible become labels without a utility.
@@ -18,11 +18,10 @@ from simmerge_ray.plans.plan import MergePlan, pair_plan, plan_from_json
 from simmerge_ray.search.labels import EvaluationSettings, Infeasible, LabeledPlan, Measured
 from simmerge_ray.selector.data.rewards import RewardedMerge
 from simmerge_ray.service.log.event_log import EventLog
-from simmerge_ray.service.log.events import DecisionClosed, DecisionMade, RewardGiven
-from simmerge_ray.service.log.fold import EventRow, voided_seq
+from simmerge_ray.service.log.events import DecisionMade, EventRow
+from simmerge_ray.service.log.fold import Decisions, Setup, setups_of
 
 PAGE = 512
-SETUP_KINDS = ("arm_added", "warm_start", "encoder_epoch", "activation")
 INFEASIBLE = "infeasible"  # how the reason of a close begins when the merge cannot be made
 
 
@@ -37,6 +36,11 @@ class Rewarded:
     tasks: tuple[str, ...]
 
     @property
+    def arm(self) -> str:
+        """That of the last step."""
+        return self.plan.steps[-1].arm.label
+
+    @property
     def drawn(self) -> bool:
         """Whether it may serve off-policy estimates: an arm of a pair, drawn with the propensities that it has."""
         return self.decision.explored and self.decision.request["kind"] == "pair"
@@ -46,13 +50,13 @@ class Rewarded:
 class LoggedMerges:
     """head: the last event that was read. rewarded: by the number of their rewards. infeasible: plan, tasks, reason.
 
-    setups: events of the kinds in SETUP_KINDS, in order: which selectors answered.
+    setups: which selectors answered, in order.
     """
 
     head: int
     rewarded: tuple[Rewarded, ...]
     infeasible: tuple[tuple[MergePlan, tuple[str, ...], str], ...]
-    setups: tuple[EventRow, ...]
+    setups: tuple[Setup, ...]
 
 
 def all_rows(log: EventLog, after: int = 0) -> Iterator[EventRow]:
@@ -70,29 +74,26 @@ def logged_merges(rows: Iterable[EventRow]) -> LoggedMerges:
     Raises:
         LabelError: a decision that retraining cannot read.
     """
-    open_: dict[str, DecisionMade] = {}
-    given: dict[int, tuple[DecisionMade, float]] = {}
-    closed: list[tuple[DecisionMade, str]] = []
-    setups: list[EventRow] = []
+    decisions = Decisions(lambda row: row.decoded(DecisionMade))
     head = 0
-    for row in rows:
-        head = row.seq
-        if row.kind == "reward_voided":  # its decision is open again
-            decision, _ = given.pop(voided_seq(row))
-            open_[decision.decision_id] = decision
-        elif row.kind in SETUP_KINDS:
-            setups.append(row)
-        elif row.kind in ("decision", "reward", "decision_closed"):
-            event = row.event
-            if isinstance(event, DecisionMade):
-                open_[event.decision_id] = event
-            elif isinstance(event, RewardGiven):
-                given[row.seq] = open_.pop(event.decision_id), event.utility
-            elif isinstance(event, DecisionClosed):
-                closed.append((open_.pop(event.decision_id), event.reason))
+
+    def read() -> Iterator[EventRow]:
+        nonlocal head
+        for row in rows:
+            head = row.seq
+            decisions.apply(row)
+            yield row
+
+    setups = tuple(setups_of(read()))
+    given, closed = {}, {}
+    for course in decisions.courses.values():
+        if course.reward is not None:
+            given[course.reward[0]] = course.decision, course.reward[1]
+        elif course.closed is not None and course.closed[1].startswith(INFEASIBLE):
+            closed[course.closed[0]] = course.decision, course.closed[1]
     rewarded = [Rewarded(seq, one, utility, *_asked(one)) for seq, (one, utility) in sorted(given.items())]
-    infeasible = [(*_asked(one), reason) for one, reason in closed if reason.startswith(INFEASIBLE)]
-    return LoggedMerges(head, tuple(rewarded), tuple(infeasible), tuple(setups))
+    infeasible = [(*_asked(one), reason) for _, (one, reason) in sorted(closed.items())]
+    return LoggedMerges(head, tuple(rewarded), tuple(infeasible), setups)
 
 
 def _asked(decision: DecisionMade) -> tuple[MergePlan, tuple[str, ...]]:
@@ -117,7 +118,7 @@ def training_rewards(rewarded: Sequence[Rewarded], arms: Sequence[str], num_feat
     """
     found = []
     for one in rewarded:
-        features, arm, wanted = one.decision.features, one.plan.steps[-1].arm.label, (len(one.tasks), 2, num_features)
+        features, arm, wanted = one.decision.features, one.arm, (len(one.tasks), 2, num_features)
         if features.shape == wanted:
             if arm in arms:
                 found.append(RewardedMerge(one.plan.members, one.tasks, arm, one.utility, features))

@@ -15,18 +15,15 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.selector.assessment.crossval import bench_of
-from simmerge_ray.selector.assessment.trial import Trial
+from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.evaluation import UTILITY, Scoring, keeping_no_parent, shares_of
-from simmerge_ray.selector.data.rewards import RewardedMerge
+from simmerge_ray.selector.data.scoring import UTILITY, Scoring, keeping_no_parent, shares_of
 from simmerge_ray.selector.data.splits import Fold, fold_mean
 from simmerge_ray.selector.models.model import FittedModel, Selector
 from simmerge_ray.selector.models.policy import SafeOverride
-from simmerge_ray.selector.models.train import fit_models, predict_folds
-from simmerge_ray.service.bandit.off_policy import Estimate, doubly_robust, doubly_robust_gain
+from simmerge_ray.selector.models.train import predict_folds
+from simmerge_ray.service.bandit.off_policy import ValueEstimate, doubly_robust, doubly_robust_gain
 from simmerge_ray.service.retraining.reward_labels import Rewarded
-
-Array = np.ndarray
 
 MARGIN = 0.03  # utility on the log, GapClosed on the labels: what counts as not worse
 MIN_DRAWN = 20
@@ -40,9 +37,9 @@ class OnLog:
     num: int
     num_differ: int
     observed: float
-    present: Estimate
-    candidate: Estimate
-    gain: Estimate
+    present: ValueEstimate
+    candidate: ValueEstimate
+    gain: ValueEstimate
 
     @property
     def low(self) -> float:
@@ -71,7 +68,7 @@ class OnLabels:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ShadowVerdict:
     """Whether to promote, and why."""
 
     promote: bool
@@ -113,7 +110,7 @@ def _row(present: Selector, candidate: Selector, one: Rewarded) -> tuple[float, 
     return float(old == played), float(new == played), propensity, model[played], model[old], model[new]
 
 
-def _choice(selector: Selector, one: Rewarded) -> tuple[int, Array]:
+def _choice(selector: Selector, one: Rewarded) -> tuple[int, np.ndarray]:
     """Place of the arm that a selector takes among those of the decision, and (K,) what it predicts of them."""
     arms, features = one.decision.arms, one.decision.features
     utility = selector.predict(features, one.tasks)[0].mean(0)
@@ -132,11 +129,11 @@ def override_on_log(
     rewarded: Sequence[Rewarded],
     folds: Sequence[tuple[frozenset[str], FittedModel]],
 ) -> SafeOverride:
-    """When to leave the best fixed arm, from drawn decisions, where they say more than the labels did.
+    """The override fitted on drawn decisions, where these support leaving the best fixed arm and the labels did not.
 
     Labels on which leaving it has not paid forbid it for good, whatever rewards say; so the threshold is chosen on the
     rewards as well, in the way of `selector.policy.fit_override`: that with the largest gain (doubly robust), if the
-    gain is above 0 with 95 %, else all stays as it is.
+    gain is above 0 with 95 %; otherwise the override is unchanged.
 
     Args:
         folds: checkpoints that were left out, and the model that was trained without them. Merges of checkpoints that
@@ -175,17 +172,6 @@ def left_out(dataset: SelectionDataset, fold: Fold) -> frozenset[str]:
     return frozenset(name for one in dataset.contexts for name in (one.left, one.right) if name not in trained)
 
 
-def fold_models(
-    dataset: SelectionDataset,
-    folds: Sequence[Fold],
-    config: TrainConfig,
-    reference: Sequence[int],
-    rewards: Sequence[RewardedMerge],
-) -> list[FittedModel]:
-    """A model for each fold, from its contexts and from the rewards of merges without its checkpoints."""
-    return fit_models(dataset, [fold.training for fold in folds], config, reference, rewards)
-
-
 def compare_on_labels(
     dataset: SelectionDataset,
     folds: Sequence[Fold],
@@ -200,8 +186,8 @@ def compare_on_labels(
         return None
     arms = tuple(dataset.arms[k] for k in reference)
     known = replace(dataset, arms=arms, utilities=dataset.utilities[:, list(reference)])
-    trial = Trial(known, config, list(folds), Scoring.of(known.contexts, arms))
-    bench = bench_of(trial, True, base_of)
+    crossval = CrossValidation(known, config, list(folds), Scoring.of(known.contexts, arms))
+    bench = bench_of(crossval, True, base_of)
     shares = []
     for models in (present, candidate):
         predicted = [values[:, list(reference)] for values in predict_folds(dataset, folds, models)]
@@ -215,7 +201,7 @@ def compare_on_labels(
     num = int((~np.isnan(new).any(1)).sum())
     return OnLabels(
         num,
-        trial.scoring.unit,
+        crossval.scoring.unit,
         measured["gap_closed"] - measured["gain"],
         measured["gap_closed"],
         measured["gain"],
@@ -223,7 +209,7 @@ def compare_on_labels(
     )
 
 
-def verdict(log: OnLog | None, labels: OnLabels | None, margin: float) -> Verdict:
+def verdict(log: OnLog | None, labels: OnLabels | None, margin: float) -> ShadowVerdict:
     """Promote what is not worse than the present selector by more than the margin, on the log and on the labels.
 
     On the log that has to be shown: the 95 % bound of the difference is above the margin. On the labels the difference
@@ -232,20 +218,22 @@ def verdict(log: OnLog | None, labels: OnLabels | None, margin: float) -> Verdic
     """
     if log is None or log.num < MIN_DRAWN:
         found = log.num if log else 0
-        return Verdict(
+        return ShadowVerdict(
             False, f"{found} of the held-out rewards are of drawn decisions; {MIN_DRAWN} are needed to compare"
         )
     if log.high < 0:
-        return Verdict(False, f"on the log it is worse: {log.gain.value:+.3f} utility, below {log.high:+.3f} with 95 %")
+        return ShadowVerdict(
+            False, f"on the log it is worse: {log.gain.value:+.3f} utility, below {log.high:+.3f} with 95 %"
+        )
     if log.low < -margin:
-        return Verdict(
+        return ShadowVerdict(
             False,
             f"the log cannot rule out that it is worse by more than {margin:g}: {log.gain.value:+.3f} utility, above "
             f"{log.low:+.3f} with 95 %; more rewards of drawn decisions narrow that",
         )
     if labels is not None and labels.gain < -margin:
-        return Verdict(False, f"on the labels it is worse: {labels.gain:+.3f} {labels.unit}, at most {-margin:g}")
+        return ShadowVerdict(False, f"on the labels it is worse: {labels.gain:+.3f} {labels.unit}, at most {-margin:g}")
     said = f"on the log {log.gain.value:+.3f} utility, above {log.low:+.3f} with 95 %"
     if labels is None:
-        return Verdict(True, f"{said}; too few checkpoints to compare on the labels")
-    return Verdict(True, f"{said}; on the labels {labels.gain:+.3f} {labels.unit}")
+        return ShadowVerdict(True, f"{said}; too few checkpoints to compare on the labels")
+    return ShadowVerdict(True, f"{said}; on the labels {labels.gain:+.3f} {labels.unit}")

@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.features import column_signal
-from simmerge_ray.signals.propagation.interface import PlanStep, Source, mean_columns, one_by_one, propagated
-from simmerge_ray.signals.table import PairSignals, SignalTable
-
-Array = np.ndarray
+from simmerge_ray.signals.propagation.interface import Propagator, Source, SourcePair, mean_columns
+from simmerge_ray.signals.table import SignalTable
 
 
 def member_shares(source: Source) -> dict[str, float]:
@@ -25,7 +22,7 @@ def member_shares(source: Source) -> dict[str, float]:
     return shares
 
 
-class Bound:
+class Bound(Propagator):
     """`f(m, n) = sum_ij a_i b_j f(i, j)` with a, b the shares of the checkpoints in m and n (Bolton et al. 2026,
     arXiv:2601.09473).
 
@@ -37,17 +34,13 @@ class Bound:
     name = "bound"
 
     def __init__(self, table: SignalTable) -> None:
-        self._table = table
-        self.columns = mean_columns(
-            table.provenance.get("base") is not None,
-            without=("task_vector_norm_ratio", "sign_conflict", "trimmed_overlap"),
-        )
+        with_base = table.provenance.get("base") is not None
+        without = ("task_vector_norm_ratio", "sign_conflict", "trimmed_overlap")
+        super().__init__(table, mean_columns(with_base, without))
 
-    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
-        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
-
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
-        return one_by_one(self, steps, columns, num_threads)
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        features = [self._between(pair.left, pair.right, pair.task) for pair in pairs]
+        return np.array([[of_pair[column] for of_pair in features] for column in columns])
 
     def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:
         left_shares, right_shares = member_shares(left), member_shares(right)
@@ -60,16 +53,16 @@ class Bound:
 
     def _pair(self, left: str, right: str, task: str) -> Mapping[str, float]:
         if left != right:
-            found = self._table.get(left, right, task).features
-            return {column: found[column] for column in self.columns}
+            features = self._table.get(left, right, task).features
+            return {column: features[column] for column in self.columns}
         other = next(name for name in self._table.checkpoint_ids if name != left)
-        found = self._table.get(left, other, task).features
-        return {column: _with_itself(column, found) for column in self.columns}
+        features = self._table.get(left, other, task).features
+        return {column: _with_itself(column, features) for column in self.columns}
 
 
-def _with_itself(column: str, found: Mapping[str, float]) -> float:
+def _with_itself(column: str, features: Mapping[str, float]) -> float:
     """A signal of a checkpoint with itself; single values from any of its rows, where it stands on the left."""
     signal = column_signal(column)
     if signal.family == "single":
-        return found[f"{signal.name}_left"]
+        return features[f"{signal.name}_left"]
     return 1.0 if "cosine" in signal.name else 0.0

@@ -10,7 +10,7 @@ from typing import Any
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet
-from simmerge_ray.signals.compute import Signatures, local_executor, tokenize_probes
+from simmerge_ray.signals.compute import Signatures, local_executor
 from simmerge_ray.signals.propagation.halfway import HalfwayOutputs
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.signature import (
@@ -22,7 +22,7 @@ from simmerge_ray.signals.signature import (
     weights_key,
 )
 from simmerge_ray.signals.table import SignalTable
-from simmerge_ray.signals.tokens import ProbeTokens
+from simmerge_ray.signals.tokens import ProbeTokens, tokenize_probes
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums
 
 _KEPT_OUTPUTS = 32  # checkpoints' outputs on a task, in memory
@@ -53,7 +53,7 @@ class Evidence:
 
 
 def stored_evidence(table: SignalTable, catalogue: Catalogue, store: SignatureStore) -> Evidence:
-    """Evidence from what `simmerge signals` has left, for `virtual`: nothing is run and no weights are read.
+    """Evidence from what `simmerge signals` has stored, for `virtual`: nothing is run and no weights are read.
 
     The probes are not needed: the table knows the digests of their tokens.
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,17 @@ from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.compute import matrix_entry
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
-from simmerge_ray.signals.propagation.interface import PlanStep, Source, one_by_one, plan_results, propagated
+from simmerge_ray.signals.propagation.interface import Propagator, Source, SourcePair, plan_results
 from simmerge_ray.signals.propagation.merged import Tensors, merged_steps, model_of, run_probes
 from simmerge_ray.signals.propagation.span import kth_largest
-from simmerge_ray.signals.samples import TensorBlocks, trim_threshold
+from simmerge_ray.signals.samples import TensorBlocks, opened_blocks, trim_threshold
 from simmerge_ray.signals.signature import TaskOutputs, Weights
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.tokens import ProbeTokens
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, TRIM_DENSITY, WeightSums, sums_in_blocks, weight_matrices
 
-Array = np.ndarray
 
-
-class Exact:
+class Exact(Propagator):
     """Delivers every column, by doing what the others predict; all intermediates of a plan are in memory meanwhile.
 
     Args:
@@ -47,25 +44,22 @@ class Exact:
         weights: Mapping[str, Weights],
         dtype: str = "F32",
     ) -> None:
-        self._table, self._catalogue, self._tokens = table, catalogue, tokens
+        super().__init__(table, feature_columns(catalogue.base is not None), gradients=True)
+        self._catalogue, self._tokens = catalogue, tokens
         self._outputs, self._weights, self._dtype = outputs, weights, dtype
-        self.columns = feature_columns(catalogue.base is not None)
         # One plan at a time, for all its tasks.
         self._merges = lru_cache(1)(self._merge)
         self._run = lru_cache(8)(self._run_probes)
         self._weight_signals = lru_cache(8)(self._compare_weights)
 
-    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
-        features = partial(self._between, plan, task=task)
-        return propagated(plan, task, self._table, self.columns, features, gradients=True, first=first)
-
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
-        return one_by_one(self, steps, columns, 1)  # two threads cannot load models at the same time
-
-    def _between(self, plan: MergePlan, left: Source, right: Source, task: str) -> Mapping[str, float]:
-        outputs = [self._run(plan, source, task) for source in (left, right)]
-        matrices = self._weight_signals(plan, left, right) | output_matrices(outputs, self._catalogue.base is not None)
-        return {column: matrix_entry(matrices, column, 0, 1) for column in self.columns}
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        values = np.empty((len(columns), len(pairs)))
+        for place, pair in enumerate(pairs):  # in one thread: two cannot load models at the same time
+            outputs = [self._run(pair.plan, source, pair.task) for source in (pair.left, pair.right)]
+            matrices = self._weight_signals(pair.plan, pair.left, pair.right)
+            matrices = matrices | output_matrices(outputs, self._catalogue.base is not None)
+            values[:, place] = [matrix_entry(matrices, column, 0, 1) for column in columns]
+        return values
 
     def _merge(self, plan: MergePlan) -> dict[Source, tuple[Tensors, Any]]:
         """Tensors and model of every intermediate."""
@@ -78,11 +72,8 @@ class Exact:
             return self._outputs(source, task)
         return run_probes(self._merges(plan)[source][1], self._catalogue.ref(plan.members[0]), self._tokens[task])
 
-    def _compare_weights(self, plan: MergePlan, left: Source, right: Source) -> dict[str, Array]:
-        with ExitStack() as stack:
-            blocks = {ref.id: TensorBlocks(ref) for ref in self._catalogue.all_refs}
-            for one in blocks.values():
-                stack.callback(one.close)
+    def _compare_weights(self, plan: MergePlan, left: Source, right: Source) -> dict[str, np.ndarray]:
+        with opened_blocks(self._catalogue.all_refs) as blocks:
             sums = {
                 name: self._tensor_sums(plan, name, left, right, blocks) for name in next(iter(self._weights.values()))
             }
@@ -93,18 +84,18 @@ class Exact:
     ) -> WeightSums:
         base = self._catalogue.base
 
-        def centre(start: int, stop: int) -> Array:
+        def centre(start: int, stop: int) -> np.ndarray:
             if base is not None:
                 return blocks[base.id].read(name, start, stop)
             rows = np.stack([one.read(name, start, stop) for one in blocks.values()])
             return rows.mean(0, dtype=np.float64).astype(np.float32)
 
-        def values(source: Source, start: int, stop: int) -> Array:
+        def values(source: Source, start: int, stop: int) -> np.ndarray:
             if isinstance(source, str):
                 return blocks[source].read(name, start, stop)
             return self._merges(plan)[source][0][name].reshape(-1)[start:stop].numpy()
 
-        def vectors(start: int, stop: int) -> tuple[Array, Array]:
+        def vectors(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
             middle = centre(start, stop)
             return np.stack([values(source, start, stop) - middle for source in (left, right)]), middle
 

@@ -62,7 +62,7 @@ class HalfwayOutputs:
     def _from_store(self, checkpoint: str, task: str) -> TaskOutputs:
         if not self._store.has("halfway", self._key(checkpoint, task)):
             self._compute(checkpoint)
-        return TaskOutputs(**self._store.read("halfway", self._key(checkpoint, task)))
+        return self._store.read_outputs(self._key(checkpoint, task), "halfway")
 
     def _compute(self, checkpoint: str) -> None:
         base, ref = self._catalogue.base, self._catalogue.ref(checkpoint)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Protocol
 
 import numpy as np
 
@@ -16,43 +14,8 @@ from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.features import column_signal, feature_columns
 from simmerge_ray.signals.table import PairSignals, SignalTable
 
-Array = np.ndarray
 NAMES = ("bound", "second_order", "virtual", "curved", "exact")  # of `table.PROPAGATORS`, without its imports
 _NO_GRADIENTS = "a weight that changes with depth cannot be propagated; give one number, or take propagator 'exact'"
-
-
-class Propagator(Protocol):
-    """Signals of the steps of any plan: folds and DAGs of two-way steps, every operator that a step can have.
-
-    columns: the feature columns that it delivers, in the order of `feature_columns`.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-
-    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
-        """Signals of (left, right) of every step, in order; sources are named as in the plan, `#n` for results.
-
-        The first so many steps are left out (-1: all but the last step).
-
-        A step of two checkpoints has the table's own values.
-
-        Raises:
-            PlanError: a checkpoint or the task is not in the table, or a weight changes with depth (which `exact`
-                takes). OperatorError: an operator needs a base and the table has none; see also the operator.
-        """
-        ...
-
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
-        """Some of its columns for many steps at once, of any plans and tasks: the numbers of `steps`, to rounding.
-
-        Returns:
-            (F, N), a row for each column.
-
-        Raises:
-            PlanError, OperatorError: see `steps`.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -144,48 +107,81 @@ def fold_path(source: Source) -> tuple[str, ...]:
     return (*fold_path(source.left), f"{right}\0{source.arm.label}\0{source.weight}\0{source.step}\0{source.seed}")
 
 
-def one_by_one(propagator: Propagator, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
-    """`Propagator.batch` by `Propagator.steps`; steps with the same left source are asked for one after the other."""
-    groups: dict[Source, list[int]] = {}
-    for place, step in enumerate(steps):
-        groups.setdefault(plan_sources(step.plan)[step.number][0], []).append(place)
-    values = np.empty((len(columns), len(steps)))
+@dataclass(frozen=True)
+class SourcePair:
+    """Left and right of a step, on one task. plan: one that has the step."""
 
-    def fill(places: Sequence[int]) -> None:
-        for place in places:
-            step = steps[place]
-            found = propagator.steps(step.plan, step.task, step.number - len(step.plan.steps))[0].features
-            values[:, place] = [found[column] for column in columns]
-
-    with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(fill, (groups[left] for left in sorted(groups, key=fold_path))))
-    return values
+    left: Source
+    right: Source
+    task: str
+    plan: MergePlan = field(compare=False)
 
 
-def propagated(
-    plan: MergePlan,
-    task: str,
-    table: SignalTable,
-    columns: tuple[str, ...],
-    features: Callable[[Source, Source], Mapping[str, float]],
-    gradients: bool = False,
-    first: int = 0,
-) -> list[PairSignals]:
-    """`Propagator.steps` by a function that knows the features of two sources, not both checkpoints.
+class Propagator:
+    """Signals of the steps of any plan: folds and DAGs of two-way steps, every operator that a step can have.
 
-    Args:
-        gradients: whether it knows those of steps whose weight changes with depth. first: see `Propagator.steps`.
+    A step of two checkpoints has the table's own values; a propagator says what those of other sources are.
 
-    Raises:
-        PlanError, OperatorError: see `Propagator.steps`.
+    columns: the feature columns that it delivers, in the order of `feature_columns`. gradients: whether it knows steps
+    whose weight changes with depth.
     """
-    check_plan(plan, task, table, gradients)
-    signals = []
-    for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
-        both = isinstance(left, str) and isinstance(right, str)
-        found = table.get(step.left, step.right, task).features if both else features(left, right)
-        signals.append(PairSignals(step.left, step.right, task, {column: found[column] for column in columns}))
-    return signals
+
+    name: str
+
+    def __init__(self, table: SignalTable, columns: tuple[str, ...], gradients: bool = False) -> None:
+        self._table, self.columns, self._gradients = table, columns, gradients
+
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        """(F, N) of different pairs; those with the same left source stand together."""
+        raise NotImplementedError
+
+    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
+        """Signals of (left, right) of every step, in order; sources are named as in the plan, `#n` for results.
+
+        The first so many steps are left out (-1: all but the last step).
+
+        Raises:
+            PlanError: a checkpoint or the task is not in the table, or a weight changes with depth (which `exact`
+                takes). OperatorError: an operator needs a base and the table has none; see also the operator.
+        """
+        check_plan(plan, task, self._table, self._gradients)
+        signals = []
+        for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
+            if isinstance(left, str) and isinstance(right, str):
+                known = self._table.get(left, right, task).features
+                features = {column: known[column] for column in self.columns}
+            else:
+                values = self._features([SourcePair(left, right, task, plan)], self.columns, 1)
+                features = dict(zip(self.columns, values[:, 0].tolist(), strict=True))
+            signals.append(PairSignals(step.left, step.right, task, features))
+        return signals
+
+    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        """Some of its columns for many steps at once, of any plans and tasks: the numbers of `steps`, to rounding.
+
+        Returns:
+            (F, N), a row for each column.
+
+        Raises:
+            PlanError, OperatorError: see `steps`.
+        """
+        for plan, task in dict.fromkeys((step.plan, step.task) for step in steps):
+            check_plan(plan, task, self._table, self._gradients)
+        values = np.empty((len(columns), len(steps)))
+        places: dict[SourcePair, list[int]] = {}
+        for place, step in enumerate(steps):
+            left, right = plan_sources(step.plan)[step.number]
+            if isinstance(left, str) and isinstance(right, str):
+                features = self._table.get(left, right, step.task).features
+                values[:, place] = [features[column] for column in columns]
+            else:
+                places.setdefault(SourcePair(left, right, step.task, step.plan), []).append(place)
+        if places:
+            pairs = sorted(places, key=lambda pair: fold_path(pair.left))
+            found = self._features(pairs, columns, num_threads)
+            for index, pair in enumerate(pairs):
+                values[:, places[pair]] = found[:, [index]]
+        return values
 
 
 def check_plan(plan: MergePlan, task: str, table: SignalTable, gradients: bool = False) -> None:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-Array = np.ndarray
-
 
 @njit(cache=True, nogil=True)
-def add_scaled(total: Array, share: float, values: Array) -> None:
+def add_scaled(total: np.ndarray, share: float, values: np.ndarray) -> None:
     """`total += share * values`, every product and sum rounded. total: (N,) float64. values: (N,) float32."""
     for k in range(len(total)):
         total[k] += share * np.float64(values[k])
 
 
 @njit(cache=True, nogil=True)
-def add_scaled_difference(total: Array, share: float, values: Array, centre: Array) -> None:
+def add_scaled_difference(total: np.ndarray, share: float, values: np.ndarray, centre: np.ndarray) -> None:
     """`total += share * (values - centre)`, the difference in float32. total: (N,) float64. Others: (N,) float32."""
     for k in range(len(total)):
         total[k] += share * np.float64(values[k] - centre[k])
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def row_dots(left: Array, right: Array, dots: Array) -> None:
+def row_dots(left: np.ndarray, right: np.ndarray, dots: np.ndarray) -> None:
     """Inner products of the rows of two (N, D) float32 arrays, in float64. dots: (N,)."""
     for row in range(len(dots)):
         total = 0.0
@@ -33,7 +31,9 @@ def row_dots(left: Array, right: Array, dots: Array) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def row_divergences(left_log: Array, left: Array, right_log: Array, right: Array, both: Array) -> None:
+def row_divergences(
+    left_log: np.ndarray, left: np.ndarray, right_log: np.ndarray, right: np.ndarray, both: np.ndarray
+) -> None:
     """`sum_v P(v) (log P(v) - log Q(v))` of the rows of two distributions (S, V), both ways.
 
     Logarithms are subtracted before anything is summed, so that near distributions lose no digits.

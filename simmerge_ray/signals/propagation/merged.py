@@ -6,24 +6,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, local_files
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import Computer, Seeds
-from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource
+from simmerge_ray.merging.engine.compute import Computer
+from simmerge_ray.merging.engine.sources import open_sources
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, Node
 from simmerge_ray.merging.in_memory import as_tensor
-from simmerge_ray.merging.model import check_finite
+from simmerge_ray.merging.model import built_model, check_finite, put_tensors
 from simmerge_ray.plans.plan import MergePlan, resolve_plan
-from simmerge_ray.signals.collect import ProbeModel
+from simmerge_ray.signals.collect import check_logits, model_outputs
 from simmerge_ray.signals.compute import join_outputs
 from simmerge_ray.signals.signature import TaskOutputs
 from simmerge_ray.signals.tokens import ProbeTokens
+from simmerge_ray.signals.worker import as_arrays
 
-Array = np.ndarray
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -38,68 +37,39 @@ def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> I
         see `compile_plan`.
     """
     graph = compile_plan(resolve_plan(plan, catalogue))
-    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
-    try:
-        computer = Computer(graph, sources, Seeds(graph))
+    with open_sources(graph) as sources:
+        computer = Computer(graph, sources)
         for number in range(1, len(plan.steps) + 1):
             tensors = {}
             for whole in graph.outputs:
                 kept = dtype if whole.dtype in FLOAT_DTYPES else whole.dtype
-                output = replace(whole, dtype=kept, node=_step(whole.node, number))
-                array = np.empty(output.num_elements, dtype=NUMPY_DTYPES[output.dtype])
-
-                def keep(start: int, block: Array, into: Array = array) -> None:
-                    into[start : start + block.size] = block
-
-                computer.compute(output, keep)
-                tensor = as_tensor(array, output)
+                node = _step(whole.node, number)
+                assert node is not None  # every step is used by the last one
+                output = replace(whole, dtype=kept, node=node)
+                tensor = as_tensor(computer.array(output)[0], output)
                 tensors[output.name] = tensor.float() if output.dtype in FLOAT_DTYPES else tensor
             yield tensors
-    finally:
-        for source in sources.values():
-            source.close()
 
 
-def _step(node: Node, number: int) -> Node:
+def _step(node: Node, number: int) -> Node | None:
     """The node of that step, somewhere under `node`."""
-    found = _find(node, number)
-    assert found is not None  # every step is used by the last one
-    return found
-
-
-def _find(node: Node, number: int) -> Node | None:
     if not isinstance(node, Apply) or node.step < number:
         return None
     if node.step == number:
         return node
-    return next((found for source in node.sources if (found := _find(source, number)) is not None), None)
-
-
-class MergedModel(ProbeModel):
-    """Runs probes over a merge that lies in memory."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self._merged = model
-
-    def load(self, ref: CheckpointRef) -> Any:
-        return self._merged
+    return next((found for source in node.sources if (found := _step(source, number)) is not None), None)
 
 
 def model_of(tensors: Tensors, like: CheckpointRef, name: str) -> Any:
     """A transformers model with these tensors and the configuration of `like`, in float32, as `model.load_model`.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity.
+        CheckpointError: the tensors are not those of the model, or one holds NaN or infinity.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    with local_files(like) as directory:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, config=config, state_dict=dict(tensors), dtype=torch.float32, attn_implementation="eager"
-    )
-    check_finite(model, replace(like, id=name))
+    model, ref = built_model(like), replace(like, id=name)
+    if not put_tensors(model, tensors.items()):
+        raise ref.error("its tensors are not those of the model")
+    check_finite(model, ref)
     return model.eval()
 
 
@@ -109,6 +79,7 @@ def run_probes(model: Any, like: CheckpointRef, tokens: ProbeTokens) -> TaskOutp
     Raises:
         CheckpointError: its logits are not finite.
     """
-    held = MergedModel(model)
-    parts = [held.outputs(like, batch) for batch in tokens.batches]
-    return join_outputs([(part.logits.numpy(), part.hidden.numpy(), part.attention.numpy()) for part in parts], tokens)
+    parts = [model_outputs(model, batch) for batch in tokens.batches]
+    for part in parts:
+        check_logits(like, part.logits)
+    return join_outputs([as_arrays(part) for part in parts], tokens)

@@ -6,80 +6,119 @@ angle holds for the whole model. Squared distances, and KL to second order, are 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
 from simmerge_ray.plans.operators.specs import Arm, make_arm
-from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.features import column_signal
-from simmerge_ray.signals.propagation.interface import (
-    Intermediate,
-    PlanStep,
-    Source,
-    mean_columns,
-    one_by_one,
-    propagated,
-)
-from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, Products, blend, blend_shares
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.propagation.interface import Intermediate, Propagator, Source, SourcePair, mean_columns
+from simmerge_ray.signals.propagation.span import Products, blend, blend_shares
+from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.weights import NORM_FLOOR
 
-Array = np.ndarray
-TINY = float(np.finfo(np.float64).tiny)
-_SUMS = ("dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties")
-_NORM_KEEPING = ("ties", "sce", "multislerp")
-EXACT_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
+_TINY = float(np.finfo(np.float64).tiny)
+_EXACT_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
 
 
-def quadratic_divergence(divergence: Array, left: Array, right: Array) -> float:
+def quadratic(matrix: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`a^T M a` for each row a of (P, K) weights; (P,)."""
+    total: np.ndarray = np.einsum("pk,pk->p", weights @ matrix, weights)
+    return total
+
+
+class Sides(Protocol):
+    """Left and right sources by their weights a and b, and the forms of a (K, K) matrix in them; results broadcast."""
+
+    def products(self, matrix: np.ndarray) -> np.ndarray:
+        """`a^T M b`."""
+        ...
+
+    def squares(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`a^T M a` and `b^T M b`."""
+        ...
+
+    def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`a^T v` and `b^T v` of (K,) values."""
+        ...
+
+
+@dataclass(frozen=True)
+class PairedSides:
+    """P pairs. left, right: (P, K), rows of sum 1. Results are (P,)."""
+
+    left: np.ndarray
+    right: np.ndarray
+
+    def products(self, matrix: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum("pk,pk->p", self.left @ matrix, self.right))
+
+    def squares(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return quadratic(matrix, self.left), quadratic(matrix, self.right)
+
+    def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.left @ values, self.right @ values
+
+
+@dataclass(frozen=True)
+class AllPoints:
+    """P sources with each of the K points of the table. left: (P, K), rows of sum 1. Results are (P, K)."""
+
+    left: np.ndarray
+
+    def products(self, matrix: np.ndarray) -> np.ndarray:
+        return np.asarray(self.left @ matrix)
+
+    def squares(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return quadratic(matrix, self.left)[:, None], np.diagonal(matrix)
+
+    def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return (self.left @ values)[:, None], values
+
+
+def quadratic_divergence(divergence: np.ndarray, sides: Sides) -> np.ndarray:
     """`KL(m || n) ~ sum_ij a_i b_j KL_ij - a^T J a / 4 - b^T J b / 4`, `J_ij = KL_ij + KL_ji`, clamped at 0.
 
     Exact where KL is half a squared distance of points that mix linearly, whose Hessian is the same everywhere.
-
-    Args:
-        divergence: (K, K). left, right: (K,), each of sum 1.
     """
-    both = divergence + divergence.T
-    return max(0.0, float(left @ divergence @ right - 0.25 * (left @ both @ left) - 0.25 * (right @ both @ right)))
+    left, right = sides.squares(divergence + divergence.T)
+    return np.asarray((sides.products(divergence) - 0.25 * left - 0.25 * right).clip(0.0))
 
 
-def mixed_distance(distance: Array, left: Array, right: Array) -> float:
-    """`|m - n|^2 = a^T D b - a^T D a / 2 - b^T D b / 2`, D = distance^2.
-
-    Args:
-        distance: (K, K). left, right: (K,), each of sum 1.
-    """
-    squares = distance * distance
-    return math.sqrt(2.0 * quadratic_divergence(0.5 * squares, left, right))
+def mixed_distance(distance: np.ndarray, sides: Sides) -> np.ndarray:
+    """`|m - n|^2 = a^T D b - a^T D a / 2 - b^T D b / 2`, D = distance^2."""
+    return np.sqrt(2.0 * quadratic_divergence(0.5 * distance * distance, sides))
 
 
-def centred_gram(distance: Array) -> Array:
+def closed_cosine(cosine: np.ndarray, sides: Sides) -> np.ndarray:
+    """`a^T C b / sqrt(a^T C a  b^T C b)`: the cosine of two sums of vectors, exact where their norms are equal."""
+    left, right = sides.squares(cosine)
+    norms = left.clip(0.0) * right.clip(0.0)
+    defined = norms > _TINY
+    return np.where(defined, (sides.products(cosine) / np.sqrt(np.where(defined, norms, 1.0))).clip(-1.0, 1.0), 0.0)
+
+
+def centred_gram(distance: np.ndarray) -> np.ndarray:
     """`<d_i, d_j> = (|d_i|^2 + |d_j|^2 - |d_i - d_j|^2) / 2`, d from the first point; (K, K)."""
     squares = distance * distance
-    gram: Array = 0.5 * (squares[:1] + squares[:, :1] - squares)
+    gram: np.ndarray = 0.5 * (squares[:1] + squares[:, :1] - squares)
     return gram
 
 
-def closed_cosine(cosine: Array, left: Array, right: Array) -> float:
-    """`a^T C b / sqrt(a^T C a  b^T C b)`: the cosine of two sums of vectors, exact where their norms are equal."""
-    norms = max(float(left @ cosine @ left), 0.0) * max(float(right @ cosine @ right), 0.0)
-    return min(1.0, max(-1.0, float(left @ cosine @ right) / math.sqrt(norms))) if norms > TINY else 0.0
-
-
 def blend_like(arm: Arm) -> Arm:
-    """The blend of `SPAN_OPERATORS` that stands for an operator: its expectation, or what has about its norm."""
-    if arm.operator in SPAN_OPERATORS:
+    """The blend that stands for an operator (see `OperatorSpec.stand_in`), itself where it has `shares`."""
+    if arm.spec.shares is not None:
         return arm
-    params = arm.param_dict()
-    if arm.operator in _SUMS and not params["normalize"]:
-        return make_arm("task_arithmetic", {"scale": params["scale"]})
-    return make_arm("nuslerp" if arm.operator in _NORM_KEEPING else "linear")
+    if arm.spec.stand_in != "task_arithmetic":
+        return make_arm(arm.spec.stand_in)
+    params = arm.param_dict()  # a normalised sum is an average
+    return make_arm("linear") if params["normalize"] else make_arm("task_arithmetic", {"scale": params["scale"]})
 
 
-class SecondOrder:
+class SecondOrder(Propagator):
     """Formulas above, one matrix of the table at a time; operators that are no blend count as one (`blend_like`).
 
     Entropy and loss are weighted means, which are approximate (clamped at 0: a sum of task vectors extrapolates).
@@ -88,34 +127,40 @@ class SecondOrder:
     name = "second_order"
 
     def __init__(self, table: SignalTable) -> None:
-        self._table = table
         self.base = table.provenance.get("base")
         self.ids = (*((self.base,) if self.base is not None else ()), *table.checkpoint_ids)
         columns = mean_columns(self.base is not None, without=("sign_conflict", "trimmed_overlap"))
         # Means over tensors of a logarithm do not follow from means of norms.
         ratio = "task_vector_norm_ratio_"
-        self.columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in EXACT_GROUPS)
-        self._values: dict[str, Array] = {}
-        self._matrices: dict[tuple[str, str], Array] = {}
-        self._grams: dict[tuple[str, str], Array] = {}
-        self._weights: dict[Source, Array] = {}
+        columns = tuple(c for c in columns if not c.startswith(ratio) or c.removeprefix(ratio) in _EXACT_GROUPS)
+        super().__init__(table, columns)
+        self._values: dict[str, np.ndarray] = {}
+        self._matrices: dict[tuple[str, str], np.ndarray] = {}
+        self._grams: dict[tuple[str, str], np.ndarray] = {}
+        self._weights: dict[Source, np.ndarray] = {}
 
-    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
-        return propagated(plan, task, self._table, self.columns, lambda a, b: self._between(a, b, task), first=first)
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        values = np.empty((len(columns), len(pairs)))
+        for task in dict.fromkeys(pair.task for pair in pairs):
+            places = [place for place, pair in enumerate(pairs) if pair.task == task]
+            sides = PairedSides(
+                np.stack([self.barycentric(pairs[place].left) for place in places]),
+                np.stack([self.barycentric(pairs[place].right) for place in places]),
+            )
+            for index, column in enumerate(columns):
+                values[index, places] = self.values(column, sides, task)
+        return values
 
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
-        return one_by_one(self, steps, columns, num_threads)
-
-    def barycentric(self, source: Source) -> Array:
+    def barycentric(self, source: Source) -> np.ndarray:
         """Weights over [base, checkpoints], or over the checkpoints where there is no base; sum 1."""
         if source not in self._weights:
             self._weights[source] = self._blended(source) if isinstance(source, Intermediate) else self._one_hot(source)
         return self._weights[source]
 
-    def _one_hot(self, name: str) -> Array:
+    def _one_hot(self, name: str) -> np.ndarray:
         return (np.array(self.ids) == name).astype(np.float64)
 
-    def _blended(self, source: Intermediate) -> Array:
+    def _blended(self, source: Intermediate) -> np.ndarray:
         left, right = self.barycentric(source.left), self.barycentric(source.right)
         with_base = self.base is not None
         shares = blend_shares(blend_like(source.arm), source.constant_weight, self._products(left, right), with_base)
@@ -123,13 +168,14 @@ class SecondOrder:
         if with_base:
             merged[0] += 1.0 - merged.sum()  # SLERP also lengthens the base, which no weights of sum 1 can say
             return merged
-        weights: Array = merged / merged.sum()
+        weights: np.ndarray = merged / merged.sum()
         return weights
 
-    def _products(self, left: Array, right: Array) -> Products:
+    def _products(self, left: np.ndarray, right: np.ndarray) -> Products:
         def products(centred: bool) -> tuple[float, float, float]:
             if not centred:
-                return 1.0, closed_cosine(self.matrix("weight_cosine_global", self.any_task), left, right), 1.0
+                sides = PairedSides(left[None], right[None])
+                return 1.0, float(closed_cosine(self.matrix("weight_cosine_global", self.any_task), sides)[0]), 1.0
             gram = self.gram("weight_l2_global", self.any_task)
             return float(left @ gram @ left), float(left @ gram @ right), float(right @ gram @ right)
 
@@ -139,34 +185,35 @@ class SecondOrder:
     def any_task(self) -> str:
         return self._table.tasks[0]
 
-    def _between(self, left: Source, right: Source, task: str) -> Mapping[str, float]:
-        a, b = self.barycentric(left), self.barycentric(right)
-        return {column: self._value(column, a, b, task) for column in self.columns}
-
-    def _value(self, column: str, left: Array, right: Array, task: str) -> float:
+    def values(self, column: str, sides: Sides, task: str) -> np.ndarray:
+        """A column for all sides, in their shape or what broadcasts to it."""
         signal = column_signal(column)
         statistic = column.removeprefix(f"{signal.name}_")
         if signal.family == "divergence":
-            return quadratic_divergence(self.matrix(column, task), left, right)
+            return quadratic_divergence(self.matrix(column, task), sides)
         if signal.family == "single":
-            weights = left if statistic == "left" else right
             if signal.name == "task_vector_norm":
-                return self._norm("weight_l2_global", weights)
-            return max(0.0, float(self.matrix(f"{signal.name}_left", task)[:, 0] @ weights))
+                both = self._norms("global", sides)
+            else:
+                both = sides.means(self.matrix(f"{signal.name}_left", task)[:, 0])
+            return np.asarray(both[statistic == "right"].clip(0.0))
         if signal.name == "weight_l2":
-            return mixed_distance(self.matrix(column, task), left, right)
+            return mixed_distance(self.matrix(column, task), sides)
         if signal.name == "task_vector_norm_ratio":
-            norms = [max(self._norm(f"weight_l2_{statistic}", weights), NORM_FLOOR) for weights in (left, right)]
-            return math.log(norms[0]) - math.log(norms[1])
-        if signal.name == "task_vector_cosine" and statistic in EXACT_GROUPS:
-            return closed_cosine(self.gram(f"weight_l2_{statistic}", task), left, right)
-        return closed_cosine(self.matrix(column, task), left, right)
+            left, right = (np.log(np.maximum(norms, NORM_FLOOR)) for norms in self._norms(statistic, sides))
+            return np.asarray(left - right)
+        if signal.name == "task_vector_cosine" and statistic in _EXACT_GROUPS:
+            return closed_cosine(self.gram(f"weight_l2_{statistic}", task), sides)
+        return closed_cosine(self.matrix(column, task), sides)
 
-    def _norm(self, column: str, weights: Array) -> float:
-        """Norm of the task vector over the base's, from distances."""
-        return mixed_distance(self.matrix(column, self.any_task), weights, self._one_hot(str(self.base)))
+    def _norms(self, group: str, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
+        """Norms of both task vectors over the base's, from distances to the base."""
+        squares = self.matrix(f"weight_l2_{group}", self.any_task) ** 2
+        own, from_base = sides.squares(squares), sides.means(squares[:, 0])
+        left, right = (np.sqrt((mean - 0.5 * square).clip(0.0)) for mean, square in zip(from_base, own, strict=True))
+        return left, right
 
-    def matrix(self, column: str, task: str) -> Array:
+    def matrix(self, column: str, task: str) -> np.ndarray:
         """(K, K) of a column over [base, checkpoints]; a checkpoint with itself has cosine 1 and no distance.
 
         Task vectors have no row of the base: its cosines are 0, as if there were nothing of it. A value of a single
@@ -183,13 +230,13 @@ class SecondOrder:
             self._matrices[column, task] = matrix
         return self._matrices[column, task]
 
-    def gram(self, column: str, task: str) -> Array:
+    def gram(self, column: str, task: str) -> np.ndarray:
         """`centred_gram` of a column of distances."""
         if (column, task) not in self._grams:
             self._grams[column, task] = centred_gram(self.matrix(column, task))
         return self._grams[column, task]
 
-    def table_values(self, task: str) -> Array:
+    def table_values(self, task: str) -> np.ndarray:
         """(F, K, K), the table's own values over [base, checkpoints]; NaN where it has none."""
         if task not in self._values:
             values, rows = np.full((len(self.ids), len(self.ids), len(self.columns)), np.nan), self._table.rows

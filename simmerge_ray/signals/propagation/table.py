@@ -11,24 +11,19 @@ from simmerge_ray.signals.propagation.exact import Exact
 from simmerge_ray.signals.propagation.interface import Propagator
 from simmerge_ray.signals.propagation.second_order import SecondOrder
 from simmerge_ray.signals.propagation.virtual import Virtual
+from simmerge_ray.signals.signature import TaskOutputs
 
 
-def _virtual(evidence: Evidence) -> Virtual:
-    return Virtual(evidence.table, evidence.ids, evidence.outputs, evidence.weights, evidence.sums, evidence.digests)
+def _virtual(evidence: Evidence, halfway: Callable[[str, str], TaskOutputs] | None = None) -> Virtual:
+    return Virtual(
+        evidence.table, evidence.ids, evidence.outputs, evidence.weights, evidence.sums, evidence.digests, halfway
+    )
 
 
 def _curved(evidence: Evidence) -> Virtual:
     if evidence.halfway is None:
         raise ConfigError("propagator 'curved' needs a base checkpoint; the catalogue names none (take 'virtual')")
-    return Virtual(
-        evidence.table,
-        evidence.ids,
-        evidence.outputs,
-        evidence.weights,
-        evidence.sums,
-        evidence.digests,
-        evidence.halfway,
-    )
+    return _virtual(evidence, evidence.halfway)
 
 
 def _exact(evidence: Evidence) -> Exact:

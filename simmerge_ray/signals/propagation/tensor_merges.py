@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from simmerge_ray.merging.engine.seeds import seed_of
 from simmerge_ray.plans.operators.table import OPERATORS
 from simmerge_ray.plans.plan import step_weights
 from simmerge_ray.signals.propagation.interface import Intermediate, Source, members
-from simmerge_ray.signals.propagation.span import SPAN_OPERATORS, blend_shares, kth_largest, trimmed
+from simmerge_ray.signals.propagation.span import blend_shares, kth_largest, trimmed
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace, VirtualTensor
 from simmerge_ray.signals.weights import TRIM_DENSITY, WeightSums, sums_in_blocks
 
-Array = np.ndarray
 _ROOM = 1 << 28  # bytes of sources at the sampled coordinates that are held while pairs of them are compared
 _KEPT = 32  # intermediates in memory, 8 bytes a sampled coordinate each: prefixes of the plans that are being scored
 
@@ -28,7 +27,7 @@ _KEPT = 32  # intermediates in memory, 8 bytes a sampled coordinate each: prefix
 class TensorPairs:
     """What one tensor says of pairs of sources. coefficients: (K,) of each source in the pairs. sums: of each pair."""
 
-    coefficients: Mapping[Source, Array]
+    coefficients: Mapping[Source, np.ndarray]
     sums: Sequence[WeightSums]
 
 
@@ -55,7 +54,7 @@ class TensorMerges:
             order: in which sources are made; what is common to those that follow each other is made once, as the cache
                 holds it.
         """
-        coefficients: dict[Source, Array] = {}
+        coefficients: dict[Source, np.ndarray] = {}
         sums: list[WeightSums] = []
         size = max(1, _ROOM // (24 * len(self.space.centre)))  # 12 bytes a coordinate, of two sources
         for start in range(0, len(pairs), size):
@@ -70,17 +69,16 @@ class TensorMerges:
         return TensorPairs(coefficients, sums)
 
     def seed(self, source: Intermediate, part: Source) -> int:
-        """As `merging.compute.Seeds`, which reads the digests from the files."""
+        """As `engine.seeds.Seeds`, which reads the digests from the files."""
         digests = [self._digests.get(name, name) for name in sorted({*members(part), *self._bases(part)})]
-        text = "\0".join([str(source.seed), str(source.step), *digests, self._name])
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+        return seed_of(source.seed, source.step, digests, self._name)
 
     def _make(self, source: Source) -> VirtualTensor:
         space = self.space
         if isinstance(source, str):
             return space.vector(self._index[source])
         left, right = self.of(source.left), self.of(source.right)
-        if source.arm.operator not in SPAN_OPERATORS:
+        if source.arm.spec.shares is None:
             return self._on_sample(source, space.sampled(left), space.sampled(right))
 
         def products(centred: bool) -> tuple[float, float, float]:
@@ -91,12 +89,12 @@ class TensorMerges:
             left, right, blend_shares(source.arm, source.constant_weight, products, self._base is not None)
         )
 
-    def _on_sample(self, source: Intermediate, left: Array, right: Array) -> VirtualTensor:
+    def _on_sample(self, source: Intermediate, left: np.ndarray, right: np.ndarray) -> VirtualTensor:
         """The real operator on the sampled coordinates, as if they were a tensor of one dimension."""
         space, operator = self.space, source.arm.operator
         params: dict[str, Any] = source.arm.param_dict()
         parts = (source.left, source.right)
-        if operator == "ties":  # by the checkpoints' own thresholds, which their sample does not know
+        if source.arm.spec.trims:  # by the checkpoints' own thresholds, which their sample does not know
             density = float(params["density"])
             left, right = (
                 trimmed(vector, self._threshold(part, vector, density), density)
@@ -118,7 +116,7 @@ class TensorMerges:
         values = None if found.values is None else found.values - space.centre
         return VirtualTensor(found.coefficients - origin[0], values)
 
-    def _threshold(self, source: Source, vector: Array, density: float) -> float:
+    def _threshold(self, source: Source, vector: np.ndarray, density: float) -> float:
         exact = self.space.threshold(self._index[source], density) if isinstance(source, str) else None
         return kth_largest(vector, density) if exact is None else exact
 
@@ -129,12 +127,14 @@ class TensorMerges:
         own = {self._base} if source.arm.spec.uses_base else set()
         return own | self._bases(source.left) | self._bases(source.right)
 
-    def _row(self, source: Source, tensor: VirtualTensor) -> tuple[Array, float]:
+    def _row(self, source: Source, tensor: VirtualTensor) -> tuple[np.ndarray, float]:
         """Task vector at the sampled coordinates, float32, and the threshold of `trimmed_overlap`."""
         vector = self.space.sampled(tensor).astype(np.float32)
         return vector, math.inf if self._base is None else self._threshold(source, vector, TRIM_DENSITY)
 
-    def _sums(self, gram: Array, left: Source, right: Source, rows: Mapping[Source, tuple[Array, float]]) -> WeightSums:
+    def _sums(
+        self, gram: np.ndarray, left: Source, right: Source, rows: Mapping[Source, tuple[np.ndarray, float]]
+    ) -> WeightSums:
         both, centre = np.stack([rows[left][0], rows[right][0]]), self.space.centre
         thresholds = np.array([rows[left][1], rows[right][1]])
         sums = sums_in_blocks(lambda start, stop: (both[:, start:stop], centre[start:stop]), len(centre), thresholds)

@@ -18,7 +18,6 @@ from simmerge_ray.signals.propagation.kernels import add_scaled, add_scaled_diff
 from simmerge_ray.signals.propagation.span import blend
 from simmerge_ray.signals.signature import DENSITIES, TensorSample
 
-Array = np.ndarray
 _NEGLIGIBLE = 1e-9  # beyond the span by this share of the length is rounding
 _ROUNDING = 1e-12  # of coefficients
 _KEPT = 16  # sampled vectors of checkpoints in memory: those that the merges at hand are made of
@@ -32,8 +31,8 @@ class VirtualTensor:
     sampled coordinates; None where the vector lies in the span, so that the coefficients say all.
     """
 
-    coefficients: Array
-    values: Array | None = None
+    coefficients: np.ndarray
+    values: np.ndarray | None = None
 
 
 class TensorSpace:
@@ -46,7 +45,12 @@ class TensorSpace:
     """
 
     def __init__(
-        self, gram: Array, centre: Array, values: Sequence[Array], num_elements: int, thresholds: Sequence[Array]
+        self,
+        gram: np.ndarray,
+        centre: np.ndarray,
+        values: Sequence[np.ndarray],
+        num_elements: int,
+        thresholds: Sequence[np.ndarray],
     ) -> None:
         self.gram, self.centre, self.num_elements = gram, centre, num_elements
         self._values, self._thresholds = values, thresholds
@@ -70,7 +74,7 @@ class TensorSpace:
         values = None if tensor.values is None else tensor.values + self.centre
         return VirtualTensor(tensor.coefficients + self.vector(0).coefficients, values)
 
-    def sampled(self, tensor: VirtualTensor) -> Array:
+    def sampled(self, tensor: VirtualTensor) -> np.ndarray:
         """Values at the sampled coordinates, (S,) float64, not to be written to."""
         if tensor.values is not None:
             return tensor.values
@@ -79,7 +83,7 @@ class TensorSpace:
             return self._vector(used[0])
         return self._sum(used, tensor.coefficients)
 
-    def _sum(self, used: Sequence[int], coefficients: Array) -> Array:
+    def _sum(self, used: Sequence[int], coefficients: np.ndarray) -> np.ndarray:
         total = np.zeros(len(self.centre))
         for index in used:
             if index == 0:
@@ -101,12 +105,12 @@ class TensorSpace:
         values = shares[0] * self.sampled(left) + shares[1] * self.sampled(right) + shares[2] * self.centre
         return VirtualTensor(coefficients, values)
 
-    def products(self, tensors: Sequence[VirtualTensor]) -> Array:
+    def products(self, tensors: Sequence[VirtualTensor]) -> np.ndarray:
         """Inner products of all pairs, (T, T): `c^T G d`, and `sum_k w_k x_k y_k` where either is beyond the span."""
-        found: Array = self.products_of([tensors])[0]
+        found: np.ndarray = self.products_of([tensors])[0]
         return found
 
-    def products_of(self, groups: Sequence[Sequence[VirtualTensor]]) -> Array:
+    def products_of(self, groups: Sequence[Sequence[VirtualTensor]]) -> np.ndarray:
         """`products` of N groups of T tensors each, (N, T, T).
 
         Weights of the sample are those for the checkpoints in a group, whatever the other groups hold. They are made
@@ -126,7 +130,7 @@ class TensorSpace:
                 products[number] = np.where(beyond[:, None] | beyond[None, :], by_sample, products[number])
         return products
 
-    def _calibrated(self, used: tuple[int, ...]) -> Array:
+    def _calibrated(self, used: tuple[int, ...]) -> np.ndarray:
         """Weights of the sampled coordinates under which products of some of the span's vectors are exact.
 
         The nearest to n/S with `sum_k w_k v_ik v_jk = G_ij`; sums of whatever else goes along with such products are
@@ -146,7 +150,7 @@ class TensorSpace:
         norms = np.where(norms > 0, norms, 1.0)
         # The least change is a combination of the rows; a product that follows from others adds nothing to it.
         shares = np.linalg.lstsq(products / np.outer(norms, norms), missing / norms, rcond=1e-12)[0]
-        weights: Array = self.scale + (shares / norms) @ rows
+        weights: np.ndarray = self.scale + (shares / norms) @ rows
         return weights
 
     def threshold(self, index: int, density: float) -> float | None:
@@ -154,7 +158,7 @@ class TensorSpace:
         known = self._thresholds[index - 1]
         return float(known[DENSITIES.index(density)]) if density in DENSITIES else None
 
-    def fitted(self, values: Array, regressors: Array) -> VirtualTensor:
+    def fitted(self, values: np.ndarray, regressors: np.ndarray) -> VirtualTensor:
         """A vector known at the sampled coordinates, its projection on some vectors of the span by least squares.
 
         Args:
@@ -171,7 +175,7 @@ class TensorSpace:
         return VirtualTensor(found @ regressors, values if beyond else None)
 
 
-def tensor_space(samples: Sequence[TensorSample], gram: Array, with_base: bool) -> TensorSpace:
+def tensor_space(samples: Sequence[TensorSample], gram: np.ndarray, with_base: bool) -> TensorSpace:
     """From the samples of [base, checkpoints...], or of the checkpoints, in the order of the Gram matrix."""
     values = [sample.values for sample in samples]
     centre = values[0] if with_base else np.stack(values).mean(0, dtype=np.float64).astype(np.float32)

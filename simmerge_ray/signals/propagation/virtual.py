@@ -6,7 +6,7 @@ are mixtures of the checkpoints'. Rounding of intermediates to an output dtype i
 
 Many steps are computed in two passes. Weights go tensor by tensor, through all folds at once, so that what plans have
 in common is merged once while the tensor's sample is at hand. Outputs go task by task: right sides are prepared once,
-each left side is mixed and prepared once and compared with all its right sides (see `compare`).
+each left side is mixed and prepared once and compared with all its right sides (see `outputs`).
 """
 
 from __future__ import annotations
@@ -19,29 +19,18 @@ from threading import Lock
 import numpy as np
 
 from simmerge_ray.plans.operators.shares import MIN_NORM
-from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.compute import matrix_entry
 from simmerge_ray.signals.features import column_signal, feature_columns
-from simmerge_ray.signals.propagation.compare import OutputPairs, PreparedOutputs, prepared_outputs
 from simmerge_ray.signals.propagation.halfway import curve_shares
-from simmerge_ray.signals.propagation.interface import (
-    PlanStep,
-    Source,
-    check_plan,
-    fold_path,
-    members,
-    plan_sources,
-    propagated,
-)
-from simmerge_ray.signals.propagation.mixture import mixed_outputs
+from simmerge_ray.signals.propagation.interface import Propagator, Source, SourcePair, fold_path, members
+from simmerge_ray.signals.propagation.outputs import OutputPairs, PreparedOutputs, mixed_outputs, prepared_outputs
 from simmerge_ray.signals.propagation.tensor_merges import TensorMerges, TensorPairs
-from simmerge_ray.signals.propagation.tensor_space import VirtualTensor, tensor_space
+from simmerge_ray.signals.propagation.tensor_space import tensor_space
 from simmerge_ray.signals.samples import sampled_weight_sums
 from simmerge_ray.signals.signature import TaskOutputs, Weights
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.weights import WeightSums, weight_matrices
 
-Array = np.ndarray
 Pair = tuple[Source, Source]
 _Part = tuple[str, bool, float]  # checkpoint; whether half of the way to it from the base; share
 _KEPT = 32  # pairs whose weights were compared: the same for every task
@@ -50,8 +39,8 @@ _TOGETHER = 12  # pairs in one call of `weight_matrices`: many cost little more 
 _TINY = 1e-30
 
 
-class Virtual:
-    """Delivers every column.
+class Virtual(Propagator):
+    """Delivers every column. merges: of every tensor, by name.
 
     Outputs of an intermediate are the mixture of its checkpoints' by one share each (see `_parts`).
 
@@ -77,65 +66,39 @@ class Virtual:
     ) -> None:
         self.name = "virtual" if halfway is None else "curved"
         self._halfway = halfway
-        self._table, self._ids, self._outputs = table, tuple(ids), outputs
         self._base: str | None = table.provenance.get("base")
-        self.columns = feature_columns(self._base is not None)
+        super().__init__(table, feature_columns(self._base is not None))
+        self._ids, self._outputs = tuple(ids), outputs
         samples = [weights[name] for name in self._ids]
         known = sums or sampled_weight_sums(samples, weights[self._base] if self._base is not None else None)
-        self._spaces = {
-            name: tensor_space([one[name] for one in samples], known[name].gram, self._base is not None)
-            for name in known
-        }
-        self._merges = {
-            name: TensorMerges(name, space, self._ids, self._base, digests or {})
-            for name, space in self._spaces.items()
+        self.merges = {
+            name: TensorMerges(
+                name,
+                tensor_space([sample[name] for sample in samples], sums_of.gram, self._base is not None),
+                self._ids,
+                self._base,
+                digests or {},
+            )
+            for name, sums_of in known.items()
         }
         self._one_pair = lru_cache(_KEPT)(lambda pair: self._weights([pair], map))
 
-    def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
-        def features(left: Source, right: Source) -> Mapping[str, float]:
-            values = self._features([(left, right, task)], self.columns, 1)
-            return dict(zip(self.columns, values[:, 0].tolist(), strict=True))
-
-        return propagated(plan, task, self._table, self.columns, features, first=first)
-
-    def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> Array:
-        for plan, task in dict.fromkeys((step.plan, step.task) for step in steps):
-            check_plan(plan, task, self._table)
-        values = np.empty((len(columns), len(steps)))
-        sources = {plan: plan_sources(plan) for plan in dict.fromkeys(step.plan for step in steps)}
-        keys: dict[tuple[Source, Source, str], list[int]] = {}
-        for place, step in enumerate(steps):
-            left, right = sources[step.plan][step.number]
-            if isinstance(left, str) and isinstance(right, str):
-                features = self._table.get(left, right, step.task).features
-                values[:, place] = [features[column] for column in columns]
-            else:
-                keys.setdefault((left, right, step.task), []).append(place)
-        if keys:
-            found = self._features(list(keys), columns, num_threads)
-            for index, places in enumerate(keys.values()):
-                values[:, places] = found[:, [index]]
-        return values
-
-    def _features(self, keys: Sequence[tuple[Source, Source, str]], columns: Sequence[str], num_threads: int) -> Array:
-        """(F, N) of different (left, right, task)."""
+    def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
         same: dict[Source, Source] = {}  # equal sources as one object, so that finding them again costs nothing
-        pairs: dict[Pair, None] = {}
         by_task: dict[str, dict[Pair, int]] = {}
-        for place, (left, right, task) in enumerate(keys):
-            pair = same.setdefault(left, left), same.setdefault(right, right)
-            pairs[pair] = None
-            by_task.setdefault(task, {})[pair] = place
+        for place, pair in enumerate(pairs):
+            both = same.setdefault(pair.left, pair.left), same.setdefault(pair.right, pair.right)
+            by_task.setdefault(pair.task, {})[both] = place
+        different = dict.fromkeys(both for places in by_task.values() for both in places)
         # Pairs of the same checkpoints together, for the weights of the sample (see `TensorSpace.products_of`).
-        ordered = sorted(pairs, key=lambda pair: sorted({*members(pair[0]), *members(pair[1])}))
+        ordered = sorted(different, key=lambda pair: sorted({*members(pair[0]), *members(pair[1])}))
         with ThreadPoolExecutor(num_threads) as threads:
             if len(ordered) == 1:
                 parts, of_weights = self._one_pair(ordered[0])
             else:
                 parts, of_weights = self._weights(ordered, threads.map)
             number = {pair: index for index, pair in enumerate(ordered)}
-            values = np.empty((len(columns), len(keys)))
+            values = np.empty((len(columns), len(pairs)))
             for task, places in by_task.items():
                 chosen, into = [number[pair] for pair in places], list(places.values())
                 found = {column: of_pairs[chosen] for column, of_pairs in of_weights.items()}
@@ -148,17 +111,14 @@ class Virtual:
 
     # Weights
 
-    def _checkpoint(self, source: Source) -> dict[str, VirtualTensor]:
-        return {name: merges.of(source) for name, merges in self._merges.items()}
-
     def _weights(
         self, pairs: Sequence[Pair], spread: Callable[..., Iterable[TensorPairs]]
-    ) -> tuple[dict[Source, list[_Part]], dict[str, Array]]:
+    ) -> tuple[dict[Source, list[_Part]], dict[str, np.ndarray]]:
         """The parts of every source in the pairs, and the columns of weights, (N,) each; the same for every task."""
         sources = sorted({source for pair in pairs for source in pair}, key=fold_path)
         order = {source: place for place, source in enumerate(sources)}
-        merged = spread(lambda one: one.pairs(pairs, order), self._merges.values())
-        found = dict(zip(self._merges, merged, strict=True))
+        merged = spread(lambda one: one.pairs(pairs, order), self.merges.values())
+        found = dict(zip(self.merges, merged, strict=True))
         parts = {
             source: self._parts(source, {name: one.coefficients[source] for name, one in found.items()})
             for source in sources
@@ -176,7 +136,7 @@ class Virtual:
 
     # Outputs
 
-    def _parts(self, source: Source, coefficients: Mapping[str, Array]) -> list[_Part]:
+    def _parts(self, source: Source, coefficients: Mapping[str, np.ndarray]) -> list[_Part]:
         """What the outputs of a source are mixed of; shares of sum 1.
 
         Args:
@@ -197,7 +157,7 @@ class Virtual:
             *((name, False, share) for name, share in zip(names, full, strict=True)),
         ]
 
-    def _averaged(self, names: Sequence[str], coefficients: Mapping[str, Array]) -> tuple[Array, Array]:
+    def _averaged(self, names: Sequence[str], coefficients: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Of each member i: coefficient c_i, and `<d_i, d_m> / |d_i|^2` with the merged task vector d_m; (members,).
 
         Averaged over tensors with weights `|d_i|^2 / |base|^2`: what a tensor changes goes with its relative change
@@ -206,7 +166,7 @@ class Virtual:
         index = [1 + self._ids.index(name) for name in names]
         total, along, energy = np.zeros((3, len(index)))
         for name, of_tensor in coefficients.items():
-            space = self._spaces[name]
+            space = self.merges[name].space
             relative = space.gram[index] / max(float(space.gram[0, 0]), MIN_NORM**2)
             squares = relative[range(len(index)), index] + _TINY  # a checkpoint that has not moved counts its tensors
             total += squares * of_tensor[index]
@@ -216,7 +176,7 @@ class Virtual:
 
     def _compare_outputs(
         self, pairs: Sequence[Pair], task: str, parts: Mapping[Source, Sequence[_Part]], threads: ThreadPoolExecutor
-    ) -> dict[str, Array]:
+    ) -> dict[str, np.ndarray]:
         """The columns of outputs, (N,) each."""
         reading, any_outputs = Lock(), self._outputs(self._ids[0], task)
         size = sum(array.nbytes for array in vars(any_outputs).values())

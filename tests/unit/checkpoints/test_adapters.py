@@ -14,9 +14,9 @@ from simmerge_ray.merging.in_memory import merged_tensors
 from simmerge_ray.merging.request import read_request
 from simmerge_ray.merging.write.directory import write_merge
 from simmerge_ray.plans.operators.specs import make_arm
-from simmerge_ray.plans.operators.table import two_way
 from simmerge_ray.plans.plan import ResolvedPlan, pair_plan, unmerged
 from tests import tiny
+from tests.operators import two_way
 
 CONFIGS = {
     "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, IncompatibleCheckpointsError, OutputError
-from simmerge_ray.checkpoints.catalogue import add_checkpoint, load_catalogue, write_catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest
+from simmerge_ray.checkpoints.catalogue import _edited_text, add_checkpoint, load_catalogue, write_catalogue
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.references import CheckpointRef
 from tests import tiny
 
 
@@ -134,6 +137,8 @@ STYLES = {
     "not indented": "# mine\ncheckpoints:\n- id: m0\n  path: ./m0\n\n# the end",
     "base last": "# mine\ncheckpoints:\n  - {id: m0, path: ./m0}\nbase: {id: base, path: base}\n",
     "one line": "checkpoints: [{id: m0, path: ./m0}]",
+    "wide": "checkpoints:\n    -   id: m0  # mine\n        path: './m0'\n# the end\n",
+    "quoted": "checkpoints:\n  - id: \"m0\"\n    path: './m0'  # mine\n",
     "no checkpoints": "# mine\nbase: {id: base, path: base}\ncheckpoints: []\n",
 }
 
@@ -151,8 +156,36 @@ def test_other_entries_stay_as_they_were_written(zoo, style, as_base):
     entry = {"id": "new", "path": "m1"}
     added = {"base": entry} if as_base else {"checkpoints": [*before["checkpoints"], entry]}
     assert after == before | added
-    if style in ("indented", "not indented"):
-        assert all(line in path.read_text() for line in STYLES[style].splitlines())
+    if style != "one line" and (style, as_base) != ("no checkpoints", False):
+        assert set(STYLES[style].splitlines()) <= set(path.read_text().splitlines())
+
+
+def test_an_empty_base_and_comments_are_no_obstacle(zoo):
+    path = zoo / "c.yaml"
+    path.write_text("# mine\nbase:\ncheckpoints: []\n")
+    add_checkpoint(path, CheckpointRef("base", zoo / "base"), as_base=True)
+    add_checkpoint(path, CheckpointRef("m0", zoo / "m0"))
+    assert path.read_text() == "# mine\nbase: {id: base, path: base}\ncheckpoints:\n  - {id: m0, path: m0}\n"
+
+
+@given(text=st.text("01.eE+-_:xno #'\"{}[],&*!|>%@`~", min_size=1, max_size=8))
+@example("no")
+@example("007")
+@example("1e3")
+@settings(max_examples=200)
+def test_any_text_is_added_as_text(text):
+    edited = _edited_text(
+        Path("c"), "checkpoints:\n  - {id: m0, path: ./m0}\n", {"id": text, "path": text}, as_base=False
+    )
+    assert yaml.safe_load(edited)["checkpoints"][1:] == [{"id": text, "path": text}]
+
+
+def test_a_file_with_a_key_twice_is_not_edited(zoo):
+    path = zoo / "c.yaml"
+    path.write_text(text := "checkpoints: []\ncheckpoints: []\n")
+    with pytest.raises(ConfigError, match="cannot be edited: .*duplicate key"):
+        add_checkpoint(path, CheckpointRef("m0", zoo / "m0"))
+    assert path.read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,12 @@ import torch
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, IncompatibleCheckpointsError, PlanError
 from simmerge_ray.checkpoints.catalogue import load_catalogue, write_catalogue
-from simmerge_ray.checkpoints.references import (
-    CheckpointRef,
-    TensorReader,
-    check_compatible,
-    checkpoint_digest,
-    read_headers,
-)
+from simmerge_ray.checkpoints.compatibility import check_compatible
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from tests import tiny
+from tests.readers import TensorReader
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints import digests
-from simmerge_ray.checkpoints.digests import cached_digest
-from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest
+from simmerge_ray.checkpoints.digests import cached_digest, checkpoint_digest
+from simmerge_ray.checkpoints.references import CheckpointRef
 from tests.unit.checkpoints.test_catalogue import write_adapter
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from tests import tiny
-
-
-def simmerge(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "simmerge_ray.cli.app", *map(str, arguments)]
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+from tests.unit.conftest import Run
 
 
 @pytest.fixture
@@ -26,36 +21,43 @@ def zoo(catalogue_path, tmp_path) -> Path:
     return tmp_path / "zoo"
 
 
-def test_help_names_every_stage():
+def test_help_names_every_stage(simmerge):
     result = simmerge("--help")
     assert result.returncode == 0
     for command in ("demo", "zoo", "signals", "search", "train", "plan", "auto", "merge", "serve", "report"):
         assert command in result.stdout
-    assert simmerge("--version").stdout.strip() == "0.1.0"
+    assert simmerge("--version").stdout.strip() == "0.2.0"
 
 
-def search(zoo: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    out = zoo.parent / "labels"
-    return simmerge("search", zoo / "catalogue.yaml", "--tasks", zoo / "tasks", "--out", out, *more, cwd=zoo.parent)
+@pytest.fixture
+def search(simmerge, zoo) -> Run:
+    """`search(*options)`, or with `command="labels make"` that."""
+
+    def run(*options: str, command: str = "search") -> CompletedProcess[str]:
+        files = (zoo / "catalogue.yaml", "--tasks", zoo / "tasks", "--out", zoo.parent / "labels")
+        return simmerge(*command.split(), *files, *options, cwd=zoo.parent)
+
+    return run
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--arm", "tise"], "unknown operator 'tise' (did you mean 'ties'?); known: breadcrumbs"),
-        (["--arm", "ties(density=2)"], "'density': 2.0 is outside (0, 1]"),
-        (["--arm", "linear", "--arm", "linear"], "'linear' is given twice"),
-        (["--evaluator", "vlm"], "'evaluator'"),
-        (["--exclude", "m0"], "'exclude.0"),
+        (["--budget", "5", "--arm", "tise"], "unknown operator 'tise' (did you mean 'ties'?); known: breadcrumbs"),
+        (["--budget", "5", "--arm", "ties(density=2)"], "'density': 2.0 is outside (0, 1]"),
+        (["--budget", "5", "--arm", "linear", "--arm", "linear"], "'linear' is given twice"),
+        (["--evaluator", "vlm"], "'vlm' is not one of 'vllm', 'transformers'"),
+        (["--exclude", "m0"], "--exclude: a pair is LEFT,RIGHT, got 'm0'"),
         (["--budget", "5", "--objective", "ad"], "objective 'ad': unknown task 'ad' (did you mean 'add'?)"),
         (["--budget", "5", "--ways", "2-4"], "a merge takes from 2 to 3 checkpoints"),
         (["--budget", "5", "--member", "m9"], "unknown checkpoint 'm9'"),
-        (["--sampler", "tpa"], "'sampler'"),
+        (["--sampler", "tpa"], "--sampler"),
+        ([], "name --budget N, the merges to try; `simmerge labels make` labels every pair"),
     ],
 )
-def test_bad_options_end_with_code_two_and_leave_nothing(zoo, options, message):
+def test_bad_options_end_with_code_two_and_leave_nothing(zoo, search, options, message):
     before = sorted(path.name for path in zoo.parent.iterdir())
-    result = search(zoo, *options)
+    result = search(*options)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
     assert sorted(path.name for path in zoo.parent.iterdir()) == before
@@ -78,21 +80,21 @@ def damage_config(zoo: Path) -> None:
         (lambda zoo: (zoo / "catalogue.yaml").write_text("checkpoint: []"), "did you mean 'checkpoints'"),
     ],
 )
-def test_bad_files_are_named_before_anything_starts(zoo, damage, message):
+def test_bad_files_are_named_before_anything_starts(zoo, search, damage, message):
     damage(zoo)
-    result = search(zoo)
+    result = search(command="labels make")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not (zoo.parent / "labels").exists()
 
 
-def test_empty_probes_are_named(zoo):
+def test_empty_probes_are_named(zoo, simmerge):
     (zoo / "probes" / "add.jsonl").write_text("")
     result = simmerge("signals", zoo / "catalogue.yaml", "--probes", zoo / "probes", "--out", zoo / "s.parquet")
     assert result.returncode == 2 and "add.jsonl holds no probes" in result.stderr
 
 
-def test_a_plan_is_merged_and_a_bad_one_is_not(zoo):
+def test_a_plan_is_merged_and_a_bad_one_is_not(zoo, simmerge):
     plan = {
         "steps": [{"left": "m0", "right": "m1", "operator": "ties", "parameters": {"density": 0.2}}],
         "checkpoints": {"m0": "m0", "m1": "m1"},
@@ -109,7 +111,7 @@ def test_a_plan_is_merged_and_a_bad_one_is_not(zoo):
 
 
 @pytest.mark.parametrize("command", [["report"], ["serve"]])
-def test_a_directory_without_a_run_is_refused(tmp_path, command):
+def test_a_directory_without_a_run_is_refused(tmp_path, command, simmerge):
     result = simmerge(*command, tmp_path)
     assert result.returncode == 2 and str(tmp_path) in result.stderr
 
@@ -140,16 +142,12 @@ def test_an_interrupted_command_cleans_up_and_ends_with_130(tmp_path, how):
     assert list(tmp_path.iterdir()) == []
 
 
-def signals(zoo: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return simmerge("signals", zoo / "catalogue.yaml", "--out", zoo / "s.parquet", *more, cwd=zoo.parent)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--weights", "all"], "'weights': String should match pattern '^(exact|sampled)$', got 'all'"),
-        (["--memory-per-worker", "0"], "'memory_per_worker': Input should be greater than 0"),
-        (["--gpus-per-worker", "-1"], "'gpus_per_worker': Input should be greater than or equal to 0"),
+        (["--weights", "all"], "'all' is not one of 'exact', 'sampled'"),
+        (["--memory-per-worker", "0"], "--memory-per-worker: Input should be greater than 0"),
+        (["--gpus-per-worker", "-1"], "--gpus-per-worker"),
         (["--positions", "0"], "--positions"),
         (["--attention-positions", "many"], "--attention-positions"),
         (["--coordinates", "0"], "--coordinates"),
@@ -160,22 +158,9 @@ def signals(zoo: Path, *more: str) -> subprocess.CompletedProcess[str]:
         (["--probes", "absent"], "absent holds no <task>.jsonl probe files"),
     ],
 )
-def test_bad_options_of_signals_end_with_code_two_and_leave_nothing(zoo, options, message):
+def test_bad_options_of_signals_end_with_code_two_and_leave_nothing(zoo, options, message, simmerge):
     before = sorted(path.name for path in (*zoo.iterdir(), *zoo.parent.iterdir()))
-    result = signals(zoo, *options)
+    result = simmerge("signals", zoo / "catalogue.yaml", "--out", zoo / "s.parquet", *options, cwd=zoo.parent)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
     assert sorted(path.name for path in (*zoo.iterdir(), *zoo.parent.iterdir())) == before
-
-
-def test_options_of_signals_have_the_defaults_of_the_config():
-    from inspect import signature
-
-    from simmerge_ray import cli
-    from simmerge_ray.base.config import SignalsConfig
-
-    names = {"workers": "num_workers", "positions": "num_positions", "coordinates": "num_coordinates"}
-    names |= {"attention_positions": "num_attention_positions"}
-    names |= {name: name for name in ("weights", "memory_per_worker", "gpus_per_worker", "batch_size")}
-    defaults = {name: option.default for name, option in signature(cli.signals).parameters.items()}
-    assert {names[name]: defaults[name] for name in names} == SignalsConfig().model_dump(exclude={"max_tokens"})

@@ -11,11 +11,12 @@ import yaml
 from typer.testing import CliRunner
 
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.checkpoints.references import checkpoint_digest, read_headers, tokenizer_digest
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.tokenizers import tokenizer_digest
 from simmerge_ray.cli.catalogue import _in_units, catalogue_app
 from tests import tiny
 from tests.unit.checkpoints.test_catalogue import write_adapter
-from tests.unit.cli.test_app import simmerge
 from tests.unit.test_layers import loaded_modules
 
 
@@ -98,7 +99,7 @@ def test_several_dtypes_are_named_that_of_most_bytes_first(zoo):
         (["list", "absent.yaml"], "absent.yaml"),
     ],
 )
-def test_bad_input_ends_with_code_two_and_changes_nothing(zoo, arguments, message):
+def test_bad_input_ends_with_code_two_and_changes_nothing(zoo, arguments, message, simmerge):
     before = (zoo / "catalogue.yaml").read_bytes()
     result = simmerge("catalogue", *arguments, cwd=zoo)
     assert result.returncode == 2, result.stderr
@@ -106,7 +107,7 @@ def test_bad_input_ends_with_code_two_and_changes_nothing(zoo, arguments, messag
     assert (zoo / "catalogue.yaml").read_bytes() == before and not (zoo / "absent.yaml").exists()
 
 
-def test_a_taken_id_is_refused_before_anything_is_fetched(zoo):
+def test_a_taken_id_is_refused_before_anything_is_fetched(zoo, simmerge):
     result = simmerge("catalogue", "add", zoo / "catalogue.yaml", "m0", "owner/never-asked-for")
     assert result.returncode == 2 and "id 'm0' is used already" in result.stderr
 

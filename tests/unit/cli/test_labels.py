@@ -15,8 +15,7 @@ from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, pair_plan
 from simmerge_ray.search.labels import EvaluationSettings, Infeasible, LabelStore, Measured, Stopped
-from tests.unit.cli.test_app import simmerge
-from tests.unit.search.test_labels import label
+from tests.unit.search.labels.made_up import label
 from tests.unit.test_layers import loaded_modules
 
 
@@ -69,7 +68,7 @@ def test_formats_for_programs_hold_the_same_rows_and_nothing_else(store):
     rows = [json.loads(line) for line in text.splitlines()]
     assert [row["plan"] for row in rows] == [row[0] for row in table_rows(call("show", store)[0])]
     assert rows[0]["utility"] == 0.75 and rows[0]["num_items"] == 4
-    assert {row["key"] for row in rows} == LabelStore(store).keys(include_stopped=True)
+    assert {row["key"] for row in rows} == {label.key for label in LabelStore(store).read()}
     assert "5 labels" in counts
     text, _ = call("show", store, "--format", "csv")
     found = list(csv.DictReader(io.StringIO(text)))
@@ -91,7 +90,7 @@ def test_check_merge_and_compact(store, tmp_path):
     assert len(LabelStore(into).read()) == 6 and len(LabelStore(store).read()) == 5
 
 
-def test_check_ends_with_code_one_and_says_every_problem(store):
+def test_check_ends_with_code_one_and_says_every_problem(store, simmerge):
     (store / "junk.parquet").write_bytes(b"junk")
     (store / "more.parquet").write_bytes(b"junk")
     result = simmerge("labels", "check", store)
@@ -102,12 +101,12 @@ def test_check_ends_with_code_one_and_says_every_problem(store):
 
 
 @pytest.mark.parametrize("command", ["show", "check", "compact"])
-def test_a_store_that_is_not_there_or_empty_is_one_clear_error(tmp_path, command):
+def test_a_store_that_is_not_there_or_empty_is_one_clear_error(tmp_path, command, simmerge):
     (tmp_path / "empty").mkdir()
     for name in ("absent", "empty"):
         result = simmerge("labels", command, name, cwd=tmp_path)
         assert result.returncode == 2
-        assert result.stderr == f"error: no label files in {name}; `simmerge search ... --out {name}` makes them\n"
+        assert result.stderr == f"error: no label files in {name}; `simmerge labels make ... --out {name}` makes them\n"
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -123,7 +122,7 @@ def test_a_store_that_is_not_there_or_empty_is_one_clear_error(tmp_path, command
         (["compact", "nonsense://labels"], "unknown scheme of a URI 'nonsense'; known: file, gs, s3"),
     ],
 )
-def test_bad_input_ends_with_code_two_and_writes_nothing(store, arguments, message):
+def test_bad_input_ends_with_code_two_and_writes_nothing(store, arguments, message, simmerge):
     (store / "x.parquet").write_bytes(next(store.glob("*.parquet")).read_bytes())
     strange = EvaluationSettings("another", "float32", 128)
     LabelStore(store.parent / "strange").append([label(MergePlan(source="a"), settings=strange)])

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
+from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError, PlanError, SelectorError
+from simmerge_ray.base.storage import read_json
 from simmerge_ray.cli.app import app
-from simmerge_ray.cli.plan import best_single, plan_request
-from simmerge_ray.plans.plan import fold_plan, fold_text, read_plan
-from simmerge_ray.search.objectives import Objective
-from simmerge_ray.selector.data.tasks import TaskPool
+from simmerge_ray.cli.plan import best_single
+from simmerge_ray.plans.plan import WEIGHTINGS, fold_plan, fold_text, read_plan
 from simmerge_ray.selector.models.model import read_selector
-from simmerge_ray.selector.models.novelty import unlike_pairs
-from simmerge_ray.selector.planning.files import SHORTLIST, default_selector
+from simmerge_ray.selector.planning.files import SHORTLIST, default_selector, ranked_json
 from simmerge_ray.selector.planning.recommender import Recommender
+from simmerge_ray.selector.planning.request import PlanRequest, read_sources
+from simmerge_ray.selector.planning.search import AGGREGATES
+from simmerge_ray.service.planning import PlanRanker
+from simmerge_ray.service.registry import Published
+from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.table import read_signal_table
 from tests.artifacts import write_artifacts
 from tests.tables import synthetic_table
@@ -48,10 +53,9 @@ def test_it_shows_a_table_and_writes_plans_that_can_be_read(run, catalogue_path,
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (("--ways", "x"), ConfigError, "--ways"),
-        (("--propagator", "virtul"), ConfigError, "did you mean 'virtual'"),
+        (("--ways", "x"), ConfigError, "ways is a number"),
         (("--propagator", "exact"), ConfigError, "give --probes"),
-        (("--arm", "slerp"), SelectorError, "simmerge search"),
+        (("--arm", "slerp"), SelectorError, "simmerge labels make"),
         (("--task", "sing"), PlanError, "simmerge signals --probes"),
         (("--must-contain", "m9"), PlanError, "unknown checkpoint"),
         (("--left", "m0"), ConfigError, "give both"),
@@ -61,6 +65,46 @@ def test_it_shows_a_table_and_writes_plans_that_can_be_read(run, catalogue_path,
 def test_bad_input_is_refused(run, catalogue_path, options, error, message):
     result = invoke(run, catalogue_path, *options)
     assert isinstance(result.exception, error) and message in str(result.exception)
+
+
+def test_an_unknown_propagator_is_refused_with_all_names(run, catalogue_path):
+    result = invoke(run, catalogue_path, "--propagator", "virtul")
+    assert result.exit_code == 2 and "'virtul' is not one of" in result.output
+    assert set(get_args(RankingConfig.model_fields["propagator"].annotation)) == set(PROPAGATORS)
+    assert get_args(RankingConfig.model_fields["aggregate"].annotation) == AGGREGATES
+    assert get_args(RankingConfig.model_fields["weighting"].annotation) == WEIGHTINGS
+
+
+def test_a_pair_refuses_the_options_that_it_would_ignore(run, catalogue_path):
+    for_pair = ("--left", "m0", "--right", "m1")
+    ignored = ("--ways", "2", "--propagator", "second_order", "--arm", "linear", "--top", "3", "--signatures", "s")
+    result = invoke(run, catalogue_path, *for_pair, *ignored)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith("--signatures, --ways, --arm, --propagator, --top: not for one pair")
+    assert invoke(run, catalogue_path, *for_pair, "--task", "add", "--ways", "2-3").exit_code == 0
+
+
+def test_the_service_ranks_plans_as_the_command_does(run, catalogue_path, catalogue, tmp_path):
+    table = read_signal_table(run / "pairs.parquet")
+    selector, shortlist = read_selector(run / "selector"), read_selector(run / "selector" / SHORTLIST)
+    published = Published(selector.version, selector, shortlist, None)
+    for propagator, signatures in (("virtual", str(run / "signatures")), ("second_order", None)):
+        for number, (options, asked) in enumerate(
+            (
+                (("--ways", "2-3"), ((), (), "2-3")),
+                (("--ways", "3", "--task", "copy"), ((), ("copy",), 3)),
+                (("--ways", "2", "--exclude", "m2", "--task", "add"), (("m0", "m1"), ("add",), "2")),
+            )
+        ):
+            out = tmp_path / f"{propagator}{number}"
+            told = ("--propagator", propagator, "--top", "8", "--out", str(out))
+            result = invoke(run, catalogue_path, *options, *told)
+            assert result.exit_code == 0, result.output
+            printed = read_json(out / "ranking.json")
+            ranking = PlanRanker(published, table, catalogue, signatures).rank(*asked, top=8)
+            assert printed["plans"] == [ranked_json(one) for one in ranking.plans]
+            assert printed["best_fixed"] == ranked_json(ranking.best_fixed)
+            assert printed["num_scored"] == ranking.num_scored
 
 
 def test_a_plan_in_one_line():
@@ -139,24 +183,22 @@ def test_a_ranking_says_when_leaving_the_best_fixed_arm_has_not_paid(run, catalo
         assert ("has not paid" in result.output) == said, result.output
 
 
-def test_pairs_like_the_training_are_not_called_unlike(run, catalogue_path):
-    table = read_signal_table(run / "pairs.parquet")
-    selector = read_selector(run / "selector")
-    pool = TaskPool(Objective("mean"), table.tasks)
-    near = replace(selector, novelty=replace(selector.novelty, limit=1e9))
-    far = replace(selector, novelty=replace(selector.novelty, limit=-1.0))
-    assert unlike_pairs(near, table, ("m0", "m1", "m2"), pool) == []
-    assert unlike_pairs(far, table, ("m0", "m1", "m2"), pool) == [("m0", "m1"), ("m0", "m2"), ("m1", "m2")]
+def request_of(run, catalogue, **options) -> PlanRequest:
+    config = RankingConfig(propagator="second_order", **options)
+    files = RankingFiles(signals=run / "pairs.parquet", selector=run / "selector")
+    return read_sources(files, catalogue, config.propagator).request(config)
 
 
-def test_what_is_measured_has_the_best_fixed_arm_in_it(run, catalogue_path):
-    from simmerge_ray.checkpoints.catalogue import load_catalogue
+def test_pairs_like_the_training_are_not_called_unlike(run, catalogue):
+    request = request_of(run, catalogue, tasks=("add", "copy"))
+    for limit, unlike in ((1e9, []), (-1.0, [("m0", "m1"), ("m0", "m2"), ("m1", "m2")])):
+        selector = request.sources.selector
+        changed = replace(selector, novelty=replace(selector.novelty, limit=limit))
+        assert replace(request, sources=replace(request.sources, selector=changed)).unlike_pairs() == unlike
 
-    request = plan_request(
-        load_catalogue(catalogue_path), run / "selector", run / "pairs.parquet", (), (2, 2), (), (), (), "equal",
-        "mean", "second_order", None, None,
-    )  # fmt: skip
-    ranking = request.scorer.rank(request.space, request.pool, top=6)
+
+def test_what_is_measured_has_the_best_fixed_arm_in_it(run, catalogue):
+    ranking = request_of(run, catalogue, ways="2").rank(top=6)
     plans = [one.plan.id for one in ranking.plans]
     first_others = replace(
         ranking, plans=tuple(one for one in ranking.plans if one.plan.id != ranking.best_fixed.plan.id)

@@ -11,7 +11,6 @@ import pytest
 from typer.testing import CliRunner
 
 from simmerge_ray.cli.app import app
-from tests.unit.cli.test_app import simmerge
 
 DOCS = (Path(__file__).parents[3] / "docs" / "cluster.md").read_text()
 SIZES = (("7B", "7.6e9", ()), ("111B", "111e9", ("--head-machine", "r7i.4xlarge")))
@@ -67,7 +66,7 @@ def test_the_sizing_table_of_the_docs_is_computed(name, params, more):
         (["--models", "4", "--params", "inf"], "no number of parameters"),
     ],
 )
-def test_what_cannot_be_simulated_is_one_error(arguments, said):
+def test_what_cannot_be_simulated_is_one_error(arguments, said, simmerge):
     result = simmerge("simulate", *arguments)
     assert result.returncode == 2 and said in result.stderr
 
@@ -96,7 +95,7 @@ def test_a_config_gives_the_shape(tmp_path):
     [("{}", "num_hidden_layers"), ("[]", "holds no object"), ("{", "config.json"),
      (json.dumps(SHAPE | {"intermediate_size": [1, 2]}), "intermediate_size")],
 )  # fmt: skip
-def test_a_config_that_gives_none_is_one_error(tmp_path, content, said):
+def test_a_config_that_gives_none_is_one_error(tmp_path, content, said, simmerge):
     (tmp_path / "config.json").write_text(content)
     result = simmerge("simulate", "--models", "4", "--params", "7e9", "--config", tmp_path / "config.json")
     assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1

@@ -17,17 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from simmerge_ray.base.errors import CheckpointError, IncompatibleCheckpointsError, OutputError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorReader
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine import kernels
-from simmerge_ray.merging.engine.compute import Computer, Seeds
+from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.fallbacks import linear_form
+from simmerge_ray.merging.engine.seeds import Seeds
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.merging.graph import Read
 from simmerge_ray.merging.in_memory import merged_tensors
-from simmerge_ray.merging.write.directory import JOURNAL, MergeResult, write_graph, write_merge, write_tensors
+from simmerge_ray.merging.write.directory import write_graph, write_merge
+from simmerge_ray.merging.write.output import MergeResult, WriteOptions
+from simmerge_ray.merging.write.tensors import JOURNAL, write_tensors
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, make_arm, parse_arms
-from simmerge_ray.plans.operators.table import two_way
 from simmerge_ray.plans.plan import (
     MergePlan,
     MergeStep,
@@ -39,6 +41,8 @@ from simmerge_ray.plans.plan import (
     unmerged,
 )
 from tests import tiny
+from tests.operators import two_way
+from tests.readers import TensorReader
 
 LINEAR = make_arm("linear")
 TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources != 1]
@@ -434,7 +438,7 @@ def test_a_failure_of_the_machinery_loses_nothing(catalogue, tmp_path):
         raise ConnectionError("a worker was lost")
 
     with pytest.raises(ConnectionError):
-        write_graph(graph, tmp_path / "out", runner=lost)
+        write_graph(graph, tmp_path / "out", WriteOptions(runner=lost))
     assert not (tmp_path / "out").exists()
     assert write_graph(graph, tmp_path / "out").num_resumed == 4
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from simmerge_ray.base.errors import InputError
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.engine import kernels
-from simmerge_ray.merging.engine.compute import Computer, Seeds
+from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
 from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource
 from simmerge_ray.merging.graph import Apply, MergeGraph, Node, OutputTensor, Read, promoted
@@ -82,7 +82,7 @@ def test_a_tensor_or_a_documented_error(node, shape, dtypes, out, cast, values):
 
         try:
             graph = resolve_global_trims(graph, num_threads=1)
-            report = Computer(graph, sources, Seeds(graph)).compute(graph.outputs[0], keep)
+            report = Computer(graph, sources).compute(graph.outputs[0], keep)
         except InputError as error:
             assert str(error)
         else:

@@ -12,17 +12,20 @@ from safetensors.torch import load_file, save_file
 
 from simmerge_ray.base.errors import PlanError
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorReader
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine import kernels
 from simmerge_ray.merging.engine.global_trims import global_steps, resolve_global_trims
 from simmerge_ray.merging.in_memory import merged_tensors
 from simmerge_ray.merging.request import read_request
-from simmerge_ray.merging.write.directory import write_graph, write_merge, write_tensors
+from simmerge_ray.merging.write.directory import write_graph, write_merge
+from simmerge_ray.merging.write.output import WriteOptions
+from simmerge_ray.merging.write.tensors import write_tensors
 from simmerge_ray.plans.operators.specs import make_arm
-from simmerge_ray.plans.operators.table import two_way
 from simmerge_ray.plans.plan import MergePlan, MergeStep, fold_plan, pair_plan, resolve_plan, write_plan
 from tests import reference, tiny
+from tests.operators import two_way
+from tests.readers import TensorReader
 
 GLOBAL = make_arm("ties", {"density": 0.2, "trim_scope": "global"})
 # The engine's float32 arithmetic, then one rounding to the output's dtype.
@@ -108,7 +111,7 @@ def test_any_number_of_threads_a_split_and_the_stream_make_the_same_bytes(zoo, t
         for number in (0, 1):
             write_tensors(graph, partial, placements[number::2], f"merge.journal.{number}", num_threads=1)
 
-    write_graph(compile_plan(resolved), tmp_path / "shares", runner=in_two_shares)
+    write_graph(compile_plan(resolved), tmp_path / "shares", WriteOptions(runner=in_two_shares))
     assert (tmp_path / "shares" / "model.safetensors").read_bytes() == whole.read_bytes()
     written = TensorReader(CheckpointRef("one", tmp_path / "one"))
     assert all(torch.equal(tensor, written.read(name)) for name, tensor in merged_tensors(resolved))

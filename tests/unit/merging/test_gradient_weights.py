@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from simmerge_ray.base.errors import PlanError
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
-from simmerge_ray.checkpoints.references import CheckpointRef, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine.fallbacks import all_linear, linear_form
 from simmerge_ray.merging.graph import Apply

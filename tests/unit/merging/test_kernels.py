@@ -60,7 +60,7 @@ def test_the_blend_of_bfloat16_bits_is_the_separate_one(values, weight, fused):
     out = np.empty(half, dtype=np.uint16)
     flagged = kernels.blend_bf16(*bits, *weights, fused, out)
     wide = [tensor.float().numpy().copy() for tensor in (left, right)]
-    kernels.blend(*wide, *weights, fused)
+    kernels.blend_float32(*wide, *weights, fused)
     expected = np.empty(half, dtype=np.uint16)
     assert kernels.narrow_bf16(wide[0], expected) == flagged
     np.testing.assert_array_equal(out, expected)
@@ -137,7 +137,7 @@ def test_ties_of_bfloat16_bits_is_the_separate_one(values, budgets, thresholds, 
     lows = np.array(thresholds, dtype=np.float32).view(np.uint32)
     weights = np.float32(2 * (1 - weight)), np.float32(2 * weight)
     out, left_budgets = np.empty(size, dtype=np.uint16), np.array(budgets, dtype=np.int64)
-    flagged = kernels.ties_bf16(base, left, right, lows, left_budgets, *weights, np.float32(0.7), normalize, out)
+    flagged = kernels.ties_bf16((base, left, right), lows, left_budgets, (*weights, np.float32(0.7)), normalize, out)
     wide = [np.empty(size, dtype=np.float32) for _ in range(3)]
     expected, separate = np.empty(size, dtype=np.uint16), np.array(budgets, dtype=np.int64)
     for bits, block in zip((base, left, right), wide, strict=True):
@@ -145,7 +145,7 @@ def test_ties_of_bfloat16_bits_is_the_separate_one(values, budgets, thresholds, 
     for number in (0, 1):
         kernels.subtract(wide[number + 1], wide[0])
         kernels.trim_block(wide[number + 1], lows[number], separate[number : number + 1])
-    kernels.elect(*wide, *weights, np.float32(0.7), normalize)
+    kernels.elect_float32(*wide, (*weights, np.float32(0.7)), normalize)
     assert kernels.narrow_bf16(wide[1], expected) == flagged
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(left_budgets, separate)
@@ -179,6 +179,6 @@ def test_a_fused_blend_rounds_once():
     exact = np.float64(np.float32(weights[0] * left)) + np.float64(weights[1]) * np.float64(right)
     for fused, expected in ((True, np.float32(exact)), (False, separate)):
         value = np.array([left])
-        kernels.blend(value, np.array([right]), *weights, fused)
+        kernels.blend_float32(value, np.array([right]), *weights, fused)
         assert value[0] == expected
     assert np.float32(exact) != separate

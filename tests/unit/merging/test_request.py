@@ -12,13 +12,14 @@ import yaml
 from typer.testing import CliRunner
 
 from simmerge_ray.base.errors import InputError
-from simmerge_ray.checkpoints.references import CheckpointRef, TensorReader
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.cli.app import app
 from simmerge_ray.merging.request import read_request
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.operators.table import OPERATORS
 from simmerge_ray.plans.plan import fold_plan, resolve_plan, write_plan
 from tests import tiny
+from tests.readers import TensorReader
 from tests.unit.test_layers import loaded_modules
 
 

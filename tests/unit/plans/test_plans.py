@@ -14,7 +14,6 @@ from simmerge_ray.plans.plan import (
     MergePlan,
     MergeStep,
     ResolvedPlan,
-    enumerate_plans,
     fold_plan,
     pair_plan,
     pair_plans,
@@ -23,6 +22,7 @@ from simmerge_ray.plans.plan import (
     resolve_plan,
     write_plan,
 )
+from tests.plan_space import enumerate_plans
 
 LINEAR, TIES = make_arm("linear"), make_arm("ties", {"density": 0.2})
 WEIGHTS = st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.lists(st.floats(0, 1), min_size=2, max_size=64).map(tuple)

@@ -1,38 +1,21 @@
 """Headroom statistics: cases worked out by hand, and the laws that any set of contexts obeys."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from simmerge_ray.base.errors import InputError
-from simmerge_ray.search.headroom import Context, gap_closed, headroom
+from simmerge_ray.search.headroom import Context, headroom
+from tests.contexts import made_context, split_items, zoos
 
 EXACT = 1e-12  # float64 means of a few dozen numbers
 
 
-def _items(even: float, odd: float, num: int = 40) -> np.ndarray:
-    """Constant utilities on each half, so standard errors are 0 and every figure can be computed by hand."""
-    return np.where(np.arange(num) % 2 == 0, even, odd).astype(float)
-
-
-def _context(
-    arms: Mapping[str, tuple[float, float]],
-    left: tuple[float, float] = (0.8, 0.8),
-    right: tuple[float, float] = (0.2, 0.2),
-    task: str = "math",
-    names: tuple[str, str] = ("a", "b"),
-) -> Context:
-    items = {arm: _items(*halves) for arm, halves in arms.items()}
-    return Context(names[0], names[1], task, items, _items(*left), _items(*right))
-
-
 def test_gap_closed_of_one_context_by_hand() -> None:
-    report = headroom([_context({"x": (0.5, 0.5), "y": (0.35, 0.35)})], num_resamples=10)
+    report = headroom([made_context({"x": (0.5, 0.5), "y": (0.35, 0.35)})], num_resamples=10)
     assert report.arm_gap_closed == pytest.approx({"x": 0.5, "y": 0.25}, abs=EXACT)
     assert report.arm_mean_ratio == pytest.approx({"x": 0.5, "y": 0.25}, abs=EXACT)
     assert report.per_context.best_fixed_arm == "x"
@@ -42,7 +25,7 @@ def test_gap_closed_of_one_context_by_hand() -> None:
 
 def test_oracle_chooses_on_one_half_and_is_scored_on_the_other() -> None:
     # x is best on the even items and worthless on the odd ones, y the other way round: each choice meets the bad half
-    report = headroom([_context({"x": (0.8, 0.2), "y": (0.2, 0.8)})], num_resamples=10)
+    report = headroom([made_context({"x": (0.8, 0.2), "y": (0.2, 0.8)})], num_resamples=10)
     assert report.per_context.split_half_oracle == pytest.approx(0.0, abs=EXACT)
     assert report.per_context.maximum == pytest.approx(0.5, abs=EXACT)
     assert report.per_context.best_fixed == pytest.approx(0.5, abs=EXACT)
@@ -51,27 +34,27 @@ def test_oracle_chooses_on_one_half_and_is_scored_on_the_other() -> None:
 
 def test_directions_are_averaged_before_the_ratio() -> None:
     # choose even, score odd: (0.5 - 0.3) / (0.7 - 0.3); choose odd, score even: (0.6 - 0.2) / (0.8 - 0.2)
-    report = headroom([_context({"x": (0.6, 0.5)}, left=(0.8, 0.7), right=(0.2, 0.3))], num_resamples=10)
+    report = headroom([made_context({"x": (0.6, 0.5)}, left=(0.8, 0.7), right=(0.2, 0.3))], num_resamples=10)
     assert report.arm_gap_closed["x"] == pytest.approx(((0.2 + 0.4) / 2) / ((0.4 + 0.6) / 2), abs=EXACT)
 
 
 def test_a_direction_with_too_small_a_gap_does_not_count() -> None:
     # the gap of the odd half is below 0.1, so only (choose even, score odd) counts: (0.42 - 0.3) / (0.38 - 0.3)
-    context = _context({"x": (0.5, 0.42)}, left=(0.8, 0.38), right=(0.2, 0.3))
+    context = made_context({"x": (0.5, 0.42)}, left=(0.8, 0.38), right=(0.2, 0.3))
     assert headroom([context], num_resamples=10).arm_gap_closed["x"] == pytest.approx(1.5, abs=EXACT)
 
 
 def test_halves_that_do_not_agree_on_the_expert_make_the_context_missing() -> None:
-    reversed_on_odd = _context({"x": (0.5, 0.5)}, left=(0.8, 0.2), right=(0.2, 0.8), names=("c", "d"))
-    report = headroom([reversed_on_odd, _context({"x": (0.5, 0.5)})], num_resamples=10)
+    reversed_on_odd = made_context({"x": (0.5, 0.5)}, left=(0.8, 0.2), right=(0.2, 0.8), names=("c", "d"))
+    report = headroom([reversed_on_odd, made_context({"x": (0.5, 0.5)})], num_resamples=10)
     assert (report.num_contexts, report.num_defined) == (2, 1)
 
 
 def test_contexts_with_too_small_or_too_uncertain_a_gap_are_missing() -> None:
-    good = _context({"x": (0.5, 0.5)})
-    small = _context({"x": (9.0, 9.0)}, left=(0.29, 0.29), names=("a", "c"))
+    good = made_context({"x": (0.5, 0.5)})
+    small = made_context({"x": (9.0, 9.0)}, left=(0.29, 0.29), names=("a", "c"))
     noise = np.tile([1.0, 1.0, -1.0, -1.0], 10)
-    uncertain = replace(good, right="d", left_items=good.left_items + 5 * noise, arms={"x": _items(9.0, 9.0)})
+    uncertain = replace(good, right="d", left_items=good.left_items + 5 * noise, arms={"x": split_items(9.0, 9.0)})
     report = headroom([good, small, uncertain], num_resamples=10)
     assert (report.num_contexts, report.num_defined) == (3, 1)
     assert report.arm_gap_closed["x"] == pytest.approx(0.5, abs=EXACT)
@@ -81,9 +64,9 @@ def test_contexts_with_too_small_or_too_uncertain_a_gap_are_missing() -> None:
 
 def test_headline_is_the_ratio_of_sums_per_task_then_the_mean_over_tasks() -> None:
     contexts = [
-        _context({"x": (0.8, 0.8)}, names=("a", "b")),
-        _context({"x": (0.2, 0.2)}, left=(0.5, 0.5), names=("a", "c")),
-        _context({"x": (0.5, 0.5)}, task="code"),
+        made_context({"x": (0.8, 0.8)}, names=("a", "b")),
+        made_context({"x": (0.2, 0.2)}, left=(0.5, 0.5), names=("a", "c")),
+        made_context({"x": (0.5, 0.5)}, task="code"),
     ]
     report = headroom(contexts, num_resamples=10)
     assert report.arm_gap_closed["x"] == pytest.approx(((0.6 + 0.0) / (0.6 + 0.3) + 0.5) / 2, abs=EXACT)
@@ -94,8 +77,8 @@ def test_headline_is_the_ratio_of_sums_per_task_then_the_mean_over_tasks() -> No
 
 def test_one_arm_per_merge_cannot_serve_two_tasks_that_disagree() -> None:
     contexts = [
-        _context({"x": (0.8, 0.8), "y": (0.5, 0.5)}, task="math"),
-        _context({"x": (0.2, 0.2), "y": (0.5, 0.5)}, left=(0.2, 0.2), right=(0.8, 0.8), task="code"),
+        made_context({"x": (0.8, 0.8), "y": (0.5, 0.5)}, task="math"),
+        made_context({"x": (0.2, 0.2), "y": (0.5, 0.5)}, left=(0.2, 0.2), right=(0.8, 0.8), task="code"),
     ]
     report = headroom(contexts, num_resamples=10)
     assert report.per_context.num_units == 2
@@ -107,7 +90,7 @@ def test_one_arm_per_merge_cannot_serve_two_tasks_that_disagree() -> None:
 
 def test_win_needs_two_paired_standard_errors() -> None:
     num = 400
-    base = _context({"x": (0.5, 0.5)}, names=("a", "b"))
+    base = made_context({"x": (0.5, 0.5)}, names=("a", "b"))
     lead = np.zeros(num)
     lead[:4] = 1.0  # mean 0.01, standard error sqrt(.01 * .99 / 399) = 0.00498: just above two
     half = np.full(num, 0.5)
@@ -124,61 +107,33 @@ def test_interval_contains_the_gain_and_shrinks_to_it_when_all_contexts_agree() 
     names = ["a", "b", "c", "d", "e"]
     pairs = [(left, right) for i, left in enumerate(names) for right in names[:i]]
     alternating = [
-        _context({"x": (0.8, 0.8) if i % 2 else (0.2, 0.2), "y": (0.2, 0.2) if i % 2 else (0.8, 0.8)}, names=pair)
+        made_context({"x": (0.8, 0.8) if i % 2 else (0.2, 0.2), "y": (0.2, 0.2) if i % 2 else (0.8, 0.8)}, names=pair)
         for i, pair in enumerate(pairs)
     ]
     objective = headroom(alternating, num_resamples=300).per_context
     assert objective.gain == pytest.approx(0.5, abs=EXACT)
     assert objective.gain_interval[0] < 0.5 < objective.gain_interval[1]
-    same = [_context({"x": (0.5, 0.5), "y": (0.3, 0.3)}, names=pair) for pair in pairs]
+    same = [made_context({"x": (0.5, 0.5), "y": (0.3, 0.3)}, names=pair) for pair in pairs]
     assert headroom(same, num_resamples=50).per_context.gain_interval == pytest.approx((0, 0), abs=EXACT)
 
 
-def test_gap_closed_of_a_policy_lies_where_its_arms_are() -> None:
-    contexts = [
-        _context({"x": (0.8, 0.8), "y": (0.2, 0.2)}),
-        _context({"x": (0.2, 0.2), "y": (0.8, 0.8)}, names=("a", "c")),
-    ]
-    assert gap_closed(contexts, ["x", "y"]) == pytest.approx(1.0, abs=EXACT)
-    assert gap_closed(contexts, ["y", "x"]) == pytest.approx(0.0, abs=EXACT)
-    assert gap_closed([_context({"x": (0.5, 0.5)}, left=(0.2, 0.2))], ["x"]) is None
-    with pytest.raises(InputError, match="unknown arm 'z'.*x"):
-        gap_closed(contexts, ["x", "z"])
-
-
 def test_report_is_plain_json() -> None:
-    report = headroom([_context({"x": (0.5, 0.5), "y": (0.35, 0.35)})], num_resamples=10)
+    report = headroom([made_context({"x": (0.5, 0.5), "y": (0.35, 0.35)})], num_resamples=10)
     content = json.loads(json.dumps(report.to_json()))
     assert content == report.to_json()
     assert content["per_merge"]["tasks"]["math"]["best_fixed_arm"] == "x"
 
 
 def test_bad_contexts_are_named() -> None:
-    good = _context({"x": (0.5, 0.5)})
+    good = made_context({"x": (0.5, 0.5)})
     with pytest.raises(InputError, match="no contexts"):
         headroom([])
     with pytest.raises(InputError, match=r"a \+ b on math has arms \['y'\]"):
-        headroom([good, _context({"y": (0.5, 0.5)})])
+        headroom([good, made_context({"y": (0.5, 0.5)})])
     with pytest.raises(InputError, match=r"x has items of shape \(3,\)"):
         headroom([replace(good, arms={"x": np.zeros(3)})])
     with pytest.raises(InputError, match="not a finite number"):
         headroom([replace(good, arms={"x": np.full(40, np.nan)})])
-
-
-@st.composite
-def _zoos(draw: st.DrawFn) -> list[Context]:
-    """Random zero-one utilities of a few pairs on two tasks, three arms."""
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    num_items = draw(st.integers(8, 60))
-    contexts = []
-    for left, right in (("a", "b"), ("a", "c"), ("b", "c"), ("c", "d")):
-        for task in ("math", "code"):
-            rates = generator.random(5)
-            utilities = (generator.random((5, num_items)) < rates[:, None]).astype(float)
-            arms = {arm: utilities[2 + k] for k, arm in enumerate("xyz")}
-            contexts.append(Context(left, right, task, arms, utilities[0], utilities[1]))
-    contexts.append(_context({arm: (0.5, 0.5) for arm in "xyz"}))  # at least one context is defined
-    return contexts
 
 
 def _figures(contexts: list[Context]) -> dict[str, object]:
@@ -199,7 +154,7 @@ def _assert_same_figures(left: object, right: object) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(_zoos())
+@given(zoos())
 def test_swapping_the_parents_changes_nothing(contexts: list[Context]) -> None:
     swapped = [
         replace(c, left=c.right, right=c.left, left_items=c.right_items, right_items=c.left_items) for c in contexts
@@ -208,7 +163,7 @@ def test_swapping_the_parents_changes_nothing(contexts: list[Context]) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(_zoos())
+@given(zoos())
 def test_maximum_is_at_least_every_arm_and_the_oracle_per_task(contexts: list[Context]) -> None:
     for task in headroom(contexts, num_resamples=1).per_context.tasks.values():
         assert task.maximum >= task.split_half_oracle - 1e-9
@@ -216,7 +171,7 @@ def test_maximum_is_at_least_every_arm_and_the_oracle_per_task(contexts: list[Co
 
 
 @settings(max_examples=30, deadline=None)
-@given(_zoos())
+@given(zoos())
 def test_arms_that_are_all_alike_have_no_headroom(contexts: list[Context]) -> None:
     alike = [replace(c, arms={arm: c.arms["x"] for arm in c.arms}) for c in contexts]
     report = headroom(alike, num_resamples=5)
@@ -224,11 +179,3 @@ def test_arms_that_are_all_alike_have_no_headroom(contexts: list[Context]) -> No
         assert objective.gain == pytest.approx(0, abs=1e-9)
         assert objective.gain_interval == pytest.approx((0, 0), abs=1e-9)
         assert set(objective.arm_win_share.values()) == {0.0}
-
-
-@settings(max_examples=30, deadline=None)
-@given(_zoos())
-def test_a_policy_of_one_arm_is_that_fixed_arm(contexts: list[Context]) -> None:
-    report = headroom(contexts, num_resamples=1)
-    for arm, value in report.arm_gap_closed.items():
-        assert gap_closed(contexts, [arm] * len(contexts)) == pytest.approx(value, abs=1e-9)

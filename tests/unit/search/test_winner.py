@@ -9,7 +9,14 @@ from simmerge_ray.base.errors import LabelError, TaskError
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, pair_plan
 from simmerge_ray.search.objectives import parse_objective
-from simmerge_ray.search.winner import Candidate, check_items, decide, difference, estimate, task_shares
+from simmerge_ray.search.winner import (
+    Candidate,
+    check_items,
+    choose_winner,
+    difference,
+    objective_estimate,
+    task_shares,
+)
 
 TASKS = ("r", "s")
 OBJECTIVES = [parse_objective(text, TASKS) for text in ("mean", "worst", "s", "r=3,s=1")]
@@ -38,7 +45,7 @@ def items() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda one: one.name)
 def test_an_estimate_is_the_objective_of_the_means(items, objective):
     utilities = {task: float(values.mean()) for task, values in items.items()}
-    assert estimate(items, objective).value == pytest.approx(objective.value(utilities))
+    assert objective_estimate(items, objective).value == pytest.approx(objective.value(utilities))
     assert sum(task_shares(objective, utilities).values()) == pytest.approx(1.0)
 
 
@@ -56,12 +63,12 @@ def test_the_error_of_a_difference_is_that_of_pairs_of_items():
     left, right = {"r": common + noise}, {"r": common}
     found = difference(left, right, MEAN)
     assert found.se == pytest.approx(noise.std(ddof=1) / 20)
-    assert found.se < estimate(left, MEAN).se / 10
+    assert found.se < objective_estimate(left, MEAN).se / 10
 
 
 def test_tasks_count_the_same_whatever_the_number_of_their_items():
     items = {"r": np.repeat([0.0, 1.0], 50), "s": np.ones(4)}
-    found = estimate(items, MEAN)
+    found = objective_estimate(items, MEAN)
     assert found.value == pytest.approx(0.75)
     assert found.se == pytest.approx(0.5 * np.repeat([0.0, 1.0], 50).std(ddof=1) / 10)
 
@@ -80,7 +87,7 @@ def test_the_standard_error_is_that_of_repeated_measurements():
 
 def test_the_choice_is_made_on_one_half_and_reported_from_the_other():
     lucky, steady = merge(halves(0.9, 0.5)), merge(halves(0.8, 0.8), "nuslerp")
-    verdict = decide([single("a", halves(0.6, 0.7)), steady, lucky], MEAN)
+    verdict = choose_winner([single("a", halves(0.6, 0.7)), steady, lucky], MEAN)
     assert verdict.winner is lucky and not verdict.keeps_checkpoint
     assert verdict.utility.value == pytest.approx(0.5)
     assert verdict.chosen_by.value == pytest.approx(0.3) and verdict.advantage.value == pytest.approx(-0.2)
@@ -88,10 +95,10 @@ def test_the_choice_is_made_on_one_half_and_reported_from_the_other():
 
 def test_a_merge_that_beats_no_checkpoint_leaves_the_best_checkpoint():
     best = single("b", halves(0.8, 0.75))
-    verdict = decide([single("a", halves(0.7, 0.9)), best, merge(halves(0.79, 0.9))], MEAN)
+    verdict = choose_winner([single("a", halves(0.7, 0.9)), best, merge(halves(0.79, 0.9))], MEAN)
     assert verdict.winner is best and verdict.keeps_checkpoint and verdict.utility.value == pytest.approx(0.75)
     assert verdict.advantage.value == pytest.approx(0.15)
-    equal = decide([merge(halves(0.8, 0.8)), best], MEAN)
+    equal = choose_winner([merge(halves(0.8, 0.8)), best], MEAN)
     assert equal.winner is best, "a merge has to be better, not as good"
 
 
@@ -100,17 +107,17 @@ def test_two_standard_errors_of_noise_are_seldom_passed_when_nothing_differs():
     clear = 0
     for _ in range(300):
         rows = [{"r": (generator.random(200) < 0.6).astype(float)} for _ in range(6)]
-        verdict = decide([single("a", rows[0]), *(merge(row) for row in rows[1:])], MEAN)
+        verdict = choose_winner([single("a", rows[0]), *(merge(row) for row in rows[1:])], MEAN)
         clear += verdict.advantage.is_clear
     assert clear < 30  # 5 % of 300 are 15, with a standard deviation of 3.8
 
 
 def test_what_is_missing_on_one_side_leaves_the_other():
-    only_merge = decide([merge(halves(0.5, 0.5))], MEAN)
+    only_merge = choose_winner([merge(halves(0.5, 0.5))], MEAN)
     assert only_merge.best_single is None and only_merge.advantage is None and not only_merge.keeps_checkpoint
-    assert decide([single("a", halves(0.5, 0.5))], MEAN).keeps_checkpoint
+    assert choose_winner([single("a", halves(0.5, 0.5))], MEAN).keeps_checkpoint
     with pytest.raises(LabelError, match="nothing was measured"):
-        decide([], MEAN)
+        choose_winner([], MEAN)
 
 
 def test_a_task_that_cannot_be_split_is_refused():

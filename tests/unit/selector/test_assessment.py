@@ -28,7 +28,6 @@ from simmerge_ray.selector.assessment.report import (
 )
 from simmerge_ray.selector.data.dataset import SelectionDataset, join_datasets
 from simmerge_ray.selector.models.model import read_selector
-from tests.unit.cli.test_app import simmerge
 from tests.unit.selector.made_up import COLUMNS, planted, write_study
 
 pytestmark = pytest.mark.slow
@@ -149,7 +148,6 @@ def test_the_stage_writes_selector_and_report_once(study, tmp_path):
         (("nowhere",), ConfigError, "no data set at nowhere"),
         (("--signals", "s.parquet"), ConfigError, "both --signals and --labels"),
         (("STUDY", "--labels", "l"), ConfigError, "DATASET alone"),
-        (("STUDY", "--model", "tree"), ConfigError, "model"),
         (("STUDY", "--arm", "tees"), LabelError, "did you mean 'ties'"),
         (("STUDY", "--arm", "ties"), LabelError, "1 arms are too few"),
     ],
@@ -172,6 +170,8 @@ def test_a_study_of_several_bases_is_trained_on_with_one_command(study, tmp_path
     assert {"none", "onehot", "probe_stats"} <= {row["name"] for row in rows}
 
 
-def test_bad_input_ends_with_code_two(tmp_path):
+def test_bad_input_ends_with_code_two(tmp_path, simmerge):
     result = simmerge("train", tmp_path / "none", "--out", tmp_path / "out")
     assert result.returncode == 2 and "no data set at" in result.stderr and "Traceback" not in result.stderr
+    result = simmerge("train", tmp_path, "--out", tmp_path / "out", "--model", "tree")
+    assert result.returncode == 2 and "'tree' is not one of 'mlp', 'ridge', 'knn', 'forest'" in result.stderr

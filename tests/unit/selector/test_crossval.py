@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from simmerge_ray.base.config import TrainConfig
-from simmerge_ray.base.errors import PlanError
-from simmerge_ray.plans.operators.specs import make_arm
-from simmerge_ray.selector.assessment.baselines import BASELINES, expert_plan, permuted_signals, signal_stump
+from simmerge_ray.selector.assessment.baselines import BASELINES, permuted_signals, signal_stump
+from simmerge_ray.selector.assessment.bench import NoiseSets
 from simmerge_ray.selector.assessment.crossval import crossval_report
-from simmerge_ray.selector.data.evaluation import NoiseSets, Scoring, option_utilities, shares_of, units_of
+from simmerge_ray.selector.data.scoring import Scoring, option_utilities, shares_of, units_of
 from simmerge_ray.selector.data.splits import base_folds, pairs_of, random_pair_folds
 from tests.unit.selector.made_up import ARMS, planted
 
@@ -117,13 +116,3 @@ def test_permuted_signals_keep_rows_together_and_the_tested_ones_as_they_are():
     np.testing.assert_array_equal(np.sort(permuted.features[:20], axis=0), np.sort(dataset.features[:20], axis=0))
     first = [row for row in range(20) if np.array_equal(dataset.features[row], permuted.features[0])]
     assert np.array_equal(permuted.features[1], dataset.features[first[0] + 1])
-
-
-def test_expert_plans_are_folds_with_the_expert_at_one_end():
-    utilities = {"a": 0.5, "b": 0.9, "c": 0.1}
-    arm = make_arm("linear", {})
-    assert expert_plan(utilities, arm).steps[-1].right == "b"
-    first = expert_plan(utilities, arm, expert_last=False, weighting="halving").steps
-    assert "b" in (first[0].left, first[0].right) and first[-1].right == "c"
-    with pytest.raises(PlanError, match="two checkpoints"):
-        expert_plan({"a": 1.0}, arm)

@@ -42,7 +42,7 @@ def test_contrasts_sum_to_zero_over_the_reference_arms(config, dataset):
         np.testing.assert_allclose(utility[:, [0, 2]], of_two, atol=1e-9)
         np.testing.assert_allclose(level, of_two.mean(1), atol=1e-9)
     else:
-        heads = [network.contrast for network in selector.members]
+        heads = [network.contrast for network in selector.fitted.predictor.members]
         for weight, bias in heads:
             np.testing.assert_allclose(weight[:, [0, 2]].sum(1), 0.0, atol=1e-12)
             assert abs(bias[[0, 2]].sum()) < 1e-12
@@ -155,17 +155,14 @@ def test_networks_do_not_depend_on_what_they_are_trained_beside(dataset):
     np.testing.assert_allclose(alone.predict(dataset.features)[0], beside.predict(dataset.features)[0], atol=1e-4)
 
 
-def test_only_networks_have_an_encoder(config, dataset):
-    selector = train_selector(dataset, config)
-    if config.model != "mlp":
-        with pytest.raises(SelectorError, match="has no encoder; train one with model: mlp"):
-            selector.encode(dataset.features)
-        return
-    encoded = selector.encode(dataset.features)
+def test_the_heads_of_a_network_are_linear_on_its_encoder(dataset):
+    selector = train_selector(dataset, TrainConfig(num_members=2, num_epochs=5))
+    predictor = selector.fitted.predictor
+    encoded = predictor.encode(selector.fitted.inputs(dataset.features))
     assert encoded.shape == (len(dataset.contexts), 2, 16)
     heads = [
         encoded[:, e] @ (m.level[0] + m.contrast[0]) + m.level[1] + m.contrast[1]
-        for e, m in enumerate(selector.members)
+        for e, m in enumerate(predictor.members)
     ]
     np.testing.assert_allclose(np.mean(heads, axis=0), selector.predict(dataset.features)[0], rtol=1e-9)
 

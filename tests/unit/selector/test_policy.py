@@ -9,7 +9,7 @@ import pytest
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import SelectorError
-from simmerge_ray.selector.data.evaluation import Scoring, units_of
+from simmerge_ray.selector.data.scoring import Scoring, units_of
 from simmerge_ray.selector.data.splits import pairs_of
 from simmerge_ray.selector.models.novelty import fit_novelty
 from simmerge_ray.selector.models.policy import fit_intervals, fit_override

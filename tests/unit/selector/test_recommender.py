@@ -71,13 +71,13 @@ def recommender(table, labels) -> Recommender:
 
 
 def test_arms_are_ranked_for_the_parents_own_tasks(recommender):
-    ranked = recommender.rank("m0", "m1")
+    ranked = recommender.recommend("m0", "m1").ranked
     assert [r.utility for r in ranked] == sorted((r.utility for r in ranked), reverse=True)
     assert set(ranked[0].by_task) == {"add", "copy"}
-    assert set(recommender.rank("m0", "m2")[0].by_task) == {"add"}
+    assert set(recommender.recommend("m0", "m2").ranked[0].by_task) == {"add"}
     assert ranked[0].utility == pytest.approx(np.mean([u for u, _ in ranked[0].by_task.values()]))
     assert all(0.0 <= u <= 1.0 for r in ranked for u, _ in r.by_task.values())
-    swapped = recommender.rank("m1", "m0")
+    swapped = recommender.recommend("m1", "m0").ranked
     assert [r.arm for r in swapped] == [r.arm for r in ranked]
     assert swapped[0].utility == pytest.approx(ranked[0].utility, rel=1e-6)
 
@@ -88,19 +88,19 @@ def test_a_recommendation_names_the_arm_to_take_and_why(recommender):
     assert answer.choice.overrode == (answer.choice.arm != recommender.best_fixed)
     assert recommender.best_fixed in {one.arm for one in answer.ranked}
     assert recommender.recommend("m0", "m1", ["add"]) == answer
-    assert len(recommender.model_version) == 12
+    assert len(recommender.selector.version) == 12
 
 
 def with_override(recommender, threshold: float, **changes) -> Recommender:
     """The same predictions, the arm that is predicted to be the worse one taken for the best fixed one."""
-    selector = recommender._selector
-    worse = recommender.rank("m0", "m1")[-1].arm
+    selector = recommender.selector
+    worse = recommender.recommend("m0", "m1").ranked[-1].arm
     override = replace(selector.override, best_fixed=worse, threshold=threshold)
-    return Recommender(replace(selector, override=override, **changes), recommender._table)
+    return Recommender(replace(selector, override=override, **changes), recommender.table)
 
 
 def test_the_best_fixed_arm_is_left_where_that_has_paid(recommender):
-    best = recommender.rank("m0", "m1")[0].arm
+    best = recommender.recommend("m0", "m1").ranked[0].arm
     bold, careful = with_override(recommender, 0.0), with_override(recommender, np.inf)
     assert bold.recommend("m0", "m1").choice.arm == best and bold.recommend("m0", "m1").choice.overrode
     for one in (bold, careful):  # what is predicted does not depend on the policy
@@ -111,7 +111,7 @@ def test_the_best_fixed_arm_is_left_where_that_has_paid(recommender):
 
 
 def test_checkpoints_unlike_those_of_the_training_get_the_best_fixed_arm(recommender):
-    near = replace(recommender._selector.novelty, limit=0.0)
+    near = replace(recommender.selector.novelty, limit=0.0)
     distant = with_override(recommender, 0.0, novelty=near)
     answer = distant.recommend("m0", "m1")
     assert answer.choice.reason.startswith("not trained for such checkpoints")
@@ -120,13 +120,17 @@ def test_checkpoints_unlike_those_of_the_training_get_the_best_fixed_arm(recomme
 
 
 def test_intervals_are_those_of_the_selector_or_none(recommender):
-    def ranked(intervals) -> list:
-        return Recommender(replace(recommender._selector, intervals=intervals), recommender._table).rank("m0", "m1")
+    def ranked(intervals) -> tuple:
+        return (
+            Recommender(replace(recommender.selector, intervals=intervals), recommender.table)
+            .recommend("m0", "m1")
+            .ranked
+        )
 
     assert all(row.interval is None for row in ranked(None))
     widths = np.tile([[0.01, 0.02]], (len(INTERVAL_LEVELS), 1))
     for row in ranked(Intervals(INTERVAL_LEVELS, widths)):
-        half = dict(zip(recommender._selector.arms, (0.01, 0.02), strict=True))[row.arm]
+        half = dict(zip(recommender.selector.arms, (0.01, 0.02), strict=True))[row.arm]
         assert row.interval == pytest.approx((max(0.0, row.utility - half), min(1.0, row.utility + half)))
 
 
@@ -147,13 +151,13 @@ def test_a_table_with_other_features_is_refused(recommender, table):
     columns = tuple(column for column in table.columns if not column.startswith("task_vector"))
     other = SignalTable(columns, table.rows, table.provenance)
     with pytest.raises(SelectorError, match="different features, e.g. 'task_vector"):
-        recommender._selector.predict_pair(other, "m0", "m1", ["add"])
+        Recommender(recommender.selector, other).recommend("m0", "m1", ["add"])
 
 
 def test_a_selector_of_exact_weight_signals_is_not_asked_about_sampled_ones(recommender, table):
     other = SignalTable(table.columns, table.rows, table.provenance | {"weights": "sampled"})
     with pytest.raises(SelectorError, match="trained with exact weight signals, the table has sampled"):
-        recommender._selector.predict_pair(other, "m0", "m1", ["add"])
+        Recommender(recommender.selector, other).recommend("m0", "m1", ["add"])
 
 
 def test_signals_and_labels_of_different_contents_are_not_joined(table, labels):
@@ -170,6 +174,6 @@ def test_missing_artifacts_say_which_command_makes_them(tmp_path):
 
 
 def test_a_table_that_is_missing_says_so_too(tmp_path, recommender):
-    recommender._selector.write(tmp_path / "selector")
+    recommender.selector.write(tmp_path / "selector")
     with pytest.raises(ConfigError, match="simmerge signals"):
         Recommender.load(tmp_path / "selector", tmp_path / "pairs.parquet")

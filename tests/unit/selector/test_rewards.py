@@ -9,7 +9,7 @@ import pytest
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import SelectorError
-from simmerge_ray.selector.data.rewards import RewardedMerge, digest_of, single_arms, without
+from simmerge_ray.selector.data.rewards import RewardedMerge, rewards_digest, single_arms, without
 from simmerge_ray.selector.data.splits import checkpoint_folds, pairs_of
 from simmerge_ray.selector.models.train import fit_models, train_selector
 from tests.unit.selector.made_up import ARMS, planted
@@ -98,8 +98,8 @@ def test_models_know_no_reward_of_a_checkpoint_that_they_leave_out():
 def test_the_order_of_contexts_plays_no_part_and_the_digest_tells_rewards_apart():
     features = np.zeros((1, 2, 6))
     one, two = reward("ties", 0.5, features), reward("linear", 0.5, features)
-    assert digest_of([one]) != digest_of([two]) != digest_of([replace(two, features=features + 1)])
-    assert digest_of([one, two]) == digest_of([replace(one), replace(two)])
+    assert rewards_digest([one]) != rewards_digest([two]) != rewards_digest([replace(two, features=features + 1)])
+    assert rewards_digest([one, two]) == rewards_digest([replace(one), replace(two)])
 
 
 def test_only_networks_learn_from_single_arms():

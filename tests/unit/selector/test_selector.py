@@ -11,15 +11,11 @@ import pytest
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError, SelectorError
-from simmerge_ray.search.headroom import Context, gap_closed
-from simmerge_ray.selector.assessment.baselines import best_fixed_arm, uniform_gap_closed
-from simmerge_ray.selector.assessment.crossval import (
-    crossval_report,
-    picks_per_context,
-    picks_per_merge,
-    predict_unseen,
-)
+from simmerge_ray.search.headroom import Context
+from simmerge_ray.selector.assessment.crossval import crossval_report, predict_unseen
+from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.scoring import Scoring
 from simmerge_ray.selector.models.model import read_selector
 from simmerge_ray.selector.models.train import train_selector
 
@@ -53,13 +49,15 @@ def made_up_dataset(num_checkpoints: int = 6, learnable: bool = True, seed: int 
 @pytest.mark.slow
 def test_it_learns_a_rule_that_generalises_to_unseen_checkpoints():
     dataset = made_up_dataset()
-    unseen = predict_unseen(dataset, FAST)
-    picks = picks_per_context(dataset, unseen.utility)
-    learned, fixed = gap_closed(dataset.contexts, picks), gap_closed(dataset.contexts, list(unseen.best_fixed))
-    assert learned is not None and fixed is not None and learned > fixed + 0.1
+    scoring = Scoring.of(dataset.contexts, ARMS)
+    best_fixed = [ARMS.index(arm) for arm in CrossValidation.of(dataset, FAST, None).best_fixed()]
+    picks = (predict_unseen(dataset, FAST).argmax(1), np.array(best_fixed))
+    learned, fixed = (float(scoring.headline(scoring.taken(np.eye(5)[columns]))) for columns in picks)
+    assert learned > fixed + 0.1
     report = crossval_report(dataset, FAST)
     assert report["per_context"]["gain_interval"][0] > 0
     assert report["per_context"]["selector"] == pytest.approx(learned)
+    assert report["per_context"]["uniform"] == pytest.approx(scoring.fixed()[: len(ARMS)].mean())
     assert report["per_context"]["oracle"] > report["per_context"]["uniform"]
     json.dumps(report, allow_nan=False)
 
@@ -95,7 +93,7 @@ def test_the_order_of_a_pair_does_not_change_its_prediction():
 
 def test_contrasts_of_a_network_sum_to_zero():
     dataset = made_up_dataset(4)
-    network = train_selector(dataset, FAST).members[0]
+    network = train_selector(dataset, FAST).fitted.predictor.members[0]
     inputs = np.random.default_rng(0).normal(size=(7, 4))
     level = network.encode(inputs) @ network.level[0] + network.level[1]
     np.testing.assert_allclose(network.utilities(inputs).mean(1, keepdims=True), level, rtol=1e-9)
@@ -140,19 +138,3 @@ def test_damaged_missing_and_other_schema_artifacts_say_what_differs(tmp_path):
 def test_too_few_labels_are_refused():
     with pytest.raises(LabelError, match="too few to train on"):
         train_selector(made_up_dataset().subset(range(3)), FAST)
-
-
-def test_baselines_are_the_best_and_the_mean_of_the_arms():
-    dataset = made_up_dataset(4)
-    scores = {arm: gap_closed(dataset.contexts, [arm] * len(dataset.contexts)) for arm in ARMS}
-    assert best_fixed_arm(dataset) == max(ARMS, key=lambda arm: scores[arm])
-    assert uniform_gap_closed(dataset) == pytest.approx(np.mean(list(scores.values())))
-
-
-def test_one_arm_per_merge_serves_both_tasks():
-    dataset = made_up_dataset(3)
-    utility = np.zeros_like(dataset.utilities)
-    utility[0] = [0.9, 0.0, 0.5]
-    utility[1] = [0.0, 0.2, 0.6]
-    assert picks_per_merge(dataset, utility)[:2] == ["ties", "ties"]
-    assert picks_per_context(dataset, utility)[:2] == ["linear", "ties"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from simmerge_ray.service.http.access import Access, Client, digest_of
+from simmerge_ray.service.http.access import Access, Principal, token_digest
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.gate import Limits
 from simmerge_ray.service.http.metrics import PrometheusMetrics
@@ -26,8 +26,8 @@ class Service:
     """Requests to an app that is started in a loop of its own. An exception that no handler takes fails the test."""
 
     def __init__(self, make_learner: Callable[[], Any]) -> None:
-        clients = [Client(role, frozenset({role}), digest_of(token)) for role, token in TOKENS.items()]
-        clients.append(Client("slow", frozenset({"decide"}), digest_of(SLOW), per_second=0.5))
+        clients = [Principal(role, frozenset({role}), token_digest(token)) for role, token in TOKENS.items()]
+        clients.append(Principal("slow", frozenset({"decide"}), token_digest(SLOW), per_second=0.5))
         self.app = create_app(make_learner, Access(clients), PrometheusMetrics(), Limits(body_seconds=0.2))
         self.runner = asyncio.Runner()
         self._lifespan = self.app.api.router.lifespan_context(self.app.api)

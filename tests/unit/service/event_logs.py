@@ -11,8 +11,8 @@ import numpy as np
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.log.database import open_database
 from simmerge_ray.service.log.event_log import EventLog
-from simmerge_ray.service.log.events import DecisionMade
-from simmerge_ray.service.log.fold import Encoder, EventRow, fold
+from simmerge_ray.service.log.events import DecisionMade, EventRow
+from simmerge_ray.service.log.fold import Encoder, fold
 
 DIMENSIONS = {0: 3, 1: 4, 2: 3}
 ARMS = ("linear", "ties", "slerp")

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,12 @@ class Live:
         return httpx.Client(base_url=self.url, headers=headers, timeout=30)
 
 
-def start(files: PublishedFiles, root: Path, database: str | None = None, more: Sequence[str] = ()) -> Live:
+def start(files: PublishedFiles, root: Path, database: str | None = None) -> Live:
     """Start it; it listens when this returns."""
     log = root / "service.log"
-    command = [sys.executable, "-m", "simmerge_ray.service.http.standalone", "--port", "0"]
+    command = [sys.executable, "-m", "simmerge_ray", "serve", "--no-ray", "--port", "0"]
     command += ["--database", database or f"sqlite:///{root}/service.db", "--registry", str(root / "registry")]
-    command += ["--signals", str(files.signals), "--selector", str(files.selector), *more]
+    command += ["--signals", str(files.signals), "--selector", str(files.selector)]
     environment = os.environ | {"SIMMERGE_TOKEN": TOKEN}
     with log.open("a") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
@@ -64,9 +64,9 @@ def wait_ready(live: Live, seconds: float = 60) -> None:
 
 
 @contextmanager
-def running(files: PublishedFiles, root: Path, database: str | None = None, more: Sequence[str] = ()) -> Iterator[Live]:
+def running(files: PublishedFiles, root: Path, database: str | None = None) -> Iterator[Live]:
     """A service that is ready, ended afterwards."""
-    live = start(files, root, database, more)
+    live = start(files, root, database)
     try:
         wait_ready(live)
         yield live

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.config import ServiceConfig, TrainConfig
 from simmerge_ray.selector.data.dataset import build_dataset
 from simmerge_ray.selector.models.train import train_selector
 from simmerge_ray.selector.planning.files import write_selectors
 from simmerge_ray.service.bandit.artifact import warm_start_of, write_warm_start
-from simmerge_ray.service.learner import LearnerSettings
 from simmerge_ray.signals.propagation.second_order import SecondOrder
 from tests.unit.selector.made_up import made_up_labels, made_up_table
 
@@ -24,9 +23,9 @@ class PublishedFiles:
     selector: Path
     signals: Path
 
-    def settings(self, root: Path, database: str | None = None, **changes: object) -> LearnerSettings:
+    def settings(self, root: Path, database: str | None = None, **changes: object) -> ServiceConfig:
         """Of a replica whose database and registry lie in `root`."""
-        return LearnerSettings(
+        return ServiceConfig(
             database=database or f"sqlite:///{root}/service.db",
             registry=root / "registry",
             signals=self.signals,

@@ -20,19 +20,12 @@ from simmerge_ray.service.bandit.warm_start import contexts_of
 from simmerge_ray.service.log.database import upgrade_database
 from simmerge_ray.service.log.event_log import EventLog
 from simmerge_ray.service.log.events import Activation, DecisionMade, Event, RewardGiven, WarmStart
-from simmerge_ray.service.log.fold import fold
+from simmerge_ray.service.log.fold import Setup, fold
 from simmerge_ray.service.registry import Registry
-from simmerge_ray.service.retraining.retraining import (
-    Candidate,
-    Material,
-    Result,
-    Setup,
-    material_of,
-    present_setup,
-    promote,
-    train_candidate,
-)
+from simmerge_ray.service.retraining.material import Material, material_of
+from simmerge_ray.service.retraining.promotion import Result, present_setup, promote
 from simmerge_ray.service.retraining.reward_labels import all_rows, logged_merges
+from simmerge_ray.service.retraining.training import Retrained, train_candidate
 from tests.unit.service.event_logs import opened
 
 CONFIG = TrainConfig(num_epochs=60, num_members=2, hidden_sizes=(8,), num_folds=4)
@@ -103,9 +96,9 @@ class Service:
     def material(self, **options: Any) -> Material:
         return material_of(self.loaded, self.present, logged_merges(all_rows(self.log)), NAMESPACE, **options)
 
-    def retrain(self, out: Path, margin: float = 0.03) -> tuple[Material, Candidate, Setup, Result]:
+    def retrain(self, out: Path, margin: float = 0.03) -> tuple[Material, Retrained, Setup, Result]:
         material = self.material()
-        setup = present_setup(material.logged, NAMESPACE)
+        setup = present_setup(material.logged.setups, NAMESPACE)
         selector = read_selector(self.registry.path(setup.version)) if setup.epoch else self.present
         material = material_of(self.loaded, selector, material.logged, NAMESPACE)
         candidate = train_candidate(material, selector, out)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.service.http.access import Access, Buckets, Client, digest_of, new_token, read_access, single
+from simmerge_ray.service.http.access import Access, Buckets, Principal, new_token, read_access, single, token_digest
 
 LONG, OTHER = "the-long-token-of-a-team", "another-token-of-a-team"
 
@@ -50,7 +50,7 @@ def test_a_file_names_clients_roles_and_rates_and_may_hold_only_the_digest_of_a_
 
 
 @pytest.mark.parametrize(
-    "token", [None, "", "x", LONG + " ", LONG.upper(), digest_of(LONG), "\xe4\xf6\xfc" * 8, "0" * 10**6]
+    "token", [None, "", "x", LONG + " ", LONG.upper(), token_digest(LONG), "\xe4\xf6\xfc" * 8, "0" * 10**6]
 )
 def test_any_other_token_is_nobody_s(token):
     access = single(LONG)
@@ -104,7 +104,7 @@ def test_the_environment_is_taken_where_there_is_no_file_and_the_list_before_the
         (f"[{{name: a, role: admin, token: {LONG}, requests_per_second: true}}]", "must be a number above 0"),
         (f"[{{name: a, role: admin, token: {LONG}}}, {{name: a, role: admin, token: {OTHER}}}]", "same name"),
         (
-            f"[{{name: a, role: admin, token: {LONG}}}, {{name: b, role: decide, token_sha256: {digest_of(LONG)}}}]",
+            f"[{{name: a, role: admin, token: {LONG}}}, {{name: b, role: decide, token_sha256: {token_digest(LONG)}}}]",
             "two tokens are the same",
         ),
     ],
@@ -136,7 +136,9 @@ def test_new_tokens_differ_fit_a_header_and_are_long_enough():
 
 def test_a_client_with_a_rate_waits_and_one_without_never_does():
     clock = Clock()
-    slow, fast = (Client(name, frozenset({"admin"}), digest_of(name), rate) for name, rate in (("s", 2.0), ("f", None)))
+    slow, fast = (
+        Principal(name, frozenset({"admin"}), token_digest(name), rate) for name, rate in (("s", 2.0), ("f", None))
+    )
     access = Access([slow, fast], clock)
     assert [access.wait(slow) for _ in range(4)] == [0.0] * 4  # two seconds' worth at once
     assert access.wait(slow) == pytest.approx(0.5)
@@ -149,7 +151,7 @@ def test_a_client_with_a_rate_waits_and_one_without_never_does():
 
 
 def test_wrong_tokens_are_counted_per_address_and_apart_from_clients():
-    access = Access([Client("10.0.0.1", frozenset({"admin"}), digest_of(LONG), 1.0)], Clock())
+    access = Access([Principal("10.0.0.1", frozenset({"admin"}), token_digest(LONG), 1.0)], Clock())
     outcomes = [access.wait_after_failure("10.0.0.1") for _ in range(20)]
     assert outcomes[0] == 0.0 and outcomes[-1] > 0.0
     assert access.wait_after_failure("10.0.0.2") == 0.0

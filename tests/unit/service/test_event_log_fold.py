@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,19 +17,21 @@ from sqlalchemy import select, text, update
 
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise
-from simmerge_ray.service.log.database import snapshots, upgrade_database, writing
+from simmerge_ray.service.log.database import CHANGES_OF_THE_PAST, snapshots, upgrade_database, writing
 from simmerge_ray.service.log.events import (
     Activation,
     ArmAdded,
     DecisionClosed,
     Discounted,
     EncoderEpoch,
+    Event,
     RewardGiven,
     RewardVoided,
     WarmStart,
+    voided_seq,
 )
-from simmerge_ray.service.log.fold import Basis, State, basis_of, fold
-from simmerge_ray.service.log.outcomes import Known, Outcome, Status, entry_of, row_of
+from simmerge_ray.service.log.fold import EFFECTS, Basis, Decisions, State, basis_of, fold, setups_of
+from simmerge_ray.service.log.outcomes import Known, Outcome, Status, proposal_of
 from simmerge_ray.service.log.replica import Replica
 from simmerge_ray.service.log.snapshots import KEPT, dump, load, newest_snapshot
 from tests.unit.service.event_logs import (
@@ -42,6 +47,12 @@ from tests.unit.service.event_logs import (
 )
 
 NOISE = Noise(0.04)
+
+
+def test_every_kind_of_event_has_a_row_and_the_index_finds_those_that_change_the_past():
+    assert set(EFFECTS) == {kind.kind for kind in get_args(Event)}
+    changes = {kind for kind, effect in EFFECTS.items() if effect.basis is not None}
+    assert set(re.findall("'(.*?)'", str(CHANGES_OF_THE_PAST))) == changes
 
 
 @st.composite
@@ -84,10 +95,10 @@ def rows_of(events):
     for event in events:
         if isinstance(event, str):
             continue
-        entry = entry_of(event, 0.0)
+        entry = proposal_of(event, 0.0)
         verdict = known.judge(entry)
         if not isinstance(verdict, Outcome):
-            rows.append(row_of(entry, *verdict, len(rows) + 1))
+            rows.append(entry.row(*verdict, len(rows) + 1))
             known.add(rows[-1])
     return rows
 
@@ -142,6 +153,21 @@ def test_the_fold_is_its_definition_and_a_snapshot_anywhere_changes_nothing(even
         for row in rows[cut:]:
             assert state.apply(row)
         assert dump(state) == dump(whole)
+
+
+@given(histories())
+def test_every_view_of_the_log_counts_the_same(events):
+    rows = rows_of(events)
+    view = fold(rows, encode).view()
+    courses = Decisions.of(rows).values()
+    statuses = Counter(course.status(None, 0.0) for course in courses)
+    assert (len(courses), statuses["open"], statuses["closed"]) == (view.num_decisions, view.num_open, view.num_closed)
+    assert statuses["rewarded"] == view.num_rewards
+    given = {row.seq: row.event.utility for row in rows if row.kind == RewardGiven.kind}
+    voided = {voided_seq(row) for row in rows if row.kind == RewardVoided.kind}
+    assert dict(course.reward for course in courses if course.reward) == {s: given[s] for s in given.keys() - voided}
+    setups = setups_of(rows)
+    assert (setups[-1].version if setups else None) == view.model_version
 
 
 @settings(max_examples=25)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from simmerge_ray.service.http.access import Access, Client, digest_of
+from simmerge_ray.service.http.access import Access, Principal, token_digest
 from simmerge_ray.service.http.dashboard import COOKIE
 from simmerge_ray.service.http.gate import CLIENT, Gate, Limits
 
@@ -77,8 +77,8 @@ def ask(
 ) -> Answer:
     """The answer to the last of `times` equal requests."""
     clients = [
-        Client("somebody", frozenset({"admin"}), digest_of(TOKEN)),
-        Client("slow", frozenset({"decide"}), digest_of(SLOW), 1.0),
+        Principal("somebody", frozenset({"admin"}), token_digest(TOKEN)),
+        Principal("slow", frozenset({"decide"}), token_digest(SLOW), 1.0),
     ]
     gate = Gate(seen, access or Access(clients, lambda: 0.0), limits or Limits(), seen)
     scope = {
@@ -191,7 +191,7 @@ def test_who_asks_too_often_is_told_when_to_come_back():
 
 def test_many_wrong_tokens_of_one_address_are_refused_but_its_right_ones_are_not():
     seen = Seen()
-    access = Access([Client("somebody", frozenset({"admin"}), digest_of(TOKEN))], lambda: 0.0)
+    access = Access([Principal("somebody", frozenset({"admin"}), token_digest(TOKEN))], lambda: 0.0)
     wrong = ("authorization", "Bearer wrong")
     assert ask(seen, wrong, access=access, times=100).status == 429
     assert ask(seen, wrong, access=access, address="192.0.2.2").status == 401
@@ -271,7 +271,7 @@ def test_one_json_line_is_logged_for_a_change_without_the_token(caplog):
 
 def test_what_is_no_request_goes_through():
     seen = Seen()
-    gate = Gate(seen, Access([Client("a", frozenset({"admin"}), digest_of(TOKEN))]), Limits(), seen)
+    gate = Gate(seen, Access([Principal("a", frozenset({"admin"}), token_digest(TOKEN))]), Limits(), seen)
     asyncio.run(gate({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen.scopes == [{"type": "lifespan"}] and seen.counted == []
 
@@ -279,7 +279,7 @@ def test_what_is_no_request_goes_through():
 @pytest.mark.parametrize(("method", "path", "query"), [("POST", "/login", b""), ("GET", "/", b"a=b&token=guess")])
 def test_tokens_are_not_tried_at_the_dashboard_as_often_as_one_likes(method, path, query):
     seen = Seen()
-    access = Access([Client("somebody", frozenset({"admin"}), digest_of(TOKEN))], lambda: 0.0)
+    access = Access([Principal("somebody", frozenset({"admin"}), token_digest(TOKEN))], lambda: 0.0)
     answer = ask(seen, method=method, path=path, query=query, access=access, times=100)
     assert answer.status == 429 and answer.headers["retry-after"] and len(seen.scopes) < 20
     assert ask(seen, path="/", access=access).status == 200  # who is in stays in
@@ -293,7 +293,7 @@ def test_a_failure_of_the_app_is_counted():
         await send({"type": "http.response.start", "status": 500, "headers": []})
         raise RuntimeError("a bug")
 
-    gate = Gate(fails, Access([Client("a", frozenset({"admin"}), digest_of(TOKEN))]), Limits(), seen)
+    gate = Gate(fails, Access([Principal("a", frozenset({"admin"}), token_digest(TOKEN))]), Limits(), seen)
     scope = {"type": "http", "method": "GET", "path": "/healthz", "query_string": b"", "headers": []}
 
     async def receive() -> Any:

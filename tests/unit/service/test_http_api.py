@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from simmerge_ray.base.config import ServeConfig
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.service.http.access import TOKEN_VARIABLE, TOKENS_VARIABLE
 from simmerge_ray.service.http.gate import Gate
-from simmerge_ray.service.http.standalone import filesystem_of, prepare_database
+from simmerge_ray.service.http.standalone import completed, filesystem_of, prepare_database
 from simmerge_ray.service.log.database import upgrade_database
 from tests.unit.service.asking import PAIR, SLOW, TOKENS, Service
 from tests.unit.service.live import running
@@ -200,9 +201,23 @@ def test_a_network_filesystem_is_recognised(tmp_path, monkeypatch):
         prepare_database(f"sqlite:///{tmp_path}/service.db")
 
 
+def test_a_token_is_made_once_and_a_damaged_file_is_named(files, tmp_path, monkeypatch):
+    for name in (TOKEN_VARIABLE, TOKENS_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    config = ServeConfig(signals=files.signals, registry=tmp_path / "selectors", database=f"sqlite:///{tmp_path}/x.db")
+    service, token = completed(config)
+    assert token and service.tokens == tmp_path / "tokens.yaml" and completed(config) == (service, token)
+    assert (tmp_path / "tokens.yaml").stat().st_mode & 0o077 == 0
+    (tmp_path / "tokens.yaml").write_text("[]")
+    with pytest.raises(ConfigError, match=r"tokens\.yaml is damaged"):
+        completed(config)
+    with pytest.raises(ConfigError, match="name a run, or --signals, --database and --registry"):
+        completed(ServeConfig(signals=files.signals))
+
+
 def test_the_plain_process_serves_and_ends(files, tmp_path):
     with running(files, tmp_path) as live, live.client() as client:
         assert client.post("/v1/decisions", json=PAIR).status_code == 201
         assert httpx.get(f"{live.url}/v1/policy").status_code == 401
-    assert live.process.returncode == -signal.SIGTERM  # uvicorn shuts down, then ends as it was told to
+    assert live.process.returncode == 0
     assert '"decision_id"' in live.log.read_text()

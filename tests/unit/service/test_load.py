@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from benchmarks.service.load import Seen, Side, closed_loop, fsyncs, open_loop, percentile
+from benchmarks.service.load import Seen, Side, closed_loop, fsyncs, open_loop
+from benchmarks.service.running import percentile
 
 Answer = Callable[[int, str], Awaitable[tuple[int, str] | None]]
 

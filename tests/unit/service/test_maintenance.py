@@ -189,7 +189,7 @@ def write(path: Path, content: bytes) -> Path:
 
 def test_decisions_are_exported_with_their_rewards(database, tmp_path):
     filled(database)
-    assert "has 8 decisions" in db("export", database, tmp_path / "d.parquet", "--format", "parquet")
+    assert "has 8 decisions" in db("export", database, tmp_path / "d.parquet")
     table = {row["id"]: row for row in pq.read_table(tmp_path / "d.parquet").to_pylist()}
     found = {name: (row["status"], row["utility"]) for name, row in table.items()}
     nothing = {"d3": ("open", None), "d4": ("open", None), "d7": ("expired", None)}
@@ -216,11 +216,11 @@ def test_pruning_changes_no_fold_whatever_encoder_comes(database, tmp_path):
         replica = Replica(log, encode)
         replica.catch_up()
         replica.save_snapshot()
-        assert "would throw away features of 2 decisions" in db(
+        assert "would remove features of 2 decisions" in db(
             "prune", database, "--older-than-days", 1, "--keep-snapshots", 0, "--dry-run"
         )
         assert all_rows(log) == before
-        assert "threw away features of 2 decisions" in db("prune", database, "--older-than-days", 1)
+        assert "removed features of 2 decisions" in db("prune", database, "--older-than-days", 1)
         assert "features of 0 decisions" in db("prune", database, "--older-than-days", 1)
         after = all_rows(log)
         changed = [new.subject for old, new in zip(before, after, strict=True) if old != new]
@@ -279,7 +279,7 @@ def test_the_status_says_what_is_there(empty_database):
         (["upgrade", "nonsense"], 2),
         (["backup", "sqlite:////absent/x.db", "out.parquet"], 2),
         (["restore", "sqlite:////absent/x.db", "absent.parquet"], 2),
-        (["export", "sqlite:////absent/x.db", "out.csv", "--format", "csv"], 2),
+        (["export", "sqlite:////absent/x.db", "out.csv", "--table", "rows"], 2),
         (["upgrade", "sqlite:////absent/directory/x.db"], 1),
     ],
 )
@@ -287,7 +287,7 @@ def test_mistakes_are_told_in_one_line(arguments, code, tmp_path):
     command = [sys.executable, "-m", "simmerge_ray.cli.app", "db", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == code and "Traceback" not in result.stderr
-    if "--format" not in arguments:
+    if "--table" not in arguments:
         assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
 

@@ -11,18 +11,20 @@ import torch
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, PlanError, ProbeError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import load_probe_sets
-from simmerge_ray.checkpoints.references import TensorReader, read_headers
 from simmerge_ray.signals import compute
 from simmerge_ray.signals.bounds import stages_for, working_bytes
-from simmerge_ray.signals.compute import compute_signals, local_executor, tokenize_probes
+from simmerge_ray.signals.compute import compute_signals, local_executor
 from simmerge_ray.signals.features import SIGNALS, column_signal, feature_columns, scaled_features, swapped_features
 from simmerge_ray.signals.queue import Unit, WorkQueue
 from simmerge_ray.signals.signature import NUM_GREEDY_TOKENS, SignatureSpec, SignatureStore
-from simmerge_ray.signals.stages import Stage, model_bytes
+from simmerge_ray.signals.stages import LayerRange, model_bytes
 from simmerge_ray.signals.table import read_signal_table
+from simmerge_ray.signals.tokens import tokenize_probes
 from simmerge_ray.signals.weights import tensor_kind, tensor_layer
 from tests import reference, tiny
+from tests.readers import TensorReader
 
 SPEC = SignatureSpec(batch_size=8, num_positions=100, num_attention_positions=30, num_coordinates=1000)
 
@@ -315,7 +317,7 @@ def test_in_stages_of_layers_the_table_has_the_same_bits(table, catalogue, probe
 def test_a_worker_keeps_its_group_and_a_later_stage_goes_first():
     def unit(checkpoint, stage=None):
         return (
-            Unit("stage", checkpoint, (Stage(stage, stage + 1, 4),))
+            Unit("stage", checkpoint, (LayerRange(stage, stage + 1, 4),))
             if stage is not None
             else Unit("outputs", checkpoint, ())
         )

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmerge_ray.signals.cosines import CosineMoments, layer_thirds, pairwise_cosine
+from simmerge_ray.signals.cosines import CosineMoments, pairwise_cosine
 from simmerge_ray.signals.divergence import log_softmax, pairwise_kl
+from simmerge_ray.signals.features import layer_thirds
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, sums_in_blocks, tensor_kind, tensor_layer
 from tests import reference
 
@@ -80,7 +81,7 @@ def test_moments_of_parts_add_up_to_the_moments_of_the_whole():
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 7, 32])
 def test_thirds_cover_all_layers_and_none_is_empty(num_layers):
-    thirds = layer_thirds(num_layers)
+    thirds = list(layer_thirds(num_layers).values())
     assert all(thirds)
     assert set().union(*map(set, thirds)) == set(range(num_layers))
 

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError
-from simmerge_ray.checkpoints.references import CheckpointRef, read_config, read_headers
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.signals import pipeline
 from simmerge_ray.signals.collect import ProbeModel
 from simmerge_ray.signals.pipeline import StageModel, join_stages, staged_continuation
-from simmerge_ray.signals.stages import FAMILIES, Stage, activation_bytes, model_bytes, plan_stages, stage_bytes
+from simmerge_ray.signals.stages import FAMILIES, LayerRange, StageSizes, activation_bytes, model_bytes, plan_stages
 from tests.unit.signals.test_architectures import (
     ADAPTED,
     ARCHITECTURES,
@@ -39,8 +40,12 @@ from tests.unit.signals.test_architectures import FAMILIES as TESTED
 CUTS = {1: (0, 3), 2: (0, 1, 3), 3: (0, 1, 2, 3)}
 
 
-def stages_of(num_stages: int) -> list[Stage]:
-    return [Stage(first, last, LAYERS) for first, last in itertools.pairwise(CUTS[num_stages])]
+def stage_bytes(ref: CheckpointRef, stage: LayerRange) -> int:
+    return 4 * StageSizes(ref).elements(stage)
+
+
+def stages_of(num_stages: int) -> list[LayerRange]:
+    return [LayerRange(first, last, LAYERS) for first, last in itertools.pairwise(CUTS[num_stages])]
 
 
 def run_in_stages(ref: CheckpointRef, stages, models=None):
@@ -52,7 +57,7 @@ def run_in_stages(ref: CheckpointRef, stages, models=None):
     return parts
 
 
-def tensors_of_stage(ref: CheckpointRef, stage: Stage, tied: bool) -> set[str]:
+def tensors_of_stage(ref: CheckpointRef, stage: LayerRange, tied: bool) -> set[str]:
     """Names in the files, told by their looks."""
     names = set()
     for name in read_headers(ref):
@@ -186,7 +191,7 @@ def test_the_check_of_a_family_does_not_move_the_caller_s_random_numbers(make_ch
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    StageModel().load(make_checkpoint("gemma", True), Stage(0, 1, LAYERS))
+    StageModel().load(make_checkpoint("gemma", True), LayerRange(0, 1, LAYERS))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -201,7 +206,7 @@ def test_a_row_that_does_not_describe_its_family_is_found_by_the_check(make_chec
     """Positions added by every stage; the final norm applied by every stage."""
     monkeypatch.setitem(FAMILIES, "gpt2", row)
     with pytest.raises(CheckpointError, match=rf"family 'gpt2' .* other {problem} in stages .*--memory-per-worker"):
-        StageModel().load(make_checkpoint("gpt2", False), Stage(0, 1, LAYERS))
+        StageModel().load(make_checkpoint("gpt2", False), LayerRange(0, 1, LAYERS))
 
 
 def test_an_unknown_family_is_named_with_the_known_ones_and_the_way_out(make_checkpoint, tmp_path):  # noqa: F811
@@ -209,9 +214,9 @@ def test_an_unknown_family_is_named_with_the_known_ones_and_the_way_out(make_che
     edit_config(ref, model_type="gemma4")
     expected = r"'other': unknown model family .* 'gemma4' \(did you mean 'gemma.*'\?\); known: gemma, .*--memory-per-w"
     for use in (
-        lambda: StageModel().load(ref, Stage(0, 1, LAYERS)),
+        lambda: StageModel().load(ref, LayerRange(0, 1, LAYERS)),
         lambda: plan_stages(ref, 10**9, 0),
-        lambda: stage_bytes(ref, Stage(0, 1, LAYERS)),
+        lambda: stage_bytes(ref, LayerRange(0, 1, LAYERS)),
     ):
         with pytest.raises(CheckpointError, match=expected):
             use()
@@ -224,8 +229,8 @@ def test_weights_that_cannot_be_used_are_named(make_checkpoint, tmp_path):  # no
     edit_tensors(nan, lambda tensors: tensors[name][3, 4].fill_(float("nan")))
     edit_tensors(absent, lambda tensors: tensors.pop(name))
     edit_tensors(shape, lambda tensors: tensors.update({name: tensors[name][:-1]}))
-    model, middle = StageModel(), Stage(1, 2, LAYERS)
-    before = model.run(ref, Stage(0, 1, LAYERS), probe_batch(), None).states
+    model, middle = StageModel(), LayerRange(1, 2, LAYERS)
+    before = model.run(ref, LayerRange(0, 1, LAYERS), probe_batch(), None).states
     expected = model.run(ref, middle, probe_batch(), before)
     for broken, problem in (
         (nan, "holds NaN or infinity"),
@@ -235,7 +240,7 @@ def test_weights_that_cannot_be_used_are_named(make_checkpoint, tmp_path):  # no
         with pytest.raises(CheckpointError, match=rf"'{broken.id}'.*{name}.*|'{broken.id}' {problem}") as error:
             model.run(broken, middle, probe_batch(), before)
         assert re.search(problem, str(error.value))
-        model.run(broken, Stage(2, 3, LAYERS), probe_batch(), before)  # the other stages do not see it
+        model.run(broken, LayerRange(2, 3, LAYERS), probe_batch(), before)  # the other stages do not see it
     assert torch.equal(model.run(ref, middle, probe_batch(), before).states, expected.states)
 
 
@@ -243,7 +248,7 @@ def test_a_tensor_that_is_absent_from_an_untied_model_is_not_taken_from_the_embe
     ref = copy_of(make_checkpoint("llama", False), tmp_path / "headless")
     edit_tensors(ref, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(CheckpointError, match=r"'headless' lacks tensors: lm_head\.weight"):
-        StageModel().load(ref, Stage(1, 3, LAYERS))
+        StageModel().load(ref, LayerRange(1, 3, LAYERS))
 
 
 def test_logits_that_overflow_are_an_error(make_checkpoint, tmp_path):  # noqa: F811
@@ -257,17 +262,17 @@ def test_stages_that_do_not_fit_each_other(make_checkpoint):  # noqa: F811
     ref = make_checkpoint("llama", True)
     for bounds in ((1, 1, 3), (2, 1, 3), (-1, 1, 3), (0, 4, 3)):
         with pytest.raises(ValueError, match="0 <= first < last <= num_layers"):
-            Stage(*bounds)
+            LayerRange(*bounds)
     parts = run_in_stages(ref, stages_of(3))
     for missing in range(3):
         with pytest.raises(ValueError, match="do not make a whole model"):
             join_stages([part for number, part in enumerate(parts) if number != missing])
     with pytest.raises(ValueError, match="starts from tokens"):
-        StageModel().run(ref, Stage(0, 1, LAYERS), probe_batch(), parts[0].states)
+        StageModel().run(ref, LayerRange(0, 1, LAYERS), probe_batch(), parts[0].states)
     with pytest.raises(ValueError, match="starts from the hidden states"):
-        StageModel().run(ref, Stage(1, 2, LAYERS), probe_batch(), None)
+        StageModel().run(ref, LayerRange(1, 2, LAYERS), probe_batch(), None)
     with pytest.raises(CheckpointError, match="has 3 decoder layers; the stage is one of a model with 4"):
-        StageModel().load(ref, Stage(0, 1, 4))
+        StageModel().load(ref, LayerRange(0, 1, 4))
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("gpt2", True), ("gemma2", True)])
@@ -275,12 +280,12 @@ def test_a_plan_has_the_fewest_stages_that_fit_and_is_balanced(make_checkpoint, 
     """Against all ways to cut three layers."""
     ref = make_checkpoint(family, tied)
     every = [
-        [Stage(first, last, LAYERS) for first, last in itertools.pairwise((0, *cuts, LAYERS))]
+        [LayerRange(first, last, LAYERS) for first, last in itertools.pairwise((0, *cuts, LAYERS))]
         for size in range(LAYERS)
         for cuts in itertools.combinations(range(1, LAYERS), size)
     ]
     largest = [max(stage_bytes(ref, stage) for stage in stages) for stages in every]
-    assert model_bytes(read_headers(ref)) == stage_bytes(ref, Stage(0, LAYERS, LAYERS)) == largest[0]
+    assert model_bytes(read_headers(ref)) == stage_bytes(ref, LayerRange(0, LAYERS, LAYERS)) == largest[0]
     for memory in sorted({value + slack for value in largest for slack in (0, 1)}):
         fitting = [index for index in range(len(every)) if largest[index] <= memory]
         fewest = min(len(every[index]) for index in fitting)
@@ -289,7 +294,6 @@ def test_a_plan_has_the_fewest_stages_that_fit_and_is_balanced(make_checkpoint, 
         assert max(stage_bytes(ref, stage) for stage in found) == min(
             largest[index] for index in fitting if len(every[index]) == fewest
         )
-        assert plan_stages(ref, memory // 2 + 50, 50, dtype_bytes=2)[0].num_layers == LAYERS
 
 
 def test_a_worker_that_cannot_hold_one_layer_is_told_how_much_it_needs(make_checkpoint):  # noqa: F811
@@ -334,7 +338,7 @@ class PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize(("shape", "num_positions"), [((4, 60), 3), ((12, 9), None)])
 def test_activation_bytes_are_an_upper_estimate_and_no_wild_one(make_checkpoint, family, shape, num_positions):  # noqa: F811
     """Attention, then recorded outputs are the most of it."""
-    ref, stage = make_checkpoint(family, family != "phi3"), Stage(0, LAYERS, LAYERS)
+    ref, stage = make_checkpoint(family, family != "phi3"), LayerRange(0, LAYERS, LAYERS)
     ids = torch.ones(shape, dtype=torch.int64)
     rows, columns = (places[:num_positions] for places in ids.nonzero(as_tuple=True))
     everywhere = torch.ones(len(rows), dtype=torch.bool)

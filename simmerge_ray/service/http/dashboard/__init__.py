@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simmerge_ray.service.http.dashboard.pages import PageSource, router
+from simmerge_ray.service.http.dashboard.pages import router
 from simmerge_ray.service.http.dashboard.session import COOKIE, same_origin, token_of
 
-__all__ = ["COOKIE", "PageSource", "router", "same_origin", "token_of"]
+__all__ = ["COOKIE", "router", "same_origin", "token_of"]

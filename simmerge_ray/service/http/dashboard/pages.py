@@ -15,20 +15,21 @@ from __future__ import annotations
 import hashlib
 import mimetypes
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from starlette.exceptions import HTTPException
 
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.http.dashboard.session import forget, remember, same_origin, token_of
+from simmerge_ray.service.learner import Learner
+from simmerge_ray.service.schemas import CatalogueAnswer
 from simmerge_ray.signals.features import SIGNALS
 
 HERE = Path(__file__).parent
@@ -43,22 +44,12 @@ PAGE_POLICY = (
 RolesOf = Callable[[str | None], frozenset[str] | None]
 
 
-class PageSource(Protocol):
-    """What the page shows before its scripts have asked for more; fields as in the JSON API, as items or attributes."""
-
-    def catalogue(self) -> Awaitable[Any]:
-        """As GET /v1/catalogue. Raises StoreError."""
-
-    def policy(self) -> Awaitable[Any]:
-        """As GET /v1/policy. Raises StoreError."""
-
-
-def router(source: Callable[[], PageSource], roles_of: RolesOf) -> APIRouter:
+def router(source: Callable[[], Learner], roles_of: RolesOf) -> APIRouter:
     """The routes of the page.
 
     Args:
-        source: of the first view, asked at every load. roles_of: the roles of a token, None for one that is not known;
-            of no token at all, None where one is needed. It may raise a 429 of its own.
+        source: of what the page shows before its scripts have asked for more. roles_of: the roles of a token, None for
+            one that is not known; of no token at all, None where one is needed.
     """
     routes = APIRouter(include_in_schema=False)
     pages = _Pages()
@@ -67,9 +58,7 @@ def router(source: Callable[[], PageSource], roles_of: RolesOf) -> APIRouter:
     async def page(request: Request, token: str | None = None) -> Response:
         if token is not None:
             return _enter(pages, roles_of, request, token)
-        roles = _roles(pages, roles_of, token_of(request))
-        if isinstance(roles, Response):
-            return roles
+        roles = roles_of(token_of(request))
         if roles is None:
             if request.headers.get("sec-fetch-site") == "cross-site":
                 return pages.bounce()
@@ -95,30 +84,15 @@ def router(source: Callable[[], PageSource], roles_of: RolesOf) -> APIRouter:
 
     @routes.get("/static/{path:path}")
     async def static(request: Request, path: str) -> Response:
-        roles = _roles(pages, roles_of, token_of(request))
-        if isinstance(roles, Response):
-            return roles
-        if roles is None:
+        if roles_of(token_of(request)) is None:
             return Response(status_code=401, headers={"WWW-Authenticate": "Bearer"})
         return _static(request, pages.files.get(path))
 
     return routes
 
 
-def _roles(pages: _Pages, roles_of: RolesOf, token: str | None) -> frozenset[str] | Response | None:
-    """Roles of a token; a page for an error that `roles_of` raises."""
-    try:
-        roles = roles_of(token)
-    except HTTPException as error:
-        return pages.login(str(error.detail), error.status_code, error.headers)
-    return ROLES if roles is not None and "admin" in roles else roles
-
-
 def _enter(pages: _Pages, roles_of: RolesOf, request: Request, token: str) -> Response:
-    roles = _roles(pages, roles_of, token) if token else None
-    if isinstance(roles, Response):
-        return roles
-    if roles is None or not token.isascii():  # no header can carry it
+    if not token or roles_of(token) is None or not token.isascii():  # no header can carry other characters
         return pages.login("This token is not known here. Nothing was changed.")
     response = RedirectResponse(
         f"{request.scope.get('root_path', '')}/", status_code=303, headers={"Cache-Control": "no-store"}
@@ -127,18 +101,16 @@ def _enter(pages: _Pages, roles_of: RolesOf, request: Request, token: str) -> Re
     return response
 
 
-async def _view(pages: _Pages, source: PageSource, roles: frozenset[str]) -> Response:
-    catalogue: Any = {"checkpoints": [], "tasks": [], "arms": [], "signals": [], "example": None}
-    policy, trouble = None, ""
+async def _view(pages: _Pages, source: Learner, roles: frozenset[str]) -> Response:
+    catalogue, policy, trouble = CatalogueAnswer(checkpoints=[], tasks=[], arms=[], signals=[]), None, ""
     try:
         catalogue = await source.catalogue()
         policy = await source.policy()
     except StoreError as error:
         trouble = str(error)
-    columns = catalogue["signals"] if isinstance(catalogue, Mapping) else catalogue.signals
-    groups = _signal_groups(columns)
-    view = {"catalogue": catalogue, "policy": policy, "trouble": trouble, "roles": sorted(roles)}
-    return pages.dashboard({**view, "signal_groups": groups}, 503 if trouble else 200)
+    shown = sorted(ROLES if "admin" in roles else roles)
+    view = {"catalogue": catalogue, "policy": policy, "trouble": trouble, "roles": shown}
+    return pages.dashboard({**view, "signal_groups": _signal_groups(catalogue.signals)}, 503 if trouble else 200)
 
 
 @dataclass(frozen=True)
@@ -199,11 +171,11 @@ class _Pages:
         headers = {"Retry-After": "5"} if status == 503 else {}
         return self._html("dashboard.html", view, status, PAGE_POLICY, headers)
 
-    def login(self, trouble: str = "", status: int = 401, headers: Mapping[str, str] | None = None) -> Response:
+    def login(self, trouble: str = "", status: int = 401) -> Response:
         """The form that asks for a token."""
         view = {"trouble": trouble, "style": Markup(self._style)}
         own = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        return self._html("login.html", view, status, self._login_policy, own | dict(headers or {}))
+        return self._html("login.html", view, status, self._login_policy, own)
 
     def bounce(self) -> Response:
         """Loads itself again: the browser holds back a SameSite=Strict cookie where a link of another site led here,

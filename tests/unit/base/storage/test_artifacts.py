@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import as_place, read_json, stores
+from simmerge_ray.base.storage import as_place, read_json
 from simmerge_ray.cli.app import app
 from simmerge_ray.pipelines.stages import train_dataset_stage, train_stage
 from simmerge_ray.plans.plan import read_plan
@@ -36,7 +36,7 @@ def own_cache(tmp_path, monkeypatch):
 def upload(source, target):
     for path in source.rglob("*"):
         if path.is_file():
-            stores.upload_file(path, target / str(path.relative_to(source)))
+            (target / path.relative_to(source)).upload(path)
     return target
 
 
@@ -59,9 +59,9 @@ def test_a_selector_is_trained_from_a_store_into_a_store_once(bucket, tmp_path):
     assert read_selector(out / "shortlist").arms == read_selector(out).arms
     assert str(out / "report.md") in first.replace("\n", "")
     assert "GapClosed" in (out / "report.md").read_text() and len(out.glob("figures/*.png")) > 0
-    before = {entry.path: entry.version for entry in stores.list_below(out)}
+    before = {entry.path: entry.version for entry in out.list_below()}
     assert "unchanged since the last run" in said(train_dataset_stage, remote, out, CONFIG)
-    assert {entry.path: entry.version for entry in stores.list_below(out)} == before
+    assert {entry.path: entry.version for entry in out.list_below()} == before
     with pytest.raises(SelectorError, match=f"no selector at {bucket}/absent"):
         read_selector(as_place(bucket) / "absent")
 

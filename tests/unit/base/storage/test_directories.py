@@ -11,6 +11,7 @@ import pytest
 
 from simmerge_ray.base.errors import StorageError
 from simmerge_ray.base.storage import (
+    RemotePath,
     as_place,
     delete_objects,
     directories,
@@ -18,7 +19,7 @@ from simmerge_ray.base.storage import (
     local_directory,
     new_directory,
     upload_directory,
-    write_once,
+    write_atomically,
 )
 from simmerge_ray.base.storage.directories import CONTENTS, is_complete
 
@@ -46,7 +47,7 @@ def write(place, files: dict[str, str]) -> None:
 
 def test_a_directory_is_replaced_as_a_whole_and_nothing_else_is_touched(bucket):
     place = as_place(bucket) / "selector"
-    write_once(place / "notes.txt", b"a person's own")
+    write_atomically(place / "notes.txt", b"a person's own")
     with pytest.raises(RuntimeError), new_directory(place) as directory:
         (directory / "half").write_text("x")
         raise RuntimeError
@@ -69,16 +70,14 @@ def test_an_upload_that_breaks_off_leaves_a_directory_that_nobody_takes(bucket, 
     upload_directory(source, place, last="config.json")
     assert read(place) == {"config.json": "first", "model.safetensors": "first"}
     (source / "model.safetensors").write_text("second")
-    from simmerge_ray.base.storage import stores
+    original = RemotePath.upload
 
-    original = stores.upload_file
-
-    def broken(path: Path, target):
+    def broken(target, path: Path):
         if path.name == "config.json":
             raise StorageError("away")
-        return original(path, target)
+        return original(target, path)
 
-    monkeypatch.setattr(stores, "upload_file", broken)
+    monkeypatch.setattr(RemotePath, "upload", broken)
     with pytest.raises(StorageError, match="away"):
         upload_directory(source, place, last="config.json")
     assert not is_complete(place) and not (place / "config.json").exists(), "no checkpoint for any program"
@@ -91,7 +90,7 @@ def test_what_does_not_agree_with_its_list_is_refused(bucket, monkeypatch):
     monkeypatch.setattr(directories, "_PAUSE_S", 0.01)
     place = as_place(bucket) / "selector"
     write(place, {"a": "1", "b": "1"})
-    write_once(place / "b", b"2")
+    write_atomically(place / "b", b"2")
     with pytest.raises(StorageError, match=f"does not agree with its {CONTENTS}: b is another file"):
         read(place)
     delete_objects([str(place / "b")])
@@ -101,7 +100,7 @@ def test_what_does_not_agree_with_its_list_is_refused(bucket, monkeypatch):
     assert read(place) == {"a": "1"}, "what others have copied has no list"
     with pytest.raises(FileNotFoundError):
         read(as_place(bucket) / "absent")
-    write_once(place / CONTENTS, json.dumps([]).encode())
+    write_atomically(place / CONTENTS, json.dumps([]).encode())
     with pytest.raises(StorageError, match="is damaged; delete it"):
         read(place)
 

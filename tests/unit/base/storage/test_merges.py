@@ -7,8 +7,10 @@ import json
 import pytest
 
 from simmerge_ray.base.errors import CheckpointError, OutputError, StorageError
-from simmerge_ray.base.storage import as_place, stores, write_once
-from simmerge_ray.checkpoints.references import CheckpointRef, checkpoint_digest, read_headers
+from simmerge_ray.base.storage import RemotePath, as_place, write_atomically
+from simmerge_ray.checkpoints.digests import checkpoint_digest
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.model import load_model
 from simmerge_ray.merging.write import to_store
@@ -17,7 +19,6 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, read_plan, resolve_plan, write_plan
 from tests import tiny
 from tests.unit.checkpoints.test_adapters import CONFIGS, make_adapter
-from tests.unit.cli.test_app import simmerge
 
 SHARD = 30_000  # bytes: several files
 
@@ -37,14 +38,14 @@ def remote(resolved, catalogue_path, bucket):
     """The same plan, of checkpoints in the store."""
     for path in catalogue_path.parent.rglob("*"):
         if path.is_file():
-            stores.upload_file(path, as_place(bucket) / "zoo" / str(path.relative_to(catalogue_path.parent)))
+            (as_place(bucket) / "zoo" / path.relative_to(catalogue_path.parent)).upload(path)
     write_plan(catalogue_path.parent / "plan.json", resolved)
     value = json.loads((catalogue_path.parent / "plan.json").read_text())
     (catalogue_path.parent / "plan.json").unlink()
     value["checkpoints"] = {name: name for name in value["checkpoints"]}
     value["base"]["path"] = "base"
     place = as_place(bucket) / "zoo" / "plan.json"
-    write_once(place, json.dumps(value).encode())
+    write_atomically(place, json.dumps(value).encode())
     return read_plan(place)[0]
 
 
@@ -75,14 +76,14 @@ def test_a_merge_of_and_into_a_store_has_the_bytes_of_a_local_one(resolved, remo
 def test_only_what_a_merge_reads_of_a_checkpoint_is_fetched(remote, bucket, monkeypatch):
     """Headers and weights by ranges; no weight file is fetched as a whole."""
     whole = []
-    original = stores.read_object
+    original = RemotePath.read_range
 
-    def read(place, start=None, stop=None):
+    def read(place, start, stop):
         if start is None and place.suffix == ".safetensors":
             whole.append(place)
         return original(place, start, stop)
 
-    monkeypatch.setattr(stores, "read_object", read)
+    monkeypatch.setattr(RemotePath, "read_range", read)
     write_merge(remote, as_place(bucket) / "merged")
     assert whole == []
 
@@ -90,19 +91,20 @@ def test_only_what_a_merge_reads_of_a_checkpoint_is_fetched(remote, bucket, monk
 def test_an_interrupted_merge_is_no_checkpoint_and_goes_on(resolved, remote, bucket, tmp_path, monkeypatch):
     local = write_merge(resolved, tmp_path / "local", max_shard_bytes=SHARD)
     out = as_place(bucket) / "merged"
-    original, made = stores.upload_file, []
+    original, made, limit = RemotePath.upload, [], 3
 
-    def away(source, target):
-        if len(made) == 3:
-            raise StorageError("the store is away")
-        made.append(target)
-        return original(source, target)
+    def away(target, source):
+        if target.suffix == ".safetensors":
+            if len(made) == limit:
+                raise StorageError("the store is away")
+            made.append(target)
+        return original(target, source)
 
-    monkeypatch.setattr(to_store, "upload_file", away)
+    monkeypatch.setattr(RemotePath, "upload", away)
     with pytest.raises(StorageError, match="is away"):
         write_merge(remote, out, max_shard_bytes=SHARD)
     assert not (out / "config.json").exists() and len(weights(out)) == 3
-    monkeypatch.setattr(to_store, "upload_file", lambda *x: made.append(x[1]) or original(*x))
+    limit = None
     result = write_merge(remote, out, max_shard_bytes=SHARD)
     assert result.num_resumed > 0 and len(made) == len(set(made)) == len(weights(out))
     assert weights(out) == weights(local.path)
@@ -110,7 +112,7 @@ def test_an_interrupted_merge_is_no_checkpoint_and_goes_on(resolved, remote, buc
 
 def test_a_target_of_others_is_refused_and_a_refused_merge_leaves_nothing(remote, bucket, monkeypatch):
     foreign = as_place(bucket) / "foreign"
-    write_once(foreign / "config.json", b"{}")
+    write_atomically(foreign / "config.json", b"{}")
     with pytest.raises(OutputError, match="is not a merge made by simmerge"):
         write_merge(remote, foreign)
     monkeypatch.setattr(to_store, "write_tensors", lambda *_: (_ for _ in ()).throw(CheckpointError("ends early")))
@@ -124,7 +126,7 @@ def test_a_target_of_others_is_refused_and_a_refused_merge_leaves_nothing(remote
         write_graph(compile_plan(remote), out)
 
 
-def test_the_command_merges_in_a_store(remote, bucket):
+def test_the_command_merges_in_a_store(remote, bucket, simmerge):
     plan = f"{bucket}/zoo/plan.json"
     dry = simmerge("merge", plan, f"{bucket}/merged", "--dry-run")
     assert dry.returncode == 0 and f"-> {bucket}/merged" in dry.stdout
@@ -142,7 +144,7 @@ def test_an_adapter_in_a_store_is_added(tmp_path, bucket):
     adapter, _ = make_adapter(tmp_path / "adapter", **CONFIGS["attention"])
     local, there = CheckpointRef("lora", base, adapter=adapter), as_place(bucket)
     for path in (*base.iterdir(), *adapter.iterdir()):
-        stores.upload_file(path, there / path.parent.name / path.name)
+        (there / path.parent.name / path.name).upload(path)
     found = CheckpointRef("lora", there / "base", adapter=there / "adapter")
     assert checkpoint_digest(found) == checkpoint_digest(local)
     ours, theirs = load_model(found).state_dict(), load_model(local).state_dict()

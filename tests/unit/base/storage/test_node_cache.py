@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from simmerge_ray.base.errors import ConfigError, StorageError
-from simmerge_ray.base.storage import as_place, open_ranges, ranges, stores, write_once
+from simmerge_ray.base.storage import RemotePath, as_place, open_ranges, ranges, write_atomically
 from simmerge_ray.base.storage.node_cache import NodeCache, node_cache
 
 KB = 1000
@@ -144,20 +144,20 @@ def test_a_full_disk_is_gone_past_and_said_where_there_is_no_way_past(small_disk
 def counted(monkeypatch):
     """Requests of ranges that were made."""
     seen: list[tuple[int, int]] = []
-    original = stores.read_object
+    original = RemotePath.read_range
 
-    def read(place, start=None, stop=None):
+    def read(place, start, stop):
         seen.append((start, stop))
         return original(place, start, stop)
 
-    monkeypatch.setattr(stores, "read_object", read)
+    monkeypatch.setattr(RemotePath, "read_range", read)
     return seen
 
 
 @pytest.fixture
 def large_object(bucket):
     data = np.random.default_rng(1).integers(0, 256, 20 * ranges.BLOCK_BYTES + 1234, dtype=np.uint8).tobytes()
-    write_once(f"{bucket}/weights", data)
+    write_atomically(f"{bucket}/weights", data)
     return as_place(f"{bucket}/weights"), data
 
 
@@ -202,7 +202,7 @@ def test_an_object_that_is_written_again_is_not_mixed_with_the_old_one(large_obj
     room = bytearray(10)
     reader = open_ranges(place)
     reader.read_into(0, memoryview(room), 10)
-    write_once(place, data[::-1])
+    write_atomically(place, data[::-1])
     with pytest.raises(StorageError, match="was changed while it was read"):
         reader.read_into(18 * ranges.BLOCK_BYTES, memoryview(room), 0)
     assert open_ranges(place).read_into(0, memoryview(room), 0) == 10 and room == data[::-1][:10]

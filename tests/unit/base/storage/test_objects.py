@@ -16,8 +16,8 @@ from simmerge_ray.base.storage import (
     read_bytes,
     read_json,
     read_jsonl,
+    write_atomically,
     write_json,
-    write_once,
 )
 
 
@@ -28,16 +28,16 @@ def test_written_objects_are_read_back_and_listed(tmp_path):
         assert [name.rsplit("/", 1)[1] for name in list_objects(uri.rsplit("/", 1)[0], ".json")] == ["b.json"]
     assert list_objects(tmp_path / "absent", ".json") == []
     for directory in (tmp_path / ".hidden" / "runs", tmp_path / "a" / ".." / "b"):
-        write_once(directory / "x.json", b"{}")
+        write_atomically(directory / "x.json", b"{}")
         (directory / ".partial.json").write_text("half")
         assert [name.rsplit("/", 1)[1] for name in list_objects(directory, ".json")] == ["x.json"]
 
 
 def test_a_failed_write_leaves_the_old_object_and_no_other(tmp_path, monkeypatch):
-    write_once(tmp_path / "x", b"old")
+    write_atomically(tmp_path / "x", b"old")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write_once(tmp_path / "x", b"new")
+        write_atomically(tmp_path / "x", b"new")
     assert read_bytes(tmp_path / "x") == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 

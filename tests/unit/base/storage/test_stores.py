@@ -14,7 +14,7 @@ import pytest
 
 from simmerge_ray.base import storage
 from simmerge_ray.base.errors import AccessError, ConfigError, InputError, StorageError
-from simmerge_ray.base.storage import RemotePath, as_place, list_objects, place_in, read_bytes, stores, write_once
+from simmerge_ray.base.storage import RemotePath, as_place, list_objects, place_in, read_bytes, write_atomically
 from tests.conftest import free_port
 from tests.object_store import Proxy, endpoint, make_bucket, s3_server
 
@@ -71,14 +71,14 @@ def test_objects_of_a_real_server_are_written_read_and_listed(bucket):
     place = as_place(bucket) / "run"
     assert not place.exists() and list_objects(place, ".json") == [] and place.glob("*") == []
     for name in ("b.json", "a.json", "x.txt", "sub/c.json"):
-        write_once(place / name, name.encode())
+        write_atomically(place / name, name.encode())
     assert [name.removeprefix(f"{place}/") for name in list_objects(place, ".json")] == ["a.json", "b.json"]
     assert [one.name for one in place.glob("*/*.json")] == ["c.json"]
     assert place.is_dir() and (place / "a.json").is_file() and not (place / "a").exists()
     assert read_bytes(f"{place}/a.json") == b"a.json" and (place / "sub/c.json").read_text() == "sub/c.json"
     assert storage.read_range(place / "x.txt", 2, 4) == b"tx"
     before = storage.file_version(place / "a.json")
-    write_once(place / "a.json", b"other")
+    write_atomically(place / "a.json", b"other")
     assert storage.file_version(place / "a.json") != before and read_bytes(place / "a.json") == b"other"
     storage.delete_objects([f"{place}/a.json", f"{place}/never.json"])
     assert not (place / "a.json").exists()
@@ -92,7 +92,7 @@ def test_a_store_that_was_away_is_used_when_it_is_back(bucket, proxy):
     proxy.down()
     timer = threading.Timer(1.5, proxy.up)
     timer.start()
-    write_once(place, b"here")
+    write_atomically(place, b"here")
     timer.join()
     assert read_bytes(place) == b"here"
 
@@ -100,7 +100,11 @@ def test_a_store_that_was_away_is_used_when_it_is_back(bucket, proxy):
 def test_a_store_that_stays_away_is_one_error(bucket, proxy, monkeypatch):
     monkeypatch.setenv("SIMMERGE_STORE_PATIENCE", "0.5")
     proxy.down()
-    for call in (lambda: read_bytes(f"{bucket}/x"), lambda: write_once(f"{bucket}/x", b""), as_place(bucket).exists):
+    for call in (
+        lambda: read_bytes(f"{bucket}/x"),
+        lambda: write_atomically(f"{bucket}/x", b""),
+        as_place(bucket).exists,
+    ):
         with pytest.raises(StorageError, match=f"cannot .* {bucket}.*tried for .*SIMMERGE_STORE_PATIENCE"):
             call()
     monkeypatch.setenv("SIMMERGE_STORE_PATIENCE", "soon")
@@ -114,19 +118,19 @@ def test_an_upload_that_is_cut_is_done_again_and_never_half_visible(bucket, prox
     (tmp_path / "file").write_bytes(data)
     place = as_place(bucket) / "weights"
     proxy.cut_after = 2 << 20
-    entry = stores.upload_file(tmp_path / "file", place)
+    entry = place.upload(tmp_path / "file")
     assert proxy.num_cut == 1
     assert entry.size == num_bytes and read_bytes(place) == data
 
 
 def test_an_upload_that_never_ends_is_one_error_and_leaves_the_old_object(bucket, proxy, tmp_path, monkeypatch):
     place = as_place(bucket) / "weights"
-    write_once(place, b"old")
+    write_atomically(place, b"old")
     monkeypatch.setenv("SIMMERGE_STORE_PATIENCE", "0.5")
     (tmp_path / "file").write_bytes(bytes(120 << 20))
     proxy.down_after = 60 << 20  # in the midst of the parts
     with pytest.raises(StorageError, match="cannot write"):
-        stores.upload_file(tmp_path / "file", place)
+        place.upload(tmp_path / "file")
     proxy.up()
     assert read_bytes(place) == b"old"
     assert [one.name for one in as_place(bucket).glob("*")] == ["weights"]
@@ -134,7 +138,7 @@ def test_an_upload_that_never_ends_is_one_error_and_leaves_the_old_object(bucket
 
 def test_a_bucket_that_is_not_there_is_said(s3_url):
     with pytest.raises(StorageError, match="cannot write s3://no-such-bucket-1/x: .*is there such a bucket"):
-        write_once("s3://no-such-bucket-1/x", b"")
+        write_atomically("s3://no-such-bucket-1/x", b"")
     assert not as_place("s3://no-such-bucket-1/x").exists()
 
 
@@ -146,9 +150,9 @@ def test_an_unknown_scheme_is_said():
 CODE = """
 import sys
 from simmerge_ray.base.errors import SimmergeError
-from simmerge_ray.base.storage import write_once
+from simmerge_ray.base.storage import write_atomically
 try:
-    write_once(sys.argv[1], b"x")
+    write_atomically(sys.argv[1], b"x")
 except SimmergeError as error:
     print(type(error).__name__, error)
 """

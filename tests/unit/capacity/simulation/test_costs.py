@@ -9,16 +9,16 @@ import pytest
 import yaml
 
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.capacity.cluster_files.check import MACHINES
+from simmerge_ray.capacity.machines import MACHINES
 from simmerge_ray.capacity.simulation import load_costs
-from simmerge_ray.capacity.simulation.costs import Measured
+from simmerge_ray.capacity.simulation.costs import MeasuredCosts
 from simmerge_ray.plans.operators.specs import parse_arms
 
 ROOT = Path(__file__).parents[4]
 FILE = ROOT / "simmerge_ray" / "capacity" / "unit_costs.yaml"
 
 
-@pytest.mark.parametrize("name", Measured.model_fields)
+@pytest.mark.parametrize("name", MeasuredCosts.model_fields)
 def test_a_measured_cost_is_that_of_the_benchmarks(name):
     figure = getattr(load_costs().measured, name)
     told = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
@@ -30,7 +30,7 @@ def test_a_measured_cost_is_that_of_the_benchmarks(name):
 def test_machines_are_those_of_the_cluster_check():
     assumed = load_costs().assumed
     assert set(assumed.machines) == set(MACHINES)
-    assert {size for _, _, gpus, size in MACHINES.values() if gpus} <= set(assumed.gpus)
+    assert {machine.gpu_gb for machine in MACHINES.values() if machine.gpus} <= set(assumed.gpus)
 
 
 def test_a_merge_costs_what_its_operator_does():

@@ -23,7 +23,7 @@ from simmerge_ray.capacity.simulation.signals import Placed, SignalSimulation, p
 from simmerge_ray.capacity.simulation.workers import Node
 from simmerge_ray.capacity.size import SHAPES, ModelSize, size_of
 from simmerge_ray.plans.operators.specs import parse_arms
-from simmerge_ray.signals.stages import Stage
+from simmerge_ray.signals.stages import LayerRange
 
 COSTS = load_costs()
 ARMS = parse_arms(["linear", "ties"])
@@ -31,18 +31,16 @@ SMOL = SHAPES[0]
 HERE = 1e15  # bytes a second of files that are on this machine already
 
 
-def signals(model, num_models, workers, stages=None, tasks=1, nodes=1, cores=2):
-    whole = (Stage(0, model.layers, model.layers),)
-    return SignalSimulation(
-        model, num_models, tasks, 48, 99, Placed(stages or whole, 1e9, workers),
-        [Node(HERE, HERE, HERE) for _ in range(nodes)], cores, COSTS,
-    ).run()  # fmt: skip
+def signals(workload, workers=1, cores=1):
+    placed = Placed((LayerRange(0, workload.model.layers, workload.model.layers),), 1e9, workers)
+    return SignalSimulation(workload, placed, [Node(HERE, HERE, HERE)], cores, COSTS).run().phases
 
 
 @pytest.mark.parametrize(("num_models", "measured"), [(2, 31.7), (4, 47.3), (8, 85.7), (16, 155)])
 def test_signals_of_smollm2_take_what_was_measured(num_models, measured):
     """benchmarks/README.md, "Signals": two threads."""
-    assert sum(signals(SMOL, num_models, 2).seconds.values()) == pytest.approx(measured, rel=0.1)
+    phases = signals(Workload(SMOL, num_models, 1, ARMS), workers=2, cores=2)
+    assert sum(phase.seconds for phase in phases) == pytest.approx(measured, rel=0.1)
 
 
 def test_a_search_of_201_trials_takes_what_was_measured():
@@ -58,8 +56,9 @@ def test_a_search_of_201_trials_takes_what_was_measured():
         tied=True,
     )
     trials = [Merge(("m0",), None, 4)] * 13 + [Merge(("m0", "m1"), ARMS[0], 2)] * 188
-    run = simulate_labels(demo, trials, Engines(0, 1.0, 1e9, 2), [Node(HERE, HERE, HERE)], None, 400, 20, 4, COSTS)
-    assert run.trials == 201 and run.seconds == pytest.approx(189, rel=0.2)
+    workload = Workload(demo, 13, 4, ARMS, prompt_tokens=20, answer_tokens=4)
+    run = simulate_labels(workload, trials, Engines(0, 1.0, 1e9, 2), [Node(HERE, HERE, HERE)], COSTS)
+    assert run.units == 201 and run.seconds == pytest.approx(189, rel=0.2)
 
 
 def test_the_units_are_those_of_a_real_run(catalogue, catalogue_path):
@@ -81,11 +80,8 @@ def test_the_units_are_those_of_a_real_run(catalogue, catalogue_path):
     tiny = ModelSize(
         name="tiny", parameters=6e4, layers=2, hidden_size=64, heads=2, intermediate_size=96, vocab_size=50, tied=True
     )
-    simulation = SignalSimulation(
-        tiny, len(catalogue.checkpoints), len(probes), sizes.pop(), 20, Placed((Stage(0, 2, 2),), 1e9, 1),
-        [Node(HERE, HERE, HERE)], 1, COSTS,
-    )  # fmt: skip
-    units = simulation.run().units
+    workload = Workload(tiny, len(catalogue.checkpoints), len(probes), ARMS, probes=sizes.pop(), probe_tokens=20)
+    units = {phase.name: phase.units for phase in signals(workload)}
     assert units["continuations"] == kinds.count("continuation")
     assert units["signatures"] == kinds.count("outputs") + kinds.count("sample")
     assert units["sums"] == kinds.count("sums")
@@ -96,21 +92,21 @@ def test_the_merges_are_the_pairs_of_the_search(catalogue):
     expected = len(catalogue.pairs("cross-task")) * len(ARMS)
     own = [catalogue.own_task[ref.id] for ref in catalogue.checkpoints]
     assert own == [tasks[number % len(tasks)] for number in range(len(own))]  # as `make_trials` deals them
-    trials = make_trials(len(own), len(tasks), ARMS, 2, None)
+    trials = make_trials(Workload(SMOL, len(own), len(tasks), ARMS))
     assert sum(trial.arm is not None for trial in trials) == expected
     assert sum(trial.arm is None for trial in trials) == len(catalogue.all_refs)
 
 
 def test_merges_of_more_ways_have_distinct_members():
-    trials = [one for one in make_trials(9, 3, ARMS, 4, 30) if one.arm]
+    trials = [one for one in make_trials(Workload(SMOL, 9, 3, ARMS, 4, 30)) if one.arm]
     assert len(trials) == 30 and all(len(set(one.members)) == 4 for one in trials)
     assert len({(one.members, one.arm) for one in trials}) == 30
     with pytest.raises(ConfigError, match="--merges"):
-        make_trials(9, 3, ARMS, 4, None)
+        make_trials(Workload(SMOL, 9, 3, ARMS, 4))
     with pytest.raises(ConfigError, match="merges of 10 of 9"):
-        make_trials(9, 3, ARMS, 10, 5)
+        make_trials(Workload(SMOL, 9, 3, ARMS, 10, 5))
     with pytest.raises(ConfigError, match="slerp does not merge 3 checkpoints"):
-        make_trials(9, 3, parse_arms(["slerp"]), 3, 5)
+        make_trials(Workload(SMOL, 9, 3, parse_arms(["slerp"]), 3, 5))
 
 
 @pytest.mark.parametrize("parameters", [1.3e8, 1.2e9, 7.6e9, 7.06e10, 1.11e11])
@@ -141,10 +137,10 @@ def test_engines_take_the_fewest_gpus_that_hold_them():
 
 def test_labels_of_one_engine_follow_the_formula_of_the_docs():
     """docs/cluster.md, "What it costs": reading, merging, swapping and evaluating, trial by trial."""
-    model, gpu = size_of(7.6e9), COSTS.assumed.gpus[80]
-    engines = Engines(1, 4.0, model.engine_bytes, 1)
+    workload = Workload(size_of(7.6e9), 6, 2, ARMS)
+    engines = Engines(1, 4.0, workload.model.engine_bytes, 1, gpu_gb=80)
     trials = [Merge(("m0", "m1"), arm, 2) for arm in parse_arms(["linear", "ties", "nuslerp"])]
-    run = simulate_labels(model, trials, engines, [Node(1e9, 20e9, 1e15, 5e9)], gpu, 400, 300, 100, COSTS)
+    run = simulate_labels(workload, trials, engines, [Node(1e9, 20e9, 1e15, 5e9)], COSTS)
     size, items = 2 * 7.6e9, 2 * 400
     evaluated = items * 2 * 7.6e9 * 300 / (989e12 * 0.4) + 4 * 100 * size / (3.35e12 * 0.6)
     each = size / 2e10 + evaluated + 0.02
@@ -158,13 +154,13 @@ def test_labels_of_one_engine_follow_the_formula_of_the_docs():
 
 
 def test_a_cache_that_holds_no_merge_costs_the_network_every_time():
-    model = size_of(7.6e9)
-    trials = [Merge(("m0", "m1"), ARMS[0], 2)] * 3
+    workload = Workload(size_of(7.6e9), 6, 2, ARMS, items=10, prompt_tokens=10, answer_tokens=10)
+    model, trials = workload.model, [Merge(("m0", "m1"), ARMS[0], 2)] * 3
     fetched = []
     for room in (0.5, 1.5, 2.0):
         node = Node(1e9, 2.5e9, room * model.num_bytes, pieces=64)
         assert cache_holds(node.cache_bytes, model, 2) == (room >= 2)
-        simulate_labels(model, trials, Engines(2, 1.0, 1e9, 1), [node], COSTS.assumed.gpus[80], 10, 10, 10, COSTS)
+        simulate_labels(workload, trials, Engines(2, 1.0, 1e9, 1, gpu_gb=80), [node], COSTS)
         fetched.append(node.network_bytes / model.num_bytes)
     assert fetched[2] == pytest.approx(2) and fetched[0] == pytest.approx(7)
     assert 2 < fetched[1] <= fetched[0]
@@ -172,11 +168,14 @@ def test_a_cache_that_holds_no_merge_costs_the_network_every_time():
 
 @given(st.integers(1, 500), st.integers(1, 400), st.integers(0, 200))
 def test_evaluation_grows_with_items_and_tokens(items, prompt, answer):
-    model, engines, gpu = size_of(7.6e9), Engines(1, 1.0, 1e9, 1), COSTS.assumed.gpus[80]
-    for device in (gpu, None):
-        took = generation_seconds(model, engines, device, items, prompt, answer, COSTS)
-        assert 0 < took <= generation_seconds(model, engines, device, items + 1, prompt, answer, COSTS)
-        assert took < generation_seconds(model, engines, device, items, prompt + 1, answer, COSTS)
+    for gpus in (1, 0):
+        engines = Engines(gpus, 1.0, 1e9, 1, gpu_gb=80)
+
+        def seconds(items, prompt, engines=engines):
+            return generation_seconds(small(prompt_tokens=prompt, answer_tokens=answer), engines, items, COSTS)
+
+        assert 0 < seconds(items, prompt) <= seconds(items + 1, prompt)
+        assert seconds(items, prompt) < seconds(items, prompt + 1)
 
 
 def small(**changes):

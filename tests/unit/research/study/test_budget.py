@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.research.study.budget import Costs, Pool, break_even, curves, pair_pools
+from simmerge_ray.research.study.budget import CandidateArms, StudyCosts, break_even, candidate_arms, curves
 from tests.unit.selector.made_up import planted
 
 RATES = np.array([0.2, 0.4, 0.6, 0.8])
 
 
-def pools(num: int = 30, good: bool = True) -> list[Pool]:
+def pools(num: int = 30, good: bool = True) -> list[CandidateArms]:
     generator = np.random.default_rng(0)
     made = []
     for number in range(num):
         items = tuple((generator.random((4, 200)) < RATES[:, None]).astype(float) for _ in range(2))
-        made.append(Pool((f"b{number % 3}", (str(number),)), items, RATES if good else -RATES))
+        made.append(CandidateArms((f"b{number % 3}", (str(number),)), items, RATES if good else -RATES))
     return made
 
 
@@ -58,7 +58,8 @@ def test_few_items_cost_their_share_and_more_of_them_choose_better():
 def test_nothing_is_gained_by_choosing_among_equals():
     generator = np.random.default_rng(1)
     same = [
-        Pool(("b", (str(n),)), ((generator.random((6, 200)) < 0.5).astype(float),), np.zeros(6)) for n in range(200)
+        CandidateArms(("b", (str(n),)), ((generator.random((6, 200)) < 0.5).astype(float),), np.zeros(6))
+        for n in range(200)
     ]
     for row in curves(same, (1, 6)):
         assert row["utility"] == pytest.approx(0.5, abs=0.01)
@@ -66,18 +67,18 @@ def test_nothing_is_gained_by_choosing_among_equals():
 
 def test_break_even():
     rows = curves(pools(), (1, 2, 3, 4))
-    found = break_even(rows, Costs(evaluation=10.0, signals=4.0, labels=100.0))
+    found = break_even(rows, StudyCosts(evaluation=10.0, signals=4.0, labels=100.0))
     needed = found["random_evaluations"]
     assert needed in (3, 4)  # with noise in the choice three may be as good
     assert found["merges"] == int(np.ceil(100 / (10 * needed - 4)))
-    assert break_even(rows, Costs(1.0, 50.0, 100.0))["merges"] is None
+    assert break_even(rows, StudyCosts(1.0, 50.0, 100.0))["merges"] is None
 
 
 def test_pools_of_a_dataset():
     dataset = planted(num_checkpoints=4)
     predicted = dataset.utilities.copy()
     predicted[0] = np.nan
-    made = pair_pools(dataset, predicted, {"c0": "b"})
+    made = candidate_arms(dataset, predicted, {"c0": "b"})
     assert len(made) == 5 and all(len(one.items) == 2 for one in made)
     assert made[0].items[0].shape == (3, 100)
     with pytest.raises(LabelError):

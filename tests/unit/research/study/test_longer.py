@@ -13,14 +13,14 @@ from simmerge_ray.research.study.longer import (
     EQUAL_LINEAR,
     ORACLE,
     PREDICTED,
-    Candidate,
+    MeasuredFold,
     candidates,
     choices,
     compare,
     pooled_utility,
     rank_agreement,
     resampled_interval,
-    unmerged,
+    unmerged_utilities,
     weighting_of,
 )
 from simmerge_ray.search.labels import EvaluationSettings, LabeledPlan, Measured
@@ -78,7 +78,7 @@ def test_weighting_is_recognised():
 
 
 def test_pooled_utility_leaves_out_tasks_without_range(catalogue):
-    utilities = unmerged(labels())
+    utilities = unmerged_utilities(labels())
     # math: (0.55 - 0.2) / (0.9 - 0.2) = 0.5; code: 1; rag: 0.
     pooled = pooled_utility({"math": 0.55, "code": 0.9, "rag": 0.7}, utilities, catalogue)
     assert pooled == pytest.approx((0.5 + 1 + 0) / 3)
@@ -93,10 +93,10 @@ def test_candidates_are_measured_on_all_tasks_of_their_members(catalogue):
     assert {one.plan.id for one in candidates(partly, catalogue)} == {plan.id for plan in plans()[1:]}
 
 
-def chosen_of(catalogue: Catalogue, predicted: dict[str, float]) -> dict[str, list[Candidate]]:
+def chosen_of(catalogue: Catalogue, predicted: dict[str, float]) -> dict[str, list[MeasuredFold]]:
     group = candidates(labels(), catalogue)
     linear = [one for one in group if one.arm == "linear"]
-    return choices(group, predicted, TIES.label, unmerged(labels()), catalogue, linear)
+    return choices(group, predicted, TIES.label, unmerged_utilities(labels()), catalogue, linear)
 
 
 def test_policies_take_the_plans_that_they_name(catalogue):
@@ -114,7 +114,8 @@ def test_comparison_by_hand(catalogue):
     ids = [plan.id for plan in plans()]
     chosen = chosen_of(catalogue, {name: float(n == 3) for n, name in enumerate(ids)})
     rows = {
-        row["policy"]: row for row in compare({("base", MEMBERS, "equal"): chosen}, {"base": unmerged(labels())}, OWN)
+        row["policy"]: row
+        for row in compare({("base", MEMBERS, "equal"): chosen}, {"base": unmerged_utilities(labels())}, OWN)
     }
     assert rows[PREDICTED]["difference"] == 0.0
     # 0.6 on all three tasks, of which the experts reach 0.9.
@@ -130,7 +131,7 @@ def test_interval_keeps_bases_and_subsets_together():
     constant = np.array([float(unit[0][1]) for unit in units])
     low, high = resampled_interval(constant, units)
     assert low <= 0.75 and high >= 2.25  # four bases that differ and nothing inside them
-    assert resampled_interval(np.ones(40), units) == (1.0, 1.0)
+    assert resampled_interval(np.ones(40), units) == [1.0, 1.0]
 
 
 def test_rank_agreement(catalogue):

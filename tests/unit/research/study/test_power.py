@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.research.study.power import Spread, estimate_spread, simulate
+from simmerge_ray.research.study.power import Spread, estimate_spread, simulate_power
 
 
 def drawn(checkpoint: float, rest: float, num: int = 60) -> tuple[list[float], list[tuple[str, str]]]:
@@ -31,7 +31,7 @@ def test_too_few_merges_are_refused():
 
 def test_error_is_that_of_the_model_and_power_grows():
     spread = Spread(0.0, 0.0, 10.0, 50)
-    small, large = (simulate(spread, bases, 4, 3.0, 0.0, 300, 200) for bases in (4, 16))
+    small, large = (simulate_power(spread, bases, 4, 3.0, 0.0, 300, 200) for bases in (4, 16))
     # Four experts of four domains: six pairs a base, all independent.
     assert small.error == pytest.approx(10 / np.sqrt(24), rel=0.15)
     assert large.error == pytest.approx(10 / np.sqrt(96), rel=0.15)
@@ -40,4 +40,4 @@ def test_error_is_that_of_the_model_and_power_grows():
 
 
 def test_without_a_gain_it_is_seldom_found():
-    assert simulate(Spread(0.0, 2.0, 10.0, 50), 8, 4, 0.0, 2.0, 400, 200).power <= 0.05
+    assert simulate_power(Spread(0.0, 2.0, 10.0, 50), 8, 4, 0.0, 2.0, 400, 200).power <= 0.05

@@ -13,7 +13,7 @@ from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, fold_plan
-from simmerge_ray.research.study.longer import unmerged
+from simmerge_ray.research.study.longer import unmerged_utilities
 from simmerge_ray.research.study.subset_choice import compare_subsets, labelled_choices, relative_prediction
 from simmerge_ray.search.labels import EvaluationSettings, LabeledPlan, Measured
 
@@ -65,7 +65,7 @@ def test_every_subset_must_be_labelled(labels, catalogue):
 
 
 def test_predictions_are_pooled_like_measurements(labels, catalogue):
-    utilities = unmerged(labels)
+    utilities = unmerged_utilities(labels)
     assert relative_prediction({"math": (0.5, 0.1), "code": (0.7, 0.1)}, utilities, catalogue) == pytest.approx(0.5)
     utilities["math"]["a"] = utilities["math"]["c"] = 0.8  # the best there
     assert relative_prediction({"math": (0.5, 0.1), "code": (0.7, 0.1)}, utilities, catalogue) == pytest.approx(0.55)
@@ -77,7 +77,7 @@ def test_predictions_are_pooled_like_measurements(labels, catalogue):
 def test_regret_of_every_policy(labels, catalogue):
     choices = labelled_choices(labels, catalogue, list(OWN), LABELS)
     predicted = {choice.plan.id: choice.relative if len(choice.subset) == 2 else -1.0 for choice in choices}
-    rows = compare_subsets(choices, predicted, "linear", table(), unmerged(labels), catalogue)
+    rows = compare_subsets(choices, predicted, "linear", table(), unmerged_utilities(labels), catalogue)
     pairs = {row["policy"]: row for row in rows if row["size"] == 2}
     assert pairs["predicted"]["chosen"] == ["a", "b"] and pairs["predicted"]["regret"] == 0.0
     assert pairs["predicted subset, best fixed arm"]["regret"] == pytest.approx(0.2)

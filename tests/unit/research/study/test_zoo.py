@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from simmerge_ray.research.study.zoo import LARGE_RECIPE, REPLAY, base_of, draw_experts, zoo_part
+from simmerge_ray.research.study.zoo import LARGE_RECIPE, REPLAY, draw_experts, zoo_part
 from simmerge_ray.research.zoo.domains import DOMAINS
 from simmerge_ray.research.zoo.recipe import BASE_RECIPE, EXPERT_RECIPES
 
@@ -27,7 +27,7 @@ def test_every_domain_has_its_experts_and_all_kinds_occur():
 
 def test_parts_share_no_checkpoint_with_each_other_or_with_the_demo():
     parts = [zoo_part(1, 2), zoo_part(2, 2), zoo_part(1, 2, large=True)]
-    bases = base_of(parts)
+    bases = {expert.name: part.base_id for part in parts for expert in part.experts}
     assert len(bases) == 24 and set(bases.values()) == {"s1-base", "s2-base", "l1-base"}
     assert not set(bases) & {recipe.name for recipe in EXPERT_RECIPES}
     assert parts[0].base != BASE_RECIPE and parts[2].base.num_layers > BASE_RECIPE.num_layers

@@ -1,5 +1,7 @@
 """The domains: what is trained on, probed and evaluated never meets, and every example fits the model."""
 
+from itertools import islice
+
 import pytest
 
 from simmerge_ray.base.errors import InputError
@@ -13,9 +15,12 @@ from simmerge_ray.research.zoo.domains import (
     example_stream,
     probe_texts,
     split_of,
-    training_examples,
 )
 from simmerge_ray.research.zoo.model import build_tokenizer
+
+
+def training_examples(domain: str, num: int, seed: int) -> list[Example]:
+    return list(islice(example_stream(domain, Split.TRAINING, seed), num))
 
 
 @pytest.fixture(params=sorted(DOMAINS))

@@ -12,7 +12,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from simmerge_ray.base.errors import BanditError
-from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule, with_prior_mean
+from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.bandit.propensities import (
     Draws,
@@ -155,7 +155,7 @@ def test_suggest_learns_nothing_and_can_be_replayed():
 def test_a_later_arm_changes_no_other_draw():
     tried = policy()
     before = tried.suggest(Z, "decision")
-    tried.add_arm("sce", with_prior_mean(GaussianPosterior.prior(2), tried.posterior("ties").mean))
+    tried.add_arm("sce", GaussianPosterior.prior(2, mean=tried.posterior("ties").mean))
     after = tried.suggest(Z, "decision")
     assert after.draws[:3].tobytes() == before.draws.tobytes() and after.arms[3] == "sce"
     assert after.means[3] == pytest.approx(tried.posterior("ties").marginal(Z)[0])

@@ -11,14 +11,16 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.signals.propagation.bound import member_shares
 from simmerge_ray.signals.propagation.halfway import curve_shares
 from simmerge_ray.signals.propagation.interface import Intermediate, members
-from simmerge_ray.signals.propagation.mixture import mixed_outputs
+from simmerge_ray.signals.propagation.outputs import mixed_outputs
 from simmerge_ray.signals.propagation.second_order import (
+    AllPoints,
+    PairedSides,
     centred_gram,
     closed_cosine,
     mixed_distance,
     quadratic_divergence,
 )
-from simmerge_ray.signals.propagation.span import blend, blend_shares, gram_products, kth_largest, trimmed
+from simmerge_ray.signals.propagation.span import blend, blend_shares, kth_largest, trimmed
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace
 from simmerge_ray.signals.signature import TaskOutputs
 from tests import reference
@@ -33,6 +35,18 @@ ARMS = (
 )
 weights = st.floats(0.0, 1.0)
 steps = st.lists(st.tuples(st.sampled_from(ARMS), weights, st.integers(0, 99), st.integers(0, 99)), max_size=4)
+
+
+def gram_products(gram, left, right):
+    """Inner products of two coefficient vectors (K,) by the Gram matrix (K, K) of [base, task vectors]."""
+
+    def products(centred):
+        origin = np.zeros(len(gram))
+        origin[0] = float(centred)
+        a, b = left - origin, right - origin
+        return float(a @ gram @ a), float(a @ gram @ b), float(b @ gram @ b)
+
+    return products
 
 
 def textbook(arm, base, left, right, weight):
@@ -128,17 +142,20 @@ def test_quadratic_forms_are_exact_for_points_that_mix_linearly(seed, num, dimen
     left, right = (v / v.sum() for v in generator.uniform(0.1, 1.0, (2, num)))
     distance = np.linalg.norm(x[:, None] - x[None], axis=2)
     expected = np.linalg.norm(left @ x - right @ x)
-    assert mixed_distance(distance, left, right) == pytest.approx(expected, abs=1e-6)
+    sides = PairedSides(left[None], right[None])
+    assert mixed_distance(distance, sides)[0] == pytest.approx(expected, abs=1e-6)
+    to_points = np.linalg.norm(left @ x - x, axis=1)
+    np.testing.assert_allclose(mixed_distance(distance, AllPoints(left[None]))[0], to_points, atol=1e-6)
     np.testing.assert_allclose(
         centred_gram(distance), (x - x[0]) @ (x - x[0]).T, atol=1e-12 * (1 + distance.max() ** 2)
     )
     one = np.eye(num)
-    assert quadratic_divergence(distance, one[0], one[1]) == pytest.approx(distance[0, 1])
+    assert quadratic_divergence(distance, PairedSides(one[:1], one[1:2]))[0] == pytest.approx(distance[0, 1])
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    assert closed_cosine(unit @ unit.T, left, right) == pytest.approx(
+    assert closed_cosine(unit @ unit.T, sides)[0] == pytest.approx(
         reference.cosine(left @ unit, right @ unit), abs=1e-9
     )
-    assert closed_cosine(unit @ unit.T, one[0], one[0]) == pytest.approx(1.0)
+    assert closed_cosine(unit @ unit.T, PairedSides(one[:1], one[:1]))[0] == pytest.approx(1.0)
 
 
 def outputs_of(logits):

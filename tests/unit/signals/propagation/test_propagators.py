@@ -13,7 +13,7 @@ from simmerge_ray.base.errors import ConfigError, OperatorError, PlanError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.merging.compile import compile_plan
-from simmerge_ray.merging.engine.compute import Seeds
+from simmerge_ray.merging.engine.seeds import Seeds
 from simmerge_ray.merging.in_memory import merged_tensors
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, make_arm, parse_arm
 from simmerge_ray.plans.plan import MergePlan, MergeStep, fold_plan, resolve_plan, unmerged
@@ -195,14 +195,14 @@ def test_random_operators_draw_the_masks_of_the_merge(evidence, catalogue, propa
     *_, merged = merged_steps(plan, catalogue)
     virtual = propagators["virtual"]
     name = "model.layers.0.input_layernorm.weight"
-    space = virtual._spaces[name]
-    found = space.sampled(space.with_base(virtual._checkpoint(plan_results(plan)[1])[name]))
+    space = virtual.merges[name].space
+    found = space.sampled(space.with_base(virtual.merges[name].of(plan_results(plan)[1])))
     np.testing.assert_allclose(found, merged[name].numpy(), rtol=1e-5, atol=1e-6)
     seeds = Seeds(graph := compile_plan(resolve_plan(plan, catalogue)))
     node = next(output for output in graph.outputs if output.name == name).node
     last = plan_results(plan)[1]
     for part, source in zip((last.left, last.right), node.sources, strict=True):
-        assert virtual._merges[name].seed(last, part) == seeds.of(source, 2, name)
+        assert virtual.merges[name].seed(last, part) == seeds.of(source, 2, name)
 
 
 def heavy_tailed(generator, shape):
@@ -237,8 +237,8 @@ def test_ties_on_tensors_much_larger_than_the_sample(depth):
     for step in plan.steps[:depth]:
         merged = ties_of(merged, vectors[step.right].astype(np.float64), step.weight, 0.2)
     left, right = plan_sources(plan)[depth]
-    space = virtual._spaces[name]
-    found, other = (virtual._checkpoint(source)[name] for source in (left, right))
+    space = virtual.merges[name].space
+    found, other = (virtual.merges[name].of(source) for source in (left, right))
     truth = vectors[right].astype(np.float64)
     (square, dot), (_, other_square) = space.products([found, other])
     assert math.sqrt(square) == pytest.approx(np.linalg.norm(merged), rel=0.01)
@@ -276,7 +276,7 @@ def test_what_no_checkpoint_moved_stays_where_it_is(evidence):
     virtual = Virtual(SignalTable(feature_columns(True), {}, {"base": "base"}), ids, evidence.outputs, weights, sums)
     arms = [parse_arm("linear"), parse_arm("ties(density=1)")]
     source = plan_results(fold_plan(("a", "b", "c"), arms))[-1]
-    merged = virtual._spaces[name].sampled(virtual._checkpoint(source)[name])
+    merged = virtual.merges[name].space.sampled(virtual.merges[name].of(source))
     np.testing.assert_allclose(merged, 0.25, rtol=1e-6)
 
 
@@ -398,7 +398,7 @@ def test_plans_share_intermediates(propagators):
     assert plan_results(plans[0]) == plan_results(plans[1])
     virtual = propagators["virtual"]
     virtual.steps(plans[0], "add")
-    (merges, *_) = virtual._merges.values()
+    (merges, *_) = virtual.merges.values()
     before = merges.of.cache_info().misses
     virtual.steps(plans[1], "copy")
     assert merges.of.cache_info().misses == before

@@ -11,8 +11,8 @@ from simmerge_ray.plans.plan import MergePlan, MergeStep, fold_plan
 from simmerge_ray.signals.compute import matrix_entry
 from simmerge_ray.signals.pairs import output_matrices
 from simmerge_ray.signals.propagation import tensor_merges, virtual
-from simmerge_ray.signals.propagation.compare import OutputPairs, prepared_outputs
 from simmerge_ray.signals.propagation.interface import PlanStep, fold_path, plan_sources
+from simmerge_ray.signals.propagation.outputs import OutputPairs, prepared_outputs
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace, VirtualTensor
 from simmerge_ray.signals.signature import TaskOutputs
 

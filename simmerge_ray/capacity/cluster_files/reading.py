@@ -1,0 +1,34 @@
+"""Reading a cluster file: which kinds there are, and what is none of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simmerge_ray.base.errors import ConfigError
+
+# Kinds, each by the keys that only it has.
+LAUNCHER, SERVE, KUBERNETES = ("available_node_types",), ("applications",), ("apiVersion", "kind")
+
+
+def read_documents(path: Path) -> list[dict[str, Any]]:
+    """The YAML documents of a file of the cluster launcher, of Serve or of Kubernetes.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        documents = [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not documents or not all(isinstance(document, dict) for document in documents):
+        raise ConfigError(f"{path} is no cluster file: it has no mapping")
+    for content in documents:
+        if not any(content.keys() >= set(keys) for keys in (LAUNCHER, SERVE, KUBERNETES)):
+            raise ConfigError(
+                f"{path} is no cluster file: it has no available_node_types (ray up), applications (serve deploy), "
+                "or apiVersion and kind (Kubernetes)"
+            )
+    return documents

@@ -1,0 +1,33 @@
+"""`simmerge demo` and `simmerge zoo`: the whole chain on small checkpoints, or these alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simmerge_ray.base.runs import RunLayout
+
+
+def demo(run: Annotated[Path, typer.Argument(help="directory of the run")] = Path("runs/demo")) -> None:
+    """Run the whole chain on a small zoo: train, signals, search, selector, pick, merge, report."""
+    from simmerge_ray.base.progress import narrated
+
+    layout = RunLayout(run)
+    with narrated(layout.log) as narrator:
+        from simmerge_ray.pipelines.demo import closing_lines, run_demo
+
+        run_demo(layout, narrator)
+        narrator.print_lines(closing_lines(layout))
+
+
+def zoo(run: Annotated[Path, typer.Argument(help="directory of the run; the zoo goes to RUN/zoo")]) -> None:
+    """Train the demo's fine-tuned checkpoints, with probes and tasks."""
+    from simmerge_ray.base.progress import narrated
+
+    layout = RunLayout(run)
+    with narrated(layout.log) as narrator:
+        from simmerge_ray.pipelines.demo import zoo_stage
+
+        zoo_stage(layout, narrator)

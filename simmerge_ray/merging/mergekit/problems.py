@@ -1,0 +1,66 @@
+"""What is wrong with a file, collected: every problem is reported, in one message."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from simmerge_ray.base.errors import PlanError
+
+_REMEDIES = {
+    "modules": "'modules' is not supported; merge models of one stack of layers with 'models' or 'slices'",
+    "chat_template": "'chat_template' is not supported; the template comes with the tokenizer of tokenizer_source",
+    "residual_weight": "'residual_weight' has no effect in mergekit either; remove it",
+}
+_SHOWN_PROBLEMS = 40
+
+
+def raise_problems(problems: Iterable[str], title: str) -> None:
+    """One PlanError with all problems, one a line; none is no error."""
+    if lines := list(dict.fromkeys(problems)):
+        shown = lines[:_SHOWN_PROBLEMS]
+        shown += [f"and {len(lines) - _SHOWN_PROBLEMS} more"] if len(lines) > _SHOWN_PROBLEMS else []
+        raise PlanError("\n  ".join([title, *shown]))
+
+
+def shorten(value: object) -> str:
+    """A value of the file, shortened."""
+    return reprlib.repr(value)
+
+
+class Problems:
+    """The problems of one document, each with its place; `root` is the place of the document itself."""
+
+    def __init__(self, lines: list[str], root: str) -> None:
+        self._lines, self._root = lines, root
+
+    def report(self, place: str, message: str) -> None:
+        place = ".".join(filter(None, (self._root, place)))
+        self._lines.append(f"{place}: {message}" if place else message)
+
+    def mapping(self, value: object, place: str, known: Iterable[str]) -> dict[str, Any] | None:
+        """`value` with its known keys, the others reported; None if it is no mapping."""
+        if not isinstance(value, Mapping):
+            self.report(place, f"a mapping is needed, got {shorten(value)}")
+            return None
+        known = tuple(known)
+        for key in value:
+            if key not in known:
+                where = f"{place}.{key}" if place else str(key)
+                if key in _REMEDIES:
+                    self.report(where, _REMEDIES[key])
+                else:
+                    near = difflib.get_close_matches(str(key), known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                    self.report(where, f"unknown key; {hint}")
+        return {key: value[key] for key in value if key in known}
+
+    def list_of(self, value: object, place: str) -> list[Any]:
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            self.report(place, f"a list is needed, got {shorten(value)}")
+            return []
+        return value

@@ -1,0 +1,51 @@
+"""Labels as contexts: what was measured of both parents and of every arm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from simmerge_ray.search.headroom import Context
+from simmerge_ray.search.labels.outcomes import LabeledPlan, Measured, check_comparable
+
+
+def single_items(labels: Iterable[LabeledPlan]) -> dict[tuple[str, str], np.ndarray]:
+    """Per-item utilities of unmerged checkpoints by (checkpoint id, task)."""
+    return {
+        (label.plan.source, label.task): label.outcome.items
+        for label in labels
+        if label.plan.source is not None and isinstance(label.outcome, Measured)
+    }
+
+
+def measures_arm(label: LabeledPlan) -> bool:
+    """Whether it measures an arm on a pair: one step with equal weights, as arms are defined."""
+    plan = label.plan
+    return (
+        len(plan.steps) == 1 and plan.steps[0].weight == 0.5 and not plan.seed and isinstance(label.outcome, Measured)
+    )
+
+
+def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Context]:
+    """Contexts (pair, task) in which every one of `arms` and both parents were measured, sorted.
+
+    An arm is measured by its plan with equal weights; what a search tries beside that does not stand for it.
+
+    Raises:
+        LabelError: two labels disagree on the items, evaluator or settings, so they must not be compared.
+    """
+    check_comparable(labels)
+    singles = single_items(labels)
+    found: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
+    for label in labels:
+        if measures_arm(label) and isinstance(label.outcome, Measured):
+            step = label.plan.steps[0]
+            left, right = sorted((step.left, step.right))
+            found.setdefault((left, right, label.task), {})[step.arm.label] = label.outcome.items
+    contexts = []
+    for (left, right, task), utilities in sorted(found.items()):
+        parents = [singles.get((parent, task)) for parent in (left, right)]
+        if all(arm in utilities for arm in arms) and parents[0] is not None and parents[1] is not None:
+            contexts.append(Context(left, right, task, {arm: utilities[arm] for arm in arms}, parents[0], parents[1]))
+    return contexts

@@ -1,0 +1,165 @@
+"""Labels as rows of Parquet files: written, read, and checked for contradictions."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from simmerge_ray.base.errors import LabelError, StorageError
+from simmerge_ray.base.storage import digest_bytes, read_bytes
+from simmerge_ray.plans.plan import plan_from_json
+from simmerge_ray.search.labels.outcomes import (
+    Evaluated,
+    EvaluationSettings,
+    Infeasible,
+    LabeledPlan,
+    Measured,
+    Outcome,
+    Stopped,
+)
+
+# Schema 2 has stopped trials, which a reader of schema 1 would take for measured ones.
+LABEL_SCHEMA = 2
+_KNOWN_SCHEMAS = (1, 2)
+_ARROW_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()), ("plan_id", pa.string()), ("plan", pa.string()), ("label", pa.string()),
+        ("task", pa.string()), ("task_digest", pa.string()), ("utility", pa.float64()), ("se", pa.float64()),
+        ("items", pa.list_(pa.float32())), ("infeasible", pa.string()), ("seconds", pa.float64()),
+        ("evaluator", pa.string()), ("settings", pa.string()), ("checkpoints", pa.string()), ("versions", pa.string()),
+        ("schema", pa.int64()), ("same_as", pa.string()), ("stopped", pa.bool_()), ("num_items", pa.int64()),
+        ("operators", pa.string()), ("members", pa.list_(pa.string())),
+    ]
+)  # fmt: skip
+_ROUNDING = 1e-6  # items are float32; rows of schema 1 have the mean of what they were before
+
+
+def row_digest(row: Mapping[str, Any]) -> str:
+    return digest_bytes(json.dumps(row, sort_keys=True).encode())
+
+
+def file_name(rows: Sequence[Mapping[str, Any]]) -> str:
+    """By all that the rows say: were it their keys alone, a later outcome would overwrite an earlier one."""
+    return f"{digest_bytes(*(row_digest(row).encode() for row in rows))}.parquet"
+
+
+def parquet_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The file of some rows."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_ARROW_SCHEMA), buffer)
+    return buffer.getvalue()
+
+
+def to_row(label: LabeledPlan) -> dict[str, Any]:
+    outcome = label.outcome
+    evaluated = None
+    if not isinstance(outcome, Infeasible):
+        # As stored, so that `utility` is the mean of `items`, and a label that is read makes the same row again.
+        evaluated = Evaluated(outcome.items.astype(np.float32).astype(np.float64))
+    return {
+        "key": label.key,
+        "plan_id": label.plan.id,
+        "plan": json.dumps(label.plan.to_json()),
+        "label": label.plan.label,
+        "task": label.task,
+        "task_digest": label.task_digest,
+        "utility": evaluated.utility if evaluated else None,
+        "se": evaluated.standard_error if evaluated else None,
+        "items": evaluated.items.tolist() if evaluated else None,
+        "infeasible": outcome.reason if isinstance(outcome, Infeasible) else None,
+        "seconds": label.seconds,
+        "evaluator": label.settings.evaluator,
+        "settings": json.dumps(vars(label.settings), sort_keys=True),
+        "checkpoints": json.dumps(dict(label.checkpoints), sort_keys=True),
+        "versions": json.dumps(dict(label.versions), sort_keys=True),
+        "schema": LABEL_SCHEMA,
+        "same_as": label.same_as,
+        "stopped": isinstance(outcome, Stopped),
+        "num_items": len(evaluated.items) if evaluated else 0,
+        "operators": " ; ".join(step.arm.label for step in label.plan.steps),
+        "members": list(label.plan.members),
+    }
+
+
+def _read_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of a file. Raises LabelError for what is no label file, FileNotFoundError for what is not there any more."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(name)), pre_buffer=False)
+        rows: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()  # a store has thousands of small files
+    except (FileNotFoundError, StorageError):
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise LabelError(f"{name} is not a label file: {error}") from None
+    for row in rows:
+        if row.get("schema") not in _KNOWN_SCHEMAS:
+            known = " and ".join(map(str, _KNOWN_SCHEMAS))
+            raise LabelError(f"{name} has label schema {row.get('schema')}, this version reads {known}")
+    return rows
+
+
+def _from_row(name: str, number: int, row: Mapping[str, Any]) -> LabeledPlan:
+    try:
+        outcome: Outcome
+        if row["infeasible"] is not None:
+            outcome = Infeasible(row["infeasible"])
+        elif row["items"] is None:
+            raise ValueError("neither items nor a reason why there are none")
+        else:
+            kind = Stopped if row.get("stopped") else Measured
+            outcome = kind(np.array(row["items"], dtype=np.float64))
+        return LabeledPlan(
+            plan=plan_from_json(json.loads(row["plan"])),
+            task=row["task"],
+            task_digest=row["task_digest"],
+            outcome=outcome,
+            settings=EvaluationSettings(**json.loads(row["settings"])),
+            checkpoints=json.loads(row["checkpoints"]),
+            seconds=row["seconds"],
+            versions=json.loads(row["versions"]),
+            same_as=row.get("same_as"),  # older files lack it
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise LabelError(f"{name}, row {number}: {error}") from None
+
+
+def read_labels(name: str) -> list[LabeledPlan]:
+    return [_from_row(name, number, row) for number, row in enumerate(_read_rows(name), 1)]
+
+
+def check_rows(name: str) -> tuple[list[LabeledPlan], list[str]]:
+    """Labels of a file up to the first that cannot be read, and its problems."""
+    labels: list[LabeledPlan] = []
+    problems: list[str] = []
+    try:
+        for number, row in enumerate(_read_rows(name), 1):
+            labels.append(_from_row(name, number, row))
+            problems += [f"{name}, row {number}: {problem}" for problem in _row_problems(row, labels[-1])]
+    except LabelError as error:
+        problems.append(str(error))
+    return labels, problems
+
+
+def _row_problems(row: Mapping[str, Any], label: LabeledPlan) -> list[str]:
+    """Where a row contradicts itself."""
+    problems = []
+    if row["key"] != label.key:
+        problems.append(f"key {row['key']} does not belong to {label.plan.label} on {label.task}")
+    if isinstance(label.outcome, Infeasible):
+        return problems
+    items = label.outcome.items
+    if not len(items):
+        return [*problems, "has no items"]
+    if row.get("num_items") not in (None, len(items)):
+        problems.append(f"num_items is {row['num_items']}, it has {len(items)}")
+    outside = items[~((items >= 0) & (items <= 1))]
+    if len(outside):
+        problems.append(f"items outside [0, 1]: {', '.join(f'{item:.6g}' for item in outside[:3])}")
+    elif row["utility"] is None or abs(row["utility"] - label.outcome.utility) > _ROUNDING:
+        problems.append(f"utility is {row['utility']}, the mean of its items is {label.outcome.utility:.6g}")
+    return problems

@@ -1,0 +1,202 @@
+"""Cross-validation: the folds of a data set, and the predictions and choices that are compared on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.errors import LabelError
+from simmerge_ray.selector.assessment.baselines import (
+    BASELINES,
+    Policy,
+    parents_utilities,
+    permuted_signals,
+    single_checkpoint_features,
+)
+from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.scoring import Scoring, keeping_no_parent, units_of
+from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
+from simmerge_ray.selector.models.model import FittedModel
+from simmerge_ray.selector.models.novelty import fit_novelty
+from simmerge_ray.selector.models.policy import INTERVAL_LEVELS, safe_scores
+from simmerge_ray.selector.models.train import calibrate, check_enough, fit_models, predict_folds, usable_folds
+
+OBJECTIVES = ("per_merge", "per_context")
+PERMUTED = "signals permuted"
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """A data set, its folds, and what every policy is fitted and scored with."""
+
+    dataset: SelectionDataset
+    config: TrainConfig
+    folds: list[Fold]
+    scoring: Scoring
+
+    @staticmethod
+    def of(dataset: SelectionDataset, config: TrainConfig, folds: Sequence[Fold] | None) -> CrossValidation:
+        """On the given folds; None leaves checkpoints out.
+
+        Raises:
+            LabelError: a fold is too small to train on, or there is nothing to leave out.
+        """
+        if folds is None:
+            folds = checkpoint_folds(pairs_of(dataset.contexts), config.num_folds, config.seed)
+        folds = [fold for fold in folds if fold.tested]
+        for fold in folds:
+            check_enough(dataset.subset(fold.training), len(dataset.arms))
+        if not folds:
+            raise LabelError("there are no contexts to leave out: search more pairs")
+        return CrossValidation(dataset, config, list(folds), Scoring.of(dataset.contexts, dataset.arms))
+
+    def models(self, dataset: SelectionDataset, config: TrainConfig) -> list[FittedModel]:
+        """One for each fold; the features may differ from those of the cross-validation."""
+        return fit_models(dataset, [fold.training for fold in self.folds], config)
+
+    def predictions(self, models: Sequence[FittedModel], dataset: SelectionDataset | None = None) -> list[np.ndarray]:
+        return predict_folds(dataset or self.dataset, self.folds, models)
+
+    def unseen(self, dataset: SelectionDataset, config: TrainConfig) -> np.ndarray:
+        """(N, K): the averaged predictions of models fitted for it."""
+        return self.averaged(self.predictions(self.models(dataset, config), dataset))
+
+    def averaged(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        return fold_mean(self.folds, values, len(self.dataset.contexts))
+
+    def best_fixed(self) -> tuple[str, ...]:
+        arms = self.dataset.arms
+        found = [""] * len(self.dataset.contexts)
+        for fold in self.folds:
+            arm = arms[self.scoring.among(fold.training).best_fixed(len(arms))]
+            for row in fold.tested:
+                found[row] = found[row] or arm
+        return tuple(arm or arms[0] for arm in found)
+
+    def baseline(self, policy: Policy) -> np.ndarray:
+        """(N, K + 2): its scores."""
+        return self.averaged([policy(self.dataset, self.scoring, fold.training, fold.tested) for fold in self.folds])
+
+    def baseline_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Scores (N, K + 2) by baseline, and why one has none."""
+        return _possible({name: partial(self.baseline, policy) for name, policy in BASELINES.items()})
+
+    def control_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Scores of the same model on part of the signals and on those of other pairs; and why one has none."""
+        controls = {
+            "single-checkpoint features": lambda: self.unseen(single_checkpoint_features(self.dataset), self.config),
+            "parents' utilities": lambda: self.unseen(parents_utilities(self.dataset), self.config),
+            PERMUTED: lambda: self.averaged(self._permuted_predictions()),
+        }
+        predicted, missing = _possible(controls)
+        return {name: keeping_no_parent(values) for name, values in predicted.items()}, missing
+
+    def _permuted_predictions(self) -> list[np.ndarray]:
+        # All folds in one data set, so that networks are trained side by side: rows of fold i start at i * N.
+        num, seed, statistics = len(self.dataset.contexts), self.config.seed, self.dataset.statistics
+        joined = replace(
+            self.dataset,
+            contexts=self.dataset.contexts * len(self.folds),
+            features=np.concatenate(
+                [permuted_signals(self.dataset, fold.training, seed).features for fold in self.folds]
+            ),
+            utilities=np.tile(self.dataset.utilities, (len(self.folds), 1)),
+            statistics=None if statistics is None else np.tile(statistics, (len(self.folds), 1)),
+        )
+        parts = [[i * num + row for row in fold.training] for i, fold in enumerate(self.folds)]
+        return self.predictions(fit_models(joined, parts, self.config))
+
+
+def _possible(makers: Mapping[str, Callable[[], np.ndarray]]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What the labels suffice for, by name; and the reasons why not for the others."""
+    made, missing = {}, {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except LabelError as error:
+            missing[name] = str(error)
+    return made, missing
+
+
+@dataclass(frozen=True)
+class SafeResults:
+    """Results of the safe override and of the intervals, chosen inside each fold.
+
+    scores: per objective (N, K) one-hot choices averaged over folds. thresholds: per fold, None for infinity.
+    abstained: share of (fold, pair) too far from the training data. covered: per level, share of measured utilities
+    inside. width: per level, mean half-width.
+    """
+
+    scores: Mapping[str, np.ndarray]
+    thresholds: list[float | None]
+    abstained: float
+    covered: dict[str, float]
+    width: dict[str, float]
+
+
+def small_config(config: TrainConfig) -> TrainConfig:
+    """Smaller ensembles, for many models that are only compared with each other or give a threshold."""
+    return config.model_copy(
+        update={"num_members": min(2, config.num_members), "num_trees": max(1, config.num_trees // 4)}
+    )
+
+
+def _inner_folds(crossval: CrossValidation) -> list[list[Fold]]:
+    """For every fold the folds inside its training part, of the whole data set's groups of checkpoints."""
+    config = crossval.config
+    every = checkpoint_folds(pairs_of(crossval.dataset.contexts), config.num_folds, config.seed)
+    return [usable_folds([one.among(fold.training) for one in every]) for fold in crossval.folds]
+
+
+def safe_results(
+    crossval: CrossValidation, models: Sequence[FittedModel], predicted: Sequence[np.ndarray]
+) -> SafeResults:
+    """Choose thresholds and intervals inside each fold. models, predicted: of the (outer) folds."""
+    dataset, config, inner = crossval.dataset, crossval.config, _inner_folds(crossval)
+    # Leaving out A, then B, is leaving out B, then A: with one checkpoint a fold half of the models are enough.
+    distinct = {fold.training: None for folds in inner for fold in folds}
+    fitted = fit_models(dataset, list(distinct), small_config(config)) if distinct else []
+    model_of = dict(zip(distinct, fitted, strict=True))
+    pairs, arms = pairs_of(dataset.contexts), dataset.arms
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in OBJECTIVES}
+    thresholds: list[float | None] = []
+    distant, inside, widths = [], [], []
+    for fold, folds, model, utility in zip(crossval.folds, inner, models, predicted, strict=True):
+        inner_predicted = predict_folds(dataset, folds, [model_of[one.training] for one in folds])
+        training = list(fold.training)
+        standardised = model.standardised(dataset.features[training])
+        novelty = fit_novelty(standardised, [pairs[i] for i in training], config.novelty_quantile)
+        tested = list(fold.tested)
+        far = novelty.distances(model.standardised(dataset.features[tested])) > novelty.limit
+        distant.append(far)
+        best = arms[crossval.scoring.among(training).best_fixed(len(arms))]
+        override = intervals = None
+        if folds:
+            override, intervals = calibrate(dataset, folds, inner_predicted, crossval.scoring.among(training))
+        threshold = override.threshold if override else np.inf
+        thresholds.append(None if np.isinf(threshold) else threshold)
+        for name in OBJECTIVES:
+            chosen = np.tile(np.eye(len(arms))[arms.index(best)], (len(tested), 1))
+            for rows in units_of([dataset.contexts[row] for row in tested], name == "per_merge"):
+                if override is not None:
+                    pooled, known = utility[rows].mean(0)[None], np.array([not far[rows].any()])
+                    chosen[rows] = safe_scores(override, arms, pooled, known)
+            scores[name].append(chosen)
+        if intervals is not None:
+            errors = np.abs(utility - dataset.utilities[tested])
+            inside.append(errors[None] <= intervals.half_widths[:, None])
+            widths.append(intervals.half_widths.mean(1))
+    covered = np.concatenate(inside, axis=1).mean((1, 2)) if inside else np.zeros(0)
+    width = np.mean(widths, axis=0) if widths else np.zeros(0)
+    levels = [str(level) for level in INTERVAL_LEVELS]
+    return SafeResults(
+        {name: crossval.averaged(values) for name, values in scores.items()},
+        thresholds,
+        float(np.concatenate(distant).mean()),
+        dict(zip(levels, covered.tolist(), strict=False)),
+        dict(zip(levels, width.tolist(), strict=False)),
+    )

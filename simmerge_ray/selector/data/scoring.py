@@ -1,0 +1,111 @@
+"""How good are choices of arms? GapClosed of any policy, on the same contexts.
+
+A policy is an array of *shares* (N, A): how often it takes each option for a context. Options are the arms and, for the
+policy that does not merge, the two parents. One rule makes shares of scores (N, A): the best score of the context, or
+of all contexts of the pair together where one arm serves the whole merge; ties are split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simmerge_ray.search.headroom import Context, defined_gaps, headline
+from simmerge_ray.selector.data.splits import Pair, pairs_of
+
+PARENTS = ("parent:left", "parent:right")
+GAP_CLOSED, UTILITY = "GapClosed", "utility"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Numerators and denominators of GapClosed of the D contexts where it is defined, for A options.
+
+    rows: (D,) of the dataset. tasks: (D,). closed: (D, A). gap: (D,). unit: `GapClosed`, or `utility` where that is
+    nowhere defined: then closed is the utility itself, gap is 1, and all contexts count.
+    """
+
+    rows: np.ndarray
+    tasks: np.ndarray
+    closed: np.ndarray
+    gap: np.ndarray
+    unit: str
+
+    @staticmethod
+    def of(contexts: Sequence[Context], arms: Sequence[str]) -> Scoring:
+        """Of all contexts, options being the arms and both parents."""
+        gaps = defined_gaps([with_parents(context) for context in contexts], (*arms, *PARENTS))
+        if len(gaps.rows):
+            return Scoring(gaps.rows, np.array(gaps.tasks), gaps.closed, gaps.gap, GAP_CLOSED)
+        tasks = np.array([context.task for context in contexts])
+        return Scoring(
+            np.arange(len(contexts)), tasks, option_utilities(contexts, arms), np.ones(len(contexts)), UTILITY
+        )
+
+    def among(self, rows: Sequence[int]) -> Scoring:
+        """The contexts among the given rows, which keep their numbers."""
+        kept = np.isin(self.rows, np.asarray(rows, dtype=np.int64))
+        return Scoring(self.rows[kept], self.tasks[kept], self.closed[kept], self.gap[kept], self.unit)
+
+    def headline(self, numerators: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        """(..., D) numerators -> (...): see `search.headroom.headline`; weights: (..., D), how often each counts."""
+        return headline(self.tasks, numerators, self.gap, weights)
+
+    def fixed(self) -> np.ndarray:
+        """(A,): the headline of each option taken everywhere; NaN where no context is left."""
+        return self.headline(self.closed.T)
+
+    def best_fixed(self, num_arms: int) -> int:
+        """Of the arms, the first `num_arms` options, the one with the best headline; the first if there is none."""
+        headline = self.fixed()[:num_arms]
+        return 0 if np.isnan(headline).all() else int(np.nanargmax(headline))
+
+    def taken(self, shares: np.ndarray) -> np.ndarray:
+        """(N, A) shares -> (D,) numerators."""
+        return (shares[self.rows] * self.closed).sum(1)
+
+
+def with_parents(context: Context) -> Context:
+    """Both parents as further arms."""
+    parents = dict(zip(PARENTS, (context.left_items, context.right_items), strict=True))
+    return replace(context, arms={**context.arms, **parents})
+
+
+def option_utilities(contexts: Sequence[Context], arms: Sequence[str]) -> np.ndarray:
+    """(N, K + 2): mean utility of each arm and of both parents."""
+    return np.array(
+        [
+            [*(context.arms[arm].mean() for arm in arms), context.left_items.mean(), context.right_items.mean()]
+            for context in contexts
+        ]
+    )
+
+
+def keeping_no_parent(scores: np.ndarray) -> np.ndarray:
+    """(N, K) -> (N, K + 2): scores of the arms alone, a parent is never chosen; rows without scores stay NaN."""
+    none = np.where(np.isnan(scores).any(1, keepdims=True), np.nan, -np.inf)
+    return np.hstack([scores, none, none])
+
+
+def units_of(contexts: Sequence[Context], per_merge: bool) -> list[list[int]]:
+    """Rows that share one choice: those of a pair, or each row alone."""
+    if not per_merge:
+        return [[row] for row in range(len(contexts))]
+    found: dict[Pair, list[int]] = {}
+    for row, (left, right) in enumerate(pairs_of(contexts)):
+        found.setdefault((min(left, right), max(left, right)), []).append(row)
+    return list(found.values())
+
+
+def shares_of(scores: np.ndarray, units: Sequence[Sequence[int]]) -> np.ndarray:
+    """(N, A) scores -> (N, A) shares: the best mean score of the unit, ties split; rows without scores are NaN."""
+    shares = np.full(scores.shape, np.nan)
+    for rows in units:
+        known = [row for row in rows if not np.isnan(scores[row]).any()]
+        if known:
+            mean = scores[known].mean(0)
+            best = mean >= mean.max() - 1e-12
+            shares[known] = best / best.sum()
+    return shares

@@ -1,0 +1,165 @@
+"""A ranking of plans from a catalogue, signals, selectors and options: what `plan`, `auto` and the service ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import combinations
+
+import numpy as np
+
+from simmerge_ray.base.config import RankingConfig, RankingFiles
+from simmerge_ray.base.errors import ConfigError, PlanError, SelectorError
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.search.objectives import MEAN, WORST
+from simmerge_ray.selector.models.model import Selector, read_selector
+from simmerge_ray.selector.planning.files import SHORTLIST, default_selector
+from simmerge_ray.selector.planning.scorer import PlanScorer, Ranking
+from simmerge_ray.selector.planning.space import PlanSpace, plan_space, scorable_arms
+from simmerge_ray.selector.planning.tasks import TaskPool, task_pool
+from simmerge_ray.signals.features import scaled_features
+from simmerge_ray.signals.propagation.bound import Bound
+from simmerge_ray.signals.propagation.interface import Propagator
+from simmerge_ray.signals.propagation.second_order import SecondOrder
+from simmerge_ray.signals.table import SignalTable, read_signal_table
+
+# Propagators that need nothing but the signal table, and those that run the probes.
+_FROM_TABLE: Mapping[str, type[Bound] | type[SecondOrder]] = {"bound": Bound, "second_order": SecondOrder}
+_FROM_PROBES = ("curved", "exact")
+
+
+@dataclass(frozen=True)
+class RankingSources:
+    """What plans are ranked with.
+
+    selector: ranks the shortlist on the features of the propagator. shortlist: makes it on those of `second_order`.
+    ids: checkpoints that may be merged. own_task: of each. propagator: makes it, once, when plans are scored.
+    """
+
+    selector: Selector
+    shortlist: Selector
+    table: SignalTable
+    ids: tuple[str, ...]
+    own_task: Mapping[str, str | None]
+    propagator: Callable[[], Propagator]
+
+    @cached_property
+    def scorer(self) -> PlanScorer:
+        return PlanScorer(self.table, self.propagator(), self.selector, self.shortlist)
+
+    def request(self, config: RankingConfig) -> PlanRequest:
+        """Check the options against the sources, before anything is computed.
+
+        Raises:
+            InputError: a name is unknown, or no plan meets the constraints.
+        """
+        arms = scorable_arms(config.arms, self.selector.arms, self.table.provenance.get("base") is not None)
+        space = plan_space(self.ids, arms, config.ways, config.weighting, config.must_contain, config.exclude)
+        pool = task_pool(config.objective, config.tasks, self.table.tasks, self.table.checkpoint_ids, self.own_task)
+        return PlanRequest(self, config, space, pool)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Plans to be ranked, and the tasks that count."""
+
+    sources: RankingSources
+    config: RankingConfig
+    space: PlanSpace
+    pool: TaskPool
+
+    def rank(self, top: int) -> Ranking:
+        """The best plans.
+
+        Raises:
+            InputError: the propagator lacks something, or does not deliver what the selector was trained with.
+        """
+        return self.sources.scorer.rank(self.space, self.pool, top, self.config)
+
+    def unlike_pairs(self) -> list[tuple[str, str]]:
+        """Pairs of checkpoints that are unlike the training data of the selector on a task that counts for them."""
+        selector, table = self.sources.selector, self.sources.table
+        place = {name: index for index, name in enumerate(table.checkpoint_ids)}
+        pairs = list(combinations(self.space.ids, 2))
+        counted = self.pool.counted(np.array([[place[left], place[right]] for left, right in pairs]))
+        owners, features = [], []
+        for pair, wanted in zip(pairs, np.broadcast_to(counted, (len(pairs), len(self.pool.tasks))), strict=True):
+            for task in np.asarray(self.pool.tasks)[wanted]:
+                row = table.get(*pair, str(task))
+                owners.append(pair)
+                features.append([scaled_features(side.features, selector.columns) for side in (row, row.swap())])
+        far = selector.distances(np.array(features)) > selector.novelty.limit
+        unlike = {pair for pair, is_far in zip(owners, far, strict=True) if is_far}
+        return [pair for pair in pairs if pair in unlike]
+
+
+def read_sources(files: RankingFiles, catalogue: Catalogue, propagator: str) -> RankingSources:
+    """Read what a ranking needs, from small to large.
+
+    Raises:
+        InputError: an artifact is missing, or two do not fit each other.
+    """
+    if propagator in _FROM_PROBES and files.probes is None:
+        raise ConfigError(f"propagator {propagator!r} runs the probes; give --probes, the directory of the signals'")
+    directory = files.selector or default_selector()
+    if not (directory / SHORTLIST).exists() and directory.exists():
+        raise SelectorError(
+            f"no selector of the shortlist at {directory / SHORTLIST}; `simmerge train` writes one with the selector: "
+            "train again"
+        )
+    selector = read_selector(directory)
+    shortlist = read_selector(directory / SHORTLIST)
+    table = read_signal_table(files.signals)
+    selector.check_weights(table)
+    _check_catalogue(catalogue, table)
+    return RankingSources(
+        shortlist if propagator == SecondOrder.name else selector, shortlist, table, catalogue.ids, catalogue.own_task,
+        partial(_propagator, propagator, table, catalogue, files),
+    )  # fmt: skip
+
+
+def _propagator(name: str, table: SignalTable, catalogue: Catalogue, files: RankingFiles) -> Propagator:
+    if name in _FROM_TABLE:
+        return _FROM_TABLE[name](table)
+    from simmerge_ray.signals.propagation.evidence import read_evidence, stored_evidence
+    from simmerge_ray.signals.propagation.table import PROPAGATORS
+    from simmerge_ray.signals.signature import SignatureStore
+
+    store = SignatureStore(files.signatures or files.signals.parent / "signatures")
+    if files.probes is None:
+        return PROPAGATORS[name](stored_evidence(table, catalogue, store))
+    from simmerge_ray.checkpoints.probes import load_probe_sets
+
+    return PROPAGATORS[name](read_evidence(table, catalogue, load_probe_sets(files.probes), store))
+
+
+def _check_catalogue(catalogue: Catalogue, table: SignalTable) -> None:
+    """Refuse a table of other checkpoints, or of other contents under their names.
+
+    Raises:
+        PlanError: naming a checkpoint.
+    """
+    known = table.provenance["checkpoints"]
+    for ref in catalogue.all_refs:
+        if ref.id not in known:
+            raise PlanError(f"checkpoint {ref.id!r} is not in the signal table; `simmerge signals` on this catalogue")
+    for name, digest in catalogue.digests().items():
+        if known[name] != digest:
+            raise PlanError(f"checkpoint {name!r} has changed since its signals; run `simmerge signals` again")
+
+
+def on_fixed_tasks(config: RankingConfig, catalogue: Catalogue) -> RankingConfig:
+    """The same ranking on one set of tasks for all plans: those named, those of the objective, or all own tasks.
+
+    Measured merges are compared with each other and with checkpoints, so each cannot count on its members' own tasks.
+
+    Raises:
+        ConfigError: no checkpoint has a task of its own.
+    """
+    if config.tasks or config.objective not in (MEAN, WORST):
+        return config
+    own = sorted({name for name in catalogue.own_task.values() if name})
+    if not own:
+        raise ConfigError("the checkpoints of the catalogue have no 'task'; name the tasks that count with --task")
+    return config.model_copy(update={"tasks": tuple(own)})

@@ -1,0 +1,145 @@
+"""The report of a run, from a small made-up run directory: what it says of each part, and of what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.base.storage import read_json, write_json
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.reports.run import write_report
+from simmerge_ray.search.headroom import headroom
+from simmerge_ray.search.labels import EvaluationSettings, LabeledPlan, LabelStore, Measured
+from tests.tables import synthetic_table
+from tests.unit.selector.made_up import planted
+
+CROSSVAL = {
+    "arms": ["linear", "ties"],
+    "num_contexts": 12,
+    "num_defined": 10,
+    "min_items": 40,
+    "per_merge": {"uniform": 0.1, "best_fixed": 0.2, "selector": 0.35, "oracle": 0.5, "gain": 0.15},
+    "per_context": {"uniform": 0.1, "best_fixed": 0.25, "selector": 0.2, "oracle": 0.6, "gain": -0.05},
+    "predictions": [{"predicted": [0.4, 0.6], "measured": [0.5, 0.7]}, {"predicted": [0.3, 0.2], "measured": [0, 0.1]}],
+}
+PICK = {
+    "pair": ["m0", "m1"],
+    "arm": "ties",
+    "best_fixed": "linear",
+    "predicted": {"linear": {"utility": 0.5, "sd": 0.02}, "ties": {"utility": 0.6, "sd": 0.03}},
+    "measured": {
+        "arms": {"linear": {"add": 0.4, "copy": 0.6}, "ties": {"add": 0.7, "copy": 0.5}},
+        "parents": {"m0": {"add": 0.9, "copy": 0.1}, "m1": {"add": 0.2, "copy": 0.6}},
+    },
+    "loaded": {"add": {"transformers": 0.71}, "copy": {"transformers": 0.5, "vllm": 0.52}},
+    "num_items": {"add": 20, "copy": 24},
+}
+
+
+@pytest.fixture
+def layout(tmp_path) -> RunLayout[Path]:
+    return RunLayout(tmp_path / "run")
+
+
+def told(layout: RunLayout[Path]) -> str:
+    return write_report(layout).read_text()
+
+
+def crossval(merge: tuple[float, float] | None, context: tuple[float, float] | None) -> dict:
+    parts = {"per_merge": merge, "per_context": context}
+    return CROSSVAL | {name: CROSSVAL[name] | {"gain_interval": interval} for name, interval in parts.items()}
+
+
+def write_headroom(layout: RunLayout[Path]) -> dict:
+    room = headroom(planted().contexts, num_resamples=100).to_json()
+    write_json(layout.headroom, room)
+    return room
+
+
+def test_a_directory_without_a_run_is_refused(layout):
+    with pytest.raises(ConfigError, match="holds neither signals nor labels"):
+        write_report(layout)
+
+
+def test_signals_alone_make_a_report_with_their_maps_and_nothing_else(layout):
+    synthetic_table(3, ("s", "t")).write(layout.signals)
+    text = told(layout)
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Signals", "## Made with"]
+    assert "means over the 2 tasks' probes" in text
+    assert {path.name for path in layout.report.iterdir()} == {"report.md", "report.json", "signals.png"}
+    assert list(read_json(layout.report / "report.json")["inputs"]) == ["signals/pairs.parquet"]
+
+
+def test_headroom_is_told_for_both_objectives(layout):
+    room = write_headroom(layout)
+    text = told(layout)
+    for arm, value in room["arm_gap_closed"].items():
+        assert f"| {arm} | {value:.3f} | " in text
+    for part in (room["per_merge"], room["per_context"]):
+        low, high = part["gain_interval"]
+        assert f"{part['gain']:+.3f} [{low:+.3f}, {high:+.3f}]" in text
+    assert (layout.report / "operators.png").exists()
+
+
+def test_headroom_that_is_not_defined_says_why(layout):
+    write_json(layout.headroom, {"undefined": "no parents differ"})
+    text = told(layout)
+    assert "Not measured: no parents differ." in text and not (layout.report / "operators.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"), [((0.1, 0.2), "better"), ((-0.2, -0.1), "worse"), ((-0.1, 0.2), "not distinguishable")]
+)
+def test_the_selector_is_judged_by_its_interval(layout, interval, verdict):
+    write_headroom(layout)
+    write_json(layout.crossval, crossval(interval, None))
+    text = told(layout)
+    low, high = interval
+    gain = f"selector minus best fixed +0.150 [{low:+.3f}, {high:+.3f}], 95 % interval over checkpoints: {verdict}."
+    assert f"One arm per merge: {gain}" in text
+    assert "One arm per task: selector minus best fixed -0.050 [no interval]" in text and "12 contexts" in text
+    assert "| selector | 0.350 | 0.200 |" in text
+
+
+def test_a_selector_that_was_not_assessed_says_why(layout):
+    write_headroom(layout)
+    write_json(layout.crossval, {"reason": "too few checkpoints"})
+    assert "Not measured: too few checkpoints." in told(layout)
+
+
+def test_the_pick_is_shown_beside_what_was_measured_later(layout):
+    write_headroom(layout)
+    write_json(layout.pick / "pick.json", PICK)
+    text = told(layout)
+    assert "## The pick: ties for m0 + m1" in text and "20 items of add, 24 items of copy" in text
+    assert "| ties, picked | 0.600 ± 0.030 | 0.600 | 0.700 | 0.500 |" in text
+    assert "| linear, best fixed | 0.500 ± 0.020 | 0.500 | 0.400 | 0.600 |" in text
+    assert text.index("| ties, picked") < text.index("| linear, best fixed") < text.index("| parent m0 |")
+    assert "Best single checkpoint on both tasks together: m0" in text
+    assert "add 0.710 (transformers); copy 0.500 (transformers), 0.520 (vllm)" in text
+
+
+def test_the_zoo_shows_utilities_with_the_own_task_in_bold(layout, catalogue_path):
+    room = write_headroom(layout)
+    layout.zoo.symlink_to(catalogue_path.parent)
+    settings = EvaluationSettings("fake", "float32", 128)
+    utilities = {("m0", "add"): 1.0, ("m0", "copy"): 0.25, ("m1", "copy"): 0.75, ("m2", "add"): 0.5}
+    labels = [
+        LabeledPlan(MergePlan(source=name), task, f"items-{task}", Measured(np.full(4, value)), settings, {name: name})
+        for (name, task), value in utilities.items()
+    ]
+    LabelStore(layout.labels).append(labels)
+    text = told(layout)
+    assert "| m0 | **1.000** | 0.250 |" in text
+    assert "| m1 |  | **0.750** |" in text and "What the zoo was made to reach" not in text
+    assert room["num_contexts"]
+
+
+def test_a_report_is_made_anew_from_the_same_files(layout):
+    write_headroom(layout)
+    write_json(layout.crossval, crossval((0.1, 0.2), (0.1, 0.2)))
+    assert told(layout) == told(layout)
