@@ -53,7 +53,7 @@ def compile_plan(resolved: ResolvedPlan, check: bool = True) -> MergeGraph:
 
 
 def _mergekit_text(resolved: ResolvedPlan) -> str | None:
-    if not resolved.plan.steps:
+    if not resolved.plan.is_merge:
         return None
     try:
         return write_mergekit(resolved)
@@ -65,6 +65,15 @@ def _node(resolved: ResolvedPlan, name: str, position: float, base: CheckpointRe
     plan = resolved.plan
     if plan.source is not None:
         return Read(plan.source, name)
+    if (recipe := plan.recipe) is not None:
+        return Apply(
+            operator=recipe.arm.operator,
+            sources=tuple(Read(member, name) for member in recipe.members),
+            weights=recipe.weights_at(name, position),
+            params=tuple(sorted(recipe.arm.param_dict().items())),
+            base=Read(base.id, name) if base is not None else None,
+            step=1,
+        )
     results: dict[str, Node] = {}
 
     def source(key: str) -> Node:

@@ -1,8 +1,8 @@
 """Merge plans: which checkpoints, in which order, by which operators. No torch.
 
 A plan is a sequence of two-way steps. A step takes two sources: ids of checkpoints, or `#1`, `#2`, ... for the result
-of an earlier step; the last step's result is the merge. A plan without steps is one unmerged checkpoint (the parents
-and the base are evaluated by such plans).
+of an earlier step; the last step's result is the merge. Or a plan is a recipe, one n-ary step, or one unmerged
+checkpoint (the parents and the base are evaluated by such plans).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from simmerge_ray.plans.operators.specs import (
     make_arm,
     parameter_text,
 )
+from simmerge_ray.plans.recipe import Recipe, recipe_from_json
 
 INTERMEDIATE_DTYPES = ("float32", "out")
 WEIGHTINGS = ("equal", "halving")
@@ -85,22 +86,25 @@ class MergeStep:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Steps of a merge, or `source` alone for an unmerged checkpoint.
+    """Steps of a merge, its `recipe`, or `source` alone for an unmerged checkpoint.
 
     intermediate_dtype: `float32`, or `out` to round the result of every step to the output's dtype (what comes out of
-    merging step by step on disk). seed: of random operators.
+    merging step by step on disk). seed: of random operators; a recipe has its own.
     """
 
     steps: tuple[MergeStep, ...] = ()
     source: str | None = None
     intermediate_dtype: str = "float32"
     seed: int = 0
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.intermediate_dtype not in INTERMEDIATE_DTYPES:
             raise PlanError(unknown_name("intermediate_dtype", self.intermediate_dtype, INTERMEDIATE_DTYPES))
-        if bool(self.steps) == (self.source is not None):
-            raise PlanError("a plan has either steps or one source checkpoint")
+        if bool(self.steps) + (self.source is not None) + (self.recipe is not None) != 1:
+            raise PlanError("a plan has either steps, or a recipe, or one source checkpoint")
+        if self.recipe is not None:
+            object.__setattr__(self, "seed", self.recipe.seed)
         used: set[str] = set()
         for number, step in enumerate(self.steps, 1):
             spec = step.arm.spec
@@ -124,21 +128,35 @@ class MergePlan:
         """Ids of the checkpoints merged, in the order in which they enter."""
         if self.source is not None:
             return (self.source,)
+        if self.recipe is not None:
+            return self.recipe.members
         ordered = [s for step in self.steps for s in (step.left, step.right) if not s.startswith("#")]
         return tuple(dict.fromkeys(ordered))
 
     @property
+    def is_merge(self) -> bool:
+        """False for an unmerged checkpoint."""
+        return self.source is None
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """Of the steps, or of the recipe."""
+        return (self.recipe.arm,) if self.recipe is not None else tuple(step.arm for step in self.steps)
+
+    @property
     def needs_base(self) -> bool:
-        return any(step.arm.spec.needs_base for step in self.steps)
+        return any(arm.spec.needs_base for arm in self.arms)
 
     @property
     def uses_base(self) -> bool:
         """Whether an operator takes the base when there is one."""
-        return any(step.arm.spec.uses_base for step in self.steps)
+        return any(arm.spec.uses_base for arm in self.arms)
 
     @property
     def id(self) -> str:
         """Digest of the plan with commuting sources sorted: one merge, one id."""
+        if self.recipe is not None:
+            return digest_json(self.recipe.canonical().to_json())[:16]
         return digest_json(replace(self, steps=tuple(s.canonical() for s in self.steps)).to_json())[:16]
 
     @property
@@ -149,6 +167,8 @@ class MergePlan:
         """
         if self.source is not None:
             return self.source
+        if self.recipe is not None:
+            return self.recipe.label
         if len(self.steps) == 1:
             step = self.steps[0]
             return f"{step.arm.label}: {step.left} + {step.right}{_gradient_text(step)}"
@@ -160,6 +180,8 @@ class MergePlan:
         """JSON value that `plan_from_json` reads."""
         if self.source is not None:
             return {"source": self.source}
+        if self.recipe is not None:
+            return self.recipe.to_json()
         options: dict[str, Any] = {}
         if self.intermediate_dtype != "float32":
             options["intermediate_dtype"] = self.intermediate_dtype
@@ -246,7 +268,9 @@ def plan_from_json(value: Any) -> MergePlan:
         PlanError, OperatorError: what is wrong, with the step's number.
     """
     if not isinstance(value, Mapping):
-        raise PlanError("a plan is an object with 'steps' (a list) or 'source' (a checkpoint id)")
+        raise PlanError("a plan is an object with 'steps' or 'members' (lists), or 'source' (a checkpoint id)")
+    if "members" in value and "steps" not in value:
+        return MergePlan(recipe=recipe_from_json(value))
     for key in value:
         if key not in (keys := ("steps", "source", "intermediate_dtype", "seed")):
             raise PlanError(unknown_name("key", str(key), keys))
@@ -289,7 +313,7 @@ class ResolvedPlan:
             if member not in known:
                 raise PlanError(unknown_name("checkpoint", member, known))
         if self.plan.needs_base and self.base is None:
-            names = sorted({step.arm.operator for step in self.plan.steps if step.arm.spec.needs_base})
+            names = sorted({arm.operator for arm in self.plan.arms if arm.spec.needs_base})
             raise OperatorError(f"operator {', '.join(names)} needs a base checkpoint; the catalogue names none")
 
     @property

@@ -1,8 +1,9 @@
-"""Recipes: one n-ary step with a weight for every member, or one checkpoint as it is. No torch.
+"""Recipes: one n-ary step with a weight for every member. No torch.
 
-A recipe is what a candidate merge is made by: operator, members, weights, parameters. It stands wherever a plan may
-stand. A weight is a number, anchors of a gradient over the depth of the model, or one number for each group of tensors
-(a layer, a block of it, a tensor), as mergekit's filters name them.
+A recipe is what a candidate merge is made by: operator, members, weights, parameters. It is a plan of its own kind
+(`plan.MergePlan.recipe`), so it stands wherever a plan may stand. A weight is a number, anchors of a gradient over the
+depth of the model, or one number for each group of tensors (a layer, a block of it, a tensor), as mergekit's filters
+name them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simmerge_ray.base.errors import PlanError, unknown_name
-from simmerge_ray.base.storage import digest_json
 from simmerge_ray.plans.operators.gradients import gradient_value
-from simmerge_ray.plans.operators.specs import MAX_ANCHORS, OPERATOR_SPECS, Arm, make_arm, parameter_text
+from simmerge_ray.plans.operators.specs import MAX_ANCHORS, Arm, make_arm, parameter_text
 
 MAX_GROUPS = 100_000
 # Operators that only the ratio of the weights matters to (their parameter that says so), and those whose weights may
@@ -39,7 +39,7 @@ MemberWeight = float | tuple[float, ...] | GroupWeights
 
 @dataclass(frozen=True)
 class Recipe:
-    """`arm(base, members, weights)`, or with `arm` None the only member as it is (`keep`).
+    """`arm(base, members, weights)`.
 
     weights: one for each member, as the n-ary operator takes them. seed: of random operators.
 
@@ -47,16 +47,12 @@ class Recipe:
         PlanError: no member, one twice, a wrong number of members for the operator, a weight that is no finite number.
     """
 
-    arm: Arm | None
+    arm: Arm
     members: tuple[str, ...]
-    weights: tuple[MemberWeight, ...] = ()
+    weights: tuple[MemberWeight, ...]
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.arm is None:
-            if len(self.members) != 1 or self.weights:
-                raise PlanError("a recipe without an operator keeps one checkpoint as it is, without a weight")
-            return
         spec, count = self.arm.spec, len(self.members)
         if len(set(self.members)) < count:
             twice = next(name for name in self.members if self.members.count(name) > 1)
@@ -73,15 +69,6 @@ class Recipe:
             self, "weights", tuple(_checked(self, *pair) for pair in zip(self.members, self.weights, strict=True))
         )
 
-    @property
-    def needs_base(self) -> bool:
-        return self.arm is not None and self.arm.spec.needs_base
-
-    @property
-    def uses_base(self) -> bool:
-        """Whether the operator takes the base when there is one."""
-        return self.arm is not None and self.arm.spec.uses_base
-
     def weights_at(self, tensor: str, position: float) -> tuple[float, ...]:
         """One number for each member, for one tensor. position: of its layer in [0, 1] (`operators.gradients`)."""
         return tuple(
@@ -96,8 +83,6 @@ class Recipe:
     def canonical(self) -> Recipe:
         """The same merge in one form: members sorted where their order changes nothing, a scale taken into the weights
         of task arithmetic, weights that only count by their ratio divided by their sum."""
-        if self.arm is None:
-            return self
         recipe = self
         if self.arm.operator == "task_arithmetic" and not dict(self.arm.params).get("normalize"):
             scale = float(self.arm.param_dict()["scale"])
@@ -120,22 +105,13 @@ class Recipe:
         return recipe
 
     @property
-    def id(self) -> str:
-        """Digest of the canonical form: one merge, one id. A kept checkpoint has that of its plan."""
-        return digest_json(self.canonical().to_json())[:16]
-
-    @property
     def label(self) -> str:
         """Short text, e.g. `task_arithmetic: 0.8 math-a + 0.6 code-b`."""
-        if self.arm is None:
-            return self.members[0]
         parts = [f"{_weight_text(weight)} {name}" for name, weight in zip(self.members, self.weights, strict=True)]
         return f"{self.arm.label}: {' + '.join(parts)}"
 
     def to_json(self) -> dict[str, Any]:
         """JSON value that `recipe_from_json` reads."""
-        if self.arm is None:
-            return {"source": self.members[0]}
         options = {"seed": self.seed} if self.seed else {}
         return options | {
             "operator": self.arm.operator,
@@ -147,12 +123,7 @@ class Recipe:
         }
 
 
-def keep(checkpoint: str) -> Recipe:
-    """The recipe of one checkpoint as it is."""
-    return Recipe(None, (checkpoint,))
-
-
-def recipe(arm: Arm, weights: Mapping[str, MemberWeight], seed: int = 0) -> Recipe:
+def recipe_of(arm: Arm, weights: Mapping[str, MemberWeight], seed: int = 0) -> Recipe:
     """A recipe from the weights by member."""
     return Recipe(arm, tuple(weights), tuple(weights.values()), seed)
 
@@ -168,8 +139,6 @@ def recipe_from_json(value: Mapping[str, Any]) -> Recipe:
     Raises:
         PlanError, OperatorError: what is wrong.
     """
-    if isinstance(value.get("source"), str):
-        return keep(value["source"])
     for key in value:
         if key not in (keys := ("operator", "parameters", "members", "seed")):
             raise PlanError(unknown_name("key", str(key), keys))
@@ -196,7 +165,7 @@ def recipe_from_json(value: Mapping[str, Any]) -> Recipe:
 
 
 def _checked(recipe: Recipe, member: str, weight: Any) -> MemberWeight:
-    where = f"recipe {recipe.arm.label!r}: weight of {member!r}" if recipe.arm else ""
+    where = f"recipe {recipe.arm.label!r}: weight of {member!r}"
     if isinstance(weight, GroupWeights):
         if not 0 < len(weight.filters) <= MAX_GROUPS:
             raise PlanError(f"{where}: from 1 to {MAX_GROUPS} groups, got {len(weight.filters)}")
@@ -254,11 +223,3 @@ def _weight_from_json(value: Any, number: int) -> Any:
     ):
         raise PlanError(f"member {number}: 'groups' must be a list of [part of a tensor's name, number]")
     return GroupWeights(tuple((part, weight) for part, weight in groups), value.get("default", 0.0))
-
-
-def is_recipe(value: Any) -> bool:
-    """Whether a JSON value has the form of a recipe, not of a plan of steps."""
-    return isinstance(value, Mapping) and "members" in value and "steps" not in value
-
-
-assert set(_BY_RATIO) <= set(OPERATOR_SPECS)

@@ -18,6 +18,7 @@ from simmerge_ray.merging.mergekit.methods import METHODS, Method
 from simmerge_ray.plans.operators.gradients import Scalar
 from simmerge_ray.plans.operators.specs import Arm
 from simmerge_ray.plans.plan import MergeStep, ResolvedPlan, weight_text
+from simmerge_ray.plans.recipe import GroupWeights, MemberWeight, Recipe
 
 
 def write_mergekit(plan: ResolvedPlan) -> str:
@@ -44,6 +45,17 @@ def _documents(resolved: ResolvedPlan) -> tuple[MergekitDocument, ...]:
             if "+" in str(ref.path.resolve()) or "@" in str(ref.path.resolve()):
                 raise PlanError(f"{ref.path}: mergekit reads '+' and '@' in paths of a file with several documents")
     compute_dtype, out_dtype = _dtypes(resolved)
+    if plan.recipe is not None:
+        models, base, parameters = _recipe(plan.recipe, names, resolved.base)
+        document = MergekitDocument(
+            plan.recipe.arm.operator,
+            models=models,
+            base_model=base,
+            parameters=parameters,
+            dtype=compute_dtype,
+            out_dtype=out_dtype,
+        )
+        return (document,)
     names |= {f"#{number}": ModelName(f"step{number}") for number in range(1, len(plan.steps) + 1)}
     documents = []
     for number, step in enumerate(plan.steps, 1):
@@ -96,6 +108,36 @@ def _step(
         for name, anchors in zip((left, right), step.source_anchors, strict=True)
     )
     return models, base_name, parameters
+
+
+def _recipe(
+    recipe: Recipe, names: dict[str, ModelName], base: CheckpointRef | None
+) -> tuple[tuple[Source, ...], ModelName | None, Parameters]:
+    """Models, base and parameters of a recipe's document: a rule with a filter for each group of tensors."""
+    operator, method = recipe.arm.operator, METHODS.get(recipe.arm.operator)
+    if method is None or method.base == "first" or method.max_sources == 1:
+        raise PlanError(f"mergekit has no n-ary {operator!r} with a weight for each model")
+    if len(set(names[member] for member in recipe.members)) < len(recipe.members):
+        raise PlanError("two members lie in one directory, mergekit refuses that")
+    base_name = _name(base) if base is not None and recipe.arm.spec.uses_base and method.base_is_apart else None
+    if base_name in [names[member] for member in recipe.members]:
+        raise PlanError(f"the base is one of the models, and mergekit's {operator} leaves it out")
+    parameters = _parameters(recipe.arm, method, 1)
+    if "weight" not in method.parameters:
+        if len(set(recipe.weights)) > 1:
+            raise PlanError(f"mergekit's {operator} has no weights; these differ: {recipe.label}")
+        return tuple(Source(names[member]) for member in recipe.members), base_name, parameters
+    models = tuple(
+        Source(names[member], parameters={"weight": _weight_setting(weight)})
+        for member, weight in zip(recipe.members, recipe.weights, strict=True)
+    )
+    return models, base_name, parameters
+
+
+def _weight_setting(weight: MemberWeight) -> tuple[Rule, ...]:
+    if isinstance(weight, GroupWeights):
+        return (*(Rule((value,), part) for part, value in weight.filters), Rule((weight.default,)))
+    return _setting(*weight) if isinstance(weight, tuple) else _setting(weight)
 
 
 def _setting(*values: Scalar) -> tuple[Rule, ...]:

@@ -1,7 +1,7 @@
 """A member's own answers as a task without labels: an item is kept when a candidate gives the whole answer as well.
 
 So a candidate that is *probed* is a trial like any other: the same evaluators (transformers by one forward pass, vLLM
-by `prompt_logprobs`, nothing generated), actors, resume and label store. An item's utility is 1 where its answer is kept.
+by `prompt_logprobs`, nothing generated), actors, resume and label store. The utility of a kept answer is 1.
 """
 
 from __future__ import annotations
