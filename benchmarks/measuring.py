@@ -136,6 +136,11 @@ def percentiles(values: Sequence[float], percents: Sequence[float] = (50, 99), d
     return {f"p{p:g}": round(float(np.percentile(values, p)), digits) for p in percents}
 
 
+def milliseconds(seconds: Sequence[float], percents: Sequence[float] = (50, 99)) -> dict[str, float | None]:
+    """Percentiles of seconds in milliseconds; None without values."""
+    return dict.fromkeys(f"p{p:g}" for p in percents) | percentiles([1000 * value for value in seconds], percents)
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table; numbers are rounded for people."""
     cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]

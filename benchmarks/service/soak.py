@@ -31,6 +31,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.measuring import script_parser
 from benchmarks.service.running import TOKEN, PlainService, database_of
 from simmerge_ray.base.config import ServeConfig
 from simmerge_ray.base.runs import RunLayout
@@ -306,7 +307,7 @@ def main_of(text: str | None, options: Mapping[str, tuple[int, str]], campaign: 
     """The command of a soak: its options, with defaults and help, then a campaign in a temporary directory."""
     from tests.conftest import free_port
 
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(text)
     parser.add_argument("database", help="sqlite, postgresql, or the URL of an empty database")
     parser.add_argument("--run", type=Path, required=True, help="directory of a finished `simmerge demo`")
     for name, (default, meaning) in {**options, "seed": (0, "of the load and the kills")}.items():

@@ -14,15 +14,13 @@ Writes `propagation.json`, `propagation.md` and `propagation.png`, and all featu
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import multiprocessing
 import random
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,8 @@ import torch
 import transformers
 from scipy.stats import kendalltau
 
+from benchmarks.measuring import script_parser, timed
+from benchmarks.signals.probes import resampled
 from benchmarks.signals.propagation_report import DEPTHS, OPERATORS, PREDICTED, SIGNALS, Rows, draw, markdown
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import load_probe_sets
@@ -67,9 +67,8 @@ def measure(evidence: Evidence, plans: Sequence[MergePlan], operator: str) -> tu
         for task in evidence.table.tasks:
             found = {}
             for name, propagator in propagators.items():
-                started = time.perf_counter()
-                found[name] = propagator.steps(plan, task)
-                seconds[name].append(time.perf_counter() - started)
+                found[name], taken = timed(partial(propagator.steps, plan, task))
+                seconds[name].append(taken.wall)
             for depth in DEPTHS:
                 features = {name: dict(steps[depth].features) for name, steps in found.items()}
                 members = [source for step in plan.steps[: depth + 1] for source in (step.left, step.right)]
@@ -84,11 +83,8 @@ def measure(evidence: Evidence, plans: Sequence[MergePlan], operator: str) -> tu
 
 def multiplicities(rows: Rows, ids: Sequence[str]) -> np.ndarray:
     """(resamples + 1, rows): how often each row counts; the first is the sample itself."""
-    generator = np.random.default_rng(SEED)
-    place = {name: index for index, name in enumerate(ids)}
-    draws = generator.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=NUM_RESAMPLES)
-    members = np.array([[place[name] for name in row["members"]] for row in rows])
-    return np.concatenate((np.ones((1, len(rows))), draws[:, members].prod(2)))
+    members = np.array([[ids.index(name) for name in row["members"]] for row in rows])
+    return resampled(len(ids), NUM_RESAMPLES, SEED)[members].prod(1).T
 
 
 def relative_rmse(predicted: np.ndarray, exact: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -295,7 +291,7 @@ def cast(run: Path, store: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=Path("propagation"))
     parser.add_argument("--store", type=Path, default=None)
@@ -325,7 +321,7 @@ def main() -> None:
         }
     (arguments.out / "propagation.json").write_text(json.dumps(result, indent=1))
     (arguments.out / "propagation.md").write_text(markdown(result))
-    draw(rows, arguments.out / "propagation.png")
+    draw(rows, arguments.out)
     print(arguments.out / "propagation.md")
 
 
