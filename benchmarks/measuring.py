@@ -77,6 +77,11 @@ def timed(call: Callable[[], T]) -> tuple[T, Seconds]:
     return result, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    """What a call took by the clock."""
+    return timed(call)[1].wall
+
+
 def alternate(sides: Mapping[str, Callable[[], T]], num_rounds: int, num_warm_up: int = 1) -> dict[str, list[T]]:
     """What each side returned, round by round; every round runs all sides, so that noise meets them alike.
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from benchmarks import processes
-from benchmarks.measuring import markdown, script_parser, timed
+from benchmarks.measuring import markdown, script_parser, seconds_of
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import read_json
 from simmerge_ray.checkpoints.headers import read_headers
@@ -63,8 +63,7 @@ def interrupt_in(layout: RunLayout, stage: str, number: int, delay: float) -> tu
         code, family = processes.interrupt(process, number)
     else:
         raise SystemExit(f"the run ended with {process.returncode} within {delay:.1f} s of {stage}")
-    _, seconds = timed(lambda: processes.assert_gone(family, 30))
-    return code, len(family), seconds.wall
+    return code, len(family), seconds_of(lambda: processes.assert_gone(family, 30))
 
 
 def outcome(layout: RunLayout) -> dict[str, object]:
@@ -111,7 +110,7 @@ def soak_merge(plan: Path, num_kills: int, generator: random.Random, root: Path)
 
     finish(merge("whole"))  # compiles the loops, too
     shutil.rmtree(root / "whole")
-    longest = timed(lambda: finish(merge("whole")))[1].wall
+    longest = seconds_of(lambda: finish(merge("whole")))
     expected = contents(root / "whole")
     print(f"uninterrupted: {longest:.2f} s\n")
     print(markdown(("kill", "after (s)", "it was", "tensors there then", "finished", "same bytes"), ()))

@@ -16,7 +16,7 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
-from benchmarks.measuring import markdown, timed, write_result
+from benchmarks.measuring import markdown, seconds_of, write_result
 from benchmarks.search.setting import make_private, parser_of
 
 EXCLUDED = (
@@ -39,7 +39,7 @@ def main() -> None:
         for number in range(3):
             if number == 2:
                 shutil.rmtree(labels / "_search")
-            seconds.append(timed(lambda: subprocess.run(command, check=True))[1].wall)
+            seconds.append(seconds_of(lambda: subprocess.run(command, check=True)))
             written.add(frozenset((path.name, path.stat().st_mtime_ns) for path in labels.glob("*.parquet")))
         if len(written) > 1:
             raise SystemExit("labels were written again")

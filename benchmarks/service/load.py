@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import uuid
+from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
@@ -264,20 +265,8 @@ def cpu_seconds(service: RayService) -> dict[str, float]:
     return used
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is measured. rate: requests a second of the open loop. concurrency: of the closed loops."""
-
-    rate: float
-    seconds: float
-    rounds: int
-    concurrency: Sequence[int]
-    ceiling_seconds: float
-    seed: int
-
-
-async def measure(service: RayService, sides: dict[str, Side], plan: Plan, disk: Path) -> dict[str, Any]:
-    """All figures; `sides` are `service` and `no-op`."""
+async def measure(service: RayService, sides: dict[str, Side], plan: Namespace, disk: Path) -> dict[str, Any]:
+    """All figures; `sides` are `service` and `no-op`, `plan` is the command line."""
     seen = {name: Seen() for name in sides}
     synced: list[float] = []
     spent: Counter[str] = Counter()
@@ -306,7 +295,7 @@ def _figures(
     synced: Sequence[float],
     spent: Counter[str],
     carried: dict[str, dict[int, float]],
-    plan: Plan,
+    plan: Namespace,
 ) -> dict[str, Any]:
     ours, theirs = seen["service"].figures(), seen["no-op"].figures()
     ceilings = {name: max(rates.values()) for name, rates in carried.items()}
@@ -369,7 +358,6 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32, 64], help="clients of closed loops")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    plan = Plan(given.rate, given.seconds, given.rounds, given.concurrency, given.ceiling_seconds, given.seed)
     with tempfile.TemporaryDirectory(prefix="simmerge-load-", dir=given.directory) as place:
         directory, port = Path(place), free_port()
         options = [f"--replicas={given.replicas}", f"--database=sqlite:///{directory}/service.db"]
@@ -380,7 +368,7 @@ def main() -> None:
             service.wait()
             sides = _prepare(service, directory, given.replicas, port, given.seed)
             gc.freeze()
-            result = asyncio.run(measure(service, sides, plan, directory / "fsync"))
+            result = asyncio.run(measure(service, sides, given, directory / "fsync"))
             service.stop()
         finally:
             service.kill()
