@@ -74,16 +74,9 @@ def play(
                 is_new = played == len(rounds.arms) - 1
                 enough = np.flatnonzero(np.cumsum(is_new) >= PULLS)
                 after = is_new[enough[0] + 1 :] if len(enough) else is_new[:0]
-                found[place].append(
-                    [
-                        float(len(enough) > 0),
-                        float(enough[0] - ARRIVAL) if len(enough) else np.nan,
-                        float(after.mean()) if len(after) else np.nan,
-                        float(is_new.sum()),
-                        float((alone - obtained(played, rounds)).sum()),
-                        ahead,
-                    ]
-                )
+                reached, passed = float(len(enough) > 0), float(enough[0] - ARRIVAL) if len(enough) else np.nan
+                share, cost = _mean(after), float((alone - obtained(played, rounds)).sum())
+                found[place].append([reached, passed, share, float(is_new.sum()), cost, ahead])
     return [dict(zip(FIGURES, map(_mean, zip(*one, strict=True)), strict=True)) for one in found]
 
 
@@ -97,7 +90,7 @@ def _played(start: Start, rounds: Rounds, player: Bandit, sibling: bool) -> np.n
     return replay(player, rounds, on_round=arrive)
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float] | np.ndarray) -> float:
     """Of those that are known."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
@@ -117,12 +110,11 @@ def main() -> None:
     for kind in arguments.later or (MADE_BETTER, DECOY):
         for explore in (True, False):
             every = [
-                play(start, kind, explore, (False, True), arguments.rounds, arguments.orders)
-                for start in known.values()
+                play(one, kind, explore, (False, True), arguments.rounds, arguments.orders) for one in known.values()
             ]
             for place, prior in enumerate(("nothing known", "sibling")):
                 values = {name: np.array([one[place][name] for one in every]) for name in FIGURES}
-                mean = {name: _mean(one.tolist()) for name, one in values.items()}
+                mean = {name: _mean(one) for name, one in values.items()}
                 low, high = interval(weights, values["cost"])
                 print(
                     f"| {kind} | {mean['ahead']:+.3f} | {'Thompson' if explore else 'greedy'} | {prior} | "
