@@ -119,11 +119,18 @@ class MergeGraph:
 
 def reads(node: Node) -> Iterator[Read]:
     """Every tensor that a node needs, bases included, in the order in which it is used."""
-    if isinstance(node, Read):
-        yield node
-        return
-    for inner in node.inputs:
-        yield from reads(inner)
+    yield from (one for one in _tree(node) if isinstance(one, Read))
+
+
+def applies(node: Node) -> Iterator[Apply]:
+    """Every operator of a tree, sources before what is made of them."""
+    yield from (one for one in _tree(node) if isinstance(one, Apply))
+
+
+def _tree(node: Node) -> Iterator[Node]:
+    for inner in node.inputs if isinstance(node, Apply) else ():
+        yield from _tree(inner)
+    yield node
 
 
 def with_dtype(config: Mapping[str, Any], outputs: Sequence[OutputTensor]) -> dict[str, Any]:
@@ -140,11 +147,3 @@ def promoted(dtypes: list[str]) -> str:
     if not floats:
         return dtypes[0]
     return "F32" if floats[:2] == ["F16", "BF16"] and len(floats) == 2 else floats[-1]
-
-
-def applies(node: Node) -> Iterator[Apply]:
-    """Every operator of a tree, sources before what is made of them."""
-    if isinstance(node, Apply):
-        for inner in node.inputs:
-            yield from applies(inner)
-        yield node
