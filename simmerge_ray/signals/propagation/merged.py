@@ -13,8 +13,8 @@ from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.sources import open_sources
+from simmerge_ray.merging.engine.whole import flat_tensor
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, Node
-from simmerge_ray.merging.in_memory import as_tensor
 from simmerge_ray.merging.model import built_model, check_finite, put_tensors
 from simmerge_ray.plans.plan import MergePlan, resolve_plan
 from simmerge_ray.signals.collect import check_logits, model_outputs
@@ -46,7 +46,7 @@ def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> I
                 node = _step(whole.node, number)
                 assert node is not None  # every step is used by the last one
                 output = replace(whole, dtype=kept, node=node)
-                tensor = as_tensor(computer.array(output)[0], output)
+                tensor = flat_tensor(computer.array(output)[0]).reshape(output.shape)
                 tensors[output.name] = tensor.float() if output.dtype in FLOAT_DTYPES else tensor
             yield tensors
 
