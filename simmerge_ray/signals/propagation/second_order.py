@@ -23,7 +23,6 @@ _TINY = float(np.finfo(np.float64).tiny)
 _BEYOND_MEANS = ("median", "q10", "q90", "min", "sd")  # do not follow from a table of means
 _EXACT_GROUPS = ("global", "attention", "mlp", "embedding", "norm")  # sums over coordinates, so distances are exact
 
-
 Forms = tuple[np.ndarray, np.ndarray, np.ndarray]  # `a^T M b`, `a^T M a`, `b^T M b`; they broadcast
 Formula = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # of forms
 
@@ -118,6 +117,7 @@ class SecondOrder(Propagator):
         self._values: dict[str, np.ndarray] = {}
         self._weights: dict[Source, np.ndarray] = {}
         self.matrix = lru_cache(None)(self._matrix)
+        self.gram = lru_cache(None)(self._gram)
         self.formula = lru_cache(None)(self._formula)
         self._stacked = lru_cache(8)(self._stack)
 
@@ -207,7 +207,7 @@ class SecondOrder(Propagator):
             matrix[0, 0] = 0.0
         return matrix
 
-    def gram(self, group: str, task: str) -> np.ndarray:
+    def _gram(self, group: str, task: str) -> np.ndarray:
         """`centred_gram` of the distances of a group of tensors."""
         return centred_gram(self.matrix(f"weight_l2_{group}", task))
 
