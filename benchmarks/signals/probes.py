@@ -120,26 +120,29 @@ def sampled_positions(
         parts.append(generator.permutation(pool)[:count])
     taken = np.sort(np.concatenate(parts))
     shown = np.sort(generator.permutation(taken)[: num_positions // 4])
-    return [
-        replace(
-            one,
-            logits=one.logits[taken],
-            hidden=one.hidden[:, taken],
-            attention=one.attention[:, :, shown],
-            greedy=one.greedy[taken],
-            next_token=one.next_token[taken],
-            probe=one.probe[taken],
-            attention_probe=one.attention_probe[shown],
-        )
-        for one in outputs
-    ]
+    return [outputs_at(one, taken, shown) for one in outputs]
+
+
+def outputs_at(outputs: Any, taken: np.ndarray, shown: np.ndarray) -> Any:
+    """Outputs at some of their positions, with attention rows at some of those that have them."""
+    return replace(
+        outputs,
+        logits=outputs.logits[taken],
+        hidden=outputs.hidden[:, taken],
+        attention=outputs.attention[:, :, shown],
+        greedy=outputs.greedy[taken],
+        next_token=outputs.next_token[taken],
+        probe=outputs.probe[taken],
+        attention_probe=outputs.attention_probe[shown],
+    )
 
 
 def signal_values(outputs: Sequence[Any], probes: np.ndarray) -> np.ndarray:
     """(C, M, M) of COLUMNS from these probes; entropy and loss are those of the left checkpoint."""
     from simmerge_ray.signals.pairs import output_matrices
 
-    matrices = output_matrices(outputs, with_base=True, probes=probes.tolist())
+    taken, shown = np.isin(outputs[0].probe, probes), np.isin(outputs[0].attention_probe, probes)
+    matrices = output_matrices([outputs_at(one, taken, shown) for one in outputs], with_base=True)
     return np.stack([matrices[column] for column in COLUMNS])
 
 

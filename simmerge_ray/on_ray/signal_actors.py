@@ -14,7 +14,7 @@ from simmerge_ray.checkpoints.probes import ProbeSet
 from simmerge_ray.on_ray.actor_pool import ActorPool
 from simmerge_ray.on_ray.resources import check_room, offered_resources, ray_session
 from simmerge_ray.search.estimate import PROCESS_BYTES
-from simmerge_ray.signals.bounds import bounds
+from simmerge_ray.signals.bounds import held_bytes
 from simmerge_ray.signals.compute import compute_signals
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
@@ -78,7 +78,7 @@ def compute_signals_on_ray(
     """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit."""
     spec = SignatureSpec.of(config)
     tokenize_probes(catalogue, probe_sets, spec)  # a probe that does not fit, before Ray is started
-    held = bounds(catalogue, spec, [1] * len(probe_sets), config.memory_per_worker).worker
+    held = held_bytes(catalogue.checkpoints[0], spec, config.memory_per_worker)
     worker_bytes = held + (0 if config.gpus_per_worker else PROCESS_BYTES["transformers"])
     with (
         ray_session(),

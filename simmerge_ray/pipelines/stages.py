@@ -72,7 +72,7 @@ def signals_stage(
         started = time.monotonic()
         store = SignatureStore(signatures or str(out.parent / "signatures"))
         num_batches = [-(-len(one.probes) // config.batch_size) for one in probe_sets.values()]
-        for line in bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker).lines():
+        for line in bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker):
             narrator.say(f"[dim]{line}[/dim]")
         with narrator.bar("units of work") as report:
             table = compute_signals_on_ray(catalogue, probe_sets, config, report, store)

@@ -55,10 +55,6 @@ class ProbeTokens:
     batches: tuple[ProbeBatch, ...]
 
     @property
-    def num_positions(self) -> int:
-        return sum(len(batch.rows) for batch in self.batches)
-
-    @property
     def max_tokens(self) -> int:
         """Longest row in tokens, padding included."""
         return max(batch.input_ids.shape[1] for batch in self.batches)
@@ -151,7 +147,9 @@ def probe_tokens(
         for column in range(1, length)
     ]
     generator = np.random.default_rng(_seed(task, batches))
-    chosen = _sample(prompt, num_positions, generator)
+    chosen = list(prompt)
+    if len(prompt) > num_positions:
+        chosen = [prompt[index] for index in generator.choice(len(prompt), num_positions, replace=False)]
     chosen += [(number, row, int(lengths[number][row]) + step) for number, row, step in greedy]
     chosen.sort()
     keep = np.zeros(len(chosen), dtype=bool)
@@ -162,30 +160,24 @@ def probe_tokens(
     for number, batch in enumerate(batches):
         extended = _extended(batch, {row: tokens for (owner, row), tokens in written.items() if owner == number})
         index = [place for place, (owner, _, _) in enumerate(chosen) if owner == number]
-        rows, columns = np.array([chosen[place][1:] for place in index], dtype=np.int64).reshape(-1, 2).T.copy()
-        sampled = torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(keep[index])
-        probe_batches.append(_probe_batch(extended, *sampled, lengths[number], first_probe[number]))
+        rows, columns = torch.tensor([chosen[place][1:] for place in index], dtype=torch.int64).reshape(-1, 2).unbind(1)
+        length = lengths[number][rows]  # of the probes without their continuations
+        following = extended.input_ids[rows, (columns + 1).clamp_max(extended.input_ids.shape[1] - 1)]
+        probe_batches.append(
+            ProbeBatch(
+                extended.input_ids,
+                extended.attention_mask,
+                rows.contiguous(),
+                columns.contiguous(),
+                greedy=columns >= length,
+                with_attention=torch.from_numpy(keep[index]),
+                next_token=torch.where(columns + 1 < length, following, -1),
+                probe=rows + first_probe[number],
+            )
+        )
     if not any(bool((batch.next_token >= 0).any()) for batch in probe_batches):
         raise ProbeError(f"probe set {task!r}: no probe has 3 tokens or more, so there is no next token to compare")
     return ProbeTokens(task, tuple(probe_batches))
-
-
-def _probe_batch(
-    batch: TokenBatch, rows: Tensor, columns: Tensor, with_attention: Tensor, lengths: Tensor, first_probe: int
-) -> ProbeBatch:
-    """A micro-batch with its sampled positions. lengths: (B,), of the probes without their continuations."""
-    length = lengths[rows]
-    following = batch.input_ids[rows, (columns + 1).clamp_max(batch.input_ids.shape[1] - 1)]
-    return ProbeBatch(
-        batch.input_ids,
-        batch.attention_mask,
-        rows,
-        columns,
-        greedy=columns >= length,
-        with_attention=with_attention,
-        next_token=torch.where(columns + 1 < length, following, -1),
-        probe=rows + first_probe,
-    )
 
 
 def continuation_key(base_digest: str, batch: TokenBatch, num_tokens: int) -> str:
@@ -208,12 +200,6 @@ def _extended(batch: TokenBatch, continuations: dict[int, Tensor]) -> TokenBatch
 def _padded(rows: Sequence[Tensor]) -> TokenBatch:
     masks = [torch.ones_like(row) for row in rows]
     return TokenBatch(pad_sequence(list(rows), batch_first=True), pad_sequence(masks, batch_first=True))
-
-
-def _sample(places: list[Place], count: int, generator: np.random.Generator) -> list[Place]:
-    if len(places) <= count:
-        return list(places)
-    return [places[index] for index in generator.choice(len(places), count, replace=False)]
 
 
 def _seed(task: str, batches: Sequence[TokenBatch]) -> int:

@@ -29,12 +29,8 @@ Tensors = Mapping[str, torch.Tensor]
 def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> Iterator[dict[str, torch.Tensor]]:
     """Tensors of the result of every step, in order, by the merge engine, each made when it is asked for.
 
-    Args:
-        dtype: to which results are rounded before they are given as float32, as safetensors names it. (The engine's
-            own output has the dtype of its inputs.)
-
-    Raises:
-        see `compile_plan`.
+    dtype: to which results are rounded before they are given as float32, as safetensors names it. (The engine's own
+    output has the dtype of its inputs.) Raises what `compile_plan` does.
     """
     graph = compile_plan(resolve_plan(plan, catalogue))
     with open_sources(graph) as sources:
@@ -74,11 +70,7 @@ def model_of(tensors: Tensors, like: CheckpointRef, name: str) -> Any:
 
 
 def run_probes(model: Any, like: CheckpointRef, tokens: ProbeTokens) -> TaskOutputs:
-    """Outputs of a model on one task.
-
-    Raises:
-        CheckpointError: its logits are not finite.
-    """
+    """Outputs of a model on one task. Raises CheckpointError: its logits are not finite."""
     parts = [model_outputs(model, batch) for batch in tokens.batches]
     for part in parts:
         check_logits(like, part.logits)
