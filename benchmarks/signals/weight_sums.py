@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from simmerge_ray.checkpoints.references import CheckpointRef  # noqa: E402
-from simmerge_ray.signals.samples import TensorBlocks, exact_sums, tensor_sample, thresholds_of  # noqa: E402
+from simmerge_ray.signals.samples import TensorBlocks, exact_sums, tensor_sample, trim_thresholds  # noqa: E402
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS  # noqa: E402
 
 NUM_ELEMENTS, COUNT, NAME = 8_000_000, 10_000, "w"
@@ -45,7 +45,7 @@ def main() -> None:
         samples, taken = timed(lambda: [tensor_sample(NAME, one, blocks[0], COUNT) for one in blocks])
         print(f"sample: {taken.cpu / len(blocks) / NUM_ELEMENTS * 1e9:.2f} ns an element")
         for count in (2, 4, 8, 16, MOST):
-            limits = thresholds_of([{NAME: sample} for sample in samples[: count + 1]], NAME)
+            limits = trim_thresholds([{NAME: sample} for sample in samples[: count + 1]], NAME)
             sums = partial(exact_sums, NAME, blocks[: count + 1], blocks[0], limits, BLOCK_ELEMENTS)
             each = median(timed(sums)[1].cpu for _ in range(REPETITIONS)) / NUM_ELEMENTS / count
             print(f"sums of {count} and their base: {each * 1e9:.2f} ns an element and checkpoint")
