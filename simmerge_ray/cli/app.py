@@ -68,24 +68,17 @@ def run_command(command: Callable[[], Any]) -> None:
     stop_on_sigterm()
     try:
         command()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except SimmergeError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
 
 
 def run_as_job(command: Callable[..., Any], usage: str, *defaults: str) -> None:
-    """Run a command that has `--job-line` as the script in `jobs/` that is called, and exit.
-
-    Args:
-        usage: the script's docstring, for `--help`.
-        defaults: options of the job where the command has others.
-    """
+    """Run a command that has `--job-line` as the script in `jobs/` that is called, and exit. usage: its docstring, for
+    `--help`. defaults: options of the job where the command has others."""
     job = typer.Typer(**_SETTINGS)
     text = re.sub(r"(?<=\S)\n(?=\S)", " ", usage).replace("\n\n    ", "\n\n\b\n    ")  # keeps what is indented
     job.command(help=text)(command)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from simmerge_ray.base.progress import Narrator
     from simmerge_ray.base.storage import Manifest, Place
-    from simmerge_ray.checkpoints.catalogue import Catalogue
     from simmerge_ray.pipelines.auto import Answer, AutoRun
     from simmerge_ray.plans.plan import MergePlan
     from simmerge_ray.search.setup import PreparedSearch
@@ -68,6 +67,8 @@ def auto(
 
     with narrated(log) as narrator:
         from simmerge_ray.pipelines.auto import AutoRun, check_auto
+        from simmerge_ray.pipelines.dataset import input_digests
+        from simmerge_ray.selector.planning.files import default_selector
 
         run = AutoRun(checkpoints, tasks, request.pool.objective, search, out, write)
         study = check_auto(run)
@@ -77,8 +78,8 @@ def auto(
         if dry_run:
             narrator.print_lines(dry_run_lines(study, ranking, checkpoints.own_task, out))
             return
-        inputs = {f"task {name}": task.digest for name, task in tasks.items()} | {"signals": digest_file(files.signals)}
-        inputs |= _digests_of(checkpoints, files.selector)
+        inputs = input_digests(checkpoints, tasks) | {"signals": digest_file(files.signals)}
+        inputs |= _digests_of(files.selector or default_selector())
         options = {"ranking": config.model_dump(mode="json") | {"evaluate": evaluate}, "search": search.content()}
         answer_stages(run, ranking, narrator, Manifest("auto", options, inputs), started)
 
@@ -93,15 +94,13 @@ def answer_stages(run: AutoRun, ranking: Ranking, narrator: Narrator, manifest: 
     write_stage(run, answer, manifest, started, narrator)
 
 
-def _digests_of(checkpoints: Catalogue, selector: Place | None) -> dict[str, str]:
-    """Digests of all checkpoints and of a selector's files, by what a manifest calls them."""
+def _digests_of(selector: Place) -> dict[str, str]:
+    """Digests of a selector's files, by what a manifest calls them."""
     from simmerge_ray.base.storage import digest_file, local_directory
-    from simmerge_ray.selector.planning.files import default_selector
 
-    digests = {f"checkpoint {name}": digest for name, digest in checkpoints.digests().items()}
-    with local_directory(selector or default_selector()) as directory:
+    with local_directory(selector) as directory:
         artifacts = sorted(directory.rglob("*.safetensors"))
-        return digests | {f"selector {path.relative_to(directory)}": digest_file(path) for path in artifacts}
+        return {f"selector {path.relative_to(directory)}": digest_file(path) for path in artifacts}
 
 
 def dry_run_lines(study: PreparedSearch, ranking: Ranking, own_task: Mapping[str, str | None], out: Path) -> list[str]:
@@ -203,13 +202,10 @@ def answer_lines(answer: Answer) -> list[str]:
 def _advantage_text(verdict: Verdict) -> str:
     assert verdict.advantage is not None and verdict.chosen_by is not None
     text = f"{_signed(verdict.advantage)} ({_signed(verdict.chosen_by)} on the half that chose), "
-    if verdict.advantage.is_clear:
-        text += "more than two paired standard errors"
-    else:
-        text += "within two paired standard errors: these items do not tell the two apart"
-    if verdict.advantage.value * verdict.chosen_by.value < 0:
-        text += "; the halves disagree which is better, so take more items"
-    return text
+    within = "within two paired standard errors: these items do not tell the two apart"
+    text += "more than two paired standard errors" if verdict.advantage.is_clear else within
+    disagree = verdict.advantage.value * verdict.chosen_by.value < 0
+    return text + ("; the halves disagree which is better, so take more items" if disagree else "")
 
 
 def _signed(difference: ObjectiveEstimate) -> str:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -108,7 +108,9 @@ def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -
         rows |= {"base": "(this is the base)"}
     else:
         rows |= {"base": ref.base_id or _NONE, "task": found.own_task[ref.id] or _NONE}
-    rows |= _architecture(read_config(ref))
+    config = read_config(ref)
+    for row, keys in _ARCHITECTURE.items():
+        rows[row] = str(next((config[key] for key in keys if config.get(key) is not None), _NONE))
     rows |= {
         "tensors": str(len(specs)),
         "parameters": f"{_in_units(num_elements(specs))} ({num_elements(specs)})",
@@ -123,13 +125,6 @@ def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-
-
-def _architecture(config: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        row: str(next((config[key] for key in keys if config.get(key) is not None), _NONE))
-        for row, keys in _ARCHITECTURE.items()
-    }
 
 
 def _dtypes(specs: Mapping[str, TensorSpec]) -> str:

@@ -41,6 +41,5 @@ def check_cluster_files(
         if not found:
             typer.echo(f"{path}: fine")
     if total := sum(map(len, problems.values())):
-        raise ConfigError(
-            f"{total} problem{'s' if total > 1 else ''} in {len(files)} file{'s' if len(files) > 1 else ''}"
-        )
+        plural = "s" if len(files) > 1 else ""
+        raise ConfigError(f"{total} problem{'s' if total > 1 else ''} in {len(files)} file{plural}")

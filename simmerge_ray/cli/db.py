@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -50,9 +53,6 @@ def upgrade_command(url: Url) -> None:
 @db_app.command("status")
 def status_command(url: Url, as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
     """Version of the schema, namespaces with their events and snapshots, size."""
-    import json
-    from dataclasses import asdict
-
     from simmerge_ray.service.log.database import SCHEMA_VERSION
     from simmerge_ray.service.log.maintenance import status
 
@@ -112,8 +112,6 @@ def export_command(
     namespace: Namespace = "default",
 ) -> None:
     """Write decisions with their rewards, or raw events, for other programs."""
-    import time
-
     from simmerge_ray.service.log.maintenance import export_decisions, export_events
 
     url, target = _url_and_file(url, file)
@@ -133,8 +131,6 @@ def prune_command(
     namespace: Namespace = "default",
 ) -> None:
     """Remove what nothing can be learned from: features of decisions that were closed without a reward."""
-    import time
-
     from simmerge_ray.service.log.maintenance import prune
 
     gone = prune(url, namespace, time.time() - older_than_days * 86400, keep_snapshots, dry_run)

@@ -16,12 +16,7 @@ from simmerge_ray.base.errors import LabelError, SimmergeError, unknown_name
 from simmerge_ray.base.storage import as_place
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument
-from simmerge_ray.cli.search import (
-    DryRunOption,
-    StoreOption,
-    TasksOption,
-    run_search_command,
-)
+from simmerge_ray.cli.search import DryRunOption, StoreOption, TasksOption, run_search_command
 
 if TYPE_CHECKING:
     from simmerge_ray.search.labels import LabeledPlan, LabelStore
@@ -102,8 +97,7 @@ def merge_labels(
     """Copy labels into a store; refused, and nothing written, if they were not made in the same way."""
     from simmerge_ray.search.labels import LabelStore
 
-    others = [_existing(source) for source in sources]
-    target = LabelStore(into)
+    others, target = [_existing(source) for source in sources], LabelStore(into)
     _label_files(into)
     for source, num_new in zip(sources, target.merge(others), strict=True):
         typer.echo(f"{source}: {_num(num_new, 'new label')}")
@@ -118,11 +112,7 @@ def compact_labels(store: StoreUri) -> None:
 
 
 def _existing(uri: str) -> LabelStore:
-    """The store, if there is one.
-
-    Raises:
-        LabelError: no directory, or no label file in it.
-    """
+    """The store; LabelError if there is no directory, or no label file in it."""
     from simmerge_ray.search.labels import LabelStore
 
     if not _label_files(uri):

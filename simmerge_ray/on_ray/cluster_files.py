@@ -18,11 +18,7 @@ from simmerge_ray.capacity.cluster_files.reading import LAUNCHER, SERVE, read_do
 
 
 def check_cluster_file(path: Path) -> list[str]:
-    """Problems of a file, each with the place and the rule; empty where it is fine.
-
-    Raises:
-        ConfigError: it cannot be read, or holds nothing that is known here.
-    """
+    """Problems of a file, each with place and rule; ConfigError if it cannot be read or holds nothing known here."""
     documents = read_documents(path)
     return [
         f"document {number}: {problem}" if len(documents) > 1 else problem

@@ -21,7 +21,6 @@ from simmerge_ray.merging.engine.compute import TensorReport
 from simmerge_ray.merging.engine.forms import memory_per_thread
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.layout import Placement, Shard
-from simmerge_ray.merging.write.output import Runner
 from simmerge_ray.merging.write.tensors import JOURNAL, Progress, read_journals, write_tensors
 from simmerge_ray.merging.write.to_store import make_file
 from simmerge_ray.on_ray.resources import check_room, ray_session
@@ -49,19 +48,13 @@ def make_share(graph: MergeGraph, partial: Path, share: Sequence[Placement], jou
         write_tensors(graph, partial, missing, journal, num_threads=num_threads)
 
 
-def ray_runner(num_workers: int, num_threads: int = 1) -> Runner:
-    """A runner for `write_graph` with `num_workers` tasks of `num_threads` CPUs each at a time, spread over the nodes.
-
-    Raises (when run):
-        as `write_graph`, with the type and message of the task's error.
-    """
-    return _RayRunner(num_workers, num_threads)
-
-
 @dataclass(frozen=True)
-class _RayRunner:
+class RayRunner:
+    """Runs `write_graph` by `num_workers` tasks of `num_threads` CPUs each at a time, spread over the nodes; errors of
+    tasks are raised with their type and message."""
+
     num_workers: int
-    num_threads: int
+    num_threads: int = 1
 
     def __call__(
         self, graph: MergeGraph, partial: Path, placements: Sequence[Placement], progress: Progress | None, total: int
@@ -81,8 +74,8 @@ class _RayRunner:
         self, graph: MergeGraph, shards: Sequence[Shard], out: RemotePath, progress: Progress | None, total: int
     ) -> dict[str, TensorReport]:
         """A task a file, the largest first; nothing of them passes through the driver."""
-        done = total - sum(p.output.num_bytes for shard in shards for p in shard.placements)
         sizes = {p.output.name: p.output.num_bytes for shard in shards for p in shard.placements}
+        done = total - sum(sizes.values())
         ordered = sorted(shards, key=lambda shard: -shard.num_bytes)
         reports: dict[str, TensorReport] = {}
         for made in self._results(make_file, graph, [(shard, out, self.num_threads) for shard in ordered]):

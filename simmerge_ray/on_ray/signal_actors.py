@@ -12,7 +12,7 @@ from simmerge_ray.capacity.placement import Needs, signal_worker_needs
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet
 from simmerge_ray.on_ray.actor_pool import ActorPool
-from simmerge_ray.on_ray.resources import check_room, offered_resources, ray_session
+from simmerge_ray.on_ray.resources import check_room, ray_session
 from simmerge_ray.search.estimate import PROCESS_BYTES
 from simmerge_ray.signals.bounds import bounds
 from simmerge_ray.signals.compute import compute_signals
@@ -48,7 +48,7 @@ def ray_executor(
     from simmerge_ray.signals.worker import SignalWorker
 
     device = "cuda" if gpus_per_worker > 0 else "cpu"
-    needs = signal_worker_needs(worker_bytes, gpus_per_worker, offered_resources())
+    needs = signal_worker_needs(worker_bytes, gpus_per_worker, ray.cluster_resources())
     check_room(needs, "a signal worker (memory_per_worker runs a checkpoint in parts)")
     actor_class = ray.remote(SignalWorker).options(**spread_options(needs))
 
@@ -80,13 +80,10 @@ def compute_signals_on_ray(
     tokenize_probes(catalogue, probe_sets, spec)  # a probe that does not fit, before Ray is started
     held = bounds(catalogue, spec, [1] * len(probe_sets), config.memory_per_worker).worker
     worker_bytes = held + (0 if config.gpus_per_worker else PROCESS_BYTES["transformers"])
-    with (
-        ray_session(),
-        ray_executor(catalogue, config.num_workers, config.gpus_per_worker, report, worker_bytes) as executor,
-    ):
-        return compute_signals(
-            catalogue, probe_sets, spec, config.weights, store, executor, memory_per_worker=config.memory_per_worker
-        )
+    actors = config.num_workers, config.gpus_per_worker
+    with ray_session(), ray_executor(catalogue, *actors, report, worker_bytes) as executor:
+        memory = config.memory_per_worker
+        return compute_signals(catalogue, probe_sets, spec, config.weights, store, executor, memory_per_worker=memory)
 
 
 def spread_options(needs: Needs) -> dict[str, Any]:

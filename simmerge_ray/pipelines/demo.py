@@ -38,11 +38,7 @@ def run_demo(
     train: TrainConfig | None = None,
     evaluator: str = "vllm",
 ) -> None:
-    """All stages in `layout.root`; what is current is not computed again.
-
-    Raises:
-        SimmergeError: a stage failed; the next call goes on from there.
-    """
+    """All stages in `layout.root`; what is current is not computed again, so after an error the next call goes on."""
     arms = tuple(make_arm(operator, params).label for operator, params in ARMS)
     search = SearchConfig(arms=arms, exclude=(held_out,), evaluator=evaluator)
     # One cluster for all stages of a first run; none for a run that finds everything in place.
@@ -54,7 +50,10 @@ def run_demo(
             layout.signals, layout.labels, layout.selector, train or TrainConfig(), narrator, arms, layout.crossval
         )
         pick_stage(layout, narrator, held_out, search)
-    report_stage(layout, narrator)
+    with narrator.stage("report") as stage:
+        from simmerge_ray.reports.run import write_report
+
+        stage.result = f"-> {write_report(layout)}"
 
 
 def zoo_stage(
@@ -82,10 +81,8 @@ def zoo_stage(
 
 
 def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str], search: SearchConfig) -> None:
-    """Choose an arm for a pair that has no label, write the merge, and only then measure it and the other arms.
-
-    The pick is the selector's safe choice, what `simmerge plan --left --right` says, not the best prediction.
-    """
+    """Choose an arm (the selector's safe choice, as `simmerge plan --left --right` says) for a pair that has no label,
+    write the merge, and only then measure it and the other arms."""
     from simmerge_ray.selector.planning.recommender import Recommender
 
     with narrator.stage("pick") as stage:
@@ -137,14 +134,8 @@ def measure_pick(
     tasks: dict[str, Task],
     narrator: Narrator,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Utilities of the pair by every arm and of its parents, and of the written checkpoint as each library loads it.
-
-    Args:
-        picked: arm of the written checkpoint.
-
-    Raises:
-        EngineError: the written checkpoint does not answer like the merge that was measured in memory.
-    """
+    """Utilities of the pair by every arm and of its parents, and of the written checkpoint (by the arm `picked`) as
+    each library loads it; EngineError if it does not answer like the merge that was measured in memory."""
     from simmerge_ray.on_ray.merge_search import run_search
 
     catalogue = load_catalogue(layout.catalogue)
@@ -173,11 +164,7 @@ def measure_pick(
 
 
 def load_and_evaluate(path: str, tasks: dict[str, Task], evaluator: str) -> dict[str, dict[str, float]]:
-    """Load a checkpoint directory with transformers and (if that is the evaluator) with a new vLLM engine.
-
-    Returns:
-        utility by task and library.
-    """
+    """Utility by task and library: transformers, and (if that is the evaluator) a new vLLM engine."""
     from simmerge_ray.checkpoints.references import CheckpointRef
     from simmerge_ray.search.evaluation import Evaluator
     from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
@@ -192,14 +179,6 @@ def load_and_evaluate(path: str, tasks: dict[str, Task], evaluator: str) -> dict
         name: {engine.name: float(task.evaluate(engine).mean()) for engine in evaluators}
         for name, task in tasks.items()
     }
-
-
-def report_stage(layout: RunLayout[Path], narrator: Narrator) -> None:
-    """Write `report.md` and its figures from what the run directory holds."""
-    with narrator.stage("report") as stage:
-        from simmerge_ray.reports.run import write_report
-
-        stage.result = f"-> {write_report(layout)}"
 
 
 def closing_lines(layout: RunLayout[Path]) -> list[str]:

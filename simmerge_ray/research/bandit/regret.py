@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.markdown import with_interval
 from simmerge_ray.base.storage import Place, digest_file, digest_json, write_atomically, write_json
 from simmerge_ray.research.bandit.clusters import (
     Cluster,
@@ -76,12 +77,9 @@ def play(name: str, start: Start, num_rounds: int, num_orders: int) -> dict[str,
 
 def table(results: Results) -> list[dict[str, Any]]:
     """Per policy: regret over all rounds, and against uniform and best fixed with intervals over clusters."""
-    clusters = list(results)
-    totals = {
-        name: np.array([np.nansum(results[cluster][name], axis=1).mean(0) for cluster in clusters]) for name in POLICIES
-    }
+    totals = {name: np.array([np.nansum(one[name], axis=1).mean(0) for one in results.values()]) for name in POLICIES}
     rounds = next(iter(results.values()))["uniform"].shape[1]
-    weights = drawn_clusters(clusters)
+    weights = drawn_clusters(list(results))
     uniform, rows = totals["uniform"][:, 0], []
     for name in POLICIES:
         mine = totals[name][:, 0]
@@ -152,10 +150,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| policy | regret, utility | regret, GapClosed | of uniform | a round against best fixed, GapClosed |"]
     lines += ["|---|---|---|---|---|"]
     for row in rows:
-        lines.append(
-            f"| {row['policy']} | {row['utility']:.2f} [{row['utility_interval'][0]:.2f}, "
-            f"{row['utility_interval'][1]:.2f}] | {row['gap_closed']:.2f} | {row['of_uniform']:.2f} "
-            f"[{row['of_uniform_interval'][0]:.2f}, {row['of_uniform_interval'][1]:.2f}] | "
-            f"{row['against_best_fixed']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}] |"
-        )
+        utility, share = (with_interval(row[of], row[f"{of}_interval"], digits=2) for of in ("utility", "of_uniform"))
+        ahead = with_interval(row["against_best_fixed"], row["interval"], signed=True)
+        lines.append(f"| {row['policy']} | {utility} | {row['gap_closed']:.2f} | {share} | {ahead} |")
     return lines

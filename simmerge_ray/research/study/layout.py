@@ -55,7 +55,7 @@ class StudyLayout:
 
 @dataclass(frozen=True)
 class LoadedPart:
-    """Everything that is known of one base and its experts. signal_seconds: that its table took."""
+    """What is known of one base and its experts. signatures: where they lie. signal_seconds: that its table took."""
 
     name: str
     catalogue: Catalogue
@@ -66,16 +66,11 @@ class LoadedPart:
 
 
 def load_part(layout: StudyLayout, name: str) -> LoadedPart:
-    """Read a part.
-
-    Raises:
-        InputError: a file is missing or broken.
-    """
-    table = read_signal_table(layout.signals(name))
-    labels = tuple(LabelStore(layout.labels(name)).read())
-    signatures = str(layout.signals(name).parent / "signatures")
-    seconds = read_json(layout.signals(name).with_suffix(".json"))["seconds"]
-    return LoadedPart(name, load_catalogue(layout.catalogue(name)), table, labels, signatures, float(seconds))
+    """Read a part; InputError if a file is missing or broken."""
+    signals, labels = layout.signals(name), tuple(LabelStore(layout.labels(name)).read())
+    table, seconds = read_signal_table(signals), float(read_json(signals.with_suffix(".json"))["seconds"])
+    signatures = str(signals.parent / "signatures")
+    return LoadedPart(name, load_catalogue(layout.catalogue(name)), table, labels, signatures, seconds)
 
 
 def probe_variants(probes: Path) -> dict[str, dict[str, bytes]]:

@@ -12,11 +12,7 @@ from simmerge_ray.search.labels import LabelStore
 
 
 def export_dataset(parts: Sequence[LoadedPart], directory: Path) -> Path:
-    """Write `labels.parquet` and `signals/<part>.parquet`, a data set as `simmerge train` takes it.
-
-    Returns:
-        the file of labels.
-    """
+    """Write `labels.parquet` (returned) and `signals/<part>.parquet`, a data set as `simmerge train` takes it."""
     with tempfile.TemporaryDirectory() as scratch:
         store = LabelStore(scratch)
         store.append([label for part in parts for label in part.labels])
