@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,11 +21,10 @@ from simmerge_ray.cli.catalogue import catalogue_app
 from simmerge_ray.cli.client import client_app
 from simmerge_ray.cli.cluster import cluster_app
 from simmerge_ray.cli.db import db_app
-from simmerge_ray.cli.demo import demo, zoo
+from simmerge_ray.cli.demo import demo, report, zoo
 from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.cli.merge import merge
 from simmerge_ray.cli.plan import plan
-from simmerge_ray.cli.report import report
 from simmerge_ray.cli.search import search
 from simmerge_ray.cli.serve import serve
 from simmerge_ray.cli.signals import signals
@@ -85,13 +83,13 @@ def run_as_job(command: Callable[..., Any], usage: str, *defaults: str) -> None:
     try:
         code = job([*defaults, "--job-line", *sys.argv[1:]], standalone_mode=False)
     except TyperException as error:
-        problem = ConfigError(error.format_message())
-        code = run_job(Path(sys.argv[0]).stem, partial(_refuse, problem))
+        message = error.format_message()
+
+        def refuse() -> NoReturn:
+            raise ConfigError(message)
+
+        code = run_job(Path(sys.argv[0]).stem, refuse)
     sys.exit(code)
-
-
-def _refuse(problem: ConfigError) -> NoReturn:
-    raise problem
 
 
 def main() -> None:

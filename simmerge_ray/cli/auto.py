@@ -11,6 +11,7 @@ import typer
 
 from simmerge_ray.base.config import EngineConfig, RankingConfig, RankingFiles, SearchConfig
 from simmerge_ray.base.errors import TaskError
+from simmerge_ray.base.storage import Manifest, Place, digest_file, local_directory
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from simmerge_ray.base.progress import Narrator
-    from simmerge_ray.base.storage import Manifest, Place
     from simmerge_ray.pipelines.auto import Answer, AutoRun
     from simmerge_ray.plans.plan import MergePlan
     from simmerge_ray.search.setup import PreparedSearch
@@ -63,7 +63,6 @@ def auto(
             )
     tasks = {name: known[name].sampled(search.max_items, search.seed) for name in request.pool.tasks}
     from simmerge_ray.base.progress import narrated
-    from simmerge_ray.base.storage import Manifest, digest_file
 
     with narrated(log) as narrator:
         from simmerge_ray.pipelines.auto import AutoRun, check_auto
@@ -96,8 +95,6 @@ def answer_stages(run: AutoRun, ranking: Ranking, narrator: Narrator, manifest: 
 
 def _digests_of(selector: Place) -> dict[str, str]:
     """Digests of a selector's files, by what a manifest calls them."""
-    from simmerge_ray.base.storage import digest_file, local_directory
-
     with local_directory(selector) as directory:
         artifacts = sorted(directory.rglob("*.safetensors"))
         return {f"selector {path.relative_to(directory)}": digest_file(path) for path in artifacts}
@@ -108,10 +105,8 @@ def dry_run_lines(study: PreparedSearch, ranking: Ranking, own_task: Mapping[str
     from simmerge_ray.pipelines.auto import cost_lines, single_plans
     from simmerge_ray.plans.plan import fold_text
 
-    plans = [
-        f"  {number}. {fold_text(one.plan)}  (predicted {one.utility:.3f})"
-        for number, one in enumerate(ranking.plans, 1)
-    ]
+    shown = [f"{fold_text(one.plan)}  (predicted {one.utility:.3f})" for one in ranking.plans]
+    plans = [f"  {number}. {text}" for number, text in enumerate(shown, 1)]
     singles = [plan.label for plan in single_plans(ranking, study.catalogue)]
     return [
         f"merges   {len(plans)}, measured in memory:",

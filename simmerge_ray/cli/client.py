@@ -32,6 +32,10 @@ Explore = Annotated[bool, typer.Option(help="draw; --no-explore takes what is kn
 Ways = Annotated[str, typer.Option(help="how many checkpoints to merge, e.g. 3 or 2-4")]
 Left = Annotated[str, typer.Argument(help="checkpoint id")]
 Right = Annotated[str, typer.Argument(help="checkpoint id")]
+Candidates = Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="ids to choose from")]
+MeasuredUtility = Annotated[float, typer.Argument(help="measured, in [0, 1]")]
+CloseReason = Annotated[str, typer.Argument(help="e.g. 'infeasible: out of memory', or 'not made'")]
+VoidReason = Annotated[str, typer.Argument(help="why it was wrong")]
 
 _NONE = "-"
 
@@ -213,7 +217,7 @@ def decide_arm(
 @_command("decide-plan", _show_decision)
 def decide_plan(
     client: Client,
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="ids to choose from")],
+    checkpoints: Candidates,
     ways: Ways = "2-4",
     task: Task = None,
     explore: Explore = True,
@@ -224,34 +228,19 @@ def decide_plan(
 
 
 @_command("reward", "reward {utility:g} of {decision_id}: {status}")
-def reward(
-    client: Client,
-    decision_id: DecisionId,
-    utility: Annotated[float, typer.Argument(help="measured, in [0, 1]")],
-    key: Key = None,
-) -> Any:
+def reward(client: Client, decision_id: DecisionId, utility: MeasuredUtility, key: Key = None) -> Any:
     """Report what the merge of a decision was worth."""
     return client.reward(decision_id, utility, key)
 
 
 @_command("close", "{decision_id} closed: {status}")
-def close(
-    client: Client,
-    decision_id: DecisionId,
-    reason: Annotated[str, typer.Argument(help="e.g. 'infeasible: out of memory', or 'not made'")],
-    key: Key = None,
-) -> Any:
+def close(client: Client, decision_id: DecisionId, reason: CloseReason, key: Key = None) -> Any:
     """Say that no reward will come for a decision."""
     return client.close(decision_id, reason, key)
 
 
 @_command("void", "reward of {decision_id} voided: {status}")
-def void(
-    client: Client,
-    decision_id: DecisionId,
-    reason: Annotated[str, typer.Argument(help="why it was wrong")],
-    key: Key = None,
-) -> Any:
+def void(client: Client, decision_id: DecisionId, reason: VoidReason, key: Key = None) -> Any:
     """Take back a wrong reward; another may follow."""
     return client.void(decision_id, reason, key)
 

@@ -28,6 +28,12 @@ Url = Annotated[
         help="sqlite:////path/to/service.db or postgresql://user@host/name",
     ),
 ]
+RestoreFile = Annotated[Path | None, typer.Argument(metavar="FILE", help="as `simmerge db backup` wrote it")]
+ExportFile = Annotated[Path | None, typer.Argument(metavar="FILE", help="new file")]
+BackupFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="FILE", help="new file; one that ends in .parquet can be restored into either database"),
+]
 Namespace = Annotated[str, typer.Option(help="of the service")]
 
 
@@ -73,13 +79,7 @@ def status_command(url: Url, as_json: Annotated[bool, typer.Option("--json", hel
 
 
 @db_app.command("backup")
-def backup_command(
-    url: Url,
-    file: Annotated[
-        Path | None,
-        typer.Argument(metavar="FILE", help="new file; one that ends in .parquet can be restored into either database"),
-    ] = None,
-) -> None:
+def backup_command(url: Url, file: BackupFile = None) -> None:
     """Write one consistent state of all namespaces to a file, while services go on."""
     from simmerge_ray.service.log.maintenance import backup
 
@@ -89,10 +89,7 @@ def backup_command(
 
 
 @db_app.command("restore")
-def restore_command(
-    url: Url,
-    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="as `simmerge db backup` wrote it")] = None,
-) -> None:
+def restore_command(url: Url, file: RestoreFile = None) -> None:
     """Fill an empty database from a backup; a namespace that has events is refused."""
     from simmerge_ray.service.log.maintenance import restore
 
@@ -104,7 +101,7 @@ def restore_command(
 @db_app.command("export")
 def export_command(
     url: Url,
-    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="new file")] = None,
+    file: ExportFile = None,
     table: Annotated[
         Literal["decisions", "events"],
         typer.Option(help="decisions with their rewards, one a row, or the events as they are"),

@@ -51,16 +51,12 @@ def _by_launcher(content: Mapping[str, Any]) -> list[str]:
         f"{'.'.join(map(str, error.absolute_path)) or 'file'}: {error.message.splitlines()[0]}"
         for error in jsonschema.Draft7Validator(schema).iter_errors(content)
     ]
-    logger = logging.getLogger("ray.autoscaler._private.util")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logging.getLogger("ray.autoscaler._private.util").setLevel(logging.ERROR)
     try:
         if not problems:
             validate_config(prepare_config(copy.deepcopy(dict(content))))
     except Exception as error:  # whatever Ray raises is what `ray up` would stop with
         problems.append(str(error).splitlines()[0])
-    finally:
-        logger.setLevel(level)
     return problems
 
 

@@ -24,7 +24,7 @@ from simmerge_ray.merging.write.layout import Placement, Shard
 from simmerge_ray.merging.write.tensors import JOURNAL, Progress, read_journals, write_tensors
 from simmerge_ray.merging.write.to_store import make_file
 from simmerge_ray.on_ray.resources import check_room, ray_session
-from simmerge_ray.on_ray.tasks import run_tasks
+from simmerge_ray.on_ray.tasks import Arguments, OnWait, run_tasks
 
 _LIBRARY_BYTES = 500_000_000  # Python, numpy, torch and numba in a task's process
 SHARES_PER_WORKER = 4  # a worker that is slow, or lost with its node, holds up a share of that much work, not its part
@@ -85,26 +85,15 @@ class RayRunner:
         return reports
 
     def _results(
-        self,
-        function: Callable[..., Any],
-        graph: MergeGraph,
-        calls: Sequence[tuple[Any, ...]],
-        on_wait: Callable[[], None] | None = None,
+        self, function: Callable[..., Any], graph: MergeGraph, calls: Sequence[Arguments], on_wait: OnWait = None
     ) -> Iterator[Any]:
         """Results of the calls as they end; lost tasks are run again."""
         with ray_session():
             specs = {key: read_headers(ref) for key, ref in graph.checkpoints.items()}
             memory = self.num_threads * memory_per_thread(graph, specs) + _LIBRARY_BYTES
             check_room({"CPU": self.num_threads, "memory": memory}, "a task of the merge")
-            tasks = run_tasks(
-                function,
-                deque(calls),
-                shared=(graph,),
-                max_running=self.num_workers,
-                on_wait=on_wait,
-                num_cpus=self.num_threads,
-                memory=memory,
-                scheduling_strategy="SPREAD",
-            )
+            options: dict[str, Any] = {"num_cpus": self.num_threads, "memory": memory, "scheduling_strategy": "SPREAD"}
+            options |= {"shared": (graph,), "max_running": self.num_workers, "on_wait": on_wait}
+            tasks = run_tasks(function, deque(calls), **options)
             with closing(tasks):  # before the session ends
                 yield from (result for _, result in tasks)

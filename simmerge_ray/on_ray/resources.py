@@ -93,12 +93,9 @@ class _Holder:
 
 @contextmanager
 def only_job(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the only right to an output for the time of a block; other jobs of the cluster wait for it.
+    """Hold the only right to the output `what` for the time of a block; another job that has it is waited for.
 
     Ray frees it when the job ends, however that happens. A cluster of this process has no other jobs.
-
-    Args:
-        what: URI or path of the output. say: told once if another job holds it.
     """
     import ray
 

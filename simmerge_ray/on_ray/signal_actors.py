@@ -30,7 +30,7 @@ def ray_executor(
     report: Report | None = None,
     worker_bytes: float = 0.0,
 ) -> Iterator[Executor]:
-    """An executor over actors of the current Ray cluster, for the time of a block.
+    """An executor over actors of the current Ray cluster, for a block; ConfigError if a local one has no room for one.
 
     Another actor repeats the units of a lost one; they are functions of the files, so the numbers are the same. Actors
     read whole checkpoints: they are spread over the nodes, to share disks and networks, and ask for the memory that
@@ -39,9 +39,6 @@ def ray_executor(
     Args:
         gpus_per_worker: share of a GPU for each actor; 0 runs on the CPU, one core each.
         worker_bytes: memory of an actor, on the GPU where it has a share of one.
-
-    Raises:
-        ConfigError: a local cluster has no room for one actor.
     """
     import ray
 

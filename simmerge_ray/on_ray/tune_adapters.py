@@ -110,10 +110,10 @@ class Proposals(Searcher):
         result = unflatten_dict(result)
         self._count_items(result)
         progress = _progress_of(result)
-        if not progress.finished and self._limits.stop_all():
-            self._proposer.finish(trial_id, None)  # cut off, not judged: the next run evaluates it
-            return
         if not progress.finished:
+            if self._limits.stop_all():
+                self._proposer.finish(trial_id, None)  # cut off, not judged: the next run evaluates it
+                return
             outcomes: dict[str, Outcome] = {}
             for task, items in progress.items.items():  # a short task may be through already
                 whole = len(items) == self._search.tasks[task].num_items
@@ -158,16 +158,10 @@ class Proposals(Searcher):
 def trial_result(search: PreparedSearch, progress: TrialProgress) -> dict[str, Any]:
     """What a trial tells Tune after a shard; `_progress_of` reads it."""
     utilities = progress.utilities
-    return {
-        "utility": search.values(utilities)[0] if utilities else NO_UTILITY,
-        "items": {} if progress.finished else {task: items.tolist() for task, items in progress.items.items()},
-        "utilities": utilities,
-        "num_new": progress.num_new,
-        "finished": progress.finished,
-        "infeasible": progress.infeasible,
-        "rival": progress.rival,
-        "done": progress.finished,
-    }
+    told = {name: getattr(progress, name) for name in ("utilities", "num_new", "finished", "infeasible", "rival")}
+    utility = search.values(utilities)[0] if utilities else NO_UTILITY
+    items = {} if progress.finished else {task: items.tolist() for task, items in progress.items.items()}
+    return told | {"utility": utility, "items": items, "done": progress.finished}
 
 
 def _progress_of(result: Mapping[str, Any]) -> TrialProgress:

@@ -99,12 +99,10 @@ class VllmEvaluator:
                 "its first weights on every node itself; use executor: mp, or a filesystem that all nodes see"
             )
         options: dict[str, Any] = {
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "max_num_batched_tokens": max(8192, max_model_len),
             "tensor_parallel_size": tensor_parallel_size,
             "distributed_executor_backend": executor,
         }
+        options |= {"dtype": dtype, "max_model_len": max_model_len, "max_num_batched_tokens": max(8192, max_model_len)}
         with _environment(_THREADS, _thread_binding(tensor_parallel_size)):
             require("vllm", "gpu" if _has_gpu() else "cpu")
             from vllm.platforms import current_platform

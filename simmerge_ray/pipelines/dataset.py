@@ -68,11 +68,8 @@ def search_stage(
     catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig, narrator: Narrator
 ) -> None:
     """Labels that are missing, into the store `labels`, and into its directory `_search` the manifest `search.json`
-    and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file.
-
-    Raises:
-        InputError: whatever cannot be used, before Ray is started. EngineError: the evaluator did not start.
-    """
+    and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file. InputError:
+    whatever cannot be used, before Ray is started. EngineError: the evaluator did not start."""
     catalogue = load_catalogue(catalogue_path)
     tasks = load_search_tasks(tasks_dir, config)
     with narrator.stage("search") as stage:

@@ -138,8 +138,7 @@ def measure_pick(
     each library loads it; EngineError if it does not answer like the merge that was measured in memory."""
     from simmerge_ray.on_ray.merge_search import run_search
 
-    catalogue = load_catalogue(layout.catalogue)
-    every_task = load_tasks(layout.tasks)
+    catalogue, every_task = load_catalogue(layout.catalogue), load_tasks(layout.tasks)
     config = search.model_copy(update={"exclude": (), "concurrency": 1})
     store = (layout.pick / "labels").resolve()
     check = load_and_evaluate, str(merged.resolve()), tasks, search.evaluator
@@ -155,11 +154,10 @@ def measure_pick(
             name, rows = (source, parents) if source else (label.plan.steps[0].arm.label, arms)
             rows.setdefault(name, {})[label.task] = label.outcome.utility
     for task, values in loaded.items():
-        if abs(values[search.evaluator] - arms[picked][task]) > 2.0 / len(tasks[task].items):
-            raise EngineError(
-                f"{merged} scores {values[search.evaluator]:.4f} on {task!r} from disk, but {arms[picked][task]:.4f} "
-                "when it was merged in memory"
-            )
+        from_disk, in_memory = values[search.evaluator], arms[picked][task]
+        if abs(from_disk - in_memory) > 2.0 / len(tasks[task].items):
+            scores = f"{merged} scores {from_disk:.4f} on {task!r} from disk"
+            raise EngineError(f"{scores}, but {in_memory:.4f} when it was merged in memory")
     return {"arms": arms, "parents": parents}, loaded
 
 

@@ -44,15 +44,9 @@ def signals_stage(
     narrator: Narrator,
     signatures: str | None = None,
 ) -> SignalTable:
-    """Signals of all pairs of a catalogue into the Parquet file `out`.
-
-    Args:
-        probes: directory of probe files; None takes the general probe set of the package.
-        signatures: where signatures are kept; None puts them into `signatures` beside `out`.
-
-    Raises:
-        InputError: whatever cannot be used, before Ray is started where headers and files show it.
-    """
+    """Signals of all pairs of a catalogue into the Parquet file `out`; InputError says whatever cannot be used, before
+    Ray is started where headers and files show it. probes: directory of probe files; None takes the general probe set
+    of the package. signatures: where they are kept; None puts them into `signatures` beside `out`."""
     catalogue = load_catalogue(catalogue_path)
     probe_sets = _probe_sets(probes)
     with narrator.stage("signals") as stage:
@@ -156,16 +150,9 @@ def train_stage(
 def train_dataset_stage(
     path: Place, out: Place, config: TrainConfig, narrator: Narrator, arms: Sequence[str] | None = None
 ) -> None:
-    """Selector artifact `out` from a data set of one base or several (`selector.files`), with its report.
-
-    Beside what `train_stage` writes: `assessment.json`, and from it `report.md` and `figures/`.
-
-    Args:
-        arms: reference arms; None takes those that were measured on all pairs.
-
-    Raises:
-        InputError: no data set, signals and labels that do not fit each other, or too few labels.
-    """
+    """Selector artifact `out` from a data set of one base or several (`selector.data.files`), with its report: beside
+    what `train_stage` writes `assessment.json`, and from it `report.md` and `figures/`; errors as there. arms: of
+    reference; None takes those that were measured on all pairs."""
     from simmerge_ray.selector.data.files import find_dataset, read_dataset
 
     files, root, chosen = find_dataset(path), path if path.is_dir() else path.parent, sorted(set(arms or ()))
@@ -239,12 +226,8 @@ def _shown_gain(crossval: dict[str, Any]) -> str:
 
 
 def load_dataset_config(path: Place) -> tuple[DatasetConfig, SearchEstimate]:
-    """Read the file of a dataset and check it and everything that it names; what its search will take.
-
-    Raises:
-        ConfigError: with all problems, before anything is computed. OutputError: a submitted job would lose `out`.
-    """
-
+    """Read the file of a dataset and check it and all that it names; what its search will take. ConfigError: all
+    problems, before anything is computed; OutputError: a submitted job would lose `out`."""
     config, problems = load_yaml_leniently(path, DatasetConfig)
     estimate = None
     if config is not None:

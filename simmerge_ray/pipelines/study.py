@@ -26,11 +26,10 @@ from simmerge_ray.pipelines.zoo import make_zoo_parts, write_questions
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.study.analysis import ALL_ARMS, ARMS
 from simmerge_ray.research.study.exact_sample import write_exact
-from simmerge_ray.research.study.layout import StudyLayout, load_part, probe_variants
+from simmerge_ray.research.study.layout import StudyLayout, export_dataset, load_part, probe_variants
 from simmerge_ray.research.study.longer import unmerged_utilities
 from simmerge_ray.research.study.merges import draw_subsets, every_subset, labelled_pairs, plans_of
 from simmerge_ray.research.study.page import write_results
-from simmerge_ray.research.study.publish import export_dataset
 from simmerge_ray.research.study.results import StudyData, analyse
 from simmerge_ray.research.study.zoo import ZooPart, zoo_part
 from simmerge_ray.search.evaluation import load_tasks

@@ -17,15 +17,8 @@ import numpy as np
 
 from simmerge_ray.base.markdown import with_interval
 from simmerge_ray.base.storage import Place, digest_file, digest_json, write_atomically, write_json
-from simmerge_ray.research.bandit.clusters import (
-    Cluster,
-    Start,
-    draw_regret,
-    drawn_clusters,
-    interval,
-    load_with_later_arms,
-    starts_of,
-)
+from simmerge_ray.research.bandit import clusters
+from simmerge_ray.research.bandit.clusters import Cluster, Start, drawn_clusters, interval
 from simmerge_ray.research.bandit.replay import (
     Bandit,
     Highest,
@@ -105,18 +98,15 @@ def draw(results: Results, out: Path, name: str) -> Place:
     for policy in POLICIES:
         regrets = np.array([np.cumsum(values[policy][..., 0], axis=1).mean(0) for values in results.values()])
         curves[policy] = regrets.mean(0), interval(weights, regrets)
-    return draw_regret(curves, "round", out / f"{name}.png")
+    return clusters.draw_regret(curves, "round", out / f"{name}.png")
 
 
 def replay_dataset(
     path: Path, out: Path, name: str, arms: Sequence[str] | None, num_orders: int, num_rounds: int, say: Say = print
 ) -> list[dict[str, Any]]:
-    """Play all clusters of a data set; `table`'s rows, also in `NAME.json`, with the curves in `NAME.png`.
-
-    The results of a domain are kept in `NAME.parts`, by the digest of all that they were made from: what is there is
-    not played again.
-    """
-    loaded, files = load_with_later_arms(path, arms), find_dataset(path)
+    """Play all clusters of a data set; `table`'s rows, also in `NAME.json`, with the curves in `NAME.png`. Results of a
+    domain are kept in `NAME.parts` by the digest of all that they were made from, and not played again."""
+    loaded, files = clusters.load_with_later_arms(path, arms), find_dataset(path)
     digests = {str(number): digest_file(one) for number, one in enumerate(files.signals)}
     digests |= {f"labels {number}": LabelStore(one).digest() for number, one in enumerate(files.labels)}
     content = [1, digests, list(loaded.dataset.arms), num_orders, num_rounds, THRESHOLD]
@@ -124,10 +114,8 @@ def replay_dataset(
     for fold in domain_folds(loaded.dataset.contexts):
         part = out / f"{name}.parts" / f"{digest_json([*content, fold.name])}.npz"
         if not part.exists():
-            played = {
-                cluster: play("/".join(cluster), start, num_rounds, num_orders)
-                for cluster, start in starts_of(fold, loaded.dataset, loaded.base_of).items()
-            }
+            starts = clusters.starts_of(fold, loaded.dataset, loaded.base_of).items()
+            played = {cluster: play("/".join(cluster), start, num_rounds, num_orders) for cluster, start in starts}
             buffer = io.BytesIO()
             arrays: dict[str, Any] = {
                 json.dumps([*key, policy]): values for key, of in played.items() for policy, values in of.items()

@@ -165,18 +165,11 @@ def compare(
         values = np.array([_mean(chosen[name]) for _, chosen in known])
         ahead = np.array([_mean(chosen[PREDICTED]) for _, chosen in known]) - values
         tasks = [_against_members(key, chosen[name], utilities[key[0]], own_task) for key, chosen in known]
-        of_expert, of_rest = (np.concatenate(part) for part in zip(*tasks, strict=True))
-        rows.append(
-            {
-                "policy": name,
-                "num_groups": len(known),
-                "pooled": float(values.mean()),
-                "difference": float(ahead.mean()),
-                "interval": resampled_interval(ahead, [key[:2] for key, _ in known]),
-                "degradation": float(100 * of_expert[:, 0].sum() / of_expert[:, 1].sum()),
-                "auxiliary_gain": float(100 * of_rest[:, 0].sum() / of_rest[:, 1].sum()),
-            }
-        )
+        sums = [np.concatenate(part).sum(0) for part in zip(*tasks, strict=True)]
+        of_expert, of_rest = (float(100 * difference / reference) for difference, reference in sums)
+        row = {"policy": name, "num_groups": len(known), "pooled": float(values.mean())}
+        row |= {"difference": float(ahead.mean()), "interval": resampled_interval(ahead, [key[:2] for key, _ in known])}
+        rows.append(row | {"degradation": of_expert, "auxiliary_gain": of_rest})
     return rows
 
 

@@ -36,11 +36,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Power:
-    """What a study of a size finds: how often the lower end of the 95 % interval is above 0, and its mean half-width.
-
-    error: standard deviation of the estimate over simulated studies, beside which half_width says whether the interval
-    is honest (1.96 x error).
-    """
+    """What a study of a size finds: how often the lower end of the 95 % interval is above 0, its mean half-width, and
+    the standard deviation of the estimate over simulated studies (an honest half-width is 1.96 x this error)."""
 
     num_bases: int
     num_experts: int
@@ -90,11 +87,8 @@ def simulate_power(
     num_resamples: int = 400,
     seed: int = 0,
 ) -> Power:
-    """Draw studies and analyse each as the real one: intervals by resampling bases, then checkpoints.
-
-    Args:
-        num_experts: of each base, spread evenly over the domains; cross-domain pairs are merged. mean: the true gain.
-    """
+    """Draw studies and analyse each as the real one: intervals by resampling bases, then checkpoints. num_experts: of
+    each base, spread evenly over the domains; cross-domain pairs are merged. mean: the true gain."""
     generator = np.random.default_rng(seed)
     experts = [(base, number) for base in range(num_bases) for number in range(num_experts)]
     pairs = [(a, b) for a, b in combinations(experts, 2) if a[0] == b[0] and a[1] % NUM_DOMAINS != b[1] % NUM_DOMAINS]

@@ -62,12 +62,10 @@ class StudyData:
         found = {}
         for part in (*self.small, *self.large):
             found[f"labels {part.name}"] = digest_json(sorted((one.key, one.seconds) for one in part.labels))
+            files = {f"exact {part.name}": self.layout.exact(part.name)}
             for variant in ("", *PROBE_VARIANTS):
-                path = self.layout.signals(part.name, variant)
-                if path.exists():
-                    found[f"signals {part.name} {variant}".strip()] = digest_file(path)
-            if self.layout.exact(part.name).exists():
-                found[f"exact {part.name}"] = digest_file(self.layout.exact(part.name))
+                files[f"signals {part.name} {variant}".strip()] = self.layout.signals(part.name, variant)
+            found |= {name: digest_file(path) for name, path in files.items() if path.exists()}
         return found
 
 
@@ -77,16 +75,10 @@ def _counts(data: StudyData) -> dict[str, Any]:
     for part in (*data.small, *data.large):
         merges = measured_merges(part.labels, part.catalogue)
         sizes = [len(plan.members) for plan in merges]
-        rows.append(
-            {
-                "base": part.name,
-                "checkpoints": len(part.catalogue.ids),
-                "merges": {str(size): sizes.count(size) for size in sorted(set(sizes))},
-                "labels": len(part.labels),
-                "seconds": sum(label.seconds for label in part.labels),
-                "utilities": unmerged_utilities(part.labels),
-            }
-        )
+        by_size = {str(size): sizes.count(size) for size in sorted(set(sizes))}
+        row = {"base": part.name, "checkpoints": len(part.catalogue.ids), "merges": by_size, "labels": len(part.labels)}
+        seconds = sum(label.seconds for label in part.labels)
+        rows.append(row | {"seconds": seconds, "utilities": unmerged_utilities(part.labels)})
     return {"rows": rows}
 
 

@@ -11,18 +11,9 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
+from simmerge_ray.research.study import longer
 from simmerge_ray.research.study.layout import LoadedPart
-from simmerge_ray.research.study.longer import (
-    Group,
-    MeasuredFold,
-    Utilities,
-    candidates,
-    choices,
-    compare,
-    rank_agreement,
-    resampled_interval,
-    unmerged_utilities,
-)
+from simmerge_ray.research.study.longer import Group, MeasuredFold, Utilities, compare, unmerged_utilities
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.scoring import Scoring
 from simmerge_ray.selector.models.model import FittedModel
@@ -121,7 +112,7 @@ def longer_plans(
         found["tau"][name] = {}
         for size, values in sorted(agreement.items()):
             taus, units = np.array([tau for tau, _ in values]), [unit for _, unit in values]
-            row = {"tau": float(taus.mean()), "interval": resampled_interval(taus, units)}
+            row = {"tau": float(taus.mean()), "interval": longer.resampled_interval(taus, units)}
             found["tau"][name][str(size)] = row | {"num_groups": len(values)}
     return found
 
@@ -135,14 +126,14 @@ def _pick(
     agreement: Agreement,
 ) -> None:
     """Add what every policy takes of the groups of one base, by aggregate, and Kendall's tau of each, by size."""
-    folds = candidates(part.labels, part.catalogue)
+    folds = longer.candidates(part.labels, part.catalogue)
     groups = _grouped(folds)
     for aggregate, scores in scores_of(part, folds, propagator, model).items():
         for key, group in groups.items():
             equal = [fold for fold in folds if fold.group == (*key[:2], "equal")]
             linear = [fold for fold in equal if fold.arm == "linear"]
-            picks[aggregate][key] = choices(group, scores, model.best_fixed, utilities, part.catalogue, linear)
-            tau = rank_agreement(group, scores) if aggregate == "last" else None
+            picks[aggregate][key] = longer.choices(group, scores, model.best_fixed, utilities, part.catalogue, linear)
+            tau = longer.rank_agreement(group, scores) if aggregate == "last" else None
             if tau is not None:
                 agreement.setdefault(len(key[1]), []).append((tau, key[:2]))
 
