@@ -180,7 +180,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3,
     table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold", no_wrap=number < whole)
-    for row in rows:
+    for row in rows:  # the service's text is never markup
         table.add_row(*(Text(_printable(cell)) for cell in row))
     Console().print(table)
 

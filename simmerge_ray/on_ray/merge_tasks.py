@@ -93,7 +93,8 @@ class RayRunner:
             memory = self.num_threads * memory_per_thread(graph, specs) + _LIBRARY_BYTES
             check_room({"CPU": self.num_threads, "memory": memory}, "a task of the merge")
             options: dict[str, Any] = {"num_cpus": self.num_threads, "memory": memory, "scheduling_strategy": "SPREAD"}
-            options |= {"shared": (graph,), "max_running": self.num_workers, "on_wait": on_wait}
-            tasks = run_tasks(function, deque(calls), **options)
+            tasks = run_tasks(
+                function, deque(calls), shared=(graph,), max_running=self.num_workers, on_wait=on_wait, **options
+            )
             with closing(tasks):  # before the session ends
                 yield from (result for _, result in tasks)

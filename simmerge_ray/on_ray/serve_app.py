@@ -139,8 +139,8 @@ def run_service(
     from sqlalchemy.engine import make_url
 
     args, token = completed(config)
-    database = make_url(args.database).render_as_string(hide_password=True)
     prepare_database(args.database)
+    database = make_url(args.database).render_as_string(hide_password=True)
     Learner(args)  # it raises here what would make every replica fail, and publishes the selector
     stop = until or threading.Event()
     if threading.current_thread() is threading.main_thread():

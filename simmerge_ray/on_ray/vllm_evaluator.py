@@ -35,6 +35,7 @@ _ENGINE_ENVIRONMENT = {
 }
 _THREADS = "VLLM_CPU_OMP_THREADS_BIND"
 _EXTENSION = "simmerge_ray.on_ray.vllm_worker.MergeExtension"  # by name: importing it imports vLLM
+_START = "simmerge_start"
 _EXECUTORS = ("uni", "mp", "ray")
 # Largest difference of log-probabilities from transformers in float32. In bfloat16 single ones are far off in right
 # engines too, so it is the mean: 0.06 on SmolLM2-135M (the largest 0.5), and 0.2 or more against its noisy copies.
@@ -131,9 +132,8 @@ class VllmEvaluator:
             )
             self._processes = [child for child in multiprocessing.active_children() if child not in before]
             # The base of a LoRA checkpoint is what vLLM has loaded.
-            unknown = self._engine.collective_rpc("simmerge_start", args=(CheckpointRef(template.id, template.path),))[
-                0
-            ]
+            plain = CheckpointRef(template.id, template.path)
+            unknown = self._engine.collective_rpc(_START, args=(plain,))[0]
         except StorageError:
             self.close()
             raise

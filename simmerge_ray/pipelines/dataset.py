@@ -115,10 +115,12 @@ def search_bar(narrator: Narrator) -> Iterator[Callable[[SearchStatus], None]]:
 
 def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
     """Headroom report of a label store as JSON; where GapClosed is nowhere defined, the reason instead."""
+    contexts = pair_contexts(LabelStore(labels).read(), arms)
     try:
-        write_json(out, headroom(pair_contexts(LabelStore(labels).read(), arms)).to_json())
+        content = headroom(contexts).to_json()
     except InputError as error:
-        write_json(out, {"undefined": str(error)})
+        content = {"undefined": str(error)}
+    write_json(out, content)
 
 
 def _write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> None:
@@ -133,10 +135,8 @@ def _write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> None:
                 narrator.say(f"           make it with: simmerge merge {out / name} OUT")
     if merges and not narrator.console.is_terminal:
         for one in (merges[0], *singles[:1]):
-            kind, values = (
-                "merge" if one.plan.steps else "checkpoint",
-                ", ".join(f"{value:.3f}" for value in one.values),
-            )
+            kind = "merge" if one.plan.steps else "checkpoint"
+            values = ", ".join(f"{value:.3f}" for value in one.values)
             narrator.say(f"           best {kind}: {values} {one.plan.label} ({_by_task(one)})")
     elif merges:
         narrator.console.print(_table(study, merges, singles))
