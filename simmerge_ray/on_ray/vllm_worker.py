@@ -37,11 +37,9 @@ _NUM_COLUMNS = 8
 
 
 def _without_amx() -> None:
-    """Make vLLM obey a limit that was set for oneDNN.
-
-    Some virtual machines announce AMX and fault when it is used, which bfloat16 does in torch, oneDNN and vLLM.
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 is the way out for the first two; vLLM's kernels ask torch what the CPU has.
-    """
+    """Make vLLM obey a limit that was set for oneDNN. Some virtual machines announce AMX and fault when bfloat16 uses
+    it in torch, oneDNN and vLLM; ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 is the way out for the first two, but vLLM's
+    kernels ask torch what the CPU has."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     if "AMX" not in limit and limit not in ("ALL", "DEFAULT"):
         torch.cpu._is_amx_tile_supported = lambda: False

@@ -47,11 +47,9 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Start:
-    """What policies know before the first round of a cluster, and the merges that they are asked about.
-
-    dataset: its contexts may have measured more arms than its own, that come later. fixed: column of the best fixed
-    arm. static: (M, K) predictions. gaps: by row of the dataset.
-    """
+    """What policies know before the first round of a cluster, and the merges that they are asked about. dataset: its
+    contexts may have measured more arms than its own, that come later. fixed: column of the best fixed arm. static:
+    (M, K) predictions. gaps: by row of the dataset."""
 
     dataset: SelectionDataset
     asked: Merges

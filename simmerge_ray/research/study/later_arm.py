@@ -125,10 +125,8 @@ def _standardised(z: np.ndarray, training: Sequence[int]) -> np.ndarray:
 
 
 def _head(z: np.ndarray, contrast: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """(n, E, H), (n,) and (m, E, H) -> (m,): ridge regression on each network's output, averaged over the networks.
-
-    The mean contrast is not shrunk, the slopes are: with few labels the arm is about as good everywhere.
-    """
+    """(n, E, H), (n,) and (m, E, H) -> (m,): ridge regression on each network's output, averaged over the networks. The
+    mean contrast is not shrunk, the slopes are: with few labels the arm is about as good everywhere."""
     mean = contrast.mean()
     predicted = []
     for member in range(z.shape[1]):
