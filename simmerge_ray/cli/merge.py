@@ -39,9 +39,9 @@ def merge(
             return {"status": "unchanged", "out": str(out)}
         runner = None
         if workers is not None:
-            from simmerge_ray.on_ray.merge_tasks import ray_runner
+            from simmerge_ray.on_ray.merge_tasks import RayRunner
 
-            runner = ray_runner(workers, threads or 1)
+            runner = RayRunner(workers, threads or 1)
         with narrator.stage("merge") as stage:
             with narrator.byte_bar("bytes written") as report:
                 options = WriteOptions(None, report, max_bytes, threads, strict, runner=runner)

@@ -9,11 +9,11 @@ import typer
 
 from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.storage import Place
 from simmerge_ray.cli.options import changed_options, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
 
 if TYPE_CHECKING:
-    from simmerge_ray.base.storage import Place
     from simmerge_ray.checkpoints.catalogue import Catalogue
     from simmerge_ray.selector.planning.recommender import Recommendation
     from simmerge_ray.selector.planning.request import PlanRequest
@@ -122,9 +122,7 @@ def trust_lines(request: PlanRequest) -> list[str]:
 
 def tasks_text(pool: TaskPool) -> str:
     if pool.own is not None:
-        return (
-            "worst of the members' own tasks" if pool.objective.name == "worst" else "mean over the members' own tasks"
-        )
+        return f"{'worst of' if pool.objective.name == 'worst' else 'mean over'} the members' own tasks"
     if len(pool.tasks) == 1:
         return pool.tasks[0]
     return f"{pool.objective.name} of {', '.join(pool.tasks)}"
