@@ -127,11 +127,8 @@ SHAPES = (
 def size_of(parameters: float) -> ModelSize:
     """A model with so many parameters, with the shape of the known one that is nearest in size.
 
-    Between known sizes the width is theirs and the number of layers is scaled.
-
-    Raises:
-        ValueError: fewer parameters than the embeddings of the smallest known shape have.
-    """
+    Between known sizes the width is theirs and the number of layers is scaled. Raises ValueError: fewer parameters than
+    the embeddings of the smallest known shape have."""
     near = min(SHAPES, key=lambda one: abs(math.log(one.parameters / parameters)))
     layers = max(1, round((parameters - near.ends) / near.layer))
     return ModelSize.model_validate(near.model_dump() | {"parameters": parameters, "layers": layers})

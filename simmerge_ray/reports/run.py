@@ -27,11 +27,8 @@ _POLICIES = {
 
 
 def write_report(layout: RunLayout[Any]) -> Place:
-    """Write `report/report.md` and its PNG files; returns the path of the former.
-
-    Raises:
-        ConfigError: the directory holds no run.
-    """
+    """Write `report/report.md` and its PNG files; returns the path of the former. Raises ConfigError: the directory
+    holds no run."""
     if not (layout.signals.exists() or layout.headroom.exists()):
         raise ConfigError(f"{layout.root} holds neither signals nor labels; run `simmerge demo` or the stages first")
     started = time.monotonic()

@@ -96,31 +96,20 @@ class UnitCosts(_Part):
         return self.of(kind) * ways / 2
 
     def head_beside(self, name: str) -> str:
-        """The machine for a head in the cloud of another one.
-
-        Raises:
-            ConfigError: nothing is said of it, or of a head there.
-        """
+        """The machine for a head in the cloud of another one. Raises ConfigError: nothing is said of it, or of a head
+        there."""
         cloud = self.machine(name).cloud
         if cloud not in self.assumed.heads:
             raise ConfigError(unknown_name("cloud with a head", cloud, self.assumed.heads))
         return self.assumed.heads[cloud]
 
     def machine(self, name: str) -> MachineCosts:
-        """A machine's price, network and disk.
-
-        Raises:
-            ConfigError: nothing is said of it.
-        """
+        """A machine's price, network and disk. Raises ConfigError: nothing is said of it."""
         if name not in self.assumed.machines:
             raise ConfigError(unknown_name("machine", name, self.assumed.machines))
         return self.assumed.machines[name]
 
 
 def load_costs(path: Path | None = None) -> UnitCosts:
-    """The figures of a file, or ours.
-
-    Raises:
-        ConfigError: no such file, or it is malformed.
-    """
+    """The figures of a file, or ours. Raises ConfigError: no such file, or it is malformed."""
     return load_yaml(path or Path(str(files("simmerge_ray.capacity") / "unit_costs.yaml")), UnitCosts)

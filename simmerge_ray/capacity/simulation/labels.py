@@ -72,11 +72,8 @@ class Merge:
 
 def make_trials(workload: Workload) -> list[Merge]:
     """The base and all checkpoints on all tasks, then merges with every arm on their members' tasks: of pairs whose
-    tasks differ, or of all sets of more. The tasks go round.
-
-    Raises:
-        ConfigError: more ways than checkpoints or than an arm takes, or more than two without `max_merges`.
-    """
+    tasks differ, or of all sets of more. The tasks go round. Raises ConfigError: more ways than checkpoints or than an
+    arm takes, or more than two without `max_merges`."""
     num_models, tasks, arms = workload.num_models, workload.tasks, workload.arms
     ways, most = workload.ways, workload.max_merges
     if ways > num_models:

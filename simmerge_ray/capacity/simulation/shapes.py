@@ -19,10 +19,7 @@ from simmerge_ray.checkpoints.size import model_shape
 
 def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
     """A model with so many parameters, of the shape in a `config.json`, or of the known model that is nearest in size.
-
-    Raises:
-        ConfigError: the file cannot be read or says nothing of the shape; so few parameters do not have it.
-    """
+    Raises ConfigError: the file cannot be read or says nothing of the shape; so few parameters do not have it."""
     if not math.isfinite(parameters):
         raise ConfigError(f"--params {parameters:g} is no number of parameters")
     try:
@@ -57,11 +54,8 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
 
 
 def cheapest_engine(model: ModelSize, cloud: str, costs: UnitCosts) -> str:
-    """The machine with GPUs, of those of a cloud that the costs know, whose engines cost least an hour each.
-
-    Raises:
-        ConfigError: none holds an engine.
-    """
+    """The machine with GPUs, of those of a cloud that the costs know, whose engines cost least an hour each. Raises
+    ConfigError: none holds an engine."""
     prices: dict[str, float] = {}
     for machine, about in costs.assumed.machines.items():
         if about.cloud == cloud and machine in MACHINES and MACHINES[machine].gpus:

@@ -35,12 +35,8 @@ class Placed:
 
 
 def place_workers(model: ModelSize, resources: Mapping[str, float]) -> Placed:
-    """As many workers on a node as it has cores, each with as few stages of layers as then fit; fewer workers where
-    not even one layer would.
-
-    Raises:
-        ConfigError: the node does not hold a worker with one layer.
-    """
+    """As many workers on a node as it has cores, each with as few stages of layers as then fit; fewer workers where not
+    even one layer would. Raises ConfigError: the node does not hold a worker with one layer."""
     cores, memory = int(resources["CPU"]), resources["memory"]
     libraries = PROCESS_BYTES["transformers"]
     why: ConfigError | None = None

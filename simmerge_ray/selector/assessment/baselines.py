@@ -90,11 +90,8 @@ BASELINES: Mapping[str, Policy] = {
 
 
 def single_checkpoint_features(dataset: SelectionDataset) -> SelectionDataset:
-    """Only what is known of each checkpoint alone (norm of its task vector, entropy, loss), nothing of the pair.
-
-    Raises:
-        LabelError: there is no such feature.
-    """
+    """Only what is known of each checkpoint alone (norm of its task vector, entropy, loss), nothing of the pair. Raises
+    LabelError: there is no such feature."""
     kept = [i for i, column in enumerate(dataset.columns) if column_signal(column).family == "single"]
     if not kept:
         raise LabelError("the signals have no feature of a single checkpoint")

@@ -32,11 +32,8 @@ Progress = Callable[[int, int], None]
 def predict_unseen(dataset: SelectionDataset, config: TrainConfig, folds: Sequence[Fold] | None = None) -> np.ndarray:
     """(N, K): leave each checkpoint (or group of them) out in turn, train on the pairs without it, predict the others.
 
-    A pair is tested in the folds of both its checkpoints; the two predictions are averaged.
-
-    Raises:
-        LabelError: a fold is too small to train on.
-    """
+    A pair is tested in the folds of both its checkpoints; the two predictions are averaged. Raises LabelError: a fold
+    is too small to train on."""
     return CrossValidation.of(dataset, config, folds).unseen(dataset, config)
 
 

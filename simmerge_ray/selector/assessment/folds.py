@@ -40,11 +40,8 @@ class CrossValidation:
 
     @staticmethod
     def of(dataset: SelectionDataset, config: TrainConfig, folds: Sequence[Fold] | None) -> CrossValidation:
-        """On the given folds; None leaves checkpoints out.
-
-        Raises:
-            LabelError: a fold is too small to train on, or there is nothing to leave out.
-        """
+        """On the given folds; None leaves checkpoints out. Raises LabelError: a fold is too small to train on, or there
+        is nothing to leave out."""
         if folds is None:
             folds = checkpoint_folds(pairs_of(dataset.contexts), config.num_folds, config.seed)
         folds = [fold for fold in folds if fold.tested]

@@ -52,11 +52,8 @@ class SelectionDataset:
         )
 
     def restricted(self, columns: Sequence[str]) -> SelectionDataset:
-        """The same contexts with these feature columns only, e.g. those that a propagator delivers.
-
-        Raises:
-            LabelError: a column that the dataset does not have, or none.
-        """
+        """The same contexts with these feature columns only, e.g. those that a propagator delivers. Raises LabelError:
+        a column that the dataset does not have, or none."""
         for column in columns:
             if column not in self.columns:
                 raise LabelError(unknown_name("feature column", column, self.columns))
@@ -91,11 +88,8 @@ def build_dataset(
 
 
 def join_datasets(parts: Sequence[SelectionDataset]) -> SelectionDataset:
-    """The contexts of several data sets, of other checkpoints each.
-
-    Raises:
-        LabelError: there is none, or they differ in arms, feature columns or kind of weight signals.
-    """
+    """The contexts of several data sets, of other checkpoints each. Raises LabelError: there is none, or they differ in
+    arms, feature columns or kind of weight signals."""
     if not parts:
         raise LabelError("there is no data set to join")
     first = parts[0]
@@ -152,11 +146,8 @@ def common_arms(labels: Sequence[LabeledPlan]) -> tuple[str, ...]:
 
 
 def check_same_checkpoints(table: SignalTable, labels: Sequence[LabeledPlan]) -> None:
-    """Refuse signals and labels of different contents under one checkpoint id.
-
-    Raises:
-        LabelError: naming the checkpoint.
-    """
+    """Refuse signals and labels of different contents under one checkpoint id. Raises LabelError: naming the
+    checkpoint."""
     known = table.provenance["checkpoints"]
     for label in labels:
         for checkpoint_id, digest in label.checkpoints.items():

@@ -58,11 +58,8 @@ class TaskEncoding:
     def codes(
         self, num_contexts: int, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> np.ndarray:
-        """(N, T) columns for the tasks of N contexts; without `tasks` every task is unknown.
-
-        Raises:
-            SelectorError: the number of tasks is another one, or `probe_stats` lacks statistics.
-        """
+        """(N, T) columns for the tasks of N contexts; without `tasks` every task is unknown. Raises SelectorError: the
+        number of tasks is another one, or `probe_stats` lacks statistics."""
         if tasks is not None and len(tasks) != num_contexts:
             raise SelectorError(f"{len(tasks)} tasks were given for {num_contexts} contexts; give one for each")
         if self.kind == "none":

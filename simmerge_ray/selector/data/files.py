@@ -42,11 +42,7 @@ class LoadedDataset:
 
 
 def find_dataset(path: Place) -> DatasetFiles:
-    """The files of one of the three forms.
-
-    Raises:
-        ConfigError: there is no such path, or it has none of the forms.
-    """
+    """The files of one of the three forms. Raises ConfigError: there is no such path, or it has none of the forms."""
     if not path.exists():
         raise ConfigError(f"no data set at {path}; `simmerge labels make` or jobs/build_dataset.py makes labels")
     if path.is_dir() and (path / "labels.parquet").is_file():

@@ -64,11 +64,8 @@ def random_pair_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list
 
 
 def base_folds(pairs: Sequence[Pair], base_of: Mapping[str, str]) -> list[Fold]:
-    """All checkpoints of a base left out together: *unseen model and unseen base*.
-
-    Raises:
-        LabelError: a checkpoint without a base, a pair of two bases, or a single base.
-    """
+    """All checkpoints of a base left out together: *unseen model and unseen base*. Raises LabelError: a checkpoint
+    without a base, a pair of two bases, or a single base."""
     for pair in pairs:
         bases = [base_of.get(name) for name in pair]
         if None in bases or bases[0] != bases[1]:
@@ -83,10 +80,7 @@ def domain_folds(contexts: Sequence[Context]) -> list[Fold]:
     """Each task left out in turn, with every pair that was measured on it: *unseen domain*.
 
     Such pairs are tested whole, on both parents' tasks: one arm serves the merge, and is chosen for both together.
-
-    Raises:
-        LabelError: fewer than three tasks, so that nothing is left to train on.
-    """
+    Raises LabelError: fewer than three tasks, so that nothing is left to train on."""
     tasks = sorted({context.task for context in contexts})
     if len(tasks) < 3:
         raise LabelError(f"the labels are of the tasks {', '.join(tasks)}; an unseen domain needs three tasks at least")

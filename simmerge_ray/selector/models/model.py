@@ -46,11 +46,7 @@ class InputScaling:
         return InputScaling(flat.mean(0), scale, TaskEncoding.fit(encoding, dataset.tasks, dataset.statistics))
 
     def standardised(self, features: np.ndarray) -> np.ndarray:
-        """(N, 2, F) -> (N, 2, F).
-
-        Raises:
-            SelectorError: features of another number, or one that is not finite.
-        """
+        """(N, 2, F) -> (N, 2, F). Raises SelectorError: features of another number, or one that is not finite."""
         if features.ndim != 3 or features.shape[1:] != (2, len(self.centre)):
             raise SelectorError(
                 f"features have the shape {features.shape}; the selector takes (N, 2, {len(self.centre)}): "
@@ -141,10 +137,7 @@ class Selector:
 
     def half_widths(self, level: float) -> np.ndarray:
         """(K,): utility plus and minus this covers the measured one with probability `level`, for unseen checkpoints.
-
-        Raises:
-            SelectorError: the artifact has no interval of this level.
-        """
+        Raises SelectorError: the artifact has no interval of this level."""
         if self.intervals is None:
             raise SelectorError("this selector has no intervals: there were too few checkpoints to leave some out")
         if level not in self.intervals.levels:
@@ -166,11 +159,8 @@ class Selector:
         return safe_choice(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
 
     def check_table(self, table: SignalTable) -> None:
-        """Refuse a table of other features than this selector was trained with; and see `check_weights`.
-
-        Raises:
-            SelectorError: saying what differs.
-        """
+        """Refuse a table of other features than this selector was trained with; and see `check_weights`. Raises
+        SelectorError: saying what differs."""
         if self.columns != table.columns:
             missing = sorted(set(self.columns) - set(table.columns)) or sorted(set(table.columns) - set(self.columns))
             raise SelectorError(
@@ -180,11 +170,8 @@ class Selector:
         self.check_weights(table)
 
     def check_weights(self, table: SignalTable) -> None:
-        """Refuse a table of weight signals of another kind than this selector was trained with.
-
-        Raises:
-            SelectorError: saying which to compute.
-        """
+        """Refuse a table of weight signals of another kind than this selector was trained with. Raises SelectorError:
+        saying which to compute."""
         trained, given = (one.provenance.get("weights", "exact") for one in (self, table))
         if trained != given:
             raise SelectorError(
@@ -225,11 +212,7 @@ class Selector:
 
 
 def read_selector(path: Place) -> Selector:
-    """Load an artifact.
-
-    Raises:
-        SelectorError: missing, damaged, or of another schema, saying what differs.
-    """
+    """Load an artifact. Raises SelectorError: missing, damaged, or of another schema, saying what differs."""
     try:
         with local_directory(path) as directory:
             return _read_selector(path, directory)

@@ -99,11 +99,7 @@ def train_selector(
 
 
 def check_enough(dataset: SelectionDataset, num_reference: int) -> None:
-    """Refuse data that is too little to train on.
-
-    Raises:
-        LabelError: saying what is needed.
-    """
+    """Refuse data that is too little to train on. Raises LabelError: saying what is needed."""
     if len(dataset.contexts) < MIN_CONTEXTS or num_reference < 2:
         raise LabelError(
             f"{len(dataset.contexts)} contexts with {num_reference} arms are too few to train on; at least "

@@ -65,11 +65,8 @@ class Recommender:
 
     @staticmethod
     def load(selector: Place, signals: Place) -> Recommender:
-        """Read both artifacts.
-
-        Raises:
-            SelectorError, ConfigError: one of them is missing, damaged or of another version.
-        """
+        """Read both artifacts. Raises SelectorError, ConfigError: one of them is missing, damaged or of another
+        version."""
         return Recommender(read_selector(selector), read_signal_table(signals))
 
     @property
@@ -80,12 +77,9 @@ class Recommender:
         """The arm to take for all given tasks together, and all that was predicted; no task means the parents' own.
 
         The best fixed arm, unless another is predicted to be better by more than what has paid, and never for
-        checkpoints that are unlike those of the training.
-
-        Raises:
-            PlanError: an unknown checkpoint or task, or a pair of one checkpoint with itself.
-            SelectorError: the table does not have the features that the selector was trained with.
-        """
+        checkpoints that are unlike those of the training. Raises PlanError: an unknown checkpoint or task, or a pair of
+        one checkpoint with itself. SelectorError: the table does not have the features that the selector was trained
+        with."""
         names = list(tasks) or list(self.table.pair_tasks(left, right))
         self.selector.check_table(self.table)
         features = np.array([pair_features(self.table, left, right, task) for task in names])

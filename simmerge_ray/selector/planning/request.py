@@ -49,11 +49,8 @@ class RankingSources:
         return PlanScorer(self.table, self.propagator(), self.selector, self.shortlist)
 
     def request(self, config: RankingConfig) -> PlanRequest:
-        """Check the options against the sources, before anything is computed.
-
-        Raises:
-            InputError: a name is unknown, or no plan meets the constraints.
-        """
+        """Check the options against the sources, before anything is computed. Raises InputError: a name is unknown, or
+        no plan meets the constraints."""
         arms = scorable_arms(config.arms, self.selector.arms, self.table.provenance.get("base") is not None)
         space = plan_space(self.ids, arms, config.ways, config.weighting, config.must_contain, config.exclude)
         pool = task_pool(config.objective, config.tasks, self.table.tasks, self.table.checkpoint_ids, self.own_task)
@@ -70,11 +67,8 @@ class PlanRequest:
     pool: TaskPool
 
     def rank(self, top: int) -> Ranking:
-        """The best plans.
-
-        Raises:
-            InputError: the propagator lacks something, or does not deliver what the selector was trained with.
-        """
+        """The best plans. Raises InputError: the propagator lacks something, or does not deliver what the selector was
+        trained with."""
         return self.sources.scorer.rank(self.space, self.pool, top, self.config)
 
     def unlike_pairs(self) -> list[tuple[str, str]]:
@@ -95,11 +89,8 @@ class PlanRequest:
 
 
 def read_sources(files: RankingFiles, catalogue: Catalogue, propagator: str) -> RankingSources:
-    """Read what a ranking needs, from small to large.
-
-    Raises:
-        InputError: an artifact is missing, or two do not fit each other.
-    """
+    """Read what a ranking needs, from small to large. Raises InputError: an artifact is missing, or two do not fit each
+    other."""
     if propagator in _FROM_PROBES and files.probes is None:
         raise ConfigError(f"propagator {propagator!r} runs the probes; give --probes, the directory of the signals'")
     directory = files.selector or default_selector()
@@ -135,11 +126,8 @@ def _propagator(name: str, table: SignalTable, catalogue: Catalogue, files: Rank
 
 
 def _check_catalogue(catalogue: Catalogue, table: SignalTable) -> None:
-    """Refuse a table of other checkpoints, or of other contents under their names.
-
-    Raises:
-        PlanError: naming a checkpoint.
-    """
+    """Refuse a table of other checkpoints, or of other contents under their names. Raises PlanError: naming a
+    checkpoint."""
     known = table.provenance["checkpoints"]
     for ref in catalogue.all_refs:
         if ref.id not in known:
@@ -153,10 +141,7 @@ def on_fixed_tasks(config: RankingConfig, catalogue: Catalogue) -> RankingConfig
     """The same ranking on one set of tasks for all plans: those named, those of the objective, or all own tasks.
 
     Measured merges are compared with each other and with checkpoints, so each cannot count on its members' own tasks.
-
-    Raises:
-        ConfigError: no checkpoint has a task of its own.
-    """
+    Raises ConfigError: no checkpoint has a task of its own."""
     if config.tasks or config.objective not in (MEAN, WORST):
         return config
     own = sorted({name for name in catalogue.own_task.values() if name})

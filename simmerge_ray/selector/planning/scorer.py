@@ -165,12 +165,9 @@ class PlanScorer:
         aggregates: Sequence[str] = AGGREGATES,
         caution: float = _DEFAULTS.caution,
     ) -> dict[str, list[RankedPlan]]:
-        """`score` for several aggregates; the features of a step, which are most of the work, are computed once.
-
-        Raises:
-            SelectorError: an arm that the selector does not know. PlanError, OperatorError: see `Propagator.steps`
-            (a weight that changes with depth among them).
-        """
+        """`score` for several aggregates; the features of a step, which are most of the work, are computed once. Raises
+        SelectorError: an arm that the selector does not know. PlanError, OperatorError: see `Propagator.steps` (a
+        weight that changes with depth among them)."""
         for plan in plans:
             scorable_arms(
                 sorted({step.arm.label for step in plan.steps}) or ["passthrough"], self._selector.arms, self._with_base
@@ -244,11 +241,8 @@ class PlanScorer:
 
 
 def check_columns(selector: Model, propagator: str, columns: Sequence[str]) -> None:
-    """Refuse a selector that was trained with features that a propagator does not deliver.
-
-    Raises:
-        SelectorError: naming one of them, and what to do.
-    """
+    """Refuse a selector that was trained with features that a propagator does not deliver. Raises SelectorError: naming
+    one of them, and what to do."""
     missing = sorted(set(selector.columns) - set(columns))
     if missing:
         raise SelectorError(

@@ -71,11 +71,8 @@ def plan_space(
     must_contain: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> PlanSpace:
-    """Checked `PlanSpace` over the known checkpoints.
-
-    Raises:
-        PlanError: an unknown checkpoint, or constraints that no plan meets. ConfigError: ways or weighting.
-    """
+    """Checked `PlanSpace` over the known checkpoints. Raises PlanError: an unknown checkpoint, or constraints that no
+    plan meets. ConfigError: ways or weighting."""
     known = sorted(known)
     for name in (*must_contain, *exclude):
         if name not in known:
@@ -96,12 +93,8 @@ def plan_space(
 
 
 def scorable_arms(texts: Sequence[str], trained: Sequence[str], with_base: bool) -> tuple[Arm, ...]:
-    """The arms to choose from: those named, by default all that a selector knows.
-
-    Raises:
-        OperatorError: an arm that no two-way step can have, or that needs a base and there is none.
-        SelectorError: the selector does not know it.
-    """
+    """The arms to choose from: those named, by default all that a selector knows. Raises OperatorError: an arm that no
+    two-way step can have, or that needs a base and there is none. SelectorError: the selector does not know it."""
     arms = parse_arms(tuple(texts) or tuple(trained))
     for arm in arms:
         if arm.spec.max_sources == 1:
