@@ -28,16 +28,13 @@ class NoiseSets:
     def of(contexts: Sequence[Context], arms: Sequence[str], units: Sequence[Sequence[int]]) -> NoiseSets:
         within, utilities = [], []
         for rows in units:
-            means, errors = [], []
-            items = [[with_parents(contexts[row]).arms[name] for name in (*arms, *PARENTS)] for row in rows]
-            pooled = np.mean([[values.mean() for values in of_row] for of_row in items], axis=0)
+            items = [np.array([with_parents(contexts[row]).arms[name] for name in (*arms, *PARENTS)]) for row in rows]
+            pooled = np.mean([of_row.mean(1) for of_row in items], axis=0)
             best = int(pooled[: len(arms)].argmax())
-            for of_row in items:
-                behind = of_row[best] - np.array(of_row)
-                means.append(behind.mean(1))
-                errors.append(behind.std(1, ddof=1) / np.sqrt(behind.shape[1]))
+            behind = [of_row[best] - of_row for of_row in items]
+            errors = [one.std(1, ddof=1) / np.sqrt(one.shape[1]) for one in behind]
             error = np.sqrt((np.array(errors) ** 2).sum(0)) / len(rows)
-            within.append(np.mean(means, axis=0) <= NUM_STANDARD_ERRORS * error)
+            within.append(np.mean([one.mean(1) for one in behind], axis=0) <= NUM_STANDARD_ERRORS * error)
             utilities.append(pooled)
         return NoiseSets(np.array(utilities), np.array(within), len(arms))
 

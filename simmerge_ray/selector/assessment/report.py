@@ -7,7 +7,7 @@ importance compare many models with each other, all of the same smaller size (`s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -83,12 +83,11 @@ def assess(
         "num_pairs": len(units_of(dataset.contexts, per_merge=True)),
         "num_checkpoints": len(names),
         "bases": dict(sorted(bases.items())),
-        "tasks": sorted({context.task for context in dataset.contexts}),
+        "tasks": sorted(set(dataset.tasks)),
         "arms": list(dataset.arms),
-        "model": config.model,
-        "task_encoding": config.task_encoding,
+        **config.model_dump(include={"model", "task_encoding"}),
         "headline": headline,
-        "small": {"num_members": small.num_members, "num_trees": small.num_trees},
+        "small": small.model_dump(include={"num_members", "num_trees"}),
         "headroom": _headroom(dataset),
         "splits": {},
     }
@@ -125,7 +124,7 @@ def _splits(
     makers: dict[str, Callable[[], list[Fold]]] = {
         RANDOM_PAIR: lambda: random_pair_folds(pairs, config.num_folds, config.seed),
         ONE_MODEL_UNSEEN: lambda: checkpoint_folds(pairs, config.num_folds, config.seed),
-        UNSEEN_BASE: lambda: base_folds(pairs, base_of or dict.fromkeys((n for pair in pairs for n in pair), "one")),
+        UNSEEN_BASE: lambda: base_folds(pairs, base_of or {}),
         UNSEEN_DOMAIN: lambda: domain_folds(dataset.contexts),
     }
     found: dict[str, list[Fold] | str] = {}
@@ -172,14 +171,15 @@ class Variant:
 
 
 def _variants(columns: Sequence[str], column_sets: Mapping[str, Sequence[str]]) -> list[Variant]:
-    of_weights = [column for column in columns if column_signal(column).of_weights]
+    of_weights = {column for column in columns if column_signal(column).of_weights}
+
+    def among(kept: Iterable[str]) -> list[str]:
+        return [column for column in columns if column in set(kept)]
+
     return [
-        Variant("signals", "no probes", of_weights),
-        Variant("signals", "no weights", [column for column in columns if column not in of_weights]),
-        *(
-            Variant("columns of propagator", name, [column for column in columns if column in set(delivered)])
-            for name, delivered in column_sets.items()
-        ),
+        Variant("signals", "no probes", among(of_weights)),
+        Variant("signals", "no weights", among(set(columns) - of_weights)),
+        *(Variant("columns of propagator", name, among(delivered)) for name, delivered in column_sets.items()),
         *(Variant("task encoding", kind, columns, {"task_encoding": kind}) for kind in KINDS),
         *(Variant("model", kind, columns, {"model": kind}) for kind in PREDICTORS),
     ]
@@ -211,13 +211,11 @@ class _Headline:
 
     def compared(self, shares: np.ndarray) -> dict[str, Any]:
         """Gain over the best fixed arm, and change against all signals."""
-        gain, change = self.bench.measure(shares, self.fixed), self.bench.measure(shares, self.full)
-        return {
-            "gain": gain["gain"],
-            "gain_interval": gain["gain_interval"],
-            "change": change["gain"],
-            "change_interval": change["gain_interval"],
-        }
+        found: dict[str, Any] = {}
+        for name, reference in (("gain", self.fixed), ("change", self.full)):
+            one = self.bench.measure(shares, reference)
+            found |= {name: one["gain"], f"{name}_interval": one["gain_interval"]}
+        return found
 
     def ablations(self, variants: Sequence[Variant], done: Callable[[], None]) -> dict[str, Any]:
         dataset, config = self.crossval.dataset, self.crossval.config
@@ -268,17 +266,12 @@ def calibration(predicted: np.ndarray, measured: np.ndarray) -> dict[str, list[d
     `utility`: of an arm on a context. `advantage`: over the mean of the arms on the context, which is what a choice
     rests on.
     """
-    values = {
-        "utility": (predicted, measured),
-        "advantage": (
-            predicted - predicted.mean(1, keepdims=True),
-            measured - measured.mean(1, keepdims=True),
-        ),
-    }
-    return {name: _bins(said.ravel(), true.ravel()) for name, (said, true) in values.items()}
+    advantages = (values - values.mean(1, keepdims=True) for values in (predicted, measured))
+    return {"utility": _bins(predicted, measured), "advantage": _bins(*advantages)}
 
 
 def _bins(said: np.ndarray, true: np.ndarray) -> list[dict[str, float]]:
+    said, true = said.ravel(), true.ravel()
     parts = np.array_split(np.argsort(said, kind="stable"), min(_NUM_BINS, len(said)))
     return [
         {"predicted": float(said[part].mean()), "measured": float(true[part].mean()), "count": len(part)}

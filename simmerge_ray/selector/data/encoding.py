@@ -79,10 +79,8 @@ def statistics_of(table: SignalTable, tasks: Sequence[str]) -> np.ndarray | None
     None where the table was made without a base.
     """
     base = table.provenance.get("base")
-    known: dict[str, list[float]] = {}
-    for (left, _, task), row in table.rows.items():
-        if left == base and base is not None:
-            known.setdefault(task, [row.features[f"{name}_left"] for name in STATISTICS])
+    of_base = {task: row for (left, _, task), row in table.rows.items() if left == base and base is not None}
+    known = {task: [row.features[f"{name}_left"] for name in STATISTICS] for task, row in of_base.items()}
     return np.array([known[task] for task in tasks]).reshape(len(tasks), len(STATISTICS)) if known else None
 
 

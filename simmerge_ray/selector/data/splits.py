@@ -36,6 +36,14 @@ def pairs_of(contexts: Iterable[Context]) -> tuple[Pair, ...]:
     return tuple((context.left, context.right) for context in contexts)
 
 
+def rows_by_pair(pairs: Iterable[Pair]) -> dict[Pair, list[int]]:
+    """Rows of each pair in either order, by its sorted names."""
+    found: dict[Pair, list[int]] = {}
+    for row, (left, right) in enumerate(pairs):
+        found.setdefault((min(left, right), max(left, right)), []).append(row)
+    return found
+
+
 def checkpoint_groups(pairs: Iterable[Pair], max_groups: int, seed: int) -> list[frozenset[str]]:
     """Checkpoints in at most `max_groups` groups of about one size, drawn at random if there are more checkpoints."""
     names = sorted({name for pair in pairs for name in pair})
@@ -55,12 +63,12 @@ def checkpoint_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[
 
 def random_pair_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:
     """Pairs left out at random, whose checkpoints were seen in other pairs: the easiest split, shown to compare."""
-    keys = [tuple(sorted(pair)) for pair in pairs]
-    unique = sorted(set(keys))
-    order = np.random.default_rng([seed, len(unique)]).permutation(len(unique))
-    num_groups = min(max_groups, len(unique))
-    group = {unique[pair]: place % num_groups for place, pair in enumerate(order)}
-    return [_fold(f"pairs {number}", [group[key] == number for key in keys]) for number in range(num_groups)]
+    units = [rows for _, rows in sorted(rows_by_pair(pairs).items())]
+    order = np.random.default_rng([seed, len(units)]).permutation(len(units))
+    num_groups, group = min(max_groups, len(units)), np.zeros(len(pairs), dtype=int)
+    for place, unit in enumerate(order):
+        group[units[unit]] = place % num_groups
+    return [_fold(f"pairs {number}", (group == number).tolist()) for number in range(num_groups)]
 
 
 def base_folds(pairs: Sequence[Pair], base_of: Mapping[str, str]) -> list[Fold]:
@@ -84,11 +92,9 @@ def domain_folds(contexts: Sequence[Context]) -> list[Fold]:
     tasks = sorted({context.task for context in contexts})
     if len(tasks) < 3:
         raise LabelError(f"the labels are of the tasks {', '.join(tasks)}; an unseen domain needs three tasks at least")
-    folds = []
-    for task in tasks:
-        touching = {tuple(sorted((c.left, c.right))) for c in contexts if c.task == task}
-        folds.append(_fold(task, [tuple(sorted((c.left, c.right))) in touching for c in contexts]))
-    return folds
+    pairs = [frozenset((c.left, c.right)) for c in contexts]
+    touching = {task: {pair for pair, c in zip(pairs, contexts, strict=True) if c.task == task} for task in tasks}
+    return [_fold(task, [pair in touching[task] for pair in pairs]) for task in tasks]
 
 
 def _fold(name: str, left_out: Sequence[bool]) -> Fold:

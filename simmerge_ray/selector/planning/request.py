@@ -13,12 +13,12 @@ from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError, PlanError, SelectorError
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.search.objectives import MEAN, WORST
+from simmerge_ray.selector.data.dataset import pair_features
 from simmerge_ray.selector.models.model import Selector, read_selector
 from simmerge_ray.selector.planning.files import SHORTLIST, default_selector
 from simmerge_ray.selector.planning.scorer import PlanScorer, Ranking
 from simmerge_ray.selector.planning.space import PlanSpace, plan_space, scorable_arms
 from simmerge_ray.selector.planning.tasks import TaskPool, task_pool
-from simmerge_ray.signals.features import scaled_features
 from simmerge_ray.signals.propagation.bound import Bound
 from simmerge_ray.signals.propagation.interface import Propagator
 from simmerge_ray.signals.propagation.second_order import SecondOrder
@@ -74,18 +74,12 @@ class PlanRequest:
     def unlike_pairs(self) -> list[tuple[str, str]]:
         """Pairs of checkpoints that are unlike the training data of the selector on a task that counts for them."""
         selector, table = self.sources.selector, self.sources.table
-        place = {name: index for index, name in enumerate(table.checkpoint_ids)}
         pairs = list(combinations(self.space.ids, 2))
-        counted = self.pool.counted(np.array([[place[left], place[right]] for left, right in pairs]))
-        owners, features = [], []
-        for pair, wanted in zip(pairs, np.broadcast_to(counted, (len(pairs), len(self.pool.tasks))), strict=True):
-            for task in np.asarray(self.pool.tasks)[wanted]:
-                row = table.get(*pair, str(task))
-                owners.append(pair)
-                features.append([scaled_features(side.features, selector.columns) for side in (row, row.swap())])
+        counted = self.pool.counted(np.array([[table.checkpoint_ids.index(name) for name in pair] for pair in pairs]))
+        wanted = [(pairs[row], self.pool.tasks[task]) for row, task in np.argwhere(counted)]
+        features = [pair_features(table, left, right, task, selector.columns) for (left, right), task in wanted]
         far = selector.distances(np.array(features)) > selector.novelty.limit
-        unlike = {pair for pair, is_far in zip(owners, far, strict=True) if is_far}
-        return [pair for pair in pairs if pair in unlike]
+        return list(dict.fromkeys(pair for (pair, _), is_far in zip(wanted, far, strict=True) if is_far))
 
 
 def read_sources(files: RankingFiles, catalogue: Catalogue, propagator: str) -> RankingSources:
