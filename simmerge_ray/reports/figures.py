@@ -77,11 +77,8 @@ def grouped_bars(
     series: Mapping[str, Sequence[float]],
     bounds: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> None:
-    """Bars side by side, a group a label on the axis, with a line at zero.
-
-    Args:
-        series: heights by name, one for each group; NaN has no bar. bounds: intervals, likewise.
-    """
+    """Bars side by side, a group a label on the axis, with a line at zero. series: heights by name, one for each group;
+    NaN has no bar. bounds: intervals, likewise."""
     width = 0.84 / len(series)
     for index, (name, heights) in enumerate(series.items()):
         places = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width

@@ -32,13 +32,7 @@ class Engines:
 
 def place_engines(model: ModelSize, resources: Mapping[str, float], gpu_gb: int, cpus: float) -> Engines:
     """Engines on the fewest GPUs that hold them, with the cores that come with these; on CPUs by cores and memory.
-
-    Args:
-        cpus: cores of an engine on CPUs.
-
-    Raises:
-        ConfigError: a node holds none.
-    """
+    cpus: cores of an engine on CPUs. Raises ConfigError: a node holds none."""
     gpus, held = int(resources.get("GPU", 0)), model.engine_bytes
     if not gpus:
         fit = how_many_fit(engine_needs(held, cpus, 0.0), resources)

@@ -62,11 +62,7 @@ class SignalRun:
 
 
 class SignalSimulation:
-    """The units of `signals.compute` on workers.
-
-    Args:
-        cores: of a node.
-    """
+    """The units of `signals.compute` on workers. cores: of a node."""
 
     def __init__(self, workload: Workload, placed: Placed, nodes: Sequence[Node], cores: int, costs: UnitCosts) -> None:
         self._workload, self._model, self._placed, self._costs = workload, workload.model, placed, costs
@@ -117,11 +113,8 @@ class SignalSimulation:
         return 2 * elements * tokens * self._costs.of("sampled_share") / self._costs.of("core_flops")
 
     def _load(self, worker: Worker, name: str, stage: LayerRange, at: float, sharers: int | None = None) -> float:
-        """Read and convert the weights of a stage, unless the worker holds them.
-
-        Args:
-            sharers: of the node's link, where the read is one of many in a unit.
-        """
+        """Read and convert the weights of a stage, unless the worker holds them. sharers: of the node's link, where the
+        read is one of many in a unit."""
         if worker.held == (name, stage):
             return 0.0
         worker.held = (name, stage)

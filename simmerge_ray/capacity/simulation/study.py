@@ -68,15 +68,8 @@ def simulate(
     head: str | None = None,
     cpus: float = 4.0,
 ) -> Simulated:
-    """Run the arithmetic of a study.
-
-    Args:
-        head: the machine on which the driver runs; None takes that of the costs for the signals' cloud. cpus: cores of
-            an engine on CPUs.
-
-    Raises:
-        ConfigError: a model fits no node.
-    """
+    """Run the arithmetic of a study. head: the machine on which the driver runs; None takes that of the costs for the
+    signals' cloud. cpus: cores of an engine on CPUs. Raises ConfigError: a model fits no node."""
     model, cores = workload.model, int(signal_pool.resources["CPU"])
     placed = place_workers(model, signal_pool.resources)
     engines = place_engines(model, engine_pool.resources, engine_pool.gpu_gb, cpus)

@@ -33,11 +33,7 @@ class Node:
         self, checkpoint: str, size: float, at: float, first: float = 0.0, last: float = 1.0, readers: int = 1
     ) -> tuple[float, float]:
         """Seconds from `at` on that reading a share [first, last) of a checkpoint of `size` bytes takes: until what is
-        missing has come over the link, and from the disk after that.
-
-        Args:
-            readers: threads that read at the same time.
-        """
+        missing has come over the link, and from the disk after that. readers: threads that read at the same time."""
         missing = self._fetch(checkpoint, size, first, last)
         there, together = max(0.0, (last - first) * size - missing), self._one * readers
         on_link = max(self._use("link", missing, at), missing / together)

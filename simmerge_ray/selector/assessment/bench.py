@@ -74,11 +74,8 @@ class Bench:
         return np.divide(counts @ numerators[index], total, out=np.full(len(total), np.nan), where=total > 0)
 
     def interval(self, numerators: np.ndarray, tasks: Sequence[str] | None = None) -> list[float] | None:
-        """95 % percentile interval of the headline of (D,) numerators; None where no sample holds a pair.
-
-        Args:
-            tasks: those that count; None takes all.
-        """
+        """95 % percentile interval of the headline of (D,) numerators; None where no sample holds a pair. tasks: those
+        that count; None takes all."""
         # What `Scoring.headline` computes, from sums that are kept: dozens of policies need it.
         ratios = [self._resampled(numerators, task) for task in (self._by_task if tasks is None else tasks)]
         values = mean_of_known(ratios) if ratios else np.zeros(0)

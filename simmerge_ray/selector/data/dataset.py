@@ -60,15 +60,9 @@ class SelectionDataset:
 def build_dataset(
     table: SignalTable, labels: Sequence[LabeledPlan], arms: Sequence[str] | None = None
 ) -> SelectionDataset:
-    """Join a signal table with labels.
-
-    Args:
-        arms: labels of the arms to choose from; None takes every arm that was measured on all pairs.
-
-    Raises:
-        LabelError: no context has all arms, labels cannot be compared with each other, or the signals were computed
-            from other contents of a checkpoint than the labels.
-    """
+    """Join a signal table with labels. arms: labels of the arms to choose from; None takes every arm that was measured
+    on all pairs. Raises LabelError: no context has all arms, labels cannot be compared with each other, or the signals
+    were computed from other contents of a checkpoint than the labels."""
     check_same_checkpoints(table, labels)
     chosen = tuple(arms) if arms is not None else common_arms(labels)
     contexts = pair_contexts(labels, chosen)

@@ -35,14 +35,8 @@ class TaskEncoding:
 
     @staticmethod
     def fit(kind: str, tasks: Sequence[str], statistics: np.ndarray | None = None) -> TaskEncoding:
-        """The encoding of the tasks of a training set, one entry a context.
-
-        Args:
-            statistics: (N, S), of the base of each context on its task.
-
-        Raises:
-            SelectorError: `probe_stats` without statistics.
-        """
+        """The encoding of the tasks of a training set, one entry a context. statistics: (N, S), of the base of each
+        context on its task. Raises SelectorError: `probe_stats` without statistics."""
         known = tuple(sorted(set(tasks)))
         if kind != "probe_stats":
             return TaskEncoding(kind, known if kind == "onehot" else ())

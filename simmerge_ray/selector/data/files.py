@@ -67,15 +67,9 @@ def find_dataset(path: Place) -> DatasetFiles:
 
 
 def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> LoadedDataset:
-    """Read labels and signals and join them.
-
-    Args:
-        arms: labels of the arms to choose from; None takes those that were measured on all pairs of all bases.
-
-    Raises:
-        ConfigError: a file that is no signal table.
-        LabelError: no labels, labels without signals, tables that do not fit each other, or no arm on all pairs.
-    """
+    """Read labels and signals and join them. arms: labels of the arms to choose from; None takes those that were
+    measured on all pairs of all bases. Raises ConfigError: a file that is no signal table. LabelError: no labels,
+    labels without signals, tables that do not fit each other, or no arm on all pairs."""
     labels = [label for path in files.labels for label in LabelStore(path).read()]
     if not labels:
         raise LabelError(f"no labels at {files.labels[0]}; `simmerge labels make` makes them")

@@ -142,11 +142,8 @@ class Selector:
     def choose(
         self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> Choice:
-        """One arm for one pair on T tasks together: the default policy.
-
-        Args:
-            features: (T, 2, F), the pair's features on each task.
-        """
+        """One arm for one pair on T tasks together: the default policy. features: (T, 2, F), the pair's features on
+        each task."""
         if not len(features):
             raise SelectorError("a choice needs the features of one task at least")
         utility, _ = self.predict(features, tasks, statistics)

@@ -104,14 +104,9 @@ class _Steps:
 
 
 class PlanScorer:
-    """Scores plans over the checkpoints of a signal table.
-
-    Args:
-        selector: knows columns that `propagator` delivers. shortlist: the same for `second_order`, needed by `rank`.
-
-    Raises:
-        SelectorError: a selector with columns that its propagator does not deliver.
-    """
+    """Scores plans over the checkpoints of a signal table. selector: knows columns that `propagator` delivers.
+    shortlist: the same for `second_order`, needed by `rank`. Raises SelectorError: a selector with columns that its
+    propagator does not deliver."""
 
     def __init__(
         self,
@@ -131,14 +126,9 @@ class PlanScorer:
                 raise SelectorError("the selector and its shortlist know different arms; run `simmerge train` again")
 
     def rank(self, space: PlanSpace, pool: TaskPool, top: int = 10, config: RankingConfig = _DEFAULTS) -> Ranking:
-        """The best plans of a space: all are scored if that fits the budget, else a beam of about so many.
-
-        Args:
-            config: budget, shortlist, aggregate and caution count; the space and the pool were made from the others.
-
-        Raises:
-            SelectorError: no shortlist selector, or an arm it does not know.
-        """
+        """The best plans of a space: all are scored if that fits the budget, else a beam of about so many. config:
+        budget, shortlist, aggregate and caution count; the space and the pool were made from the others. Raises
+        SelectorError: no shortlist selector, or an arm it does not know."""
         if self._shortlist is None:
             raise SelectorError("ranking needs the selector of the shortlist, too; `simmerge train` writes both")
         aggregate, caution = config.aggregate, config.caution

@@ -116,11 +116,7 @@ class PlanSearch:
         self._pairs = {task: batch.pairs(task) for task in pool.tasks}
 
     def run(self, width: int | None, size: int) -> Shortlist:
-        """The best plans.
-
-        Args:
-            width: prefixes that go on at each depth; None takes all of them. size: of the shortlist.
-        """
+        """The best plans. width: prefixes that go on at each depth; None takes all of them. size: of the shortlist."""
         low, high = self._space.ways
         start = np.flatnonzero(self._candidate)
         frontier = _Prefixes(
