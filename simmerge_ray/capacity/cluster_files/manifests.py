@@ -35,12 +35,15 @@ class ValueFrom(_Strict):
     fieldRef: Free | None = None
 
 
-class Env(_Strict):
+class Credential(_Strict):
+    value: StrictStr | None = None
+    valueFrom: ValueFrom | None = None
+
+
+class Env(Credential):
     """A variable; in YAML a number needs quotes."""
 
     name: StrictStr
-    value: StrictStr | None = None
-    valueFrom: ValueFrom | None = None
 
 
 class Resources(_Strict):
@@ -51,8 +54,6 @@ class Resources(_Strict):
 
 
 class Container(_Strict):
-    """One container."""
-
     name: StrictStr
     image: StrictStr
     imagePullPolicy: StrictStr | None = None
@@ -71,8 +72,6 @@ class Container(_Strict):
 
 
 class PodSpec(_Strict):
-    """Of the pods of a group."""
-
     containers: list[Container] = Field(min_length=1)
     initContainers: list[Container] | None = None
     serviceAccountName: StrictStr | None = None
@@ -90,8 +89,6 @@ class PodSpec(_Strict):
 
 
 class Metadata(_Strict):
-    """Of any object."""
-
     name: StrictStr | None = None
     namespace: StrictStr | None = None
     labels: dict[str, StrictStr] | None = None
@@ -99,15 +96,11 @@ class Metadata(_Strict):
 
 
 class PodTemplate(_Strict):
-    """A pod."""
-
     metadata: Metadata | None = None
     spec: PodSpec
 
 
 class HeadGroup(_Strict):
-    """The head."""
-
     serviceType: Literal["ClusterIP", "NodePort", "LoadBalancer"] | None = None
     rayStartParams: dict[str, StrictStr] = {}
     template: PodTemplate
@@ -115,8 +108,6 @@ class HeadGroup(_Strict):
 
 
 class WorkerGroup(_Strict):
-    """Pods of one kind."""
-
     groupName: StrictStr
     replicas: StrictInt = 0
     minReplicas: StrictInt = 0
@@ -130,16 +121,12 @@ class WorkerGroup(_Strict):
 
 
 class AuthOptions(_Strict):
-    """Ray's token."""
-
     mode: Literal["disabled", "token"]
     secretName: StrictStr | None = None
     enableK8sTokenAuth: StrictBool | None = None
 
 
 class AutoscalerOptions(_Strict):
-    """Of the container beside the head."""
-
     version: Literal["v1", "v2"] | None = None
     upscalingMode: Literal["Default", "Aggressive", "Conservative"] | None = None
     idleTimeoutSeconds: StrictInt | None = None
@@ -148,13 +135,6 @@ class AutoscalerOptions(_Strict):
     env: list[Env] | None = None
     resources: Resources | None = None
     securityContext: Free | None = None
-
-
-class Credential(_Strict):
-    """A password, by reference."""
-
-    value: StrictStr | None = None
-    valueFrom: ValueFrom | None = None
 
 
 class FaultTolerance(_Strict):
@@ -168,8 +148,6 @@ class FaultTolerance(_Strict):
 
 
 class RayClusterSpec(_Strict):
-    """A cluster."""
-
     rayVersion: StrictStr
     authOptions: AuthOptions | None = None
     enableInTreeAutoscaling: StrictBool | None = None
@@ -211,8 +189,6 @@ Spec = TypeVar("Spec", RayClusterSpec, RayJobSpec, RayServiceSpec)
 
 
 class Resource(_Strict, Generic[Spec]):
-    """A whole document."""
-
     apiVersion: Literal["ray.io/v1"]
     kind: StrictStr
     metadata: Metadata

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.placement import engine_needs, gpu_offer, how_many_fit
 from simmerge_ray.capacity.simulation.costs import UnitCosts
-from simmerge_ray.capacity.simulation.workers import Node, Phase, Worker
+from simmerge_ray.capacity.simulation.workers import Node, Phase, make_workers
 from simmerge_ray.capacity.simulation.workload import Workload
 from simmerge_ray.capacity.size import ModelSize
 from simmerge_ray.merging.write.tensors import MAX_THREADS
@@ -98,9 +98,7 @@ def simulate_labels(
 ) -> Phase:
     """Trials in order, each on the engine that is free first, from the first engine's start to the last label; every
     engine first copies and loads one checkpoint."""
-    workers = [
-        Worker(number, nodes[number % len(nodes)]) for number in range(min(engines.per_node * len(nodes), len(trials)))
-    ]
+    workers = make_workers(min(engines.per_node * len(nodes), len(trials)), nodes)
     model, ranks = workload.model, max(1, engines.ranks)
     threads = min(MAX_THREADS, max(1, int(engines.cpus)))
     readers = ranks * threads  # every rank reads the whole merge; what one has read, the others find in memory
@@ -117,15 +115,13 @@ def simulate_labels(
         read = worker.node.read_all(trial.members, model.num_bytes, now, readers=readers)
         # Every rank streams the whole merge and keeps its share.
         merge_ns = costs.merge_ns(trial.arm, len(trial.members)) if trial.arm else 0.0
-        took = worker.spend(
-            **read,
-            **{
-                "merging": model.parameters * merge_ns * 1e-9 / threads,
-                "swapping weights": swapped,
-                "evaluating": generation_seconds(workload, engines, trial.tasks * workload.items, costs),
-                "Ray Tune": costs.of("trial_s"),
-            },
-        )
+        own = {
+            "merging": model.parameters * merge_ns * 1e-9 / threads,
+            "swapping weights": swapped,
+            "evaluating": generation_seconds(workload, engines, trial.tasks * workload.items, costs),
+            "Ray Tune": costs.of("trial_s"),
+        }
+        took = worker.spend(**read, **own)
         end = max(end, now + took)
         heapq.heappush(waiting, (now + took, number))
     return Phase.of("labels", "engines", workers, len(trials), end, sum(node.network_bytes for node in nodes))
@@ -140,8 +136,8 @@ def generation_seconds(workload: Workload, engines: Engines, num_items: int, cos
     gpu, assumed = costs.assumed.gpus[engines.gpu_gb], costs.assumed
     compute = engines.ranks * gpu.tflops * 1e12 * assumed.prefill_utilisation
     step = model.num_bytes / (engines.ranks * gpu.tbytes_per_s * 1e12 * assumed.decode_utilisation)
-    return 2 * model.parameters * prompt * num_items / compute + (
-        math.ceil(num_items / assumed.batch_size) * answer * step
+    return (
+        2 * model.parameters * prompt * num_items / compute + math.ceil(num_items / assumed.batch_size) * answer * step
     )
 
 

@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.placement import how_many_fit, signal_worker_needs
 from simmerge_ray.capacity.simulation.costs import UnitCosts
-from simmerge_ray.capacity.simulation.workers import Node, Phase, Worker, drain
+from simmerge_ray.capacity.simulation.workers import Node, Phase, Worker, drain, make_workers
 from simmerge_ray.capacity.simulation.workload import Workload
 from simmerge_ray.capacity.size import ModelSize
 from simmerge_ray.search.estimate import PROCESS_BYTES
 from simmerge_ray.signals.bounds import driver_bytes
 from simmerge_ray.signals.queue import Unit, WorkQueue, group_tensors
-from simmerge_ray.signals.signature import (
-    GREEDY_SHARE,
-    NUM_GREEDY_TOKENS,
-    SignatureSpec,
-    outputs_bytes,
-    weights_bytes,
-)
+from simmerge_ray.signals.signature import GREEDY_SHARE, NUM_GREEDY_TOKENS, SignatureSpec, outputs_bytes, weights_bytes
 from simmerge_ray.signals.stages import LayerRange, cut_stages
 
 
@@ -70,8 +64,7 @@ class SignalSimulation:
         self._spec = SignatureSpec()
         self._batches = math.ceil(workload.probes / self._spec.batch_size)
         self._nodes, self._cores = nodes, cores
-        # SPREAD: one node after the other.
-        self._workers = [Worker(n, nodes[n % len(nodes)]) for n in range(placed.per_node * len(nodes))]
+        self._workers = make_workers(placed.per_node * len(nodes), nodes)
         self._groups = group_tensors(self._model.tensors)
         self._shares = self._group_shares()
 
@@ -79,12 +72,8 @@ class SignalSimulation:
         """All parts, one after the other: each needs the one before."""
         phases: list[Phase] = []
         start = 0.0
-        for name, part in (
-            ("digests", self._digests),
-            ("continuations", self._continuations),
-            ("signatures", self._signatures),
-            ("sums", self._sums),
-        ):
+        parts = {"digests": self._digests, "continuations": self._continuations}
+        for name, part in (parts | {"signatures": self._signatures, "sums": self._sums}).items():
             before = sum(node.network_bytes for node in self._nodes)
             workers, units, end = part(start)
             network = sum(node.network_bytes for node in self._nodes) - before
@@ -99,8 +88,8 @@ class SignalSimulation:
         signature = tasks * one_task + sample
         pairs = count * (count - 1) // 2 * tasks
         seconds = pairs * one_task / 4 * self._costs.of("pair_s_per_value")
-        causes = {"comparing signatures": seconds}
-        phases.append(Phase("pairs", "driver", 1, pairs, seconds, count * signature, causes))
+        comparing = {"comparing signatures": seconds}
+        phases.append(Phase("pairs", "driver", 1, pairs, seconds, count * signature, comparing))
         return SignalRun(tuple(phases), driver_bytes(count, one_task + sample), signature)
 
     def _boundary_bytes(self) -> float:
@@ -121,11 +110,10 @@ class SignalSimulation:
         size, share = self._model.num_bytes, self._model.elements(stage) / self._model.parameters
         first = stage.first / self._model.layers
         last = min(1.0, first + share)
-        disk = 0.0
         if sharers is None:
             link, disk = worker.node.read(name, size, at, first, last)
         else:
-            link = worker.node.read_alone(name, size, first, last, sharers)
+            link, disk = worker.node.read_alone(name, size, first, last, sharers), 0.0
         # The measured rate of building includes reading from a disk, unless that is slower.
         built = share * size / self._costs.of("build_bytes_per_s")
         return worker.spend(**{"reading from the store": link, "building models": max(built, disk)})
@@ -133,7 +121,7 @@ class SignalSimulation:
     def _digests(self, start: float) -> tuple[Sequence[Worker], int, float]:
         """Before there are actors, so a task on every core."""
         queue = WorkQueue(Unit("digest", name, ()) for name in self._names)
-        tasks = [Worker(n, self._nodes[n % len(self._nodes)]) for n in range(self._cores * len(self._nodes))]
+        tasks = make_workers(self._cores * len(self._nodes), self._nodes)
 
         def work(worker: Worker, unit: Unit, at: float) -> float:
             assert unit.checkpoint is not None

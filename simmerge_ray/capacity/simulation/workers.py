@@ -100,6 +100,11 @@ class Worker:
         return sum(seconds.values())
 
 
+def make_workers(count: int, nodes: Sequence[Node]) -> list[Worker]:
+    """As SPREAD places them: one node after the other."""
+    return [Worker(number, nodes[number % len(nodes)]) for number in range(count)]
+
+
 @dataclass(frozen=True)
 class Phase:
     """A part of the study. causes: seconds of all workers together, by what they were for, the longest first."""
