@@ -78,9 +78,7 @@ def _shown(kind: str, amount: float) -> str:
 
 def signal_worker_needs(worker_bytes: float, gpus: float, offered: Collection[str] = ()) -> dict[str, float]:
     """Of one signal actor. worker_bytes: weights and activations (`signals.bounds`), and on CPUs the libraries."""
-    if gpus > 0:
-        return {"CPU": 1.0, "GPU": gpus, **gpu_request(worker_bytes, gpus, offered)}
-    return {"CPU": 1.0, "memory": float(worker_bytes)}
+    return engine_needs(worker_bytes, 1.0, gpus, offered=offered)
 
 
 def engine_needs(

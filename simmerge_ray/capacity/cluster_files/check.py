@@ -1,9 +1,5 @@
-"""What is wrong with a cluster file, beyond what Ray's own checks find: plain rules, no Ray.
-
-For files of the cluster launcher (`ray up`) and of KubeRay: fewer nodes at most than at least, misspelt fields of a
-node, resources that no actor of ours asks for or that the machine does not have, models that no node holds, Ray open
-to everybody, secrets in the file, pods that run as root or may write to their image.
-"""
+"""What is wrong with a file of the cluster launcher or of KubeRay, beyond what Ray's own checks find: plain rules, no
+Ray."""
 
 from __future__ import annotations
 
@@ -16,29 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from simmerge_ray.base.errors import ConfigError, unknown_name
-from simmerge_ray.capacity.cluster_files.manifests import (
-    KINDS,
-    Container,
-    PodSpec,
-    RayClusterSpec,
-    RayJobSpec,
-    RayServiceSpec,
-    Resource,
-    WorkerGroup,
-)
+from simmerge_ray.capacity import placement
+from simmerge_ray.capacity.cluster_files import manifests
 from simmerge_ray.capacity.machines import MACHINES
-from simmerge_ray.capacity.placement import (
-    GPU_RESOURCES,
-    GPU_SIZES,
-    GPU_SIZES_MARK,
-    Needs,
-    engine_needs,
-    gpu_offer,
-    gpu_resource,
-    how_many_fit,
-    missing_on,
-    signal_worker_needs,
-)
+from simmerge_ray.capacity.placement import GPU_RESOURCES, GPU_SIZES, GPU_SIZES_MARK, Needs, gpu_offer, gpu_resource
 from simmerge_ray.capacity.size import ModelSize
 
 KNOWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory", GPU_SIZES_MARK, *GPU_RESOURCES)
@@ -71,10 +48,10 @@ def lint(content: Mapping[str, Any]) -> list[str]:
         return found + list(_launcher(content))
     if content.get("kind") == "Secret":
         found.append("kind Secret: make it with `kubectl create secret`, not in a file")
-    if content.get("kind") not in KINDS:
+    if content.get("kind") not in manifests.KINDS:
         return found
     try:
-        return found + list(_manifest(KINDS[content["kind"]].model_validate(content)))
+        return found + list(_manifest(manifests.KINDS[content["kind"]].model_validate(content)))
     except ValidationError as error:
         return found + _problems(error)
 
@@ -189,23 +166,23 @@ def _open_ray(content: Mapping[str, Any]) -> Iterator[str]:
 # KubeRay's.
 
 
-def _manifest(resource: Resource[Any]) -> Iterator[str]:
+def _manifest(resource: manifests.Resource[Any]) -> Iterator[str]:
     spec = resource.spec
-    if isinstance(spec, RayJobSpec):
+    if isinstance(spec, manifests.RayJobSpec):
         if spec.submitterPodTemplate is not None:
             yield from _pod(spec.submitterPodTemplate.spec, "spec.submitterPodTemplate")
         if (spec.clusterSelector is None) == (spec.rayClusterSpec is None):
             yield "spec: a job needs either clusterSelector or rayClusterSpec"
         if spec.rayClusterSpec is not None:
             yield from _cluster(spec.rayClusterSpec, "spec.rayClusterSpec", [])
-    elif isinstance(spec, RayServiceSpec):
+    elif isinstance(spec, manifests.RayServiceSpec):
         yield from _cluster(spec.rayClusterConfig, "spec.rayClusterConfig", [])
     else:
         annotations = resource.metadata.annotations or {}
         yield from _cluster(spec, "spec", yaml.safe_load(annotations.get(MODELS_ANNOTATION, "[]")))
 
 
-def _cluster(spec: RayClusterSpec, where: str, models: Sequence[Any]) -> Iterator[str]:
+def _cluster(spec: manifests.RayClusterSpec, where: str, models: Sequence[Any]) -> Iterator[str]:
     auth = spec.authOptions
     if auth is None or auth.mode != "token":
         yield f"{where}.authOptions: mode must be token; who reaches Ray can run code"
@@ -242,12 +219,12 @@ def _cluster(spec: RayClusterSpec, where: str, models: Sequence[Any]) -> Iterato
     yield from _models(models, groups)
 
 
-def _pod(spec: PodSpec, where: str) -> Iterator[str]:
+def _pod(spec: manifests.PodSpec, where: str) -> Iterator[str]:
     for one in (*spec.containers, *(spec.initContainers or ())):
         yield from _container(one, f"{where}.{one.name}")
 
 
-def _container(one: Container, where: str) -> Iterator[str]:
+def _container(one: manifests.Container, where: str) -> Iterator[str]:
     for field, wanted in _SECURITY.items():
         if one.securityContext.get(field) is not wanted:
             yield f"{where}.securityContext: {field} must be {str(wanted).lower()}"
@@ -269,7 +246,7 @@ def _custom(parameters: Mapping[str, str]) -> dict[str, float]:
     return {str(name): float(amount) for name, amount in value.items()}
 
 
-def _offer_of_group(group: WorkerGroup) -> dict[str, float]:
+def _offer_of_group(group: manifests.WorkerGroup) -> dict[str, float]:
     limits = group.template.spec.containers[0].resources.limits
     offer = {"CPU": _amount(limits.get("cpu", "0")), "memory": 0.7 * _amount(limits.get("memory", "0"))}  # Ray's share
     if gpus := _amount(limits.get("nvidia.com/gpu", "0")):
@@ -299,15 +276,15 @@ def _models(given: Sequence[Any], nodes: Sequence[Needs]) -> Iterator[str]:
             yield f"model {number}: {_problems(error)[0]}"
             continue
         try:
-            needs = engine_needs(model.engine_bytes, 1.0, 1.0, model.tensor_parallel, offered)
+            needs = placement.engine_needs(model.engine_bytes, 1.0, 1.0, model.tensor_parallel, offered)
         except ConfigError as error:
             yield f"model {model.name}: an engine of {model.engine_bytes / 1e9:.1f} GB: {error}"
         else:
-            if not any(how_many_fit(needs, node) >= model.tensor_parallel for node in nodes):
-                why = missing_on(needs, nodes) or "no node has so many GPUs"
+            if not any(placement.how_many_fit(needs, node) >= model.tensor_parallel for node in nodes):
+                why = placement.missing_on(needs, nodes) or "no node has so many GPUs"
                 ranks = f" in {model.tensor_parallel} ranks" if model.tensor_parallel > 1 else ""
                 yield f"model {model.name}: no node holds an engine of {model.engine_bytes / 1e9:.1f} GB{ranks}: {why}"
-        if missing := missing_on(signal_worker_needs(model.signal_worker_bytes, 0.0), nodes):
+        if missing := placement.missing_on(placement.signal_worker_needs(model.signal_worker_bytes, 0.0), nodes):
             yield (
                 f"model {model.name}: no node holds a signal worker of {model.signal_worker_bytes / 1e9:.1f} GB: "
                 f"{missing}; give memory_per_worker_gb (stages of layers), or larger nodes"

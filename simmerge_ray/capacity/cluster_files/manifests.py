@@ -100,14 +100,17 @@ class PodTemplate(_Strict):
     spec: PodSpec
 
 
-class HeadGroup(_Strict):
-    serviceType: Literal["ClusterIP", "NodePort", "LoadBalancer"] | None = None
+class _Group(_Strict):
     rayStartParams: dict[str, StrictStr] = {}
     template: PodTemplate
     labels: dict[str, StrictStr] | None = None
 
 
-class WorkerGroup(_Strict):
+class HeadGroup(_Group):
+    serviceType: Literal["ClusterIP", "NodePort", "LoadBalancer"] | None = None
+
+
+class WorkerGroup(_Group):
     groupName: StrictStr
     replicas: StrictInt = 0
     minReplicas: StrictInt = 0
@@ -115,9 +118,6 @@ class WorkerGroup(_Strict):
     numOfHosts: StrictInt = 1
     idleTimeoutSeconds: StrictInt | None = None
     priority: StrictInt | None = None
-    rayStartParams: dict[str, StrictStr] = {}
-    template: PodTemplate
-    labels: dict[str, StrictStr] | None = None
 
 
 class AuthOptions(_Strict):

@@ -43,15 +43,13 @@ def place_engines(model: ModelSize, resources: Mapping[str, float], gpu_gb: int,
             )
         return Engines(0, cpus, held, fit)
     offer, cpus = dict(resources) | gpu_offer(gpu_gb, gpus), float(int(resources["CPU"]) // gpus)
-    ranks = 1
-    while ranks <= gpus:
+    for ranks in (2**power for power in range(gpus.bit_length())):
         try:
             needs = engine_needs(held, cpus, 1.0, ranks, offer)
         except ConfigError:
             needs = {}
         if needs and (fit := how_many_fit({kind: ranks * amount for kind, amount in needs.items()}, offer)):
             return Engines(ranks, cpus, held, fit, gpu_gb)
-        ranks *= 2
     raise ConfigError(f"an engine of {held / 1e9:.1f} GB does not fit {gpus} GPUs of {gpu_gb} GB, the most of one node")
 
 
@@ -79,14 +77,10 @@ def make_trials(workload: Workload) -> list[Merge]:
         if ways < spec.min_sources or (spec.max_sources is not None and ways > spec.max_sources):
             raise ConfigError(f"{arm.label} does not merge {ways} checkpoints")
     own = [number % tasks for number in range(num_models)]
-    sets = (
-        members
-        for members in itertools.combinations(range(num_models), ways)
-        if ways > 2 or tasks == 1 or own[members[0]] != own[members[1]]
-    )
     merges = (
         Merge(tuple(f"m{one}" for one in members), arm, len({own[one] for one in members}))
-        for members in sets
+        for members in itertools.combinations(range(num_models), ways)
+        if ways > 2 or tasks == 1 or own[members[0]] != own[members[1]]
         for arm in arms
     )
     alone = [Merge((name,), None, tasks) for name in ("base", *(f"m{number}" for number in range(num_models)))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.placement import how_many_fit, signal_worker_needs
@@ -192,9 +193,6 @@ class SignalSimulation:
 
     def _group_shares(self) -> list[tuple[float, float]]:
         """Where each group of tensors begins and ends, as shares of a checkpoint."""
-        sizes, done, found = self._model.tensors, 0, []
-        total = sum(sizes.values())
-        for names in self._groups:
-            begin, done = done, done + sum(sizes[name] for name in names)
-            found.append((begin / total, done / total))
-        return found
+        sizes = self._model.tensors
+        done = list(accumulate((sum(sizes[name] for name in names) for names in self._groups), initial=0))
+        return list(pairwise(elements / done[-1] for elements in done))

@@ -18,9 +18,8 @@ class Node:
     """A node's link to the store and its disk, which its workers use one after the other, and the cache on the disk,
     where the least recently used goes first.
 
-    Args:
-        link, disk: bytes a second. cache_bytes: of the cache. one: bytes a second that one reader takes at most.
-        pieces: of a checkpoint, that the cache keeps or throws away as a whole; finer than what is read at a time.
+    link, disk: bytes a second. cache_bytes: of the cache. one: bytes a second that one reader takes at most. pieces: of
+    a checkpoint, that the cache keeps or throws away as a whole; finer than what is read at a time.
     """
 
     def __init__(self, link: float, disk: float, cache_bytes: float, one: float = math.inf, pieces: int = 4096) -> None:
@@ -146,14 +145,8 @@ def drain(
     finished: Callable[[int, Unit], None] = lambda index, unit: None,
     start: float = 0.0,
 ) -> float:
-    """Let workers empty a queue as the actors do: who is free takes the unit that the queue gives it.
-
-    Args:
-        work: seconds of a unit that a worker begins at a time. finished: may add units.
-
-    Returns:
-        When the last one has ended.
-    """
+    """Let workers empty a queue as the actors do, who is free takes the unit that the queue gives it; when the last one
+    has ended. work: seconds of a unit that a worker begins at a time. finished: may add units."""
     idle, running, now = list(workers), list[tuple[float, int, int]](), start
     while True:
         waiting: list[Worker] = []

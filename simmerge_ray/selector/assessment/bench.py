@@ -68,16 +68,15 @@ class Bench:
             found[str(task)] = index, counts, counts @ self.scoring.gap[index]
         return found
 
-    def _resampled(self, numerators: np.ndarray, task: str) -> np.ndarray:
-        """(num_resamples,): of (D,) numerators the ratio of sums on one task; NaN where a sample holds none of it."""
-        index, counts, total = self._by_task[task]
-        return np.divide(counts @ numerators[index], total, out=np.full(len(total), np.nan), where=total > 0)
-
     def interval(self, numerators: np.ndarray, tasks: Sequence[str] | None = None) -> list[float] | None:
         """95 % percentile interval of the headline of (D,) numerators; None where no sample holds a pair. tasks: those
         that count; None takes all."""
         # What `Scoring.headline` computes, from sums that are kept: dozens of policies need it.
-        ratios = [self._resampled(numerators, task) for task in (self._by_task if tasks is None else tasks)]
+        # On one task the ratio of sums is NaN where a sample holds none of it.
+        ratios = []
+        for index, counts, total in (self._by_task[task] for task in (self._by_task if tasks is None else tasks)):
+            unknown = np.full(len(total), np.nan)
+            ratios.append(np.divide(counts @ numerators[index], total, out=unknown, where=total > 0))
         values = mean_of_known(ratios) if ratios else np.zeros(0)
         values = values[~np.isnan(values)]
         return [float(value) for value in np.quantile(values, [0.025, 0.975])] if len(values) else None

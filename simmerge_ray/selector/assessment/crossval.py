@@ -60,9 +60,8 @@ def crossval_report(
     """
     result: dict[str, Any] = {"arms": list(dataset.arms), "num_contexts": len(dataset.contexts), "split": split}
     policies: dict[str, Any] = {}
-    known = np.flatnonzero(~np.isnan(dataset.utilities).any(1)).tolist()
-    if folds is None and len(known) < len(dataset.contexts):
-        dataset = dataset.subset(known)
+    if folds is None:
+        dataset = dataset.subset(np.flatnonzero(~np.isnan(dataset.utilities).any(1)).tolist())
     try:
         room = headroom(dataset.contexts)
         crossval = CrossValidation.of(dataset, config, folds)

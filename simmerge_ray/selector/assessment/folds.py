@@ -11,13 +11,7 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.selector.assessment.baselines import (
-    BASELINES,
-    Policy,
-    parents_utilities,
-    permuted_signals,
-    single_checkpoint_features,
-)
+from simmerge_ray.selector.assessment import baselines
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.scoring import Scoring, keeping_no_parent, units_of
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
@@ -67,15 +61,13 @@ class CrossValidation:
         return fold_mean(self.folds, values, len(self.dataset.contexts))
 
     def best_fixed(self) -> tuple[str, ...]:
-        arms = self.dataset.arms
-        found = [""] * len(self.dataset.contexts)
+        arms, found = self.dataset.arms, dict[int, str]()
         for fold in self.folds:
-            arm = arms[self.scoring.among(fold.training).best_fixed(len(arms))]
-            for row in fold.tested:
-                found[row] = found[row] or arm
-        return tuple(arm or arms[0] for arm in found)
+            best = arms[self.scoring.among(fold.training).best_fixed(len(arms))]
+            found = dict.fromkeys(fold.tested, best) | found
+        return tuple(found.get(row, arms[0]) for row in range(len(self.dataset.contexts)))
 
-    def baseline(self, policy: Policy) -> np.ndarray:
+    def baseline(self, policy: baselines.Policy) -> np.ndarray:
         """(N, K + 2): its scores."""
         return self.averaged([policy(self.dataset, self.scoring, fold.training, fold.tested) for fold in self.folds])
 
@@ -89,9 +81,9 @@ class CrossValidation:
 
         return {
             **{kind: partial(model, lambda: data, kind) for kind in PREDICTORS if kind != config.model},
-            **{name: partial(self.baseline, policy) for name, policy in BASELINES.items()},
-            "single-checkpoint features": partial(model, lambda: single_checkpoint_features(data)),
-            "parents' utilities": partial(model, lambda: parents_utilities(data)),
+            **{name: partial(self.baseline, policy) for name, policy in baselines.BASELINES.items()},
+            "single-checkpoint features": partial(model, lambda: baselines.single_checkpoint_features(data)),
+            "parents' utilities": partial(model, lambda: baselines.parents_utilities(data)),
             "signals permuted": lambda: keeping_no_parent(self.averaged(self._permuted_predictions())),
         }
 
@@ -102,7 +94,7 @@ class CrossValidation:
             self.dataset,
             contexts=self.dataset.contexts * len(self.folds),
             features=np.concatenate(
-                [permuted_signals(self.dataset, fold.training, seed).features for fold in self.folds]
+                [baselines.permuted_signals(self.dataset, fold.training, seed).features for fold in self.folds]
             ),
             utilities=np.tile(self.dataset.utilities, (len(self.folds), 1)),
             statistics=None if statistics is None else np.tile(statistics, (len(self.folds), 1)),
@@ -113,9 +105,8 @@ class CrossValidation:
 
 def small_config(config: TrainConfig) -> TrainConfig:
     """Smaller ensembles, for many models that are only compared with each other or give a threshold."""
-    return config.model_copy(
-        update={"num_members": min(2, config.num_members), "num_trees": max(1, config.num_trees // 4)}
-    )
+    smaller = {"num_members": min(2, config.num_members), "num_trees": max(1, config.num_trees // 4)}
+    return config.model_copy(update=smaller)
 
 
 def _inner_folds(crossval: CrossValidation) -> list[list[Fold]]:

@@ -56,8 +56,8 @@ def train_selector(
     Args:
         reference: arms whose contrasts sum to zero; None takes all. Contexts in which one of them was not measured
             (NaN) are dropped; another arm is a contrast to their mean, learned from the contexts that have it.
-            rewards: single arms of merges, learned along with the contexts; thresholds and intervals are calibrated on
-            the contexts alone.
+        rewards: single arms of merges, learned along with the contexts; thresholds and intervals are calibrated on the
+            contexts alone.
 
     Raises:
         LabelError: fewer than `MIN_CONTEXTS` contexts, or fewer than two reference arms.

@@ -69,10 +69,6 @@ class Recommender:
         version."""
         return Recommender(read_selector(selector), read_signal_table(signals))
 
-    @property
-    def best_fixed(self) -> str:
-        return self.selector.best_fixed
-
     def recommend(self, left: str, right: str, tasks: Sequence[str] = ()) -> Recommendation:
         """The arm to take for all given tasks together, and all that was predicted; no task means the parents' own.
 

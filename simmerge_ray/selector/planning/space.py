@@ -31,15 +31,16 @@ class PlanSpace:
 
     def num_plans(self) -> int:
         """How many plans there are, each merge once."""
-        return sum(self._num_of_size(size) for size in range(self.ways[0], self.ways[1] + 1))
+        total, num_required = 0, len(self.required)
+        for size in range(max(self.ways[0], num_required), self.ways[1] + 1):
+            ordered = math.comb(len(self.ids) - num_required, size - num_required) * math.factorial(size)
+            total += ordered // 2 * self._num_firsts * len(self.arms) ** (size - 2)
+        return total
 
-    def _num_of_size(self, size: int) -> int:
-        free = size - len(self.required)
-        if free < 0:
-            return 0
-        ordered = math.comb(len(self.ids) - len(self.required), free) * math.factorial(size)
-        firsts = sum(1 if arm.spec.symmetric else 2 for arm in self.arms)
-        return ordered // 2 * firsts * len(self.arms) ** (size - 2)
+    @property
+    def _num_firsts(self) -> int:
+        """First steps of an unordered pair."""
+        return sum(1 if arm.spec.symmetric else 2 for arm in self.arms)
 
     def beam_width(self, budget: int) -> int | None:
         """Prefixes to keep at each depth so that about `budget` plans are scored; None where all plans fit it."""
@@ -57,7 +58,7 @@ class PlanSpace:
         for size in range(2, self.ways[1] + 1):
             made = prefixes * (len(self.ids) - size + 1) * len(self.arms)
             if size == 2:
-                made = made * sum(1 if arm.spec.symmetric else 2 for arm in self.arms) // (2 * len(self.arms))
+                made = made * self._num_firsts // (2 * len(self.arms))
             total += made
             prefixes = min(made, width)
         return total

@@ -85,8 +85,8 @@ def test_arms_are_ranked_for_the_parents_own_tasks(recommender):
 def test_a_recommendation_names_the_arm_to_take_and_why(recommender):
     answer = recommender.recommend("m0", "m1", ["add"])
     assert answer.choice.arm == answer.chosen.arm and answer.limit > 0
-    assert answer.choice.overrode == (answer.choice.arm != recommender.best_fixed)
-    assert recommender.best_fixed in {one.arm for one in answer.ranked}
+    assert answer.choice.overrode == (answer.choice.arm != recommender.selector.best_fixed)
+    assert recommender.selector.best_fixed in {one.arm for one in answer.ranked}
     assert recommender.recommend("m0", "m1", ["add"]) == answer
     assert len(recommender.selector.version) == 12
 
