@@ -14,7 +14,7 @@ def page(blocks: Iterable[str]) -> bytes:
     return ("\n\n".join(filter(None, blocks)) + "\n").encode()
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table_block(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table as a block; see `table_lines`."""
     return "\n".join(table_lines(header, rows)).rstrip("\n")
 
@@ -45,6 +45,6 @@ def headroom_part(room: Mapping[str, Any]) -> list[str]:
         f"GapClosed is defined for {room['num_defined']} of {room['num_contexts']} contexts (pair, task), with "
         f"{room['min_items']} items or more. Each arm taken everywhere, and where it is clearly the best (by two "
         "paired standard errors):",
-        table(["arm", "GapClosed", "clearly best, per merge", "clearly best, per task"], rows),
+        table_block(["arm", "GapClosed", "clearly best, per merge", "clearly best, per task"], rows),
         "\n".join(gains),
     ]

@@ -14,7 +14,7 @@ from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_atomically
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.reports.figures import grouped_bars, legend_below, new_figure, save_figure, write_overview
-from simmerge_ray.reports.headroom import headroom_part, page, table
+from simmerge_ray.reports.headroom import headroom_part, page, table_block
 from simmerge_ray.search.labels import LabeledPlan, LabelStore, single_items
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 
@@ -82,7 +82,7 @@ def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
         f"## The pick: {pick['arm']} for {left} + {right}",
         f"This pair was left out of the search and of the training. The selector chose **{pick['arm']}** from the "
         f"signals alone; the merge was written, and only then was everything below measured ({items}).",
-        table(["", "predicted, both tasks", "measured, both tasks", *tasks], rows),
+        table_block(["", "predicted, both tasks", "measured, both tasks", *tasks], rows),
         f"Best single checkpoint on both tasks together: {max(parents, key=lambda name: means[name])}. From disk the "
         f"written checkpoint scores {loaded}.",
         "![Predicted and measured utility of the pick](pick.png)",
@@ -137,7 +137,7 @@ def _selector_part(crossval: Mapping[str, Any], directory: Place) -> list[str]:
         f"Each checkpoint is left out in turn with all its pairs; {crossval['num_contexts']} contexts (pair, task), "
         f"{crossval['num_defined']} with a defined GapClosed. *One arm per merge* serves both parents' tasks: the "
         "headline; *one arm per task* may take another arm for each.",
-        table(
+        table_block(
             ["GapClosed", *(f"one arm {title}" for title in parts)],
             [[shown, *(part[key] for part in parts.values())] for key, shown in _POLICIES.items()],
         ),
@@ -173,7 +173,11 @@ def _zoo_part(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[str]:
             shown = "" if items is None else f"{items.mean():.3f}"
             cells.append(f"**{shown}**" if task == catalogue.own_task.get(ref.id) else shown)
         rows.append(cells)
-    return ["## The checkpoints", "Utility on each task, the own one in bold.", table(["checkpoint", *tasks], rows)]
+    return [
+        "## The checkpoints",
+        "Utility on each task, the own one in bold.",
+        table_block(["checkpoint", *tasks], rows),
+    ]
 
 
 def _demo_criteria_part(labels: Sequence[LabeledPlan], catalogue: Catalogue, room: Mapping[str, Any]) -> list[str]:
@@ -207,7 +211,7 @@ def _demo_criteria_part(labels: Sequence[LabeledPlan], catalogue: Catalogue, roo
         closest = min(margins, key=lambda name: margins[name])
         margin = f"{margins[closest]:.3f} ({closest})"
         rows.insert(1, ["smallest lead over other tasks' strong experts there", "well above 0", margin])
-    return ["What the zoo was made to reach:", table(["", "asked", "measured"], rows)]
+    return ["What the zoo was made to reach:", table_block(["", "asked", "measured"], rows)]
 
 
 def _signals_part(signals: SignalTable, directory: Place) -> list[str]:

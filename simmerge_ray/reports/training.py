@@ -10,7 +10,7 @@ import numpy as np
 from simmerge_ray.base.markdown import number, percent, with_interval
 from simmerge_ray.base.storage import Place, write_atomically
 from simmerge_ray.reports.figures import grouped_bars, hide_spare, legend_below, legend_outside, new_figure, save_figure
-from simmerge_ray.reports.headroom import headroom_part, is_above_zero, page, table
+from simmerge_ray.reports.headroom import headroom_part, is_above_zero, page, table_block
 
 Content = Mapping[str, Any]
 
@@ -153,10 +153,10 @@ def _selection(assessment: Content, main: Content) -> list[str]:
         "utility lost to the best arm, mean over merges, and over the worst tenth of them; below zero where a parent "
         "is better than every arm. *Negative*: contexts where GapClosed is below zero, the merge worse than the "
         "weaker parent.",
-        table(header, rows),
+        table_block(header, rows),
         _missing(main["missing"]),
         'How often the selector answers "is this the best arm of the merge?" rightly:',
-        table(
+        table_block(
             ["arm", "accuracy", "a constant answer", "it is the best in"],
             [[arm, *map(percent, (a["accuracy"], a["base_rate"], a["best_share"]))] for arm, a in accuracy.items()],
         ),
@@ -209,7 +209,7 @@ def _splits(assessment: Content) -> list[str]:
     if rows:
         header = ["split", "left out", "GapClosed", "selector over best fixed", "safe policy over it", "abstained"]
         blocks += [
-            table(header, rows),
+            table_block(header, rows),
             "*Abstained*: pairs too far from the training data, where the safe policy falls back. All but the headline "
             f"use smaller ensembles ({small['num_members']} networks, {small['num_trees']} trees) and fewer folds "
             "inside the folds.",
@@ -225,7 +225,7 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
             for level, one in main["intervals"].items()
         ]
         intervals = ["Intervals on the left-out checkpoints, of one utility:"]
-        intervals.append(table(["asked", "covered", "half-width"], covered))
+        intervals.append(table_block(["asked", "covered", "half-width"], covered))
     bins, keys = assessment["calibration"], ("predicted", "measured")
     tenths = [
         [i, *(level[key] for key in keys), *(number(contrast[key], True) for key in keys)]
@@ -255,7 +255,7 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
         *intervals,
         "Tenths of the predictions. *Advantage* is over the mean of the arms on the same context, which a choice rests "
         "on; a selector can predict the level well and the advantage badly.",
-        table(["tenth", "predicted utility", "measured", "predicted advantage", "measured"], tenths),
+        table_block(["tenth", "predicted utility", "measured", "predicted advantage", "measured"], tenths),
         f"![Predicted against measured]({FIGURES}/calibration.png)",
     ]
 
@@ -273,7 +273,7 @@ def _importance(assessment: Content, directory: Place) -> list[str]:
         "times; the model stays. Change of the headline gain "
         f"({number(found['gain'], True)} with the smaller ensembles), mean and range. Families hold much of the same "
         "information, so one that costs nothing may still be used.",
-        table(["family", "columns", "change of the gain", "from", "to"], shown),
+        table_block(["family", "columns", "change of the gain", "from", "to"], shown),
     ]
     figure, ((axis,),) = new_figure(6.4, 0.5 + 0.38 * len(rows))
     change = np.array([row["change"] for row in rows])
@@ -303,7 +303,7 @@ def _ablations(assessment: Content) -> list[str]:
         f"Trained anew on less, or otherwise, on the headline split; {small['num_members']} networks, "
         f"{small['num_trees']} trees. *No probes* leaves weights and norms of task vectors, *no weights* what the "
         "probes say. The change is against all signals, on the same samples.",
-        table(["", "features", "over best fixed", "change"], rows),
+        table_block(["", "features", "over best fixed", "change"], rows),
         _missing(found["missing"]),
     ]
 

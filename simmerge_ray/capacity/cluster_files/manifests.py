@@ -20,16 +20,12 @@ class _Strict(BaseModel):
 
 
 class KeyRef(_Strict):
-    """Of a secret or a config map."""
-
     name: StrictStr
     key: StrictStr
     optional: StrictBool | None = None
 
 
 class ValueFrom(_Strict):
-    """Where the value of a variable comes from."""
-
     secretKeyRef: KeyRef | None = None
     configMapKeyRef: KeyRef | None = None
     fieldRef: Free | None = None
@@ -138,8 +134,6 @@ class AutoscalerOptions(_Strict):
 
 
 class FaultTolerance(_Strict):
-    """Where the head keeps what it must not forget."""
-
     backend: Literal["redis", "rocksdb"] | None = None
     redisAddress: StrictStr | None = None
     redisUsername: Credential | None = None
@@ -176,8 +170,6 @@ class RayJobSpec(_Strict):
 
 
 class RayServiceSpec(_Strict):
-    """Serve applications on a cluster of their own."""
-
     serveConfigV2: StrictStr
     rayClusterConfig: RayClusterSpec
     serviceUnhealthySecondThreshold: StrictInt | None = None

@@ -109,13 +109,6 @@ def small_config(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=smaller)
 
 
-def _inner_folds(crossval: CrossValidation) -> list[list[Fold]]:
-    """For every fold the folds inside its training part, of the whole data set's groups of checkpoints."""
-    config = crossval.config
-    every = checkpoint_folds(pairs_of(crossval.dataset.contexts), config.num_folds, config.seed)
-    return [usable_folds([one.among(fold.training) for one in every]) for fold in crossval.folds]
-
-
 def safe_results(
     crossval: CrossValidation, models: Sequence[FittedModel], predicted: Sequence[np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -125,12 +118,15 @@ def safe_results(
     fold, None for infinity; `abstained`, share of (fold, pair) too far from the training data; `intervals` per level,
     share of measured utilities inside and mean half-width.
     """
-    dataset, config, inner = crossval.dataset, crossval.config, _inner_folds(crossval)
+    dataset, config = crossval.dataset, crossval.config
+    pairs, arms = pairs_of(dataset.contexts), dataset.arms
+    # For every fold the folds inside its training part, of the whole data set's groups of checkpoints.
+    every = checkpoint_folds(pairs, config.num_folds, config.seed)
+    inner = [usable_folds([one.among(fold.training) for one in every]) for fold in crossval.folds]
     # Leaving out A, then B, is leaving out B, then A: with one checkpoint a fold half of the models are enough.
     distinct = {fold.training: None for folds in inner for fold in folds}
     fitted = fit_models(dataset, list(distinct), small_config(config)) if distinct else []
     model_of = dict(zip(distinct, fitted, strict=True))
-    pairs, arms = pairs_of(dataset.contexts), dataset.arms
     scores: dict[str, list[np.ndarray]] = {name: [] for name in OBJECTIVES}
     thresholds: list[float | None] = []
     distant, inside, widths = [], [], []
@@ -145,8 +141,7 @@ def safe_results(
         override = found = None
         if folds:
             override, found = calibrate(dataset, folds, inner_predicted, crossval.scoring.among(training))
-        threshold = override.threshold if override else np.inf
-        thresholds.append(None if np.isinf(threshold) else threshold)
+        thresholds.append(None if override is None or override.never else override.threshold)
         for name in OBJECTIVES:
             chosen = np.tile(np.eye(len(arms))[arms.index(best)], (len(tested), 1))
             for rows in units_of([dataset.contexts[row] for row in tested], name == "per_merge"):

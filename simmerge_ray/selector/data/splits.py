@@ -44,21 +44,15 @@ def rows_by_pair(pairs: Iterable[Pair]) -> dict[Pair, list[int]]:
     return found
 
 
-def checkpoint_groups(pairs: Iterable[Pair], max_groups: int, seed: int) -> list[frozenset[str]]:
-    """Checkpoints in at most `max_groups` groups of about one size, drawn at random if there are more checkpoints."""
+def checkpoint_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:
+    """Each group of checkpoints left out in turn, with all its pairs: *one model unseen*. At most `max_groups` of about
+    one size, drawn at random if there are more checkpoints."""
     names = sorted({name for pair in pairs for name in pair})
     if len(names) > max_groups:
         names = [names[index] for index in np.random.default_rng([seed, len(names)]).permutation(len(names))]
     num_groups = min(max_groups, len(names))
-    return [frozenset(names[index::num_groups]) for index in range(num_groups)]
-
-
-def checkpoint_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:
-    """Each group of checkpoints left out in turn, with all its pairs: *one model unseen*."""
-    return [
-        _fold(", ".join(sorted(group)), [not group.isdisjoint(pair) for pair in pairs])
-        for group in checkpoint_groups(pairs, max_groups, seed)
-    ]
+    groups = [sorted(names[index::num_groups]) for index in range(num_groups)]
+    return [_fold(", ".join(group), [pair[0] in group or pair[1] in group for pair in pairs]) for group in groups]
 
 
 def random_pair_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:

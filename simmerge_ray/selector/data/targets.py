@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from simmerge_ray.selector.data.rewards import SingleArms
-from simmerge_ray.selector.data.splits import rows_by_pair
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,6 @@ class TrainingSet:
     def later(self) -> tuple[int, ...]:
         """Columns of the arms that are not in the reference."""
         return tuple(k for k in range(self.contrasts.shape[1]) if k not in self.reference)
-
-    def rows_of_pairs(self) -> list[list[int]]:
-        """Rows of every pair, in the order of the pairs' names."""
-        return [rows for _, rows in sorted(rows_by_pair(self.pairs).items())]
 
 
 def level_and_contrasts(utilities: np.ndarray, reference: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.selector.data.splits import rows_by_pair
 from simmerge_ray.selector.data.targets import TrainingSet
 from simmerge_ray.selector.models.predictors import MlpPredictor, Network
 
@@ -39,7 +40,7 @@ def fit_mlps(sets: Sequence[TrainingSet], config: TrainConfig) -> list[MlpPredic
 
 def _drawn_counts(one: TrainingSet, config: TrainConfig, member: int) -> np.ndarray:
     """(N,): how often each context counts for a member."""
-    groups = one.rows_of_pairs()
+    groups = [rows for _, rows in sorted(rows_by_pair(one.pairs).items())]
     drawn = np.random.default_rng([config.seed, member]).integers(len(groups), size=len(groups))
     return np.bincount([row for choice in drawn for row in groups[choice]], minlength=len(one.level))
 

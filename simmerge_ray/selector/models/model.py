@@ -180,7 +180,6 @@ class Selector:
         tensors |= {f"model.{name}": value for name, value in fitted.predictor.tensors().items()}
         if self.intervals is not None:
             tensors["half_widths"] = self.intervals.half_widths
-        threshold = self.override.threshold
         description = {
             "schema": SELECTOR_SCHEMA,
             "feature_schema": FEATURE_SCHEMA,
@@ -188,7 +187,7 @@ class Selector:
             **{name: getattr(self, name) for name in ("arms", "reference", "columns")},
             "encoding": asdict(fitted.encoding),
             "best_fixed": self.best_fixed,
-            "override": asdict(self.override) | {"threshold": None if math.isinf(threshold) else threshold},
+            "override": asdict(self.override) | {"threshold": None if self.override.never else self.override.threshold},
             "novelty_limit": self.novelty.limit,
             "interval_levels": self.intervals.levels if self.intervals else [],
             "provenance": self.provenance,

@@ -41,10 +41,9 @@ def read_parents(selector: Place) -> dict[str, dict[str, float]]:
 def write_plans(directory: Place, ranking: Ranking, catalogue: Catalogue) -> list[Place]:
     """`plan-1.json`, ... from best to worst, for `simmerge merge`, and `ranking.json` with their predictions."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, one in enumerate(ranking.plans, 1):
-        paths.append(directory / f"plan-{number}.json")
-        write_plan(paths[-1], resolve_plan(one.plan, catalogue), one.predicted)
+    paths = [directory / f"plan-{number}.json" for number in range(1, len(ranking.plans) + 1)]
+    for path, one in zip(paths, ranking.plans, strict=True):
+        write_plan(path, resolve_plan(one.plan, catalogue), one.predicted)
     counts = {"num_scored": ranking.num_scored, "beam_width": ranking.width, "num_reranked": ranking.num_reranked}
     plans, fixed = [ranked_json(one) for one in ranking.plans], ranked_json(ranking.best_fixed)
     write_json(directory / "ranking.json", {"plans": plans, "best_fixed": fixed, **counts})
