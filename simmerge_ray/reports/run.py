@@ -173,11 +173,8 @@ def _zoo_part(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[str]:
             shown = "" if items is None else f"{items.mean():.3f}"
             cells.append(f"**{shown}**" if task == catalogue.own_task.get(ref.id) else shown)
         rows.append(cells)
-    return [
-        "## The checkpoints",
-        "Utility on each task, the own one in bold.",
-        table_block(["checkpoint", *tasks], rows),
-    ]
+    utilities = table_block(["checkpoint", *tasks], rows)
+    return ["## The checkpoints", "Utility on each task, the own one in bold.", utilities]
 
 
 def _demo_criteria_part(labels: Sequence[LabeledPlan], catalogue: Catalogue, room: Mapping[str, Any]) -> list[str]:

@@ -44,11 +44,7 @@ class TaskPool:
 
 
 def task_pool(
-    objective: str,
-    tasks: Sequence[str],
-    known: Sequence[str],
-    ids: Sequence[str],
-    own_task: Mapping[str, str | None],
+    objective: str, tasks: Sequence[str], known: Sequence[str], ids: Sequence[str], own_task: Mapping[str, str | None]
 ) -> TaskPool:
     """Checked `TaskPool`.
 
