@@ -20,8 +20,7 @@ from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, Arm
 
 @dataclass(frozen=True)
 class Engines:
-    """ranks: GPUs of an engine, 0 on CPUs. cpus: cores of a rank. per_node: engines at the same time. gpu_gb: of each
-    GPU."""
+    """ranks: GPUs of an engine, 0 on CPUs. cpus: cores of a rank. per_node: engines at once. gpu_gb: of each GPU."""
 
     ranks: int
     cpus: float

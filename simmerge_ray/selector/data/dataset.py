@@ -130,8 +130,7 @@ def common_arms(labels: Sequence[LabeledPlan]) -> tuple[str, ...]:
 
 
 def check_same_checkpoints(table: SignalTable, labels: Sequence[LabeledPlan]) -> None:
-    """Refuse signals and labels of different contents under one checkpoint id. Raises LabelError: naming the
-    checkpoint."""
+    """Refuse signals and labels of different contents under one checkpoint id. Raises LabelError that names it."""
     known = table.provenance["checkpoints"]
     for label in labels:
         for name, digest in label.checkpoints.items():

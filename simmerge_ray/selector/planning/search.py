@@ -45,8 +45,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Shortlist:
-    """Plans from best to worst by the first stage. num_scored: of the whole search. width: of the beam, if there was
-    one."""
+    """Plans from best to worst by the first stage. num_scored: of the whole search. width: of the beam, if any."""
 
     plans: tuple[MergePlan, ...]
     scores: np.ndarray
