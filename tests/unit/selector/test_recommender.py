@@ -106,7 +106,7 @@ def test_the_best_fixed_arm_is_left_where_that_has_paid(recommender):
     for one in (bold, careful):  # what is predicted does not depend on the policy
         assert [row.arm for row in one.recommend("m0", "m1").ranked][0] == best
     answer = careful.recommend("m0", "m1")
-    assert answer.choice.arm == careful.best_fixed != answer.ranked[0].arm and not answer.choice.overrode
+    assert answer.choice.arm == careful.selector.best_fixed != answer.ranked[0].arm and not answer.choice.overrode
     assert "has not paid" in answer.choice.reason
 
 
