@@ -171,7 +171,7 @@ def _plan_pair(
     recommender = Recommender.load(files.selector or default_selector(), files.signals)
     answer = recommender.recommend(left, right, tasks)
     console = Console(markup=False, highlight=False, emoji=False)
-    console.print(_pair_table(answer, recommender.best_fixed, f"{left} + {right}"))
+    console.print(_pair_table(answer, recommender.selector.best_fixed, f"{left} + {right}"))
     for line in _pair_lines(answer):
         console.print(line, soft_wrap=True)
     if out is not None:

@@ -110,7 +110,7 @@ def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str
             "arm": arm,
             "reason": answer.choice.reason,
             "overrode": answer.choice.overrode,
-            "best_fixed": recommender.best_fixed,
+            "best_fixed": recommender.selector.best_fixed,
             "predicted": {r.arm: {"utility": r.utility, "sd": r.sd} for r in answer.ranked},
             "measured": measured,
             "loaded": loaded,
