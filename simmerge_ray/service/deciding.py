@@ -14,7 +14,7 @@ from simmerge_ray.plans.operators.specs import parse_arm
 from simmerge_ray.selector.models.model import Selector
 from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule, Suggestion
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import cold_ridge, sibling_prior
+from simmerge_ray.service.bandit.warm_start import cold_ridge
 from simmerge_ray.service.context import COLD_NOISE, Contexts, PairContext
 from simmerge_ray.service.log.events import ArmAdded, DecisionMade, EncoderEpoch
 from simmerge_ray.service.log.fold import View
@@ -52,7 +52,7 @@ class PolicyCache:
             floor = min(self._floor, 1 / len(view.posteriors))
             fixed = selector.best_fixed if selector.best_fixed in view.posteriors else None
             rules = [None if fixed is None else SafeRule(fixed, t) for t in (selector.override.threshold, math.inf)]
-            made = (NeuralLinearTS(view.posteriors, noise_of(view), rule, floor, view.priors) for rule in rules)
+            made = (NeuralLinearTS(view.posteriors, noise_of(view), rule, floor) for rule in rules)
             self._latest = (key, tuple(made))
         return self._latest[1][novel]
 
@@ -171,9 +171,7 @@ def ranked(contexts: Contexts, view: View, request: RankRequest) -> Ranked:
 
 def start_of(request: ArmRequest, view: View) -> ArmAdded:
     """The event of a new arm.
-
-    Raises:
-        OperatorError: no such operator or parameters, or not for two checkpoints. BanditError: an unknown sibling.
+    Raises OperatorError: no such operator or parameters, or not for two checkpoints. BanditError: an unknown sibling.
     """
     arm = parse_arm(request.arm)
     if arm.spec.max_sources == 1:
@@ -186,7 +184,7 @@ def start_of(request: ArmRequest, view: View) -> ArmAdded:
         raise BanditError(unknown_name("arm", request.sibling, view.posteriors))
     known = view.posteriors[request.sibling]
     # Nothing of it stays whole: what a sibling learned from labels is as much an observation as its rewards.
-    return ArmAdded(arm.label, sibling_prior(known, nothing, request.power), view.epoch)
+    return ArmAdded(arm.label, known.discounted(request.power, nothing), view.epoch)
 
 
 def new_epoch_of(contexts: Contexts, view: View) -> EncoderEpoch:

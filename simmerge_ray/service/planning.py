@@ -62,11 +62,7 @@ class PlanRanker:
         )  # fmt: skip
 
     def rank(self, checkpoints: Sequence[str], tasks: Sequence[str], ways: str | int, top: int) -> Ranking:
-        """The best plans.
-
-        Raises:
-            PlanError, ConfigError: an unknown checkpoint or task, or ways that do not fit.
-        """
+        """The best plans. Raises PlanError, ConfigError: an unknown checkpoint or task, or ways that do not fit."""
         known = self._sources.ids
         for name in checkpoints:
             if name not in known:

@@ -91,18 +91,14 @@ def write_warm_start(path: Path, warm: WarmStartFile) -> None:
     content: dict[str, Any] = {
         "format": _FORMAT,
         "arms": arms,
-        "noise": {"variance": warm.noise.variance, "shape": warm.noise.shape},
+        "noise": {"variance": warm.noise.variance, "shape": None},  # shape: of the format alone
         "identical": [[*pair, [list(one) for one in classes]] for pair, classes in sorted(warm.identical.items())],
     }
     write_json(path / _TEXT, content)
 
 
 def read_warm_start(path: Place) -> WarmStartFile | None:
-    """What `write_warm_start` wrote; None where there is nothing.
-
-    Raises:
-        SelectorError: it is damaged.
-    """
+    """What `write_warm_start` wrote; None where there is nothing. Raises SelectorError: it is damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -123,6 +119,6 @@ def read_warm_start(path: Place) -> WarmStartFile | None:
             for number, one in enumerate(content["arms"])
         }
         identical = {(left, right): tuple(map(tuple, classes)) for left, right, classes in content["identical"]}
-        return WarmStartFile(posteriors, Noise(**content["noise"]), identical)
+        return WarmStartFile(posteriors, Noise(content["noise"]["variance"]), identical)
     except (OSError, KeyError, TypeError, ValueError, BanditError, SafetensorError) as error:
         raise SelectorError(f"the warm start in {path} is damaged: {error}; train the selector again") from None

@@ -141,9 +141,7 @@ def single(token: str) -> Access:
 
 def read_access(path: Path | None, environment: Mapping[str, str] = os.environ) -> Access | None:
     """Tokens of a file, else of the environment; None where there are none.
-
-    Raises:
-        ConfigError: a file that cannot be read, or an entry that does not fit.
+    Raises ConfigError: a file that cannot be read, or an entry that does not fit.
     """
     if path is not None:
         try:

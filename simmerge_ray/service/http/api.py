@@ -17,9 +17,9 @@ from simmerge_ray.service.http.access import Access
 from simmerge_ray.service.http.dashboard import router as dashboard_router
 from simmerge_ray.service.http.gate import Gate, Limits
 from simmerge_ray.service.http.hot_path import HotPath
-from simmerge_ray.service.http.metrics import PrometheusMetrics
 from simmerge_ray.service.http.routes import changes, looks, probes, role_needed
 from simmerge_ray.service.learner import Learner
+from simmerge_ray.service.metrics import PrometheusMetrics
 from simmerge_ray.service.schemas import Refused
 
 _log = logging.getLogger("simmerge.service")

@@ -20,7 +20,7 @@ from starlette.requests import HTTPConnection
 
 from simmerge_ray.service.http.access import Access, Principal
 from simmerge_ray.service.http.dashboard import same_origin, token_of
-from simmerge_ray.service.http.metrics import PrometheusMetrics
+from simmerge_ray.service.metrics import PrometheusMetrics
 
 _log = logging.getLogger("simmerge.service")
 Scope = MutableMapping[str, Any]

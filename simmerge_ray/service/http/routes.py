@@ -13,8 +13,8 @@ from starlette.routing import BaseRoute
 from simmerge_ray.service import schemas
 from simmerge_ray.service.http.gate import SAID, Scope
 from simmerge_ray.service.http.hot_path import DECIDE, KEY, REWARD
-from simmerge_ray.service.http.metrics import CONTENT_TYPE, PrometheusMetrics
 from simmerge_ray.service.learner import Learner
+from simmerge_ray.service.metrics import CONTENT_TYPE, PrometheusMetrics
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 MAX_LISTED = 200

@@ -124,9 +124,7 @@ def open_database(url: str, patient: bool = False) -> Engine:
 
 def upgrade_database(url: str) -> None:
     """Bring a database, empty or of an older version, to this program's schema; no change if it is current.
-
-    Raises:
-        ConfigError, StoreError: as `open_database`.
+    Raises ConfigError, StoreError: as `open_database`.
     """
     from alembic import command
     from alembic.config import Config

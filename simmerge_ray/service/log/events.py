@@ -201,22 +201,14 @@ def is_about_decision(kind: str) -> bool:
 
 
 def encode(event: Event) -> tuple[str, bytes]:
-    """Body and data of a row.
-
-    Raises:
-        ValueError: a number in a JSON field that is not finite.
-    """
+    """Body and data of a row. Raises ValueError: a number in a JSON field that is not finite."""
     data = bytearray()
     body = {name: _written(getattr(event, name), data) for name in _ORDER[event.kind]}
     return json.dumps(body, separators=(",", ":"), allow_nan=False), bytes(data)
 
 
 def decode(kind: str, version: int, body: str, data: bytes) -> Event:
-    """The event of a row.
-
-    Raises:
-        StoreError: a kind or version that this program does not know.
-    """
+    """The event of a row. Raises StoreError: a kind or version that this program does not know."""
     check_readable(kind, version)
     values = {name: _READ[name](value, data) if name in _READ else value for name, value in json.loads(body).items()}
     event: Event = _CLASSES[kind](**values)
@@ -309,12 +301,12 @@ def read_posterior(body: Mapping[str, Any], data: bytes) -> GaussianPosterior:
 
 def write_noise(noise: Noise | None) -> dict[str, Any] | None:
     """JSON of the noise."""
-    return None if noise is None else {"variance": noise.variance, "shape": noise.shape}
+    return None if noise is None else {"variance": noise.variance, "shape": None}  # shape: of the format alone
 
 
 def read_noise(body: Mapping[str, Any] | None) -> Noise | None:
     """The noise that `write_noise` wrote."""
-    return None if body is None else Noise(body["variance"], body["shape"])
+    return None if body is None else Noise(body["variance"])
 
 
 def _written(value: Any, data: bytearray) -> Any:

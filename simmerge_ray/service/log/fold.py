@@ -279,9 +279,7 @@ class State:
 
     def apply(self, row: EventRow) -> bool:
         """Fold the next event. False: it changes the past, nothing was done, and the state has to be folded again.
-
-        Raises:
-            StoreError: an event was skipped, this program cannot read it, or it does not fit what came before.
+        Raises StoreError: an event was skipped, this program cannot read it, or it does not fit what came before.
         """
         if row.seq != self.seq + 1:
             raise StoreError(f"the log is damaged: event {row.seq} follows event {self.seq}")

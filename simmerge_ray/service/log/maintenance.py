@@ -17,17 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import (
-    Connection,
-    Engine,
-    bindparam,
-    delete,
-    func,
-    insert,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import Connection, Engine, bindparam, delete, func, insert, select, text, update
 from sqlalchemy.engine import make_url
 
 from simmerge_ray.base.errors import ConfigError
@@ -79,9 +69,7 @@ class DatabaseStatus:
 
 def status(url: str) -> DatabaseStatus:
     """What is in a database, whatever the version of its schema.
-
-    Raises:
-        ConfigError: a URL that names no database. StoreError: it cannot be read.
+    Raises ConfigError: a URL that names no database. StoreError: it cannot be read.
     """
     with _opened(url, make_engine) as engine, _reading(engine) as connection:
         schema = schema_version(connection)
@@ -135,17 +123,11 @@ def backup(url: str, target: Path) -> dict[str, int]:
 
 def restore(url: str, source: Path) -> dict[str, int]:
     """Fill a database from a backup, all of it or nothing; numbers of events by namespace. It may have no tables yet.
-
-    Raises:
-        ConfigError: the file is no whole backup, or a namespace of it has events here. StoreError.
+    Raises ConfigError: the file is no whole backup, or a namespace of it has events here. StoreError.
     """
     heads, rows = read_backup(source)
     upgrade_database(url)
-    with (
-        _opened(url) as engine,
-        store_errors("restoring the event log"),
-        writing(engine) as connection,
-    ):
+    with _opened(url) as engine, store_errors("restoring the event log"), writing(engine) as connection:
         for name in heads:
             connection.execute(FIRST_HEAD, {"namespace": name})
             held = select(log_head.c.seq).where(log_head.c.namespace == name).with_for_update()
@@ -168,9 +150,7 @@ def restore(url: str, source: Path) -> dict[str, int]:
 
 def export_events(url: str, namespace: str, target: Path) -> int:
     """Write the events of a namespace as they are; how many. The file is a backup of this namespace as well.
-
-    Raises:
-        ConfigError: no such namespace. OutputError, StoreError: as `backup`.
+    Raises ConfigError: no such namespace. OutputError, StoreError: as `backup`.
     """
     with _opened(url) as engine, _reading(engine) as connection, new_file(target) as partial:
         _check_namespace(connection, namespace)

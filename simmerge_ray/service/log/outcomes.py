@@ -82,9 +82,7 @@ class Proposal:
 
 def proposal_of(event: Event, at: float, key: str | None = None, payload: object = None) -> Proposal:
     """payload: see `events.request_digest`.
-
-    Raises:
-        ConfigError: a key, id or name that is empty or longer than a column. ValueError: JSON with NaN.
+    Raises ConfigError: a key, id or name that is empty or longer than a column. ValueError: JSON with NaN.
     """
     for what, name in (("idempotency key", key), (event.kind, subject_of(event))):
         if name is not None and not (0 < len(name) <= MAX_NAME and name.isprintable()):

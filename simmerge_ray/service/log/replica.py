@@ -30,9 +30,7 @@ class Replica:
 
     def catch_up(self) -> View:
         """Fold what is new, and the state as of then.
-
-        Raises:
-            StoreError: the database, or a log that is damaged or of another version. The next call tries again.
+        Raises StoreError: the database, or a log that is damaged or of another version. The next call tries again.
         """
         with self._lock:
             if self._state is None:

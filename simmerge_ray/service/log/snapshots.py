@@ -62,9 +62,7 @@ def dump(state: State) -> bytes:
 
 def load(content: bytes, basis: Basis, encode: Encoder) -> State:
     """The dumped state, to continue with a basis that does not change its past.
-
-    Raises:
-        StoreError: a snapshot of another format.
+    Raises StoreError: a snapshot of another format.
     """
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]

@@ -69,11 +69,7 @@ def all_rows(log: EventLog, after: int = 0) -> Iterator[EventRow]:
 
 
 def logged_merges(rows: Iterable[EventRow]) -> LoggedMerges:
-    """What a log says about merges.
-
-    Raises:
-        LabelError: a decision that retraining cannot read.
-    """
+    """What a log says about merges. Raises LabelError: a decision that retraining cannot read."""
     decisions = Decisions(lambda row: row.decoded(DecisionMade))
     head = 0
 
@@ -112,9 +108,7 @@ def _asked(decision: DecisionMade) -> tuple[MergePlan, tuple[str, ...]]:
 def training_rewards(rewarded: Sequence[Rewarded], arms: Sequence[str], num_features: int) -> list[RewardedMerge]:
     """Rewards that a selector of these arms learns from: the arm is that of the last step, whose features are logged,
     as the score of a plan is predicted from these. Of plans that were logged with other features only labels are made.
-
-    Raises:
-        LabelError: a pair's features are of another number, so the new encoder could not fold the log.
+    Raises LabelError: a pair's features are of another number, so the new encoder could not fold the log.
     """
     found = []
     for one in rewarded:

@@ -57,9 +57,7 @@ def train_candidate(material: Material, present: Selector, out: Path) -> Retrain
     """Train a selector on labels and rewards, compare it with the present one, and keep all of it below `out`.
 
     The selector whole or not at all, under a name by what it is made from; what is there is read.
-
-    Raises:
-        LabelError: too few labels, see `train_selector`.
+    Raises LabelError: too few labels, see `train_selector`.
     """
     target = out / f"retrain-{material.digest[:12]}"
     if not target.exists():

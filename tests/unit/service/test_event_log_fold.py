@@ -273,7 +273,7 @@ def test_a_view_stays_while_the_state_goes_on_and_makes_a_policy(database):
         assert bits(dict(before.posteriors)) == kept != bits(dict(after.posteriors)) and replica.expired(10.0) == []
         assert (after.num_decisions, after.num_rewards, after.num_open) == (1, 1, 0)
         assert after.posteriors["ties"] is before.posteriors["ties"]  # its factor is not computed again
-        policy = NeuralLinearTS(after.posteriors, after.noise, priors=after.priors)
+        policy = NeuralLinearTS(after.posteriors, after.noise)
         assert policy.suggest(np.ones(3), "d1").arm in ARMS
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from simmerge_ray.service.learner import Observer
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.schemas import Decision
 
@@ -12,8 +11,8 @@ LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class PrometheusMetrics(Observer):
-    """What the learner tells of, and requests; in a registry of its own."""
+class PrometheusMetrics:
+    """What the learner tells of, and requests; in a registry of its own. It must not fail or wait."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
