@@ -219,9 +219,8 @@ def _path(decision_id: str, rest: str = "") -> str:
 
 
 def _may_be_answered(error: BaseException) -> bool:
-    if not isinstance(error, UnavailableError) or error.retry_after is None:
-        return False
-    return error.retry_after <= LONGEST_RETRY_AFTER_S
+    asked = error.retry_after if isinstance(error, UnavailableError) else None
+    return asked is not None and asked <= LONGEST_RETRY_AFTER_S
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

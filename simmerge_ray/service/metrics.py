@@ -15,26 +15,15 @@ class PrometheusMetrics:
     """What the learner tells of, and requests; in a registry of its own. It must not fail or wait."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._decisions = Counter(
-            "simmerge_decisions", "Decisions made", ["arm", "explored", "kind"], registry=self._registry
-        )
-        self._rewards = Counter("simmerge_rewards", "Rewards asked for", ["outcome"], registry=self._registry)
-        self._pending = Gauge("simmerge_decisions_pending", "Decisions without a reward", registry=self._registry)
-        self._seq = Gauge("simmerge_log_seq", "Number of the last event that was folded", registry=self._registry)
-        self._entropy = Gauge(
-            "simmerge_posterior_entropy_nats",
-            "Of the posterior over an arm's weights",
-            ["arm"],
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "simmerge_request_seconds",
-            "Time to answer",
-            ["route", "method", "status"],
-            buckets=LATENCY_BUCKETS_S,
-            registry=self._registry,
-        )
+        own = self._registry = CollectorRegistry()
+        self._decisions = Counter("simmerge_decisions", "Decisions made", ["arm", "explored", "kind"], registry=own)
+        self._rewards = Counter("simmerge_rewards", "Rewards asked for", ["outcome"], registry=own)
+        self._pending = Gauge("simmerge_decisions_pending", "Decisions without a reward", registry=own)
+        self._seq = Gauge("simmerge_log_seq", "Number of the last event that was folded", registry=own)
+        entropy = "simmerge_posterior_entropy_nats", "Of the posterior over an arm's weights"
+        self._entropy = Gauge(*entropy, ["arm"], registry=own)
+        seconds = "simmerge_request_seconds", "Time to answer", ["route", "method", "status"]
+        self._seconds = Histogram(*seconds, buckets=LATENCY_BUCKETS_S, registry=own)
 
     def decided(self, decision: Decision) -> None:
         """One more decision. Plans are counted under their kind alone: there are too many of them."""

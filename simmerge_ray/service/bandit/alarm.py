@@ -41,12 +41,9 @@ def regret_slope(regret: np.ndarray, seed: int = 0) -> RegretSlope | None:
     slope = _slope(blocks)
     if slope is None:
         return None
-    drawn = []
-    for _ in range(NUM_RESAMPLES):
-        # Poisson weights keep every block in its place, so the shape of the curve is that of the sample.
-        found = _slope(blocks * generator.poisson(1.0, num_blocks))
-        if found is not None:
-            drawn.append(found)
+    # Poisson weights keep every block in its place, so the shape of the curve is that of the sample.
+    every = (_slope(blocks * generator.poisson(1.0, num_blocks)) for _ in range(NUM_RESAMPLES))
+    drawn = [one for one in every if one is not None]
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (-np.inf, np.inf)
     return RegretSlope(slope, float(low), float(high))
 

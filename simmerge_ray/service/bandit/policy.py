@@ -48,7 +48,6 @@ class Suggestion:
     compared. explored: whether it was drawn at all.
     """
 
-    decision_id: str
     arms: tuple[str, ...]
     arm: str
     propensities: np.ndarray
@@ -136,9 +135,7 @@ class NeuralLinearTS:
             values = draws.location
             chosen = self._chosen(values, fixed)
             propensities = np.eye(len(arms))[chosen]
-        return Suggestion(
-            decision_id, tuple(arms), arms[chosen], propensities, draws.location, draws.scale, values, explore
-        )
+        return Suggestion(tuple(arms), arms[chosen], propensities, draws.location, draws.scale, values, explore)
 
     def update(self, observations: Iterable[tuple[str, np.ndarray, float]]) -> None:
         """Learn rewards, in the given order: (arm, z, r) each, r the utility less the level of the decision; arms whose

@@ -21,6 +21,8 @@ from scipy.linalg.lapack import dpotrf, dtrtri
 
 from simmerge_ray.base.errors import BanditError
 
+COUNTS = ("count", "sum_squares", "weight")  # what a posterior has beside its arrays
+
 
 @dataclass(frozen=True, eq=False)
 class GaussianPosterior:

@@ -36,6 +36,11 @@ class _Route:
 _ROUTES = {path: _Route(path) for path in (DECIDE, REWARD)}
 
 
+def answered(status: int, model: BaseModel) -> Response:
+    """What a request that changes something is answered."""
+    return Response(model.model_dump_json(), status, media_type="application/json")
+
+
 class HotPath:
     """In front of the FastAPI application, behind the gate.
 
@@ -54,13 +59,12 @@ class HotPath:
             await self._api(scope, receive, send)
             return
         try:
-            status, model = await answer()
+            response = answered(*await answer())
         except Exception as error:
-            response = self._refusal(error)
-            if response is None:
+            refusal = self._refusal(error)
+            if refusal is None:
                 raise
-        else:
-            response = Response(model.model_dump_json(), status, media_type="application/json")
+            response = refusal
         await response(scope, receive, send)
 
     def _understood(self, scope: Scope) -> Answer | None:

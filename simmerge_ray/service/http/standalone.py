@@ -46,14 +46,9 @@ def prepare_database(url: str) -> None:
 
 def filesystem_of(path: Path, mounts: str) -> str | None:
     """Kind of the filesystem that a path lies on, by the lines of /proc/mounts."""
-    found, kind = -1, None
-    for line in mounts.splitlines():
-        fields = line.split()
-        if len(fields) > 2:
-            place = Path(fields[1].replace("\\040", " "))
-            if (place == path or place in path.parents) and len(place.parts) >= found:
-                found, kind = len(place.parts), fields[2]
-    return kind
+    lines = [fields for line in mounts.splitlines() if len(fields := line.split()) > 2]
+    kinds = {Path(place.replace("\\040", " ")): kind for _, place, kind, *_ in lines}  # the last mount hides others
+    return next((kinds[place] for place in (path, *path.parents) if place in kinds), None)
 
 
 def completed(config: ServeConfig) -> tuple[ServiceConfig, str | None]:

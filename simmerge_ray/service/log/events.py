@@ -8,6 +8,7 @@ float. Every value that goes in therefore comes out bit for bit.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
@@ -274,10 +275,7 @@ def voided_seq(row: EventRow) -> int:
 def read_array(slot: Mapping[str, Any], data: bytes) -> np.ndarray:
     """The array that a slot of the body names."""
     shape = slot["shape"]
-    count = 1
-    for size in shape:
-        count *= size
-    return np.frombuffer(data, "<f8", count, slot["at"]).reshape(shape)
+    return np.frombuffer(data, "<f8", math.prod(shape), slot["at"]).reshape(shape)
 
 
 def write_array(array: np.ndarray, data: bytearray) -> dict[str, Any]:

@@ -208,27 +208,21 @@ def _flat(course: Course[EventRow], now: float) -> dict[str, Any]:
     body = json.loads(row.body)
     answer, request = body.get("answer") or {}, body["request"]
     # A plan is drawn by its id, and its label is what the answer calls its arm.
-    arms, drawn = body["arms"], body["propensities"]
+    drawn = dict(zip(body["arms"], body["propensities"], strict=True))
     played = (answer.get("plan") or {}).get("id", body["arm"])
+    logged = ("explored", "arms", "propensities", "expires_at", "epoch", "model_version")
     return {
+        **{name: body[name] for name in logged},
+        **{name: answer.get(name, request.get(name)) for name in ("left", "right", "tasks")},
         "id": body["decision_id"],
         "seq": row.seq,
         "at": row.at,
         "kind": answer.get("kind", "pair"),
-        "left": answer.get("left", request.get("left")),
-        "right": answer.get("right", request.get("right")),
-        "tasks": answer.get("tasks", request.get("tasks")),
         "arm": answer.get("arm", body["arm"]),
-        "explored": body["explored"],
-        "arms": arms,
-        "propensities": drawn,
-        "propensity": dict(zip(arms, drawn, strict=True)).get(played if played in arms else body["arm"]),
+        "propensity": drawn.get(played if played in drawn else body["arm"]),
         "utility": course.utility,
         "status": status_of(course, now),
         "closed_reason": course.closed_reason,
-        "expires_at": body["expires_at"],
-        "epoch": body["epoch"],
-        "model_version": body["model_version"],
     }
 
 
@@ -292,19 +286,14 @@ def _without_arrays(course: Course[EventRow], now: float) -> tuple[EventRow, int
 # Reading the database.
 
 
-def _existing(url: str) -> str:
-    """Raises ConfigError for a SQLite file that is not there: opening it would make an empty one."""
+@contextmanager
+def _opened(url: str, open_engine: Callable[[str, bool], Engine] = open_database) -> Iterator[Engine]:
+    """An engine for work that may take minutes. Raises ConfigError, StoreError."""
     make_engine(url).dispose()
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
         raise ConfigError(f"there is no database file {parsed.database}; `simmerge db upgrade` makes an empty one")
-    return url
-
-
-@contextmanager
-def _opened(url: str, open_engine: Callable[[str, bool], Engine] = open_database) -> Iterator[Engine]:
-    """An engine for work that may take minutes. Raises ConfigError, StoreError."""
-    engine = open_engine(_existing(url), True)
+    engine = open_engine(url, True)
     try:
         yield engine
     finally:

@@ -218,22 +218,17 @@ def verdict(log: OnLog | None, labels: OnLabels | None, margin: float) -> Shadow
     """
     if log is None or log.num < MIN_DRAWN:
         found = log.num if log else 0
-        return ShadowVerdict(
-            False, f"{found} of the held-out rewards are of drawn decisions; {MIN_DRAWN} are needed to compare"
-        )
+        reason = f"{found} of the held-out rewards are of drawn decisions; {MIN_DRAWN} are needed to compare"
+        return ShadowVerdict(False, reason)
+    gain = f"{log.gain.value:+.3f} utility"
     if log.high < 0:
-        return ShadowVerdict(
-            False, f"on the log it is worse: {log.gain.value:+.3f} utility, below {log.high:+.3f} with 95 %"
-        )
+        return ShadowVerdict(False, f"on the log it is worse: {gain}, below {log.high:+.3f} with 95 %")
     if log.low < -margin:
-        return ShadowVerdict(
-            False,
-            f"the log cannot rule out that it is worse by more than {margin:g}: {log.gain.value:+.3f} utility, above "
-            f"{log.low:+.3f} with 95 %; more rewards of drawn decisions narrow that",
-        )
+        reason = f"the log cannot rule out that it is worse by more than {margin:g}: {gain}, above {log.low:+.3f}"
+        return ShadowVerdict(False, f"{reason} with 95 %; more rewards of drawn decisions narrow that")
     if labels is not None and labels.gain < -margin:
         return ShadowVerdict(False, f"on the labels it is worse: {labels.gain:+.3f} {labels.unit}, at most {-margin:g}")
-    said = f"on the log {log.gain.value:+.3f} utility, above {log.low:+.3f} with 95 %"
-    if labels is None:
-        return ShadowVerdict(True, f"{said}; too few checkpoints to compare on the labels")
-    return ShadowVerdict(True, f"{said}; on the labels {labels.gain:+.3f} {labels.unit}")
+    also = "too few checkpoints to compare on the labels"
+    if labels is not None:
+        also = f"on the labels {labels.gain:+.3f} {labels.unit}"
+    return ShadowVerdict(True, f"on the log {gain}, above {log.low:+.3f} with 95 %; {also}")
