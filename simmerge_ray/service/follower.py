@@ -33,8 +33,7 @@ _log = logging.getLogger("simmerge.service")
 class Follower:
     """See the module. The event loop that asks it also stops it.
 
-    Args:
-        given: version of the selector that an empty log begins with. clock: seconds since 1970.
+    given: version of the selector that an empty log begins with. clock: seconds since 1970.
     """
 
     def __init__(

@@ -44,11 +44,9 @@ T = TypeVar("T")
 class Learner:
     """See the module. `start` it in the event loop that it serves in, and `stop` it there.
 
-    Args:
-        clock: seconds since 1970.
+    clock: seconds since 1970.
 
-    Raises:
-        InputError: the signal table, the catalogue or the selector cannot be read, or do not fit each other.
+    Raises InputError: the signal table, the catalogue or the selector cannot be read, or do not fit each other.
     """
 
     def __init__(self, settings: ServiceConfig, clock: Callable[[], float] = time.time) -> None:
@@ -162,11 +160,9 @@ class Learner:
 
         Nothing happens where it is in force already.
 
-        Args:
-            only_new: do nothing if it was ever in force, so that an option of the start undoes no later promotion.
+        only_new: do nothing if it was ever in force, so that an option of the start undoes no later promotion.
 
-        Raises:
-            InputError: it cannot be read, or does not fit the signal table. StoreError.
+        Raises InputError: it cannot be read, or does not fit the signal table. StoreError.
         """
         version = await self._in_other(lambda: self.registry.publish(selector))
         log = await self._follower.opened()

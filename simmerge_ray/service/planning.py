@@ -40,8 +40,7 @@ class DrawnPlan:
 class PlanRanker:
     """Ranks plans over the checkpoints of a signal table with a published selector.
 
-    Args:
-        catalogue, signatures: where both are given, `virtual` ranks the shortlist; else `second_order` ranks all.
+    catalogue, signatures: where both are given, `virtual` ranks the shortlist; else `second_order` ranks all.
     """
 
     def __init__(

@@ -65,9 +65,8 @@ class NeuralLinearTS:
             None plays plain Thompson sampling. floor: probability that every arm is played with at least, mixed in
             before the draw. A discount leaves `posteriors` whole.
 
-    Raises:
-        BanditError: no arms, dimensions that differ, a fixed arm that is none of them, or a floor that leaves nothing
-            (K floor > 1), or is 0 where the threshold is infinite and exploration would never happen.
+    Raises BanditError: no arms, dimensions that differ, a fixed arm that is none of them, or a floor that leaves
+    nothing (K floor > 1), or is 0 where the threshold is infinite and exploration would never happen.
     """
 
     def __init__(
@@ -120,8 +119,7 @@ class NeuralLinearTS:
                 fixed arm in its own class), and has one propensity, shown at that arm. among: arms that may be played;
                 None takes all.
 
-        Raises:
-            BanditError: an unknown arm, or none that may be played.
+        Raises BanditError: an unknown arm, or none that may be played.
         """
         arms, fixed = self._representatives(z, among, classes)
         draws = self._draws(arms, z)

@@ -75,11 +75,9 @@ class Buckets:
 class Access:
     """The clients of a service.
 
-    Args:
-        failures_per_s: wrong tokens that one address may send; more are refused for their number alone.
+    failures_per_s: wrong tokens that one address may send; more are refused for their number alone.
 
-    Raises:
-        ConfigError: no client, or two with the same name or token.
+    Raises ConfigError: no client, or two with the same name or token.
     """
 
     def __init__(

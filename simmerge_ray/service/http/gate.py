@@ -53,8 +53,7 @@ class Limits:
 class Gate:
     """Wraps the application. Its refusals are JSON, `{"detail": ...}`.
 
-    Args:
-        role_of: the role that a request needs; None where any will do.
+    role_of: the role that a request needs; None where any will do.
     """
 
     def __init__(

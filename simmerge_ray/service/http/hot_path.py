@@ -44,8 +44,7 @@ def answered(status: int, model: BaseModel) -> Response:
 class HotPath:
     """In front of the FastAPI application, behind the gate.
 
-    Args:
-        refusal: the answer for an error that is not of a request's form; None where it is not known.
+    refusal: the answer for an error that is not of a request's form; None where it is not known.
     """
 
     def __init__(

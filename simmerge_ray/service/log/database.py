@@ -88,12 +88,10 @@ snapshots = sa.Table(
 def open_database(url: str, patient: bool = False) -> Engine:
     """An engine for a database whose schema is that of this program.
 
-    Args:
-        patient: for work that may take minutes, not for answers: PostgreSQL's statements have no time limit.
+    patient: for work that may take minutes, not for answers: PostgreSQL's statements have no time limit.
 
-    Raises:
-        ConfigError: a URL that is neither SQLite nor PostgreSQL, or SQLite without a file. StoreError: the database
-            cannot be reached, or has no schema or one of another version.
+    Raises ConfigError: a URL that is neither SQLite nor PostgreSQL, or SQLite without a file. StoreError: the database
+    cannot be reached, or has no schema or one of another version.
     """
     engine = make_engine(url, patient)
     with store_errors("opening the event log"), engine.connect() as connection:
@@ -133,11 +131,9 @@ def upgrade_database(url: str) -> None:
 def make_engine(url: str, patient: bool = False) -> Engine:
     """An engine, without connecting to the database.
 
-    Args:
-        patient: as `open_database`.
+    patient: as `open_database`.
 
-    Raises:
-        ConfigError: as `open_database`.
+    Raises ConfigError: as `open_database`.
     """
     try:
         parsed = make_url(url)
@@ -193,8 +189,7 @@ class KeptConnection:
     To take one out of the pool and give it back costs as much as several statements. PostgreSQL's are not kept: the
     pool asks each time whether the server still knows them.
 
-    Args:
-        writes: as `writing`.
+    writes: as `writing`.
     """
 
     def __init__(self, engine: Engine, writes: bool) -> None:

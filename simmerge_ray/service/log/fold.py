@@ -108,8 +108,7 @@ class Course(Generic[Kept]):
 class Decisions(Generic[Kept]):
     """Decisions by id and what became of each: the fold of events in order, of which some may be left out.
 
-    Args:
-        keep: what a view needs of a decision; None leaves it out.
+    keep: what a view needs of a decision; None leaves it out.
     """
 
     def __init__(self, keep: Callable[[EventRow], Kept | None]) -> None:

@@ -107,8 +107,7 @@ def backup(url: str, target: Path) -> dict[str, int]:
         target: a name that ends in `.parquet` takes the rows, from either database; any other a copy of SQLite's file,
             which is a database at once. It appears when it is whole and on disk.
 
-    Raises:
-        ConfigError: PostgreSQL and another name. OutputError: the file exists, or cannot be written. StoreError.
+    Raises ConfigError: PostgreSQL and another name. OutputError: the file exists, or cannot be written. StoreError.
     """
     with _opened(url) as engine:
         if target.suffix == ".parquet":
@@ -186,11 +185,9 @@ def export_decisions(url: str, namespace: str, target: Path, now: float) -> int:
 
     Its columns are in docs/event-log.md.
 
-    Args:
-        now: seconds since 1970; decisions whose time is over are called expired.
+    now: seconds since 1970; decisions whose time is over are called expired.
 
-    Raises:
-        As `export_events`.
+    Raises as `export_events`.
     """
     count = 0
     with _opened(url) as engine, _reading(engine) as connection, new_file(target) as partial:
@@ -242,11 +239,9 @@ def prune(url: str, namespace: str, before: float, keep_snapshots: int, dry_run:
     them is ever taken, so nothing is learned from them. The events themselves stay, with what was asked, answered and
     drawn; rewarded and open decisions stay whole. Snapshots but the newest go as well.
 
-    Args:
-        before: seconds since 1970, when a decision was closed. dry_run: only count.
+    before: seconds since 1970, when a decision was closed. dry_run: only count.
 
-    Raises:
-        ConfigError: no such namespace. StoreError.
+    Raises ConfigError: no such namespace. StoreError.
     """
     own = (events.c.namespace == namespace, events.c.kind == DecisionClosed.kind, events.c.at < before)
     changed, freed = 0, 0

@@ -18,8 +18,7 @@ PAGE = 512  # events that are read at once: about 1 MB, so that they are still i
 class Replica:
     """The state of a log, kept up to date. Threads may share it.
 
-    Args:
-        encode: the selectors' encoders, by epoch. page: events that are read at once.
+    encode: the selectors' encoders, by epoch. page: events that are read at once.
     """
 
     def __init__(self, log: EventLog, encode: Encoder, page: int = PAGE) -> None:

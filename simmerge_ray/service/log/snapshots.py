@@ -113,11 +113,9 @@ def newest_snapshot(
 ) -> State:
     """The newest intact snapshot up to number `last`, as the start of a fold; an empty state if there is none.
 
-    Args:
-        basis: of the events up to `last`. voids: the `reward_voided` events among them.
+    basis: of the events up to `last`. voids: the `reward_voided` events among them.
 
-    Raises:
-        StoreError: the database.
+    Raises StoreError: the database.
     """
     own = snapshots.c.namespace == namespace
     query = select(snapshots.c.seq).where(own, snapshots.c.epoch_seq == basis.epoch_seq, snapshots.c.seq <= last)

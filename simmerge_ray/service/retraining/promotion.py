@@ -61,11 +61,9 @@ def promote(
 ) -> Result:
     """Publish a candidate and begin its epoch, if it is not worse than the selector that it was compared with.
 
-    Args:
-        head: the last event that was known when `present` was the present one.
+    head: the last event that was known when `present` was the present one.
 
-    Raises:
-        StoreError: the database, or another selector began to answer meanwhile.
+    Raises StoreError: the database, or another selector began to answer meanwhile.
     """
     if candidate.version == present.version:
         return Result(UNCHANGED, candidate.version, "the present selector was trained on the same")

@@ -129,8 +129,7 @@ def reward_labels(logged: LoggedMerges, namespace: str, digests: Mapping[str, st
 
     Their settings say where they are from, so that they are not mixed with labels of known items.
 
-    Args:
-        digests: contents of the checkpoints, by id; one that is not known is left out.
+    digests: contents of the checkpoints, by id; one that is not known is left out.
     """
     items: dict[tuple[str, tuple[str, ...]], list[float]] = {}
     plans: dict[str, MergePlan] = {}
