@@ -27,7 +27,7 @@ class RegretSlope:
         return self.high >= 1.0
 
 
-def regret_slope(regret: np.ndarray, seed: int = 0) -> RegretSlope | None:
+def regret_slope(regret: np.ndarray) -> RegretSlope | None:
     """Of the regret (T,) against best fixed or the oracle, round by round.
 
     None below `MIN_ROUNDS`, or where there is no regret in sum (nothing to be alarmed about). The interval is by giving
@@ -35,7 +35,7 @@ def regret_slope(regret: np.ndarray, seed: int = 0) -> RegretSlope | None:
     """
     if len(regret) < MIN_ROUNDS or regret.sum() <= 0:
         return None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     num_blocks = len(regret) // _BLOCK
     blocks = regret[: num_blocks * _BLOCK].reshape(num_blocks, _BLOCK).sum(1)
     slope = _slope(blocks)

@@ -44,7 +44,7 @@ class Suggestion:
     """What was decided for one context, and how.
 
     arm: to play. propensities: probability of each arm under the policy, all that the log needs for off-policy
-    evaluation; 1 for `arm` without exploration. means, sds: of the arms' rewards given what is known. draws: that were
+    evaluation; 1 for `arm` without exploration. means: of the arms' rewards given what is known. draws: that were
     compared. explored: whether it was drawn at all.
     """
 
@@ -52,7 +52,6 @@ class Suggestion:
     arm: str
     propensities: np.ndarray
     means: np.ndarray
-    sds: np.ndarray
     draws: np.ndarray
     explored: bool
 
@@ -133,7 +132,7 @@ class NeuralLinearTS:
             values = draws.location
             chosen = self._chosen(values, fixed)
             propensities = np.eye(len(arms))[chosen]
-        return Suggestion(tuple(arms), arms[chosen], propensities, draws.location, draws.scale, values, explore)
+        return Suggestion(tuple(arms), arms[chosen], propensities, draws.location, values, explore)
 
     def update(self, observations: Iterable[tuple[str, np.ndarray, float]]) -> None:
         """Learn rewards, in the given order: (arm, z, r) each, r the utility less the level of the decision; arms whose

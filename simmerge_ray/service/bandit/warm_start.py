@@ -79,10 +79,8 @@ def out_of_fold_level(
     models: of the folds, where they are fitted already.
     """
     models = models or fit_models(dataset, [fold.training for fold in folds], config)
-    levels = []
-    for fold, model in zip(folds, models, strict=True):
-        part = dataset.subset(fold.tested)
-        levels.append(contexts_of(model, part.features, part.tasks)[1])
+    parts = [dataset.subset(fold.tested) for fold in folds]
+    levels = [contexts_of(model, one.features, one.tasks)[1] for model, one in zip(models, parts, strict=True)]
     return fold_mean(folds, levels, len(dataset.contexts))
 
 

@@ -32,7 +32,6 @@ from simmerge_ray.service.log.events import (
     RewardVoided,
     encode,
     request_digest,
-    subject_of,
 )
 from simmerge_ray.service.log.fold import Decisions
 from simmerge_ray.service.schemas import check_utility
@@ -72,7 +71,7 @@ class Proposal:
 
     @property
     def subject(self) -> str | None:
-        return subject_of(self.event)
+        return self.event.subject
 
     def row(self, event: Event, attempt: int, seq: int) -> EventRow:
         """The row of the event that `Known.judge` let pass."""
@@ -84,7 +83,7 @@ def proposal_of(event: Event, at: float, key: str | None = None, payload: object
     """payload: see `events.request_digest`.
     Raises ConfigError: a key, id or name that is empty or longer than a column. ValueError: JSON with NaN.
     """
-    for what, name in (("idempotency key", key), (event.kind, subject_of(event))):
+    for what, name in (("idempotency key", key), (event.kind, event.subject)):
         if name is not None and not (0 < len(name) <= MAX_NAME and name.isprintable()):
             raise ConfigError(f"the {what} {name[:40]!r} must have 1 to {MAX_NAME} characters that can be printed")
     encoded = encode(event)

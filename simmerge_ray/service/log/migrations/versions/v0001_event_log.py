@@ -41,8 +41,3 @@ def upgrade() -> None:
         sa.Column("checksum", sa.String(64), nullable=False),
         sa.Column("data", sa.LargeBinary, nullable=False),
     )
-
-
-def downgrade() -> None:
-    for table in ("snapshots", "events", "log_head"):
-        op.drop_table(table)
