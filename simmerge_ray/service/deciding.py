@@ -202,18 +202,15 @@ def _class_of(arm: str, context: PairContext, view: View) -> tuple[str, ...]:
 
 def _predictions(context: PairContext, view: View, noise: Noise, propensities: dict[str, float]) -> list[ArmPrediction]:
     """From best to worst by what the selector says; arms that it does not know come last."""
-    known = {one.arm: one for one in context.answer.ranked}
+    known = {one.arm: {"utility": one.utility, "sd": one.sd, "interval": one.interval} for one in context.answer.ranked}
     order = [*(arm for arm in known if arm in view.posteriors), *(arm for arm in view.posteriors if arm not in known)]
     found = []
     for arm in order:
         mean, spread = view.posteriors[arm].marginal(context.z)
-        one = known.get(arm)
         found.append(
             ArmPrediction(
                 arm=arm,
-                utility=one.utility if one else None,
-                sd=one.sd if one else None,
-                interval=one.interval if one else None,
+                **known.get(arm, {}),
                 expected=context.level + mean,
                 expected_sd=math.sqrt(noise.variance) * spread,
                 propensity=propensities.get(arm),

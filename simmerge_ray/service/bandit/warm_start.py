@@ -89,8 +89,7 @@ def warm_posteriors(
 ) -> tuple[dict[str, GaussianPosterior], Noise]:
     """Posteriors of the arms from merges of which all arms were measured, and the noise that is left.
 
-    level: (M,), out of fold (see `out_of_fold_level`); rows with NaN are left out.
-    Raises BanditError: all are.
+    level: (M,), out of fold (see `out_of_fold_level`); rows with NaN are left out. Raises BanditError: no other.
     """
     known = np.flatnonzero(~np.isnan(level))
     if not len(known):

@@ -54,7 +54,6 @@ class Ledger:
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
-        self._seq = 0
         self._decisions: Decisions[_Drawn] = Decisions(self._decided)
         self._contexts: tuple[int, np.ndarray | float, int] = (0, 0.0, 0)  # epoch, sum and number
         self._alarm: tuple[int, schemas.AlarmState | None] = (0, None)
@@ -63,10 +62,9 @@ class Ledger:
     def catch_up(self) -> None:
         """Read what is new. Raises StoreError."""
         with self._lock:
-            while rows := self._log.tail(self._seq, _PAGE):
+            while rows := self._log.tail(self._decisions.seq, _PAGE):
                 for row in rows:
                     self._decisions.apply(row)
-                    self._seq = row.seq
                 if len(rows) < _PAGE:
                     break
 
@@ -94,9 +92,7 @@ class Ledger:
             interval=(mean - half, mean + half),
         )
         if len(gain) > 1.01 * self._alarm[0]:  # hundreds of resamples: not for every reward of a long log
-            slope = regret_slope(-gain)
-            alarm = None if slope is None else schemas.AlarmState.model_validate(slope, from_attributes=True)
-            self._alarm = (len(gain), alarm)
+            self._alarm = (len(gain), regret_slope(-gain))
         return estimate, self._alarm[1]
 
     def curve(self, points: int) -> schemas.CurveAnswer:

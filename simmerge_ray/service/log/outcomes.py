@@ -23,16 +23,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.service.log.events import (
-    VERSION,
-    DecisionClosed,
-    Event,
-    EventRow,
-    RewardGiven,
-    RewardVoided,
-    encode,
-    request_digest,
-)
+from simmerge_ray.service.log import events
+from simmerge_ray.service.log.events import Event, EventRow
 from simmerge_ray.service.log.fold import Decisions
 from simmerge_ray.service.schemas import check_utility
 
@@ -75,8 +67,10 @@ class Proposal:
 
     def row(self, event: Event, attempt: int, seq: int) -> EventRow:
         """The row of the event that `Known.judge` let pass."""
-        body, data = self.encoded if event is self.event else encode(event)
-        return EventRow(seq, self.at, event.kind, VERSION, self.subject, attempt, self.key, self.digest, body, data)
+        body, data = self.encoded if event is self.event else events.encode(event)
+        return EventRow(
+            seq, self.at, event.kind, events.VERSION, self.subject, attempt, self.key, self.digest, body, data
+        )
 
 
 def proposal_of(event: Event, at: float, key: str | None = None, payload: object = None) -> Proposal:
@@ -86,13 +80,13 @@ def proposal_of(event: Event, at: float, key: str | None = None, payload: object
     for what, name in (("idempotency key", key), (event.kind, event.subject)):
         if name is not None and not (0 < len(name) <= MAX_NAME and name.isprintable()):
             raise ConfigError(f"the {what} {name[:40]!r} must have 1 to {MAX_NAME} characters that can be printed")
-    encoded = encode(event)
-    return Proposal(event, encoded, at, key, request_digest(event, encoded, payload))
+    encoded = events.encode(event)
+    return Proposal(event, encoded, at, key, events.request_digest(event, encoded, payload))
 
 
 def invalid(event: Event) -> Outcome | None:
     """The refusal of an event that no log could take."""
-    if isinstance(event, RewardGiven):
+    if isinstance(event, events.RewardGiven):
         try:
             check_utility(event.utility)
         except ValueError as error:
@@ -125,14 +119,14 @@ class Known:
         subject, event = proposal.subject, proposal.event
         if subject is None:
             return event, 0
-        if isinstance(event, RewardGiven | RewardVoided | DecisionClosed):
+        if isinstance(event, events.RewardGiven | events.RewardVoided | events.DecisionClosed):
             return self._judge_of_decision(proposal, event, subject)
         if (existing := self._latest.get((event.kind, subject))) is not None:
             return _replayed(proposal, existing, f"{event.kind.replace('_', ' ')} {subject!r} exists and is different")
         return event, 0
 
     def _judge_of_decision(
-        self, proposal: Proposal, event: RewardGiven | RewardVoided | DecisionClosed, subject: str
+        self, proposal: Proposal, event: events.RewardGiven | events.RewardVoided | events.DecisionClosed, subject: str
     ) -> Outcome | tuple[Event, int]:
         course = self._decisions.courses.get(subject)
         if course is None:
@@ -141,13 +135,13 @@ class Known:
         def again(kind: str, otherwise: str) -> Outcome:
             return _replayed(proposal, self._latest[kind, subject], otherwise)
 
-        if isinstance(event, RewardVoided):
+        if isinstance(event, events.RewardVoided):
             if course.reward is not None:
                 return replace(event, reward_seq=course.reward[0]), course.num_voids
             if course.num_voids:
                 return again(event.kind, f"the reward of {subject!r} is void already, for another reason")
             return Outcome(Status.CONFLICT, reason=f"decision {subject!r} has no reward to void")
-        if isinstance(event, DecisionClosed):
+        if isinstance(event, events.DecisionClosed):
             if course.closed is not None:
                 return again(event.kind, f"decision {subject!r} was closed for another reason")
             if course.reward is not None:

@@ -71,12 +71,9 @@ def all_rows(log: EventLog, after: int = 0) -> Iterator[EventRow]:
 def logged_merges(rows: Iterable[EventRow]) -> LoggedMerges:
     """What a log says about merges. Raises LabelError: a decision that retraining cannot read."""
     decisions = Decisions(lambda row: row.decoded(DecisionMade))
-    head = 0
 
     def read() -> Iterator[EventRow]:
-        nonlocal head
         for row in rows:
-            head = row.seq
             decisions.apply(row)
             yield row
 
@@ -89,7 +86,7 @@ def logged_merges(rows: Iterable[EventRow]) -> LoggedMerges:
             closed[course.closed[0]] = course.decision, course.closed[1]
     rewarded = [Rewarded(seq, one, utility, *_asked(one)) for seq, (one, utility) in sorted(given.items())]
     infeasible = [(*_asked(one), reason) for _, (one, reason) in sorted(closed.items())]
-    return LoggedMerges(head, tuple(rewarded), tuple(infeasible), setups)
+    return LoggedMerges(decisions.seq, tuple(rewarded), tuple(infeasible), setups)
 
 
 def _asked(decision: DecisionMade) -> tuple[MergePlan, tuple[str, ...]]:
