@@ -48,7 +48,6 @@ from simmerge_ray.service.log.events import (  # noqa: E402
     WarmStart,
     encode,
     request_digest,
-    subject_of,
 )
 from simmerge_ray.service.log.fold import State, basis_of  # noqa: E402
 from simmerge_ray.service.log.replica import PAGE, Replica  # noqa: E402
@@ -139,7 +138,7 @@ def write_log(engine: Engine, number: int, num_dimensions: int) -> None:
             "kind": event.kind,
             "version": VERSION,
         }
-        row |= {"subject": subject_of(event), "attempt": 0, "idempotency_key": None}
+        row |= {"subject": event.subject, "attempt": 0, "idempotency_key": None}
         rows.append(row | {"digest": request_digest(event, encoded), "body": body, "data": data})
         if len(rows) == _CHUNK or seq == number:
             with writing(engine) as connection:

@@ -64,11 +64,9 @@ def pair_decision(
     suggestion = policy.suggest(context.z, asked.decision_id, asked.explore, context.classes)
     propensities = dict(zip(suggestion.arms, suggestion.propensities.tolist(), strict=True))
     best_fixed, tasks = contexts.published.selector.best_fixed, list(context.tasks)
+    told: dict[str, Any] = {"kind": "pair", "left": context.left, "right": context.right, "tasks": tasks}
     answer = Decision(
-        kind="pair",
-        left=context.left,
-        right=context.right,
-        tasks=tasks,
+        **told,
         arm=suggestion.arm,
         reason=_reason(context, suggestion, best_fixed, propensities),
         overrode=suggestion.arm != best_fixed,
@@ -78,7 +76,6 @@ def pair_decision(
         limit=context.answer.limit,
         **_of_any_decision(view, contexts, asked),
     )
-    told = {"kind": "pair", "left": context.left, "right": context.right, "tasks": tasks}
     return _event(answer, told, suggestion.arm, context, _class_of(suggestion.arm, context, view)), answer
 
 

@@ -94,7 +94,7 @@ class Course(Generic[Kept]):
 class Decisions(Generic[Kept]):
     """Decisions by id and what became of each: the fold of events in order, of which some may be left out.
 
-    keep: what a view needs of a decision; None leaves it out.
+    keep: what a view needs of a decision; None leaves it out. seq: of the last event.
     """
 
     def __init__(self, keep: Callable[[EventRow], Kept | None]) -> None:
@@ -111,14 +111,13 @@ class Decisions(Generic[Kept]):
 
     def apply(self, row: EventRow) -> None:
         """The next event, of any kind."""
-        self.seq = row.seq
+        take, course = EFFECTS.get(row.kind, _NOTHING).course, self.courses.get(row.subject or "")
         if row.kind == events.DecisionMade.kind:
             if row.subject is not None and (kept := self._keep(row)) is not None:
                 self.courses[row.subject] = Course(kept)
-            return
-        take, course = EFFECTS.get(row.kind, _NOTHING).course, self.courses.get(row.subject or "")
-        if take is not None and course is not None:
+        elif take is not None and course is not None:
             take(course, row)
+        self.seq = row.seq
 
 
 # Which selectors answered.

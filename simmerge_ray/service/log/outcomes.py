@@ -61,16 +61,11 @@ class Proposal:
     key: str | None
     digest: str
 
-    @property
-    def subject(self) -> str | None:
-        return self.event.subject
-
     def row(self, event: Event, attempt: int, seq: int) -> EventRow:
         """The row of the event that `Known.judge` let pass."""
         body, data = self.encoded if event is self.event else events.encode(event)
-        return EventRow(
-            seq, self.at, event.kind, events.VERSION, self.subject, attempt, self.key, self.digest, body, data
-        )
+        about = event.kind, events.VERSION, event.subject, attempt
+        return EventRow(seq, self.at, *about, self.key, self.digest, body, data)
 
 
 def proposal_of(event: Event, at: float, key: str | None = None, payload: object = None) -> Proposal:
@@ -116,7 +111,7 @@ class Known:
         """What to answer, or the event to append and its attempt."""
         if proposal.key is not None and (first := self._keys.get(proposal.key)) is not None:
             return _replayed(proposal, first, f"the idempotency key {proposal.key!r} was used for another request")
-        subject, event = proposal.subject, proposal.event
+        event, subject = proposal.event, proposal.event.subject
         if subject is None:
             return event, 0
         if isinstance(event, events.RewardGiven | events.RewardVoided | events.DecisionClosed):

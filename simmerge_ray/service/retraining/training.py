@@ -55,12 +55,9 @@ def train_candidate(material: Material, present: Selector, out: Path) -> Retrain
     target = out / f"retrain-{material.digest[:12]}"
     if not target.exists():
         selector = _trained(material, material.dataset, material.rewards)
-        tested = zip(
-            (shadow.left_out(material.dataset, one) for one in material.folds), material.fold_models, strict=True
-        )
-        override = shadow.override_on_log(selector.override, selector.arms, material.training, list(tested))
+        selector = replace(selector, override=shadow.override_on_log(selector, material))
         with new_directory(target) as partial:
-            _write(partial, material, replace(selector, override=override))
+            _write(partial, material, selector)
     selector, warm = read_selector(target / SELECTOR), read_warm_start(target / SELECTOR)
     assert warm is not None, "written with the selector"
     size = next(iter(warm.posteriors.values())).num_dimensions
@@ -69,8 +66,8 @@ def train_candidate(material: Material, present: Selector, out: Path) -> Retrain
         return Retrained(event.model_version, target, event, None, None)
     compared = target / f"comparison-{present.version}.json"
     if not compared.exists():
-        made = Comparison(shadow.compare_on_log(present, selector, material.held_out), _on_labels(material))
-        write_json(compared, asdict(made))
+        on_log = shadow.compare_on_log(present, selector, material.held_out)
+        write_json(compared, asdict(Comparison(on_log, shadow.compare_on_labels(material))))
     comparison = TypeAdapter(Comparison).validate_python(read_json(compared))
     return Retrained(event.model_version, target, event, comparison.log, comparison.labels)
 
@@ -103,9 +100,3 @@ def _warm_start(material: Material, selector: Selector) -> WarmStartFile:
         )
     posteriors, noise = start_from_labels(labelled, selector.fitted, folds, material.config, material.fold_models)
     return WarmStartFile(posteriors, noise, material.identical)
-
-
-def _on_labels(material: Material) -> shadow.OnLabels | None:
-    dataset, folds, config, reference = material.dataset, material.folds, material.config, material.reference
-    old, new = material.models_without_groups(material.known), material.fold_models
-    return shadow.compare_on_labels(dataset, folds, config, reference, old, new, material.loaded.base_of)
