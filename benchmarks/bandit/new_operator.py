@@ -21,7 +21,6 @@ from simmerge_ray.research.bandit.clusters import Start, drawn_clusters, interva
 from simmerge_ray.research.bandit.replay import Bandit, Rounds, obtained, replay
 from simmerge_ray.service.bandit.policy import NeuralLinearTS
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import sibling_prior
 
 ARRIVAL, PULLS, BETTER, SIBLING_POWER = 20, 15, 0.10, 0.1
 NEW, MADE_BETTER, DECOY = "new", "better by 0.10", "decoy"
@@ -85,7 +84,7 @@ def _played(start: Start, rounds: Rounds, player: Bandit, sibling: bool) -> np.n
         if number == ARRIVAL:
             fixed = player.policy.posterior(player.policy.arms[start.fixed])
             blank = GaussianPosterior.prior(fixed.num_dimensions)
-            player.policy.add_arm(NEW, sibling_prior(fixed, blank, SIBLING_POWER) if sibling else start.known.prior)
+            player.policy.add_arm(NEW, fixed.discounted(SIBLING_POWER, blank) if sibling else start.known.prior)
 
     return replay(player, rounds, on_round=arrive)
 

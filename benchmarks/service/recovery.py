@@ -46,7 +46,6 @@ from simmerge_ray.service.log.events import (  # noqa: E402
     WarmStart,
     encode,
     request_digest,
-    subject_of,
 )
 from simmerge_ray.service.log.fold import State, basis_of  # noqa: E402
 from simmerge_ray.service.log.replica import PAGE, Replica  # noqa: E402
@@ -119,7 +118,7 @@ def write_log(engine: Engine, number: int, num_dimensions: int) -> None:
     for seq, event in enumerate(made_up_events(number, num_dimensions), 1):
         body, data = encoded = encode(event)
         row: dict[str, Any] = {"namespace": NAMESPACE, "seq": seq, "at": _START + seq, "kind": event.kind}
-        row |= {"version": VERSION, "subject": subject_of(event), "attempt": 0, "idempotency_key": None}
+        row |= {"version": VERSION, "subject": event.subject, "attempt": 0, "idempotency_key": None}
         rows.append(row | {"digest": request_digest(event, encoded), "body": body, "data": data})
         if len(rows) == _CHUNK or seq == number:
             with writing(engine) as connection:

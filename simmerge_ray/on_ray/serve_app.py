@@ -28,10 +28,10 @@ from simmerge_ray.base.storage import Place, as_place, digest_bytes
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.service.http.access import Access, read_access
 from simmerge_ray.service.http.api import create_app
-from simmerge_ray.service.http.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
 from simmerge_ray.service.http.standalone import completed, prepare_database
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.fold import View
+from simmerge_ray.service.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
 from simmerge_ray.service.schemas import Decision
 
 APP_NAME = "simmerge"
