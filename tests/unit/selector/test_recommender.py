@@ -116,7 +116,7 @@ def test_checkpoints_unlike_those_of_the_training_get_the_best_fixed_arm(recomme
     answer = distant.recommend("m0", "m1")
     assert answer.choice.reason.startswith("not trained for such checkpoints")
     assert answer.choice.distance > answer.limit
-    assert answer.choice.arm == distant.best_fixed and not answer.choice.overrode
+    assert answer.choice.arm == distant.selector.best_fixed and not answer.choice.overrode
 
 
 def test_intervals_are_those_of_the_selector_or_none(recommender):
