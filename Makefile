@@ -31,7 +31,7 @@ study: setup
 # Campaigns that take long and are not part of the tests: kills in every stage, drivers, actors and nodes killed in
 # a search, the service killed under load. Figures: benchmarks/README.md
 soak: setup
-	@$(BIN)/python -m benchmarks.soak_demo
+	@$(BIN)/python -m benchmarks.soak demo
 	@$(BIN)/simmerge demo runs/demo
 	@$(BIN)/python -m benchmarks.search.soak_search --run runs/demo --out runs/soak
 	@$(BIN)/python -m benchmarks.service.soak sqlite --run runs/demo

@@ -77,6 +77,11 @@ def timed(call: Callable[[], T]) -> tuple[T, Seconds]:
     return result, Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    """What a call took by the clock."""
+    return timed(call)[1].wall
+
+
 def alternate(sides: Mapping[str, Callable[[], T]], num_rounds: int, num_warm_up: int = 1) -> dict[str, list[T]]:
     """What each side returned, round by round; every round runs all sides, so that noise meets them alike.
 
@@ -134,6 +139,11 @@ def percentiles(values: Sequence[float], percents: Sequence[float] = (50, 99), d
     if not len(values):
         return {}
     return {f"p{p:g}": round(float(np.percentile(values, p)), digits) for p in percents}
+
+
+def milliseconds(seconds: Sequence[float], percents: Sequence[float] = (50, 99)) -> dict[str, float | None]:
+    """Percentiles of seconds in milliseconds; None without values."""
+    return dict.fromkeys(f"p{p:g}" for p in percents) | percentiles([1000 * value for value in seconds], percents)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -11,20 +11,15 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.measuring import machine, script_parser, timed
+from benchmarks.measuring import machine, script_parser, seconds_of
 from tests.conftest import free_port
 from tests.object_store import Proxy, credentials, make_bucket, s3_server
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    return timed(call)[1].wall
 
 
 def read_all(ref: Any) -> None:
@@ -48,12 +43,12 @@ def reading(local: Path, remote: Any, num_bytes: int) -> dict[str, float]:
         for start in range(0, num_bytes, 1 << 26):
             (remote / "model.safetensors").read_range(start, min(start + (1 << 26), num_bytes))
 
-    found = {"header_s": seconds(lambda: read_headers(there))}
-    found["one_tensor_of_1_mb_s"] = seconds(lambda: TensorSource(there).read_whole("small"))
-    found["plain_requests_gb_s"] = num_bytes / seconds(plain) / 1e9
-    found["cold_gb_s"] = num_bytes / seconds(lambda: read_all(there)) / 1e9
-    found["cached_gb_s"] = num_bytes / seconds(lambda: read_all(there)) / 1e9
-    found["local_gb_s"] = num_bytes / seconds(lambda: read_all(here)) / 1e9
+    found = {"header_s": seconds_of(lambda: read_headers(there))}
+    found["one_tensor_of_1_mb_s"] = seconds_of(lambda: TensorSource(there).read_whole("small"))
+    found["plain_requests_gb_s"] = num_bytes / seconds_of(plain) / 1e9
+    found["cold_gb_s"] = num_bytes / seconds_of(lambda: read_all(there)) / 1e9
+    found["cached_gb_s"] = num_bytes / seconds_of(lambda: read_all(there)) / 1e9
+    found["local_gb_s"] = num_bytes / seconds_of(lambda: read_all(here)) / 1e9
     return found
 
 
@@ -66,9 +61,9 @@ def away(proxy: Proxy, uri: str, for_s: float) -> dict[str, float]:
     timer = threading.Timer(for_s, proxy.up)
     timer.start()
     reader: list[float] = []
-    thread = threading.Thread(target=lambda: reader.append(seconds(lambda: read_bytes(f"{uri}/before"))))
+    thread = threading.Thread(target=lambda: reader.append(seconds_of(lambda: read_bytes(f"{uri}/before"))))
     thread.start()
-    writer = seconds(lambda: write_atomically(f"{uri}/after", b"y"))
+    writer = seconds_of(lambda: write_atomically(f"{uri}/after", b"y"))
     thread.join()
     timer.join()
     assert read_bytes(f"{uri}/after") == b"y"
@@ -96,7 +91,7 @@ def main() -> None:
             size = (local / "model.safetensors").stat().st_size
             place: Any = as_place("s3://figures/checkpoint")
             result: dict[str, Any] = {"machine": machine(), "mb": size / 1e6}
-            result["upload_gb_s"] = size / seconds(lambda: upload_directory(local, place, "config.json")) / 1e9
+            result["upload_gb_s"] = size / seconds_of(lambda: upload_directory(local, place, "config.json")) / 1e9
             result |= reading(local, place, size)
             proxy = Proxy(port)
             os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"

@@ -4,12 +4,11 @@
     ray job submit --working-dir . --entrypoint-num-cpus 1 -- python jobs/replay_bandit.py /shared/dataset --out /shared/replay
 
 `simmerge_ray.research.bandit.regret` as a job: minutes on one core, no actors. A domain that was played is not played
-again. OUT gets `bandit-replay.json` and `.png`. The last line is JSON that reports what happened (`simmerge_ray.pipelines.jobs`).
+again. OUT gets `NAME.json` and `.png`. The last line is JSON that reports what happened (`simmerge_ray.pipelines.jobs`).
 """  # noqa: E501
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +28,11 @@ def replay_bandit(
     ] = None,
     orders: Annotated[int, typer.Option(min=1, help="random orders of the merges")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="rounds of each order")] = 60,
+    name: Annotated[str, typer.Option(help="of the files in OUT")] = "bandit-replay",
 ) -> dict[str, Any]:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are not installed
-    from benchmarks.bandit.replay import markdown, replay_dataset
+    from simmerge_ray.research.bandit.regret import markdown, replay_dataset
 
-    rows = replay_dataset(dataset, out, "bandit-replay", arm, orders, rounds)
+    rows = replay_dataset(dataset, out, name, arm, orders, rounds)
     print(*markdown(rows), sep="\n")
     return {"out": str(out), "regret": {row["policy"]: row["utility"] for row in rows}}
 

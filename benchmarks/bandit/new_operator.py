@@ -21,7 +21,6 @@ from simmerge_ray.research.bandit.clusters import Start, drawn_clusters, interva
 from simmerge_ray.research.bandit.replay import Bandit, Rounds, obtained, replay
 from simmerge_ray.service.bandit.policy import NeuralLinearTS
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import sibling_prior
 
 ARRIVAL, PULLS, BETTER, SIBLING_POWER = 20, 15, 0.10, 0.1
 NEW, MADE_BETTER, DECOY = "new", "better by 0.10", "decoy"
@@ -74,16 +73,9 @@ def play(
                 is_new = played == len(rounds.arms) - 1
                 enough = np.flatnonzero(np.cumsum(is_new) >= PULLS)
                 after = is_new[enough[0] + 1 :] if len(enough) else is_new[:0]
-                found[place].append(
-                    [
-                        float(len(enough) > 0),
-                        float(enough[0] - ARRIVAL) if len(enough) else np.nan,
-                        float(after.mean()) if len(after) else np.nan,
-                        float(is_new.sum()),
-                        float((alone - obtained(played, rounds)).sum()),
-                        ahead,
-                    ]
-                )
+                reached, passed = float(len(enough) > 0), float(enough[0] - ARRIVAL) if len(enough) else np.nan
+                share, cost = _mean(after), float((alone - obtained(played, rounds)).sum())
+                found[place].append([reached, passed, share, float(is_new.sum()), cost, ahead])
     return [dict(zip(FIGURES, map(_mean, zip(*one, strict=True)), strict=True)) for one in found]
 
 
@@ -92,12 +84,12 @@ def _played(start: Start, rounds: Rounds, player: Bandit, sibling: bool) -> np.n
         if number == ARRIVAL:
             fixed = player.policy.posterior(player.policy.arms[start.fixed])
             blank = GaussianPosterior.prior(fixed.num_dimensions)
-            player.policy.add_arm(NEW, sibling_prior(fixed, blank, SIBLING_POWER) if sibling else start.known.prior)
+            player.policy.add_arm(NEW, fixed.discounted(SIBLING_POWER, blank) if sibling else start.known.prior)
 
     return replay(player, rounds, on_round=arrive)
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float] | np.ndarray) -> float:
     """Of those that are known."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
@@ -117,12 +109,11 @@ def main() -> None:
     for kind in arguments.later or (MADE_BETTER, DECOY):
         for explore in (True, False):
             every = [
-                play(start, kind, explore, (False, True), arguments.rounds, arguments.orders)
-                for start in known.values()
+                play(one, kind, explore, (False, True), arguments.rounds, arguments.orders) for one in known.values()
             ]
             for place, prior in enumerate(("nothing known", "sibling")):
                 values = {name: np.array([one[place][name] for one in every]) for name in FIGURES}
-                mean = {name: _mean(one.tolist()) for name, one in values.items()}
+                mean = {name: _mean(one) for name, one in values.items()}
                 low, high = interval(weights, values["cost"])
                 print(
                     f"| {kind} | {mean['ahead']:+.3f} | {'Thompson' if explore else 'greedy'} | {prior} | "

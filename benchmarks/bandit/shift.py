@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bandit.arguments import arguments_of
+from benchmarks.measuring import markdown
 from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.markdown import with_interval
 from simmerge_ray.research.bandit.clusters import (
     Cluster,
     Knowledge,
@@ -221,14 +223,11 @@ def main() -> None:
                 print(f"{domain}, {len(online)} bases online, order {number}", flush=True)
     results = by_cluster(streams, base_of)
     rows = table(results, streams[0][0].parts)
-    print(f"| policy | {BEFORE} | {FIRST} | {SECOND} |\n|---|---|---|---|")
-    for name in dict.fromkeys(row["policy"] for row in rows):
-        cells = [
-            f"{row['regret']:+.4f} [{row['interval'][0]:+.4f}, {row['interval'][1]:+.4f}]"
-            for row in rows
-            if row["policy"] == name
-        ]
-        print(f"| {name} | {' | '.join(cells)} |")
+    shown: dict[str, list[str]] = {}
+    for row in rows:
+        cell = with_interval(row["regret"], row["interval"], signed=True, digits=4)
+        shown.setdefault(row["policy"], [row["policy"]]).append(cell)
+    print(markdown(("policy", BEFORE, FIRST, SECOND), list(shown.values())))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "bandit-shift.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(draw(results, arguments.rounds, arguments.out))

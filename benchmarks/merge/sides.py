@@ -17,6 +17,7 @@ from benchmarks.merge.mergekit_env import ROOT
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef
 
+OUR_PYTHON = Path(sys.executable)
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -27,36 +28,37 @@ def job(operator: str, checkpoints: dict[str, Path], directory: Path) -> dict[st
         ValueError: an operator other than linear, slerp, ties.
     """
     a, b, base = (str(checkpoints[name]) for name in ("a", "b", "base"))
-    models: list[dict[str, Any]]
-    if operator == "linear":
-        models = [{"model": path, "parameters": {"weight": 0.5}} for path in (a, b)]
-        config = {"merge_method": "linear", "models": models}
-    elif operator == "slerp":
-        config = {"merge_method": "slerp", "base_model": a, "models": [{"model": a}, {"model": b}]}
-        config["parameters"] = {"t": 0.5}
-    elif operator == "ties":
-        models = [{"model": path, "parameters": {"weight": 0.5, "density": 0.5}} for path in (a, b)]
-        config = {"merge_method": "ties", "base_model": base, "models": models, "parameters": {"normalize": True}}
-    else:
-        raise ValueError(f"unknown operator {operator!r}; known: linear, slerp, ties")
-    needs_base = operator == "ties"
+    each: dict[str, dict[str, Any]] = {
+        "linear": {"weight": 0.5},
+        "slerp": {},
+        "ties": {"weight": 0.5, "density": 0.5},
+    }
+    whole = {
+        "linear": {},
+        "slerp": {"base_model": a, "parameters": {"t": 0.5}},
+        "ties": {"base_model": base, "parameters": {"normalize": True}},
+    }
+    if operator not in each:
+        raise ValueError(f"unknown operator {operator!r}; known: {', '.join(each)}")
+    models = [{"model": path, "parameters": each[operator]} for path in (a, b)]
+    config = {"merge_method": operator, "models": models, **whole[operator]}
     step = {"left": "a", "right": "b", "operator": operator, "weight": 0.5, "parameters": {}}
+    read = (a, b, base) if operator == "ties" else (a, b)
     plan = {
         "steps": [step],
         "checkpoints": {"a": a, "b": b},
-        "base": {"id": "base", "path": base} if needs_base else None,
+        "base": {"id": "base", "path": base} if base in read else None,
     }
     directory.mkdir(parents=True, exist_ok=True)
     plan_file, config_file = directory / f"{operator}.json", directory / f"{operator}.yml"
     plan_file.write_text(json.dumps(plan, indent=2))
     config_file.write_text(json.dumps(config, indent=2))  # JSON is YAML
-    inputs = [file for path in (a, b, *([base] if needs_base else [])) for file in weight_files(Path(path))]
-    out_bytes = _tensor_bytes(Path(a))
+    inputs = [str(file) for path in read for file in weight_files(Path(path))]
     return {
         "plan": str(plan_file),
         "config": str(config_file),
-        "inputs": list(map(str, inputs)),
-        "out_bytes": out_bytes,
+        "inputs": inputs,
+        "out_bytes": _tensor_bytes(Path(a)),
     }
 
 
@@ -98,10 +100,10 @@ def warm_memory(work: dict[str, Any], directory: Path) -> None:
 
 
 class Worker:
-    """A `worker.py` that has imported what it needs; peak anonymous memory is sampled while it works.
+    """A `worker.py`; peak anonymous memory is sampled while it works.
 
     warm_up: a tiny job of the same operator and where its result goes, run before the first figure is taken: what a
-    side loads for its first merge is not what a merge needs.
+    side imports and loads for its first merge is not what a merge needs.
     """
 
     def __init__(
@@ -117,8 +119,6 @@ class Worker:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
             )
-        self._answer()
-        self.imports_bytes = 0
         if warm_up is not None:
             self.run(*warm_up)
             shutil.rmtree(warm_up[1])
@@ -158,7 +158,3 @@ class Worker:
             tail = b"\n".join(deque(self._log.read().splitlines(), 5)).decode(errors="replace")
             raise RuntimeError(f"{self.side} ended with {self._process.returncode}:\n{tail}")
         return json.loads(line)
-
-
-def our_python() -> Path:
-    return Path(sys.executable)

@@ -29,82 +29,71 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.measuring import machine, markdown, on_cores, pinned_environment, script_parser
+from benchmarks.measuring import alternate, machine, markdown, on_cores, pinned_environment, script_parser
 from benchmarks.merge.fixtures import make_fixture
 from benchmarks.merge.mergekit_env import DEFAULT_DIRECTORY, mergekit_python
-from benchmarks.merge.sides import Worker, check_complete, job, our_python, warm_memory
+from benchmarks.merge.sides import OUR_PYTHON, Worker, check_complete, job, warm_memory
+
+Work = dict[str, Any]  # a job of `sides`
+Sides = dict[str, dict[str, Any]]
+Seconds = dict[str, float]  # wall_s and cpu_s
+
+
+def medians(sides: Mapping[str, Callable[[Path], Seconds]], work: Work, scratch: Path, num_rounds: int) -> Sides:
+    """Alternate the sides, each into a directory of its own; of each the seconds of every round and their medians."""
+
+    def one(side: str, run: Callable[[Path], Seconds]) -> Seconds:
+        out = scratch / side
+        seconds = run(out)
+        if side != "copy":
+            check_complete(work, out)
+        shutil.rmtree(out)
+        print(f"  {side}: {seconds['wall_s']:.2f} s", file=sys.stderr, flush=True)
+        return seconds
+
+    found = alternate({side: partial(one, side, run) for side, run in sides.items()}, num_rounds)
+    return {
+        side: {what: median(one[what] for one in rounds) for what in ("wall_s", "cpu_s")} | {"rounds": rounds}
+        for side, rounds in found.items()
+    }
 
 
 def in_process(
-    work: dict[str, Any],
-    tiny: dict[str, Any],
-    scratch: Path,
-    venv: Path,
-    num_rounds: int,
-    num_threads: int,
-    sides: list[str],
-) -> dict[str, Any]:
-    """Alternate the sides; returns for each the seconds of every round, their medians, and the peak memory.
-
-    tiny: the job that warms a worker up.
-    """
-    pythons = {"ours": our_python(), "copy": our_python(), "mergekit": mergekit_python(venv)}
-    workers = [Worker(side, pythons[side], num_threads, (tiny, scratch / side)) for side in sides]
-    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    work: Work, warm_up: Work, scratch: Path, venv: Path, num_rounds: int, num_threads: int, sides: Sequence[str]
+) -> Sides:
+    """Medians of workers, and their peak memory."""
+    workers: dict[str, Worker] = {}
     try:
-        for number in range(num_rounds + 1):
-            for worker in workers:
-                out = scratch / worker.side
-                seconds = worker.run(work, out)
-                if worker.side != "copy":
-                    check_complete(work, out)
-                shutil.rmtree(out)
-                if number > 0:
-                    rounds[worker.side].append(seconds)
-                print(f"  {worker.side}: {seconds['wall_s']:.2f} s", file=sys.stderr, flush=True)
-        return {
-            worker.side: {
-                "wall_s": median(one["wall_s"] for one in rounds[worker.side]),
-                "cpu_s": median(one["cpu_s"] for one in rounds[worker.side]),
-                "peak_anonymous_bytes_above_imports": worker.peak_above_imports_bytes,
-                "anonymous_bytes_of_imports": worker.imports_bytes,
-                "rounds": rounds[worker.side],
-            }
-            for worker in workers
-        }
+        for side in sides:
+            python = mergekit_python(venv) if side == "mergekit" else OUR_PYTHON
+            workers[side] = Worker(side, python, num_threads, (warm_up, scratch / side))
+        found = medians({side: partial(one.run, work) for side, one in workers.items()}, work, scratch, num_rounds)
+        for side, worker in workers.items():
+            found[side]["peak_anonymous_bytes_above_imports"] = worker.peak_bytes - worker.imports_bytes
+            found[side]["anonymous_bytes_of_imports"] = worker.imports_bytes
+        return found
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.close()
 
 
-def commands(work: dict[str, Any], scratch: Path, venv: Path, num_rounds: int, num_threads: int) -> dict[str, Any]:
-    """Alternate the two commands; returns wall and CPU seconds of each from start to exit."""
-    simmerge, peer = our_python().with_name("simmerge"), mergekit_python(venv).with_name("mergekit-yaml")
+def commands(work: Work, scratch: Path, venv: Path, num_rounds: int, num_threads: int) -> Sides:
+    """Medians of the two commands, from start to exit."""
+    simmerge, peer = OUR_PYTHON.with_name("simmerge"), mergekit_python(venv).with_name("mergekit-yaml")
+
+    def run(command: Sequence[Path | str], out: Path) -> Seconds:
+        os.sync()
+        warm_memory(work, scratch)
+        return _timed([*map(str, command), str(out)], num_threads, scratch)
+
     command_of = {"ours": [simmerge, "merge", work["plan"]], "mergekit": [peer, work["config"]]}
-    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in command_of}
-    for number in range(num_rounds + 1):
-        for side, command in command_of.items():
-            out = scratch / f"command-{side}"
-            os.sync()
-            warm_memory(work, scratch)
-            seconds = _timed([*map(str, command), str(out)], num_threads, scratch)
-            check_complete(work, out)
-            shutil.rmtree(out)
-            if number > 0:
-                rounds[side].append(seconds)
-            print(f"  command {side}: {seconds['wall_s']:.2f} s", file=sys.stderr, flush=True)
-    return {
-        side: {
-            "wall_s": median(one["wall_s"] for one in seconds),
-            "cpu_s": median(one["cpu_s"] for one in seconds),
-            "rounds": seconds,
-        }
-        for side, seconds in rounds.items()
-    }
+    return medians({side: partial(run, one) for side, one in command_of.items()}, work, scratch, num_rounds)
 
 
 def _timed(command: list[str], num_threads: int, directory: Path) -> dict[str, float]:
@@ -131,6 +120,14 @@ def report(result: dict[str, Any]) -> str:
         f"{where['cpu']}, {where['num_cpus']} cores, load {where['load']:.1f} at start, {where['date']}, "
         f"{result['num_threads']} thread(s) and core(s) a side, medians of {result['num_rounds']} alternating rounds"
     )
+    header = ["size", "operator", "GB in + out", "ours s (CPU s)", "copy s (CPU s)", "mergekit s (CPU s)"]
+    header += [
+        "ours / copy speed (CPU)",
+        "mergekit / ours wall",
+        "mergekit / ours CPU",
+        "ours peak MB",
+        "mergekit peak MB",
+    ]
     rows = []
     for row in result["in_process"]:
         ours, copy, peer = (row["sides"].get(side) for side in ("ours", "copy", "mergekit"))
@@ -140,30 +137,17 @@ def report(result: dict[str, Any]) -> str:
                 row["operator"],
                 f"{row['num_bytes'] / 1e9:.2f}",
                 *map(_seconds, (ours, copy, peer)),
-                f"{copy['wall_s'] / ours['wall_s']:.0%} ({copy['cpu_s'] / ours['cpu_s']:.0%})"
-                if ours and copy
-                else "-",
-                f"{peer['wall_s'] / ours['wall_s']:.1f}" if ours and peer else "-",
-                f"{peer['cpu_s'] / ours['cpu_s']:.1f}" if ours and peer else "-",
+                f"{_ratio(copy, ours, 'wall_s', '.0%')} ({_ratio(copy, ours, 'cpu_s', '.0%')})",
+                _ratio(peer, ours, "wall_s"),
+                _ratio(peer, ours, "cpu_s"),
                 *(f"{side['peak_anonymous_bytes_above_imports'] / 1e6:.0f}" if side else "-" for side in (ours, peer)),
             ]
         )
-    header = ["size", "operator", "GB in + out", "ours s (CPU s)", "copy s (CPU s)", "mergekit s (CPU s)"]
-    header += [
-        "ours / copy speed (CPU)",
-        "mergekit / ours wall",
-        "mergekit / ours CPU",
-        "ours peak MB",
-        "mergekit peak MB",
-    ]
     tables = [about, markdown(header, rows)]
     if result["commands"]:
         sides = [(row["operator"], row["sides"]["ours"], row["sides"]["mergekit"]) for row in result["commands"]]
-        rows = [
-            [op, _seconds(ours), _seconds(peer), f"{peer['wall_s'] / ours['wall_s']:.1f}"] for op, ours, peer in sides
-        ]
-        header = ["whole command", "ours s (CPU s)", "mergekit s (CPU s)", "mergekit / ours wall"]
-        tables.append(markdown(header, rows))
+        rows = [[op, _seconds(ours), _seconds(peer), _ratio(peer, ours, "wall_s")] for op, ours, peer in sides]
+        tables.append(markdown(["whole command", "ours s (CPU s)", "mergekit s (CPU s)", "mergekit / ours wall"], rows))
     return "\n\n".join(tables)
 
 
@@ -188,13 +172,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every round here")
     arguments = parser.parse_args()
     root, venv = arguments.fixtures.absolute(), arguments.venv.absolute()
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "num_threads": arguments.threads,
-        "num_rounds": arguments.rounds,
-        "in_process": [],
-        "commands": [],
-    }
+    result: dict[str, Any] = {"machine": machine(), "num_threads": arguments.threads, "num_rounds": arguments.rounds}
+    result |= {"in_process": [], "commands": []}
     # Beside the fixtures: the same file system for all, and for inputs and outputs.
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="speed-", dir=root) as name:
@@ -209,11 +188,11 @@ def main() -> None:
                 warm_up = job(operator, tiny, scratch / "tiny")
                 chosen = arguments.sides.split(",")
                 sides = in_process(work, warm_up, scratch, venv, arguments.rounds, arguments.threads, chosen)
-                row = {"size": size, "operator": operator, "num_bytes": num_bytes, "sides": sides}
-                result["in_process"].append(row)
+                about = {"size": size, "operator": operator}
+                result["in_process"].append(about | {"num_bytes": num_bytes, "sides": sides})
                 if size == "134m" and arguments.command_rounds:
                     seconds = commands(work, scratch, venv, arguments.command_rounds, arguments.threads)
-                    result["commands"].append({"size": size, "operator": operator, "sides": seconds})
+                    result["commands"].append(about | {"sides": seconds})
                 if arguments.json:
                     arguments.json.write_text(json.dumps(result, indent=2))
     print(report(result))

@@ -1,10 +1,9 @@
 """One side of a comparison in a process of its own: reads jobs as JSON lines, answers with seconds.
 
 `PYTHON worker.py ours|copy|mergekit`, in the interpreter that has what the side needs; standard library only besides.
-The worker imports, answers {"ready": true}, and for each job {"plan", "config", "out", "inputs", "out_bytes"} removes
-`out`, runs the merge and answers {"wall_s", "cpu_s"}: wall clock and CPU seconds of all threads and children of the
-process during the call alone. Reading the plan or the YAML is not in it, and mergekit is spared its model card and
-tokenizer.
+For each job {"plan", "config", "out", "inputs", "out_bytes"} the worker removes `out`, runs the merge and answers
+{"wall_s", "cpu_s"}: wall clock and CPU seconds of all threads and children of the process during the call alone.
+Imports and reading the plan or the YAML are not in it, and mergekit is spared its model card and tokenizer.
 """
 
 from __future__ import annotations
@@ -20,44 +19,33 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 8 << 20
+BUFFER = bytearray(CHUNK_BYTES)
 Job = dict[str, Any]
-Side = Callable[[Job], Callable[[], object]]
 
 
-def ours() -> Side:
+def ours(job: Job) -> Callable[[], object]:
     """Our engine."""
     from simmerge_ray.merging.write.directory import write_merge
     from simmerge_ray.plans.plan import read_plan
 
-    def prepare(job: Job) -> Callable[[], object]:
-        resolved = read_plan(Path(job["plan"]))[0]
-        return lambda: write_merge(resolved, Path(job["out"]))
-
-    return prepare
+    resolved = read_plan(Path(job["plan"]))[0]
+    return lambda: write_merge(resolved, Path(job["out"]))
 
 
-def mergekit() -> Side:
+def mergekit(job: Job) -> Callable[[], object]:
     """The peer."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    def prepare(job: Job) -> Callable[[], object]:
-        config = MergeConfiguration.model_validate(json.loads(Path(job["config"]).read_text()))
-        options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
-        return lambda: run_merge(config, job["out"], options)
-
-    return prepare
+    config = MergeConfiguration.model_validate(json.loads(Path(job["config"]).read_text()))
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+    return lambda: run_merge(config, job["out"], options)
 
 
-def copy() -> Side:
+def copy(job: Job) -> Callable[[], object]:
     """The yardstick: read every byte that the merge reads, write as many as it writes."""
-    buffer = bytearray(CHUNK_BYTES)
-
-    def prepare(job: Job) -> Callable[[], object]:
-        return lambda: copy_bytes([Path(file) for file in job["inputs"]], Path(job["out"]), job["out_bytes"], buffer)
-
-    return prepare
+    return lambda: copy_bytes([Path(file) for file in job["inputs"]], Path(job["out"]), job["out_bytes"], BUFFER)
 
 
 def copy_bytes(inputs: list[Path], out: Path, out_bytes: int, buffer: bytearray) -> None:
@@ -93,12 +81,10 @@ def cpu_s() -> float:
 def main(side: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the sides print goes to stderr
-    prepare = SIDES[side]()
-    print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         job = json.loads(line)
         shutil.rmtree(job["out"], ignore_errors=True)
-        run = prepare(job)
+        run = SIDES[side](job)
         wall, cpu = time.perf_counter(), cpu_s()
         run()
         print(json.dumps({"wall_s": time.perf_counter() - wall, "cpu_s": cpu_s() - cpu}), file=answers)

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ NUM_ITEMS = 100
 ACTOR = "ray::ResourceTrainable"  # what Ray Tune makes of `MergeTrial`
 _POLL = 0.1
 _PATIENCE = 600.0
+Kill = Callable[[subprocess.Popen[str]], bool]  # whether there was something to kill
 
 
 class Campaign:
@@ -70,10 +72,7 @@ class Campaign:
 
     def look(self, process: subprocess.Popen[str]) -> list[psutil.Process]:
         """The processes that it has started; remembered, to be looked for at the end."""
-        try:
-            found = psutil.Process(process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            found = []
+        found = processes.family_of(process)
         self.family.update(found)
         return found
 
@@ -107,12 +106,13 @@ class Campaign:
 
         store = LabelStore(labels)
         found = store.read()
-        table = {one.key: one.outcome if isinstance(one.outcome, Infeasible) else one.outcome.items for one in found}
-        plain = {key: value if isinstance(value, Infeasible) else value.tolist() for key, value in table.items()}
+        plain = {
+            one.key: one.outcome if isinstance(one.outcome, Infeasible) else one.outcome.items.tolist() for one in found
+        }
         report = store.check()
         problems = list(report.problems)
-        if len(table) != len(found):
-            problems.append(f"{len(found) - len(table)} keys twice")
+        if len(plain) != len(found):
+            problems.append(f"{len(found) - len(plain)} keys twice")
         if self.expected is None:
             self.expected = plain
         elif plain != self.expected:
@@ -143,20 +143,29 @@ class Campaign:
             if not ended:
                 self.finish(self.start(labels), labels, "driver")
 
+    def disturb(self, process: subprocess.Popen[str], labels: Path, count: int, what: str, kill: Kill) -> int:
+        """Kill now and then, at most once before the next label comes, until the search ends; how many are left."""
+        before, started = 0, time.monotonic()
+        while count and self.wait(process, _PATIENCE, labels, before):
+            if not self.wait(process, self.generator.uniform(0, 4)):
+                break
+            before = num_files(labels)
+            if kill(process):
+                self.note(what, time.monotonic() - started, labels)
+                count -= 1
+        return count
+
     def kill_actors(self, count: int) -> None:
+        def kill(process: subprocess.Popen[str]) -> bool:
+            actors = {one.pid: one for one in self.look(process) if processes.is_one_of(one, [ACTOR])}
+            if actors:
+                actors[self.generator.choice(sorted(actors))].kill()
+            return bool(actors)
+
         while count:
-            labels, started = self.new_store(), time.monotonic()
+            labels = self.new_store()
             process = self.start(labels)
-            before = 0
-            while count and self.wait(process, _PATIENCE, labels, before):
-                if not self.wait(process, self.generator.uniform(0, 4)):
-                    break
-                actors = sorted((one for one in self.look(process) if is_actor(one)), key=lambda one: one.pid)
-                before = num_files(labels)
-                if actors:
-                    self.generator.choice(actors).kill()
-                    self.note("actor killed", time.monotonic() - started, labels)
-                    count -= 1
+            count = self.disturb(process, labels, count, "actor killed", kill)
             self.finish(process, labels, "actor")
 
     def lose_nodes(self, count: int) -> None:
@@ -165,21 +174,19 @@ class Campaign:
 
         cluster = Cluster(True, False, head_node_args={"num_cpus": 0, "include_dashboard": False})
         os.environ["RAY_ADDRESS"] = cluster.address
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+        def lose(_: subprocess.Popen[str]) -> bool:
+            self.family.update(psutil.Process().children(recursive=True))
+            cluster.remove_node(nodes.pop(self.generator.randrange(2)), allow_graceful=False)
+            nodes.append(cluster.add_node(num_cpus=1))
+            return True
+
         try:
-            nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
             while count:
                 labels, started = self.new_store(), time.monotonic()
                 process = self.start(labels)
-                before = 0
-                while count and self.wait(process, _PATIENCE, labels, before):
-                    if not self.wait(process, self.generator.uniform(0, 4)):
-                        break
-                    self.family.update(psutil.Process().children(recursive=True))
-                    before = num_files(labels)
-                    cluster.remove_node(nodes.pop(self.generator.randrange(2)), allow_graceful=False)
-                    self.note("node lost", time.monotonic() - started, labels)
-                    count -= 1
-                    nodes.append(cluster.add_node(num_cpus=1))
+                count = self.disturb(process, labels, count, "node lost", lose)
                 for _ in range(5):  # a driver that the losses have ended is started again, like by its user
                     if self.wait(process, _PATIENCE) or process.returncode == 0:
                         break
@@ -191,13 +198,6 @@ class Campaign:
             self.family.update(psutil.Process().children(recursive=True))
             del os.environ["RAY_ADDRESS"]
             cluster.shutdown()
-
-
-def is_actor(process: psutil.Process) -> bool:
-    try:
-        return any(ACTOR in part for part in process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
 
 
 def num_files(labels: Path) -> int:
@@ -225,9 +225,7 @@ def main() -> None:
         if arguments.nodes:
             campaign.lose_nodes(arguments.nodes)
         started = time.monotonic()
-        agents = [one for one in campaign.family if processes.is_agent(one)]
-        processes.assert_gone([one for one in campaign.family if one not in agents], 60)
-        processes.assert_gone(agents, 120)
+        processes.assert_gone(campaign.family, 60)
         gone = time.monotonic() - started
     num_labels = len(campaign.expected or ())
     print(f"undisturbed {whole:.0f} s, {trials:.0f} s of it from the first label on, {num_labels} labels")

@@ -196,33 +196,34 @@ def main() -> None:
     parts = arguments.parts.split(",")
     result: dict[str, Any] = {}
     rows: list[list[Any]] = []
+
+    def add(what: str, seconds: list[float], ratio: str = "", asked: str = "") -> None:
+        rows.append([what, len(seconds), median(seconds), ratio, asked])
+
     if "zoo" in parts:
         result["zoo"] = found = zoo(arguments.run, num_live, num_same, num_new)
         step = median(found["live"])
-        rows.append(["trial with the live engine", num_live, step, "", ""])
-        rows.append(["the same, at the end of the run", num_live // 2, median(found["live again"]), "", ""])
+        add("trial with the live engine", found["live"])
+        add("the same, at the end of the run", found["live again"])
         for name, asked in (("same process", 8), ("new process", 20)):
-            seconds = median(found[name])
-            rows.append(
-                [f"a new engine, {name}", len(found[name]), seconds, f"{seconds / step:.1f} x", f">= {asked} x"]
-            )
-        floor = median(found["floor"])
-        rows.append(["generation alone (the floor)", num_live, floor, f"trial / floor {step / floor:.2f}", "<= 1.5"])
+            add(f"a new engine, {name}", found[name], f"{median(found[name]) / step:.1f} x", f">= {asked} x")
+        over = f"trial / floor {step / median(found['floor']):.2f}"
+        add("generation alone (the floor)", found["floor"], over, "<= 1.5")
         write_result(arguments.out / "speed.json", result)
     for max_new_tokens in (8, 16) if "large" in parts else ():
         result[f"large {max_new_tokens}"] = found = large(arguments.fixtures, num_large, max_new_tokens)
-        step, floor = median(found["live"]), median(found["floor"])
         for arm in sorted(set(found["arms"])):
-            own = median(seconds for seconds, of in zip(found["live"], found["arms"], strict=True) if of == arm)
-            rows.append([f"SmolLM2-135M, {arm}, {max_new_tokens} tokens", found["arms"].count(arm), own, "", ""])
-        rows.append(["all of these", num_large, step, f"trial / floor {step / floor:.2f}", "<= 2"])
-        rows.append(["their generation alone", num_large, floor, "", ""])
+            own = [seconds for seconds, of in zip(found["live"], found["arms"], strict=True) if of == arm]
+            add(f"SmolLM2-135M, {arm}, {max_new_tokens} tokens", own)
+        over = f"trial / floor {median(found['live']) / median(found['floor']):.2f}"
+        add("all of these", found["live"], over, "<= 2")
+        add("their generation alone", found["floor"])
         write_result(arguments.out / "speed.json", result)
     if "tune" in parts:
         result["tune"] = found = tune(arguments.run, num_tune)
-        step, whole = median(found["step"]), median(found["whole"])
-        rows.append(["the same trials in this process", len(found["step"]), step, "", ""])
-        rows.append(["whole trial, under Tune", len(found["whole"]), whole, f"+ {whole - step:.2f} s", "<= + 0.35 s"])
+        more = median(found["whole"]) - median(found["step"])
+        add("the same trials in this process", found["step"])
+        add("whole trial, under Tune", found["whole"], f"+ {more:.2f} s", "<= + 0.35 s")
     write_result(arguments.out / "speed.json", result)
     print(markdown(("what", "n", "s (median)", "ratio", "asked"), rows))
 

@@ -1,1 +1,0 @@
-"""Load, kills and slow clients: the service under what it must stand."""

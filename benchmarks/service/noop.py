@@ -7,11 +7,12 @@ ADDRESS is that of the Ray cluster; ANSWERS a JSON file with the two bodies, `de
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measuring import script_parser
 
 PREFIX = "/noop"
 
@@ -41,7 +42,7 @@ def deploy(decision: str, reward: str, replicas: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("address")
     parser.add_argument("answers", type=Path)
     parser.add_argument("--replicas", type=int, default=1)

@@ -1,6 +1,6 @@
 """How long a replica takes to have the state of a long log, from nothing and from a snapshot.
 
-    python -m benchmarks.service.recovery DATABASE_URL [--events 1000000] [--dimensions 64] [--repeat 1]
+    python -m benchmarks.service.recovery DATABASE_URL [--events 1000000] [--dimensions 64]
 
 DATABASE_URL names an empty database, SQLite or PostgreSQL; a log that this program wrote before, with as many events,
 is measured as it is. Half of the events are decisions of the size that the service writes (three arms, raw features and
@@ -12,16 +12,14 @@ lines.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import random
-import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.measuring import pin_threads
+from benchmarks.measuring import pin_threads, script_parser, timed
 
 pin_threads()
 
@@ -48,7 +46,6 @@ from simmerge_ray.service.log.events import (  # noqa: E402
     WarmStart,
     encode,
     request_digest,
-    subject_of,
 )
 from simmerge_ray.service.log.fold import State, basis_of  # noqa: E402
 from simmerge_ray.service.log.replica import PAGE, Replica  # noqa: E402
@@ -75,37 +72,25 @@ def made_up_decision(generator: np.random.Generator, num_dimensions: int) -> Dec
     drawn = dict.fromkeys(ARMS, 1 / len(ARMS))
     numbers = generator.uniform(size=(len(ARMS), 6)).tolist()
     told = [
-        {
-            "arm": one,
-            "utility": u,
-            "sd": sd,
-            "interval": [low, high],
-            "expected": mean,
-            "expected_sd": mean_sd,
-            "propensity": drawn[one],
-        }
+        {"arm": one, "utility": u, "sd": sd, "interval": [low, high], "expected": mean, "expected_sd": mean_sd,
+         "propensity": drawn[one]}
         for one, (u, sd, low, high, mean, mean_sd) in zip(ARMS, numbers, strict=True)
-    ]
+    ]  # fmt: skip
     reason = "best fixed arm linear: no other is good enough to leave it; drawn with probability 0.33"
-    answer: dict[str, Any] = {"decision_id": name, "kind": "pair", **asked, "arm": arm, "plan": None, "explored": True}
-    answer |= {"reason": reason, "overrode": False, "propensities": drawn, "arms": told, "plans": None}
-    answer |= {"best_fixed": ARMS[0], "distance": generator.uniform(), "limit": generator.uniform()}
-    answer |= {"epoch": 0, "seq_seen": 123456, "expires_at": _START + 1e9, "model_version": "0123456789ab"}
+    shared: dict[str, Any] = {"decision_id": name, "arm": arm, "explored": True, "epoch": 0, "seq_seen": 123456}
+    shared |= {"expires_at": _START + 1e9, "model_version": "0123456789ab"}
+    answer = {"kind": "pair", **asked, **shared, "plan": None, "reason": reason, "overrode": False, "arms": told}
+    answer |= {"propensities": drawn, "plans": None, "best_fixed": ARMS[0]}
+    answer |= {"distance": generator.uniform(), "limit": generator.uniform()}
     return DecisionMade(
-        decision_id=name,
+        **shared,
         request={"kind": "pair", **asked},
         features=generator.normal(size=(2, 1, NUM_FEATURES)),
         z=generator.normal(size=num_dimensions),
         level=generator.uniform(0.3, 0.7),
-        epoch=0,
         arms=ARMS,
         propensities=tuple(drawn.values()),
-        arm=arm,
         learns=(arm,),
-        explored=True,
-        seq_seen=123456,
-        model_version="0123456789ab",
-        expires_at=_START + 1e9,
         answer=answer,
     )
 
@@ -132,14 +117,8 @@ def write_log(engine: Engine, number: int, num_dimensions: int) -> None:
     rows: list[dict[str, Any]] = []
     for seq, event in enumerate(made_up_events(number, num_dimensions), 1):
         body, data = encoded = encode(event)
-        row: dict[str, Any] = {
-            "namespace": NAMESPACE,
-            "seq": seq,
-            "at": _START + seq,
-            "kind": event.kind,
-            "version": VERSION,
-        }
-        row |= {"subject": subject_of(event), "attempt": 0, "idempotency_key": None}
+        row: dict[str, Any] = {"namespace": NAMESPACE, "seq": seq, "at": _START + seq, "kind": event.kind}
+        row |= {"version": VERSION, "subject": event.subject, "attempt": 0, "idempotency_key": None}
         rows.append(row | {"digest": request_digest(event, encoded), "body": body, "data": data})
         if len(rows) == _CHUNK or seq == number:
             with writing(engine) as connection:
@@ -166,18 +145,11 @@ def caught_up(url: str) -> dict[str, Any]:
     """Measured: how long `Replica.catch_up` takes, and what it found."""
     engine = open_database(url)
     log = EventLog(engine)
-    wall, cpu = time.perf_counter(), time.process_time()
-    view = Replica(log, nothing_to_encode).catch_up()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    view, seconds = timed(Replica(log, nothing_to_encode).catch_up)
     log.close()
     engine.dispose()
     precision = sum(float(one.precision.sum()) for one in view.posteriors.values())
-    return {"s": wall, "cpu_s": cpu, "seq": view.seq, "rewards": view.num_rewards, "precision": precision}
-
-
-def _in_a_process(url: str) -> dict[str, Any]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(caught_up, (url,))
+    return {"s": seconds.wall, "cpu_s": seconds.cpu, "state": (view.seq, view.num_rewards, precision)}
 
 
 def measure(url: str, number: int, num_dimensions: int) -> Iterator[dict[str, Any]]:
@@ -195,35 +167,28 @@ def measure(url: str, number: int, num_dimensions: int) -> Iterator[dict[str, An
             connection.execute(delete(snapshots))
         if snapshot:
             save_late_snapshot(engine, number)
-        one = _in_a_process(url)
-        seen.add((one["seq"], one["rewards"], one["precision"]))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            one = pool.apply(caught_up, (url,))
+        seen.add(one.pop("state"))
         folded = AFTER_SNAPSHOT if snapshot else number
-        yield {
-            "database": engine.dialect.name,
-            "events": number,
-            "snapshot": snapshot,
-            "s": round(one["s"], 3),
-            "cpu_s": round(one["cpu_s"], 3),
-            "us_per_event": round(1e6 * one["s"] / folded, 2),
-            "cpu_us_per_event": round(1e6 * one["cpu_s"] / folded, 2),
-        }
+        row = {"database": engine.dialect.name, "events": number, "snapshot": snapshot}
+        row |= {name: round(value, 3) for name, value in one.items()}
+        yield row | {f"{name[:-1]}us_per_event": round(1e6 * value / folded, 2) for name, value in one.items()}
     assert len(seen) == 1, f"the state differs with a snapshot: {seen}"
     engine.dispose()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("url", metavar="DATABASE_URL")
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--dimensions", type=int, default=64, help="of the encoder; the bias is one more")
-    parser.add_argument("--repeat", type=int, default=1, help="measure so often")
     given = parser.parse_args()
     if given.events < 2 * AFTER_SNAPSHOT:
         parser.error(f"--events must be {2 * AFTER_SNAPSHOT} at least")
     upgrade_database(given.url)
-    for _ in range(given.repeat):
-        for line in measure(given.url, given.events, given.dimensions + 1):
-            print(json.dumps(line), flush=True)
+    for line in measure(given.url, given.events, given.dimensions + 1):
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
-import numpy as np
 
 from simmerge_ray.base.config import ServeConfig
 
@@ -45,11 +44,6 @@ def database_of(given: str, directory: Path) -> Iterator[str]:
         yield given
 
 
-def percentile(seconds: Sequence[float], percent: float) -> float | None:
-    """In milliseconds."""
-    return round(1000 * float(np.percentile(seconds, percent)), 3) if seconds else None
-
-
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = _START_S) -> None:
     """Raises RuntimeError with what did not happen in time."""
     deadline = time.monotonic() + seconds
@@ -57,6 +51,14 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = _START
         if time.monotonic() > deadline:
             raise RuntimeError(f"within {seconds:.0f} s it did not happen that {what}")
         time.sleep(0.1)
+
+
+def is_ready(url: str) -> bool:
+    """Whether the service, or a replica of it, answers that it can decide."""
+    try:
+        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def _serve(config: ServeConfig, port: int, log: str) -> None:
@@ -96,17 +98,12 @@ class PlainService:
     def wait(self) -> float:
         """Until it is ready; how long that took. Raises RuntimeError with its output if it ends or takes too long."""
         started = time.monotonic()
-        with httpx.Client(timeout=5) as client:
-            while True:
-                try:
-                    if client.get(f"{self.url}/readyz").status_code == 200:
-                        return time.monotonic() - started
-                except httpx.TransportError:
-                    pass
-                gone = self._process is None or not self._process.is_alive()
-                if gone or time.monotonic() - started > _START_S:
-                    raise RuntimeError(f"the service is not ready:\n{self._log.read_text()[-4000:]}")
-                time.sleep(0.02)
+        while not is_ready(self.url):
+            gone = self._process is None or not self._process.is_alive()
+            if gone or time.monotonic() - started > _START_S:
+                raise RuntimeError(f"the service is not ready:\n{self._log.read_text()[-4000:]}")
+            time.sleep(0.02)
+        return time.monotonic() - started
 
     def kill(self) -> None:
         """kill -9."""
@@ -146,17 +143,10 @@ class RayService:
     def wait(self) -> None:
         """Until it answers. Raises RuntimeError with its output if it ends or takes too long."""
         deadline = time.monotonic() + _START_S
-        while not ("curl" in self.printed() and self.ready()):
+        while not ("curl" in self.printed() and is_ready(self.url)):
             if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the service is not ready:\n{self.printed()[-4000:]}")
             time.sleep(0.1)
-
-    def ready(self) -> bool:
-        """Whether a replica answers that it can decide."""
-        try:
-            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
-        except httpx.TransportError:
-            return False
 
     def printed(self) -> str:
         """Since the last start."""

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.service.running import RayService, kill_9, wait_until, write_tokens
+from benchmarks.service.running import RayService, is_ready, kill_9, wait_until, write_tokens
 from benchmarks.service.soak import Acknowledged, figures, main_of, under_load
 from simmerge_ray.service.log.database import upgrade_database
 
@@ -81,7 +81,7 @@ class Killer:
     def _whole(self) -> bool:
         service = self._service
         parts = all(service.pids(name) for name in (*PROXIES, CONTROLLER))
-        return parts and len(service.pids(REPLICA)) == NUM_REPLICAS and service.ready()
+        return parts and len(service.pids(REPLICA)) == NUM_REPLICAS and is_ready(service.url)
 
 
 def serve_soak(

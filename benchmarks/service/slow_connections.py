@@ -19,7 +19,7 @@ from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.service.running import percentile
+from benchmarks.measuring import milliseconds, script_parser
 
 HEAD = "POST /v1/decisions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 50000\r\n"
 RESERVED_FILES = 200  # for the prober and Python itself
@@ -89,8 +89,8 @@ def _authorization(token: str | None) -> str:
     return f"Authorization: Bearer {token}\r\n" if token else ""
 
 
-async def probe(url: Any, path: str, token: str | None, until: float) -> tuple[list[float], Counter[str]]:
-    """Seconds of every answer below 500, each on a new connection, and how many of what kind there were."""
+async def probe(url: Any, path: str, token: str | None, until: float) -> dict[str, Any]:
+    """How many answers of what kind there were, each on a new connection, and how long those below 500 took."""
     loop = asyncio.get_running_loop()
     seconds: list[float] = []
     kinds: Counter[str] = Counter()
@@ -113,17 +113,9 @@ async def probe(url: Any, path: str, token: str | None, until: float) -> tuple[l
         if kind.isdigit() and kind < "500":
             seconds.append(loop.time() - started)
         await asyncio.sleep(max(0.0, PROBE_EVERY_S - (loop.time() - started)))
-    return seconds, kinds
-
-
-def summary(seconds: list[float], kinds: Counter[str]) -> dict[str, Any]:
-    return {
-        "probes": sum(kinds.values()),
-        "answers": dict(kinds),
-        "p50_ms": percentile(seconds, 50),
-        "p99_ms": percentile(seconds, 99),
-        "max_ms": percentile(seconds, 100),
-    }
+    times = {f"{name}_ms": value for name, value in milliseconds(seconds, (50, 99, 100)).items()}
+    times["max_ms"] = times.pop("p100_ms")
+    return {"probes": kinds.total(), "answers": dict(kinds)} | times
 
 
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -153,14 +145,14 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "in_headers": dict(clients[0].counts),
         "in_body": dict(clients[1].counts),
-        "before": summary(*calm),
-        "during": summary(*during),
-        "after": summary(*after),
+        "before": calm,
+        "during": during,
+        "after": after,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("url", help="of a service, e.g. http://127.0.0.1:8000")
     parser.add_argument("--connections", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=60.0)

@@ -31,6 +31,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.measuring import script_parser
 from benchmarks.service.running import TOKEN, PlainService, database_of
 from simmerge_ray.base.config import ServeConfig
 from simmerge_ray.base.runs import RunLayout
@@ -61,7 +62,6 @@ class Acknowledged:
         return len(self.decisions) + len(self.events)
 
     def check(self, right: bool, problem: str) -> None:
-        """Remember what should not have happened."""
         if not right:
             self.wrong.append(problem)
 
@@ -233,14 +233,12 @@ def verify(url: str, told: Acknowledged, policy: Mapping[str, Any]) -> list[str]
     stored = {row.idempotency_key: row.subject for row in rows if row.kind == "decision"}
     num_decisions = sum(row.kind == "decision" for row in rows)
     lost = {key for key, name in told.decisions.items() if stored.get(key) != name}
-    others = {row.seq: row for row in rows if row.kind in ("reward", "reward_voided", "decision_closed")}
-    lost_events = [
-        seq
-        for seq, (kind, name, utility) in told.events.items()
-        if seq not in others
-        or (others[seq].kind, others[seq].subject) != (kind, name)
-        or (utility is not None and json.loads(others[seq].body)["utility"] != utility)
-    ]
+    others = {
+        row.seq: (row.kind, row.subject, json.loads(row.body)["utility"] if row.kind == "reward" else None)
+        for row in rows
+        if row.kind in ("reward", "reward_voided", "decision_closed")
+    }
+    lost_events = [seq for seq, event in told.events.items() if others.get(seq) != event]
     wrong += [f"lost decision {told.decisions[key]}" for key in lost] + [f"lost event {seq}" for seq in lost_events]
     if num_decisions != len(told.decisions) or len(others) != len(told.events):
         wrong.append(f"{num_decisions} decisions and {len(others)} other events, told: "
@@ -306,7 +304,7 @@ def main_of(text: str | None, options: Mapping[str, tuple[int, str]], campaign: 
     """The command of a soak: its options, with defaults and help, then a campaign in a temporary directory."""
     from tests.conftest import free_port
 
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(text)
     parser.add_argument("database", help="sqlite, postgresql, or the URL of an empty database")
     parser.add_argument("--run", type=Path, required=True, help="directory of a finished `simmerge demo`")
     for name, (default, meaning) in {**options, "seed": (0, "of the load and the kills")}.items():

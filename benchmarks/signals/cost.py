@@ -26,12 +26,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import PeakMemory, machine, script_parser, timed
+from benchmarks.measuring import PeakMemory, machine, markdown, script_parser, seconds_of
 from benchmarks.merge.fixtures import make_fixture, noisy_copy
 
 NOISE = 0.02
@@ -58,10 +57,6 @@ def catalogue_of(base: Path, checkpoints: list[Path]) -> Any:
 
     refs = tuple(CheckpointRef(path.name, path, "base") for path in checkpoints)
     return Catalogue(refs, dict.fromkeys(ref.id for ref in refs), CheckpointRef("base", base))
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    return timed(call)[1].wall
 
 
 def read_all(paths: list[Path]) -> None:
@@ -176,20 +171,22 @@ def measure(root: Path, sizes: list[int], num_pairs: int) -> dict[str, Any]:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
+    header = ["M", "ours s", "s / M", "floor s", "ours / floor", "by pairs s", "times faster", "disk MB (stated)"]
+    rows = [
+        [
+            row["size"], f"{row['ours_s']:.1f}", f"{row['ours_s'] / row['size']:.2f}", f"{row['floor_s']:.1f}",
+            f"{row['ours_over_floor']:.2f}", f"{row['pair_by_pair_s']:.0f}", f"{row['times_faster']:.1f}",
+            f"{row['disk_bytes'] / 1e6:.0f} ({row['stated_disk_bytes'] / 1e6:.0f})",
+        ]
+        for row in results["rows"]
+    ]  # fmt: skip
     shown = [
         f"{results['num_parameters'] / 1e6:.0f} M parameters, {results['num_tokens']} tokens of probes "
         f"({results['num_padded_tokens']} with padding); bare forward pass {results['forward_s']:.1f} s, "
         f"one pair by hand {results['pair_s']:.1f} s",
         "",
-        "| M | ours s | s / M | floor s | ours / floor | by pairs s | times faster | disk MB (stated) |",
-        "|---|---|---|---|---|---|---|---|",
+        markdown(header, rows),
     ]
-    for row in results["rows"]:
-        shown.append(
-            f"| {row['size']} | {row['ours_s']:.1f} | {row['ours_s'] / row['size']:.2f} | {row['floor_s']:.1f} "
-            f"| {row['ours_over_floor']:.2f} | {row['pair_by_pair_s']:.0f} | {row['times_faster']:.1f} "
-            f"| {row['disk_bytes'] / 1e6:.0f} ({row['stated_disk_bytes'] / 1e6:.0f}) |"
-        )
     last = results["rows"][-1]
     if "adding_over_own" in last:
         shown += [

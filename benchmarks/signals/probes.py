@@ -24,12 +24,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.signals.command import figure_command
+from simmerge_ray.base.markdown import table_lines, with_interval
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 POSITIONS = (16, 64, 256)
@@ -47,18 +49,11 @@ MAIN = {
     "loss": "loss",
 }
 OTHERS = (
-    *(f"{name}_{statistic}" for name in ("kl_lr", "kl_greedy_lr") for statistic in ("median", "q10", "q90")),
-    *(
-        f"{name}_{statistic}"
-        for name in ("activation_cosine", "attention_cosine")
-        for statistic in ("sd", "min", "early", "middle", "late")
-    ),
+    *map("_".join, product(("kl_lr", "kl_greedy_lr"), ("median", "q10", "q90"))),
+    *map("_".join, product(("activation_cosine", "attention_cosine"), ("sd", "min", "early", "middle", "late"))),
 )
 COLUMNS = (*MAIN, *OTHERS)
-PANELS = (
-    *("kl_lr_mean", "activation_cosine_mean", "attention_cosine_mean"),
-    *("kl_greedy_lr_mean", "entropy", "loss"),
-)
+PANELS = ("kl_lr_mean", "activation_cosine_mean", "attention_cosine_mean", "kl_greedy_lr_mean", "entropy", "loss")
 KINDS = {
     "own": "own task",
     "own64": "own task, 64 positions kept",
@@ -125,26 +120,29 @@ def sampled_positions(
         parts.append(generator.permutation(pool)[:count])
     taken = np.sort(np.concatenate(parts))
     shown = np.sort(generator.permutation(taken)[: num_positions // 4])
-    return [
-        replace(
-            one,
-            logits=one.logits[taken],
-            hidden=one.hidden[:, taken],
-            attention=one.attention[:, :, shown],
-            greedy=one.greedy[taken],
-            next_token=one.next_token[taken],
-            probe=one.probe[taken],
-            attention_probe=one.attention_probe[shown],
-        )
-        for one in outputs
-    ]
+    return [outputs_at(one, taken, shown) for one in outputs]
+
+
+def outputs_at(outputs: Any, taken: np.ndarray, shown: np.ndarray) -> Any:
+    """Outputs at some of their positions, with attention rows at some of those that have them."""
+    return replace(
+        outputs,
+        logits=outputs.logits[taken],
+        hidden=outputs.hidden[:, taken],
+        attention=outputs.attention[:, :, shown],
+        greedy=outputs.greedy[taken],
+        next_token=outputs.next_token[taken],
+        probe=outputs.probe[taken],
+        attention_probe=outputs.attention_probe[shown],
+    )
 
 
 def signal_values(outputs: Sequence[Any], probes: np.ndarray) -> np.ndarray:
     """(C, M, M) of COLUMNS from these probes; entropy and loss are those of the left checkpoint."""
     from simmerge_ray.signals.pairs import output_matrices
 
-    matrices = output_matrices(outputs, with_base=True, probes=probes.tolist())
+    taken, shown = np.isin(outputs[0].probe, probes), np.isin(outputs[0].attention_probe, probes)
+    matrices = output_matrices([outputs_at(one, taken, shown) for one in outputs], with_base=True)
     return np.stack([matrices[column] for column in COLUMNS])
 
 
@@ -234,22 +232,11 @@ class Agreement:
         self._reference = reference
         drawn = resampled(len(own), RESAMPLES, seed)
         self.cells: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        for t in tasks:
-            for d in tasks:
-                left, right = (
-                    np.array(
-                        [
-                            (i, j)
-                            for i, a in enumerate(own)
-                            for j, b in enumerate(own)
-                            if i != j and t in (a, b) and d not in (a, b)
-                        ]
-                    )
-                    .reshape(-1, 2)
-                    .T.astype(int)
-                )
-                if len(left):
-                    self.cells[t, d] = (left, right, drawn[left] * drawn[right])
+        for t, d in product(tasks, tasks):
+            found = [(i, j) for (i, a), (j, b) in permutations(enumerate(own), 2) if t in (a, b) and d not in (a, b)]
+            if found:
+                left, right = np.array(found).T
+                self.cells[t, d] = (left, right, drawn[left] * drawn[right])
 
     def with_reference(self, values: Mapping[tuple[str, str], np.ndarray]) -> dict[str, list[float]]:
         """values: by cell (R, C, M, M); per column [mean, low, high]."""
@@ -320,12 +307,10 @@ def measure(root: Path, seed: int) -> dict[str, Any]:
 
 
 def shown(figures: Sequence[float]) -> str:
-    return f"{figures[0]:.2f} [{figures[1]:.2f}, {figures[2]:.2f}]"
+    return with_interval(figures[0], figures[1:], digits=2)
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    from simmerge_ray.base.markdown import table_lines
-
     kinds, positions = results["kinds"], results["positions"]
     own = [[title, *(shown(kinds["own"][size][column]) for size in SIZES[:-1])] for column, title in MAIN.items()]
     found = ["**Own probes**", "", *table_lines(["", *map(str, SIZES[:-1])], own)]

@@ -14,15 +14,14 @@ Writes `propagation.json`, `propagation.md` and `propagation.png`, and all featu
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import multiprocessing
 import random
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ import torch
 import transformers
 from scipy.stats import kendalltau
 
+from benchmarks.measuring import script_parser, timed
+from benchmarks.signals.probes import resampled
 from benchmarks.signals.propagation_report import DEPTHS, OPERATORS, PREDICTED, SIGNALS, Rows, draw, markdown
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import load_probe_sets
@@ -67,9 +68,8 @@ def measure(evidence: Evidence, plans: Sequence[MergePlan], operator: str) -> tu
         for task in evidence.table.tasks:
             found = {}
             for name, propagator in propagators.items():
-                started = time.perf_counter()
-                found[name] = propagator.steps(plan, task)
-                seconds[name].append(time.perf_counter() - started)
+                found[name], taken = timed(partial(propagator.steps, plan, task))
+                seconds[name].append(taken.wall)
             for depth in DEPTHS:
                 features = {name: dict(steps[depth].features) for name, steps in found.items()}
                 members = [source for step in plan.steps[: depth + 1] for source in (step.left, step.right)]
@@ -84,11 +84,17 @@ def measure(evidence: Evidence, plans: Sequence[MergePlan], operator: str) -> tu
 
 def multiplicities(rows: Rows, ids: Sequence[str]) -> np.ndarray:
     """(resamples + 1, rows): how often each row counts; the first is the sample itself."""
-    generator = np.random.default_rng(SEED)
-    place = {name: index for index, name in enumerate(ids)}
-    draws = generator.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=NUM_RESAMPLES)
-    members = np.array([[place[name] for name in row["members"]] for row in rows])
-    return np.concatenate((np.ones((1, len(rows))), draws[:, members].prod(2)))
+    members = np.array([[ids.index(name) for name in row["members"]] for row in rows])
+    return resampled(len(ids), NUM_RESAMPLES, SEED)[members].prod(1).T
+
+
+def chosen(rows: Rows, operator: str, depth: int) -> Rows:
+    return [row for row in rows if row["operator"] == operator and row["depth"] == depth]
+
+
+def column_of(rows: Rows, column: str, *names: str) -> list[np.ndarray]:
+    """A feature of all rows, by each of these propagators."""
+    return [np.array([row["features"][name][column] for row in rows]) for name in names]
 
 
 def relative_rmse(predicted: np.ndarray, exact: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -113,29 +119,25 @@ def weighted_tau(predicted: np.ndarray, exact: np.ndarray, counts: np.ndarray) -
 def summary(rows: Rows, ids: Sequence[str]) -> list[dict[str, Any]]:
     """One entry for every operator, depth, propagator and signal."""
     entries = []
-    for operator in OPERATORS:
-        for depth in DEPTHS:
-            chosen = [row for row in rows if row["operator"] == operator and row["depth"] == depth]
-            counts = multiplicities(chosen, ids)
-            tasks = np.array([row["task"] for row in chosen])
-            for name in PREDICTED:
-                for signal, column in SIGNALS.items():
-                    exact, predicted = (
-                        np.array([row["features"][which][column] for row in chosen]) for which in ("exact", name)
-                    )
-                    rmse = relative_rmse(predicted, exact, counts)
-                    parts = [tasks == task for task in sorted(set(tasks))]
-                    tau = np.mean([weighted_tau(predicted[p], exact[p], counts[:, p]) for p in parts], axis=0)
-                    check = np.mean([kendalltau(predicted[p], exact[p]).statistic for p in parts])
-                    assert math.isclose(tau[0], check, abs_tol=1e-9)
-                    entries.append(
-                        {
-                            "operator": operator, "depth": depth, "propagator": name, "signal": signal,
-                            "relative_rmse": rmse[0], "relative_rmse_interval": interval(rmse[1:]),
-                            "bias": float(np.mean(predicted - exact) / np.mean(np.abs(exact))),
-                            "tau": tau[0], "tau_interval": interval(tau[1:]), "points": len(chosen),
-                        }
-                    )  # fmt: skip
+    for operator, depth in product(OPERATORS, DEPTHS):
+        points = chosen(rows, operator, depth)
+        counts = multiplicities(points, ids)
+        tasks = np.array([row["task"] for row in points])
+        parts = [tasks == task for task in sorted(set(tasks))]
+        for name, (signal, column) in product(PREDICTED, SIGNALS.items()):
+            exact, predicted = column_of(points, column, "exact", name)
+            rmse = relative_rmse(predicted, exact, counts)
+            tau = np.mean([weighted_tau(predicted[p], exact[p], counts[:, p]) for p in parts], axis=0)
+            check = np.mean([kendalltau(predicted[p], exact[p]).statistic for p in parts])
+            assert math.isclose(tau[0], check, abs_tol=1e-9)
+            entries.append(
+                {
+                    "operator": operator, "depth": depth, "propagator": name, "signal": signal,
+                    "relative_rmse": rmse[0], "relative_rmse_interval": interval(rmse[1:]),
+                    "bias": float(np.mean(predicted - exact) / np.mean(np.abs(exact))),
+                    "tau": tau[0], "tau_interval": interval(tau[1:]), "points": len(points),
+                }
+            )  # fmt: skip
     return entries
 
 
@@ -147,7 +149,7 @@ def every_column(rows: Rows, name: str) -> dict[str, float]:
     """RMSE over the standard deviation of the exact values, all operators and depths together, by column."""
     found = {}
     for column in rows[0]["features"][name]:
-        exact, predicted = (np.array([row["features"][which][column] for row in rows]) for which in ("exact", name))
+        exact, predicted = column_of(rows, column, "exact", name)
         found[column] = float(np.sqrt(np.mean((predicted - exact) ** 2)) / np.std(exact))
     return found
 
@@ -155,20 +157,14 @@ def every_column(rows: Rows, name: str) -> dict[str, float]:
 def paired_gain(rows: Rows, ids: Sequence[str]) -> list[dict[str, Any]]:
     """What `curved` gains over `virtual` in KL on the same resamples: their intervals apart say nothing of that."""
     entries = []
-    for operator in OPERATORS:
-        for depth in DEPTHS:
-            chosen = [row for row in rows if row["operator"] == operator and row["depth"] == depth]
-            counts = multiplicities(chosen, ids)
-            exact, line, curve = (
-                np.array([row["features"][name]["kl_lr_mean"] for row in chosen])
-                for name in ("exact", "virtual", "curved")
-            )
-            gain = relative_rmse(line, exact, counts) - relative_rmse(curve, exact, counts)
-            medians = [float(np.median(np.abs(values / exact - 1.0))) for values in (line, curve)]
-            bounds = interval(gain[1:])
-            entries.append(
-                {"operator": operator, "depth": depth, "gain": gain[0], "interval": bounds, "median": medians}
-            )
+    for operator, depth in product(OPERATORS, DEPTHS):
+        points = chosen(rows, operator, depth)
+        counts = multiplicities(points, ids)
+        exact, line, curve = column_of(points, "kl_lr_mean", "exact", "virtual", "curved")
+        gain = relative_rmse(line, exact, counts) - relative_rmse(curve, exact, counts)
+        medians = [float(np.median(np.abs(values / exact - 1.0))) for values in (line, curve)]
+        entry = {"operator": operator, "depth": depth, "gain": gain[0], "interval": interval(gain[1:])}
+        entries.append(entry | {"median": medians})
     return entries
 
 
@@ -295,7 +291,7 @@ def cast(run: Path, store: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=Path("propagation"))
     parser.add_argument("--store", type=Path, default=None)
@@ -325,7 +321,7 @@ def main() -> None:
         }
     (arguments.out / "propagation.json").write_text(json.dumps(result, indent=1))
     (arguments.out / "propagation.md").write_text(markdown(result))
-    draw(rows, arguments.out / "propagation.png")
+    draw(rows, arguments.out)
     print(arguments.out / "propagation.md")
 
 

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import false_discovery_control
 
 from benchmarks.signals.command import figure_command
 from benchmarks.signals.probes import resampled, weighted_spearman
+from simmerge_ray.base.markdown import table_lines, with_interval
 
 RESAMPLES = 10_000
 MIN_GAP = 0.1
@@ -80,16 +82,6 @@ class Pairs:
 def normalised_utility(utility: float, base: float, best: float) -> float | None:
     """Share of the way from the base to the best single checkpoint; None where that is shorter than MIN_GAP."""
     return (utility - base) / (best - base) if best - base >= MIN_GAP else None
-
-
-def adjusted(p_values: np.ndarray) -> np.ndarray:
-    """Benjamini-Hochberg q-values, the same shape."""
-    flat = p_values.ravel()
-    order = np.argsort(flat)[::-1]
-    scaled = flat[order] * len(flat) / np.arange(len(flat), 0, -1)
-    q_values = np.empty_like(flat)
-    q_values[order] = np.minimum.accumulate(scaled).clip(max=1.0)
-    return q_values.reshape(p_values.shape)
 
 
 def load_pairs(root: Path) -> tuple[Pairs, dict[str, Any]]:
@@ -163,7 +155,7 @@ def correlations(
         "low": low,
         "high": high,
         "p": p_values,
-        "q": adjusted(p_values),
+        "q": false_discovery_control(p_values, axis=None).reshape(p_values.shape),
         "least_without_one": np.nanmin(without, axis=-1),
         "most_without_one": np.nanmax(without, axis=-1),
     }
@@ -208,16 +200,21 @@ def figures_of(table: Mapping[str, Any], signal: str, column: str) -> dict[str, 
 
 def verdict(found: Mapping[str, float], sign: int) -> str:
     """Whether a claimed sign holds, is contradicted, or is undecided."""
-    if found["low"] <= 0 <= found["high"] or found["q"] > LEVEL:
+    if mark(found) != "**":
         return "undecided"
     return "holds" if found["rho"] * sign > 0 else "contradicted"
 
 
-def cell(found: Mapping[str, float]) -> str:
+def mark(found: Mapping[str, float]) -> str:
     """`*` interval without zero, `**` also after the correction for the number of tests."""
-    clear = not found["low"] <= 0 <= found["high"]
-    mark = "**" if clear and found["q"] <= LEVEL else "*" if clear else ""
-    return f"{found['rho']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]{mark.replace('*', chr(92) + '*')}"
+    if found["low"] <= 0 <= found["high"]:
+        return ""
+    return "**" if found["q"] <= LEVEL else "*"
+
+
+def cell(found: Mapping[str, float]) -> str:
+    stars = mark(found).replace("*", chr(92) + "*")
+    return f"{with_interval(found['rho'], (found['low'], found['high']), signed=True, digits=2)}{stars}"
 
 
 def renamed(column: str) -> str:
@@ -225,8 +222,6 @@ def renamed(column: str) -> str:
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    from simmerge_ray.base.markdown import table_lines
-
     found: list[str] = []
     for pooling, table in results["tables"].items():
         for name in ("contrasts", "differences"):
@@ -259,9 +254,7 @@ def draw(results: Mapping[str, Any], directory: Path) -> Path:
         image = axis.imshow(rho, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(rho):
             one = figures_of(table, list(SIGNALS)[row], part["columns"][column])
-            clear = not one["low"] <= 0 <= one["high"]
-            mark = "**" if clear and one["q"] <= LEVEL else "*" if clear else ""
-            text = f"{value:+.2f}{mark}\n[{one['low']:+.2f}, {one['high']:+.2f}]"
+            text = f"{value:+.2f}{mark(one)}\n[{one['low']:+.2f}, {one['high']:+.2f}]"
             colour = "white" if abs(value) > 0.65 else "black"
             axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, linespacing=1.1)
         names = [renamed(column).replace("(density=", "\ndensity ").rstrip(")") for column in part["columns"]]

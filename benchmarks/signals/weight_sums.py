@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
+from statistics import median
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from benchmarks.measuring import pin_threads, timed
 
-import torch
-from safetensors.torch import save_file
+pin_threads()
 
-from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.signals.samples import TensorBlocks, exact_sums, tensor_sample, thresholds_of
-from simmerge_ray.signals.weights import BLOCK_ELEMENTS
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from simmerge_ray.checkpoints.references import CheckpointRef  # noqa: E402
+from simmerge_ray.signals.samples import TensorBlocks, exact_sums, tensor_sample, trim_thresholds  # noqa: E402
+from simmerge_ray.signals.weights import BLOCK_ELEMENTS  # noqa: E402
 
 NUM_ELEMENTS, COUNT, NAME = 8_000_000, 10_000, "w"
 MOST, REPETITIONS = 32, 3
@@ -40,17 +42,12 @@ def main() -> None:
         refs = make_checkpoints(Path(root))
         blocks = [TensorBlocks(ref, BLOCK_ELEMENTS) for ref in refs]
         samples = [tensor_sample(NAME, one, blocks[0], COUNT) for one in blocks]  # the first ones compile the loops
-        started = time.process_time()
-        samples = [tensor_sample(NAME, one, blocks[0], COUNT) for one in blocks]
-        print(f"sample: {(time.process_time() - started) / len(blocks) / NUM_ELEMENTS * 1e9:.2f} ns an element")
+        samples, taken = timed(lambda: [tensor_sample(NAME, one, blocks[0], COUNT) for one in blocks])
+        print(f"sample: {taken.cpu / len(blocks) / NUM_ELEMENTS * 1e9:.2f} ns an element")
         for count in (2, 4, 8, 16, MOST):
-            limits = thresholds_of([{NAME: sample} for sample in samples[: count + 1]], NAME)
-            seconds = []
-            for _ in range(REPETITIONS):
-                started = time.process_time()
-                exact_sums(NAME, blocks[: count + 1], blocks[0], limits, BLOCK_ELEMENTS)
-                seconds.append(time.process_time() - started)
-            each = sorted(seconds)[REPETITIONS // 2] / NUM_ELEMENTS / count
+            limits = trim_thresholds(samples[1 : count + 1])
+            sums = partial(exact_sums, NAME, blocks[: count + 1], blocks[0], limits, BLOCK_ELEMENTS)
+            each = median(timed(sums)[1].cpu for _ in range(REPETITIONS)) / NUM_ELEMENTS / count
             print(f"sums of {count} and their base: {each * 1e9:.2f} ns an element and checkpoint")
 
 

@@ -45,11 +45,7 @@ def option(
 
 
 def parse_ways(text: str) -> tuple[int, int]:
-    """`3` or `2-4`.
-
-    Raises:
-        ConfigError: the text has neither form.
-    """
+    """`3` or `2-4`. Raises ConfigError: the text has neither form."""
     low, _, high = text.partition("-")
     if not (low.isdecimal() and (high or low).isdecimal()):
         raise ConfigError(f"ways is a number of checkpoints or a range, 3 or 2-4, got {text!r}")
@@ -345,13 +341,9 @@ def _problem_lines(error: ValidationError, model: type[BaseModel], flags: Mappin
 def check_config(
     model: type[ConfigType], values: Mapping[str, Any], source: str, flags: Mapping[str, str] | None = None
 ) -> ConfigType:
-    """Build a config.
+    """Build a config. flags: what errors call a field, if not by its name; `--arm` for `arms`.
 
-    Args:
-        flags: what errors call a field, if not by its name; `--arm` for `arms`.
-
-    Raises:
-        ConfigError: with every problem, one a line.
+    Raises ConfigError: with every problem, one a line.
     """
     try:
         return model(**values)
@@ -360,20 +352,13 @@ def check_config(
 
 
 def load_yaml(path: Place, model: type[ConfigType]) -> ConfigType:
-    """Read a config file; its relative paths are taken from the file's directory.
-
-    Raises:
-        ConfigError: no such file, not YAML, or not this config, with every problem.
-    """
+    """Read a config file, with relative paths taken from its directory. Raises ConfigError: with every problem."""
     return _with_paths_from(check_config(model, _read_mapping(path, model), f"config {path}"), path.parent)
 
 
 def load_yaml_leniently(path: Place, model: type[ConfigType]) -> tuple[ConfigType | None, list[str]]:
     """`load_yaml`, but what is wrong with single values is returned, and the config goes without these values, so that
-    the rest can be checked as well; None where it cannot.
-
-    Raises:
-        ConfigError: no such file, or not a YAML mapping.
+    the rest can be checked as well; None where it cannot. Raises ConfigError: the file is no YAML mapping.
     """
     values = _read_mapping(path, model)
     try:

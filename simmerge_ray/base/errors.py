@@ -1,27 +1,6 @@
 """Every error that this package raises on purpose.
 
-    SimmergeError
-    ├── InputError (a ValueError; exit code 2)   what the user gave does not fit
-    │   ├── ConfigError                          a config file or option
-    │   ├── CheckpointError                      a checkpoint is missing or unreadable
-    │   │   └── IncompatibleCheckpointsError     checkpoints that cannot be merged with each other
-    │   ├── ProbeError                           a probe file
-    │   ├── OperatorError                        a merge operator or its parameters
-    │   ├── PlanError                            a merge plan
-    │   ├── OutputError                          where the result should go cannot take it
-    │   ├── TaskError                            an evaluation task
-    │   ├── LabelError                           a label store, or too few labels in it
-    │   ├── SelectorError                        a selector artifact, or features that do not fit it
-    │   ├── BanditError                          an arm, context or reward that a posterior cannot take
-    │   └── MissingLibraryError                  an optional library is not installed
-    ├── ClientError                              the service answered what its client cannot read
-    │   ├── RefusedError (an InputError, too)    a request that the service, or its client, refuses (HTTP 4xx)
-    │   └── UnavailableError                     no answer, or one that says "not now", in all tries
-    ├── EngineError (a RuntimeError; exit code 1)  an inference engine does not hold the weights it was given
-    ├── StoreError (a RuntimeError; exit code 1)   the event log's database cannot be used now (HTTP 503)
-    └── StorageError (exit code 1)               an object store or the node's disk cannot be used, in all tries
-        └── AccessError                          a store refuses the credentials, or there are none
-
+An `InputError` (a ValueError; exit code 2) says that what the user gave does not fit; all others end with exit code 1.
 A trial that fails is not an error but a value: `labels.Infeasible`.
 """
 

@@ -9,14 +9,7 @@ from simmerge_ray.base.errors import MissingLibraryError
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """An optional library.
-
-    Args:
-        extra: of this package, that installs it.
-
-    Raises:
-        MissingLibraryError: it is not installed, or what it needs itself is not.
-    """
+    """An optional library, which that extra of this package installs. Raises MissingLibraryError: it is absent."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

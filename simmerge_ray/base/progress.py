@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -117,12 +118,12 @@ def narrated(log: Path | None) -> Iterator[Narrator]:
         yield narrator
 
 
+@dataclass
 class Stage:
     """A stage in progress; what is put into `result` is printed at its end."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.result = ""
+    name: str
+    result: str = ""
 
 
 @contextmanager

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from simmerge_ray.base.storage import RemotePath
 
 AnyPlace = TypeVar("AnyPlace", Path, RemotePath)
+
+
+class _Below:
+    """A place of that name below the root of a `RunLayout`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layout: RunLayout[AnyPlace], owner: Any) -> AnyPlace:
+        return layout.root / self._name
 
 
 @dataclass(frozen=True)
@@ -17,55 +27,16 @@ class RunLayout(Generic[AnyPlace]):
 
     root: AnyPlace
 
-    @property
-    def log(self) -> AnyPlace:
-        return self.root / "simmerge.log"
-
-    @property
-    def zoo(self) -> AnyPlace:
-        return self.root / "zoo"
-
-    @property
-    def catalogue(self) -> AnyPlace:
-        return self.zoo / "catalogue.yaml"
-
-    @property
-    def probes(self) -> AnyPlace:
-        return self.zoo / "probes"
-
-    @property
-    def tasks(self) -> AnyPlace:
-        return self.zoo / "tasks"
-
-    @property
-    def signals(self) -> AnyPlace:
-        return self.root / "signals" / "pairs.parquet"
-
-    @property
-    def labels(self) -> AnyPlace:
-        return self.root / "labels"
-
-    @property
-    def found(self) -> AnyPlace:
-        """What the search found, beside its labels."""
-        return self.labels / "_search"
-
-    @property
-    def headroom(self) -> AnyPlace:
-        return self.found / "headroom.json"
-
-    @property
-    def selector(self) -> AnyPlace:
-        return self.root / "selector"
-
-    @property
-    def crossval(self) -> AnyPlace:
-        return self.root / "crossval.json"
-
-    @property
-    def pick(self) -> AnyPlace:
-        return self.root / "pick"
-
-    @property
-    def report(self) -> AnyPlace:
-        return self.root / "report"
+    log = _Below("simmerge.log")
+    zoo = _Below("zoo")
+    catalogue = _Below("zoo/catalogue.yaml")
+    probes = _Below("zoo/probes")
+    tasks = _Below("zoo/tasks")
+    signals = _Below("signals/pairs.parquet")
+    labels = _Below("labels")
+    found = _Below("labels/_search")  # what the search found, beside its labels
+    headroom = _Below("labels/_search/headroom.json")
+    selector = _Below("selector")
+    crossval = _Below("crossval.json")
+    pick = _Below("pick")
+    report = _Below("report")

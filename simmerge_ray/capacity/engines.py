@@ -11,23 +11,16 @@ from simmerge_ray.search.setup import PreparedSearch
 
 
 def rank_needs(search: PreparedSearch, offered: Collection[str] = ()) -> dict[str, float]:
-    """What one rank of an engine needs, by Ray's names.
-
-    Args:
-        offered: names of the resources of the cluster; where its nodes say how large their GPUs are, one that holds
-            the model is asked for.
-    """
+    """What one rank of an engine needs, by Ray's names. offered: names of the resources of the cluster; where its nodes
+    say how large their GPUs are, one that holds the model is asked for."""
     config = search.config
     held = engine_bytes(search.template, search.settings.evaluator, search.settings.dtype)
     return engine_needs(held, config.cpus_per_trial, config.gpus_per_trial, config.tensor_parallel, offered)
 
 
 def engines_that_fit(search: PreparedSearch, resources: Mapping[str, float]) -> int:
-    """How many engines a cluster has room for now; at least one, which then waits for its node to come up.
-
-    Args:
-        resources: CPU, GPU and memory (bytes) as Ray names them; memory counts where the engines run on CPUs.
-    """
+    """How many engines a cluster has room for now; at least one, which then waits for its node to come up. resources:
+    CPU, GPU and memory (bytes) as Ray names them; memory counts where the engines run on CPUs."""
     whole = {kind: amount * search.config.tensor_parallel for kind, amount in rank_needs(search, resources).items()}
     room = how_many_fit(whole, resources)
     return max(1, min(room, search.config.concurrency or room))

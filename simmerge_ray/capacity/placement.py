@@ -31,23 +31,14 @@ GPU_SIZES_MARK = "gpu_sizes"  # on the head: nodes with GPUs say how large these
 
 def gpu_offer(size_gb: float, num_gpus: int) -> dict[str, int]:
     """What a node offers beside `GPU`: for a node type's `resources` in a cluster file, or `ray start --resources`.
-
-    Args:
-        size_gb: memory of one GPU, as it is sold.
-    """
+    size_gb: memory of one GPU, as it is sold."""
     return {gpu_resource(size): num_gpus for size in GPU_SIZES if size <= size_gb}
 
 
 def gpu_request(num_bytes: float, gpus: float, offered: Collection[str]) -> dict[str, float]:
     """What an actor asks for beside `GPU`; nothing where the cluster's nodes do not say how large their GPUs are.
-
-    Args:
-        num_bytes: held on one GPU. gpus: how many, or a share of one: the bytes must fit into that share.
-        offered: names of the resources of the cluster.
-
-    Raises:
-        ConfigError: no GPU is so large.
-    """
+    num_bytes: held on one GPU. gpus: how many, or a share of one: the bytes must fit into that share. offered: names of
+    the resources of the cluster. Raises ConfigError: no GPU is so large."""
     if gpus <= 0 or not set(offered) & {GPU_SIZES_MARK, *GPU_RESOURCES}:
         return {}
     wanted = num_bytes / (USABLE * min(1.0, gpus))
@@ -86,24 +77,15 @@ def _shown(kind: str, amount: float) -> str:
 
 
 def signal_worker_needs(worker_bytes: float, gpus: float, offered: Collection[str] = ()) -> dict[str, float]:
-    """Of one signal actor.
-
-    Args:
-        worker_bytes: weights and activations (`signals.bounds`), and on CPUs the libraries.
-    """
-    if gpus > 0:
-        return {"CPU": 1.0, "GPU": gpus, **gpu_request(worker_bytes, gpus, offered)}
-    return {"CPU": 1.0, "memory": float(worker_bytes)}
+    """Of one signal actor. worker_bytes: weights and activations (`signals.bounds`), and on CPUs the libraries."""
+    return engine_needs(worker_bytes, 1.0, gpus, offered=offered)
 
 
 def engine_needs(
     engine_bytes: float, cpus: float, gpus: float, ranks: int = 1, offered: Collection[str] = ()
 ) -> dict[str, float]:
-    """Of one rank of an engine.
-
-    Args:
-        engine_bytes: of all ranks together (`search.estimate.engine_bytes`). cpus, gpus: of one rank.
-    """
+    """Of one rank of an engine. engine_bytes: of all ranks together (`search.estimate.engine_bytes`). cpus, gpus: of
+    one rank."""
     share = engine_bytes / ranks
     if gpus > 0:
         return {**({"CPU": cpus} if cpus else {}), "GPU": gpus, **gpu_request(share, gpus, offered)}

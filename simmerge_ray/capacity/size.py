@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from simmerge_ray.base.config import FrozenConfig
 from simmerge_ray.checkpoints.size import COMPUTE_BYTES
 from simmerge_ray.search.estimate import engine_bytes_of
 from simmerge_ray.signals.signature import GREEDY_SHARE, NUM_GREEDY_TOKENS, SignatureSpec
@@ -15,13 +16,11 @@ from simmerge_ray.signals.stages import LayerRange, activation_bytes
 LIBRARIES_BYTES = 1_000_000_000  # of a signal worker, beside weights and activations
 
 
-class ModelSize(BaseModel):
+class ModelSize(FrozenConfig):
     """A causal language model by its shape.
 
     memory_per_worker_gb: of a signal worker that runs it in stages of layers.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     parameters: float = Field(gt=0)
@@ -38,8 +37,9 @@ class ModelSize(BaseModel):
     @model_validator(mode="after")
     def _has_layers(self) -> ModelSize:
         if self.parameters <= self.ends:
-            alone = f"the embeddings of this shape alone have {self.ends:.3g}"
-            raise ValueError(f"{self.parameters:.3g} parameters; {alone}")
+            raise ValueError(
+                f"{self.parameters:.3g} parameters; the embeddings of this shape alone have {self.ends:.3g}"
+            )
         return self
 
     @property
@@ -127,11 +127,8 @@ SHAPES = (
 def size_of(parameters: float) -> ModelSize:
     """A model with so many parameters, with the shape of the known one that is nearest in size.
 
-    Between known sizes the width is theirs and the number of layers is scaled.
-
-    Raises:
-        ValueError: fewer parameters than the embeddings of the smallest known shape have.
-    """
+    Between known sizes the width is theirs and the number of layers is scaled. Raises ValueError: fewer parameters than
+    the embeddings of the smallest known shape have."""
     near = min(SHAPES, key=lambda one: abs(math.log(one.parameters / parameters)))
     layers = max(1, round((parameters - near.ends) / near.layer))
     return ModelSize.model_validate(near.model_dump() | {"parameters": parameters, "layers": layers})

@@ -16,10 +16,9 @@ import numpy as np
 
 from simmerge_ray.base.storage import read_range
 from simmerge_ray.checkpoints.headers import TensorSpec, read_header
-from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, ADAPTER_FILE, CheckpointRef
 
 _PREFIX = "base_model.model."
-_FILE = "adapter_model.safetensors"
 # What changes weights in another way than W + s B A.
 _UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "layer_replication": None}
 
@@ -40,11 +39,7 @@ class LoraAdapter:
     """The low-rank changes of one adapter, by tensor of its model."""
 
     def __init__(self, ref: CheckpointRef, specs: Mapping[str, TensorSpec]) -> None:
-        """Read the adapter of `ref` (a few MB).
-
-        Raises:
-            CheckpointError: no LoRA adapter, one of a kind that is not supported, or one that does not fit the model.
-        """
+        """Read the adapter of `ref` (a few MB). Raises CheckpointError: it is not supported, or does not fit."""
         self._ref = ref
         config = self._config()
         matrices = self._matrices()
@@ -65,7 +60,7 @@ class LoraAdapter:
 
     def _config(self) -> dict[str, Any]:
         assert self._ref.adapter is not None
-        file = self._ref.adapter / "adapter_config.json"
+        file = self._ref.adapter / ADAPTER_CONFIG
         try:
             config = json.loads(file.read_text())
         except OSError:
@@ -84,9 +79,9 @@ class LoraAdapter:
 
     def _matrices(self) -> dict[str, np.ndarray]:
         assert self._ref.adapter is not None
-        file = self._ref.adapter / _FILE
+        file = self._ref.adapter / ADAPTER_FILE
         if not file.exists():
-            raise self._ref.error(f"{self._ref.adapter} holds no {_FILE}")
+            raise self._ref.error(f"{self._ref.adapter} holds no {ADAPTER_FILE}")
         found = {}
         for name, spec in read_header(self._ref, file).items():
             if not name.startswith(_PREFIX) or ".lora_" not in name:
@@ -127,10 +122,7 @@ class LoraAdapter:
 
 
 def _of_module(pattern: Any, module: str, default: Any) -> Any:
-    for key, value in (pattern or {}).items():
-        if module == key or module.endswith(f".{key}"):
-            return value
-    return default
+    return next((v for key, v in (pattern or {}).items() if module == key or module.endswith(f".{key}")), default)
 
 
 def _read_matrix(spec: TensorSpec, ref: CheckpointRef) -> np.ndarray:

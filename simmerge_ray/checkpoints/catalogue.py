@@ -18,9 +18,9 @@ from itertools import combinations
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from simmerge_ray.base.config import check_config, load_yaml
+from simmerge_ray.base.config import FrozenConfig, check_config, load_yaml
 from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
 from simmerge_ray.base.storage import Place, name_below, place_in, write_atomically
 from simmerge_ray.checkpoints.adapters import LoraAdapter
@@ -30,8 +30,7 @@ from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef
 
 
-class _BaseEntry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _BaseEntry(FrozenConfig):
     id: str = Field(min_length=1, pattern=r"^[\w.\-]+$")
     path: str = Field(min_length=1)
 
@@ -41,10 +40,9 @@ class _Entry(_BaseEntry):
     task: str | None = None
 
 
-class _Draft(BaseModel):
+class _Draft(FrozenConfig):
     """A catalogue that may still be without checkpoints."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     base: _BaseEntry | None = None
     checkpoints: tuple[_Entry, ...] = ()
 
@@ -72,11 +70,7 @@ class Catalogue:
         return (*((self.base,) if self.base else ()), *self.checkpoints)
 
     def ref(self, checkpoint_id: str) -> CheckpointRef:
-        """The checkpoint of that id.
-
-        Raises:
-            PlanError: it is not in the catalogue.
-        """
+        """The checkpoint of that id. Raises PlanError: it is not in the catalogue."""
         for ref in self.all_refs:
             if ref.id == checkpoint_id:
                 return ref
@@ -102,8 +96,7 @@ class Catalogue:
 def load_catalogue(path: Place, draft: bool = False) -> Catalogue:
     """Read a catalogue and check from the headers that its checkpoints can be merged with each other.
 
-    Args:
-        draft: accept a file that has a base and no checkpoints yet.
+    A `draft` may have a base and no checkpoints yet.
 
     Raises:
         ConfigError: the file is missing or malformed, or an id is used twice.
@@ -123,13 +116,8 @@ def _resolved(path: Place, file: _Draft) -> Catalogue:
     root = path.parent.resolve()
     return Catalogue(
         checkpoints=tuple(
-            CheckpointRef(
-                entry.id,
-                place_in(root, entry.path),
-                base_id,
-                place_in(root, entry.adapter) if entry.adapter else None,
-            )
-            for entry in file.checkpoints
+            CheckpointRef(e.id, place_in(root, e.path), base_id, place_in(root, e.adapter) if e.adapter else None)
+            for e in file.checkpoints
         ),
         own_task={entry.id: entry.task for entry in file.checkpoints},
         base=CheckpointRef(file.base.id, place_in(root, file.base.path)) if file.base else None,
@@ -174,13 +162,10 @@ def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> No
 def add_checkpoint(path: Place, ref: CheckpointRef, task: str | None = None, as_base: bool = False) -> Catalogue:
     """Append a checkpoint to a catalogue file, or make it the base; a file that does not exist is begun.
 
-    The other entries and the comments stay as they are. Nothing is written before all
-    checkpoints, the new one included, are found compatible from their headers.
+    The other entries and the comments stay as they are. Nothing is written before all checkpoints, the new one too, are
+    found compatible from their headers.
 
-    Raises:
-        ConfigError: the file is malformed, the id is used already, or there is a base already.
-        IncompatibleCheckpointsError: with every problem of every checkpoint.
-        OutputError: the file cannot be written.
+    Raises as `check_addition` and `load_catalogue`; OutputError: the file cannot be written.
     """
     check_addition(path, ref.id, as_base)
     text = path.read_text() if path.exists() else ""

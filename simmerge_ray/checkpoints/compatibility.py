@@ -95,11 +95,7 @@ def tokenizer_problems(first: CheckpointRef, other: CheckpointRef) -> list[str]:
 
 
 def check_compatible(refs: Sequence[CheckpointRef]) -> None:
-    """Refuse checkpoints that cannot be merged.
-
-    Raises:
-        IncompatibleCheckpointsError: with every problem found, one a line.
-    """
+    """Refuse checkpoints that cannot be merged: IncompatibleCheckpointsError, with every problem, one a line."""
     refuse_problems(compatibility_problems(refs))
 
 

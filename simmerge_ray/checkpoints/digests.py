@@ -23,11 +23,9 @@ DEFAULT_CACHE = Path("~/.cache/simmerge_ray/checkpoints/digests")
 def checkpoint_digest(ref: CheckpointRef) -> str:
     """Identity of a checkpoint: names, dtypes, shapes and bytes of its tensors, whatever the sharding.
 
-    With an adapter its tensors and its `adapter_config.json` count, too. A new upload under an old name has another
-    digest. Reads every byte once.
+    With an adapter its tensors and its `adapter_config.json` count, too. Reads every byte once.
 
-    Raises:
-        CheckpointError: the checkpoint or its adapter is missing or unreadable.
+    Raises CheckpointError: the checkpoint or its adapter is missing or unreadable.
     """
     state = hashlib.blake2b(digest_size=16)
     _add_tensors(state, read_headers(ref))
@@ -56,10 +54,7 @@ def _add_tensors(state: hashlib.blake2b, specs: Mapping[str, TensorSpec]) -> Non
 
 
 def checkpoint_fingerprint(ref: CheckpointRef) -> str:
-    """Identity of the files: headers, sizes and times of change. Reads no weights.
-
-    It tells whether an interrupted merge may go on; `checkpoint_digest` is the identity of the weights.
-    """
+    """Identity of the files: headers, sizes and times of change. Tells whether an interrupted merge may go on."""
     state = hashlib.blake2b(digest_size=16)
     for name, spec in read_headers(ref).items():
         state.update(f"{name}\0{spec.dtype}\0{spec.shape}\0{spec.file.name}\0{spec.begin}\0".encode())
@@ -75,9 +70,6 @@ def cached_digest(ref: CheckpointRef, cache: Path = DEFAULT_CACHE) -> str:
     """`checkpoint_digest`, taken from `cache` while the files have kept their paths, sizes and times of change.
 
     Safe with several writers. Weights that are replaced by others of the same size and time of change go unnoticed.
-
-    Raises:
-        CheckpointError: the checkpoint or its adapter is missing or unreadable.
     """
     entry = DigestEntry(ref, cache)
     if (found := entry.read()) is not None:
@@ -88,11 +80,7 @@ def cached_digest(ref: CheckpointRef, cache: Path = DEFAULT_CACHE) -> str:
 
 
 class DigestEntry:
-    """The cached digest of a checkpoint, valid for its files as they are now.
-
-    Raises:
-        CheckpointError: the checkpoint or its adapter is missing or unreadable.
-    """
+    """The cached digest of a checkpoint, valid for its files as they are now."""
 
     def __init__(self, ref: CheckpointRef, cache: Path = DEFAULT_CACHE) -> None:
         self._ref, self.fingerprint = ref, _fingerprint(ref)

@@ -36,11 +36,7 @@ class TensorSpec:
 
 
 def read_header(ref: CheckpointRef, file: Place) -> dict[str, TensorSpec]:
-    """The tensors of one safetensors file, for messages about `ref`.
-
-    Raises:
-        CheckpointError: missing, damaged or truncated.
-    """
+    """The tensors of one safetensors file, for messages about `ref`. CheckpointError: missing, damaged or truncated."""
     try:
         is_remote = isinstance(file, RemotePath)
         specs, start, size = _remote_header(file, file_version(file)) if is_remote else _header(file)
@@ -93,9 +89,7 @@ def _header(file: Place) -> tuple[dict[str, TensorSpec], int, int]:
 def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
     """All tensors of a checkpoint by name, in name order, from the headers alone.
 
-    Raises:
-        CheckpointError: no such directory, no safetensors in it, an adapter without its model, a shard missing or
-            damaged.
+    Raises CheckpointError: no safetensors there, an adapter without its model, a shard missing or damaged.
     """
     names = file_names(ref.path)
     if names is None:

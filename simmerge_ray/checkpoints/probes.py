@@ -54,8 +54,7 @@ class ProbeSet:
     def token_batches(self, tokenizer: Any, batch_size: int, max_tokens: int) -> list[TokenBatch]:
         """Micro-batches of `batch_size` probes in order: the fixed unit of work.
 
-        Raises:
-            ProbeError: a probe has fewer than two tokens (no next token to compare) or more than `max_tokens`.
+        Raises ProbeError: a probe has fewer than two tokens (no next token to compare) or more than `max_tokens`.
         """
         import torch
 
@@ -80,11 +79,7 @@ class ProbeSet:
 
 
 def load_probe_set(path: Place) -> ProbeSet:
-    """Read one probe file.
-
-    Raises:
-        ProbeError: unreadable, empty, or a line without a non-empty `text`.
-    """
+    """Read one probe file. Raises ProbeError: unreadable, empty, or a line without a non-empty `text`."""
     probes = []
     for number, row in read_jsonl(path, ProbeError):
         text = row.get("text")
@@ -97,11 +92,7 @@ def load_probe_set(path: Place) -> ProbeSet:
 
 
 def load_probe_sets(directory: Place) -> dict[str, ProbeSet]:
-    """All `<task>.jsonl` files of a directory, by task.
-
-    Raises:
-        ProbeError: the directory has no such file, or one of them is malformed.
-    """
+    """All `<task>.jsonl` files of a directory, by task; a ProbeError where there is none, or one is malformed."""
     paths = list_places(directory, "*.jsonl")
     if not paths:
         raise ProbeError(f"{directory} holds no <task>.jsonl probe files")

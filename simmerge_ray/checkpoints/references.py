@@ -42,11 +42,7 @@ def locate_checkpoint(
 ) -> CheckpointRef:
     """A checkpoint by directory, URI or hub id, with a LoRA adapter or without; hub files are fetched to the cache.
 
-    Args:
-        directory: where relative paths start.
-
-    Raises:
-        CheckpointError: neither a directory nor a repository that can be had.
+    Relative paths start at `directory`. Raises CheckpointError: neither a directory nor a repository that can be had.
     """
     path = _locate(model, revision, directory)
     adapter_path = _locate(adapter, adapter_revision, directory) if adapter else None
@@ -83,11 +79,7 @@ def _locate(name: str, revision: str | None, directory: Place) -> Place:
 
 
 def read_config(ref: CheckpointRef) -> dict[str, Any]:
-    """`config.json` of a checkpoint.
-
-    Raises:
-        CheckpointError: missing or not JSON.
-    """
+    """`config.json` of a checkpoint. Raises CheckpointError: missing or not JSON."""
     try:
         return json.loads((ref.path / "config.json").read_text())
     except OSError:
@@ -97,11 +89,7 @@ def read_config(ref: CheckpointRef) -> dict[str, Any]:
 
 
 def context_limit(ref: CheckpointRef) -> int | None:
-    """The longest sequence, in tokens, that the checkpoint's positions allow; None where `config.json` names no limit.
-
-    Raises:
-        CheckpointError: see `read_config`.
-    """
+    """The longest sequence, in tokens, that the checkpoint's positions allow; None where `config.json` names none."""
     config = read_config(ref)
     limit = config.get("max_position_embeddings") or config.get("n_positions")  # the latter is GPT-2's name
     return int(limit) if limit else None
@@ -111,13 +99,9 @@ def local_files(ref: CheckpointRef, weights: bool = False) -> AbstractContextMan
     """A local directory with what other libraries read by name: `config.json`, the tokenizer, chat templates.
 
     It is the checkpoint's own directory where that is local; of one in a store the small files are in the node's cache
-    while the block runs.
+    while the block runs. `weights`: the weights, too, for an engine that loads them itself; all else reads ranges.
 
-    Args:
-        weights: the weights, too: for an engine that loads them itself. All else reads them by ranges.
-
-    Raises:
-        StorageError: the cache has no room for them, or the store does not answer.
+    Raises StorageError: the cache has no room for them, or the store does not answer.
     """
     suffixes = (*_SMALL_SUFFIXES, ".safetensors") if weights else _SMALL_SUFFIXES
     return local_directory(ref.path, lambda name: name.endswith(suffixes))

@@ -28,11 +28,7 @@ class ModelShape:
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape that a `config.json` tells.
-
-    Raises:
-        ConfigError: a number is not there.
-    """
+    """The shape that a `config.json` tells. Raises ConfigError: a number is not there."""
     text = config.get("text_config") or config
 
     def number(*keys: str, default: int | None = None) -> int:

@@ -11,11 +11,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.t
 
 
 def tokenizer_digest(ref: CheckpointRef) -> str:
-    """Identity of a tokenizer: its vocabulary and merges, not its cosmetics.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
+    """Identity of a tokenizer: its vocabulary and merges, not its cosmetics; a CheckpointError where it is damaged."""
     files = tokenizer_files(ref)
     if files[0].name != "tokenizer.json":
         return digest_bytes(*(file.read_bytes() for file in files))
@@ -30,21 +26,13 @@ def tokenizer_digest(ref: CheckpointRef) -> str:
 
 
 def same_tokenizer(first: CheckpointRef, other: CheckpointRef) -> bool:
-    """Whether two tokenizers have one digest. Equal files are not parsed, which takes 0.3 s each.
-
-    Raises:
-        CheckpointError: see `tokenizer_digest`.
-    """
+    """Whether two tokenizers have one digest. Equal files are not parsed, which takes 0.3 s each."""
     files = [[file.read_bytes() for file in tokenizer_files(ref)] for ref in (first, other)]
     return files[0] == files[1] or tokenizer_digest(first) == tokenizer_digest(other)
 
 
 def tokenizer_files(ref: CheckpointRef) -> list[Place]:
-    """`tokenizer.json`, or else the older files.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """`tokenizer.json`, or else the older files. Raises CheckpointError: there is none."""
     names = file_names(ref.path) or ()
     found = [ref.path / name for name in _TOKENIZER_FILES if name in names]
     if not found:

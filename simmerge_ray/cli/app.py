@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,11 +21,11 @@ from simmerge_ray.cli.catalogue import catalogue_app
 from simmerge_ray.cli.client import client_app
 from simmerge_ray.cli.cluster import cluster_app
 from simmerge_ray.cli.db import db_app
-from simmerge_ray.cli.demo import demo, zoo
+from simmerge_ray.cli.demo import demo, report, zoo
 from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.cli.merge import merge
 from simmerge_ray.cli.plan import plan
-from simmerge_ray.cli.report import report
+from simmerge_ray.cli.retention import retention
 from simmerge_ray.cli.search import search
 from simmerge_ray.cli.serve import serve
 from simmerge_ray.cli.signals import signals
@@ -42,7 +41,7 @@ app = typer.Typer(
     no_args_is_help=True,
     **_SETTINGS,
 )
-for command in (demo, zoo, signals, search, train, plan, auto, merge, report, serve):
+for command in (demo, zoo, signals, search, train, plan, auto, merge, retention, report, serve):
     app.command()(command)
 app.command("simulate")(simulate_command)
 app.add_typer(catalogue_app, name="catalogue")
@@ -68,37 +67,30 @@ def run_command(command: Callable[[], Any]) -> None:
     stop_on_sigterm()
     try:
         command()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except SimmergeError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
 
 
 def run_as_job(command: Callable[..., Any], usage: str, *defaults: str) -> None:
-    """Run a command that has `--job-line` as the script in `jobs/` that is called, and exit.
-
-    Args:
-        usage: the script's docstring, for `--help`.
-        defaults: options of the job where the command has others.
-    """
+    """Run a command that has `--job-line` as the script in `jobs/` that is called, and exit. usage: its docstring, for
+    `--help`. defaults: options of the job where the command has others."""
     job = typer.Typer(**_SETTINGS)
     text = re.sub(r"(?<=\S)\n(?=\S)", " ", usage).replace("\n\n    ", "\n\n\b\n    ")  # keeps what is indented
     job.command(help=text)(command)
     try:
         code = job([*defaults, "--job-line", *sys.argv[1:]], standalone_mode=False)
     except TyperException as error:
-        problem = ConfigError(error.format_message())
-        code = run_job(Path(sys.argv[0]).stem, partial(_refuse, problem))
+        message = error.format_message()
+
+        def refuse() -> NoReturn:
+            raise ConfigError(message)
+
+        code = run_job(Path(sys.argv[0]).stem, refuse)
     sys.exit(code)
-
-
-def _refuse(problem: ConfigError) -> NoReturn:
-    raise problem
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import typer
 
 from simmerge_ray.base.config import EngineConfig, RankingConfig, RankingFiles, SearchConfig
 from simmerge_ray.base.errors import TaskError
+from simmerge_ray.base.storage import Manifest, Place, digest_file, local_directory
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from simmerge_ray.base.progress import Narrator
-    from simmerge_ray.base.storage import Manifest, Place
-    from simmerge_ray.checkpoints.catalogue import Catalogue
     from simmerge_ray.pipelines.auto import Answer, AutoRun
     from simmerge_ray.plans.plan import MergePlan
     from simmerge_ray.search.setup import PreparedSearch
@@ -64,10 +63,11 @@ def auto(
             )
     tasks = {name: known[name].sampled(search.max_items, search.seed) for name in request.pool.tasks}
     from simmerge_ray.base.progress import narrated
-    from simmerge_ray.base.storage import Manifest, digest_file
 
     with narrated(log) as narrator:
         from simmerge_ray.pipelines.auto import AutoRun, check_auto
+        from simmerge_ray.pipelines.dataset import input_digests
+        from simmerge_ray.selector.planning.files import default_selector
 
         run = AutoRun(checkpoints, tasks, request.pool.objective, search, out, write)
         study = check_auto(run)
@@ -77,8 +77,8 @@ def auto(
         if dry_run:
             narrator.print_lines(dry_run_lines(study, ranking, checkpoints.own_task, out))
             return
-        inputs = {f"task {name}": task.digest for name, task in tasks.items()} | {"signals": digest_file(files.signals)}
-        inputs |= _digests_of(checkpoints, files.selector)
+        inputs = input_digests(checkpoints, tasks) | {"signals": digest_file(files.signals)}
+        inputs |= _digests_of(files.selector or default_selector())
         options = {"ranking": config.model_dump(mode="json") | {"evaluate": evaluate}, "search": search.content()}
         answer_stages(run, ranking, narrator, Manifest("auto", options, inputs), started)
 
@@ -93,15 +93,11 @@ def answer_stages(run: AutoRun, ranking: Ranking, narrator: Narrator, manifest: 
     write_stage(run, answer, manifest, started, narrator)
 
 
-def _digests_of(checkpoints: Catalogue, selector: Place | None) -> dict[str, str]:
-    """Digests of all checkpoints and of a selector's files, by what a manifest calls them."""
-    from simmerge_ray.base.storage import digest_file, local_directory
-    from simmerge_ray.selector.planning.files import default_selector
-
-    digests = {f"checkpoint {name}": digest for name, digest in checkpoints.digests().items()}
-    with local_directory(selector or default_selector()) as directory:
+def _digests_of(selector: Place) -> dict[str, str]:
+    """Digests of a selector's files, by what a manifest calls them."""
+    with local_directory(selector) as directory:
         artifacts = sorted(directory.rglob("*.safetensors"))
-        return digests | {f"selector {path.relative_to(directory)}": digest_file(path) for path in artifacts}
+        return {f"selector {path.relative_to(directory)}": digest_file(path) for path in artifacts}
 
 
 def dry_run_lines(study: PreparedSearch, ranking: Ranking, own_task: Mapping[str, str | None], out: Path) -> list[str]:
@@ -109,10 +105,8 @@ def dry_run_lines(study: PreparedSearch, ranking: Ranking, own_task: Mapping[str
     from simmerge_ray.pipelines.auto import cost_lines, single_plans
     from simmerge_ray.plans.plan import fold_text
 
-    plans = [
-        f"  {number}. {fold_text(one.plan)}  (predicted {one.utility:.3f})"
-        for number, one in enumerate(ranking.plans, 1)
-    ]
+    shown = [f"{fold_text(one.plan)}  (predicted {one.utility:.3f})" for one in ranking.plans]
+    plans = [f"  {number}. {text}" for number, text in enumerate(shown, 1)]
     singles = [plan.label for plan in single_plans(ranking, study.catalogue)]
     return [
         f"merges   {len(plans)}, measured in memory:",
@@ -203,13 +197,10 @@ def answer_lines(answer: Answer) -> list[str]:
 def _advantage_text(verdict: Verdict) -> str:
     assert verdict.advantage is not None and verdict.chosen_by is not None
     text = f"{_signed(verdict.advantage)} ({_signed(verdict.chosen_by)} on the half that chose), "
-    if verdict.advantage.is_clear:
-        text += "more than two paired standard errors"
-    else:
-        text += "within two paired standard errors: these items do not tell the two apart"
-    if verdict.advantage.value * verdict.chosen_by.value < 0:
-        text += "; the halves disagree which is better, so take more items"
-    return text
+    within = "within two paired standard errors: these items do not tell the two apart"
+    text += "more than two paired standard errors" if verdict.advantage.is_clear else within
+    disagree = verdict.advantage.value * verdict.chosen_by.value < 0
+    return text + ("; the halves disagree which is better, so take more items" if disagree else "")
 
 
 def _signed(difference: ObjectiveEstimate) -> str:

@@ -1,11 +1,10 @@
-"""`simmerge catalogue ...`: start, extend and inspect a catalogue file. No torch. Weights are read only by
-`show`, once, for the digest.
-"""
+"""`simmerge catalogue ...`: start, extend and inspect a catalogue file. No torch; only `show` reads weights, once."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -73,15 +72,10 @@ def list_checkpoints(catalogue: CatalogueArgument) -> None:
         table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for ref in found.all_refs:
         specs = read_headers(ref)
-        table.add_row(
-            ref.id,
-            "(base)" if ref == found.base else found.own_task[ref.id] or _NONE,
-            _in_units(num_elements(specs)),
-            _dtypes(specs),
-            _in_units(_num_bytes(ref, specs)) + "B",
-            shown_path(ref.adapter, catalogue.parent) if ref.adapter else _NONE,
-            shown_path(ref.path, catalogue.parent),
-        )
+        task = "(base)" if ref == found.base else found.own_task[ref.id] or _NONE
+        sizes = _in_units(num_elements(specs)), _dtypes(specs), _in_units(_num_bytes(ref, specs)) + "B"
+        adapter = shown_path(ref.adapter, catalogue.parent) if ref.adapter else _NONE
+        table.add_row(ref.id, task, *sizes, adapter, shown_path(ref.path, catalogue.parent))
     Console(markup=False, highlight=False, emoji=False).print(table)
 
 
@@ -108,7 +102,9 @@ def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -
         rows |= {"base": "(this is the base)"}
     else:
         rows |= {"base": ref.base_id or _NONE, "task": found.own_task[ref.id] or _NONE}
-    rows |= _architecture(read_config(ref))
+    config = read_config(ref)
+    for row, keys in _ARCHITECTURE.items():
+        rows[row] = str(next((config[key] for key in keys if config.get(key) is not None), _NONE))
     rows |= {
         "tensors": str(len(specs)),
         "parameters": f"{_in_units(num_elements(specs))} ({num_elements(specs)})",
@@ -125,18 +121,11 @@ def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -
     console.print(table)
 
 
-def _architecture(config: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        row: str(next((config[key] for key in keys if config.get(key) is not None), _NONE))
-        for row, keys in _ARCHITECTURE.items()
-    }
-
-
 def _dtypes(specs: Mapping[str, TensorSpec]) -> str:
     """The dtypes of the tensors, that of most bytes first."""
-    num_bytes: dict[str, int] = {}
+    num_bytes: Counter[str] = Counter()
     for spec in specs.values():
-        num_bytes[spec.dtype] = num_bytes.get(spec.dtype, 0) + spec.end - spec.begin
+        num_bytes[spec.dtype] += spec.end - spec.begin
     return ", ".join(sorted(num_bytes, key=lambda dtype: (-num_bytes[dtype], dtype)))
 
 

@@ -32,6 +32,10 @@ Explore = Annotated[bool, typer.Option(help="draw; --no-explore takes what is kn
 Ways = Annotated[str, typer.Option(help="how many checkpoints to merge, e.g. 3 or 2-4")]
 Left = Annotated[str, typer.Argument(help="checkpoint id")]
 Right = Annotated[str, typer.Argument(help="checkpoint id")]
+Candidates = Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="ids to choose from")]
+MeasuredUtility = Annotated[float, typer.Argument(help="measured, in [0, 1]")]
+CloseReason = Annotated[str, typer.Argument(help="e.g. 'infeasible: out of memory', or 'not made'")]
+VoidReason = Annotated[str, typer.Argument(help="why it was wrong")]
 
 _NONE = "-"
 
@@ -51,34 +55,27 @@ def _service(
     context.obj = (url, token_file, timeout, retries)
 
 
-def _command(name: str, show: Callable[[Any], None] | None = None) -> Callable[[Callable[..., Any]], None]:
-    """Make a command of a function that asks a client: it has `--json`, and prints the answer.
-
-    Args:
-        show: prints an answer; without it the function returns a line as well.
-    """
+def _command(name: str, show: Callable[[Any], None] | str) -> Callable[[Callable[..., Any]], None]:
+    """Make a command of a function that asks a client: it has `--json`, and prints the answer by `show`, or by that
+    line with the answer's and the command's values."""
 
     def decorate(ask: Callable[..., Any]) -> None:
         @wraps(ask)
         def command(context: typer.Context, as_json: bool, **values: Any) -> None:
             with _client(*context.obj) as client:
                 answer = ask(client, **values)
-            answer, line = answer if show is None else (answer, "")
             if as_json:
                 typer.echo(answer.model_dump_json(indent=2))
-            elif show is None:
-                _say(line)
+            elif isinstance(show, str):
+                _say(show.format(**values | answer.model_dump()))
             else:
                 show(answer)
 
         _, *parameters = inspect.signature(ask).parameters.values()
         keyword = inspect.Parameter.KEYWORD_ONLY
-        set_parameters(
-            command,
-            inspect.Parameter("context", keyword, annotation=typer.Context),
-            *parameters,
-            inspect.Parameter("as_json", keyword, default=False, annotation=AsJson),
-        )
+        context = inspect.Parameter("context", keyword, annotation=typer.Context)
+        as_json = inspect.Parameter("as_json", keyword, default=False, annotation=AsJson)
+        set_parameters(command, context, *parameters, as_json)
         client_app.command(name)(command)
 
     return decorate
@@ -115,17 +112,10 @@ def _show_ranking(answer: Any) -> None:
 
 
 def _arms(arms: Iterable[Any]) -> None:
-    rows = [
-        (
-            one.arm,
-            _number(one.utility),
-            _interval(one.interval),
-            _number(one.expected),
-            _number(one.expected_sd),
-            _number(one.propensity),
-        )
-        for one in arms
-    ]
+    rows = []
+    for one in arms:
+        numbers = map(_number, (one.expected, one.expected_sd, one.propensity))
+        rows.append((one.arm, _number(one.utility), _interval(one.interval), *numbers))
     _table(("arm", "predicted", "95 %", "with rewards", "sd", "probability"), rows, left=1)
 
 
@@ -138,18 +128,11 @@ def _show_status(answer: Any) -> None:
 
 
 def _show_list(answer: Any) -> None:
-    rows = [
-        (
-            one.decision_id,
-            _time(one.at),
-            f"{one.left} + {one.right}" if one.kind == "pair" else one.kind,
-            one.arm,
-            "drawn" if one.explored else "best known",
-            one.status,
-            _number(one.utility),
-        )
-        for one in answer.decisions
-    ]
+    rows = []
+    for one in answer.decisions:
+        merge = f"{one.left} + {one.right}" if one.kind == "pair" else one.kind
+        how = "drawn" if one.explored else "best known"
+        rows.append((one.decision_id, _time(one.at), merge, one.arm, how, one.status, _number(one.utility)))
     _table(("decision", "at", "merge", "arm", "how", "status", "utility"), rows, left=6, whole=1)
     if answer.next_before is not None:
         _say(f"more: --before {answer.next_before}")
@@ -158,15 +141,14 @@ def _show_list(answer: Any) -> None:
 def _show_policy(answer: Any) -> None:
     safe = "none"
     if answer.safe is not None:
-        never = answer.safe.threshold is None
-        safe = f"{'never leaves' if never else 'leaves'} {answer.safe.fixed}"
-        safe += "" if never else f" for a draw above its own by {answer.safe.threshold:.3f}"
+        safe = f"never leaves {answer.safe.fixed}"
+        if answer.safe.threshold is not None:
+            safe = f"leaves {answer.safe.fixed} for a draw above its own by {answer.safe.threshold:.3f}"
     _say(f"{answer.namespace}: selector {answer.model_version}, encoder epoch {answer.epoch}, event {answer.seq}")
     counts = f"{answer.num_decisions} decisions, {answer.num_rewards} rewards, {answer.num_open} open"
     _say(f"{counts}, {answer.num_closed} closed; safe rule: {safe}; floor {answer.floor:g}")
     rows = [
-        (one.arm, str(one.count), _number(one.weight), _number(one.mean), _number(one.sd), _number(one.entropy))
-        for one in answer.arms
+        (one.arm, str(one.count), *map(_number, (one.weight, one.mean, one.sd, one.entropy))) for one in answer.arms
     ]
     _table(("arm", "observations", "weight", "mean contrast", "sd", "entropy"), rows, left=1)
     if answer.regret is not None:
@@ -190,10 +172,7 @@ def _show_plans(answer: Any) -> None:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3, whole: int = 0) -> None:
-    """The first `left` columns to the left, numbers to the right; the first `whole` are never broken, to be copied.
-
-    The service's text is never markup.
-    """
+    """The first `left` columns to the left, numbers to the right; the first `whole` are never broken, to be copied."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -201,7 +180,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3,
     table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold", no_wrap=number < whole)
-    for row in rows:
+    for row in rows:  # the service's text is never markup
         table.add_row(*(Text(_printable(cell)) for cell in row))
     Console().print(table)
 
@@ -238,7 +217,7 @@ def decide_arm(
 @_command("decide-plan", _show_decision)
 def decide_plan(
     client: Client,
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="ids to choose from")],
+    checkpoints: Candidates,
     ways: Ways = "2-4",
     task: Task = None,
     explore: Explore = True,
@@ -248,40 +227,22 @@ def decide_plan(
     return client.decide_plan(checkpoints, ways, task, explore, key=key)
 
 
-@_command("reward")
-def reward(
-    client: Client,
-    decision_id: DecisionId,
-    utility: Annotated[float, typer.Argument(help="measured, in [0, 1]")],
-    key: Key = None,
-) -> Any:
+@_command("reward", "reward {utility:g} of {decision_id}: {status}")
+def reward(client: Client, decision_id: DecisionId, utility: MeasuredUtility, key: Key = None) -> Any:
     """Report what the merge of a decision was worth."""
-    answer = client.reward(decision_id, utility, key)
-    return answer, f"reward {answer.utility:g} of {answer.decision_id}: {answer.status}"
+    return client.reward(decision_id, utility, key)
 
 
-@_command("close")
-def close(
-    client: Client,
-    decision_id: DecisionId,
-    reason: Annotated[str, typer.Argument(help="e.g. 'infeasible: out of memory', or 'not made'")],
-    key: Key = None,
-) -> Any:
+@_command("close", "{decision_id} closed: {status}")
+def close(client: Client, decision_id: DecisionId, reason: CloseReason, key: Key = None) -> Any:
     """Say that no reward will come for a decision."""
-    answer = client.close(decision_id, reason, key)
-    return answer, f"{decision_id} closed: {answer.status}"
+    return client.close(decision_id, reason, key)
 
 
-@_command("void")
-def void(
-    client: Client,
-    decision_id: DecisionId,
-    reason: Annotated[str, typer.Argument(help="why it was wrong")],
-    key: Key = None,
-) -> Any:
+@_command("void", "reward of {decision_id} voided: {status}")
+def void(client: Client, decision_id: DecisionId, reason: VoidReason, key: Key = None) -> Any:
     """Take back a wrong reward; another may follow."""
-    answer = client.void(decision_id, reason, key)
-    return answer, f"reward of {decision_id} voided: {answer.status}"
+    return client.void(decision_id, reason, key)
 
 
 @_command("get", _show_status)
@@ -332,7 +293,7 @@ def rank(client: Client, left: Left, right: Right, task: Task = None) -> Any:
     return client.rank(left, right, task)
 
 
-@_command("add-arm")
+@_command("add-arm", "arm {arm}: {status}")
 def add_arm(
     client: Client,
     arm: Annotated[str, typer.Argument(help="e.g. 'ties(density=0.2)'")],
@@ -341,5 +302,4 @@ def add_arm(
     key: Key = None,
 ) -> Any:
     """Let an operator be chosen from now on."""
-    answer = client.add_arm(arm, sibling, power, key)
-    return answer, f"arm {arm}: {answer.status}"
+    return client.add_arm(arm, sibling, power, key)

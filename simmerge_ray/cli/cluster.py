@@ -30,17 +30,17 @@ def check_cluster_files(
     """
     from simmerge_ray.on_ray.cluster_files import check_cluster_file
 
-    problems: dict[Path, list[str]] = {}
+    total = 0
     for path in files:
         try:
-            problems[path] = found = check_cluster_file(path)
+            found = check_cluster_file(path)
         except ConfigError as error:  # the other files are looked at all the same
-            problems[path] = found = [str(error).removeprefix(f"{path} ")]
+            found = [str(error).removeprefix(f"{path} ")]
+        total += len(found)
         for problem in found:
             typer.echo(f"{path}: {problem}", err=True)
         if not found:
             typer.echo(f"{path}: fine")
-    if total := sum(map(len, problems.values())):
-        raise ConfigError(
-            f"{total} problem{'s' if total > 1 else ''} in {len(files)} file{'s' if len(files) > 1 else ''}"
-        )
+    if total:
+        plural = "s" if len(files) > 1 else ""
+        raise ConfigError(f"{total} problem{'s' if total > 1 else ''} in {len(files)} file{plural}")

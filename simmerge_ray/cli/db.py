@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +27,12 @@ Url = Annotated[
         envvar="SIMMERGE_DATABASE",
         help="sqlite:////path/to/service.db or postgresql://user@host/name",
     ),
+]
+RestoreFile = Annotated[Path | None, typer.Argument(metavar="FILE", help="as `simmerge db backup` wrote it")]
+ExportFile = Annotated[Path | None, typer.Argument(metavar="FILE", help="new file")]
+BackupFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="FILE", help="new file; one that ends in .parquet can be restored into either database"),
 ]
 Namespace = Annotated[str, typer.Option(help="of the service")]
 
@@ -50,9 +59,6 @@ def upgrade_command(url: Url) -> None:
 @db_app.command("status")
 def status_command(url: Url, as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
     """Version of the schema, namespaces with their events and snapshots, size."""
-    import json
-    from dataclasses import asdict
-
     from simmerge_ray.service.log.database import SCHEMA_VERSION
     from simmerge_ray.service.log.maintenance import status
 
@@ -73,13 +79,7 @@ def status_command(url: Url, as_json: Annotated[bool, typer.Option("--json", hel
 
 
 @db_app.command("backup")
-def backup_command(
-    url: Url,
-    file: Annotated[
-        Path | None,
-        typer.Argument(metavar="FILE", help="new file; one that ends in .parquet can be restored into either database"),
-    ] = None,
-) -> None:
+def backup_command(url: Url, file: BackupFile = None) -> None:
     """Write one consistent state of all namespaces to a file, while services go on."""
     from simmerge_ray.service.log.maintenance import backup
 
@@ -89,10 +89,7 @@ def backup_command(
 
 
 @db_app.command("restore")
-def restore_command(
-    url: Url,
-    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="as `simmerge db backup` wrote it")] = None,
-) -> None:
+def restore_command(url: Url, file: RestoreFile = None) -> None:
     """Fill an empty database from a backup; a namespace that has events is refused."""
     from simmerge_ray.service.log.maintenance import restore
 
@@ -104,7 +101,7 @@ def restore_command(
 @db_app.command("export")
 def export_command(
     url: Url,
-    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="new file")] = None,
+    file: ExportFile = None,
     table: Annotated[
         Literal["decisions", "events"],
         typer.Option(help="decisions with their rewards, one a row, or the events as they are"),
@@ -112,8 +109,6 @@ def export_command(
     namespace: Namespace = "default",
 ) -> None:
     """Write decisions with their rewards, or raw events, for other programs."""
-    import time
-
     from simmerge_ray.service.log.maintenance import export_decisions, export_events
 
     url, target = _url_and_file(url, file)
@@ -133,8 +128,6 @@ def prune_command(
     namespace: Namespace = "default",
 ) -> None:
     """Remove what nothing can be learned from: features of decisions that were closed without a reward."""
-    import time
-
     from simmerge_ray.service.log.maintenance import prune
 
     gone = prune(url, namespace, time.time() - older_than_days * 86400, keep_snapshots, dry_run)

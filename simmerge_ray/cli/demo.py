@@ -1,4 +1,4 @@
-"""`simmerge demo` and `simmerge zoo`: the whole chain on small checkpoints, or these alone."""
+"""`simmerge demo`, `zoo` and `report`: the whole chain on small checkpoints, these alone, and the report of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.cli.places import PathOrUri, place_argument
 
 
 def demo(run: Annotated[Path, typer.Argument(help="directory of the run")] = Path("runs/demo")) -> None:
@@ -31,3 +32,10 @@ def zoo(run: Annotated[Path, typer.Argument(help="directory of the run; the zoo 
         from simmerge_ray.pipelines.demo import zoo_stage
 
         zoo_stage(layout, narrator)
+
+
+def report(run: Annotated[PathOrUri, place_argument(help="directory of the run")]) -> None:
+    """Write report.md and its figures from the files of a run."""
+    from simmerge_ray.reports.run import write_report
+
+    typer.echo(f"report written to {write_report(RunLayout(run))}")

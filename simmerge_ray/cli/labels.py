@@ -5,23 +5,20 @@ Only `make` needs torch and Ray.
 
 from __future__ import annotations
 
+import csv
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from simmerge_ray.base.config import LabelsConfig, SearchConfig
 from simmerge_ray.base.errors import LabelError, SimmergeError, unknown_name
-from simmerge_ray.base.storage import as_place
+from simmerge_ray.base.storage import as_place, jsonl_bytes, list_objects
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument
-from simmerge_ray.cli.search import (
-    DryRunOption,
-    StoreOption,
-    TasksOption,
-    run_search_command,
-)
+from simmerge_ray.cli.search import DryRunOption, StoreOption, TasksOption, run_search_command
 
 if TYPE_CHECKING:
     from simmerge_ray.search.labels import LabeledPlan, LabelStore
@@ -70,10 +67,10 @@ def show_labels(
     if format_ == "table":
         _print_table(shown, title=store)
     elif format_ == "csv":
-        _print_csv(shown)
+        writer = csv.DictWriter(sys.stdout, fieldnames=list(shown[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(shown)
     else:
-        from simmerge_ray.base.storage import jsonl_bytes
-
         typer.echo(jsonl_bytes(shown), nl=False)
     kinds = Counter(row["outcome"] for row in rows)
     num_tasks = len({row["task"] for row in rows})
@@ -102,8 +99,7 @@ def merge_labels(
     """Copy labels into a store; refused, and nothing written, if they were not made in the same way."""
     from simmerge_ray.search.labels import LabelStore
 
-    others = [_existing(source) for source in sources]
-    target = LabelStore(into)
+    others, target = [_existing(source) for source in sources], LabelStore(into)
     _label_files(into)
     for source, num_new in zip(sources, target.merge(others), strict=True):
         typer.echo(f"{source}: {_num(num_new, 'new label')}")
@@ -118,11 +114,7 @@ def compact_labels(store: StoreUri) -> None:
 
 
 def _existing(uri: str) -> LabelStore:
-    """The store, if there is one.
-
-    Raises:
-        LabelError: no directory, or no label file in it.
-    """
+    """The store; LabelError if there is no directory, or no label file in it."""
     from simmerge_ray.search.labels import LabelStore
 
     if not _label_files(uri):
@@ -131,8 +123,6 @@ def _existing(uri: str) -> LabelStore:
 
 
 def _label_files(uri: str) -> list[str]:
-    from simmerge_ray.base.storage import list_objects
-
     if as_place(uri).is_file():
         raise LabelError(f"{uri} is a file; a label store is the directory that holds such files")
     try:
@@ -179,27 +169,11 @@ def _print_table(rows: Iterable[dict[str, Any]], title: str) -> None:
         right = column in ("utility", "items", "seconds")
         table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in rows:
-        table.add_row(
-            row["plan"],
-            row["task"],
-            "-" if row["utility"] is None else f"{row['utility']:.3f} ± {row['se']:.3f}",
-            str(row["num_items"]),
-            f"{row['seconds']:.1f}",
-            row["evaluator"],
-            f"infeasible: {row['reason']}" if row["outcome"] == "infeasible" else row["outcome"],
-        )
+        utility = "-" if row["utility"] is None else f"{row['utility']:.3f} ± {row['se']:.3f}"
+        outcome = f"infeasible: {row['reason']}" if row["outcome"] == "infeasible" else row["outcome"]
+        items, seconds = str(row["num_items"]), f"{row['seconds']:.1f}"
+        table.add_row(row["plan"], row["task"], utility, items, seconds, row["evaluator"], outcome)
     Console(markup=False, highlight=False, emoji=False).print(table)
-
-
-def _print_csv(rows: Sequence[dict[str, Any]]) -> None:
-    import csv
-    import io
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    typer.echo(text.getvalue(), nl=False)
 
 
 def _counts(num_labels: int, num_measured: int, num_stopped: int, num_infeasible: int) -> str:

@@ -30,6 +30,7 @@ def merge(
     """Make a merge: a Hugging Face checkpoint directory. An interrupted merge goes on where it stopped."""
     from simmerge_ray.base.progress import narrated
     from simmerge_ray.merging.request import read_request
+    from simmerge_ray.merging.write.output import WriteOptions
 
     with narrated(None) as narrator:
         request, max_bytes = read_request(plan_file, out), int(shard_size * 1e9)
@@ -38,12 +39,13 @@ def merge(
             return {"status": "unchanged", "out": str(out)}
         runner = None
         if workers is not None:
-            from simmerge_ray.on_ray.merge_tasks import ray_runner
+            from simmerge_ray.on_ray.merge_tasks import RayRunner
 
-            runner = ray_runner(workers, threads or 1)
+            runner = RayRunner(workers, threads or 1)
         with narrator.stage("merge") as stage:
             with narrator.byte_bar("bytes written") as report:
-                merged = request.write(report, max_bytes, threads, strict, runner)
+                options = WriteOptions(None, report, max_bytes, threads, strict, runner=runner)
+                merged = request.write(options)
             stage.result = f"{request.graph.title} ({merged.num_bytes / 1e9:.3g} GB) -> {merged.path}"
         narrator.print_lines(merged.lines())
     counts = {"num_tensors": merged.num_tensors, "num_resumed": merged.num_resumed, "num_bytes": merged.num_bytes}

@@ -6,9 +6,8 @@
 is a command with an option for each field of `TrainConfig` that was declared with `base.config.option`, and is called
 with the config that was built from them.
 
-Why not a library: pydantic-settings' `CliApp` and tyro start as fast (each `--help` takes 0.5 to 0.7 s, as here), but
-an invalid value ends in pydantic's traceback or its raw text under the field's name, and neither joins a tree of typer
-commands with arguments, panels and places.
+Why not a library: with pydantic-settings' `CliApp` and with tyro an invalid value ends in pydantic's traceback or its
+raw text under the field's name, and neither joins a tree of typer commands with arguments, panels and places.
 """
 
 from __future__ import annotations
@@ -66,11 +65,7 @@ def set_parameters(command: Callable[..., Any], *parameters: inspect.Parameter) 
 
 
 def _config(model: type[BaseModel], values: dict[str, Any]) -> BaseModel:
-    """Take the fields' values out of the options. Relative paths mean files of the working directory.
-
-    Raises:
-        ConfigError: with a line for each option that is wrong.
-    """
+    """Take the fields' values out of the options (ConfigError: a line for each wrong one); paths become absolute."""
     flags = {name: str(about["flag"]) for name, _, about in _options(model)}
     given = {name: value for name in flags if (value := values.pop(name)) is not None}
     given |= {name: value.resolve() for name, value in given.items() if isinstance(value, Path)}
@@ -79,11 +74,8 @@ def _config(model: type[BaseModel], values: dict[str, Any]) -> BaseModel:
 
 def changed_options(config: BaseModel) -> list[str]:
     """Flags of the options whose value is not the default."""
-    return [
-        about["flag"]
-        for name, field, about in _options(type(config))
-        if not field.is_required() and getattr(config, name) != field.default
-    ]
+    known = [(name, field, about["flag"]) for name, field, about in _options(type(config)) if not field.is_required()]
+    return [flag for name, field, flag in known if getattr(config, name) != field.default]
 
 
 def _options(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -34,25 +35,11 @@ def local_path(text: str | Path) -> Path:
     return path
 
 
-def place_option(*names: str, help: str, **rest: Any) -> Any:
-    """`typer.Option` of a `PathOrUri`."""
-    return typer.Option(*names, parser=place, metavar="PATH|URI", help=help, **rest)
-
-
-def place_argument(help: str, **rest: Any) -> Any:
-    """`typer.Argument` of a `PathOrUri`."""
-    return typer.Argument(parser=place, help=help, **rest)
-
-
-def path_option(*names: str, help: str, **rest: Any) -> Any:
-    """`typer.Option` of a `Path`; a URI is refused."""
-    return typer.Option(*names, parser=local_path, metavar="PATH", help=help, **rest)
-
-
-def path_argument(help: str, **rest: Any) -> Any:
-    """`typer.Argument` of a `Path`; a URI is refused."""
-    return typer.Argument(parser=local_path, help=help, **rest)
-
+# Options and arguments of a `PathOrUri`, and of a `Path`, which refuse URIs.
+place_option = partial(typer.Option, parser=place, metavar="PATH|URI")
+place_argument = partial(typer.Argument, parser=place)
+path_option = partial(typer.Option, parser=local_path, metavar="PATH")
+path_argument = partial(typer.Argument, parser=local_path)
 
 CatalogueArgument = Annotated[
     PathOrUri, place_argument(metavar="CATALOGUE", help="catalogue YAML: base and checkpoints")

@@ -9,11 +9,11 @@ import typer
 
 from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.storage import Place
 from simmerge_ray.cli.options import changed_options, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
 
 if TYPE_CHECKING:
-    from simmerge_ray.base.storage import Place
     from simmerge_ray.checkpoints.catalogue import Catalogue
     from simmerge_ray.selector.planning.recommender import Recommendation
     from simmerge_ray.selector.planning.request import PlanRequest
@@ -122,9 +122,7 @@ def trust_lines(request: PlanRequest) -> list[str]:
 
 def tasks_text(pool: TaskPool) -> str:
     if pool.own is not None:
-        return (
-            "worst of the members' own tasks" if pool.objective.name == "worst" else "mean over the members' own tasks"
-        )
+        return f"{'worst of' if pool.objective.name == 'worst' else 'mean over'} the members' own tasks"
     if len(pool.tasks) == 1:
         return pool.tasks[0]
     return f"{pool.objective.name} of {', '.join(pool.tasks)}"
@@ -173,7 +171,7 @@ def _plan_pair(
     recommender = Recommender.load(files.selector or default_selector(), files.signals)
     answer = recommender.recommend(left, right, tasks)
     console = Console(markup=False, highlight=False, emoji=False)
-    console.print(_pair_table(answer, recommender.best_fixed, f"{left} + {right}"))
+    console.print(_pair_table(answer, recommender.selector.best_fixed, f"{left} + {right}"))
     for line in _pair_lines(answer):
         console.print(line, soft_wrap=True)
     if out is not None:

@@ -43,11 +43,7 @@ def serve(
 
 
 def _of_run(layout: RunLayout[Path], config: ServeConfig) -> ServeConfig:
-    """What the options leave open, from a run.
-
-    Raises:
-        ConfigError: the run is not finished.
-    """
+    """What the options leave open, from a run; ConfigError if that is not finished."""
     service = layout.root / "service"
     defaults: dict[str, Any] = {
         "selector": layout.selector,

@@ -55,19 +55,9 @@ def simulate_command(
 
     costs = load_costs(study.costs)
     model = read_shape(study.params, study.config)
-    workload = Workload(
-        model,
-        study.models,
-        study.tasks,
-        parse_arms(study.arms),
-        study.ways,
-        study.merges,
-        study.probes,
-        study.probe_tokens,
-        study.items,
-        study.prompt_tokens,
-        study.answer_tokens,
-    )
+    named = {"tasks", "ways", "probes", "probe_tokens", "items", "prompt_tokens", "answer_tokens"}
+    sizes = study.model_dump(include=named) | {"num_models": study.models, "max_merges": study.merges}
+    workload = Workload(model, arms=parse_arms(study.arms), **sizes)
     engines = study.engine_machine or cheapest_engine(model, costs.machine(study.signal_machine).cloud, costs)
     simulation = simulate(
         workload,

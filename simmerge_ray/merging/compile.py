@@ -13,11 +13,7 @@ from simmerge_ray.plans.plan import ResolvedPlan
 
 
 def compile_plan(resolved: ResolvedPlan, check: bool = True) -> MergeGraph:
-    """The graph of a plan.
-
-    Args:
-        check: refuse checkpoints that do not fit each other (False where the caller has).
-
+    """The graph of a plan; `check` refuses checkpoints that do not fit each other (False where the caller has).
     Raises:
         IncompatibleCheckpointsError, CheckpointError: with every problem found, before a weight is read.
     """

@@ -8,8 +8,9 @@ headers show is found before a weight is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from simmerge_ray.base.storage import digest_json
@@ -78,10 +79,7 @@ class OutputTensor:
 
     @property
     def num_elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -114,18 +112,25 @@ class MergeGraph:
 
     def digest(self) -> str:
         """Identity of the computation, without the bytes of its inputs."""
-        outputs = [[o.name, list(o.shape), o.dtype, o.input_dtype, _node_json(o.node)] for o in self.outputs]
+        outputs = [[o.name, list(o.shape), o.dtype, o.input_dtype, astuple(o.node)] for o in self.outputs]
         paths = {key: [str(ref.path), str(ref.adapter)] for key, ref in self.checkpoints.items()}
         return digest_json([outputs, paths, self.seed])
 
 
 def reads(node: Node) -> Iterator[Read]:
     """Every tensor that a node needs, bases included, in the order in which it is used."""
-    if isinstance(node, Read):
-        yield node
-        return
-    for inner in node.inputs:
-        yield from reads(inner)
+    yield from (one for one in _tree(node) if isinstance(one, Read))
+
+
+def applies(node: Node) -> Iterator[Apply]:
+    """Every operator of a tree, sources before what is made of them."""
+    yield from (one for one in _tree(node) if isinstance(one, Apply))
+
+
+def _tree(node: Node) -> Iterator[Node]:
+    for inner in node.inputs if isinstance(node, Apply) else ():
+        yield from _tree(inner)
+    yield node
 
 
 def with_dtype(config: Mapping[str, Any], outputs: Sequence[OutputTensor]) -> dict[str, Any]:
@@ -142,25 +147,3 @@ def promoted(dtypes: list[str]) -> str:
     if not floats:
         return dtypes[0]
     return "F32" if floats[:2] == ["F16", "BF16"] and len(floats) == 2 else floats[-1]
-
-
-def applies(node: Node) -> Iterator[Apply]:
-    """Every operator of a tree, sources before what is made of them."""
-    if isinstance(node, Apply):
-        for inner in node.inputs:
-            yield from applies(inner)
-        yield node
-
-
-def _node_json(node: Node) -> Any:
-    if isinstance(node, Read):
-        return [node.checkpoint, node.tensor]
-    return [
-        node.operator,
-        [_node_json(source) for source in node.sources],
-        list(node.weights),
-        [[key, list(value) if isinstance(value, tuple) else value] for key, value in node.params],
-        _node_json(node.base) if node.base is not None else None,
-        node.step,
-        node.round_to,
-    ]

@@ -36,9 +36,6 @@ def merged_tensors(
     Args:
         reports: gets one entry a tensor. Inputs are taken as checked (`check_compatible`).
         num_threads: that compute tensors, the next ones while one is used; fewer where whole tensors are held for it.
-
-    Raises:
-        PlanError: see `global_trims.global_steps`. CheckpointError: see `Computer.compute`.
     """
     graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=num_threads)
     with open_sources(graph) as sources:
@@ -60,7 +57,7 @@ def merged_tensors(
             for output, (array, report) in computed:
                 if reports is not None:
                     reports.append(report)
-                yield output.name, as_tensor(array, output)
+                yield output.name, flat_tensor(array).reshape(output.shape)
 
 
 def _in_order(
@@ -91,16 +88,10 @@ def _in_order(
                 future.cancel()
 
 
-def as_tensor(array: np.ndarray, output: OutputTensor) -> Tensor:
-    """A flat array of an output's elements as a tensor of its shape, without a copy."""
-    return flat_tensor(array).reshape(output.shape)
-
-
 class FiniteStream:
     """`merged_tensors` for an evaluation engine, where a merge that is not finite must not be measured.
 
-    The stream itself never stops at such a tensor: an engine whose loading breaks off in the middle is unusable.
-    Call `check` when it has been consumed.
+    It never stops at such a tensor, since an engine whose loading breaks off is unusable: call `check` at its end.
     """
 
     def __init__(self, resolved: ResolvedPlan, num_threads: int = 1) -> None:
@@ -111,11 +102,7 @@ class FiniteStream:
         return merged_tensors(self._resolved, self._reports, self._num_threads)
 
     def check(self) -> None:
-        """Refuse what was streamed.
-
-        Raises:
-            CheckpointError: a tensor of the merge holds NaN or infinity.
-        """
+        """Refuse what was streamed. Raises CheckpointError: a tensor of the merge holds NaN or infinity."""
         for report in self._reports:
             if report.not_finite:
                 label = self._resolved.plan.label

@@ -24,26 +24,18 @@ def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32, device: s
 
     The weights of one in a store are read by ranges into a model that is built from its `config.json`.
 
-    Raises:
-        CheckpointError: transformers cannot load it, or a weight of it is absent or not finite.
+    Raises CheckpointError: transformers cannot load it, or a weight of it is absent or not finite.
     """
-    if not isinstance(ref.path, Path):
-        model = built_model(ref, dtype)
-        if put_weights(model, ref):  # the names of its files may not cover the parameters
-            check_finite(model, ref)
-            return model.eval().to(device)
-    with local_files(ref, weights=True) as directory:
-        model = _loaded_model(ref, directory, dtype)
+    model = None if isinstance(ref.path, Path) else built_model(ref, dtype)
+    if model is None or not put_weights(model, ref):  # the names of its files may not cover the parameters
+        with local_files(ref, weights=True) as directory:
+            model = _loaded_model(ref, directory, dtype)
     check_finite(model, ref)
     return model.eval().to(device)
 
 
 def built_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of the checkpoint's architecture, for weights that are put into it.
-
-    Raises:
-        CheckpointError: transformers does not know the architecture.
-    """
+    """A model of the checkpoint's architecture, for weights that are put into it, or a CheckpointError."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     with local_files(ref) as directory:
@@ -130,11 +122,7 @@ def config_key(ref: CheckpointRef) -> str:
 
 
 def end_of_text(ref: CheckpointRef, config: Any) -> Tensor:
-    """The tokens that end a text, int64: of `generation_config.json`, else of the model's configuration.
-
-    Raises:
-        CheckpointError: `generation_config.json` is damaged.
-    """
+    """The tokens that end a text, int64: of `generation_config.json` (CheckpointError: damaged), else of the config."""
     from transformers import GenerationConfig
 
     text = config.get_text_config()
@@ -144,7 +132,6 @@ def end_of_text(ref: CheckpointRef, config: Any) -> Tensor:
             try:
                 found = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
             except (OSError, ValueError) as error:
-                message = f"checkpoint {ref.id!r}: cannot read its generation_config.json: {error}"
-                raise CheckpointError(message) from error
+                raise ref.error(f"cannot read its generation_config.json: {error}") from error
     ends = torch.tensor([] if found is None else found, dtype=torch.int64).reshape(-1)
     return ends[ends < text.vocab_size]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simmerge_ray.base.errors import PlanError
@@ -18,8 +18,8 @@ from simmerge_ray.merging.graph import MergeGraph, reads
 from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_mergekit
 from simmerge_ray.merging.write.directory import write_graph
 from simmerge_ray.merging.write.layout import plan_layout
-from simmerge_ray.merging.write.output import MergeResult, Runner, WriteOptions, check_target
-from simmerge_ray.merging.write.tensors import Progress, default_threads
+from simmerge_ray.merging.write.output import MergeResult, WriteOptions, check_target
+from simmerge_ray.merging.write.tensors import default_threads
 from simmerge_ray.plans.plan import ResolvedPlan, read_plan
 
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -34,17 +34,9 @@ class MergeRequest:
     resolved: ResolvedPlan | None = None
     predicted: Mapping[str, Any] | None = None
 
-    def write(
-        self,
-        progress: Progress | None,
-        max_shard_bytes: int,
-        num_threads: int | None,
-        strict: bool,
-        runner: Runner | None = None,
-    ) -> MergeResult:
+    def write(self, options: WriteOptions) -> MergeResult:
         """Make it; see `write_graph`."""
-        options = WriteOptions(self.predicted, progress, max_shard_bytes, num_threads, strict, self.resolved, runner)
-        return write_graph(self.graph, self.out, options)
+        return write_graph(self.graph, self.out, replace(options, predicted=self.predicted, plan=self.resolved))
 
     def lines(self, max_shard_bytes: int, num_threads: int | None) -> list[str]:
         """The merge in words and numbers, from headers alone."""
@@ -55,12 +47,10 @@ class MergeRequest:
         read_bytes = sum(specs[read.checkpoint][read.tensor].num_bytes for read in inputs)
         whole = sum(not is_blockwise(output, specs) for output in graph.outputs)
         memory = threads * memory_per_thread(graph, specs)
-        lines = [graph.title]
-        lines += [
-            f"  {key}: {ref.path}" + (f" + {ref.adapter}" if ref.adapter else "")
-            for key, ref in graph.checkpoints.items()
-        ]
-        lines += [
+        checkpoints = graph.checkpoints.items()
+        return [
+            graph.title,
+            *(f"  {key}: {ref.path}" + (f" + {ref.adapter}" if ref.adapter else "") for key, ref in checkpoints),
             f"tensors  {len(graph.outputs)}, of which {whole} are held in memory as a whole",
             f"read     {read_bytes / 1e9:.3f} GB",
             f"write    {layout.num_bytes / 1e9:.3f} GB in {len(layout.shards)} file(s) -> {self.out}",
@@ -73,14 +63,12 @@ class MergeRequest:
             f"mergekit {'can make the same merge' if graph.mergekit else 'has no words for this plan'}",
             "no problem was found",
         ]
-        return lines
 
 
 def read_request(file: Place, out: Place) -> MergeRequest:
-    """Read a plan file and check everything that headers show.
+    """Read a plan file and check everything that headers show, before a weight is read.
 
-    Raises:
-        InputError: with every problem found; no weight has been read, nothing is written.
+    Raises InputError: with every problem found.
     """
     check_target(out)
     if file.suffix in _YAML_SUFFIXES:

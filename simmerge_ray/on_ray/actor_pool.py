@@ -133,11 +133,10 @@ class _Calls:
         """Give every free place a call, lost ones first; returns the places that are left."""
         idle = []
         for number in free:
-            taken = self.lost.pop() if self.lost else take(number)
-            if taken is None:
-                idle.append(number)
-            else:
+            if taken := self.lost.pop() if self.lost else take(number):
                 self.make(number, *taken)
+            else:
+                idle.append(number)
         return idle
 
     def make(self, actor: int, index: int, payload: Any) -> None:

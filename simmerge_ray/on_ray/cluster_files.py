@@ -18,11 +18,7 @@ from simmerge_ray.capacity.cluster_files.reading import LAUNCHER, SERVE, read_do
 
 
 def check_cluster_file(path: Path) -> list[str]:
-    """Problems of a file, each with the place and the rule; empty where it is fine.
-
-    Raises:
-        ConfigError: it cannot be read, or holds nothing that is known here.
-    """
+    """Problems of a file, each with place and rule; ConfigError if it cannot be read or holds nothing known here."""
     documents = read_documents(path)
     return [
         f"document {number}: {problem}" if len(documents) > 1 else problem
@@ -55,16 +51,12 @@ def _by_launcher(content: Mapping[str, Any]) -> list[str]:
         f"{'.'.join(map(str, error.absolute_path)) or 'file'}: {error.message.splitlines()[0]}"
         for error in jsonschema.Draft7Validator(schema).iter_errors(content)
     ]
-    logger = logging.getLogger("ray.autoscaler._private.util")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logging.getLogger("ray.autoscaler._private.util").setLevel(logging.ERROR)
     try:
         if not problems:
             validate_config(prepare_config(copy.deepcopy(dict(content))))
     except Exception as error:  # whatever Ray raises is what `ray up` would stop with
         problems.append(str(error).splitlines()[0])
-    finally:
-        logger.setLevel(level)
     return problems
 
 

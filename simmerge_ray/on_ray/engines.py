@@ -11,24 +11,15 @@ from simmerge_ray.search.setup import PreparedSearch
 
 
 def start_evaluator(search: PreparedSearch) -> Evaluator:
-    """The evaluator that the settings name; a vLLM engine passes its self-check before it makes a label.
-
-    Raises:
-        EngineError: the check failed.
-    """
+    """The evaluator that the settings name; EngineError if a vLLM engine fails its check before the first label."""
     config, settings = search.config, search.settings
     threads = min(MAX_THREADS, max(1, int(config.cpus_per_trial)))  # a rank's cores merge while its GPU waits
     if settings.evaluator == "transformers":
         from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 
         device = "cuda" if config.gpus_per_trial > 0 else "cpu"
-        return TransformersEvaluator(
-            search.template,
-            settings.dtype,
-            device=device,
-            max_model_len=settings.max_model_len,
-            merge_threads=threads,
-        )
+        sizes = {"max_model_len": settings.max_model_len, "merge_threads": threads}
+        return TransformersEvaluator(search.template, settings.dtype, device=device, **sizes)
     from simmerge_ray.on_ray.vllm_evaluator import VllmEvaluator
 
     engine = VllmEvaluator(

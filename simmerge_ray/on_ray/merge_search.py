@@ -23,7 +23,7 @@ from simmerge_ray.base.storage import Place
 from simmerge_ray.capacity.engines import max_seconds, num_engines, rank_needs
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.on_ray.engines import start_evaluator
-from simmerge_ray.on_ray.resources import check_room, offered_resources, ray_session
+from simmerge_ray.on_ray.resources import check_room, ray_session
 from simmerge_ray.on_ray.tune_adapters import NO_UTILITY, EarlyStopping, Proposals, SearchLimits, trial_result
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation import EvaluationTask
@@ -99,8 +99,7 @@ def run_search(
     """Measure what is missing from the label store. Starts Ray only if something is.
 
     Raises:
-        InputError: see `search.setup.prepare_search`.
-        EvaluatorStartError: no engine could be started. EngineError: the cluster could not set up an actor.
+        InputError: see `prepare_search`. EvaluatorStartError: no engine started. EngineError: the cluster lost actors.
     """
     store = LabelStore(labels_uri)
     search = prepare_search(catalogue, tasks, config, store.uri)
@@ -110,11 +109,8 @@ def run_search(
         with ray_session():
             status = _run_trials(search, proposer, report)
     labels = store.read()
-    infeasible = {
-        f"{label.plan.label} on {label.task}": label.outcome.reason
-        for label in labels
-        if isinstance(label.outcome, Infeasible)
-    }
+    failed = [(label, label.outcome) for label in labels if isinstance(label.outcome, Infeasible)]
+    infeasible = {f"{label.plan.label} on {label.task}": outcome.reason for label, outcome in failed}
     return SearchResult(store, search, len(labels), status.done, infeasible, status)
 
 
@@ -132,7 +128,7 @@ def _run_trials(
     search: PreparedSearch, proposer: Proposer, report: Callable[[SearchStatus], None] | None
 ) -> SearchStatus:
     config = search.config
-    resources = trial_resources(search, offered_resources())
+    resources = trial_resources(search, ray.cluster_resources())
     check_room(resources.bundles[-1], "an engine")
     concurrency = min(num_engines(search, ray.cluster_resources()), proposer.total)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -142,14 +138,8 @@ def _run_trials(
     proposals = Proposals(search, proposer, limits, report)
     scheduler = None
     if config.num_shards > 1:
-        scheduler = EarlyStopping(
-            time_attr="training_iteration",
-            metric="utility",
-            mode="max",
-            max_t=config.num_shards,
-            grace_period=1,
-            reduction_factor=config.reduction_factor,
-        )
+        shards = {"max_t": config.num_shards, "grace_period": 1, "reduction_factor": config.reduction_factor}
+        scheduler = EarlyStopping(time_attr="training_iteration", metric="utility", mode="max", **shards)
     with tempfile.TemporaryDirectory(prefix="simmerge-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(MergeTrial, search=search), resources),

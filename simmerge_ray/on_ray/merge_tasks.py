@@ -21,11 +21,10 @@ from simmerge_ray.merging.engine.compute import TensorReport
 from simmerge_ray.merging.engine.forms import memory_per_thread
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.layout import Placement, Shard
-from simmerge_ray.merging.write.output import Runner
 from simmerge_ray.merging.write.tensors import JOURNAL, Progress, read_journals, write_tensors
 from simmerge_ray.merging.write.to_store import make_file
 from simmerge_ray.on_ray.resources import check_room, ray_session
-from simmerge_ray.on_ray.tasks import run_tasks
+from simmerge_ray.on_ray.tasks import Arguments, OnWait, run_tasks
 
 _LIBRARY_BYTES = 500_000_000  # Python, numpy, torch and numba in a task's process
 SHARES_PER_WORKER = 4  # a worker that is slow, or lost with its node, holds up a share of that much work, not its part
@@ -49,19 +48,13 @@ def make_share(graph: MergeGraph, partial: Path, share: Sequence[Placement], jou
         write_tensors(graph, partial, missing, journal, num_threads=num_threads)
 
 
-def ray_runner(num_workers: int, num_threads: int = 1) -> Runner:
-    """A runner for `write_graph` with `num_workers` tasks of `num_threads` CPUs each at a time, spread over the nodes.
-
-    Raises (when run):
-        as `write_graph`, with the type and message of the task's error.
-    """
-    return _RayRunner(num_workers, num_threads)
-
-
 @dataclass(frozen=True)
-class _RayRunner:
+class RayRunner:
+    """Runs `write_graph` by `num_workers` tasks of `num_threads` CPUs each at a time, spread over the nodes; errors of
+    tasks are raised with their type and message."""
+
     num_workers: int
-    num_threads: int
+    num_threads: int = 1
 
     def __call__(
         self, graph: MergeGraph, partial: Path, placements: Sequence[Placement], progress: Progress | None, total: int
@@ -81,8 +74,8 @@ class _RayRunner:
         self, graph: MergeGraph, shards: Sequence[Shard], out: RemotePath, progress: Progress | None, total: int
     ) -> dict[str, TensorReport]:
         """A task a file, the largest first; nothing of them passes through the driver."""
-        done = total - sum(p.output.num_bytes for shard in shards for p in shard.placements)
         sizes = {p.output.name: p.output.num_bytes for shard in shards for p in shard.placements}
+        done = total - sum(sizes.values())
         ordered = sorted(shards, key=lambda shard: -shard.num_bytes)
         reports: dict[str, TensorReport] = {}
         for made in self._results(make_file, graph, [(shard, out, self.num_threads) for shard in ordered]):
@@ -92,26 +85,16 @@ class _RayRunner:
         return reports
 
     def _results(
-        self,
-        function: Callable[..., Any],
-        graph: MergeGraph,
-        calls: Sequence[tuple[Any, ...]],
-        on_wait: Callable[[], None] | None = None,
+        self, function: Callable[..., Any], graph: MergeGraph, calls: Sequence[Arguments], on_wait: OnWait = None
     ) -> Iterator[Any]:
         """Results of the calls as they end; lost tasks are run again."""
         with ray_session():
             specs = {key: read_headers(ref) for key, ref in graph.checkpoints.items()}
             memory = self.num_threads * memory_per_thread(graph, specs) + _LIBRARY_BYTES
             check_room({"CPU": self.num_threads, "memory": memory}, "a task of the merge")
+            options: dict[str, Any] = {"num_cpus": self.num_threads, "memory": memory, "scheduling_strategy": "SPREAD"}
             tasks = run_tasks(
-                function,
-                deque(calls),
-                shared=(graph,),
-                max_running=self.num_workers,
-                on_wait=on_wait,
-                num_cpus=self.num_threads,
-                memory=memory,
-                scheduling_strategy="SPREAD",
+                function, deque(calls), shared=(graph,), max_running=self.num_workers, on_wait=on_wait, **options
             )
             with closing(tasks):  # before the session ends
                 yield from (result for _, result in tasks)

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import digest_json
@@ -43,17 +44,11 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     _own_cluster = "RAY_ADDRESS" not in os.environ
-    if not _own_cluster:
-        ray.init(log_to_driver=False, logging_level="warning", runtime_env={"env_vars": store_variables()})
-    else:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-            object_store_memory=_OBJECT_STORE_BYTES,
-        )
+    options: dict[str, Any] = {"runtime_env": {"env_vars": store_variables()}}
+    if _own_cluster:
+        options = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
+        options |= {"object_store_memory": _OBJECT_STORE_BYTES}
+    ray.init(log_to_driver=False, logging_level="warning", **options)
     try:
         yield
     finally:
@@ -77,19 +72,8 @@ def on_running_cluster() -> bool:
     return bool(ray.is_initialized()) and not _own_cluster
 
 
-def offered_resources() -> Collection[str]:
-    """Names of the resources that the nodes of the current cluster offer now."""
-    import ray
-
-    return frozenset(ray.cluster_resources())
-
-
 def check_room(needs: Needs, what: str) -> None:
-    """Check, before waiting, that a node has room for one actor.
-
-    Raises:
-        ConfigError: none has, on a cluster of this process. Another cluster may grow: a warning.
-    """
+    """ConfigError if no node of a cluster of this process has room for one actor; others may grow: a warning."""
     import ray
 
     missing = missing_on(needs, [node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -109,12 +93,9 @@ class _Holder:
 
 @contextmanager
 def only_job(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the only right to an output for the time of a block; other jobs of the cluster wait for it.
+    """Hold the only right to the output `what` for the time of a block; another job that has it is waited for.
 
     Ray frees it when the job ends, however that happens. A cluster of this process has no other jobs.
-
-    Args:
-        what: URI or path of the output. say: told once if another job holds it.
     """
     import ray
 

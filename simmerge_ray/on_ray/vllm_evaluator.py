@@ -100,12 +100,10 @@ class VllmEvaluator:
                 "its first weights on every node itself; use executor: mp, or a filesystem that all nodes see"
             )
         options: dict[str, Any] = {
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "max_num_batched_tokens": max(8192, max_model_len),
             "tensor_parallel_size": tensor_parallel_size,
             "distributed_executor_backend": executor,
         }
+        options |= {"dtype": dtype, "max_model_len": max_model_len, "max_num_batched_tokens": max(8192, max_model_len)}
         with _environment(_THREADS, _thread_binding(tensor_parallel_size)):
             require("vllm", "gpu" if _has_gpu() else "cpu")
             from vllm.platforms import current_platform
@@ -163,9 +161,8 @@ class VllmEvaluator:
         except Exception as error:  # vLLM raises what it likes; whatever it is, the engine cannot be trusted
             self._broken = f"swapping in {label!r} failed: {error}"
             raise EngineError(self._broken) from error
-        for report in reports:
-            if report.not_finite:
-                raise CheckpointError(report.not_finite)
+        if not_finite := [report.not_finite for report in reports if report.not_finite]:
+            raise CheckpointError(not_finite[0])
         for rank, report in enumerate(reports):
             if report.differences:
                 found = "; ".join(report.differences[:3]) + ("; ..." if len(report.differences) > 3 else "")
@@ -197,11 +194,10 @@ class VllmEvaluator:
     def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int, num_top: int = 1) -> list[Greedy]:
         """Greedy token ids after every prompt, and at each place the log-probabilities of the `num_top` likeliest."""
         outputs = self._run(prompts, max_tokens=num_tokens, logprobs=num_top, detokenize=False)
-        found = []
-        for output in (output.outputs[0] for output in outputs):
-            places = [{token: float(entry.logprob) for token, entry in place.items()} for place in output.logprobs]
-            found.append((list(output.token_ids), places))
-        return found
+        return [
+            (list(one.token_ids), [{token: float(of.logprob) for token, of in place.items()} for place in one.logprobs])
+            for one in (output.outputs[0] for output in outputs)
+        ]
 
     def check_swap(self, resolved: ResolvedPlan, prompts: Sequence[Sequence[int]]) -> None:
         """Swap `resolved` in and compare several greedy tokens of every prompt with transformers on the same weights.
@@ -266,11 +262,7 @@ class VllmEvaluator:
 
 def _thread_binding(num_ranks: int) -> str:
     """Value of VLLM_CPU_OMP_THREADS_BIND: this process's cores dealt out to the ranks; one rank is left unbound, since
-    several engines on one machine must not all bind to core 0.
-
-    Raises:
-        ConfigError: fewer cores than ranks.
-    """
+    several engines on one machine must not all bind to core 0."""
     if num_ranks == 1:
         return "nobind"
     cores = sorted(os.sched_getaffinity(0))
@@ -310,11 +302,8 @@ def _end(processes: Sequence[Any]) -> None:
 
 
 def _make_llvmlite_plain() -> None:
-    """Let an engine start in a process where the merge engine has loaded numba.
-
-    vLLM 0.32 looks at the `__dict__` of every attribute of every module. llvmlite's library handle has none but answers
-    any name with a function of the library, and the engine would fail on that function.
-    """
+    """Let an engine start beside numba: vLLM 0.32 looks at the `__dict__` of every attribute of every module, and
+    llvmlite's library handle would answer that name with a function of the library."""
     ffi = sys.modules.get("llvmlite.binding.ffi")
     if ffi is not None:
         ffi.lib._fntab.setdefault("__dict__", {})

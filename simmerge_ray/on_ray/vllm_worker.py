@@ -37,11 +37,9 @@ _NUM_COLUMNS = 8
 
 
 def _without_amx() -> None:
-    """Make vLLM obey a limit that was set for oneDNN.
-
-    Some virtual machines announce AMX and fault when it is used, which bfloat16 does in torch, oneDNN and vLLM.
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 is the way out for the first two; vLLM's kernels ask torch what the CPU has.
-    """
+    """Make vLLM obey a limit that was set for oneDNN. Some virtual machines announce AMX and fault when bfloat16 uses
+    it in torch, oneDNN and vLLM; ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 is the way out for the first two, but vLLM's
+    kernels ask torch what the CPU has."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     if "AMX" not in limit and limit not in ("ALL", "DEFAULT"):
         torch.cpu._is_amx_tile_supported = lambda: False
@@ -52,12 +50,9 @@ _without_amx()  # this module is imported by every rank before it builds its mod
 
 @dataclass(frozen=True)
 class SwapReport:
-    """How a swap ended on one rank.
+    """How a swap ended on one rank; returned, since an executor with several processes makes exceptions text.
 
-    Returned rather than raised: an executor with several processes turns every exception into text.
-
-    not_finite: why the merge must not be measured; nothing was compared then. differences: what the model does not
-        hold.
+    not_finite: why the merge must not be measured; nothing was compared then. differences: not held by the model.
     """
 
     not_finite: str | None = None
@@ -71,10 +66,7 @@ class MergeExtension:
         """Learn what the check can compare, from an engine that vLLM itself has just loaded from `template`.
 
         What does not compare equal now has a layout that the check does not know (a model's own loader may transpose
-        or permute), and is left out from then on.
-
-        Returns:
-            What is left out, as `module.parameter (class)`.
+        or permute), and is left out from then on. Returned is that, as `module.parameter (class)`.
         """
         # It warns at every swap of layers without weights and of a tied lm_head; what is missing is found here.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
@@ -115,11 +107,8 @@ class MergeExtension:
 
 
 def repack_head(model: Any) -> None:
-    """Pack the output layer again (CPU).
-
-    On CPU every matrix is packed into a closure at load time. A tied lm_head owns no tensor, so a reload leaves its old
-    pack in place, and the engine silently answers with the old output layer.
-    """
+    """Pack the output layer again (CPU): a tied lm_head owns no tensor, so that a reload leaves its old pack in place,
+    and the engine silently answers with the old output layer."""
     head = getattr(model, "lm_head", None)
     if head is not None and hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
@@ -190,10 +179,7 @@ def differences(
     model: Any, sample: StreamSample, skip: Collection[str], by_product: bool = False
 ) -> Iterator[tuple[str, str]]:
     """(`module.parameter`, what is wrong) of every parameter that is not this rank's share of what was streamed.
-
-    Args:
-        by_product: ask every packed matrix by its product; else the output layer only.
-    """
+    by_product: ask every packed matrix by its product; else the output layer only."""
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     owners: dict[int, str] = {}  # a tied parameter has the name of the one that owns it
     for path, module in model.named_modules():

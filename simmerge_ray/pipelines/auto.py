@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,7 @@ from simmerge_ray.search.evaluation import EvaluationTask
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Outcome
 from simmerge_ray.search.objectives import Objective
 from simmerge_ray.search.setup import PreparedSearch, prepare_search
-from simmerge_ray.search.winner import (
-    Candidate,
-    ObjectiveEstimate,
-    Verdict,
-    check_items,
-    choose_winner,
-    objective_estimate,
-)
+from simmerge_ray.search.winner import Candidate, Verdict, check_items, choose_winner, objective_estimate
 from simmerge_ray.selector.planning.files import write_plans
 from simmerge_ray.selector.planning.scorer import RankedPlan, Ranking
 
@@ -43,11 +36,7 @@ LABELS, PLANS, MERGED, ANSWER, PLAN, MANIFEST = "labels", "plans", "merged", "au
 
 @dataclass(frozen=True)
 class AutoRun:
-    """What is measured, and where the answer goes.
-
-    tasks: those that count; everything is measured on all of them. config: `pairs` is `all`. write: a merge that is the
-    answer.
-    """
+    """What is measured, all of it on all `tasks`, and where the answer goes; a merge is made if `write`."""
 
     catalogue: Catalogue
     tasks: Mapping[str, EvaluationTask]
@@ -85,11 +74,7 @@ def on_same_tasks(catalogue: Catalogue) -> Catalogue:
 
 
 def check_auto(run: AutoRun) -> PreparedSearch:
-    """Whatever can be checked before the ranking.
-
-    Raises:
-        InputError: what cannot be used.
-    """
+    """Whatever can be checked before the ranking; InputError says what cannot be used."""
     if run.out.exists() and not run.out.is_dir():
         raise OutputError(f"--out {run.out} is a file; labels, plans and the merge go into a directory")
     if run.write:
@@ -112,9 +97,8 @@ def cost_lines(search: PreparedSearch, ranking: Ranking) -> list[str]:
 def single_plans(ranking: Ranking, catalogue: Catalogue) -> list[MergePlan]:
     """The members of the ranked plans, and the base."""
     names = [member for one in ranking.plans for member in one.plan.members]
-    return [
-        MergePlan(source=name) for name in dict.fromkeys([*names, *([catalogue.base.id] if catalogue.base else [])])
-    ]
+    names += [catalogue.base.id] if catalogue.base else []
+    return [MergePlan(source=name) for name in dict.fromkeys(names)]
 
 
 def plans_to_measure(ranking: Ranking, catalogue: Catalogue) -> list[MergePlan]:
@@ -123,11 +107,7 @@ def plans_to_measure(ranking: Ranking, catalogue: Catalogue) -> list[MergePlan]:
 
 
 def measure_stage(run: AutoRun, ranking: Ranking, narrator: Narrator) -> Answer:
-    """Measure what is missing, and decide.
-
-    Raises:
-        LabelError: nothing could be measured. EngineError: the evaluator did not start.
-    """
+    """Measure what is missing, and decide. LabelError: nothing could be measured; EngineError: no evaluator started."""
     write_plans(run.out / PLANS, ranking, run.catalogue)
     with narrator.stage("measure") as stage:
         from simmerge_ray.on_ray.merge_search import run_search
@@ -161,14 +141,8 @@ def _lines(study: PreparedSearch, plans: Sequence[MergePlan], predicted: Mapping
 
 
 def write_stage(run: AutoRun, answer: Answer, manifest: Manifest, started: float, narrator: Narrator) -> None:
-    """Write the answer, and (a merge, `write`) the merged checkpoint.
-
-    Args:
-        manifest: of all that the answer depends on. started: `time.monotonic()` of the whole run.
-
-    Raises:
-        OutputError: see `write_merge`.
-    """
+    """Write the answer, and (a merge, `write`) the merged checkpoint; errors as `write_merge`. manifest: of all that
+    the answer depends on. started: `time.monotonic()` of the whole run."""
     merged = _write_winner(run, answer, manifest, narrator)
     write_json(run.out / ANSWER, answer_json(run, answer, merged))
     manifest.write(run.out / MANIFEST, time.monotonic() - started, {"answer": answer.verdict.winner.plan.label})
@@ -211,12 +185,12 @@ def answer_json(run: AutoRun, answer: Answer, merged: Path | None) -> dict[str, 
         "objective": run.objective.name,
         "num_items": {name: task.num_items for name, task in run.tasks.items()},
         "halves": "chosen on the even items (0, 2, ...), reported from the odd ones",
-        "utility": _json(verdict.utility),
+        "utility": asdict(verdict.utility),
         "best_single": verdict.best_single.plan.label if verdict.best_single else None,
         "best_merge": verdict.best_merge.plan.label if verdict.best_merge else None,
         "merge_minus_single": {
-            "reporting": _json(verdict.advantage) if verdict.advantage else None,
-            "choosing": _json(verdict.chosen_by) if verdict.chosen_by else None,
+            "reporting": asdict(verdict.advantage) if verdict.advantage else None,
+            "choosing": asdict(verdict.chosen_by) if verdict.chosen_by else None,
             "within_two_standard_errors": None if verdict.advantage is None else not verdict.advantage.is_clear,
         },
         "candidates": [_line_json(line, run.objective) for line in answer.lines],
@@ -231,10 +205,8 @@ def _line_json(line: Line, objective: Objective) -> dict[str, Any]:
     if line.measured is None:
         return content | {"infeasible": line.reason}
     for name, items in (("choosing", line.measured.choosing), ("reporting", line.measured.reporting)):
-        by_task = {task: _json(objective_estimate({task: values}, Objective("mean"))) for task, values in items.items()}
-        content[name] = _json(objective_estimate(items, objective)) | {"by_task": by_task}
+        by_task = {
+            task: asdict(objective_estimate({task: values}, Objective("mean"))) for task, values in items.items()
+        }
+        content[name] = asdict(objective_estimate(items, objective)) | {"by_task": by_task}
     return content
-
-
-def _json(one: ObjectiveEstimate) -> dict[str, float]:
-    return {"value": one.value, "se": one.se}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError, InputError, TaskError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, write_json
-from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import resolve_plan, write_plan
@@ -32,11 +32,8 @@ _NUM_SHOWN = 10
 
 
 def load_search_tasks(tasks_dir: Place | None, config: SearchConfig) -> dict[str, EvaluationTask]:
-    """The task files of a directory and the config's tasks of lm-evaluation-harness, items sampled as it says.
-
-    Raises:
-        TaskError: with every problem of all of them; or there is no task at all.
-    """
+    """The task files of a directory and the config's tasks of lm-evaluation-harness, items sampled as it says;
+    TaskError with every problem of all of them, or if there is no task at all."""
     tasks: dict[str, EvaluationTask] = {}
     problems = []
     if tasks_dir is not None:
@@ -71,18 +68,13 @@ def search_stage(
     catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig, narrator: Narrator
 ) -> None:
     """Labels that are missing, into the store `labels`, and into its directory `_search` the manifest `search.json`
-    and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file.
-
-    Raises:
-        InputError: whatever cannot be used, before Ray is started. EngineError: the evaluator did not start.
-    """
+    and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file. InputError:
+    whatever cannot be used, before Ray is started. EngineError: the evaluator did not start."""
     catalogue = load_catalogue(catalogue_path)
     tasks = load_search_tasks(tasks_dir, config)
     with narrator.stage("search") as stage:
         digest_on_nodes(catalogue)
-        inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
-        inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
-        manifest = Manifest("search", config.content(), inputs)
+        manifest = Manifest("search", config.content(), input_digests(catalogue, tasks))
         results_dir = labels / _RESULTS
         if manifest.is_current(results_dir / "search.json"):
             stage.result = UNCHANGED
@@ -98,16 +90,20 @@ def search_stage(
         if config.budget is None:
             write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], results_dir / "headroom.json")
         _write_best(result.search, results_dir, narrator)
-        left = ""
-        if result.num_left:
-            left = f", {result.num_left} not run (limit reached; run the same command again to go on)"
-        else:
-            counts = {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
+        left = f", {result.num_left} not run (limit reached; run the same command again to go on)"
+        if not result.num_left:
+            left, counts = "", {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
             manifest.write(results_dir / "search.json", time.monotonic() - started, counts)
         stage.result = (
             f"{result.num_trials_run} trials run{left}, {result.num_labels} labels "
             f"({len(result.infeasible)} infeasible) by {config.evaluator} -> {labels}"
         )
+
+
+def input_digests(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask]) -> dict[str, str]:
+    """Digests of all checkpoints and tasks, by what a manifest calls them."""
+    inputs = {f"checkpoint {name}": digest for name, digest in catalogue.digests().items()}
+    return inputs | {f"task {name}": task.digest for name, task in tasks.items()}
 
 
 @contextmanager
@@ -120,7 +116,6 @@ def search_bar(narrator: Narrator) -> Iterator[Callable[[SearchStatus], None]]:
 def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
     """Headroom report of a label store as JSON; where GapClosed is nowhere defined, the reason instead."""
     contexts = pair_contexts(LabelStore(labels).read(), arms)
-    content: dict[str, Any]
     try:
         content = headroom(contexts).to_json()
     except InputError as error:
@@ -140,14 +135,11 @@ def _write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> None:
                 narrator.say(f"           make it with: simmerge merge {out / name} OUT")
     if merges and not narrator.console.is_terminal:
         for one in (merges[0], *singles[:1]):
-            narrator.say(f"           best {'merge' if one.plan.steps else 'checkpoint'}: {_text(one)}")
+            kind = "merge" if one.plan.steps else "checkpoint"
+            values = ", ".join(f"{value:.3f}" for value in one.values)
+            narrator.say(f"           best {kind}: {values} {one.plan.label} ({_by_task(one)})")
     elif merges:
         narrator.console.print(_table(study, merges, singles))
-
-
-def _text(one: PlanResult) -> str:
-    values = ", ".join(f"{value:.3f}" for value in one.values)
-    return f"{values} {one.plan.label} ({_by_task(one)})"
 
 
 def _by_task(one: PlanResult) -> str:
@@ -156,8 +148,8 @@ def _by_task(one: PlanResult) -> str:
 
 def _row(one: PlanResult) -> dict[str, Any]:
     utilities = {task: {"utility": utility, "se": se} for task, (utility, se) in one.utilities.items()}
-    row = {"label": one.plan.label, "plan": one.plan.to_json(), "objectives": list(one.values), "utilities": utilities}
-    return row | {"best": one.best}
+    plan = {"label": one.plan.label, "plan": one.plan.to_json()}
+    return plan | {"objectives": list(one.values), "utilities": utilities, "best": one.best}
 
 
 def _table(study: PreparedSearch, merges: Sequence[PlanResult], singles: Sequence[PlanResult]) -> Table:
@@ -174,11 +166,8 @@ def _table(study: PreparedSearch, merges: Sequence[PlanResult], singles: Sequenc
 
 
 def plan_search(catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig) -> SearchEstimate:
-    """Check everything that `search_stage` checks before Ray starts; what it would take. Reads every checkpoint once.
-
-    Raises:
-        ConfigError: with all problems that were found.
-    """
+    """Check everything that `search_stage` checks before Ray starts (ConfigError with all problems); what it would
+    take. Reads every checkpoint once."""
     problems: list[str] = []
     catalogue = tasks = None
     try:

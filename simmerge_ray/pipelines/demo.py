@@ -38,11 +38,7 @@ def run_demo(
     train: TrainConfig | None = None,
     evaluator: str = "vllm",
 ) -> None:
-    """All stages in `layout.root`; what is current is not computed again.
-
-    Raises:
-        SimmergeError: a stage failed; the next call goes on from there.
-    """
+    """All stages in `layout.root`; what is current is not computed again, so after an error the next call goes on."""
     arms = tuple(make_arm(operator, params).label for operator, params in ARMS)
     search = SearchConfig(arms=arms, exclude=(held_out,), evaluator=evaluator)
     # One cluster for all stages of a first run; none for a run that finds everything in place.
@@ -54,7 +50,10 @@ def run_demo(
             layout.signals, layout.labels, layout.selector, train or TrainConfig(), narrator, arms, layout.crossval
         )
         pick_stage(layout, narrator, held_out, search)
-    report_stage(layout, narrator)
+    with narrator.stage("report") as stage:
+        from simmerge_ray.reports.run import write_report
+
+        stage.result = f"-> {write_report(layout)}"
 
 
 def zoo_stage(
@@ -82,10 +81,8 @@ def zoo_stage(
 
 
 def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str], search: SearchConfig) -> None:
-    """Choose an arm for a pair that has no label, write the merge, and only then measure it and the other arms.
-
-    The pick is the selector's safe choice, what `simmerge plan --left --right` says, not the best prediction.
-    """
+    """Choose an arm (the selector's safe choice, as `simmerge plan --left --right` says) for a pair that has no label,
+    write the merge, and only then measure it and the other arms."""
     from simmerge_ray.selector.planning.recommender import Recommender
 
     with narrator.stage("pick") as stage:
@@ -113,7 +110,7 @@ def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str
             "arm": arm,
             "reason": answer.choice.reason,
             "overrode": answer.choice.overrode,
-            "best_fixed": recommender.best_fixed,
+            "best_fixed": recommender.selector.best_fixed,
             "predicted": {r.arm: {"utility": r.utility, "sd": r.sd} for r in answer.ranked},
             "measured": measured,
             "loaded": loaded,
@@ -137,18 +134,11 @@ def measure_pick(
     tasks: dict[str, Task],
     narrator: Narrator,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Utilities of the pair by every arm and of its parents, and of the written checkpoint as each library loads it.
-
-    Args:
-        picked: arm of the written checkpoint.
-
-    Raises:
-        EngineError: the written checkpoint does not answer like the merge that was measured in memory.
-    """
+    """Utilities of the pair by every arm and of its parents, and of the written checkpoint (by the arm `picked`) as
+    each library loads it; EngineError if it does not answer like the merge that was measured in memory."""
     from simmerge_ray.on_ray.merge_search import run_search
 
-    catalogue = load_catalogue(layout.catalogue)
-    every_task = load_tasks(layout.tasks)
+    catalogue, every_task = load_catalogue(layout.catalogue), load_tasks(layout.tasks)
     config = search.model_copy(update={"exclude": (), "concurrency": 1})
     store = (layout.pick / "labels").resolve()
     check = load_and_evaluate, str(merged.resolve()), tasks, search.evaluator
@@ -164,20 +154,15 @@ def measure_pick(
             name, rows = (source, parents) if source else (label.plan.steps[0].arm.label, arms)
             rows.setdefault(name, {})[label.task] = label.outcome.utility
     for task, values in loaded.items():
-        if abs(values[search.evaluator] - arms[picked][task]) > 2.0 / len(tasks[task].items):
-            raise EngineError(
-                f"{merged} scores {values[search.evaluator]:.4f} on {task!r} from disk, but {arms[picked][task]:.4f} "
-                "when it was merged in memory"
-            )
+        from_disk, in_memory = values[search.evaluator], arms[picked][task]
+        if abs(from_disk - in_memory) > 2.0 / len(tasks[task].items):
+            scores = f"{merged} scores {from_disk:.4f} on {task!r} from disk"
+            raise EngineError(f"{scores}, but {in_memory:.4f} when it was merged in memory")
     return {"arms": arms, "parents": parents}, loaded
 
 
 def load_and_evaluate(path: str, tasks: dict[str, Task], evaluator: str) -> dict[str, dict[str, float]]:
-    """Load a checkpoint directory with transformers and (if that is the evaluator) with a new vLLM engine.
-
-    Returns:
-        utility by task and library.
-    """
+    """Utility by task and library: transformers, and (if that is the evaluator) a new vLLM engine."""
     from simmerge_ray.checkpoints.references import CheckpointRef
     from simmerge_ray.search.evaluation import Evaluator
     from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
@@ -192,14 +177,6 @@ def load_and_evaluate(path: str, tasks: dict[str, Task], evaluator: str) -> dict
         name: {engine.name: float(task.evaluate(engine).mean()) for engine in evaluators}
         for name, task in tasks.items()
     }
-
-
-def report_stage(layout: RunLayout[Path], narrator: Narrator) -> None:
-    """Write `report.md` and its figures from what the run directory holds."""
-    with narrator.stage("report") as stage:
-        from simmerge_ray.reports.run import write_report
-
-        stage.result = f"-> {write_report(layout)}"
 
 
 def closing_lines(layout: RunLayout[Path]) -> list[str]:

@@ -22,14 +22,8 @@ _PACKAGES = "working_dir_files"  # where Ray unpacks working directories, below 
 
 
 def output_place(place: Place, option: str = "--out") -> Place:
-    """An output's URI as it is, or its absolute path.
-
-    Args:
-        option: what the user calls it.
-
-    Raises:
-        OutputError: it would lie in the working directory of a submitted job, which is a copy that Ray deletes.
-    """
+    """An output's URI as it is, or its absolute path; `option` is what the user calls it. OutputError if it would lie
+    in the working directory of a submitted job, which is a copy that Ray deletes."""
     from simmerge_ray.on_ray.resources import is_submitted
 
     if isinstance(place, RemotePath):
@@ -43,11 +37,8 @@ def output_place(place: Place, option: str = "--out") -> Place:
 
 
 def run_job(name: str, work: Callable[[], Mapping[str, Any]]) -> int:
-    """Run a job and print its last line; returns the exit code.
-
-    Args:
-        work: returns what to report beside `job`, `status` and `exit_code`; it may set these two itself.
-    """
+    """Run a job and print its last line; returns the exit code. work: returns what to report beside `job`, `status` and
+    `exit_code`; it may set these two itself."""
     stop_on_sigterm()  # of `ray job stop`
     report: dict[str, Any] = {"job": name, "status": "done", "exit_code": 0}
     try:

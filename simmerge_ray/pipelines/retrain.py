@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from simmerge_ray.base.config import RetrainConfig
 from simmerge_ray.base.errors import ConfigError
@@ -69,10 +69,7 @@ def run_roll_back(config: RetrainConfig, version: str) -> Result:
 def _opened(database: str, namespace: str) -> Iterator[EventLog]:
     engine = open_database(database, patient=True)
     try:
-        log = EventLog(engine, namespace)
-        try:
+        with closing(EventLog(engine, namespace)) as log:
             yield log
-        finally:
-            log.close()
     finally:
         engine.dispose()

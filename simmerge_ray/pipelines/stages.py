@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, general_probe_set, load_probe_sets
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.on_ray.resources import only_job
-from simmerge_ray.pipelines.dataset import UNCHANGED, plan_search, search_stage
+from simmerge_ray.pipelines.dataset import UNCHANGED, input_digests, plan_search, search_stage
 from simmerge_ray.pipelines.jobs import output_place
 from simmerge_ray.search.estimate import SearchEstimate
 from simmerge_ray.search.labels import LabelStore
@@ -45,22 +44,16 @@ def signals_stage(
     narrator: Narrator,
     signatures: str | None = None,
 ) -> SignalTable:
-    """Signals of all pairs of a catalogue into the Parquet file `out`.
-
-    Args:
-        probes: directory of probe files; None takes the general probe set of the package.
-        signatures: where signatures are kept; None puts them into `signatures` beside `out`.
-
-    Raises:
-        InputError: whatever cannot be used, before Ray is started where headers and files show it.
-    """
+    """Signals of all pairs of a catalogue into the Parquet file `out`; InputError says whatever cannot be used, before
+    Ray is started where headers and files show it. probes: directory of probe files; None takes the general probe set
+    of the package. signatures: where they are kept; None puts them into `signatures` beside `out`."""
     catalogue = load_catalogue(catalogue_path)
     probe_sets = _probe_sets(probes)
     with narrator.stage("signals") as stage:
         # The table has the same bits for any number of workers, in memory or layer by layer.
         kept = config.model_dump(exclude={"num_workers", "memory_per_worker"})
         digest_on_nodes(catalogue)
-        inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
+        inputs = input_digests(catalogue, {})
         inputs |= {f"own task {key}": value or "" for key, value in catalogue.own_task.items()}
         inputs |= {f"probes {key}": value.digest for key, value in probe_sets.items()}
         manifest = Manifest("signals", kept, inputs, FEATURE_SCHEMA)
@@ -72,7 +65,7 @@ def signals_stage(
         started = time.monotonic()
         store = SignatureStore(signatures or str(out.parent / "signatures"))
         num_batches = [-(-len(one.probes) // config.batch_size) for one in probe_sets.values()]
-        for line in bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker).lines():
+        for line in bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker):
             narrator.say(f"[dim]{line}[/dim]")
         with narrator.bar("units of work") as report:
             table = compute_signals_on_ray(catalogue, probe_sets, config, report, store)
@@ -142,15 +135,14 @@ def train_stage(
 
         started = time.monotonic()
         dataset = build_dataset(table, read, arms)
-        trained = _train(dataset, read, table, config)
+        trained = _train(dataset, table, config)
         shown = ""
         if crossval is not None:
             with narrator.bar("checkpoints left out") as report:
-                content = crossval_report(dataset, config, report)
-            write_json(crossval, content)
+                write_json(crossval, content := crossval_report(dataset, config, report))
             shown = f", unseen checkpoints: {_shown_gain(content)}"
         with filled_in_place(out) as directory:
-            trained.write(directory, config)
+            _write_trained(directory, trained, dataset, read, config)
             manifest.write(directory / _MANIFEST, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
         stage.result = f"{len(dataset.contexts)} contexts, {len(dataset.arms)} arms{shown} -> {out}"
 
@@ -158,16 +150,9 @@ def train_stage(
 def train_dataset_stage(
     path: Place, out: Place, config: TrainConfig, narrator: Narrator, arms: Sequence[str] | None = None
 ) -> None:
-    """Selector artifact `out` from a data set of one base or several (`selector.files`), with its report.
-
-    Beside what `train_stage` writes: `assessment.json`, and from it `report.md` and `figures/`.
-
-    Args:
-        arms: reference arms; None takes those that were measured on all pairs.
-
-    Raises:
-        InputError: no data set, signals and labels that do not fit each other, or too few labels.
-    """
+    """Selector artifact `out` from a data set of one base or several (`selector.data.files`), with its report: beside
+    what `train_stage` writes `assessment.json`, and from it `report.md` and `figures/`; errors as there. arms: of
+    reference; None takes those that were measured on all pairs."""
     from simmerge_ray.selector.data.files import find_dataset, read_dataset
 
     files, root, chosen = find_dataset(path), path if path.is_dir() else path.parent, sorted(set(arms or ()))
@@ -186,13 +171,13 @@ def train_dataset_stage(
         started = time.monotonic()
         loaded = read_dataset(files, chosen or None)
         dataset, table = loaded.dataset, loaded.tables[0]
-        trained = _train(dataset, loaded.labels, table, config)
+        trained = _train(dataset, table, config)
         columns = {propagator.name: propagator.columns for propagator in (Bound(table), SecondOrder(table))}
         with narrator.bar("splits and ablations") as report:
             content = assess(dataset, config, loaded.base_of, report, columns)
         content["unused"] = list(loaded.unused)
         with filled_in_place(out) as directory:
-            trained.write(directory, config)
+            _write_trained(directory, trained, dataset, loaded.labels, config)
             write_json(directory / "assessment.json", content)
             report_path = out / write_selector_report(content, directory).name
             manifest.write(directory / _MANIFEST, time.monotonic() - started, {"num_contexts": len(dataset.contexts)})
@@ -208,35 +193,29 @@ def _train_manifest(config: TrainConfig, arms: list[str], inputs: Mapping[str, s
     return Manifest("train", kept, inputs, _ASSESSMENT_SCHEMA)
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """The selector, that of the shortlist, and what they were trained on."""
-
-    selector: Selector
-    shortlist: Selector
-    dataset: SelectionDataset
-    labels: Sequence[LabeledPlan]
-
-    def write(self, out: Path, config: TrainConfig) -> None:
-        """Both, and what the arms of a service start from; for a selector without an encoder there is no such thing."""
-        from simmerge_ray.selector.planning.files import write_selectors
-        from simmerge_ray.service.bandit.artifact import warm_start_of, write_warm_start
-
-        write_selectors(out, self.selector, self.shortlist, self.dataset)
-        warm = warm_start_of(self.selector, self.dataset, self.labels, config)
-        if warm is not None:
-            write_warm_start(out, warm)
-
-
-def _train(
-    dataset: SelectionDataset, labels: Sequence[LabeledPlan], table: SignalTable, config: TrainConfig
-) -> _Trained:
+def _train(dataset: SelectionDataset, table: SignalTable, config: TrainConfig) -> tuple[Selector, Selector]:
+    """The selector, and that of the shortlist."""
     from simmerge_ray.selector.models.train import train_selector
     from simmerge_ray.signals.propagation.second_order import SecondOrder
 
-    selector = train_selector(dataset, config)
-    shortlist = train_selector(dataset.restricted(SecondOrder(table).columns), config)
-    return _Trained(selector, shortlist, dataset, labels)
+    restricted = dataset.restricted(SecondOrder(table).columns)
+    return train_selector(dataset, config), train_selector(restricted, config)
+
+
+def _write_trained(
+    out: Path,
+    trained: tuple[Selector, Selector],
+    dataset: SelectionDataset,
+    labels: Sequence[LabeledPlan],
+    config: TrainConfig,
+) -> None:
+    """Both, and what the arms of a service start from; for a selector without an encoder there is no such thing."""
+    from simmerge_ray.selector.planning.files import write_selectors
+    from simmerge_ray.service.bandit.artifact import warm_start_of, write_warm_start
+
+    write_selectors(out, *trained, dataset)
+    if (warm := warm_start_of(trained[0], dataset, labels, config)) is not None:
+        write_warm_start(out, warm)
 
 
 def _shown_gain(crossval: dict[str, Any]) -> str:
@@ -247,12 +226,8 @@ def _shown_gain(crossval: dict[str, Any]) -> str:
 
 
 def load_dataset_config(path: Place) -> tuple[DatasetConfig, SearchEstimate]:
-    """Read the file of a dataset and check it and everything that it names; what its search will take.
-
-    Raises:
-        ConfigError: with all problems, before anything is computed. OutputError: a submitted job would lose `out`.
-    """
-
+    """Read the file of a dataset and check it and all that it names; what its search will take. ConfigError: all
+    problems, before anything is computed; OutputError: a submitted job would lose `out`."""
     config, problems = load_yaml_leniently(path, DatasetConfig)
     estimate = None
     if config is not None:

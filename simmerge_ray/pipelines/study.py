@@ -19,18 +19,17 @@ from simmerge_ray.base.storage import Manifest, digest_json, write_atomically
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.on_ray.tasks import run_tasks
-from simmerge_ray.pipelines.dataset import UNCHANGED, search_bar
+from simmerge_ray.pipelines.dataset import UNCHANGED, input_digests, search_bar
 from simmerge_ray.pipelines.demo import SIGNALS
 from simmerge_ray.pipelines.stages import signals_stage, train_dataset_stage
 from simmerge_ray.pipelines.zoo import make_zoo_parts, write_questions
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.study.analysis import ALL_ARMS, ARMS
 from simmerge_ray.research.study.exact_sample import write_exact
-from simmerge_ray.research.study.layout import StudyLayout, load_part, probe_variants
+from simmerge_ray.research.study.layout import StudyLayout, export_dataset, load_part, probe_variants
 from simmerge_ray.research.study.longer import unmerged_utilities
 from simmerge_ray.research.study.merges import draw_subsets, every_subset, labelled_pairs, plans_of
 from simmerge_ray.research.study.page import write_results
-from simmerge_ray.research.study.publish import export_dataset
 from simmerge_ray.research.study.results import StudyData, analyse
 from simmerge_ray.research.study.zoo import ZooPart, zoo_part
 from simmerge_ray.search.evaluation import load_tasks
@@ -51,11 +50,7 @@ def study_parts(config: StudyConfig) -> list[ZooPart]:
 
 
 def run_study(root: Path, config: StudyConfig, narrator: Narrator, stages: Sequence[str] = STAGES) -> None:
-    """Run stages of a study in `root`; what is current is not computed again.
-
-    Raises:
-        SimmergeError: a stage failed; the next call goes on from there.
-    """
+    """Run stages of a study in `root`; what is current is kept, so after an error the next call goes on."""
     study = _Study(StudyLayout(root.resolve()), config, study_parts(config), narrator)
     chosen = [stage for stage in STAGES if stage in stages]
     with ray_session() if set(chosen) - {"analysis"} else nullcontext():
@@ -146,9 +141,8 @@ class _Study:
             tasks = load_tasks(self.layout.zoo / "tasks")
             search = SearchConfig(evaluator=self.config.evaluator, concurrency=self.config.concurrency)
             kept = {"evaluator": self.config.evaluator, "plans": digest_json([plan.id for plan in plans])}
-            inputs = {f"checkpoint {key}": value for key, value in catalogue.digests().items()}
-            inputs |= {f"task {key}": task.digest for key, task in tasks.items()}
-            manifest, path = Manifest(what, kept, inputs), labels / "_study" / f"{what}.json"
+            manifest = Manifest(what, kept, input_digests(catalogue, tasks))
+            path = labels / "_study" / f"{what}.json"
             if manifest.is_current(path):
                 stage.result = UNCHANGED
                 return

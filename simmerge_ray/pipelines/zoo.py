@@ -28,7 +28,6 @@ def make_zoo(
     out: Path,
     recipes: Sequence[ExpertRecipe] = EXPERT_RECIPES,
     num_items: int = NUM_ITEMS,
-    num_probes: int = NUM_PROBES,
     report: Report | None = None,
 ) -> int:
     """Fill `out` with checkpoints, `probes/`, `tasks/` and `catalogue.yaml`; returns how many experts were trained.
@@ -38,29 +37,24 @@ def make_zoo(
     """
     out = out.resolve()  # tasks of Ray may run in another working directory
     if not (out / BASE_ID / "model.safetensors").exists():
-        with (
-            resources.as_file(resources.files("simmerge_ray.research.zoo") / "base") as shipped,
-            new_directory(out / BASE_ID) as target,
-        ):
-            shutil.copytree(shipped, target, dirs_exist_ok=True)
-    write_questions(out, num_items, num_probes)
+        shipped = resources.files("simmerge_ray.research.zoo") / "base"
+        with resources.as_file(shipped) as source, new_directory(out / BASE_ID) as target:
+            shutil.copytree(source, target, dirs_exist_ok=True)
+    write_questions(out, num_items)
     num_trained = _train([(recipe, out / BASE_ID, out / recipe.name) for recipe in recipes], [], report)
     _write_catalogue(out, BASE_ID, recipes)
     return num_trained
 
 
 def make_zoo_parts(out: Path, parts: Sequence[ZooPart], report: Report | None = None) -> int:
-    """Train the bases and experts of several catalogues, each in a directory of its name below `out`.
-
-    Returns how many checkpoints were trained; those made by the same recipe are kept.
-    """
+    """Train the bases and experts of several catalogues, each in a directory of its name below `out`, and keep those
+    made by the same recipe; returns how many were trained."""
     out = out.resolve()
-    bases = [(part.base, out / part.name / part.base_id) for part in parts]
-    experts = [
-        (expert, out / part.name / part.base_id, out / part.name / expert.name)
-        for part in parts
-        for expert in part.experts
-    ]
+    bases, experts = [], []
+    for part in parts:
+        directory, base = out / part.name, out / part.name / part.base_id
+        bases.append((part.base, base))
+        experts += [(expert, base, directory / expert.name) for expert in part.experts]
     num_trained = _train(experts, bases, report)
     for part in parts:
         _write_catalogue(out / part.name, part.base_id, part.experts)
@@ -74,10 +68,7 @@ def write_questions(out: Path, num_items: int = NUM_ITEMS, num_probes: int = NUM
     for domain in DOMAINS:
         probes = [{"text": text} for text in probe_texts(domain, num_probes)]
         write_atomically(out / "probes" / f"{domain}.jsonl", jsonl_bytes(probes))
-        items = [
-            {"prompt": item.prompt, "target": item.target, "max_new_tokens": MAX_NEW_TOKENS}
-            for item in evaluation_items(domain, num_items)
-        ]
+        items = [one._asdict() | {"max_new_tokens": MAX_NEW_TOKENS} for one in evaluation_items(domain, num_items)]
         write_atomically(out / "tasks" / f"{domain}.jsonl", jsonl_bytes(items))
 
 

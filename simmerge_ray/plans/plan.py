@@ -182,12 +182,9 @@ class MergePlan:
             return {"source": self.source}
         if self.recipe is not None:
             return self.recipe.to_json()
-        options: dict[str, Any] = {}
-        if self.intermediate_dtype != "float32":
-            options["intermediate_dtype"] = self.intermediate_dtype
-        if self.seed:
-            options["seed"] = self.seed
-        return options | {
+        options = {"intermediate_dtype": self.intermediate_dtype, "seed": self.seed}
+        given = {key: value for key, value in options.items() if value not in ("float32", 0)}
+        return given | {
             "steps": [
                 {
                     "left": step.left,
@@ -230,14 +227,10 @@ def pair_plans(pairs: Iterable[tuple[str, str]], arms: Sequence[Arm]) -> list[Me
 
 
 def fold_plan(members: Sequence[str], arms: Sequence[Arm], weighting: str = "equal") -> MergePlan:
-    """The left fold of two-way steps over checkpoints in the given order.
+    """The left fold of two-way steps over checkpoints in the given order, with one arm for each step, or one for all.
 
-    Args:
-        arms: one for each step, or one for all. weighting: `equal` (right weight 1/(j+1) at step j: every member
-            counts the same) or `halving` (0.5 each step: the last member gets half).
-
-    Raises:
-        PlanError: fewer than two members, or another number of arms.
+    weighting: `equal` (right weight 1/(j+1) at step j: every member counts the same) or `halving` (0.5 each step: the
+    last member gets half). Raises PlanError: fewer than two members, or another number of arms.
     """
     if weighting not in WEIGHTINGS:
         raise PlanError(unknown_name("weighting", weighting, WEIGHTINGS))
@@ -262,11 +255,7 @@ def fold_text(plan: MergePlan) -> str:
 
 
 def plan_from_json(value: Any) -> MergePlan:
-    """Parse the JSON form.
-
-    Raises:
-        PlanError, OperatorError: what is wrong, with the step's number.
-    """
+    """Parse the JSON form. Raises PlanError, OperatorError: what is wrong, with the step's number."""
     if not isinstance(value, Mapping):
         raise PlanError("a plan is an object with 'steps' or 'members' (lists), or 'source' (a checkpoint id)")
     if "members" in value and "steps" not in value:
@@ -325,9 +314,7 @@ class ResolvedPlan:
 def resolve_plan(plan: MergePlan, catalogue: Catalogue) -> ResolvedPlan:
     """Look up the checkpoints of a plan.
 
-    Raises:
-        PlanError: a checkpoint that the catalogue does not have.
-        OperatorError: an operator needs a base and there is none.
+    Raises PlanError: the catalogue lacks one. OperatorError: an operator needs a base and there is none.
     """
     return ResolvedPlan(plan, tuple(catalogue.ref(member) for member in plan.members), catalogue.base)
 
@@ -353,12 +340,9 @@ def write_plan(path: Place, resolved: ResolvedPlan, predicted: Mapping[str, Any]
 
 
 def read_plan(path: Place) -> tuple[ResolvedPlan, dict[str, Any] | None]:
-    """Read a plan file: the plan with its checkpoints, and the predicted utilities if it has any.
+    """Read a plan file (its paths are relative to it): the plan with its checkpoints, and predicted utilities, if any.
 
-    Paths are relative to the file.
-
-    Raises:
-        PlanError, OperatorError: unreadable, or not a plan.
+    Raises PlanError, OperatorError: unreadable, or not a plan.
     """
     try:
         value = json.loads(path.read_text())

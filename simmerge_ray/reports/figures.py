@@ -77,11 +77,8 @@ def grouped_bars(
     series: Mapping[str, Sequence[float]],
     bounds: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> None:
-    """Bars side by side, a group a label on the axis, with a line at zero.
-
-    Args:
-        series: heights by name, one for each group; NaN has no bar. bounds: intervals, likewise.
-    """
+    """Bars side by side, a group a label on the axis, with a line at zero. series: heights by name, one for each group;
+    NaN has no bar. bounds: intervals, likewise."""
     width = 0.84 / len(series)
     for index, (name, heights) in enumerate(series.items()):
         places = np.arange(len(groups)) + (index - (len(series) - 1) / 2) * width
@@ -167,7 +164,9 @@ def _write_bars(signal: Signal, table: SignalTable, directory: Place) -> Place:
     figure, axes = _panels(len(tasks), 2.6, height, room=1.4)
     for index, (axis, task) in enumerate(zip(axes.flat, tasks, strict=False)):
         # A checkpoint's own value stands on the left of any of its pairs.
-        values = [table.get(name, other, task).features[f"{signal.name}_left"] for name, other in _with_another(ids)]
+        others = (ids[1], *[ids[0]] * (len(ids) - 1))
+        pairs = zip(ids, others, strict=True)
+        values = [table.get(name, other, task).features[f"{signal.name}_left"] for name, other in pairs]
         axis.barh(range(len(ids)), values, height=0.7)
         axis.set_ylim(len(ids) - 0.4, -0.6)
         positions, names = _labels(ids)
@@ -192,13 +191,11 @@ def _panel_title(signal: Signal, task: str) -> str:
 
 def _matrix(table: SignalTable, column: str, task: str) -> np.ndarray:
     """(M, M) values, the left checkpoint in the row; NaN on the diagonal."""
-    ids = table.checkpoint_ids
-    values = np.full((len(ids), len(ids)), np.nan)
-    for i, left in enumerate(ids):
-        for j, right in enumerate(ids):
-            if i != j:
-                values[i, j] = table.get(left, right, task).features[column]
-    return values
+
+    def value(left: str, right: str) -> float:
+        return np.nan if left == right else table.get(left, right, task).features[column]
+
+    return np.array([[value(left, right) for right in table.checkpoint_ids] for left in table.checkpoint_ids])
 
 
 def _colour_scale(name: str, values: np.ndarray) -> tuple[Any, np.ndarray | None]:
@@ -224,10 +221,6 @@ def _labels(ids: Sequence[str]) -> tuple[list[int], list[str]]:
     """Positions that get a label, and the labels."""
     positions = list(range(0, len(ids), -(-len(ids) // MAX_LABELS)))
     return positions, [ids[position] for position in positions]
-
-
-def _with_another(ids: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name, ids[0] if name != ids[0] else ids[1]) for name in ids]
 
 
 def _panels(count: int, width: float, height: float, room: float, columns: int = _MAX_COLUMNS) -> tuple[Any, Any]:

@@ -1,11 +1,22 @@
-"""Whether there is anything to choose: the part that the report of a run and that of a training have in common."""
+"""What the report of a run and that of a training have in common: blocks of Markdown, and whether there is anything to
+choose. A part of a report is a list of blocks: headings, paragraphs, lists, tables; empty ones are left out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from simmerge_ray.base.markdown import number, percent, table_lines, with_interval
+
+
+def page(blocks: Iterable[str]) -> bytes:
+    """The blocks as a file."""
+    return ("\n\n".join(filter(None, blocks)) + "\n").encode()
+
+
+def table_block(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as a block; see `table_lines`."""
+    return "\n".join(table_lines(header, rows)).rstrip("\n")
 
 
 def is_above_zero(interval: Sequence[float] | None) -> bool:
@@ -13,31 +24,27 @@ def is_above_zero(interval: Sequence[float] | None) -> bool:
     return interval is not None and interval[0] > 0
 
 
-def headroom_lines(room: Mapping[str, Any]) -> list[str]:
+def headroom_part(room: Mapping[str, Any]) -> list[str]:
     """What each arm taken everywhere closes of the gap, and what an oracle adds."""
-    lines = ["## Is there anything to choose?", ""]
+    heading = "## Is there anything to choose?"
     if (reason := room.get("reason", room.get("undefined"))) is not None:
-        return [*lines, f"Not measured: {reason}.", ""]
-    lines += [
-        f"GapClosed is defined for {room['num_defined']} of {room['num_contexts']} contexts (pair, task), with "
-        f"{room['min_items']} items or more. Each arm taken everywhere, and where it is clearly the best (by two "
-        "paired standard errors):",
-        "",
-    ]
-    ranked = sorted(room["arm_gap_closed"].items(), key=lambda entry: -entry[1])
+        return [heading, f"Not measured: {reason}."]
     merge, context = room["per_merge"], room["per_context"]
-    lines += table_lines(
-        ["arm", "GapClosed", "clearly best, per merge", "clearly best, per task"],
-        [
-            [arm, number(value), percent(merge["arm_win_share"][arm]), percent(context["arm_win_share"][arm])]
-            for arm, value in ranked
-        ],
-    )
+    ranked = sorted(room["arm_gap_closed"].items(), key=lambda entry: -entry[1])
+    rows = [[arm, value, *(percent(part["arm_win_share"][arm]) for part in (merge, context))] for arm, value in ranked]
+    gains = []
     for title, part in (("merge (the headline: it serves both parents' tasks)", merge), ("task", context)):
         clear = "" if is_above_zero(part["gain_interval"]) else ": within noise, so a selector has nothing to find"
-        lines += [
+        gains.append(
             f"- One arm per {title}: a split-half oracle reaches {number(part['split_half_oracle'])}, headroom over "
             f"the best fixed arm ({part['best_fixed_arm']}, {number(part['best_fixed'])}) "
             f"{with_interval(part['gain'], part['gain_interval'], True)}{clear}."
-        ]
-    return [*lines, ""]
+        )
+    return [
+        heading,
+        f"GapClosed is defined for {room['num_defined']} of {room['num_contexts']} contexts (pair, task), with "
+        f"{room['min_items']} items or more. Each arm taken everywhere, and where it is clearly the best (by two "
+        "paired standard errors):",
+        table_block(["arm", "GapClosed", "clearly best, per merge", "clearly best, per task"], rows),
+        "\n".join(gains),
+    ]

@@ -7,26 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.markdown import number, percent, table_lines, with_interval
+from simmerge_ray.base.markdown import number, percent, with_interval
 from simmerge_ray.base.storage import Place, write_atomically
-from simmerge_ray.reports.figures import (
-    grouped_bars,
-    hide_spare,
-    legend_below,
-    legend_outside,
-    new_figure,
-    save_figure,
-)
-from simmerge_ray.reports.headroom import headroom_lines, is_above_zero
+from simmerge_ray.reports.figures import grouped_bars, hide_spare, legend_below, legend_outside, new_figure, save_figure
+from simmerge_ray.reports.headroom import headroom_part, is_above_zero, page, table_block
 
 Content = Mapping[str, Any]
 
 FIGURES = "figures"
-# What needs no model of the signals: a selector that does not beat these is not worth its signals.
-_TRIVIAL = (
-    "uniform", "best fixed", "best fixed per task", "better parent", "single-signal stump", "equal-weight linear",
-    "scale-matched linear",
-)  # fmt: skip
+# What needs no model of the signals: a selector that does not beat these is not worth its signals. What follows then.
+_TRIVIAL = {
+    "uniform": "The arms hardly differ here, or the selector is no better than chance.",
+    "best fixed": "Taking one arm for all merges costs nothing that these labels can show.",
+    "best fixed per task": "Knowing the task may be enough; a table of arms by task needs no signals.",
+    "better parent": "Keeping the better parent may be as good, but it needs the measured utility of both parents.",
+    "single-signal stump": "One signal and one threshold may do as well.",
+    "equal-weight linear": "That fixed arm may do as well.",
+    "scale-matched linear": "That fixed arm may do as well.",
+}
 _CONTROLS = ("single-checkpoint features", "parents' utilities", "signals permuted")
 _BARS = ("selector", "selector, safe", "best fixed", "best fixed per task", "better parent", "uniform")
 _AXES = {
@@ -49,18 +47,16 @@ _NUM_QUANTILES = 5
 def write_selector_report(assessment: Content, directory: Place) -> Place:
     """Write `report.md` and `figures/*.png` below a directory; the path of the former."""
     main = assessment["splits"][assessment["headline"]]
-    parts = ["# The selector and what it can do", "", *_data(assessment), *headroom_lines(assessment["headroom"])]
-    figures = directory / FIGURES
+    about, figures = [*_data(assessment), *headroom_part(assessment["headroom"])], directory / FIGURES
     if "reason" in main:
-        parts += ["## On checkpoints it was not trained on", "", f"Not measured: {main['reason']}.", ""]
+        unseen = ["## On checkpoints it was not trained on", f"Not measured: {main['reason']}."]
+        parts = [*about, *unseen, *_splits(assessment)]
     else:
-        parts[2:2] = _in_short(assessment, main)
-        parts += [*_selection(assessment, main), *_domains(main, figures)]
-    parts += _splits(assessment)
-    if "reason" not in main:
-        parts += [*_calibration(assessment, main, figures), *_importance(assessment, figures), *_ablations(assessment)]
-    parts += _signals(assessment, figures)
-    write_atomically(directory / "report.md", "\n".join(parts).encode())
+        parts = [*_in_short(assessment, main), *about, *_selection(assessment, main), *_domains(main, figures)]
+        parts += [*_splits(assessment), *_calibration(assessment, main, figures)]
+        parts += [*_importance(assessment, figures), *_ablations(assessment)]
+    title = "# The selector and what it can do"
+    write_atomically(directory / "report.md", page([title, *parts, *_signals(assessment, figures)]))
     return directory / "report.md"
 
 
@@ -68,24 +64,20 @@ def _in_short(assessment: Content, main: Content) -> list[str]:
     figures = main["policies"]["per_merge"]["policies"]
     selector, safe, permuted = (figures[name] for name in ("selector", "selector, safe", "signals permuted"))
     thresholds = main["override"]["thresholds"]
-    lines = [
+    blocks = [
         f"On the split *{assessment['headline']}* the selector closes {number(selector['gap_closed'])} of the gap "
         f"between the parents, the best fixed arm {number(figures['best fixed']['gap_closed'])}; the gain is "
-        f"{_gain(selector)}.",
-        _verdict(selector["gain_interval"]),
+        f"{_gain(selector)}.\n{_verdict(selector['gain_interval'])}\n"
         f"The safe policy (the default of `simmerge plan`) gains {_gain(safe)}; in "
-        f"{sum(threshold is None for threshold in thresholds)} of {len(thresholds)} folds it never left the best fixed "
-        "arm.",
-        "",
-        *_lead_lines(main["policies"]["per_merge"]["lead"]),
+        f"{thresholds.count(None)} of {len(thresholds)} folds it never left the best fixed arm.",
+        *_leads(main["policies"]["per_merge"]["lead"]),
     ]
     if is_above_zero(permuted["gain_interval"]):
-        lines += [
+        blocks.append(
             f"**The negative control gains as well** (the same model trained on signals of other pairs: "
-            f"{_gain(permuted)}), so the gain does not show that the signals matter.",
-            "",
-        ]
-    return lines
+            f"{_gain(permuted)}), so the gain does not show that the signals matter."
+        )
+    return blocks
 
 
 def _gain(figures: Content) -> str:
@@ -106,96 +98,80 @@ def _verdict(interval: Sequence[float] | None) -> str:
     )
 
 
-def _lead_lines(leads: Content) -> list[str]:
+def _leads(leads: Content) -> list[str]:
     """Over what needs no model of the signals, and over a model of each checkpoint alone."""
+    blocks = ["It beats every trivial baseline below, each lead with its whole interval above zero."]
     not_beaten = [name for name in _TRIVIAL if name in leads and not is_above_zero(leads[name]["gain_interval"])]
     if not_beaten:
-        lines = ["**Trivial baselines that the selector does not clearly beat:**", ""]
-        lines += [f"- {name}: lead {_gain(leads[name])}. {_consequence(name)}" for name in not_beaten]
-    else:
-        lines = ["It beats every trivial baseline below, each lead with its whole interval above zero."]
-    lines += [""]
+        told = (f"- {name}: lead {_gain(leads[name])}. {_TRIVIAL[name]}" for name in not_beaten)
+        blocks = ["**Trivial baselines that the selector does not clearly beat:**", "\n".join(told)]
     alone = leads.get("single-checkpoint features")
     if alone and not is_above_zero(alone["gain_interval"]):
-        lines += [
+        blocks.append(
             f"The lead over the same model on single-checkpoint features is {_gain(alone)}: these labels do not show "
-            "that comparing the two checkpoints adds anything to what is known of each alone.",
-            "",
-        ]
-    return lines
-
-
-def _consequence(name: str) -> str:
-    return {
-        "uniform": "The arms hardly differ here, or the selector is no better than chance.",
-        "best fixed": "Taking one arm for all merges costs nothing that these labels can show.",
-        "best fixed per task": "Knowing the task may be enough; a table of arms by task needs no signals.",
-        "better parent": "Keeping the better parent may be as good, but it needs the measured utility of both parents.",
-        "single-signal stump": "One signal and one threshold may do as well.",
-    }.get(name, "That fixed arm may do as well.")
+            "that comparing the two checkpoints adds anything to what is known of each alone."
+        )
+    return blocks
 
 
 def _data(assessment: Content) -> list[str]:
     bases = assessment["bases"]
     shown = ", ".join(f"{base or 'unnamed'} ({count} checkpoints)" for base, count in bases.items())
-    lines = [
+    unused = assessment.get("unused")
+    return [
         "## What it was trained on",
-        "",
         f"{assessment['num_contexts']} contexts (pair, task): {assessment['num_pairs']} pairs of "
         f"{assessment['num_checkpoints']} checkpoints of {len(bases)} base{'s' if len(bases) > 1 else ''}: {shown}. "
         f"Tasks: {', '.join(assessment['tasks'])}. Arms: {', '.join(assessment['arms'])}. Model: "
         f"{assessment['model']}, task encoding {assessment['task_encoding']}.",
-        "",
+        f"Signals without labels, not used: {', '.join(unused)}." if unused else "",
     ]
-    if assessment.get("unused"):
-        lines += [f"Signals without labels, not used: {', '.join(assessment['unused'])}.", ""]
-    return lines
 
 
 def _selection(assessment: Content, main: Content) -> list[str]:
     of_merge = main["policies"]["per_merge"]
     figures = of_merge["policies"]
-    lines = [
+    accuracy = of_merge["arm_accuracy"]
+    header = ["", "GapClosed", "over best fixed", "within noise", "regret", "worst decile", "negative"]
+    rows = [
+        [
+            name + (" (control)" if name in _CONTROLS else ""),
+            with_interval(one["gap_closed"], one["interval"]),
+            _gain(one),
+            percent(one["in_noise_set"]),
+            one["mean_regret"],
+            one["worst_decile_regret"],
+            percent(one["negative"]),
+        ]
+        for name, one in figures.items()
+    ]
+    return [
         "## Selection",
-        "",
         f"Split *{assessment['headline']}*: {_SPLIT_MEANING[assessment['headline']]}. One arm per merge, in brackets "
         "95 % intervals over bases and checkpoints. *Within noise*: picks not significantly worse than the best arm of "
         f"the merge; the most frequent such arm reaches {percent(of_merge['majority_in_noise_set'])}. *Regret*: "
         "utility lost to the best arm, mean over merges, and over the worst tenth of them; below zero where a parent "
         "is better than every arm. *Negative*: contexts where GapClosed is below zero, the merge worse than the "
         "weaker parent.",
-        "",
+        table_block(header, rows),
+        _missing(main["missing"]),
+        'How often the selector answers "is this the best arm of the merge?" rightly:',
+        table_block(
+            ["arm", "accuracy", "a constant answer", "it is the best in"],
+            [[arm, *map(percent, (a["accuracy"], a["base_rate"], a["best_share"]))] for arm, a in accuracy.items()],
+        ),
     ]
-    rows = []
-    for name, one in figures.items():
-        rows.append(
-            [
-                name + (" (control)" if name in _CONTROLS else ""),
-                with_interval(one["gap_closed"], one["interval"]),
-                _gain(one),
-                percent(one["in_noise_set"]),
-                number(one["mean_regret"]),
-                number(one["worst_decile_regret"]),
-                percent(one["negative"]),
-            ]
-        )
-    header = ["", "GapClosed", "over best fixed", "within noise", "regret", "worst decile", "negative"]
-    lines += table_lines(header, rows)
-    lines += [f"- {name}: not measured; {reason}." for name, reason in main["missing"].items()]
-    accuracy = of_merge["arm_accuracy"]
-    lines += ["", 'How often the selector answers "is this the best arm of the merge?" rightly:', ""]
-    return lines + table_lines(
-        ["arm", "accuracy", "a constant answer", "it is the best in"],
-        [[arm, *map(percent, (a["accuracy"], a["base_rate"], a["best_share"]))] for arm, a in accuracy.items()],
-    )
+
+
+def _missing(reasons: Mapping[str, str]) -> str:
+    return "\n".join(f"- {name}: not measured; {reason}." for name, reason in reasons.items())
 
 
 def _domains(main: Content, directory: Place) -> list[str]:
     figures = main["policies"]["per_merge"]["policies"]
     shown = [name for name in _BARS if name in figures and figures[name]["tasks"]]
     tasks = list(figures["selector"]["tasks"])
-    figure, axes = new_figure(max(7.0, 1.9 * len(tasks)), 3.6)
-    axis = axes[0][0]
+    figure, ((axis,),) = new_figure(max(7.0, 1.9 * len(tasks)), 3.6)
     series, bounds = {}, {}
     for name in shown:
         by_task = [figures[name]["tasks"][task] for task in tasks]
@@ -207,16 +183,15 @@ def _domains(main: Content, directory: Place) -> list[str]:
     axis.set_title("one arm per merge, unseen checkpoints, 95 % intervals", fontsize=9)
     legend_below(axis)
     save_figure(figure, directory, "domains.png")
-    return ["By domain:", "", f"![GapClosed per domain and method]({FIGURES}/domains.png)", ""]
+    return ["By domain:", f"![GapClosed per domain and method]({FIGURES}/domains.png)"]
 
 
 def _splits(assessment: Content) -> list[str]:
     small = assessment["small"]
-    lines = ["## How far it generalises", ""]
-    rows, missing = [], []
+    rows, missing = [], {}
     for name, one in assessment["splits"].items():
         if "reason" in one:
-            missing.append(f"- {name}: not measured; {one['reason']}.")
+            missing[name] = one["reason"]
             continue
         figures = one["policies"]["per_merge"]["policies"]
         selector, safe = figures["selector"], figures["selector, safe"]
@@ -224,54 +199,39 @@ def _splits(assessment: Content) -> list[str]:
             [
                 name + (" (headline)" if name == assessment["headline"] else ""),
                 _SPLIT_MEANING[name],
-                number(selector["gap_closed"]),
+                selector["gap_closed"],
                 _gain(selector),
                 _gain(safe),
                 percent(one["abstained"]),
             ]
         )
+    blocks = ["## How far it generalises"]
     if rows:
         header = ["split", "left out", "GapClosed", "selector over best fixed", "safe policy over it", "abstained"]
-        lines += table_lines(header, rows)
-        lines += [
+        blocks += [
+            table_block(header, rows),
             "*Abstained*: pairs too far from the training data, where the safe policy falls back. All but the headline "
             f"use smaller ensembles ({small['num_members']} networks, {small['num_trees']} trees) and fewer folds "
             "inside the folds.",
-            "",
         ]
-    return [*lines, *missing, *([""] if missing else [])]
+    return [*blocks, _missing(missing)]
 
 
 def _calibration(assessment: Content, main: Content, directory: Place) -> list[str]:
-    lines = ["## Are the predicted utilities right?", ""]
+    intervals = ["No intervals: too few checkpoints to leave some out inside the folds."]
     if main["intervals"]:
-        lines += ["Intervals on the left-out checkpoints, of one utility:", ""]
-        lines += table_lines(
-            ["asked", "covered", "half-width"],
-            [
-                [percent(float(level)), percent(one["coverage"]), number(one["half_width"])]
-                for level, one in main["intervals"].items()
-            ],
-        )
-    else:
-        lines += ["No intervals: too few checkpoints to leave some out inside the folds.", ""]
-    bins = assessment["calibration"]
-    lines += [
-        "Tenths of the predictions. *Advantage* is over the mean of the arms on the same context, which a choice rests "
-        "on; a selector can predict the level well and the advantage badly.",
-        "",
+        covered = [
+            [percent(float(level)), percent(one["coverage"]), one["half_width"]]
+            for level, one in main["intervals"].items()
+        ]
+        intervals = ["Intervals on the left-out checkpoints, of one utility:"]
+        intervals.append(table_block(["asked", "covered", "half-width"], covered))
+    bins, keys = assessment["calibration"], ("predicted", "measured")
+    tenths = [
+        [i, *(level[key] for key in keys), *(number(contrast[key], True) for key in keys)]
+        for i, (level, contrast) in enumerate(zip(bins["utility"], bins["advantage"], strict=True), 1)
     ]
-    both = zip(bins["utility"], bins["advantage"], strict=True)
-    lines += table_lines(
-        ["tenth", "predicted utility", "measured", "predicted advantage", "measured"],
-        [
-            [str(i), *(number(level[k]) for k in keys), *(number(contrast[k], True) for k in keys)]
-            for keys in [("predicted", "measured")]
-            for i, (level, contrast) in enumerate(both, 1)
-        ],
-    )
-    predicted = np.array([row["predicted"] for row in main["predictions"]])
-    measured = np.array([row["measured"] for row in main["predictions"]])
+    predicted, measured = (np.array([row[key] for row in main["predictions"]]) for key in keys)
     figure, axes = new_figure(9.6, 4.0, columns=2)
     figure.set_layout_engine("constrained")
     panels = (
@@ -290,30 +250,32 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
     figure.suptitle("each arm on each context, predicted without its checkpoints", fontsize=9)
     legend_outside(figure, axes)
     save_figure(figure, directory, "calibration.png")
-    return [*lines, f"![Predicted against measured]({FIGURES}/calibration.png)", ""]
+    return [
+        "## Are the predicted utilities right?",
+        *intervals,
+        "Tenths of the predictions. *Advantage* is over the mean of the arms on the same context, which a choice rests "
+        "on; a selector can predict the level well and the advantage badly.",
+        table_block(["tenth", "predicted utility", "measured", "predicted advantage", "measured"], tenths),
+        f"![Predicted against measured]({FIGURES}/calibration.png)",
+    ]
 
 
 def _importance(assessment: Content, directory: Place) -> list[str]:
     found = assessment["importance"]
     rows = sorted(found["rows"], key=lambda row: row["change"])
-    lines = [
+    shown = [
+        [row["family"], row["num_columns"], *(number(row[key], True) for key in ("change", "low", "high"))]
+        for row in rows
+    ]
+    blocks = [
         "## Which signals matter",
-        "",
         f"Each family's columns are taken from another pair, in the tested rows alone, {found['num_permutations']} "
         "times; the model stays. Change of the headline gain "
         f"({number(found['gain'], True)} with the smaller ensembles), mean and range. Families hold much of the same "
         "information, so one that costs nothing may still be used.",
-        "",
+        table_block(["family", "columns", "change of the gain", "from", "to"], shown),
     ]
-    lines += table_lines(
-        ["family", "columns", "change of the gain", "from", "to"],
-        [
-            [row["family"], str(row["num_columns"]), *(number(row[key], True) for key in ("change", "low", "high"))]
-            for row in rows
-        ],
-    )
-    figure, axes = new_figure(6.4, 0.5 + 0.38 * len(rows))
-    axis = axes[0][0]
+    figure, ((axis,),) = new_figure(6.4, 0.5 + 0.38 * len(rows))
     change = np.array([row["change"] for row in rows])
     errors = [change - [row["low"] for row in rows], np.array([row["high"] for row in rows]) - change]
     axis.barh(range(len(rows)), change, xerr=np.maximum(errors, 0), height=0.7, error_kw={"lw": 0.8, "capsize": 2})
@@ -322,40 +284,34 @@ def _importance(assessment: Content, directory: Place) -> list[str]:
     axis.axvline(0, c="black", lw=0.6)
     axis.set_xlabel("change of the gain when the family is permuted", fontsize=8)
     save_figure(figure, directory, "importance.png")
-    return [*lines, f"![Feature importance]({FIGURES}/importance.png)", ""]
+    return [*blocks, f"![Feature importance]({FIGURES}/importance.png)"]
 
 
 def _ablations(assessment: Content) -> list[str]:
     found, small = assessment["ablations"], assessment["small"]
-    lines = [
+    rows = [
+        [
+            f"{row['group']}: {row['name']}",
+            row["num_columns"],
+            _gain(row),
+            "" if row["name"] == "all signals" else with_interval(row["change"], row["change_interval"], True),
+        ]
+        for row in found["rows"]
+    ]
+    return [
         "## Ablations",
-        "",
         f"Trained anew on less, or otherwise, on the headline split; {small['num_members']} networks, "
         f"{small['num_trees']} trees. *No probes* leaves weights and norms of task vectors, *no weights* what the "
         "probes say. The change is against all signals, on the same samples.",
-        "",
+        table_block(["", "features", "over best fixed", "change"], rows),
+        _missing(found["missing"]),
     ]
-    lines += table_lines(
-        ["", "features", "over best fixed", "change"],
-        [
-            [
-                f"{row['group']}: {row['name']}",
-                str(row["num_columns"]),
-                _gain(row),
-                "" if row["name"] == "all signals" else with_interval(row["change"], row["change_interval"], True),
-            ]
-            for row in found["rows"]
-        ],
-    )
-    lines += [f"- {name}: not measured; {reason}." for name, reason in found["missing"].items()]
-    return [*lines, *([""] if found["missing"] else [])]
 
 
 def _signals(assessment: Content, directory: Place) -> list[str]:
-    signals = assessment["signals"]
-    lines = ["## Signals and utility", ""]
+    signals, heading = assessment["signals"], "## Signals and utility"
     if not signals:
-        return [*lines, "Not shown: the tables have none of the signals of a pair.", ""]
+        return [heading, "Not shown: the tables have none of the signals of a pair."]
     utilities, arms = np.array(assessment["utilities"]), assessment["arms"]
     columns = min(3, len(signals))
     rows = -(-len(signals) // columns)
@@ -375,11 +331,9 @@ def _signals(assessment: Content, directory: Place) -> list[str]:
     legend_outside(figure, axes)
     save_figure(figure, directory, "signals.png")
     return [
-        *lines,
+        heading,
         "Mean utility of each arm over fifths of the contexts, by the signal of the pair (mean of both orders). A "
         "choice by a signal can pay where lines cross; where all lines rise together, it says how good the merge will "
         "be and not which arm.",
-        "",
         f"![Signal against utility per operator]({FIGURES}/signals.png)",
-        "",
     ]

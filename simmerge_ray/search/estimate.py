@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,15 +67,11 @@ def estimate_search(search: PreparedSearch, num_trials: int, engines: int) -> Se
     engines = max(1, min(engines, num_trials))
     seconds = None
     if taken and num_trials:
-        seconds = _START_SECONDS[search.settings.evaluator] + _typical(list(taken.values())) * num_trials / engines
+        # The mean without the slowest tenth: the first trial of an engine compiles its loops.
+        typical = float(np.sort(list(taken.values()))[: math.ceil(0.9 * len(taken))].mean())
+        seconds = _START_SECONDS[search.settings.evaluator] + typical * num_trials / engines
     size = engine_bytes(search.template, search.settings.evaluator, search.settings.dtype)
     return SearchEstimate(num_trials, len(labels), engines, size, seconds)
-
-
-def _typical(seconds: Sequence[float]) -> float:
-    """The mean without the slowest tenth: the first trial of an engine compiles its loops."""
-    ordered = np.sort(np.asarray(seconds))
-    return float(ordered[: max(1, math.ceil(0.9 * len(ordered)))].mean())
 
 
 def _duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ Two objectives are reported. `per_context` may take another arm for each task of
 takes one arm per pair: the best on the choosing half by GapClosed averaged over the pair's defined tasks.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,65 +92,31 @@ class HeadroomReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers."""
-        content = asdict(self)
-        for objective in ("per_context", "per_merge"):
-            interval = content[objective]["gain_interval"]
-            content[objective]["gain_interval"] = None if interval is None else list(interval)
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return content
 
 
 def headroom(contexts: Sequence[Context], num_resamples: int = 2000, seed: int = 0) -> HeadroomReport:
     """All statistics of a set of contexts; raises `InputError` when none of them is defined."""
     arms = _checked_arms(contexts)
-    gaps = [gap for context in contexts if (gap := _gap(context, arms)) is not None]
-    if not gaps:
+    defined = defined_gaps(contexts, arms)
+    if not defined.gaps:
         raise InputError(
             f"none of the {len(contexts)} contexts has parents that differ by {MIN_GAP} and by "
             f"{NUM_STANDARD_ERRORS:g} standard errors, so GapClosed is not defined"
         )
-    fixed = {arm: np.array([gap.closed[k] for gap in gaps]) for k, arm in enumerate(arms)}
-    arm_gap_closed = {arm: _headline(gaps, closed) for arm, closed in fixed.items()}
-    best_fixed_arm = max(arms, key=lambda arm: arm_gap_closed[arm])
     merges: dict[tuple[str, str], list[int]] = {}
-    for i, gap in enumerate(gaps):
+    for i, gap in enumerate(defined.gaps):
         merges.setdefault(gap.checkpoints, []).append(i)
-
-    def objective(units: Sequence[Sequence[int]]) -> ObjectiveHeadroom:
-        return _objective(gaps, arms, fixed, best_fixed_arm, units, num_resamples, seed)
-
     return HeadroomReport(
         num_contexts=len(contexts),
-        num_defined=len(gaps),
+        num_defined=len(defined.gaps),
         num_checkpoints=len({name for context in contexts for name in (context.left, context.right)}),
         min_items=min(len(context.left_items) for context in contexts),
-        arm_gap_closed=arm_gap_closed,
-        arm_mean_ratio={arm: _mean_ratio(gaps, closed) for arm, closed in fixed.items()},
-        per_context=objective([[i] for i in range(len(gaps))]),
-        per_merge=objective(list(merges.values())),
-    )
-
-
-@dataclass(frozen=True)
-class DefinedGaps:
-    """The D defined ones of a set of contexts.
-
-    rows: (D,) their indices. tasks: (D,). closed: (D, K) numerators of GapClosed per arm. gap: (D,) denominators.
-    """
-
-    rows: np.ndarray
-    tasks: tuple[str, ...]
-    closed: np.ndarray
-    gap: np.ndarray
-
-
-def defined_gaps(contexts: Sequence[Context], arms: Sequence[str]) -> DefinedGaps:
-    """Numerators and denominators of GapClosed for all arms, from which that of any policy follows; D may be 0."""
-    gaps = {row: gap for row, context in enumerate(contexts) if (gap := _gap(context, arms)) is not None}
-    return DefinedGaps(
-        rows=np.array(list(gaps), dtype=np.int64),
-        tasks=tuple(gap.task for gap in gaps.values()),
-        closed=np.array([gap.closed for gap in gaps.values()]).reshape(len(gaps), len(arms)),
-        gap=np.array([gap.gap for gap in gaps.values()]),
+        arm_gap_closed=dict(zip(arms, defined.headline(defined.closed.T).tolist(), strict=True)),
+        arm_mean_ratio=dict(zip(arms, defined.mean_ratio(defined.closed.T).tolist(), strict=True)),
+        per_context=_objective(defined, arms, [[i] for i in range(len(defined.gaps))], num_resamples, seed),
+        per_merge=_objective(defined, arms, list(merges.values()), num_resamples, seed),
     )
 
 
@@ -209,6 +176,38 @@ class _Gap:
         return float(np.mean([direction.choosing_gap for direction in self.directions if direction is not None]))
 
 
+@dataclass(frozen=True)
+class DefinedGaps:
+    """The D defined ones of a set of contexts.
+
+    rows: (D,) their indices. tasks: (D,). closed: (D, K) numerators of GapClosed per arm. gap: (D,) denominators.
+    """
+
+    rows: np.ndarray
+    tasks: np.ndarray
+    closed: np.ndarray
+    gap: np.ndarray
+    gaps: tuple[_Gap, ...]
+
+    def headline(self, numerators: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        return headline(self.tasks, numerators, self.gap, weights)
+
+    def mean_ratio(self, numerators: np.ndarray) -> np.ndarray:
+        return np.asarray((numerators / self.gap).mean(-1))
+
+
+def defined_gaps(contexts: Sequence[Context], arms: Sequence[str]) -> DefinedGaps:
+    """Numerators and denominators of GapClosed for all arms, from which that of any policy follows; D may be 0."""
+    gaps = {row: gap for row, context in enumerate(contexts) if (gap := _gap(context, arms)) is not None}
+    return DefinedGaps(
+        rows=np.array(list(gaps), dtype=np.int64),
+        tasks=np.array([gap.task for gap in gaps.values()]),
+        closed=np.array([gap.closed for gap in gaps.values()]).reshape(len(gaps), len(arms)),
+        gap=np.array([gap.gap for gap in gaps.values()]),
+        gaps=tuple(gaps.values()),
+    )
+
+
 def _checked_arms(contexts: Sequence[Context]) -> tuple[str, ...]:
     if not contexts:
         raise InputError("no contexts: headroom needs at least one pair with the utilities of its merges")
@@ -224,17 +223,13 @@ def _checked_arms(contexts: Sequence[Context]) -> tuple[str, ...]:
         for what, items in (("right parent", context.right_items), *context.arms.items()):
             if np.shape(items) != shape:
                 raise InputError(f"{_name(context)}: {what} has items of shape {np.shape(items)}, the left {shape}")
-        if not all(np.isfinite(items).all() for items in _all_items(context)):
+        if not all(np.isfinite(one).all() for one in (context.left_items, context.right_items, *context.arms.values())):
             raise InputError(f"{_name(context)} has a utility that is not a finite number")
     return arms
 
 
 def _name(context: Context) -> str:
     return f"context {context.left} + {context.right} on {context.task}"
-
-
-def _all_items(context: Context) -> list[np.ndarray]:
-    return [context.left_items, context.right_items, *context.arms.values()]
 
 
 def _gap(context: Context, arms: Sequence[str]) -> _Gap | None:
@@ -277,38 +272,32 @@ def _paired(differences: np.ndarray) -> tuple[float, float]:
 
 
 def _objective(
-    gaps: Sequence[_Gap],
-    arms: Sequence[str],
-    fixed: Mapping[str, np.ndarray],
-    best_fixed_arm: str,
-    units: Sequence[Sequence[int]],
-    num_resamples: int,
-    seed: int,
+    defined: DefinedGaps, arms: Sequence[str], units: Sequence[Sequence[int]], num_resamples: int, seed: int
 ) -> ObjectiveHeadroom:
     """`units` lists the contexts (indices into `gaps`) for which one and the same arm is taken."""
-    oracle, maximum = np.empty(len(gaps)), np.empty(len(gaps))
+    fixed = defined.headline(defined.closed.T)
+    best_fixed = int(np.argmax(fixed))
+    oracle, maximum = np.empty((2, len(defined.gaps)))
     num_wins = np.zeros(len(arms))
     for unit in units:
-        members = [gaps[i] for i in unit]
+        members = [defined.gaps[i] for i in unit]
         oracle[unit] = _split_half(members)
         pooled = np.mean([member.closed / member.choosing_gap for member in members], axis=0)
-        maximum[unit] = [_over(_best(pooled), member.closed) for member in members]
-        winner = _clear_winner(members)
-        if winner is not None:
+        maximum[unit] = [member.closed[_best(pooled)].mean() for member in members]
+        if (winner := _clear_winner(members)) is not None:
             num_wins[winner] += 1
-
-    best_fixed, split_half_oracle = (_headline(gaps, closed) for closed in (fixed[best_fixed_arm], oracle))
+    split_half_oracle = float(defined.headline(oracle))
     return ObjectiveHeadroom(
         num_units=len(units),
-        best_fixed_arm=best_fixed_arm,
-        best_fixed=best_fixed,
+        best_fixed_arm=arms[best_fixed],
+        best_fixed=float(fixed[best_fixed]),
         split_half_oracle=split_half_oracle,
-        maximum=_headline(gaps, maximum),
-        gain=split_half_oracle - best_fixed,
-        gain_interval=_bootstrap_interval(gaps, oracle - fixed[best_fixed_arm], num_resamples, seed),
-        split_half_oracle_mean_ratio=_mean_ratio(gaps, oracle),
+        maximum=float(defined.headline(maximum)),
+        gain=split_half_oracle - float(fixed[best_fixed]),
+        gain_interval=_bootstrap_interval(defined, oracle - defined.closed[:, best_fixed], num_resamples, seed),
+        split_half_oracle_mean_ratio=float(defined.mean_ratio(oracle)),
         arm_win_share=dict(zip(arms, (num_wins / len(units)).tolist(), strict=True)),
-        tasks=_per_task(gaps, fixed, oracle, maximum),
+        tasks=_per_task(defined, arms, oracle, maximum),
     )
 
 
@@ -323,17 +312,13 @@ def _split_half(members: Sequence[_Gap]) -> list[float]:
         best = _best(np.mean(ratios, axis=0))
         for score, direction in zip(scores, directions, strict=True):
             if direction is not None:
-                score.append(_over(best, direction.closed))
+                score.append(float(direction.closed[best].mean()))
     return [float(np.mean(score)) for score in scores]
 
 
 def _best(values: np.ndarray) -> np.ndarray:
     """Indices of the best arms: tied arms are averaged, so that their order in the table decides nothing."""
     return np.flatnonzero(values >= values.max() - 1e-12)
-
-
-def _over(best: np.ndarray, values: np.ndarray) -> float:
-    return float(values[best].mean())
 
 
 def _clear_winner(members: Sequence[_Gap]) -> int | None:
@@ -349,56 +334,34 @@ def _clear_winner(members: Sequence[_Gap]) -> int | None:
     return int(winner) if lead > 0 and lead >= NUM_STANDARD_ERRORS * standard_error else None
 
 
-def _headline(gaps: Sequence[_Gap], closed: np.ndarray) -> float:
-    return float(headline(*_columns(gaps, closed)))
-
-
-def _columns(gaps: Sequence[_Gap], closed: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
-    return [gap.task for gap in gaps], closed, np.array([gap.gap for gap in gaps])
-
-
-def _mean_ratio(gaps: Sequence[_Gap], closed: np.ndarray) -> float:
-    return float(np.mean([value / gap.gap for value, gap in zip(closed, gaps, strict=True)]))
-
-
-def _rows_by_task(gaps: Sequence[_Gap]) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = {}
-    for i, gap in enumerate(gaps):
-        rows.setdefault(gap.task, []).append(i)
-    return dict(sorted(rows.items()))
-
-
 def _per_task(
-    gaps: Sequence[_Gap], fixed: Mapping[str, np.ndarray], oracle: np.ndarray, maximum: np.ndarray
+    defined: DefinedGaps, arms: Sequence[str], oracle: np.ndarray, maximum: np.ndarray
 ) -> dict[str, TaskHeadroom]:
     tasks = {}
-    for task, rows in _rows_by_task(gaps).items():
-        of_task = [gaps[i] for i in rows]
-        arm_gap_closed = {arm: _headline(of_task, closed[rows]) for arm, closed in fixed.items()}
-        tasks[task] = TaskHeadroom(
-            num_contexts=len(rows),
-            arm_gap_closed=arm_gap_closed,
-            best_fixed_arm=max(arm_gap_closed, key=lambda arm: arm_gap_closed[arm]),
-            split_half_oracle=_headline(of_task, oracle[rows]),
-            maximum=_headline(of_task, maximum[rows]),
+    for task in np.unique(defined.tasks).tolist():
+        rows = defined.tasks == task
+        *fixed, of_oracle, of_maximum = (
+            float(one[rows].sum() / defined.gap[rows].sum()) for one in (*defined.closed.T, oracle, maximum)
         )
+        best = arms[int(np.argmax(fixed))]
+        tasks[task] = TaskHeadroom(int(rows.sum()), dict(zip(arms, fixed, strict=True)), best, of_oracle, of_maximum)
     return tasks
 
 
 def _bootstrap_interval(
-    gaps: Sequence[_Gap], gains: np.ndarray, num_resamples: int, seed: int
+    defined: DefinedGaps, gains: np.ndarray, num_resamples: int, seed: int
 ) -> tuple[float, float] | None:
     """95 % percentile interval of the headline of `gains` (numerators) when checkpoints are drawn with replacement.
 
     A pair weighs the product of how often its two checkpoints were drawn: pairs that share one are not independent.
     A resample counts the tasks that it holds; None when no resample holds a pair at all.
     """
-    checkpoints = sorted({name for gap in gaps for name in gap.checkpoints})
-    pairs = np.array([[checkpoints.index(name) for name in gap.checkpoints] for gap in gaps])
+    checkpoints = sorted({name for gap in defined.gaps for name in gap.checkpoints})
+    pairs = np.array([[checkpoints.index(name) for name in gap.checkpoints] for gap in defined.gaps])
     num = len(checkpoints)
     drawn = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=num_resamples)
     weights = (drawn[:, pairs[:, 0]] * drawn[:, pairs[:, 1]]).astype(np.float64)
-    values = headline(*_columns(gaps, gains), weights)
+    values = defined.headline(gains, weights)
     values = values[~np.isnan(values)]
     if not len(values):
         return None

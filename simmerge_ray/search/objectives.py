@@ -21,12 +21,14 @@ class Objective:
 
     def value(self, utilities: Mapping[str, float]) -> float:
         """From utilities by task; those without a weight are left out where there are weights."""
+        weights = self.task_weights(utilities)
+        return sum(weight * utilities[task] for task, weight in weights.items()) / sum(weights.values())
+
+    def task_weights(self, utilities: Mapping[str, float]) -> dict[str, float]:
+        """How much each task counts for the value."""
         if self.name == WORST:
-            return min(utilities.values())
-        if not self.weights:
-            return float(np.mean(list(utilities.values())))
-        total = sum(weight for _, weight in self.weights)
-        return sum(weight * utilities[task] for task, weight in self.weights) / total
+            return {min(sorted(utilities), key=lambda task: utilities[task]): 1.0}
+        return dict(self.weights) or dict.fromkeys(utilities, 1.0)
 
     @property
     def tasks(self) -> tuple[str, ...] | None:
@@ -64,9 +66,5 @@ def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     """Indices of the points, (n, d) and higher is better, that no other is at least as good as in everything and
     better in something."""
     values = np.asarray(points, dtype=np.float64)
-    front = []
-    for index, point in enumerate(values):
-        dominated = (values >= point).all(axis=1) & (values > point).any(axis=1)
-        if not dominated.any():
-            front.append(index)
-    return front
+    dominated = [((values >= point).all(axis=1) & (values > point).any(axis=1)).any() for point in values]
+    return np.flatnonzero(np.logical_not(dominated)).tolist()

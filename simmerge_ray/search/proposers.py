@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.plans.plan import MergePlan
@@ -18,62 +18,36 @@ SAMPLERS = ("tpe", "cmaes", "random")
 _MAX_REPEATS = 200  # proposals in a row that were made before, after which the space counts as exhausted
 
 
-class Proposer(Protocol):
-    """Hands out trials and learns how they went. `number` is the caller's name of a trial."""
+class Proposer:
+    """Hands out the given trials, in order. `number` is the caller's name of a trial.
 
-    @property
-    def total(self) -> int:
-        """How many trials it will hand out."""
-        ...
-
-    def propose(self, number: str) -> Trial | None:
-        """The next trial; None when there are no more."""
-        ...
-
-    def report(self, number: str, step: int, utilities: Mapping[str, float]) -> None:
-        """Utilities of what was evaluated of a trial after `step` shards."""
-        ...
-
-    def finish(self, number: str, progress: TrialProgress | None) -> None:
-        """A trial ended; None when it failed or was given up."""
-        ...
-
-
-class GridProposer:
-    """Trials in the given order."""
+    total: how many trials it will hand out.
+    """
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         self._trials = list(trials)
-        self._next = 0
-
-    @property
-    def total(self) -> int:
-        return len(self._trials)
+        self.total = len(self._trials)
 
     def propose(self, number: str) -> Trial | None:
-        if self._next == len(self._trials):
-            return None
-        self._next += 1
-        return self._trials[self._next - 1]
+        """The next trial; None when there are no more."""
+        return self._trials.pop(0) if self._trials else None
 
     def report(self, number: str, step: int, utilities: Mapping[str, float]) -> None:
-        """Nothing: the order is fixed."""
+        """Utilities of what was evaluated of a trial after `step` shards. Nothing follows: the order is fixed."""
 
     def finish(self, number: str, progress: TrialProgress | None) -> None:
-        """Nothing."""
+        """A trial ended; None when it failed or was given up."""
 
 
-class OptunaProposer:
+class OptunaProposer(Proposer):
     """First the given trials, then what Optuna's sampler proposes, until `budget` merges have labels.
 
     Labels that are in the store count: they are told to Optuna first, so that a search goes on where it stopped. A
     repeated proposal gets its known value and costs nothing.
-
-    Args:
-        first: trials of unmerged checkpoints.
     """
 
     def __init__(self, search: PreparedSearch, first: Sequence[Trial]) -> None:
+        super().__init__(first)
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -84,33 +58,27 @@ class OptunaProposer:
             directions=["maximize"] * len(search.objectives),
             sampler=make_sampler(search.config.sampler, search.config.seed),
         )
-        self._first = list(first)
-        self._num_first = len(self._first)
         self._running: dict[str, tuple[Any, MergePlan]] = {}
         self._known: dict[str, list[float] | None] = {}
         for plan, labels in search.labels().items():
             self._tell_stored(plan, labels)
-        self._num_merges = max(0, search.config.budget - len(self._known))
-        self._num_proposed = 0
-
-    @property
-    def total(self) -> int:
-        return self._num_first + self._num_merges
+        self._num_left = max(0, search.config.budget - len(self._known))
+        self.total += self._num_left
 
     def propose(self, number: str) -> Trial | None:
-        if self._first:
-            return self._first.pop(0)
-        for _ in range(_MAX_REPEATS if self._num_proposed < self._num_merges else 0):
+        if self._trials:
+            return super().propose(number)
+        for _ in range(_MAX_REPEATS if self._num_left else 0):
             trial = self._optuna.ask()
             plan = self._space.plan(partial(_suggest, trial))
             if plan.id not in self._known:
                 self._known[plan.id] = None
                 self._running[number] = (trial, plan)
-                self._num_proposed += 1
+                self._num_left -= 1
                 return Trial(plan, self._search.tasks_of(plan), num_shards=self._search.config.num_shards)
             values = self._known[plan.id]
             self._optuna.tell(trial, values, state=self._states.COMPLETE if values else self._states.FAIL)
-        self._num_merges = self._num_proposed  # nothing new is left
+        self.total, self._num_left = self.total - self._num_left, 0  # nothing new is left
         return None
 
     def report(self, number: str, step: int, utilities: Mapping[str, float]) -> None:
@@ -162,18 +130,14 @@ class OptunaProposer:
 def make_proposer(study: PreparedSearch, plans: Sequence[MergePlan] | None = None) -> Proposer:
     """All missing trials in order; with a budget, unmerged checkpoints first and then Optuna's proposals."""
     if study.space is None or plans is not None:
-        return GridProposer(grid_trials(study, plans))
+        return Proposer(grid_trials(study, plans))
     singles = dict.fromkeys(member for subset in study.space.subsets for member in subset)
     names = [*([study.catalogue.base.id] if study.catalogue.base else []), *singles]
     return OptunaProposer(study, grid_trials(study, [MergePlan(source=name) for name in dict.fromkeys(names)]))
 
 
 def make_sampler(name: str, seed: int) -> Any:
-    """Optuna's sampler of that name: `tpe` (multivariate), `cmaes`, or `random`.
-
-    Raises:
-        ConfigError: unknown.
-    """
+    """Optuna's sampler of that name: `tpe` (multivariate), `cmaes`, or `random`. Raises ConfigError: unknown."""
     import optuna
 
     if name not in SAMPLERS:
@@ -197,6 +161,6 @@ def _suggest(trial: Any, name: str, where: Range) -> Any:
 def _distribution(where: Range) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    return (
-        CategoricalDistribution(where.choices) if where.choices else FloatDistribution(where.low, where.high, step=STEP)
-    )
+    if where.choices:
+        return CategoricalDistribution(where.choices)
+    return FloatDistribution(where.low, where.high, step=STEP)

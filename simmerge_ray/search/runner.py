@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,14 +105,15 @@ class TrialRunner:
             except StorageError:
                 raise  # the store's fault, not the merge's: no label
             except CheckpointError as error:
-                return self._infeasible(trial, str(error))
+                return self._written(trial, dict.fromkeys(trial.tasks, Infeasible(str(error))))
             except (EngineError, RuntimeError, ValueError, MemoryError) as error:
                 _log.exception("attempt %d at %s failed", self._failures + 1, trial.plan.label)
                 self.close()
                 self._loaded = False
                 self._failures += 1
                 if self._failures == 2:
-                    return self._infeasible(trial, f"{type(error).__name__}: {error}")
+                    reason = Infeasible(f"{type(error).__name__}: {error}")
+                    return self._written(trial, dict.fromkeys(trial.tasks, reason))
 
     def _evaluate(self, evaluator: Evaluator, trial: Trial) -> TrialProgress:
         num_new = 0
@@ -124,18 +126,12 @@ class TrialRunner:
         if self._shard < max(len(parts) for parts in self._parts.values()):
             evaluated = {task: items[~np.isnan(items)] for task, items in self._items.items()}
             return TrialProgress(evaluated, False, num_new)
-        outcomes: dict[str, Outcome] = {task: Measured(items) for task, items in self._items.items()}
-        self._write(trial, outcomes)
-        return replace(_finished(outcomes), num_new=num_new)
+        return self._written(trial, {task: Measured(items) for task, items in self._items.items()}, num_new)
 
-    def _infeasible(self, trial: Trial, reason: str) -> TrialProgress:
-        outcomes: dict[str, Outcome] = dict.fromkeys(trial.tasks, Infeasible(reason))
-        self._write(trial, outcomes)
-        return _finished(outcomes)
-
-    def _write(self, trial: Trial, outcomes: Mapping[str, Outcome]) -> None:
+    def _written(self, trial: Trial, outcomes: Mapping[str, Outcome], num_new: int = 0) -> TrialProgress:
         seconds = (time.monotonic() - self._started) / len(outcomes)
         self._store.append([self._search.label(trial.plan, task, one, seconds) for task, one in outcomes.items()])
+        return _finished(outcomes, num_new)
 
     def _check_fit(self, resolved: ResolvedPlan) -> None:
         """Refuse checkpoints that do not fit each other (any more); each set of them is looked at once."""
@@ -146,15 +142,11 @@ class TrialRunner:
 
     def _same_merge(self, trial: Trial) -> int | None:
         """Number of the first rival that makes the same merge."""
-        if not trial.rivals:
-            return None
-        try:
-            own = linear_form(self._resolved)
+        with suppress(CheckpointError):  # the evaluation will say what is wrong
+            own = linear_form(self._resolved) if trial.rivals else trial.plan
             for number, rival in enumerate(trial.rivals):
                 if own != trial.plan and linear_form(replace(self._resolved, plan=rival)).id == own.id:
                     return number
-        except CheckpointError:
-            pass  # the evaluation will say what is wrong
         return None
 
     def _ready_evaluator(self) -> Evaluator:
@@ -176,10 +168,10 @@ class TrialRunner:
             close()
 
 
-def _finished(outcomes: Mapping[str, Outcome]) -> TrialProgress:
+def _finished(outcomes: Mapping[str, Outcome], num_new: int = 0) -> TrialProgress:
     items = {task: one.items for task, one in outcomes.items() if isinstance(one, Measured)}
     reasons = [one.reason for one in outcomes.values() if isinstance(one, Infeasible)]
-    return TrialProgress(items, True, infeasible=reasons[0] if reasons else None)
+    return TrialProgress(items, True, num_new, reasons[0] if reasons else None)
 
 
 def copy_labels(

@@ -73,7 +73,7 @@ class PreparedSearch:
     @property
     def template(self) -> CheckpointRef:
         """An engine is started on this checkpoint, and checked by a swap to `other`."""
-        return self.catalogue.base or self.catalogue.checkpoints[0]
+        return self.catalogue.all_refs[0]
 
     @property
     def other(self) -> CheckpointRef:
@@ -122,12 +122,11 @@ class PreparedSearch:
     def tasks_of(self, plan: MergePlan) -> tuple[str, ...]:
         """The tasks that a plan is evaluated on: its members' own tasks, all tasks for a checkpoint as it is and for
         members without one; in a search for the best merge those of its objectives."""
+        every = tuple(sorted(self.tasks))
         if self.space is not None:
-            needed = [objective.tasks for objective in self.objectives]
-            named = sorted({task for tasks in needed if tasks is not None for task in tasks})
-            return tuple(sorted(self.tasks)) if None in needed else tuple(named)
-        every_task = tuple(sorted(self.tasks))
-        return every_task if plan.source is not None else (plan_tasks(plan, self.catalogue) or every_task)
+            return tuple(sorted({task for objective in self.objectives for task in objective.tasks or every}))
+        own = {task for member in plan.members if (task := self.catalogue.own_task.get(member))}
+        return tuple(sorted(own)) if own and plan.source is None else every
 
 
 def prepare_search(
@@ -191,9 +190,9 @@ def grid_trials(search: PreparedSearch, plans: Sequence[MergePlan] | None = None
     """
     catalogue, config = search.catalogue, search.config
     if plans is None:
-        needed = [(MergePlan(source=ref.id), search.tasks_of(MergePlan(source=ref.id))) for ref in catalogue.all_refs]
+        singles = [MergePlan(source=ref.id) for ref in catalogue.all_refs]
         merges = pair_plans(_pairs(catalogue, config), parse_arms(config.arms))
-        needed += [(plan, search.tasks_of(plan)) for plan in merges]
+        needed = [(plan, search.tasks_of(plan)) for plan in (*singles, *merges)]
     else:
         needed = [(plan, search.tasks_of(plan)) for plan in plans]
         parents = dict.fromkeys((member, names) for plan, names in needed for member in plan.members)
@@ -204,11 +203,8 @@ def grid_trials(search: PreparedSearch, plans: Sequence[MergePlan] | None = None
     rivals = _rivals(needed)
     final = Measured if config.retry_infeasible else (Measured, Infeasible)
     known = {label.key for label in LabelStore(search.labels_uri).read() if isinstance(label.outcome, final)}
-    trials = []
-    for plan, names in needed:
-        if missing := tuple(task for task in names if search.key(plan, task) not in known):
-            trials.append(Trial(plan, missing, rivals.get(plan.id, ())))
-    return trials
+    missing = [(plan, tuple(task for task in names if search.key(plan, task) not in known)) for plan, names in needed]
+    return [Trial(plan, tasks, rivals.get(plan.id, ())) for plan, tasks in missing if tasks]
 
 
 def _rivals(needed: Sequence[tuple[MergePlan, Sequence[str]]]) -> dict[str, tuple[MergePlan, ...]]:
@@ -225,29 +221,23 @@ def _rivals(needed: Sequence[tuple[MergePlan, Sequence[str]]]) -> dict[str, tupl
     for group in groups.values():
         group.sort(key=lambda one: one[:2])
         for place, (_, _, plan, tasks) in enumerate(group):
-            before = [other for _, _, other, theirs in group[:place] if tasks <= theirs and other.id != plan.id]
+            before = (other for _, _, other, theirs in group[:place] if tasks <= theirs and other.id != plan.id)
             found[plan.id] = tuple(before)
     return found
 
 
 def _context_limit(catalogue: Catalogue, requested: int | None) -> int:
-    template = catalogue.base or catalogue.checkpoints[0]
-    own = context_limit(template) or _MAX_MODEL_LEN
+    own = context_limit(catalogue.all_refs[0]) or _MAX_MODEL_LEN
     if requested is not None and requested > own:
         raise ConfigError(f"max_model_len is {requested}; the checkpoints' own limit is {own} tokens")
     return requested or min(own, _MAX_MODEL_LEN)
 
 
 def check_lengths(tasks: Mapping[str, EvaluationTask], catalogue: Catalogue, max_model_len: int) -> None:
-    """Refuse tasks with items that do not fit an engine.
-
-    Raises:
-        TaskError: with the longest item of every such task.
-    """
+    """Refuse tasks with items that do not fit an engine. Raises TaskError: with the longest item of every such task."""
     from transformers import AutoTokenizer
 
-    template = catalogue.base or catalogue.checkpoints[0]
-    with local_files(template) as directory:
+    with local_files(catalogue.all_refs[0]) as directory:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     problems = []
     for name, task in tasks.items():
@@ -263,8 +253,3 @@ def check_lengths(tasks: Mapping[str, EvaluationTask], catalogue: Catalogue, max
             )
     if problems:
         raise TaskError("\n  ".join(problems))
-
-
-def plan_tasks(plan: MergePlan, catalogue: Catalogue) -> tuple[str, ...]:
-    """The own tasks of a plan's members, sorted."""
-    return tuple(sorted({task for member in plan.members if (task := catalogue.own_task.get(member))}))

@@ -7,10 +7,10 @@ depth of the model (layer-group weights).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any
 
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError
@@ -37,10 +37,7 @@ class Range:
         return self.low <= value <= self.high and abs((value - self.low) / STEP % 1.0 - 0.5) > 0.5 - 1e-6
 
 
-class Suggest(Protocol):
-    """Gives the value of a named parameter."""
-
-    def __call__(self, name: str, where: Range) -> Any: ...
+Suggest = Callable[[str, Range], Any]  # gives the value of a named parameter
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,6 @@ class SearchSpace:
         """Names, values and ranges that make `plan`, or None if it is not in this space."""
         suggested: dict[str, tuple[Any, Range]] = {}
         wanted = self._values(plan)
-        if wanted is None:
-            return None
 
         def suggest(name: str, where: Range) -> Any:
             value = wanted[name]
@@ -91,23 +86,20 @@ class SearchSpace:
             return value
 
         try:
-            made = self.plan(suggest)
+            return suggested if self.plan(suggest).id == plan.id else None
         except KeyError:
             return None
-        return suggested if made.id == plan.id else None
 
-    def _values(self, plan: MergePlan) -> dict[str, Any] | None:
-        """Values under every name that could stand for a part of `plan`."""
+    def _values(self, plan: MergePlan) -> dict[str, Any]:
+        """Values under every name that could stand for a part of `plan`; empty if it is not in this space."""
         subset = next((one for one in self.subsets if set(one) == set(plan.members)), None)
         if subset is None or len(plan.steps) != len(subset) - 1:
-            return None
+            return {}
         full = plan.steps[0].arm
-        arm = next(
-            (one for one in self.arms if one.operator == full.operator and set(one.params) <= set(full.params)), None
-        )
-        if arm is None:
-            return None
-        params = full.param_dict()
+        arms = [one for one in self.arms if one.operator == full.operator and set(one.params) <= set(full.params)]
+        if not arms:
+            return {}
+        arm, params = arms[0], full.param_dict()
         values: dict[str, Any] = {"members": _joined(subset), "arm": arm.label}
         values |= {f"{arm.label}:{name}": params[name] for name in free_parameters(arm)}
         for number, step in enumerate(plan.steps, 1):

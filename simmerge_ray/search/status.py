@@ -26,9 +26,6 @@ class SearchStatus:
     @property
     def line(self) -> str:
         """Failed trials, items per second and the best merge so far."""
-        parts = [f"{self.items_per_second:.0f} items/s"]
-        if self.failed:
-            parts.insert(0, f"{self.failed} failed")
-        if self.best:
-            parts.append(f"best {self.best[1]:.3f} {self.best[0]}")
-        return ", ".join(parts)
+        failed = f"{self.failed} failed, " if self.failed else ""
+        best = f", best {self.best[1]:.3f} {self.best[0]}" if self.best else ""
+        return f"{failed}{self.items_per_second:.0f} items/s{best}"

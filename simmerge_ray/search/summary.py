@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.labels import Measured
@@ -47,5 +47,5 @@ def _ranked(kind: list[PlanResult]) -> list[PlanResult]:
     front = set(pareto_front([one.values for one in kind]))
     if len(kind[0].values) == 1:
         front = {min(front)}
-    marked = [PlanResult(one.plan, one.utilities, one.values, index in front) for index, one in enumerate(kind)]
+    marked = [replace(one, best=index in front) for index, one in enumerate(kind)]
     return sorted(marked, key=lambda one: (*(-value for value in one.values), one.plan.id))

@@ -14,7 +14,7 @@ import numpy as np
 from simmerge_ray.base.errors import LabelError, TaskError
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.headroom import NUM_STANDARD_ERRORS
-from simmerge_ray.search.objectives import WORST, Objective
+from simmerge_ray.search.objectives import Objective
 
 MIN_ITEMS = 4  # two in each half, or there is no standard error
 _CHOOSING, _REPORTING = slice(0, None, 2), slice(1, None, 2)
@@ -74,11 +74,7 @@ class Verdict:
 
 
 def check_items(task: str, num_items: int) -> None:
-    """Refuse a task whose items cannot be split.
-
-    Raises:
-        TaskError: it has too few.
-    """
+    """Refuse a task with too few items to split, by TaskError."""
     if num_items < MIN_ITEMS:
         raise TaskError(
             f"task {task!r} has {num_items} items; {MIN_ITEMS} are the least, since one half chooses and the other "
@@ -94,19 +90,16 @@ def choose_winner(candidates: Sequence[Candidate], objective: Objective) -> Verd
     """
     if not candidates:
         raise LabelError("nothing was measured, so nothing can be chosen")
-    merges = [one for one in candidates if one.plan.steps]
-    singles = [one for one in candidates if not one.plan.steps]
-    best_merge, best_single = _best(merges, objective), _best(singles, objective)
-    if best_merge is None or best_single is None:
-        winner = best_merge or best_single
-        assert winner is not None
-        return Verdict(winner, best_merge, best_single, objective_estimate(winner.reporting, objective), None, None)
-    chosen_by = difference(best_merge.choosing, best_single.choosing, objective)
-    winner = best_merge if chosen_by.value > 0 else best_single
-    advantage = difference(best_merge.reporting, best_single.reporting, objective)
-    return Verdict(
-        winner, best_merge, best_single, objective_estimate(winner.reporting, objective), advantage, chosen_by
-    )
+    best_merge = _best([one for one in candidates if one.plan.steps], objective)
+    best_single = _best([one for one in candidates if not one.plan.steps], objective)
+    winner, advantage, chosen_by = best_merge or best_single, None, None
+    if best_merge is not None and best_single is not None:
+        chosen_by = difference(best_merge.choosing, best_single.choosing, objective)
+        winner = best_merge if chosen_by.value > 0 else best_single
+        advantage = difference(best_merge.reporting, best_single.reporting, objective)
+    assert winner is not None
+    utility = objective_estimate(winner.reporting, objective)
+    return Verdict(winner, best_merge, best_single, utility, advantage, chosen_by)
 
 
 def _best(candidates: Sequence[Candidate], objective: Objective) -> Candidate | None:
@@ -123,18 +116,13 @@ def difference(left: Items, right: Items, objective: Objective) -> ObjectiveEsti
 
     a and b are the shares of the tasks: those of the objective, or for `worst` all of it on each side's worst task.
     """
-    shares = [task_shares(objective, {task: float(side[task].mean()) for task in side}) for side in (left, right)]
+    weights = [
+        objective.task_weights({task: float(items.mean()) for task, items in side.items()}) for side in (left, right)
+    ]
+    shares = [{task: one / sum(side.values()) for task, one in side.items()} for side in weights]
     value = variance = 0.0
     for task in left:
         pairs = shares[0].get(task, 0.0) * left[task] - shares[1].get(task, 0.0) * right[task]
         value += float(pairs.mean())
         variance += float(pairs.var(ddof=1)) / len(pairs)
     return ObjectiveEstimate(value, float(np.sqrt(variance)))
-
-
-def task_shares(objective: Objective, utilities: Mapping[str, float]) -> dict[str, float]:
-    """How much each task counts for the objective; its value is the sum of share times utility."""
-    if objective.name == WORST:
-        return {min(sorted(utilities), key=lambda task: utilities[task]): 1.0}
-    weights = dict(objective.weights) or dict.fromkeys(utilities, 1.0)
-    return {task: weight / sum(weights.values()) for task, weight in weights.items()}

@@ -7,21 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from simmerge_ray.service import schemas
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.log.events import EventRow
 from simmerge_ray.service.log.outcomes import Outcome, Status
 from simmerge_ray.service.registry import Published
-from simmerge_ray.service.schemas import (
-    ArmState,
-    CatalogueAnswer,
-    CatalogueCheckpoint,
-    EventSummary,
-    ExamplePair,
-    Refused,
-    RewardAnswer,
-    SafePolicy,
-    SignalMatrix,
-)
+from simmerge_ray.service.schemas import Refused
 from simmerge_ray.signals.table import SignalTable
 
 
@@ -36,39 +27,39 @@ def _said(outcome: Outcome) -> Literal["created", "replayed"]:
     return "created" if outcome.status == Status.CREATED else "replayed"
 
 
-def reward_answer(decision_id: str, outcome: Outcome, **told: Any) -> tuple[int, RewardAnswer]:
+def reward_answer(decision_id: str, outcome: Outcome, **told: Any) -> tuple[int, schemas.RewardAnswer]:
     """Status and answer for an event about a decision. Raises Refused."""
     row = accepted(outcome)
-    answer = RewardAnswer(decision_id=decision_id, seq=row.seq, at=row.at, status=_said(outcome), **told)
+    answer = schemas.RewardAnswer(decision_id=decision_id, seq=row.seq, at=row.at, status=_said(outcome), **told)
     return int(outcome.status), answer
 
 
-def event_summary(outcome: Outcome) -> tuple[int, EventSummary]:
+def event_summary(outcome: Outcome) -> tuple[int, schemas.EventSummary]:
     """Status and answer for any other event. Raises Refused."""
     row = accepted(outcome)
-    return int(outcome.status), EventSummary(seq=row.seq, at=row.at, kind=row.kind, status=_said(outcome))
+    return int(outcome.status), schemas.EventSummary(seq=row.seq, at=row.at, kind=row.kind, status=_said(outcome))
 
 
-def safe_policy(published: Published) -> SafePolicy:
+def safe_policy(published: Published) -> schemas.SafePolicy:
     """The rule by which a selector leaves its best fixed arm."""
     override = published.selector.override
-    return SafePolicy(fixed=override.best_fixed, threshold=None if override.never else override.threshold)
+    return schemas.SafePolicy(fixed=override.best_fixed, threshold=None if override.never else override.threshold)
 
 
-def catalogue_answer(table: SignalTable, published: Published, arms: list[str]) -> CatalogueAnswer:
+def catalogue_answer(table: SignalTable, published: Published, arms: list[str]) -> schemas.CatalogueAnswer:
     """What may be asked for."""
     own, known = table.provenance["own_task"], set(table.checkpoint_ids)
     pairs = [pair for pair in published.selector.provenance.get("pairs", ()) if set(pair) <= known]
-    return CatalogueAnswer(
-        checkpoints=[CatalogueCheckpoint(id=name, task=own.get(name)) for name in table.checkpoint_ids],
+    return schemas.CatalogueAnswer(
+        checkpoints=[schemas.CatalogueCheckpoint(id=name, task=own.get(name)) for name in table.checkpoint_ids],
         tasks=list(table.tasks),
         arms=arms,
         signals=list(table.columns),
-        example=ExamplePair(left=pairs[0][0], right=pairs[0][1]) if pairs else None,
+        example=schemas.ExamplePair(left=pairs[0][0], right=pairs[0][1]) if pairs else None,
     )
 
 
-def signal_matrix(table: SignalTable, signal: str, task: str | None) -> SignalMatrix:
+def signal_matrix(table: SignalTable, signal: str, task: str | None) -> schemas.SignalMatrix:
     """A signal of all pairs. Raises Refused (404)."""
     task = task or table.tasks[0]
     if signal not in table.columns:
@@ -77,13 +68,13 @@ def signal_matrix(table: SignalTable, signal: str, task: str | None) -> SignalMa
         raise Refused(404, f"unknown task {task[:80]!r}")
     ids = table.checkpoint_ids
     values = [[None if a == b else table.get(a, b, task).features[signal] for b in ids] for a in ids]
-    return SignalMatrix(signal=signal, task=task, checkpoints=list(ids), values=values)
+    return schemas.SignalMatrix(signal=signal, task=task, checkpoints=list(ids), values=values)
 
 
-def arm_state(arm: str, one: GaussianPosterior, context: np.ndarray | None, noise_sd: float) -> ArmState:
+def arm_state(arm: str, one: GaussianPosterior, context: np.ndarray | None, noise_sd: float) -> schemas.ArmState:
     """What is known of an arm, at the mean context of the decisions."""
     mean, sd = (None, None) if context is None else one.marginal(context)
-    return ArmState(
+    return schemas.ArmState(
         arm=arm,
         count=one.count,
         weight=one.weight,

@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -27,18 +26,8 @@ import tenacity
 from pydantic import BaseModel, ValidationError
 
 from simmerge_ray.base.errors import ClientError, RefusedError, UnavailableError
-from simmerge_ray.service.schemas import (
-    CatalogueAnswer,
-    Decision,
-    DecisionList,
-    DecisionRecord,
-    EventSummary,
-    PlansAnswer,
-    PolicyAnswer,
-    Ranked,
-    RewardAnswer,
-    check_utility,
-)
+from simmerge_ray.service import schemas
+from simmerge_ray.service.schemas import check_utility
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE, TOKEN_VARIABLE = "SIMMERGE_URL", "SIMMERGE_TOKEN"
@@ -91,9 +80,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close_connections()
 
     def close_connections(self) -> None:
@@ -108,7 +95,7 @@ class Client:
         explore: bool = True,
         ttl_seconds: float | None = None,
         key: str | None = None,
-    ) -> Decision:
+    ) -> schemas.Decision:
         """Which arm should merge two checkpoints?
 
         Args:
@@ -117,7 +104,7 @@ class Client:
                 it. key: idempotency key; None: a new one.
         """
         body = {"left": left, "right": right, "task": task, "explore": explore, "ttl_seconds": ttl_seconds}
-        return self._send("POST", "/v1/decisions", Decision, body, _key(key))
+        return self._send("POST", "/v1/decisions", schemas.Decision, body, _key(key))
 
     def decide_plan(
         self,
@@ -127,65 +114,62 @@ class Client:
         explore: bool = True,
         ttl_seconds: float | None = None,
         key: str | None = None,
-    ) -> Decision:
+    ) -> schemas.Decision:
         """Which plan should merge some of these checkpoints? ways: how many of them; the rest as in `decide`."""
         body = {"checkpoints": list(checkpoints), "task": task, "ways": ways, "explore": explore}
-        return self._send("POST", "/v1/decisions", Decision, {**body, "ttl_seconds": ttl_seconds}, _key(key))
+        return self._send("POST", "/v1/decisions", schemas.Decision, {**body, "ttl_seconds": ttl_seconds}, _key(key))
 
-    def reward(self, decision_id: str, utility: float, key: str | None = None) -> RewardAnswer:
+    def reward(self, decision_id: str, utility: float, key: str | None = None) -> schemas.RewardAnswer:
         """Report the measured utility, in [0, 1], of the merge that a decision chose."""
         try:
             check_utility(utility)
         except ValueError as error:
             raise RefusedError(422, str(error)) from None
-        return self._send("POST", _path(decision_id, "/reward"), RewardAnswer, {"utility": utility}, _key(key))
+        return self._send("POST", _path(decision_id, "/reward"), schemas.RewardAnswer, {"utility": utility}, _key(key))
 
-    def void(self, decision_id: str, reason: str, key: str | None = None) -> RewardAnswer:
+    def void(self, decision_id: str, reason: str, key: str | None = None) -> schemas.RewardAnswer:
         """The reward of a decision was wrong: take it back. Another may follow."""
-        return self._send("POST", _path(decision_id, "/void"), RewardAnswer, {"reason": reason}, _key(key))
+        return self._send("POST", _path(decision_id, "/void"), schemas.RewardAnswer, {"reason": reason}, _key(key))
 
-    def close(self, decision_id: str, reason: str, key: str | None = None) -> RewardAnswer:
+    def close(self, decision_id: str, reason: str, key: str | None = None) -> schemas.RewardAnswer:
         """No reward will come: the merge was infeasible, or was not made."""
-        return self._send("POST", _path(decision_id, "/close"), RewardAnswer, {"reason": reason}, _key(key))
+        return self._send("POST", _path(decision_id, "/close"), schemas.RewardAnswer, {"reason": reason}, _key(key))
 
-    def get(self, decision_id: str) -> DecisionRecord:
+    def get(self, decision_id: str) -> schemas.DecisionRecord:
         """A decision, and what became of it."""
-        return self._send("GET", _path(decision_id), DecisionRecord)
+        return self._send("GET", _path(decision_id), schemas.DecisionRecord)
 
-    def decisions(self, limit: int = 50, before: int | None = None) -> DecisionList:
+    def decisions(self, limit: int = 50, before: int | None = None) -> schemas.DecisionList:
         """The newest decisions; before: the `next_before` of the last answer, for those that came before them."""
         query = {"limit": limit} | ({} if before is None else {"before": before})
-        return self._send("GET", "/v1/decisions", DecisionList, query=query)
+        return self._send("GET", "/v1/decisions", schemas.DecisionList, query=query)
 
-    def policy(self) -> PolicyAnswer:
+    def policy(self) -> schemas.PolicyAnswer:
         """What the service has learned so far."""
-        return self._send("GET", "/v1/policy", PolicyAnswer)
+        return self._send("GET", "/v1/policy", schemas.PolicyAnswer)
 
-    def catalogue(self) -> CatalogueAnswer:
+    def catalogue(self) -> schemas.CatalogueAnswer:
         """Checkpoints, tasks and arms that may be named."""
-        return self._send("GET", "/v1/catalogue", CatalogueAnswer)
+        return self._send("GET", "/v1/catalogue", schemas.CatalogueAnswer)
 
     def plans(
-        self,
-        checkpoints: Sequence[str] | None = None,
-        ways: str | int = "2-4",
-        task: str | None = None,
-        top: int = 10,
-    ) -> PlansAnswer:
+        self, checkpoints: Sequence[str] | None = None, ways: str | int = "2-4", task: str | None = None, top: int = 10
+    ) -> schemas.PlansAnswer:
         """Ranked plans; nothing is decided. checkpoints: None takes the whole catalogue."""
         names = None if checkpoints is None else list(checkpoints)
-        return self._send(
-            "POST", "/v1/plans", PlansAnswer, {"checkpoints": names, "task": task, "ways": ways, "top": top}
-        )
+        body = {"checkpoints": names, "task": task, "ways": ways, "top": top}
+        return self._send("POST", "/v1/plans", schemas.PlansAnswer, body)
 
-    def rank(self, left: str, right: str, task: str | None = None) -> Ranked:
+    def rank(self, left: str, right: str, task: str | None = None) -> schemas.Ranked:
         """Ranked arms for two checkpoints; nothing is decided."""
-        return self._send("POST", "/v1/rank", Ranked, {"left": left, "right": right, "task": task})
+        return self._send("POST", "/v1/rank", schemas.Ranked, {"left": left, "right": right, "task": task})
 
-    def add_arm(self, arm: str, sibling: str | None = None, power: float = 0.3, key: str | None = None) -> EventSummary:
+    def add_arm(
+        self, arm: str, sibling: str | None = None, power: float = 0.3, key: str | None = None
+    ) -> schemas.EventSummary:
         """An operator that may be chosen from now on. sibling, power: it starts from what that arm has learned."""
         body = {"arm": arm, "sibling": sibling, "power": power}
-        return self._send("POST", "/v1/arms", EventSummary, body, _key(key))
+        return self._send("POST", "/v1/arms", schemas.EventSummary, body, _key(key))
 
     def _send(
         self,
@@ -235,9 +219,8 @@ def _path(decision_id: str, rest: str = "") -> str:
 
 
 def _may_be_answered(error: BaseException) -> bool:
-    if not isinstance(error, UnavailableError) or error.retry_after is None:
-        return False
-    return error.retry_after <= LONGEST_RETRY_AFTER_S
+    asked = error.retry_after if isinstance(error, UnavailableError) else None
+    return asked is not None and asked <= LONGEST_RETRY_AFTER_S
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

@@ -13,7 +13,7 @@ from simmerge_ray.selector.models.influence import influences
 from simmerge_ray.selector.planning.recommender import Recommendation, Recommender
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import COLD_NOISE, cold_prior, contexts_of
+from simmerge_ray.service.bandit.warm_start import COLD_NOISE, cold_ridge, contexts_of
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import Influence
 from simmerge_ray.signals.table import SignalTable
@@ -47,10 +47,8 @@ class PairContext:
 
 class Contexts:
     """Pairs of a table as one selector sees them; the same request is computed once.
-
-    Raises:
-        BanditError: a selector without an encoder. SelectorError: one with a task encoding; the log has features alone,
-            and a new epoch could not encode them again.
+    Raises BanditError: a selector without an encoder. SelectorError: one with a task encoding; the log has features
+    alone, and a new epoch could not encode them again.
     """
 
     def __init__(self, published: Published, table: SignalTable) -> None:
@@ -85,7 +83,8 @@ class Contexts:
         warm = self.published.warm
         if warm is not None:
             return dict(warm.posteriors), warm.noise
-        return dict.fromkeys(self.published.selector.arms, cold_prior(self.num_dimensions, COLD_NOISE)), COLD_NOISE
+        cold = GaussianPosterior.prior(self.num_dimensions, cold_ridge(COLD_NOISE))
+        return dict.fromkeys(self.published.selector.arms, cold), COLD_NOISE
 
     def why(self, context: PairContext) -> list[Influence]:
         """Groups of signals, and how far each moves the prediction of the chosen arm from that of the average pair."""

@@ -14,7 +14,7 @@ from simmerge_ray.plans.operators.specs import parse_arm
 from simmerge_ray.selector.models.model import Selector
 from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule, Suggestion
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import cold_ridge, sibling_prior
+from simmerge_ray.service.bandit.warm_start import cold_ridge
 from simmerge_ray.service.context import COLD_NOISE, Contexts, PairContext
 from simmerge_ray.service.log.events import ArmAdded, DecisionMade, EncoderEpoch
 from simmerge_ray.service.log.fold import View
@@ -52,7 +52,7 @@ class PolicyCache:
             floor = min(self._floor, 1 / len(view.posteriors))
             fixed = selector.best_fixed if selector.best_fixed in view.posteriors else None
             rules = [None if fixed is None else SafeRule(fixed, t) for t in (selector.override.threshold, math.inf)]
-            made = (NeuralLinearTS(view.posteriors, noise_of(view), rule, floor, view.priors) for rule in rules)
+            made = (NeuralLinearTS(view.posteriors, noise_of(view), rule, floor) for rule in rules)
             self._latest = (key, tuple(made))
         return self._latest[1][novel]
 
@@ -64,11 +64,9 @@ def pair_decision(
     suggestion = policy.suggest(context.z, asked.decision_id, asked.explore, context.classes)
     propensities = dict(zip(suggestion.arms, suggestion.propensities.tolist(), strict=True))
     best_fixed, tasks = contexts.published.selector.best_fixed, list(context.tasks)
+    told: dict[str, Any] = {"kind": "pair", "left": context.left, "right": context.right, "tasks": tasks}
     answer = Decision(
-        kind="pair",
-        left=context.left,
-        right=context.right,
-        tasks=tasks,
+        **told,
         arm=suggestion.arm,
         reason=_reason(context, suggestion, best_fixed, propensities),
         overrode=suggestion.arm != best_fixed,
@@ -78,7 +76,6 @@ def pair_decision(
         limit=context.answer.limit,
         **_of_any_decision(view, contexts, asked),
     )
-    told = {"kind": "pair", "left": context.left, "right": context.right, "tasks": tasks}
     return _event(answer, told, suggestion.arm, context, _class_of(suggestion.arm, context, view)), answer
 
 
@@ -171,9 +168,7 @@ def ranked(contexts: Contexts, view: View, request: RankRequest) -> Ranked:
 
 def start_of(request: ArmRequest, view: View) -> ArmAdded:
     """The event of a new arm.
-
-    Raises:
-        OperatorError: no such operator or parameters, or not for two checkpoints. BanditError: an unknown sibling.
+    Raises OperatorError: no such operator or parameters, or not for two checkpoints. BanditError: an unknown sibling.
     """
     arm = parse_arm(request.arm)
     if arm.spec.max_sources == 1:
@@ -186,7 +181,7 @@ def start_of(request: ArmRequest, view: View) -> ArmAdded:
         raise BanditError(unknown_name("arm", request.sibling, view.posteriors))
     known = view.posteriors[request.sibling]
     # Nothing of it stays whole: what a sibling learned from labels is as much an observation as its rewards.
-    return ArmAdded(arm.label, sibling_prior(known, nothing, request.power), view.epoch)
+    return ArmAdded(arm.label, known.discounted(request.power, nothing), view.epoch)
 
 
 def new_epoch_of(contexts: Contexts, view: View) -> EncoderEpoch:
@@ -204,18 +199,15 @@ def _class_of(arm: str, context: PairContext, view: View) -> tuple[str, ...]:
 
 def _predictions(context: PairContext, view: View, noise: Noise, propensities: dict[str, float]) -> list[ArmPrediction]:
     """From best to worst by what the selector says; arms that it does not know come last."""
-    known = {one.arm: one for one in context.answer.ranked}
+    known = {one.arm: {"utility": one.utility, "sd": one.sd, "interval": one.interval} for one in context.answer.ranked}
     order = [*(arm for arm in known if arm in view.posteriors), *(arm for arm in view.posteriors if arm not in known)]
     found = []
     for arm in order:
         mean, spread = view.posteriors[arm].marginal(context.z)
-        one = known.get(arm)
         found.append(
             ArmPrediction(
                 arm=arm,
-                utility=one.utility if one else None,
-                sd=one.sd if one else None,
-                interval=one.interval if one else None,
+                **known.get(arm, {}),
                 expected=context.level + mean,
                 expected_sd=math.sqrt(noise.variance) * spread,
                 propensity=propensities.get(arm),

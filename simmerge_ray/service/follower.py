@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.context import Contexts
 from simmerge_ray.service.log.database import open_database
@@ -32,28 +33,25 @@ _log = logging.getLogger("simmerge.service")
 class Follower:
     """See the module. The event loop that asks it also stops it.
 
-    Args:
-        given: version of the selector that an empty log begins with. clock: seconds since 1970.
+    given: version of the selector that an empty log begins with. clock: seconds since 1970.
     """
 
     def __init__(
         self,
-        database: str,
-        namespace: str,
+        settings: ServiceConfig,
         registry: Registry,
         table: SignalTable,
         given: str | None,
-        snapshot_every: int,
         clock: Callable[[], float],
     ) -> None:
-        self._database, self._namespace, self._clock = database, namespace, clock
+        self._settings, self._clock = settings, clock
         self._registry, self._table, self._given = registry, table, given
         self._contexts: dict[str, Contexts] = {}
         self._encoders: dict[int, Contexts] = {}  # of the latest epoch
         self._log: EventLog | None = None
         self._replica: Replica | None = None
         self._ledger: Ledger | None = None
-        self._snapshot_every, self._snapshot_seq, self._has_begun = snapshot_every, 0, False
+        self._snapshot_seq, self._has_begun = 0, False
         self._reader = ThreadPoolExecutor(1, "simmerge-fold")
         self._running: asyncio.Task[View] | None = None
         self._queued: asyncio.Task[View] | None = None
@@ -139,14 +137,14 @@ class Follower:
         return view
 
     def _snapshot_if_due(self, view: View) -> None:
-        if view.seq - self._snapshot_seq >= self._snapshot_every:
+        if view.seq - self._snapshot_seq >= self._settings.snapshot_every:
             self._snapshot_seq = view.seq
             self._reader.submit(self._save_snapshot)
 
     def _connected(self) -> Replica:
         if self._replica is None:
-            engine = open_database(self._database)
-            self._log = EventLog(engine, self._namespace, self._clock, self._look)
+            engine = open_database(self._settings.database)
+            self._log = EventLog(engine, self._settings.namespace, self._clock, self._look)
             self._ledger = Ledger(self._log)
             self._replica = Replica(self._log, self._encode)
         return self._replica

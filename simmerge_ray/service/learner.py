@@ -21,62 +21,17 @@ from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.base.errors import SimmergeError, StoreError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
-from simmerge_ray.service.answers import (
-    accepted,
-    arm_state,
-    catalogue_answer,
-    entropy,
-    event_summary,
-    reward_answer,
-    safe_policy,
-    signal_matrix,
-)
+from simmerge_ray.service import answers, deciding, schemas
 from simmerge_ray.service.context import Contexts
-from simmerge_ray.service.deciding import (
-    Asked,
-    PolicyCache,
-    new_epoch_of,
-    noise_of,
-    pair_decision,
-    plan_decision,
-    ranked,
-    start_of,
-)
 from simmerge_ray.service.follower import Follower
-from simmerge_ray.service.log.events import (
-    DecisionClosed,
-    DecisionMade,
-    Discounted,
-    RewardGiven,
-    RewardVoided,
-)
+from simmerge_ray.service.log.events import DecisionClosed, DecisionMade, Discounted, RewardGiven, RewardVoided
 from simmerge_ray.service.log.fold import EXPIRED, View
 from simmerge_ray.service.log.ledger import answer_of, decision_record, former_versions, recent_decisions
 from simmerge_ray.service.log.outcomes import Status
+from simmerge_ray.service.metrics import PrometheusMetrics
 from simmerge_ray.service.planning import PlanRanker, plan_prediction
 from simmerge_ray.service.registry import Published, Registry
-from simmerge_ray.service.schemas import (
-    ArmRequest,
-    CatalogueAnswer,
-    CurveAnswer,
-    Decision,
-    DecisionList,
-    DecisionRecord,
-    DecisionRequest,
-    DiscountRequest,
-    EventSummary,
-    PlanPrediction,
-    PlansAnswer,
-    PlansRequest,
-    PolicyAnswer,
-    Ranked,
-    RankRequest,
-    ReasonRequest,
-    Refused,
-    RewardAnswer,
-    RewardRequest,
-    SignalMatrix,
-)
+from simmerge_ray.service.schemas import Refused
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 
 _log = logging.getLogger("simmerge.service")
@@ -86,32 +41,17 @@ _MAX_EXPIRED = 1000  # closed in one go
 T = TypeVar("T")
 
 
-class Observer:
-    """Told of everything that is worth a metric, which it ignores here; must not fail or wait."""
-
-    def decided(self, decision: Decision) -> None:
-        """One more decision."""
-
-    def rewarded(self, outcome: str) -> None:
-        """One more request with a reward, by what became of it."""
-
-    def state(self, view: View, entropies: dict[str, float]) -> None:
-        """The present state, and the entropy of each arm's posterior in nats."""
-
-
 class Learner:
     """See the module. `start` it in the event loop that it serves in, and `stop` it there.
 
-    Args:
-        clock: seconds since 1970.
+    clock: seconds since 1970.
 
-    Raises:
-        InputError: the signal table, the catalogue or the selector cannot be read, or do not fit each other.
+    Raises InputError: the signal table, the catalogue or the selector cannot be read, or do not fit each other.
     """
 
     def __init__(self, settings: ServiceConfig, clock: Callable[[], float] = time.time) -> None:
         self.settings, self._clock = settings, clock
-        self.observer = Observer()
+        self.observer = PrometheusMetrics()
         self.registry = Registry(settings.registry)
         self._table: SignalTable = read_signal_table(settings.signals)
         self._catalogue: Catalogue | None = load_catalogue(settings.catalogue) if settings.catalogue else None
@@ -120,16 +60,8 @@ class Learner:
             first = self.registry.load(self._given)
             first.selector.check_table(self._table)
             Contexts(first, self._table)  # it raises for a selector without an encoder
-        self._follower = Follower(
-            settings.database,
-            settings.namespace,
-            self.registry,
-            self._table,
-            self._given,
-            settings.snapshot_every,
-            clock,
-        )
-        self._policies = PolicyCache(settings.floor)
+        self._follower = Follower(settings, self.registry, self._table, self._given, clock)
+        self._policies = deciding.PolicyCache(settings.floor)
         self._rankers: dict[str, PlanRanker] = {}
         self._others = ThreadPoolExecutor(1, "simmerge-read")
         self._background: list[asyncio.Task[None]] = []
@@ -160,75 +92,77 @@ class Learner:
 
     # Calls that change the log.
 
-    async def decide(self, request: DecisionRequest, key: str | None = None) -> tuple[int, Decision]:
+    async def decide(self, request: schemas.DecisionRequest, key: str | None = None) -> tuple[int, schemas.Decision]:
         """Status 201 or 200 (a retry with the same key), and what was decided the first time.
-
-        Raises:
-            InputError, Refused (409), StoreError.
+        Raises InputError, Refused (409), StoreError.
         """
         decision_id = f"{self._ids.getrandbits(128):032x}"
         payload = request.model_dump(mode="json")
-        answers: list[Decision] = []
+        told: list[schemas.Decision] = []
         if request.checkpoints is None:
 
             def make(view: View) -> DecisionMade:
                 event, answer = self._decide_pair(view, request, decision_id)
-                answers.append(answer)
+                told.append(answer)
                 return event
 
             outcome = await (await self._follower.opened()).append_made(make, key, payload)
         else:
             view = await self._follower.view()
             event, answer = await self._in_other(lambda: self._decide_plan(view, request, decision_id))
-            answers.append(answer)
+            told.append(answer)
             outcome = await self._follower.append(event, key, payload)
-        row = accepted(outcome)
-        decision = answers[0] if outcome.status == Status.CREATED else answer_of(row)
+        row = answers.accepted(outcome)
+        decision = told[0] if outcome.status == Status.CREATED else answer_of(row)
         if outcome.status == Status.CREATED:
             self.observer.decided(decision)
         return int(outcome.status), decision
 
     async def reward(
-        self, decision_id: str, request: RewardRequest, key: str | None = None
-    ) -> tuple[int, RewardAnswer]:
+        self, decision_id: str, request: schemas.RewardRequest, key: str | None = None
+    ) -> tuple[int, schemas.RewardAnswer]:
         """Raises Refused (404, 409, 410, 422), StoreError."""
         outcome = await self._follower.append(RewardGiven(decision_id, request.utility), key)
         self.observer.rewarded(outcome.status.name.lower())
-        return reward_answer(decision_id, outcome, utility=request.utility)
+        return answers.reward_answer(decision_id, outcome, utility=request.utility)
 
-    async def void(self, decision_id: str, request: ReasonRequest, key: str | None = None) -> tuple[int, RewardAnswer]:
+    async def void(
+        self, decision_id: str, request: schemas.ReasonRequest, key: str | None = None
+    ) -> tuple[int, schemas.RewardAnswer]:
         """Take a reward back. Raises Refused, StoreError."""
         outcome = await self._follower.append(RewardVoided(decision_id, request.reason), key)
-        return reward_answer(decision_id, outcome, reason=request.reason)
+        return answers.reward_answer(decision_id, outcome, reason=request.reason)
 
-    async def close(self, decision_id: str, request: ReasonRequest, key: str | None = None) -> tuple[int, RewardAnswer]:
+    async def close(
+        self, decision_id: str, request: schemas.ReasonRequest, key: str | None = None
+    ) -> tuple[int, schemas.RewardAnswer]:
         """No reward will come. Raises Refused, StoreError."""
         outcome = await self._follower.append(DecisionClosed(decision_id, request.reason), key)
-        return reward_answer(decision_id, outcome, reason=request.reason)
+        return answers.reward_answer(decision_id, outcome, reason=request.reason)
 
-    async def add_arm(self, request: ArmRequest, key: str | None = None) -> tuple[int, EventSummary]:
+    async def add_arm(self, request: schemas.ArmRequest, key: str | None = None) -> tuple[int, schemas.EventSummary]:
         """Add an arm with an uninformative prior or a sibling's. Raises InputError, Refused."""
         view = await self._follower.view()
-        arm, log = start_of(request, view), await self._follower.opened()
+        arm, log = deciding.start_of(request, view), await self._follower.opened()
         # An arm that a request added is left to the log, which tells a retry from a conflict.
         if arm.arm in view.posteriors and not await self._in_other(lambda: log.history(arm.arm)):
             raise Refused(409, f"arm {arm.arm!r} exists already")
-        return event_summary(await self._follower.append(arm, key, request.model_dump(mode="json")))
+        return answers.event_summary(await self._follower.append(arm, key, request.model_dump(mode="json")))
 
-    async def discount(self, request: DiscountRequest, key: str | None = None) -> tuple[int, EventSummary]:
+    async def discount(
+        self, request: schemas.DiscountRequest, key: str | None = None
+    ) -> tuple[int, schemas.EventSummary]:
         """Give past observations less weight. Raises Refused, StoreError."""
-        return event_summary(await self._follower.append(Discounted(request.factor, request.reason), key))
+        return answers.event_summary(await self._follower.append(Discounted(request.factor, request.reason), key))
 
     async def publish(self, selector: Place, only_new: bool = False) -> str:
         """Let another selector answer from now on, here and on every replica; its version.
 
         Nothing happens where it is in force already.
 
-        Args:
-            only_new: do nothing if it was ever in force, so that an option of the start undoes no later promotion.
+        only_new: do nothing if it was ever in force, so that an option of the start undoes no later promotion.
 
-        Raises:
-            InputError: it cannot be read, or does not fit the signal table. StoreError.
+        Raises InputError: it cannot be read, or does not fit the signal table. StoreError.
         """
         version = await self._in_other(lambda: self.registry.publish(selector))
         log = await self._follower.opened()
@@ -241,7 +175,7 @@ class Learner:
                 return version
             published = self.registry.load(version)
             published.selector.check_table(self._table)
-            event = new_epoch_of(Contexts(published, self._table), view)
+            event = deciding.new_epoch_of(Contexts(published, self._table), view)
             outcome = await self._follower.append(event, f"publish-{version}-{view.epoch}")
             if outcome.status in (Status.CREATED, Status.REPLAYED):
                 return version
@@ -250,23 +184,23 @@ class Learner:
 
     # Read-only calls.
 
-    async def get(self, decision_id: str) -> DecisionRecord:
+    async def get(self, decision_id: str) -> schemas.DecisionRecord:
         """Raises Refused (404), StoreError."""
         log = await self._follower.opened()
         return await self._in_other(lambda: decision_record(log, decision_id, self._clock()))
 
-    async def recent(self, limit: int = 50, before: int | None = None) -> DecisionList:
+    async def recent(self, limit: int = 50, before: int | None = None) -> schemas.DecisionList:
         """Decisions, newest first. Raises StoreError."""
         log = await self._follower.opened()
         return await self._in_other(lambda: recent_decisions(log, limit, before, self._clock()))
 
-    async def policy(self) -> PolicyAnswer:
+    async def policy(self) -> schemas.PolicyAnswer:
         """The state of the policy and its performance so far. Raises StoreError."""
         view = await self._follower.view()
         published, ledger = self._follower.published(view), await self._follower.ledger()
         (regret, alarm), context = await self._in_other(lambda: (ledger.regret(), ledger.mean_context(view.epoch)))
-        noise_sd = math.sqrt(noise_of(view).variance)
-        return PolicyAnswer(
+        noise_sd = math.sqrt(deciding.noise_of(view).variance)
+        return schemas.PolicyAnswer(
             namespace=self.settings.namespace,
             epoch=view.epoch,
             seq=view.seq,
@@ -276,19 +210,19 @@ class Learner:
             num_rewards=view.num_rewards,
             num_closed=view.num_closed,
             num_open=view.num_open,
-            safe=safe_policy(published),
+            safe=answers.safe_policy(published),
             floor=self.settings.floor,
-            arms=[arm_state(arm, one, context, noise_sd) for arm, one in view.posteriors.items()],
+            arms=[answers.arm_state(arm, one, context, noise_sd) for arm, one in view.posteriors.items()],
             regret=regret,
             alarm=alarm,
         )
 
-    async def curve(self, points: int = 300) -> CurveAnswer:
+    async def curve(self, points: int = 300) -> schemas.CurveAnswer:
         """Cumulative reward beside the best fixed arm. Raises StoreError."""
         ledger = await self._follower.ledger()
         return await self._in_other(lambda: ledger.curve(points))
 
-    async def catalogue(self) -> CatalogueAnswer:
+    async def catalogue(self) -> schemas.CatalogueAnswer:
         """What may be asked for. Without a database it lists the arms of the configured selector."""
         try:
             view = await self._follower.view()
@@ -298,45 +232,45 @@ class Learner:
                 raise
             published = self.registry.load(self._given)
             arms = list(published.selector.arms)
-        return catalogue_answer(self._table, published, arms)
+        return answers.catalogue_answer(self._table, published, arms)
 
-    async def signals(self, signal: str, task: str | None = None) -> SignalMatrix:
+    async def signals(self, signal: str, task: str | None = None) -> schemas.SignalMatrix:
         """A signal of all pairs. Raises Refused (404)."""
-        return await self._in_other(lambda: signal_matrix(self._table, signal, task))
+        return await self._in_other(lambda: answers.signal_matrix(self._table, signal, task))
 
-    async def rank(self, request: RankRequest) -> Ranked:
+    async def rank(self, request: schemas.RankRequest) -> schemas.Ranked:
         """All arms for a pair, without a decision. Raises InputError, StoreError."""
         view = await self._follower.view()
-        return ranked(self._follower.contexts_of(view), view, request)
+        return deciding.ranked(self._follower.contexts_of(view), view, request)
 
-    async def plans(self, request: PlansRequest) -> PlansAnswer:
+    async def plans(self, request: schemas.PlansRequest) -> schemas.PlansAnswer:
         """The best plans, without a decision. Raises InputError, StoreError."""
         published = self._follower.published(await self._follower.view())
         return await self._in_other(lambda: self._rank_plans(published, request))
 
     # Internals.
 
-    def _decide_pair(self, view: View, request: DecisionRequest, decision_id: str) -> tuple[DecisionMade, Decision]:
+    def _decide_pair(
+        self, view: View, request: schemas.DecisionRequest, decision_id: str
+    ) -> tuple[DecisionMade, schemas.Decision]:
         """In the log's thread."""
         assert request.left is not None and request.right is not None
         contexts = self._follower.contexts_of(view)
         context = contexts.of(request.left, request.right, request.task)
         policy = self._policies.of(view, contexts.published.selector, context.novel)
-        return pair_decision(view, contexts, policy, context, self._asked(request, decision_id))
+        return deciding.pair_decision(view, contexts, policy, context, self._asked(request, decision_id))
 
-    def _decide_plan(self, view: View, request: DecisionRequest, decision_id: str) -> tuple[DecisionMade, Decision]:
+    def _decide_plan(
+        self, view: View, request: schemas.DecisionRequest, decision_id: str
+    ) -> tuple[DecisionMade, schemas.Decision]:
         contexts, asked = self._follower.contexts_of(view), self._asked(request, decision_id)
-        ranker, tasks = self._ranker(contexts.published), [request.task] if request.task else []
-        names = request.checkpoints or ()
-        drawn = ranker.draw(names, tasks, request.ways, decision_id, request.explore, self.settings.floor)
-        return plan_decision(view, contexts, drawn, request, asked)
+        drawn = self._ranker(contexts.published).draw(request, decision_id, self.settings.floor)
+        return deciding.plan_decision(view, contexts, drawn, request, asked)
 
-    def _rank_plans(self, published: Published, request: PlansRequest) -> PlansAnswer:
-        ranker = self._ranker(published)
-        tasks = [request.task] if request.task else []
-        ranking = ranker.rank(request.checkpoints or (), tasks, request.ways, request.top)
-        plans: list[PlanPrediction] = [plan_prediction(one) for one in ranking.plans]
-        return PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=ranking.width is None)
+    def _rank_plans(self, published: Published, request: schemas.PlansRequest) -> schemas.PlansAnswer:
+        ranking = self._ranker(published).rank(request, request.top)
+        plans: list[schemas.PlanPrediction] = [plan_prediction(one) for one in ranking.plans]
+        return schemas.PlansAnswer(plans=plans, num_considered=ranking.num_scored, exhaustive=ranking.width is None)
 
     def _ranker(self, published: Published) -> PlanRanker:
         """One for each version; in the thread of `_others` alone."""
@@ -345,9 +279,9 @@ class Learner:
             self._rankers = {published.version: PlanRanker(published, self._table, self._catalogue, signatures)}
         return self._rankers[published.version]
 
-    def _asked(self, request: DecisionRequest, decision_id: str) -> Asked:
+    def _asked(self, request: schemas.DecisionRequest, decision_id: str) -> deciding.Asked:
         seconds = request.ttl_seconds if request.ttl_seconds is not None else self.settings.ttl_seconds
-        return Asked(decision_id, request.explore, None if seconds is None else self._clock() + seconds)
+        return deciding.Asked(decision_id, request.explore, None if seconds is None else self._clock() + seconds)
 
     async def _in_other(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._others, call)
@@ -367,8 +301,8 @@ class Learner:
         while True:
             try:
                 view = await self._follower.view()
-                noise_sd = math.sqrt(noise_of(view).variance)
-                entropies = {arm: entropy(one, noise_sd) for arm, one in view.posteriors.items()}
+                noise_sd = math.sqrt(deciding.noise_of(view).variance)
+                entropies = {arm: answers.entropy(one, noise_sd) for arm, one in view.posteriors.items()}
                 self.observer.state(view, entropies)
             except (SimmergeError, OSError) as error:
                 _log.warning("the state is not known: %s", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from simmerge_ray.selector.planning.scorer import RankedPlan, Ranking
 from simmerge_ray.service.bandit.policy import keyed_uniform, sampled
 from simmerge_ray.service.bandit.propensities import Draws, thompson_propensities, with_floor
 from simmerge_ray.service.registry import Published
-from simmerge_ray.service.schemas import Influence, PlanPrediction
+from simmerge_ray.service.schemas import DecisionRequest, Influence, PlanPrediction, PlansRequest
 from simmerge_ray.signals.propagation.evidence import stored_evidence
 from simmerge_ray.signals.propagation.interface import Propagator
 from simmerge_ray.signals.propagation.second_order import SecondOrder
@@ -41,8 +40,7 @@ class DrawnPlan:
 class PlanRanker:
     """Ranks plans over the checkpoints of a signal table with a published selector.
 
-    Args:
-        catalogue, signatures: where both are given, `virtual` ranks the shortlist; else `second_order` ranks all.
+    catalogue, signatures: where both are given, `virtual` ranks the shortlist; else `second_order` ranks all.
     """
 
     def __init__(
@@ -61,38 +59,26 @@ class PlanRanker:
             lambda: propagator or SecondOrder(table),
         )  # fmt: skip
 
-    def rank(self, checkpoints: Sequence[str], tasks: Sequence[str], ways: str | int, top: int) -> Ranking:
-        """The best plans.
-
-        Raises:
-            PlanError, ConfigError: an unknown checkpoint or task, or ways that do not fit.
-        """
-        known = self._sources.ids
+    def rank(self, request: DecisionRequest | PlansRequest, top: int) -> Ranking:
+        """The best plans. Raises PlanError, ConfigError: an unknown checkpoint or task, or ways that do not fit."""
+        known, checkpoints = self._sources.ids, request.checkpoints or ()
         for name in checkpoints:
             if name not in known:
                 raise PlanError(unknown_name("checkpoint", name, known))
         config = RankingConfig(
-            tasks=tuple(tasks),
-            ways=parse_ways(str(ways)),
+            tasks=(request.task,) if request.task else (),
+            ways=parse_ways(str(request.ways)),
             exclude=tuple(set(known) - set(checkpoints)) if checkpoints else (),
             budget=BUDGET,
             shortlist=max(_RERANKED, top),
         )
         return self._sources.request(config).rank(top)
 
-    def draw(
-        self,
-        checkpoints: Sequence[str],
-        tasks: Sequence[str],
-        ways: str | int,
-        decision_id: str,
-        explore: bool,
-        floor: float,
-    ) -> DrawnPlan:
+    def draw(self, request: DecisionRequest, decision_id: str, floor: float) -> DrawnPlan:
         """One plan of a shortlist, by a Thompson draw from `N(utility, sd^2)` of each. Raises as `rank`."""
-        plans = self.rank(checkpoints, tasks, ways, MAX_SHORTLIST).plans
+        plans = self.rank(request, MAX_SHORTLIST).plans
         location = np.array([one.utility for one in plans])
-        if not explore:
+        if not request.explore:
             first = int(np.argmax(location))
             return DrawnPlan(plans, first, np.eye(len(plans))[first])
         draws = Draws(location, np.maximum([one.sd for one in plans], MIN_SPREAD)).floored()

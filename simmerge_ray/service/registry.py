@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from simmerge_ray.base.errors import SelectorError, StoreError
@@ -41,14 +41,11 @@ class Registry:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._loaded: OrderedDict[str, Published] = OrderedDict()
-        self._lock = threading.Lock()
+        self._read, self._lock = lru_cache(_KEPT)(self._loaded), threading.Lock()
 
     def publish(self, selector: Place) -> str:
         """Copy an artifact, from a directory or a store, and return its version; an existing version is left unchanged.
-
-        Raises:
-            SelectorError: it cannot be read.
+        Raises SelectorError: it cannot be read.
         """
         version = read_selector(selector).version
         target = self._directory / version
@@ -67,11 +64,7 @@ class Registry:
         return version
 
     def path(self, version: str) -> Path:
-        """Where the artifact of a version lies.
-
-        Raises:
-            SelectorError: it was never published here.
-        """
+        """Where the artifact of a version lies. Raises SelectorError: it was never published here."""
         found = self._directory / version
         if not version or version != Path(version).name or not found.is_dir():
             raise SelectorError(f"no selector of version {version!r} in {self._directory}; publish it there")
@@ -79,21 +72,16 @@ class Registry:
 
     def load(self, version: str) -> Published:
         """A version, from memory where it was asked for lately.
-
-        Raises:
-            StoreError: it is not there (yet), or cannot be read: the log names it, so this is no mistake of a client.
+        Raises StoreError: it is not there (yet), or cannot be read: the log names it, so this is no mistake of a
+        client.
         """
         with self._lock:
-            if version in self._loaded:
-                self._loaded.move_to_end(version)
-                return self._loaded[version]
-            try:
-                path = self.path(version)
-                shortlist = read_selector(path / SHORTLIST) if (path / SHORTLIST).is_dir() else None
-                found = Published(version, read_selector(path), shortlist, read_warm_start(path))
-            except SelectorError as error:
-                raise StoreError(f"the selector that the log names cannot be loaded: {error}") from error
-            self._loaded[version] = found
-            while len(self._loaded) > _KEPT:
-                self._loaded.popitem(last=False)
-            return found
+            return self._read(version)
+
+    def _loaded(self, version: str) -> Published:
+        try:
+            path = self.path(version)
+            shortlist = read_selector(path / SHORTLIST) if (path / SHORTLIST).is_dir() else None
+            return Published(version, read_selector(path), shortlist, read_warm_start(path))
+        except SelectorError as error:
+            raise StoreError(f"the selector that the log names cannot be loaded: {error}") from error

@@ -4,7 +4,7 @@ tokens       what every checkpoint is run over: probes, the base's continuation,
 collect      one forward pass: logits, hidden states and attention rows at the sampled positions, by hooks
 signature    what is kept of one checkpoint, and the store of it
 divergence   KL of next-token distributions, all pairs
-cosines      cosine of activations and attention rows, all pairs, as moments that add
+cosines      cosine of activations and attention rows, all pairs
 weights      Gram sums of weights and task vectors, blocks that add
 samples      reading weights block by block for signatures and sums
 pairs        signals of all pairs from the outputs of checkpoints

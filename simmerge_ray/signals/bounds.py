@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.headers import read_headers
@@ -22,33 +21,6 @@ from simmerge_ray.signals.stages import LayerRange, activation_bytes, model_byte
 BLOCK_VALUES = 1 << 22  # elements of a block of logits over all checkpoints, when pairs are computed
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Bytes. worker: weights and activations of one worker, above the libraries. signature: one checkpoint, all tasks.
-
-    driver: what joins the signatures, a task at a time.
-    stages: how often a checkpoint is cut; 1 when it is run whole. boundary: hidden states between stages that wait in
-    the driver at a time.
-    """
-
-    worker: int
-    driver: int
-    signature: int
-    num_checkpoints: int
-    stages: int
-    boundary: int
-
-    def lines(self) -> list[str]:
-        """For people."""
-        how = "whole" if self.stages == 1 else f"in {self.stages} stages of layers, {_size(self.boundary)} between them"
-        return [
-            f"memory of a worker: at most {_size(self.worker)} above the libraries, a checkpoint at a time, {how}",
-            f"memory of the driver: at most {_size(self.driver)}",
-            f"signatures: {_size(self.signature)} a checkpoint, "
-            f"at most {_size(self.signature * self.num_checkpoints)} on disk",
-        ]
-
-
 def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> list[LayerRange] | None:
     """How a checkpoint is cut to fit `memory_gb`; None where it is run whole.
 
@@ -57,42 +29,44 @@ def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None)
     """
     if memory_gb is None:
         return None
-    activations = working_bytes(ref, spec)
-    stages = plan_stages(ref, int(memory_gb * 1e9), activations)
+    stages = plan_stages(ref, int(memory_gb * 1e9), working_bytes(ref, spec))
     return stages if len(stages) > 1 else None
 
 
-def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int], memory_gb: float | None) -> Bounds:
-    """Bounds of a run.
+def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int], memory_gb: float | None) -> list[str]:
+    """For people: memory of a worker and the driver, and disk for the signatures, of a run.
 
-    Args:
-        num_batches: micro-batches of each task.
-
-    Raises:
-        ConfigError: `memory_gb` is too small.
+    num_batches: micro-batches of each task. Raises ConfigError where `memory_gb` is too small.
     """
-    ref = catalogue.checkpoints[0]
+    ref, num_checkpoints = catalogue.checkpoints[0], len(catalogue.all_refs)
     specs, config = read_headers(ref), read_config(ref)
     stages = stages_for(ref, spec, memory_gb)
-    sizes = [math.prod(one.shape) for one in specs.values()]
     width = spec.max_tokens + NUM_GREEDY_TOKENS
-    one_task, sample = outputs_bytes(spec, config, width), weights_bytes(spec, sizes)
-    return Bounds(
-        worker=int(memory_gb * 1e9) if stages and memory_gb else model_bytes(specs) + working_bytes(ref, spec),
-        driver=driver_bytes(len(catalogue.all_refs), one_task + sample),
-        signature=len(num_batches) * one_task + sample,
-        num_checkpoints=len(catalogue.all_refs),
-        stages=len(stages) if stages else 1,
-        boundary=4 * sum(num_batches) * spec.batch_size * width * model_shape(config).hidden_size,
-    )
+    one_task = outputs_bytes(spec, config, width)
+    sample = weights_bytes(spec, [math.prod(one.shape) for one in specs.values()])
+    signature = len(num_batches) * one_task + sample
+    how = "whole"
+    if stages:
+        # Hidden states between stages that wait in the driver at a time.
+        boundary = 4 * sum(num_batches) * spec.batch_size * width * model_shape(config).hidden_size
+        how = f"in {len(stages)} stages of layers, {_size(boundary)} between them"
+    worker = held_bytes(ref, spec, memory_gb)
+    return [
+        f"memory of a worker: at most {_size(worker)} above the libraries, a checkpoint at a time, {how}",
+        f"memory of the driver: at most {_size(driver_bytes(num_checkpoints, one_task + sample))}",
+        f"signatures: {_size(signature)} a checkpoint, at most {_size(signature * num_checkpoints)} on disk",
+    ]
+
+
+def held_bytes(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> int:
+    """Weights and activations of one worker, above the libraries, at most."""
+    if memory_gb is not None and stages_for(ref, spec, memory_gb):
+        return int(memory_gb * 1e9)
+    return model_bytes(read_headers(ref)) + working_bytes(ref, spec)
 
 
 def driver_bytes(num_checkpoints: int, signature_bytes: int) -> int:
-    """Memory of what joins the signatures of one task.
-
-    Args:
-        signature_bytes: of one checkpoint on one task, its weight sample included.
-    """
+    """Memory of what joins the signatures, weight samples included, of one task."""
     # An object is bytes before it becomes arrays, and the heap keeps what small arrays leave: measured is a little
     # less than twice their size. A pair's logits are float64 in blocks.
     return 2 * (num_checkpoints + 1) * signature_bytes + 6 * 8 * BLOCK_VALUES

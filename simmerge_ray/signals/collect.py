@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.probes import TokenBatch
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.model import check_finite, config_key, end_of_text, load_model, put_weights
-from simmerge_ray.signals.tokens import ProbeBatch
+from simmerge_ray.signals.tokens import ProbeBatch, left_padded
 
 
 @dataclass
@@ -61,11 +62,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def attention_module(layer: nn.Module) -> nn.Module:
-    """The self-attention of a decoder layer.
-
-    Raises:
-        CheckpointError: it has none that is named so.
-    """
+    """The self-attention of a decoder layer. Raises CheckpointError: it has none that is named so."""
     for module in layer.modules():
         if type(module).__name__.endswith("Attention"):
             return module
@@ -86,22 +83,16 @@ def recording(layers: Mapping[int, nn.Module], head: nn.Module | None, batch: Pr
     def of(states: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return states[rows.to(states.device), columns.to(states.device)]
 
-    def on_input(index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states = args[0] if args else kwargs["hidden_states"]
-            found.hidden[index] = of(states, batch.rows, batch.columns).float().cpu()
+    def on_input(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        found.hidden[index] = of(states, batch.rows, batch.columns).float().cpu()
 
-        return hook
-
-    def on_attention(index: int) -> Any:
-        def hook(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-            weights = next((x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4), None)
-            if weights is None:
-                raise CheckpointError(f"{type(module).__name__} gave no attention probabilities")
-            picked = weights.transpose(1, 2)  # (B, T, H, K)
-            found.attention[index] = of(picked, batch.rows[kept], batch.columns[kept]).transpose(0, 1).float().cpu()
-
-        return hook
+    def on_attention(index: int, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        weights = next((x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4), None)
+        if weights is None:
+            raise CheckpointError(f"{type(module).__name__} gave no attention probabilities")
+        picked = weights.transpose(1, 2)  # (B, T, H, K)
+        found.attention[index] = of(picked, batch.rows[kept], batch.columns[kept]).transpose(0, 1).float().cpu()
 
     def on_head(_: nn.Module, args: tuple[Any, ...]) -> Any:
         states = of(args[0], batch.rows, batch.columns)
@@ -109,8 +100,8 @@ def recording(layers: Mapping[int, nn.Module], head: nn.Module | None, batch: Pr
         return (states[None], *args[1:])
 
     for index, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(on_input(index), with_kwargs=True))
-        handles.append(attention_module(layer).register_forward_hook(on_attention(index)))
+        handles.append(layer.register_forward_pre_hook(partial(on_input, index), with_kwargs=True))
+        handles.append(attention_module(layer).register_forward_hook(partial(on_attention, index)))
     if head is not None:
         handles.append(head.register_forward_pre_hook(on_head))
     try:
@@ -164,11 +155,7 @@ class ProbeModel:
         return self._model
 
     def outputs(self, ref: CheckpointRef, batch: ProbeBatch) -> BatchOutputs:
-        """Run a checkpoint over a micro-batch.
-
-        Raises:
-            CheckpointError: see `load`; or its logits are not finite.
-        """
+        """Run a checkpoint over a micro-batch. Raises CheckpointError: see `load`; or its logits are not finite."""
         outputs = model_outputs(self.load(ref), batch, self._device)
         check_logits(ref, outputs.logits)
         return outputs
@@ -181,7 +168,7 @@ class ProbeModel:
         model = self.load(ref)
         # `generate` fills what is not given from the model, which may have come with another checkpoint's penalties.
         model.generation_config = GenerationConfig(eos_token_id=end_of_text(ref, model.config).tolist() or None)
-        ids, mask = _left_padded(batch)
+        ids, mask = left_padded(batch)
         settings = GenerationConfig(
             max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, num_beams=1, pad_token_id=0
         )
@@ -189,16 +176,7 @@ class ProbeModel:
         return written[:, ids.shape[1] :].cpu()
 
 
-def _left_padded(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """(input ids, attention mask) with the padding in front, where generation needs it."""
-    width = batch.input_ids.shape[1]
-    shift = width - batch.attention_mask.sum(1, keepdim=True)
-    source = torch.arange(width)[None, :] - shift  # negative in the padding
-    ids = batch.input_ids.gather(1, source.clamp_min(0))
-    return torch.where(source >= 0, ids, 0), (source >= 0).to(torch.int64)
-
-
 def check_logits(ref: CheckpointRef, logits: Tensor) -> None:
     """Raises CheckpointError where they are not finite."""
     if not bool(torch.isfinite(logits).all()):
-        raise CheckpointError(f"checkpoint {ref.id!r}: its logits on the probes are not finite")
+        raise ref.error("its logits on the probes are not finite")

@@ -11,6 +11,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
 from simmerge_ray.signals.pipeline import StageOutputs, join_stages
 from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, group_tensors
-from simmerge_ray.signals.samples import float_tensors_of, sampled_weight_sums, thresholds_of
+from simmerge_ray.signals.samples import float_tensors_of, sampled_weight_sums, trim_thresholds
 from simmerge_ray.signals.signature import (
     NUM_GREEDY_TOKENS,
     SignatureSpec,
@@ -229,7 +230,7 @@ class Signatures:
         key = digest_json(["sums", 1, [self._digests[ref.id] for ref in refs], self._base_digest, block])
         if not self._store.has("sums", key):
             units = [
-                Unit("sums", None, ({name: thresholds_of(samples, name) for name in names}, block))
+                Unit("sums", None, ({name: trim_thresholds([one[name] for one in samples]) for name in names}, block))
                 for names in tensor_groups(refs[0])
             ]
             sums = {name: one for _, part in self._checked(WorkQueue(units)) for name, one in part.items()}
@@ -273,16 +274,20 @@ def tensor_groups(ref: CheckpointRef) -> list[tuple[str, ...]]:
 def join_outputs(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], tokens: ProbeTokens) -> TaskOutputs:
     """The micro-batches of one task, in order."""
     width = tokens.max_tokens
-    attention = [np.pad(part[2], ((0, 0), (0, 0), (0, 0), (0, width - part[2].shape[3]))) for part in parts]
-    batches = tokens.batches
+    logits, hidden, attention = zip(*parts, strict=True)
+    padded = [np.pad(part, ((0, 0), (0, 0), (0, 0), (0, width - part.shape[3]))) for part in attention]
+    with_attention = torch.cat([batch.with_attention for batch in tokens.batches])
+    greedy, next_token, probe = (
+        torch.cat([getattr(batch, name) for batch in tokens.batches]) for name in ("greedy", "next_token", "probe")
+    )
     return TaskOutputs(
-        logits=np.concatenate([part[0] for part in parts]),
-        hidden=np.concatenate([part[1] for part in parts], axis=1),
-        attention=np.concatenate(attention, axis=2),
-        greedy=np.concatenate([batch.greedy.numpy() for batch in batches]),
-        next_token=np.concatenate([batch.next_token.numpy() for batch in batches]),
-        probe=np.concatenate([batch.probe.numpy() for batch in batches]),
-        attention_probe=np.concatenate([batch.probe[batch.with_attention].numpy() for batch in batches]),
+        logits=np.concatenate(logits),
+        hidden=np.concatenate(hidden, axis=1),
+        attention=np.concatenate(padded, axis=2),
+        greedy=greedy.numpy(),
+        next_token=next_token.numpy(),
+        probe=probe.numpy(),
+        attention_probe=probe[with_attention].numpy(),
     )
 
 
@@ -305,12 +310,10 @@ def pair_rows(
     ids = [ref.id for ref in catalogue.all_refs]
     base = catalogue.base.id if catalogue.base else None
     rows = {}
-    for i, left in enumerate(ids):
-        for j, right in enumerate(ids):
-            if i != j:
-                kept = columns if base not in (left, right) else feature_columns(True, base_pair=True)
-                features = {column: matrix_entry(matrices, column, i, j) for column in kept}
-                rows[left, right, task] = PairSignals(left, right, task, features)
+    for (i, left), (j, right) in permutations(enumerate(ids), 2):
+        kept = columns if base not in (left, right) else feature_columns(True, base_pair=True)
+        features = {column: matrix_entry(matrices, column, i, j) for column in kept}
+        rows[left, right, task] = PairSignals(left, right, task, features)
     return rows
 
 

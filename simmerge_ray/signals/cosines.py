@@ -1,8 +1,8 @@
-"""Cosine similarity of activations and attention rows, all pairs at once, as moments that add."""
+"""Cosine similarity of activations and attention rows, all pairs at once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,46 +29,19 @@ def pairwise_cosine(vectors: Tensor) -> Tensor:
     return cosine
 
 
-@dataclass(frozen=True)
-class CosineMoments:
-    """Sums over rows of per-layer cosines of all pairs; `+` joins two sets of rows of the same layers.
+def cosine_statistics(layers: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Statistics over all layers and rows, and means over the early, middle and late third of the layers.
 
-    count: (L,) float64, rows per layer. total, total_square: (L, M, M) float64. minimum: (L, M, M) float64.
+    Args:
+        layers: cosines of all pairs, (rows, M, M) float64 of each layer, of at least one row.
+
+    Returns:
+        `mean`, `sd`, `min`, `early`, `middle`, `late`, each (M, M).
     """
-
-    count: Tensor
-    total: Tensor
-    total_square: Tensor
-    minimum: Tensor
-
-    @staticmethod
-    def of(cosines: list[Tensor]) -> CosineMoments:
-        """Moments of one entry per layer, each (rows, M, M). A layer needs at least one row."""
-        doubles = [layer.double() for layer in cosines]
-        return CosineMoments(
-            count=torch.tensor([float(layer.shape[0]) for layer in doubles], dtype=torch.float64),
-            total=torch.stack([layer.sum(0) for layer in doubles]),
-            total_square=torch.stack([layer.square().sum(0) for layer in doubles]),
-            minimum=torch.stack([layer.amin(0) for layer in doubles]),
-        )
-
-    def __add__(self, other: CosineMoments) -> CosineMoments:
-        return CosineMoments(
-            self.count + other.count,
-            self.total + other.total,
-            self.total_square + other.total_square,
-            torch.minimum(self.minimum, other.minimum),
-        )
-
-    def finish(self) -> dict[str, Tensor]:
-        """Statistics over all layers and rows, and means over the early, middle and late third of the layers.
-
-        Returns:
-            `mean`, `sd`, `min`, `early`, `middle`, `late`, each (M, M) float64.
-        """
-        rows = self.count.sum()
-        mean = self.total.sum(0) / rows
-        variance = (self.total_square.sum(0) / rows - mean.square()).clamp_min(0.0)
-        layer_means = self.total / self.count[:, None, None]
-        stats = {"mean": mean, "sd": variance.sqrt(), "min": self.minimum.amin(0)}
-        return stats | {third: layer_means[layers].mean(0) for third, layers in layer_thirds(len(self.count)).items()}
+    rows = sum(map(len, layers))
+    mean = torch.stack([layer.sum(0) for layer in layers]).sum(0) / rows
+    square = torch.stack([layer.square().sum(0) for layer in layers]).sum(0) / rows
+    means = torch.stack([layer.mean(0) for layer in layers])
+    lowest = torch.stack([layer.amin(0) for layer in layers]).amin(0)
+    statistics = {"mean": mean, "sd": (square - mean.square()).clamp_min(0.0).sqrt(), "min": lowest}
+    return statistics | {third: means[chosen].mean(0) for third, chosen in layer_thirds(len(layers)).items()}

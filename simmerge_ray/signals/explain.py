@@ -38,9 +38,8 @@ class Rank:
 
     @property
     def share(self) -> float:
-        """Share of the others that have a lower value, equal ones counted half; 0.5 where there are no others."""
-        ties = self.num_others - self.num_above - self.num_below
-        return (self.num_above + ties / 2) / self.num_others if self.num_others else 0.5
+        """Share of the others, of which there are some, that have a lower value, equal ones counted half."""
+        return (self.num_above + (self.num_others - self.num_above - self.num_below) / 2) / self.num_others
 
     @property
     def has_ties(self) -> bool:
@@ -152,12 +151,9 @@ def explain(table: SignalTable, left: str, right: str, tasks: Sequence[str] | No
     for task in (*tasks, None):
         comparison = _Comparison(table, left, right, task or tasks[0], own[task or tasks[0]])
         for signal in shown:
-            if signal.of_weights != (task is None):
-                continue
-            if signal.name in _PAIRS:
-                explanations.append(comparison.pair(signal, task))
-            elif signal.name in _SINGLES:
-                explanations.append(comparison.single(signal, task))
+            if signal.of_weights == (task is None) and (signal.name in _PAIRS or signal.name in _SINGLES):
+                of = comparison.pair if signal.name in _PAIRS else comparison.single
+                explanations.append(of(signal, task))
     return explanations
 
 
@@ -187,18 +183,15 @@ class _Comparison:
             numbers, columns, fact = self._parts(signal, words)
         sentences = []
         if rank is not None:
-            share = rank.share
-            degree = (
-                "more alike than" if share >= 2 / 3 else "less alike than" if share <= 1 / 3 else "about as alike as"
-            )
+            alike = "more alike than" if rank.share >= 2 / 3 else "about as alike as"
+            degree = "less alike than" if rank.share <= 1 / 3 else alike
             sentences.append(f"{rank.words('pairs', *_CLOSENESS)}: {words.what} are {degree} in most pairs here")
         sentences += [sentence for sentence in (fact, words.note) if sentence]
         values = {column: own[column] for column in columns}
         return Explanation(signal.name, words.title, task, values, rank, numbers, "; ".join(sentences))
 
     def single(self, signal: Signal, task: str | None) -> Explanation:
-        title, comparison = _SINGLES[signal.name]
-        columns = signal.columns
+        (title, comparison), columns = _SINGLES[signal.name], signal.columns
         values = {column: self._own[column] for column in columns}
         low, high = sorted((self._left, self._right), key=lambda one: values[columns[one == self._right]])
         equal = values[columns[0]] == values[columns[1]]
@@ -230,8 +223,8 @@ class _Comparison:
         # KL(left || right) is how much more surprised right is than left at the tokens that left expects.
         if forward == back:
             return numbers, columns, "each is equally surprised by the other"
+        small, large = sorted((forward, back))
         surprised, other = (self._right, self._left) if forward > back else (self._left, self._right)
-        large, small = max(forward, back), min(forward, back)
         fact = f"{surprised} is the more surprised, by what {other} expects: {large:.3g} against {small:.3g} nats"
         return numbers, columns, fact
 

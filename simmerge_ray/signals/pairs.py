@@ -8,19 +8,16 @@ import numpy as np
 import torch
 
 from simmerge_ray.signals.bounds import BLOCK_VALUES
-from simmerge_ray.signals.cosines import CosineMoments, pairwise_cosine
+from simmerge_ray.signals.cosines import cosine_statistics, pairwise_cosine
 from simmerge_ray.signals.divergence import log_softmax, pairwise_kl
 from simmerge_ray.signals.signature import TaskOutputs
 
 
-def output_matrices(
-    outputs: Sequence[TaskOutputs], with_base: bool, probes: Sequence[int] | None = None
-) -> dict[str, np.ndarray]:
+def output_matrices(outputs: Sequence[TaskOutputs], with_base: bool) -> dict[str, np.ndarray]:
     """(M, M) matrices of the signals of one task; single-checkpoint values are rows, the same in every column.
 
     Args:
         outputs: of M checkpoints at the same positions. with_base: whether there are greedy positions.
-        probes: take only the positions of these probes.
 
     Raises:
         ValueError: outputs at different positions.
@@ -28,40 +25,31 @@ def output_matrices(
     first = outputs[0]
     if any(one.logits.shape != first.logits.shape or one.hidden.shape != first.hidden.shape for one in outputs):
         raise ValueError("outputs of different positions, vocabularies or layers cannot be compared")
-    chosen = np.ones(len(first.probe), bool) if probes is None else np.isin(first.probe, probes)
-    shown = np.ones(len(first.attention_probe), bool) if probes is None else np.isin(first.attention_probe, probes)
-    kl, entropy, loss = _divergences(outputs, chosen)
-    greedy = first.greedy[chosen]
+    kl, entropy, loss = _divergences(outputs)
+    greedy = first.greedy
     matrices = kl_statistics("kl_lr", kl[~greedy])
     if with_base:
         matrices |= kl_statistics("kl_greedy_lr", kl[greedy])
-    labelled = (first.next_token[chosen] >= 0) & ~greedy
+    labelled = (first.next_token >= 0) & ~greedy
     for name, values in (("entropy", entropy[:, ~greedy]), ("loss", loss[:, labelled])):
         matrices[name] = np.repeat(values.mean(1)[:, None], len(outputs), axis=1)
-    hidden = [
-        pairwise_cosine(torch.from_numpy(np.stack([one.hidden[layer][chosen] for one in outputs])).double())
-        for layer in range(len(first.hidden))
-    ]
-    attention = [
-        pairwise_cosine(
-            torch.from_numpy(np.stack([one.attention[layer][:, shown] for one in outputs])).double()
-        ).flatten(0, 1)
-        for layer in range(len(first.attention))
-    ]
-    for name, layers in (("activation_cosine", hidden), ("attention_cosine", attention)):
-        statistics = CosineMoments.of(layers).finish()
+    for name, by_layer in (
+        ("activation_cosine", [one.hidden for one in outputs]),
+        ("attention_cosine", [one.attention for one in outputs]),
+    ):
+        layers = (torch.from_numpy(np.stack(layer)).double() for layer in zip(*by_layer, strict=True))
+        statistics = cosine_statistics([pairwise_cosine(one).flatten(0, -3) for one in layers])
         matrices |= {f"{name}_{statistic}": value.numpy() for statistic, value in statistics.items()}
     return matrices
 
 
-def _divergences(outputs: Sequence[TaskOutputs], chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """KL (S', M, M), entropy (M, S') and loss (M, S', 0 where there is no next token) of the chosen positions."""
-    positions = np.flatnonzero(chosen)
-    num, vocabulary = len(outputs), outputs[0].logits.shape[1]
+def _divergences(outputs: Sequence[TaskOutputs]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """KL (S, M, M), entropy (M, S) and loss (M, S), of the token 0 where there is no next one."""
+    num, (positions, vocabulary) = len(outputs), outputs[0].logits.shape
     step = max(1, BLOCK_VALUES // (num * vocabulary))
     kl, entropies, losses = [], [], []
-    for start in range(0, len(positions), step):
-        block = positions[start : start + step]
+    for start in range(0, positions, step):
+        block = slice(start, start + step)
         logits = torch.from_numpy(np.stack([one.logits[block] for one in outputs]))
         log_probs = log_softmax(logits)  # (M, s, V)
         kl.append(pairwise_kl(log_probs).numpy())

@@ -57,13 +57,9 @@ class StageModel:
         self._checked: set[str] = set()
 
     def run(self, ref: CheckpointRef, stage: LayerRange, batch: ProbeBatch, states: Tensor | None) -> StageOutputs:
-        """Run a stage over a micro-batch.
+        """Run a stage over a micro-batch. Raises CheckpointError: see `load`; or its logits are not finite.
 
-        Args:
-            states: (B, T, D), `StageOutputs.states` of the stage before; None for the first stage.
-
-        Raises:
-            CheckpointError: see `load`; or its logits are not finite.
+        states: (B, T, D), `StageOutputs.states` of the stage before; None for the first stage.
         """
         if (states is None) != stage.is_first:
             raise ValueError(f"{stage} starts from {'tokens' if stage.is_first else 'the hidden states before it'}")
@@ -109,9 +105,7 @@ class StageModel:
             with local_files(ref) as directory:
                 config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"checkpoint {ref.id!r}: transformers cannot read its config.json: {error}"
-            ) from error
+            raise ref.error(f"transformers cannot read its config.json: {error}") from error
         if config.num_hidden_layers != stage.num_layers:
             raise CheckpointError(
                 f"checkpoint {ref.id!r} has {config.num_hidden_layers} decoder layers; the stage is one of a model "
@@ -121,10 +115,9 @@ class StageModel:
         key = small.to_json_string()
         if key not in self._checked:
             if problem := _check_family(small, family, self._dtype, self._device):
-                raise CheckpointError(
-                    f"checkpoint {ref.id!r}: a small random model of its family {config.model_type!r} with its "
-                    f"settings gives other {problem} in stages than as a whole; run whole models instead: raise "
-                    "--memory-per-worker"
+                raise ref.error(
+                    f"a small random model of its family {config.model_type!r} with its settings gives other {problem} "
+                    "in stages than as a whole; run whole models instead: raise --memory-per-worker"
                 )
             self._checked.add(key)
         return _build_stage(config, family, stage, self._dtype, self._device, untie=stored_twice)
@@ -139,25 +132,17 @@ def join_stages(outputs: Sequence[StageOutputs]) -> BatchOutputs:
     hidden = {index: states for part in outputs for index, states in part.hidden.items()}
     attention = {index: rows for part in outputs for index, rows in part.attention.items()}
     logits = next((part.logits for part in outputs if part.logits is not None), None)
-    if (
-        logits is None
-        or sorted(hidden) != list(range(len(hidden)))
-        or sorted(attention) != list(range(len(hidden) - 1))
-    ):
+    layers = list(range(len(hidden)))
+    if logits is None or sorted(hidden) != layers or sorted(attention) != layers[:-1]:
         raise ValueError(f"stages with layers {sorted(attention)} do not make a whole model; the last one has logits")
-    return BatchOutputs(
-        logits,
-        torch.stack([hidden[index] for index in range(len(hidden))]),
-        torch.stack([attention[index] for index in range(len(attention))]),
-    )
+    stacked = (torch.stack([found for _, found in sorted(one.items())]) for one in (hidden, attention))
+    return BatchOutputs(logits, *stacked)
 
 
 def staged_continuation(
     model: StageModel, ref: CheckpointRef, stages: Sequence[LayerRange], batch: TokenBatch, num_tokens: int
 ) -> Tensor:
     """`ProbeModel.continuation` stage by stage, (B, num_tokens) int64; every stage is loaded for every token.
-
-    The tokens that end a text are left out here, too.
 
     Right-padded and without a cache, so that a token may differ where two logits are equal but for rounding.
     """
@@ -198,9 +183,8 @@ class _NoPositions(nn.Module):
 def _build_stage(config: Any, family: Family, stage: LayerRange, dtype: torch.dtype, device: str, untie: bool) -> Any:
     """The model of a configuration with room for one stage's weights, and for no others.
 
-    Args:
-        untie: give the head a matrix of its own although the configuration ties it to the embedding, as transformers
-            does where the files hold both.
+    untie: give the head a matrix of its own although the configuration ties it to the embedding, as transformers does
+    where the files hold both.
     """
     from transformers import AutoModelForCausalLM
 
@@ -244,10 +228,8 @@ def _stored_name(name: str, family: Family, specs: Mapping[str, TensorSpec], tie
 def _read(ref: CheckpointRef, source: TensorSource, stored: str, target: Tensor) -> None:
     """Read one tensor into a parameter, block by block, and check it."""
     if source.specs[stored].shape != tuple(target.shape):
-        raise CheckpointError(
-            f"checkpoint {ref.id!r}: tensor {stored} has shape {source.specs[stored].shape}, its config.json asks for "
-            f"{tuple(target.shape)}"
-        )
+        shape = source.specs[stored].shape
+        raise ref.error(f"tensor {stored} has shape {shape}, its config.json asks for {tuple(target.shape)}")
     flat = target.view(-1)
     # The last bits of an adapter's product depend on how many rows are taken at once: all, as for the whole model.
     whole = flat_tensor(source.read_whole(stored)) if source.is_adapted(stored) else None
@@ -256,12 +238,11 @@ def _read(ref: CheckpointRef, source: TensorSource, stored: str, target: Tensor)
     for start in range(0, flat.numel(), size):
         stop = min(start + size, flat.numel())
         if whole is None:
-            block = torch.from_numpy(source.read_float32(stored, start, stop, raw, values))
+            flat[start:stop].copy_(torch.from_numpy(source.read_float32(stored, start, stop, raw, values)))
         else:
-            block = whole[start:stop]
-        flat[start:stop].copy_(block)
+            flat[start:stop].copy_(whole[start:stop])
         if not bool(torch.isfinite(flat[start:stop]).all()):
-            raise CheckpointError(f"checkpoint {ref.id!r}: tensor {stored} holds NaN or infinity")
+            raise ref.error(f"tensor {stored} holds NaN or infinity")
 
 
 @torch.no_grad()
@@ -270,11 +251,10 @@ def _run_stage(
 ) -> StageOutputs:
     layers = model.get_submodule(family.layers)
     head = model.get_submodule(family.head) if stage.is_last else None
-    inputs = (
-        {"input_ids": batch.input_ids.to(device)}
-        if states is None
-        else {"inputs_embeds": states.to(device, model.dtype)}
-    )
+    if states is None:
+        inputs = {"input_ids": batch.input_ids.to(device)}
+    else:
+        inputs = {"inputs_embeds": states.to(device, model.dtype)}
     runs = model if stage.is_last else model.base_model  # soft-capping behind the head is for logits only
     with recording({index: layers[index] for index in stage.layers}, head, batch) as found:
         result = runs(**inputs, attention_mask=batch.attention_mask.to(device), use_cache=False)
@@ -330,7 +310,11 @@ def _check_family(small: Any, family: Family, dtype: torch.dtype, device: str) -
     for parameter in whole.parameters():  # the usual start, norms of 1 or 0, would hide a norm left out
         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     weights = dict(whole.named_parameters())
-    batch = _check_batch()
+    ids = torch.arange(14).reshape(2, 7) % 11 + 3
+    mask = (torch.arange(7)[None] < torch.tensor([[7], [5]])).long()  # rows of 7 and 5 tokens, all of them sampled
+    rows, columns = mask.nonzero(as_tuple=True)
+    everywhere = torch.ones(len(rows), dtype=torch.bool)
+    batch = ProbeBatch(ids * mask, mask, rows, columns, ~everywhere, everywhere, torch.full_like(rows, -1), rows)
     parts: list[StageOutputs] = []
     for layer in range(small.num_hidden_layers):
         stage = LayerRange(layer, layer + 1, small.num_hidden_layers)
@@ -339,15 +323,7 @@ def _check_family(small: Any, family: Family, dtype: torch.dtype, device: str) -
             parameter.copy_(weights[name if name in weights else family.matrices[0]])  # a tied head has no own name
         parts.append(_run_stage(model, family, stage, batch, parts[-1].states if parts else None, device))
     joined, expected = join_stages(parts), model_outputs(whole, batch, device)
-    names = ("hidden states", "attention", "logits")
-    pairs = ((joined.hidden, expected.hidden), (joined.attention, expected.attention), (joined.logits, expected.logits))
-    return next((name for name, pair in zip(names, pairs, strict=True) if not torch.equal(*pair)), None)
-
-
-def _check_batch() -> ProbeBatch:
-    """Two rows of 7 and 5 tokens, every one of them sampled."""
-    ids = torch.arange(14).reshape(2, 7) % 11 + 3
-    mask = (torch.arange(7)[None] < torch.tensor([[7], [5]])).long()
-    rows, columns = mask.nonzero(as_tuple=True)
-    everywhere = torch.ones(len(rows), dtype=torch.bool)
-    return ProbeBatch(ids * mask, mask, rows, columns, ~everywhere, everywhere, torch.full_like(rows, -1), rows)
+    for name, field in (("hidden states", "hidden"), ("attention", "attention"), ("logits", "logits")):
+        if not torch.equal(getattr(joined, field), getattr(expected, field)):
+            return name
+    return None

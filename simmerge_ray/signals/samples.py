@@ -8,7 +8,6 @@ from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 
-from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.headers import TensorSpec
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.engine import kernels
@@ -28,15 +27,11 @@ class TensorBlocks:
         self._raw = np.empty(8 * block, dtype=np.uint8)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Elements [start, stop) of a tensor.
-
-        Raises:
-            CheckpointError: they cannot be read, or hold NaN or infinity.
-        """
+        """Elements [start, stop) of a tensor. Raises CheckpointError: they cannot be read, or hold NaN or infinity."""
         room = np.empty(stop - start, dtype=np.float32) if out is None else out
         values = self.source.read_float32(name, start, stop, self._raw, room)
         if kernels.not_finite(values):
-            raise CheckpointError(f"checkpoint {self.ref.id!r}: tensor {name} holds NaN or infinity")
+            raise self.ref.error(f"tensor {name} holds NaN or infinity")
         return values
 
     def num_elements(self, name: str) -> int:
@@ -59,33 +54,26 @@ def float_tensors_of(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def tensor_sample(name: str, tensors: TensorBlocks, base: TensorBlocks | None, count: int) -> TensorSample:
-    """Sample one tensor of a checkpoint.
+    """Sample `count` coordinates of one tensor of a checkpoint.
 
-    Args:
-        base: the common base; the checkpoint itself where it is the base; None without one.
-        count: coordinates to keep.
-
-    Raises:
-        CheckpointError: see `TensorBlocks.read`.
+    base: the common base; the checkpoint itself where it is the base; None without one.
     """
     size = tensors.num_elements(name)
     index = coordinates(name, size, count)
     values = np.empty(len(index), dtype=np.float32)
     sums = np.zeros(3)
-    vector = base is not None and base is not tensors
     counts = np.zeros(1 << 15, dtype=np.int64)
     for start, stop, block, centre in _blocks(name, size, tensors, base):
         first, last = np.searchsorted(index, (start, stop))
         values[first:last] = block[index[first:last] - start]
-        if base is None:
-            sums[2] += _square(block)
-        elif base is tensors:
-            sums[0] += _square(block)
+        if centre is None:
+            doubled = block.astype(np.float64)
+            sums[0 if base else 2] += doubled @ doubled
         else:
             kernels.subtract(block, centre)
             kernels.dots(centre, block, sums)
             kernels.count_high(block, counts)
-    if not vector:
+    if base is None or base is tensors:
         return TensorSample(size, values, sums, np.full(len(DENSITIES), np.nan, dtype=np.float32))
     keep = [kept_count(density, size) for density in DENSITIES]
     tops = [kernels.bin_of(counts, number) for number in keep]
@@ -110,23 +98,13 @@ def _blocks(
         yield start, stop, tensors.read(name, start, stop), centre
 
 
-def _square(block: np.ndarray) -> float:
-    doubled = block.astype(np.float64)
-    return float(doubled @ doubled)
-
-
 def exact_sums(
     name: str, checkpoints: Sequence[TensorBlocks], base: TensorBlocks | None, thresholds: np.ndarray, block: int
 ) -> WeightSums:
     """Sums over one tensor of all checkpoints, centred on the base or, without one, on the mean of the checkpoints.
 
-    Args:
-        thresholds: (M,) float32, what trimming keeps of each task vector at `TRIM_DENSITY`.
-
-    Raises:
-        CheckpointError: see `TensorBlocks.read`.
+    thresholds: (M,) float32, what trimming keeps of each task vector at `TRIM_DENSITY`.
     """
-
     size = checkpoints[0].num_elements(name)
     room = np.empty((len(checkpoints) + 1, min(block, size)), dtype=np.float32)
 
@@ -148,13 +126,13 @@ def sampled_sums(samples: Sequence[TensorSample], base: TensorSample | None) -> 
     """The same sums for one tensor from signatures: a sample scaled to the whole, with the exact norms."""
     rows = np.stack([sample.values for sample in samples])
     centre = rows.mean(0, dtype=np.float64).astype(np.float32) if base is None else base.values
-    thresholds = np.array([trim_threshold(sample) for sample in samples], dtype=np.float32)
-    whole = len(centre) == samples[0].num_elements
-    sums = sums_in_blocks(lambda a, b: (rows[:, a:b] - centre[a:b], centre[a:b]), len(centre), thresholds)
-    if base is None or whole:
-        return sums.scaled(samples[0].scale)
+    sums = sums_in_blocks(
+        lambda a, b: (rows[:, a:b] - centre[a:b], centre[a:b]), len(centre), trim_thresholds(samples)
+    ).scaled(samples[0].scale)
+    if base is None or len(centre) == samples[0].num_elements:
+        return sums
     exact = [(base.sums[0], base.sums[0]), *((sample.sums[1], sample.sums[2]) for sample in samples)]
-    return sums.scaled(samples[0].scale).with_norms(np.array(exact))
+    return sums.with_norms(np.array(exact))
 
 
 def trim_threshold(sample: TensorSample) -> float:
@@ -163,9 +141,9 @@ def trim_threshold(sample: TensorSample) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def thresholds_of(weights: Sequence[Weights], name: str) -> np.ndarray:
-    """(M,) float32 thresholds of one tensor."""
-    return np.array([trim_threshold(one[name]) for one in weights], dtype=np.float32)
+def trim_thresholds(samples: Sequence[TensorSample]) -> np.ndarray:
+    """(M,) float32 of the samples of one tensor."""
+    return np.array([trim_threshold(sample) for sample in samples], dtype=np.float32)
 
 
 def sampled_weight_sums(weights: Sequence[Weights], base: Weights | None) -> dict[str, WeightSums]:

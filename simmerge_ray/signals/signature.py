@@ -127,11 +127,7 @@ class SignatureStore:
         write_atomically(self.path(kind, key), save(kept, metadata={"simmerge_ray": json.dumps(about)}))
 
     def read(self, kind: str, key: str) -> dict[str, np.ndarray]:
-        """Arrays by name.
-
-        Raises:
-            ConfigError: there is no such object, or it is damaged.
-        """
+        """Arrays by name. Raises ConfigError: there is no such object, or it is damaged."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -165,14 +161,13 @@ class SignatureStore:
         }
 
 
-def outputs_bytes(spec: SignatureSpec, config: Mapping[str, Any], num_tokens: int | None = None) -> int:
+def outputs_bytes(spec: SignatureSpec, config: Mapping[str, Any], num_tokens: int) -> int:
     """Size of one checkpoint's outputs on one task, from its `config.json`."""
     shape = model_shape(config)
     positions = spec.num_positions + math.ceil(spec.num_positions / GREEDY_SHARE)
-    width = num_tokens or spec.max_tokens
     logits = positions * shape.vocab_size
     hidden = (shape.layers + 1) * positions * shape.hidden_size
-    attention = shape.layers * shape.heads * min(spec.num_attention_positions, positions) * width
+    attention = shape.layers * shape.heads * min(spec.num_attention_positions, positions) * num_tokens
     return 4 * (logits + hidden + attention)
 
 

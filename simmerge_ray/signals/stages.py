@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from simmerge_ray.base.errors import CheckpointError, ConfigError, unknown_name
+from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.checkpoints.size import model_shape
@@ -70,17 +70,9 @@ class Family:
         return f"{self.embeddings}.weight", f"{self.head}.weight"
 
 
-_LLAMA_LIKE = Family()
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text")
 FAMILIES: Mapping[str, Family] = {
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "phi3": _LLAMA_LIKE,
-    "smollm3": _LLAMA_LIKE,
-    "gemma": _LLAMA_LIKE,
-    "gemma2": _LLAMA_LIKE,
-    "gemma3_text": _LLAMA_LIKE,
+    **dict.fromkeys(_LLAMA_LIKE, Family()),
     "gpt2": Family("transformer.wte", "transformer.wpe", "transformer.h", "transformer.ln_f"),
 }
 
@@ -93,9 +85,9 @@ def family_of(ref: CheckpointRef) -> Family:
     """
     name = str(read_config(ref).get("model_type"))
     if name not in FAMILIES:
-        raise CheckpointError(
-            f"checkpoint {ref.id!r}: {unknown_name('model family of the layer pipeline', name, FAMILIES)}; run whole "
-            f"models instead: raise --memory-per-worker above {model_bytes(read_headers(ref)):,} bytes"
+        raise ref.error(
+            f"{unknown_name('model family of the layer pipeline', name, FAMILIES)}; run whole models instead: raise "
+            f"--memory-per-worker above {model_bytes(read_headers(ref)):,} bytes"
         )
     return FAMILIES[name]
 
@@ -158,20 +150,15 @@ def cut_stages(
     return [LayerRange(first, last, count) for first, last in itertools.pairwise(bounds)]
 
 
-def activation_bytes(
-    config: Mapping[str, Any], batch_size: int, num_tokens: int, num_positions: int | None = None
-) -> int:
+def activation_bytes(config: Mapping[str, Any], batch_size: int, num_tokens: int, num_positions: int) -> int:
     """Upper estimate of what a worker needs beside the weights for one micro-batch, from its `config.json`.
 
     The larger of one layer's eager attention and its MLP, on top of masks, hidden states, logits and recorded outputs.
-
-    Args:
-        batch_size, num_tokens: rows of a micro-batch, and tokens of a row with the continuation.
-        num_positions: sampled positions of a micro-batch at most; None counts every token.
+    A micro-batch has at most so many rows, tokens of a row with the continuation, and sampled positions.
     """
     shape = model_shape(config)
     tokens = batch_size * num_tokens
-    positions = tokens if num_positions is None else min(tokens, num_positions)
+    positions = min(tokens, num_positions)
     scores = shape.heads * tokens * num_tokens
     # Scores, masked, probabilities; queries, keys, values, turned, copied.
     attention = 3 * scores + 10 * tokens * shape.heads * shape.head_size
@@ -202,13 +189,11 @@ class StageSizes:
             if full.startswith(f"{family.layers}."):
                 layer = full.removeprefix(f"{family.layers}.").split(".")[0]
                 if not layer.isdecimal() or int(layer) >= self.num_layers:
-                    raise CheckpointError(
-                        f"checkpoint {ref.id!r}: {name} is of no decoder layer; config.json has {self.num_layers}"
-                    )
+                    raise ref.error(f"{name} is of no decoder layer; config.json has {self.num_layers}")
                 self._layers[int(layer)] += elements
-            elif _inside(full, (family.embeddings, family.positions)):
+            elif full.startswith((f"{family.embeddings}.", f"{family.positions}.")):
                 self._first[full] = elements
-            elif _inside(full, (family.norm, family.head)):
+            elif full.startswith((f"{family.norm}.", f"{family.head}.")):
                 self._last[full] = elements
         embedding, head = family.matrices
         if embedding not in self._first and head in self._last:
@@ -219,7 +204,3 @@ class StageSizes:
     def elements(self, stage: LayerRange) -> int:
         ends = (self._first if stage.is_first else {}) | (self._last if stage.is_last else {})
         return sum(self._layers[stage.first : stage.last]) + sum(ends.values())
-
-
-def _inside(name: str, parts: Iterable[str | None]) -> bool:
-    return any(part is not None and name.startswith(f"{part}.") for part in parts)

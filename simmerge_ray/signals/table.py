@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,14 +48,18 @@ class SignalTable:
         Raises:
             PlanError: the checkpoint or the task is not in the table, or both checkpoints are the same.
         """
-        for name in (left, right):
+        self.check((left, right), task)
+        if left == right:
+            raise PlanError(f"left and right are both {left!r}; a pair needs two different checkpoints")
+        return self.rows[left, right, task]
+
+    def check(self, checkpoints: Iterable[str], task: str) -> None:
+        """Raises PlanError for what is not in the table."""
+        for name in checkpoints:
             if name not in self.checkpoint_ids:
                 raise PlanError(unknown_name("checkpoint", name, self.checkpoint_ids))
         if task not in self.tasks:
             raise PlanError(unknown_name("task", task, self.tasks))
-        if left == right:
-            raise PlanError(f"left and right are both {left!r}; a pair needs two different checkpoints")
-        return self.rows[left, right, task]
 
     @cached_property
     def checkpoint_ids(self) -> tuple[str, ...]:
@@ -77,11 +81,8 @@ class SignalTable:
         Where a pair has no such feature (the base has no task vector) the cell is null.
         """
         keys = sorted(self.rows)
-        columns: dict[str, list[Any]] = {
-            name: [key[index] for key in keys] for index, name in enumerate(("left", "right", "task"))
-        }
-        for column in self.columns:
-            columns[column] = [self.rows[key].features.get(column) for key in keys]
+        columns: dict[str, Any] = dict(zip(("left", "right", "task"), zip(*keys, strict=True), strict=True))
+        columns |= {name: [self.rows[key].features.get(name) for key in keys] for name in self.columns}
         meta = json.dumps({"schema": FEATURE_SCHEMA, "columns": self.columns, "provenance": self.provenance})
         table = pa.table(columns).replace_schema_metadata({"simmerge_ray": meta})
         buffer = io.BytesIO()

@@ -55,10 +55,6 @@ class ProbeTokens:
     batches: tuple[ProbeBatch, ...]
 
     @property
-    def num_positions(self) -> int:
-        return sum(len(batch.rows) for batch in self.batches)
-
-    @property
     def max_tokens(self) -> int:
         """Longest row in tokens, padding included."""
         return max(batch.input_ids.shape[1] for batch in self.batches)
@@ -75,9 +71,12 @@ class ProbeTokens:
 
 
 def tokenize_probes(
-    catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], spec: SignatureSpec
+    catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], spec: SignatureSpec, num_answer_tokens: int = 0
 ) -> dict[str, list[TokenBatch]]:
     """Micro-batches of every task, by the catalogue's tokenizer.
+
+    Args:
+        num_answer_tokens: room that members' own answers need behind a probe.
 
     Raises:
         ProbeError: a probe is too short or too long, also for the context of the checkpoints.
@@ -88,14 +87,14 @@ def tokenize_probes(
     with local_files(first) as directory:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     batches = {t: probes.token_batches(tokenizer, spec.batch_size, spec.max_tokens) for t, probes in probe_sets.items()}
-    added = NUM_GREEDY_TOKENS if catalogue.base else 0
+    added = max(NUM_GREEDY_TOKENS if catalogue.base else 0, num_answer_tokens)
     for ref in catalogue.all_refs:
         context = context_limit(ref) or math.inf
         for task, found in batches.items():
             longest = max(batch.input_ids.shape[1] for batch in found)
             if longest + added > context:
                 raise ProbeError(
-                    f"probe set {task!r}: a probe of {longest} tokens and {added} of the base's continuation are "
+                    f"probe set {task!r}: a probe of {longest} tokens and {added} of its continuation are "
                     f"longer than the context of checkpoint {ref.id!r}, {context} tokens; shorten the probe"
                 )
     return batches
@@ -151,7 +150,9 @@ def probe_tokens(
         for column in range(1, length)
     ]
     generator = np.random.default_rng(_seed(task, batches))
-    chosen = _sample(prompt, num_positions, generator)
+    chosen = list(prompt)
+    if len(prompt) > num_positions:
+        chosen = [prompt[index] for index in generator.choice(len(prompt), num_positions, replace=False)]
     chosen += [(number, row, int(lengths[number][row]) + step) for number, row, step in greedy]
     chosen.sort()
     keep = np.zeros(len(chosen), dtype=bool)
@@ -162,30 +163,24 @@ def probe_tokens(
     for number, batch in enumerate(batches):
         extended = _extended(batch, {row: tokens for (owner, row), tokens in written.items() if owner == number})
         index = [place for place, (owner, _, _) in enumerate(chosen) if owner == number]
-        rows, columns = np.array([chosen[place][1:] for place in index], dtype=np.int64).reshape(-1, 2).T.copy()
-        sampled = torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(keep[index])
-        probe_batches.append(_probe_batch(extended, *sampled, lengths[number], first_probe[number]))
+        rows, columns = torch.tensor([chosen[place][1:] for place in index], dtype=torch.int64).reshape(-1, 2).unbind(1)
+        length = lengths[number][rows]  # of the probes without their continuations
+        following = extended.input_ids[rows, (columns + 1).clamp_max(extended.input_ids.shape[1] - 1)]
+        probe_batches.append(
+            ProbeBatch(
+                extended.input_ids,
+                extended.attention_mask,
+                rows.contiguous(),
+                columns.contiguous(),
+                greedy=columns >= length,
+                with_attention=torch.from_numpy(keep[index]),
+                next_token=torch.where(columns + 1 < length, following, -1),
+                probe=rows + first_probe[number],
+            )
+        )
     if not any(bool((batch.next_token >= 0).any()) for batch in probe_batches):
         raise ProbeError(f"probe set {task!r}: no probe has 3 tokens or more, so there is no next token to compare")
     return ProbeTokens(task, tuple(probe_batches))
-
-
-def _probe_batch(
-    batch: TokenBatch, rows: Tensor, columns: Tensor, with_attention: Tensor, lengths: Tensor, first_probe: int
-) -> ProbeBatch:
-    """A micro-batch with its sampled positions. lengths: (B,), of the probes without their continuations."""
-    length = lengths[rows]
-    following = batch.input_ids[rows, (columns + 1).clamp_max(batch.input_ids.shape[1] - 1)]
-    return ProbeBatch(
-        batch.input_ids,
-        batch.attention_mask,
-        rows,
-        columns,
-        greedy=columns >= length,
-        with_attention=with_attention,
-        next_token=torch.where(columns + 1 < length, following, -1),
-        probe=rows + first_probe,
-    )
 
 
 def continuation_key(base_digest: str, batch: TokenBatch, num_tokens: int) -> str:
@@ -210,15 +205,18 @@ def _padded(rows: Sequence[Tensor]) -> TokenBatch:
     return TokenBatch(pad_sequence(list(rows), batch_first=True), pad_sequence(masks, batch_first=True))
 
 
-def _sample(places: list[Place], count: int, generator: np.random.Generator) -> list[Place]:
-    if len(places) <= count:
-        return list(places)
-    return [places[index] for index in generator.choice(len(places), count, replace=False)]
-
-
 def _seed(task: str, batches: Sequence[TokenBatch]) -> int:
     """From the tokens, so that the sample is the same wherever and whenever it is drawn."""
     state = hashlib.blake2b(task.encode(), digest_size=8)
     for batch in batches:
         state.update(batch.input_ids.numpy().tobytes())
     return int.from_bytes(state.digest(), "little")
+
+
+def left_padded(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """(input ids, attention mask) with the padding in front, where generation needs it."""
+    width = batch.input_ids.shape[1]
+    shift = width - batch.attention_mask.sum(1, keepdim=True)
+    source = torch.arange(width)[None, :] - shift  # negative in the padding
+    ids = batch.input_ids.gather(1, source.clamp_min(0))
+    return torch.where(source >= 0, ids, 0), (source >= 0).to(torch.int64)

@@ -37,10 +37,7 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 def tensor_kind(name: str) -> str:
     """attention, mlp, embedding, norm or other, from a Hugging Face tensor name."""
-    for kind, pattern in _KIND_PATTERNS:
-        if re.search(pattern, name):
-            return kind
-    return "other"
+    return next((kind for kind, pattern in _KIND_PATTERNS if re.search(pattern, name)), "other")
 
 
 def tensor_layer(name: str) -> int | None:
@@ -69,17 +66,12 @@ class WeightSums:
 
     def __add__(self, other: WeightSums) -> WeightSums:
         return WeightSums(
-            self.gram + other.gram,
-            self.sign_product + other.sign_product,
-            self.sign_support + other.sign_support,
-            self.overlap + other.overlap,
+            *(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
         )
 
     def scaled(self, factor: float) -> WeightSums:
         """Sums of a sample, scaled to the whole."""
-        return WeightSums(
-            self.gram * factor, self.sign_product * factor, self.sign_support * factor, self.overlap * factor
-        )
+        return WeightSums(*(one * factor for one in vars(self).values()))
 
     def with_norms(self, exact: np.ndarray) -> WeightSums:
         """Inner products of a sample with the exact ones in row and column 0 and on the diagonal.
@@ -134,32 +126,6 @@ class WeightSums:
                 "task_vector_norm": np.repeat((norms / centre_norm)[:, None], len(norms), axis=1),
             }
         return signals
-
-
-class BlockSums:
-    """Adds up the sums of blocks of coordinates."""
-
-    def __init__(self, thresholds: np.ndarray) -> None:
-        """
-        Args:
-            thresholds: (M,) float32, the smallest magnitude that trimming keeps of each; zeros are never kept.
-        """
-        self._thresholds = np.asarray(thresholds, dtype=np.float32)
-        self.total = WeightSums.zero(len(self._thresholds))
-
-    def add(self, vectors: np.ndarray, centre: np.ndarray) -> None:
-        """Add one block: vectors (M, N) float32, `w_i - c`; centre (N,) float32."""
-        num, size = vectors.shape
-        gram = np.zeros((num + 1, num + 1))
-        _add_products(centre, vectors, gram)
-        bits = np.zeros((3, num, -(-size // 64)), dtype=np.uint64)
-        _pack(vectors, self._thresholds, bits)
-        counts = np.zeros((3, num, num), dtype=np.int64)
-        _count_common(bits, counts)
-        opposite, both, kept = counts
-        self.total = self.total + WeightSums(
-            gram, (both - 2 * opposite).astype(np.float64), both.astype(np.float64), kept.astype(np.float64)
-        )
 
 
 _TILE = 2048  # columns: that many of all rows stay in the cache while every pair is multiplied
@@ -233,12 +199,22 @@ def sums_in_blocks(
     """Sums over a tensor in blocks from its start, folded in their order.
 
     Args:
-        read: `(start, stop) -> (vectors (M, N), centre (N,))`, float32. thresholds: see `BlockSums`.
+        read: `(start, stop) -> (vectors (M, N), centre (N,))`, float32, vectors being `w_i - c`.
+        thresholds: (M,), the smallest magnitude that trimming keeps of each; zeros are never kept.
     """
-    sums = BlockSums(thresholds)
+    num, low = len(thresholds), np.asarray(thresholds, dtype=np.float32)
+    total = WeightSums.zero(num)
     for start in range(0, num_elements, block):
-        sums.add(*read(start, min(start + block, num_elements)))
-    return sums.total
+        vectors, centre = read(start, min(start + block, num_elements))
+        gram = np.zeros((num + 1, num + 1))
+        _add_products(centre, vectors, gram)
+        bits = np.zeros((3, num, -(-vectors.shape[1] // 64)), dtype=np.uint64)
+        _pack(vectors, low, bits)
+        counts = np.zeros((3, num, num), dtype=np.int64)
+        _count_common(bits, counts)
+        opposite, both, kept = counts.astype(np.float64)
+        total = total + WeightSums(gram, both - 2 * opposite, both, kept)
+    return total
 
 
 def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str, np.ndarray]:
@@ -253,31 +229,21 @@ def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str
     for name in names:
         for group in ("global", tensor_kind(name)):
             groups[group] = groups[group] + sums[name] if group in groups else sums[name]
-    matrices: dict[str, np.ndarray] = {}
-    for group in ("global", *TENSOR_KINDS):
-        for signal, matrix in groups.get(group, groups["global"]).signals(with_base).items():
-            matrices[f"{_signal_name(signal)}_{group}"] = matrix
-    if with_base:
-        matrices["task_vector_norm"] = matrices.pop("task_vector_norm_global")
-        for kind in TENSOR_KINDS:
-            del matrices[f"task_vector_norm_{kind}"]
+    of_group = {group: groups.get(group, groups["global"]).signals(with_base) for group in ("global", *TENSOR_KINDS)}
     by_tensor = [sums[name].signals(with_base) for name in names]
     thirds = _thirds([tensor_layer(name) for name in names])
-    for signal in by_tensor[0]:
+    matrices: dict[str, np.ndarray] = {}
+    for signal, total in of_group["global"].items():
         if signal == "task_vector_norm":
+            matrices[signal] = total
             continue
+        prefix = f"weight_{signal}" if signal in ("cosine", "l2") else signal
+        matrices |= {f"{prefix}_{group}": signals[signal] for group, signals in of_group.items()}
         values = np.stack([signals[signal] for signals in by_tensor])
-        prefix = _signal_name(signal)
-        matrices[f"{prefix}_mean"] = values.mean(0)
-        matrices[f"{prefix}_sd"] = values.std(0)
-        matrices[f"{prefix}_min"] = values.min(0)
-        for third, index in thirds.items():
-            matrices[f"{prefix}_{third}"] = values[index].mean(0)
+        statistics = {"mean": values.mean(0), "sd": values.std(0), "min": values.min(0)}
+        statistics |= {third: values[index].mean(0) for third, index in thirds.items()}
+        matrices |= {f"{prefix}_{statistic}": value for statistic, value in statistics.items()}
     return matrices
-
-
-def _signal_name(signal: str) -> str:
-    return f"weight_{signal}" if signal in ("cosine", "l2") else signal
 
 
 def _thirds(layers: Sequence[int | None]) -> dict[str, list[int]]:

@@ -11,9 +11,9 @@ import pytest
 
 from simmerge_ray.service.http.access import ROLES, Access, Principal, token_digest
 from simmerge_ray.service.http.api import create_app
-from simmerge_ray.service.http.metrics import PrometheusMetrics
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import upgrade_database
+from simmerge_ray.service.metrics import PrometheusMetrics
 from tests.dashboard.serving import Service, served
 from tests.unit.service.published import PublishedFiles, write_published
 

@@ -9,7 +9,8 @@ import pytest
 from fastapi import FastAPI
 
 from simmerge_ray.base.errors import StoreError
-from simmerge_ray.service.http.dashboard import COOKIE, router, same_origin
+from simmerge_ray.service.http.dashboard.pages import router
+from simmerge_ray.service.http.dashboard.session import COOKIE, same_origin
 from simmerge_ray.service.schemas import CatalogueAnswer, CatalogueCheckpoint, ExamplePair
 
 HOSTILE = '<script>alert("x")</script>'

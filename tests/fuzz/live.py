@@ -18,10 +18,10 @@ import uvicorn
 from simmerge_ray.service.http.access import Access, Principal, token_digest
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.gate import Limits
-from simmerge_ray.service.http.metrics import PrometheusMetrics
 from simmerge_ray.service.http.slow_clients import impatient
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import upgrade_database
+from simmerge_ray.service.metrics import PrometheusMetrics
 from tests.conftest import free_port
 from tests.unit.service.published import write_published
 

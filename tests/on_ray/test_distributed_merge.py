@@ -13,7 +13,7 @@ from simmerge_ray.merging.write.directory import write_graph, write_merge
 from simmerge_ray.merging.write.layout import plan_layout
 from simmerge_ray.merging.write.output import WriteOptions
 from simmerge_ray.on_ray import merge_tasks as distributed_merge
-from simmerge_ray.on_ray.merge_tasks import ray_runner, split_by_bytes
+from simmerge_ray.on_ray.merge_tasks import RayRunner, split_by_bytes
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan
 
@@ -48,12 +48,12 @@ def test_tasks_write_the_bytes_of_a_local_merge_also_after_a_task_is_lost(graph,
     local = write_merge(resolve_plan(pair_plan("m0", "m1", make_arm("ties")), catalogue), tmp_path / "local").path
     seen: list[tuple[int, int]] = []
     result = write_graph(
-        graph, tmp_path / "tasks", WriteOptions(progress=lambda *x: seen.append(x), runner=ray_runner(2))
+        graph, tmp_path / "tasks", WriteOptions(progress=lambda *x: seen.append(x), runner=RayRunner(2))
     )
     assert (result.path / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
     assert seen[-1] == (result.num_bytes, result.num_bytes)
     monkeypatch.setattr(distributed_merge, "make_share", dying_share)
-    result = write_graph(graph, tmp_path / "lost", WriteOptions(runner=ray_runner(2)))
+    result = write_graph(graph, tmp_path / "lost", WriteOptions(runner=RayRunner(2)))
     assert len(list(tmp_path.glob("died.*"))) == 2
     assert (result.path / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
@@ -66,5 +66,5 @@ def test_an_error_in_a_task_keeps_its_type_and_nothing_is_left(graph, tmp_path, 
 
     monkeypatch.setattr(distributed_merge, "make_share", failing)
     with pytest.raises(CheckpointError, match="disk gone"):
-        write_graph(graph, tmp_path / "out", WriteOptions(runner=ray_runner(2)))
+        write_graph(graph, tmp_path / "out", WriteOptions(runner=RayRunner(2)))
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from simmerge_ray.merging.write.directory import write_graph, write_merge
 from simmerge_ray.merging.write.output import WriteOptions
 from simmerge_ray.merging.write.to_store import make_file
 from simmerge_ray.on_ray import merge_tasks as distributed_merge
-from simmerge_ray.on_ray.merge_tasks import ray_runner
+from simmerge_ray.on_ray.merge_tasks import RayRunner
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan
 from simmerge_ray.search.labels import LabelStore
@@ -176,7 +176,7 @@ def test_tasks_merge_into_a_store_without_a_shared_directory(zoo, catalogue, buc
     seen: list[tuple[int, int]] = []
     out = as_place(bucket) / "merged"
     result = write_graph(
-        graph, out, WriteOptions(progress=lambda *x: seen.append(x), max_shard_bytes=100_000, runner=ray_runner(2))
+        graph, out, WriteOptions(progress=lambda *x: seen.append(x), max_shard_bytes=100_000, runner=RayRunner(2))
     )
     assert len(as_place(bucket).glob("died.*")) == 1
     assert seen[-1] == (result.num_bytes, result.num_bytes)

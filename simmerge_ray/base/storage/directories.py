@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +67,11 @@ def publish_directory(partial: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
-def filled_in_place(target: Place) -> Iterator[Path]:
-    """A local directory for a stage that writes several artifacts into `target`, each whole by itself.
-
-    It is `target` itself where that is local. In a store everything appears together when the block ends without an
-    error.
+def filled_in_place(target: Place) -> AbstractContextManager[Path]:
+    """A local directory for a stage that writes several artifacts into `target`, each whole by itself: `target` itself,
+    or for a store one whose files appear there together when the block ends without an error.
     """
-    if isinstance(target, RemotePath):
-        with new_directory(target) as directory:
-            yield directory
-    else:
-        yield target
+    return new_directory(target) if isinstance(target, RemotePath) else nullcontext(target)
 
 
 @contextmanager
@@ -94,13 +87,10 @@ def upload_directory(
     """Write the files of a local directory into a store; see the module. Objects of the old list that are not in the
     new one are deleted, others below the same name are left alone.
 
-    Args:
-        last: a file without which other programs do not take the directory for what it is (`config.json` of a
-            checkpoint); it is absent until all others are there.
-        there: objects of the directory that have been written already, with their sizes.
+    last: a file without which other programs do not take the directory for what it is (`config.json` of a checkpoint);
+    it is absent until all others are there. there: objects that have been written already, with their sizes.
 
-    Raises:
-        StorageError: the store does not take it, in all tries; the directory has no list then.
+    Raises StorageError: the store does not take it, in all tries; the directory has no list then.
     """
     files = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
     ordered = [name for name in files if name != last] + [name for name in files if name == last]
@@ -160,13 +150,10 @@ def is_complete(place: Place) -> bool:
 def local_directory(place: Place, wanted: Callable[[str], bool] | None = None) -> Iterator[Path]:
     """A directory as a local one while the block runs: itself, or a copy in the node's cache.
 
-    Args:
-        wanted: which names a copy has, of the files in the directory itself; None takes all, also those below, and
-            compares them with their list.
+    wanted: which names a copy has, of the files in the directory itself; None takes all, also those below, and
+    compares them with their list.
 
-    Raises:
-        FileNotFoundError: a store has nothing below that name.
-        StorageError: it cannot be had whole, or the cache has no room for it.
+    Raises FileNotFoundError: a store has nothing there. StorageError: it cannot be had whole, or the cache is full.
     """
     if not isinstance(place, RemotePath):
         yield place

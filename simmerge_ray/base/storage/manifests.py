@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -21,10 +22,8 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on: Python, this package, and the libraries that compute."""
     found = {"python": platform.python_version(), "simmerge_ray": __version__}
     for name in _DISTRIBUTIONS:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

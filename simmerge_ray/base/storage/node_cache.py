@@ -32,6 +32,14 @@ _log = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 
+def read_fully(descriptor: int, offset: int, view: memoryview) -> int:
+    """Fill `view` from byte `offset` of an open file; bytes read, fewer where the file ends."""
+    done = 0
+    while done < len(view) and (got := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += got
+    return done
+
+
 class NodeCache:
     """Entries below a directory that several processes and threads share."""
 
@@ -46,12 +54,8 @@ class NodeCache:
         except OSError:
             return False
         try:
-            done = 0
-            while done < len(view):
-                got = os.preadv(descriptor, [view[done:]], offset + done)
-                if got == 0:
-                    return False
-                done += got
+            if read_fully(descriptor, offset, view) < len(view):
+                return False
             self._touch(descriptor)
         except OSError:
             return False
@@ -77,13 +81,9 @@ class NodeCache:
 
     @contextmanager
     def directory(self, key: str, num_bytes: int, fill: Callable[[Path], None]) -> Iterator[Path]:
-        """A directory that `fill` has filled, once for all processes; it is not deleted while the block runs.
+        """A directory that `fill` has filled with `num_bytes`, once for all processes; it is kept while the block runs.
 
-        Args:
-            num_bytes: what `fill` will write.
-
-        Raises:
-            StorageError: there is no room for it, with what is needed and what decides it.
+        Raises StorageError: there is no room for it, with what is needed and what decides it.
         """
         pin = -1
         try:
@@ -295,11 +295,7 @@ def _delete_unused(path: Path) -> bool:
 
 
 def node_cache() -> NodeCache:
-    """The cache that the environment of this process names.
-
-    Raises:
-        ConfigError: the limit is no number.
-    """
+    """The cache that the environment of this process names. Raises ConfigError: the limit is no number."""
     limit = number_in_environment(LIMIT_VARIABLE, _DEFAULT_GB, "GB")
     root = Path(os.environ.get(DIRECTORY_VARIABLE) or _DEFAULT_DIRECTORY)
     try:

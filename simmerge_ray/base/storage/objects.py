@@ -45,23 +45,17 @@ def digest_file(path: str | Place) -> str:
     """Digest of a file's or object's bytes, read in pieces."""
     state = hashlib.blake2b(digest_size=16)
     place = as_place(path)
-    if isinstance(place, RemotePath):
-        size = place.find_object().size
-        for start in range(0, size, _PIECE_BYTES):
-            state.update(place.read_range(start, min(start + _PIECE_BYTES, size)))
-        return state.hexdigest()
-    with open(place, "rb") as stream:
-        while piece := stream.read(1 << 22):
-            state.update(piece)
+    if not isinstance(place, RemotePath):
+        with open(place, "rb") as stream:
+            return hashlib.file_digest(stream, lambda: state).hexdigest()
+    size = place.find_object().size
+    for start in range(0, size, _PIECE_BYTES):
+        state.update(place.read_range(start, min(start + _PIECE_BYTES, size)))
     return state.hexdigest()
 
 
 def write_atomically(uri: str | Place, data: bytes) -> None:
-    """Write `data` under `uri` so that a reader sees all of it or nothing; an existing object is replaced.
-
-    Raises:
-        StorageError: a store does not take it, in all tries. OSError: a local file cannot be written.
-    """
+    """Write `data` under `uri` so that a reader sees all of it or nothing; an existing object is replaced."""
     target = as_place(uri)
     if isinstance(target, RemotePath):
         target.write_bytes(data)
@@ -84,11 +78,7 @@ def write_json(uri: str | Place, value: Any) -> None:
 
 
 def read_bytes(uri: str | Place) -> bytes:
-    """All bytes of a file or object.
-
-    Raises:
-        FileNotFoundError: there is none. StorageError: the store does not answer, or refuses.
-    """
+    """All bytes of a file or object. Raises FileNotFoundError: there is none."""
     return as_place(uri).read_bytes()
 
 
@@ -98,11 +88,7 @@ def read_json(uri: str | Place) -> Any:
 
 
 def file_version(place: Place) -> str:
-    """Text that changes when a file or object is written again.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Text that changes when a file or object is written again. Raises FileNotFoundError: there is none."""
     if isinstance(place, RemotePath):
         return place.find_object().version
     status = place.stat()
@@ -110,11 +96,7 @@ def file_version(place: Place) -> str:
 
 
 def file_size(place: Place) -> int:
-    """Bytes of a file or object.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Bytes of a file or object. Raises FileNotFoundError: there is none."""
     if isinstance(place, RemotePath):
         return place.find_object().size
     return place.stat().st_size

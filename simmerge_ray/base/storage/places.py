@@ -72,11 +72,7 @@ class RemotePath:
         return isinstance(other, RemotePath) and f"{self}/".startswith(f"{other}/")
 
     def relative_to(self, other: Place) -> Path:
-        """What is left of the name below `other`.
-
-        Raises:
-            ValueError: it does not lie there.
-        """
+        """What is left of the name below `other`. Raises ValueError: it does not lie there."""
         if not self.is_relative_to(other):
             raise ValueError(f"{self} does not lie below {other}")
         return Path(str(self)[len(str(other)) + 1 :])
@@ -98,11 +94,7 @@ class RemotePath:
             return None
 
     def find_object(self) -> Entry:
-        """What has this name.
-
-        Raises:
-            FileNotFoundError: nothing has.
-        """
+        """What has this name. Raises FileNotFoundError: nothing has."""
         if (entry := self.find()) is None:
             raise self._absent()
         return entry
@@ -154,11 +146,7 @@ class RemotePath:
         return self.read_range(None, None)
 
     def read_range(self, start: int | None, stop: int | None) -> bytes:
-        """Bytes [start, stop) of an object.
-
-        Raises:
-            FileNotFoundError: there is no such object. StorageError: see `retried`.
-        """
+        """Bytes [start, stop) of an object. Raises FileNotFoundError: there is none."""
         try:
             data: bytes = self._call("read", lambda store: store.cat_file(self.key, start=start, end=stop))
         except FileNotFoundError:
@@ -171,11 +159,7 @@ class RemotePath:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> int:
-        """Write an object, whole or not at all; one of that name is replaced.
-
-        Raises:
-            StorageError: see `retried`; there is no such bucket.
-        """
+        """Write an object, whole or not at all; one of that name is replaced."""
         self._write(lambda store: store.pipe_file(self.key, data))
         return len(data)
 
@@ -183,11 +167,7 @@ class RemotePath:
         return self.write_bytes(text.encode(encoding))
 
     def upload(self, source: Path) -> Entry:
-        """Write a local file as this object, in parts where it is large.
-
-        Raises:
-            StorageError: see `retried`; there is no such bucket.
-        """
+        """Write a local file as this object, in parts where it is large."""
         size = source.stat().st_size
         options: dict[str, Any] = {}
         if self.scheme == "s3":  # memory: parts at the same time; S3 takes 10,000 parts of an object
@@ -251,9 +231,7 @@ class Entry:
     def download(self, target: Path) -> None:
         """Copy the object into a new local file, range by range, so that an interruption costs one range.
 
-        Raises:
-            FileNotFoundError, StorageError: see `RemotePath.read_range`; the object was written again meanwhile.
-            OSError: the file cannot be written.
+        Raises as `read_range` and `check`; OSError: the file cannot be written.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "wb") as stream:
@@ -262,11 +240,7 @@ class Entry:
         self.check(target.stat().st_size, self.size)
 
     def check(self, num_bytes: int, wanted: int) -> None:
-        """After a read of `num_bytes`, of which `wanted` were asked for.
-
-        Raises:
-            StorageError: the object was written again meanwhile.
-        """
+        """Raises StorageError: a read got not the `wanted` bytes, or the object was written again meanwhile."""
         now = self.path.find()
         if now is None or now.version != self.version or num_bytes != wanted:
             raise StorageError(f"{self.path} was changed while it was read; run again")
@@ -285,11 +259,7 @@ def _checked_remote(value: Any) -> RemotePath:
 
 
 def as_place(name: str | Place) -> Place:
-    """The place that a path or a URI names; `file://` is a local path.
-
-    Raises:
-        InputError: a URI without a bucket.
-    """
+    """The place that a path or a URI names; `file://` is a local path. Raises InputError: a URI without a bucket."""
     if not isinstance(name, str):
         return name
     match = _SCHEME.match(name)
@@ -310,11 +280,7 @@ def list_places(directory: Place, pattern: str) -> list[Place]:
 
 
 def name_below(place: Place, root: Place) -> str:
-    """The name of a place below another.
-
-    Raises:
-        ValueError: it does not lie there.
-    """
+    """The name of a place below another. Raises ValueError: it does not lie there."""
     if isinstance(root, RemotePath) and not isinstance(place, RemotePath):
         raise ValueError(f"{place} does not lie below {root}")
     return str(place.relative_to(root))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from typing import Protocol
 
-from simmerge_ray.base.storage.node_cache import NodeCache, node_cache
+from simmerge_ray.base.storage.node_cache import NodeCache, node_cache, read_fully
 from simmerge_ray.base.storage.objects import digest_bytes
 from simmerge_ray.base.storage.places import Entry, Place, RemotePath
 
@@ -26,19 +26,14 @@ class RangeReader(Protocol):
     def read_into(self, offset: int, view: memoryview, until: int) -> int:
         """Fill `view` from byte `offset` on; bytes read, fewer where the file ends.
 
-        Args:
-            until: the end of what will be read next; nothing behind it is fetched beside what shares its block.
+        until: the end of what will be read next; behind it only what shares its block is fetched.
         """
 
     def close(self) -> None: ...
 
 
 def open_ranges(place: Place) -> RangeReader:
-    """A reader of a file or an object.
-
-    Raises:
-        FileNotFoundError and other OSErrors: a local file cannot be opened; there is no such object. StorageError.
-    """
+    """A reader of a file or an object. Raises FileNotFoundError, other OSErrors, StorageError."""
     if not isinstance(place, RemotePath):
         return _LocalReader(os.open(place, os.O_RDONLY))
     return _RemoteReader(place.find_object(), node_cache())
@@ -58,13 +53,7 @@ class _LocalReader:
         self._descriptor = descriptor
 
     def read_into(self, offset: int, view: memoryview, until: int) -> int:
-        done = 0
-        while done < len(view):
-            got = os.preadv(self._descriptor, [view[done:]], offset + done)
-            if got == 0:
-                break
-            done += got
-        return done
+        return read_fully(self._descriptor, offset, view)
 
     def close(self) -> None:
         os.close(self._descriptor)

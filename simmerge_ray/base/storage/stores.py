@@ -62,8 +62,7 @@ class IncompleteUploadError(Exception):
 def filesystem(scheme: str) -> Any:
     """The fsspec file system of a scheme; it remembers no listings, since other processes write.
 
-    Raises:
-        InputError: no such scheme, or its library is not installed.
+    Raises InputError: no such scheme, or its library is not installed.
     """
     if scheme in _LIBRARIES:
         require(_LIBRARIES[scheme], "cloud")
@@ -88,11 +87,7 @@ def filesystem(scheme: str) -> Any:
 
 
 def patience_s() -> float:
-    """For how many seconds a store may be away.
-
-    Raises:
-        ConfigError: the variable is no number.
-    """
+    """For how many seconds a store may be away. Raises ConfigError: the variable is no number."""
     return number_in_environment(PATIENCE_VARIABLE, _DEFAULT_PATIENCE_S, "seconds")
 
 
@@ -184,11 +179,7 @@ def error_text(error: BaseException) -> str:
 
 
 def number_in_environment(variable: str, default: float, unit: str) -> float:
-    """A number, 0 or more, that an environment variable may set.
-
-    Raises:
-        ConfigError: it sets something else.
-    """
+    """A number, 0 or more, that an environment variable may set. Raises ConfigError: it sets something else."""
     text = os.environ.get(variable)
     try:
         number = default if text is None else float(text)

@@ -1,9 +1,5 @@
-"""What is wrong with a cluster file, beyond what Ray's own checks find: plain rules, no Ray.
-
-For files of the cluster launcher (`ray up`) and of KubeRay: fewer nodes at most than at least, misspelt fields of a
-node, resources that no actor of ours asks for or that the machine does not have, models that no node holds, Ray open
-to everybody, secrets in the file, pods that run as root or may write to their image.
-"""
+"""What is wrong with a file of the cluster launcher or of KubeRay, beyond what Ray's own checks find: plain rules, no
+Ray."""
 
 from __future__ import annotations
 
@@ -16,29 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from simmerge_ray.base.errors import ConfigError, unknown_name
-from simmerge_ray.capacity.cluster_files.manifests import (
-    KINDS,
-    Container,
-    PodSpec,
-    RayClusterSpec,
-    RayJobSpec,
-    RayServiceSpec,
-    Resource,
-    WorkerGroup,
-)
+from simmerge_ray.capacity import placement
+from simmerge_ray.capacity.cluster_files import manifests
 from simmerge_ray.capacity.machines import MACHINES
-from simmerge_ray.capacity.placement import (
-    GPU_RESOURCES,
-    GPU_SIZES,
-    GPU_SIZES_MARK,
-    Needs,
-    engine_needs,
-    gpu_offer,
-    gpu_resource,
-    how_many_fit,
-    missing_on,
-    signal_worker_needs,
-)
+from simmerge_ray.capacity.placement import GPU_RESOURCES, GPU_SIZES, GPU_SIZES_MARK, Needs, gpu_offer, gpu_resource
 from simmerge_ray.capacity.size import ModelSize
 
 KNOWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory", GPU_SIZES_MARK, *GPU_RESOURCES)
@@ -58,6 +35,7 @@ _NODE_FIELDS = {
 }  # fmt: skip
 _SECRET_NAME = re.compile(r"(?i)(passw(or)?d|secret|token|api_?key|access_?key|credential)s?$")
 _NO_SECRETS = ("HttpTokens",)
+_SECURITY = {"runAsNonRoot": True, "readOnlyRootFilesystem": True, "allowPrivilegeEscalation": False}
 _SECRET_VALUE = re.compile(
     r"AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{30}|hf_[A-Za-z0-9]{30}|://[^/\s:@]+:[^/\s:@$]+@|-----BEGIN"
 )
@@ -70,12 +48,16 @@ def lint(content: Mapping[str, Any]) -> list[str]:
         return found + list(_launcher(content))
     if content.get("kind") == "Secret":
         found.append("kind Secret: make it with `kubectl create secret`, not in a file")
-    if content.get("kind") not in KINDS:
+    if content.get("kind") not in manifests.KINDS:
         return found
     try:
-        return found + list(_manifest(KINDS[content["kind"]].model_validate(content)))
+        return found + list(_manifest(manifests.KINDS[content["kind"]].model_validate(content)))
     except ValidationError as error:
-        return found + [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        return found + _problems(error)
+
+
+def _problems(error: ValidationError) -> list[str]:
+    return [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
 
 
 def _secrets(value: Any, where: str) -> Iterator[str]:
@@ -101,7 +83,7 @@ def _secrets(value: Any, where: str) -> Iterator[str]:
 
 
 def _launcher(content: Mapping[str, Any]) -> Iterator[str]:
-    provider = content.get("provider", {}).get("type")
+    known = _NODE_FIELDS.get(str(content.get("provider", {}).get("type")))
     nodes: dict[str, Needs] = {}
     for name, kind in content["available_node_types"].items():
         where = f"available_node_types.{name}"
@@ -111,14 +93,12 @@ def _launcher(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"{where}: min_workers {least} is more than max_workers {most}"
         if not is_head and most == 0:
             yield f"{where}: max_workers is 0, so there will never be one"
-        for field in kind.get("node_config", {}):
-            known = _NODE_FIELDS.get(str(provider))
+        config, resources = kind.get("node_config", {}), kind.get("resources", {})
+        for field in config:
             if known and field not in known:
                 yield f"{where}.node_config: {unknown_name('field', field, known)}"
-        resources = kind.get("resources", {})
         nodes[name] = resources
         yield from _resources(resources, f"{where}.resources")
-        config = kind.get("node_config", {})
         yield from _machine(resources, config.get("InstanceType") or config.get("machineType"), where)
     head = nodes.get(content.get("head_node_type", ""), {})
     if head.get("CPU", 0) != 0:
@@ -151,14 +131,14 @@ def _machine(resources: Mapping[str, Any], machine: str | None, where: str) -> I
     if machine not in MACHINES:
         return
     cpus, memory, gpus, size = MACHINES[machine]
-    has = {"CPU": cpus, "memory": 1e9 * memory, "GPU": gpus}
-    for name, amount in has.items():
+    for name, amount in {"CPU": cpus, "memory": 1e9 * memory, "GPU": gpus}.items():
         if resources.get(name, 0) > amount:
             yield f"{where}.resources: {name} is {resources[name]:g}, {machine} has {amount:g}"
+    offer = gpu_offer(size, gpus)
     for name in GPU_RESOURCES:
-        if name in resources and name not in gpu_offer(size, gpus):
+        if name in resources and name not in offer:
             yield f"{where}.resources: {name}, but the GPUs of {machine} have {size} GB"
-        if name not in resources and name in gpu_offer(size, gpus):
+        if name not in resources and name in offer:
             yield f"{where}.resources: the GPUs of {machine} have {size} GB; offer {name}, too"
 
 
@@ -186,23 +166,23 @@ def _open_ray(content: Mapping[str, Any]) -> Iterator[str]:
 # KubeRay's.
 
 
-def _manifest(resource: Resource[Any]) -> Iterator[str]:
+def _manifest(resource: manifests.Resource[Any]) -> Iterator[str]:
     spec = resource.spec
-    if isinstance(spec, RayJobSpec):
+    if isinstance(spec, manifests.RayJobSpec):
         if spec.submitterPodTemplate is not None:
             yield from _pod(spec.submitterPodTemplate.spec, "spec.submitterPodTemplate")
         if (spec.clusterSelector is None) == (spec.rayClusterSpec is None):
             yield "spec: a job needs either clusterSelector or rayClusterSpec"
         if spec.rayClusterSpec is not None:
             yield from _cluster(spec.rayClusterSpec, "spec.rayClusterSpec", [])
-    elif isinstance(spec, RayServiceSpec):
+    elif isinstance(spec, manifests.RayServiceSpec):
         yield from _cluster(spec.rayClusterConfig, "spec.rayClusterConfig", [])
     else:
         annotations = resource.metadata.annotations or {}
         yield from _cluster(spec, "spec", yaml.safe_load(annotations.get(MODELS_ANNOTATION, "[]")))
 
 
-def _cluster(spec: RayClusterSpec, where: str, models: Sequence[Any]) -> Iterator[str]:
+def _cluster(spec: manifests.RayClusterSpec, where: str, models: Sequence[Any]) -> Iterator[str]:
     auth = spec.authOptions
     if auth is None or auth.mode != "token":
         yield f"{where}.authOptions: mode must be token; who reaches Ray can run code"
@@ -217,7 +197,7 @@ def _cluster(spec: RayClusterSpec, where: str, models: Sequence[Any]) -> Iterato
     if head.serviceType in ("NodePort", "LoadBalancer"):
         yield f"{where}.headGroupSpec: serviceType {head.serviceType} puts Ray on the network; use ClusterIP"
     yield from _pod(head.template.spec, f"{where}.headGroupSpec.template")
-    groups = []
+    groups: list[dict[str, float]] = []
     for number, group in enumerate(spec.workerGroupSpecs):
         place = f"{where}.workerGroupSpecs[{number}] ({group.groupName})"
         if not group.minReplicas <= group.replicas <= group.maxReplicas:
@@ -230,35 +210,30 @@ def _cluster(spec: RayClusterSpec, where: str, models: Sequence[Any]) -> Iterato
             yield f"{place}.rayStartParams.resources: {error}"
             continue
         yield from _resources(groups[-1], place)
+    custom: dict[str, float] = {}
     try:
         custom = _custom(head.rayStartParams)
     except (ValueError, TypeError) as error:
         yield f"{where}.headGroupSpec.rayStartParams.resources: {error}"
-        custom = {}
     yield from _mark(custom, groups)
     yield from _models(models, groups)
 
 
-def _pod(spec: PodSpec, where: str) -> Iterator[str]:
+def _pod(spec: manifests.PodSpec, where: str) -> Iterator[str]:
     for one in (*spec.containers, *(spec.initContainers or ())):
         yield from _container(one, f"{where}.{one.name}")
 
 
-def _container(one: Container, where: str) -> Iterator[str]:
-    context = one.securityContext
-    for field, wanted in (
-        ("runAsNonRoot", True),
-        ("readOnlyRootFilesystem", True),
-        ("allowPrivilegeEscalation", False),
-    ):
-        if context.get(field) is not wanted:
+def _container(one: manifests.Container, where: str) -> Iterator[str]:
+    for field, wanted in _SECURITY.items():
+        if one.securityContext.get(field) is not wanted:
             yield f"{where}.securityContext: {field} must be {str(wanted).lower()}"
     requests, limits = one.resources.requests, one.resources.limits
     for name in ("cpu", "memory"):
         if name not in requests:
             yield f"{where}.resources: no request of {name}; Ray would count what the node has"
-    if requests.get("memory") != limits.get("memory"):
-        asked, allowed = requests.get("memory"), limits.get("memory")
+    asked, allowed = requests.get("memory"), limits.get("memory")
+    if asked != allowed:
         yield f"{where}.resources: memory {asked} is requested, {allowed} allowed; make them equal"
     if requests.get("nvidia.com/gpu") != limits.get("nvidia.com/gpu"):
         yield f"{where}.resources: as many nvidia.com/gpu must be requested as allowed"
@@ -266,15 +241,12 @@ def _container(one: Container, where: str) -> Iterator[str]:
 
 def _custom(parameters: Mapping[str, str]) -> dict[str, float]:
     """`resources` of `ray start`, which KubeRay takes as JSON in quotes."""
-    text = parameters.get("resources")
-    if text is None:
-        return {}
-    value = json.loads(text)
+    value = json.loads(parameters.get("resources", "{}"))
     value = json.loads(value) if isinstance(value, str) else value
     return {str(name): float(amount) for name, amount in value.items()}
 
 
-def _offer_of_group(group: WorkerGroup) -> dict[str, float]:
+def _offer_of_group(group: manifests.WorkerGroup) -> dict[str, float]:
     limits = group.template.spec.containers[0].resources.limits
     offer = {"CPU": _amount(limits.get("cpu", "0")), "memory": 0.7 * _amount(limits.get("memory", "0"))}  # Ray's share
     if gpus := _amount(limits.get("nvidia.com/gpu", "0")):
@@ -297,25 +269,23 @@ def _amount(text: str) -> float:
 def _models(given: Sequence[Any], nodes: Sequence[Needs]) -> Iterator[str]:
     """Each model fits: its engine on a node with GPUs, its signals on one of the nodes."""
     offered = {name for node in nodes for name in node} | {GPU_SIZES_MARK}
-    for number, one in enumerate(given):
+    for number, one in enumerate(given, 1):
         try:
             model = ModelSize.model_validate(one)
         except ValidationError as error:
-            yield f"model {number + 1}: {'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+            yield f"model {number}: {_problems(error)[0]}"
             continue
         try:
-            needs = engine_needs(model.engine_bytes, 1.0, 1.0, model.tensor_parallel, offered)
+            needs = placement.engine_needs(model.engine_bytes, 1.0, 1.0, model.tensor_parallel, offered)
         except ConfigError as error:
             yield f"model {model.name}: an engine of {model.engine_bytes / 1e9:.1f} GB: {error}"
         else:
-            if not any(how_many_fit(needs, node) >= model.tensor_parallel for node in nodes):
-                why = missing_on(needs, nodes) or "no node has so many GPUs"
+            if not any(placement.how_many_fit(needs, node) >= model.tensor_parallel for node in nodes):
+                why = placement.missing_on(needs, nodes) or "no node has so many GPUs"
                 ranks = f" in {model.tensor_parallel} ranks" if model.tensor_parallel > 1 else ""
                 yield f"model {model.name}: no node holds an engine of {model.engine_bytes / 1e9:.1f} GB{ranks}: {why}"
-        missing = missing_on(signal_worker_needs(model.signal_worker_bytes, 0.0), nodes)
-        if missing is not None:
-            size = f"{model.signal_worker_bytes / 1e9:.1f} GB"
+        if missing := placement.missing_on(placement.signal_worker_needs(model.signal_worker_bytes, 0.0), nodes):
             yield (
-                f"model {model.name}: no node holds a signal worker of {size}: {missing}; "
-                "give memory_per_worker_gb (stages of layers), or larger nodes"
+                f"model {model.name}: no node holds a signal worker of {model.signal_worker_bytes / 1e9:.1f} GB: "
+                f"{missing}; give memory_per_worker_gb (stages of layers), or larger nodes"
             )

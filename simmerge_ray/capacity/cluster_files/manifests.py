@@ -20,27 +20,26 @@ class _Strict(BaseModel):
 
 
 class KeyRef(_Strict):
-    """Of a secret or a config map."""
-
     name: StrictStr
     key: StrictStr
     optional: StrictBool | None = None
 
 
 class ValueFrom(_Strict):
-    """Where the value of a variable comes from."""
-
     secretKeyRef: KeyRef | None = None
     configMapKeyRef: KeyRef | None = None
     fieldRef: Free | None = None
 
 
-class Env(_Strict):
+class Credential(_Strict):
+    value: StrictStr | None = None
+    valueFrom: ValueFrom | None = None
+
+
+class Env(Credential):
     """A variable; in YAML a number needs quotes."""
 
     name: StrictStr
-    value: StrictStr | None = None
-    valueFrom: ValueFrom | None = None
 
 
 class Resources(_Strict):
@@ -51,8 +50,6 @@ class Resources(_Strict):
 
 
 class Container(_Strict):
-    """One container."""
-
     name: StrictStr
     image: StrictStr
     imagePullPolicy: StrictStr | None = None
@@ -71,8 +68,6 @@ class Container(_Strict):
 
 
 class PodSpec(_Strict):
-    """Of the pods of a group."""
-
     containers: list[Container] = Field(min_length=1)
     initContainers: list[Container] | None = None
     serviceAccountName: StrictStr | None = None
@@ -90,8 +85,6 @@ class PodSpec(_Strict):
 
 
 class Metadata(_Strict):
-    """Of any object."""
-
     name: StrictStr | None = None
     namespace: StrictStr | None = None
     labels: dict[str, StrictStr] | None = None
@@ -99,24 +92,21 @@ class Metadata(_Strict):
 
 
 class PodTemplate(_Strict):
-    """A pod."""
-
     metadata: Metadata | None = None
     spec: PodSpec
 
 
-class HeadGroup(_Strict):
-    """The head."""
-
-    serviceType: Literal["ClusterIP", "NodePort", "LoadBalancer"] | None = None
+class _Group(_Strict):
     rayStartParams: dict[str, StrictStr] = {}
     template: PodTemplate
     labels: dict[str, StrictStr] | None = None
 
 
-class WorkerGroup(_Strict):
-    """Pods of one kind."""
+class HeadGroup(_Group):
+    serviceType: Literal["ClusterIP", "NodePort", "LoadBalancer"] | None = None
 
+
+class WorkerGroup(_Group):
     groupName: StrictStr
     replicas: StrictInt = 0
     minReplicas: StrictInt = 0
@@ -124,22 +114,15 @@ class WorkerGroup(_Strict):
     numOfHosts: StrictInt = 1
     idleTimeoutSeconds: StrictInt | None = None
     priority: StrictInt | None = None
-    rayStartParams: dict[str, StrictStr] = {}
-    template: PodTemplate
-    labels: dict[str, StrictStr] | None = None
 
 
 class AuthOptions(_Strict):
-    """Ray's token."""
-
     mode: Literal["disabled", "token"]
     secretName: StrictStr | None = None
     enableK8sTokenAuth: StrictBool | None = None
 
 
 class AutoscalerOptions(_Strict):
-    """Of the container beside the head."""
-
     version: Literal["v1", "v2"] | None = None
     upscalingMode: Literal["Default", "Aggressive", "Conservative"] | None = None
     idleTimeoutSeconds: StrictInt | None = None
@@ -150,16 +133,7 @@ class AutoscalerOptions(_Strict):
     securityContext: Free | None = None
 
 
-class Credential(_Strict):
-    """A password, by reference."""
-
-    value: StrictStr | None = None
-    valueFrom: ValueFrom | None = None
-
-
 class FaultTolerance(_Strict):
-    """Where the head keeps what it must not forget."""
-
     backend: Literal["redis", "rocksdb"] | None = None
     redisAddress: StrictStr | None = None
     redisUsername: Credential | None = None
@@ -168,8 +142,6 @@ class FaultTolerance(_Strict):
 
 
 class RayClusterSpec(_Strict):
-    """A cluster."""
-
     rayVersion: StrictStr
     authOptions: AuthOptions | None = None
     enableInTreeAutoscaling: StrictBool | None = None
@@ -198,8 +170,6 @@ class RayJobSpec(_Strict):
 
 
 class RayServiceSpec(_Strict):
-    """Serve applications on a cluster of their own."""
-
     serveConfigV2: StrictStr
     rayClusterConfig: RayClusterSpec
     serviceUnhealthySecondThreshold: StrictInt | None = None
@@ -211,8 +181,6 @@ Spec = TypeVar("Spec", RayClusterSpec, RayJobSpec, RayServiceSpec)
 
 
 class Resource(_Strict, Generic[Spec]):
-    """A whole document."""
-
     apiVersion: Literal["ray.io/v1"]
     kind: StrictStr
     metadata: Metadata

@@ -14,11 +14,8 @@ LAUNCHER, SERVE, KUBERNETES = ("available_node_types",), ("applications",), ("ap
 
 
 def read_documents(path: Path) -> list[dict[str, Any]]:
-    """The YAML documents of a file of the cluster launcher, of Serve or of Kubernetes.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
+    """The YAML documents of a file of the cluster launcher, of Serve or of Kubernetes. Raises ConfigError: it cannot be
+    read, or holds something else."""
     try:
         documents = [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

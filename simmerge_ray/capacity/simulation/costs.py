@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from simmerge_ray.base.config import load_yaml
+from simmerge_ray.base.config import FrozenConfig, load_yaml
 from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.plans.operators.specs import Arm
 
@@ -16,11 +16,7 @@ _LINEAR = ("linear", "task_arithmetic", "scale_matched_linear", "passthrough")
 _SPHERICAL = ("slerp", "nuslerp", "multislerp", "karcher")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Figure(_Part):
+class Figure(FrozenConfig):
     """One measured figure. arithmetic: gives the value from what stands in benchmarks/README.md, where `text` is."""
 
     value: float = Field(gt=0)
@@ -28,7 +24,7 @@ class Figure(_Part):
     text: str = ""
 
 
-class MeasuredCosts(_Part):
+class MeasuredCosts(FrozenConfig):
     """Units are in the names; `unit_costs.yaml` says of what."""
 
     core_flops: Figure
@@ -48,7 +44,7 @@ class MeasuredCosts(_Part):
     engine_start_s: Figure
 
 
-class Gpu(_Part):
+class Gpu(FrozenConfig):
     """tflops: of bfloat16, without sparsity. tbytes_per_s: of its memory."""
 
     name: str
@@ -56,7 +52,7 @@ class Gpu(_Part):
     tbytes_per_s: float = Field(gt=0)
 
 
-class MachineCosts(_Part):
+class MachineCosts(FrozenConfig):
     """cloud: whose. dollars: an hour at list price. cache_gb, disk_gb_per_s: of the disk for the cache."""
 
     cloud: str
@@ -66,7 +62,7 @@ class MachineCosts(_Part):
     disk_gb_per_s: float = Field(gt=0)
 
 
-class AssumedCosts(_Part):
+class AssumedCosts(FrozenConfig):
     """Shares are of what the vendor names. gpus: by GB of memory, as sold."""
 
     prefill_utilisation: float = Field(gt=0, le=1)
@@ -80,7 +76,7 @@ class AssumedCosts(_Part):
     machines: Mapping[str, MachineCosts]
 
 
-class UnitCosts(_Part):
+class UnitCosts(FrozenConfig):
     """All that a simulation computes with."""
 
     measured: MeasuredCosts
@@ -96,31 +92,20 @@ class UnitCosts(_Part):
         return self.of(kind) * ways / 2
 
     def head_beside(self, name: str) -> str:
-        """The machine for a head in the cloud of another one.
-
-        Raises:
-            ConfigError: nothing is said of it, or of a head there.
-        """
+        """The machine for a head in the cloud of another one. Raises ConfigError: nothing is said of it, or of a head
+        there."""
         cloud = self.machine(name).cloud
         if cloud not in self.assumed.heads:
             raise ConfigError(unknown_name("cloud with a head", cloud, self.assumed.heads))
         return self.assumed.heads[cloud]
 
     def machine(self, name: str) -> MachineCosts:
-        """A machine's price, network and disk.
-
-        Raises:
-            ConfigError: nothing is said of it.
-        """
+        """A machine's price, network and disk. Raises ConfigError: nothing is said of it."""
         if name not in self.assumed.machines:
             raise ConfigError(unknown_name("machine", name, self.assumed.machines))
         return self.assumed.machines[name]
 
 
 def load_costs(path: Path | None = None) -> UnitCosts:
-    """The figures of a file, or ours.
-
-    Raises:
-        ConfigError: no such file, or it is malformed.
-    """
+    """The figures of a file, or ours. Raises ConfigError: no such file, or it is malformed."""
     return load_yaml(path or Path(str(files("simmerge_ray.capacity") / "unit_costs.yaml")), UnitCosts)

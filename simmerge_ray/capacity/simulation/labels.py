@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.placement import engine_needs, gpu_offer, how_many_fit
 from simmerge_ray.capacity.simulation.costs import UnitCosts
-from simmerge_ray.capacity.simulation.workers import Node, Phase, Worker
+from simmerge_ray.capacity.simulation.workers import Node, Phase, make_workers
 from simmerge_ray.capacity.simulation.workload import Workload
 from simmerge_ray.capacity.size import ModelSize
 from simmerge_ray.merging.write.tensors import MAX_THREADS
@@ -20,8 +20,7 @@ from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, Arm
 
 @dataclass(frozen=True)
 class Engines:
-    """ranks: GPUs of an engine, 0 on CPUs. cpus: cores of a rank. per_node: engines at the same time. gpu_gb: of each
-    GPU."""
+    """ranks: GPUs of an engine, 0 on CPUs. cpus: cores of a rank. per_node: engines at once. gpu_gb: of each GPU."""
 
     ranks: int
     cpus: float
@@ -32,13 +31,7 @@ class Engines:
 
 def place_engines(model: ModelSize, resources: Mapping[str, float], gpu_gb: int, cpus: float) -> Engines:
     """Engines on the fewest GPUs that hold them, with the cores that come with these; on CPUs by cores and memory.
-
-    Args:
-        cpus: cores of an engine on CPUs.
-
-    Raises:
-        ConfigError: a node holds none.
-    """
+    cpus: cores of an engine on CPUs. Raises ConfigError: a node holds none."""
     gpus, held = int(resources.get("GPU", 0)), model.engine_bytes
     if not gpus:
         fit = how_many_fit(engine_needs(held, cpus, 0.0), resources)
@@ -49,15 +42,13 @@ def place_engines(model: ModelSize, resources: Mapping[str, float], gpu_gb: int,
             )
         return Engines(0, cpus, held, fit)
     offer, cpus = dict(resources) | gpu_offer(gpu_gb, gpus), float(int(resources["CPU"]) // gpus)
-    ranks = 1
-    while ranks <= gpus:
+    for ranks in (2**power for power in range(gpus.bit_length())):
         try:
             needs = engine_needs(held, cpus, 1.0, ranks, offer)
         except ConfigError:
             needs = {}
         if needs and (fit := how_many_fit({kind: ranks * amount for kind, amount in needs.items()}, offer)):
             return Engines(ranks, cpus, held, fit, gpu_gb)
-        ranks *= 2
     raise ConfigError(f"an engine of {held / 1e9:.1f} GB does not fit {gpus} GPUs of {gpu_gb} GB, the most of one node")
 
 
@@ -72,11 +63,8 @@ class Merge:
 
 def make_trials(workload: Workload) -> list[Merge]:
     """The base and all checkpoints on all tasks, then merges with every arm on their members' tasks: of pairs whose
-    tasks differ, or of all sets of more. The tasks go round.
-
-    Raises:
-        ConfigError: more ways than checkpoints or than an arm takes, or more than two without `max_merges`.
-    """
+    tasks differ, or of all sets of more. The tasks go round. Raises ConfigError: more ways than checkpoints or than an
+    arm takes, or more than two without `max_merges`."""
     num_models, tasks, arms = workload.num_models, workload.tasks, workload.arms
     ways, most = workload.ways, workload.max_merges
     if ways > num_models:
@@ -88,14 +76,10 @@ def make_trials(workload: Workload) -> list[Merge]:
         if ways < spec.min_sources or (spec.max_sources is not None and ways > spec.max_sources):
             raise ConfigError(f"{arm.label} does not merge {ways} checkpoints")
     own = [number % tasks for number in range(num_models)]
-    sets = (
-        members
-        for members in itertools.combinations(range(num_models), ways)
-        if ways > 2 or tasks == 1 or own[members[0]] != own[members[1]]
-    )
     merges = (
         Merge(tuple(f"m{one}" for one in members), arm, len({own[one] for one in members}))
-        for members in sets
+        for members in itertools.combinations(range(num_models), ways)
+        if ways > 2 or tasks == 1 or own[members[0]] != own[members[1]]
         for arm in arms
     )
     alone = [Merge((name,), None, tasks) for name in ("base", *(f"m{number}" for number in range(num_models)))]
@@ -107,9 +91,7 @@ def simulate_labels(
 ) -> Phase:
     """Trials in order, each on the engine that is free first, from the first engine's start to the last label; every
     engine first copies and loads one checkpoint."""
-    workers = [
-        Worker(number, nodes[number % len(nodes)]) for number in range(min(engines.per_node * len(nodes), len(trials)))
-    ]
+    workers = make_workers(min(engines.per_node * len(nodes), len(trials)), nodes)
     model, ranks = workload.model, max(1, engines.ranks)
     threads = min(MAX_THREADS, max(1, int(engines.cpus)))
     readers = ranks * threads  # every rank reads the whole merge; what one has read, the others find in memory
@@ -126,15 +108,13 @@ def simulate_labels(
         read = worker.node.read_all(trial.members, model.num_bytes, now, readers=readers)
         # Every rank streams the whole merge and keeps its share.
         merge_ns = costs.merge_ns(trial.arm, len(trial.members)) if trial.arm else 0.0
-        took = worker.spend(
-            **read,
-            **{
-                "merging": model.parameters * merge_ns * 1e-9 / threads,
-                "swapping weights": swapped,
-                "evaluating": generation_seconds(workload, engines, trial.tasks * workload.items, costs),
-                "Ray Tune": costs.of("trial_s"),
-            },
-        )
+        own = {
+            "merging": model.parameters * merge_ns * 1e-9 / threads,
+            "swapping weights": swapped,
+            "evaluating": generation_seconds(workload, engines, trial.tasks * workload.items, costs),
+            "Ray Tune": costs.of("trial_s"),
+        }
+        took = worker.spend(**read, **own)
         end = max(end, now + took)
         heapq.heappush(waiting, (now + took, number))
     return Phase.of("labels", "engines", workers, len(trials), end, sum(node.network_bytes for node in nodes))
@@ -149,8 +129,8 @@ def generation_seconds(workload: Workload, engines: Engines, num_items: int, cos
     gpu, assumed = costs.assumed.gpus[engines.gpu_gb], costs.assumed
     compute = engines.ranks * gpu.tflops * 1e12 * assumed.prefill_utilisation
     step = model.num_bytes / (engines.ranks * gpu.tbytes_per_s * 1e12 * assumed.decode_utilisation)
-    return 2 * model.parameters * prompt * num_items / compute + (
-        math.ceil(num_items / assumed.batch_size) * answer * step
+    return (
+        2 * model.parameters * prompt * num_items / compute + math.ceil(num_items / assumed.batch_size) * answer * step
     )
 
 

@@ -52,10 +52,11 @@ def lines(workload: Workload, found: Simulated) -> list[str]:
             f"warning     the cache of a {found.engine_pool.machine} ({_size(found.engine_pool.cache_bytes)}) does not "
             f"hold {workload.ways} checkpoints: every merge reads them from the store again"
         )
-    if found.driver_bytes > found.head_bytes:
+    needed, room = found.signals.driver_bytes, found.head.resources["memory"]
+    if needed > room:
         told.append(
-            f"warning     the driver holds {_size(found.driver_bytes)} while it compares signatures; the head has room "
-            f"for {_size(found.head_bytes)}: take a larger one (--head-machine)"
+            f"warning     the driver holds {_size(needed)} while it compares signatures; the head has room for "
+            f"{_size(room)}: take a larger one (--head-machine)"
         )
     told.append(
         f"cost        {_pool('signals', found, found.signal_pool)}; {_pool('engines', found, found.engine_pool)}; head "
@@ -83,8 +84,8 @@ def _plan_lines(workload: Workload, found: Simulated) -> list[str]:
         f"{_size((workload.num_models + 1) * model.num_bytes)} in the store; "
         f"{workload.tasks} tasks, {len(workload.arms)} arms",
         f"signals   {found.signal_pool.nodes} x {found.signal_pool.machine}, {placed.per_node} workers a node, "
-        f"{_size(placed.worker_bytes)} each, a checkpoint {cut}; signature {_size(found.signature_bytes)}, "
-        f"driver {_size(found.driver_bytes)}",
+        f"{_size(placed.worker_bytes)} each, a checkpoint {cut}; "
+        f"signature {_size(found.signals.signature_bytes)}, driver {_size(found.signals.driver_bytes)}",
         f"engines   {found.engine_pool.nodes} x {found.engine_pool.machine}, {engines.per_node} a node, {ranks}; "
         f"an engine {_size(engines.engine_bytes)}",
     ]

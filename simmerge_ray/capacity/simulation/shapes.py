@@ -19,10 +19,7 @@ from simmerge_ray.checkpoints.size import model_shape
 
 def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
     """A model with so many parameters, of the shape in a `config.json`, or of the known model that is nearest in size.
-
-    Raises:
-        ConfigError: the file cannot be read or says nothing of the shape; so few parameters do not have it.
-    """
+    Raises ConfigError: the file cannot be read or says nothing of the shape; so few parameters do not have it."""
     if not math.isfinite(parameters):
         raise ConfigError(f"--params {parameters:g} is no number of parameters")
     try:
@@ -32,15 +29,11 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
         if not isinstance(content, dict):
             raise ValueError("no config.json: it holds no object")
         text = content.get("text_config") or content
-        shape = model_shape(text)
+        shape, names = model_shape(text), ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
         return ModelSize(
             name=str(config),
             parameters=parameters,
-            layers=shape.layers,
-            hidden_size=shape.hidden_size,
-            heads=shape.heads,
-            intermediate_size=shape.intermediate_size,
-            vocab_size=shape.vocab_size,
+            **{name: getattr(shape, name) for name in names},
             # transformers' own default, which config.json leaves out
             tied=text.get("tie_word_embeddings", content.get("tie_word_embeddings", True)),
             dtype="float32" if (text.get("dtype") or text.get("torch_dtype")) == "float32" else "bfloat16",
@@ -49,19 +42,15 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
         raise ConfigError(f"{config}: {error.strerror}") from None
     except ValidationError as error:
         told = error.errors()[0]
-        place = ".".join(map(str, told["loc"]))
-        said = str(told["msg"]).removeprefix("Value error, ")
+        place, said = ".".join(map(str, told["loc"])), str(told["msg"]).removeprefix("Value error, ")
         raise ConfigError(f"--params {parameters:g}: {place and place + ': '}{said}") from None
     except ValueError as error:
         raise ConfigError(f"{config}: {error}") from None
 
 
 def cheapest_engine(model: ModelSize, cloud: str, costs: UnitCosts) -> str:
-    """The machine with GPUs, of those of a cloud that the costs know, whose engines cost least an hour each.
-
-    Raises:
-        ConfigError: none holds an engine.
-    """
+    """The machine with GPUs, of those of a cloud that the costs know, whose engines cost least an hour each. Raises
+    ConfigError: none holds an engine."""
     prices: dict[str, float] = {}
     for machine, about in costs.assumed.machines.items():
         if about.cloud == cloud and machine in MACHINES and MACHINES[machine].gpus:
@@ -72,7 +61,6 @@ def cheapest_engine(model: ModelSize, cloud: str, costs: UnitCosts) -> str:
                 continue
             prices[machine] = pool.dollars / engines.per_node
     if not prices:
-        raise ConfigError(
-            f"no machine of {cloud} that the costs know holds an engine of {model.engine_bytes / 1e9:.0f} GB"
-        )
+        size = f"{model.engine_bytes / 1e9:.0f} GB"
+        raise ConfigError(f"no machine of {cloud} that the costs know holds an engine of {size}")
     return min(prices, key=prices.__getitem__)

@@ -5,23 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.capacity.placement import how_many_fit, signal_worker_needs
 from simmerge_ray.capacity.simulation.costs import UnitCosts
-from simmerge_ray.capacity.simulation.workers import Node, Phase, Worker, drain
+from simmerge_ray.capacity.simulation.workers import Node, Phase, Worker, drain, make_workers
 from simmerge_ray.capacity.simulation.workload import Workload
 from simmerge_ray.capacity.size import ModelSize
 from simmerge_ray.search.estimate import PROCESS_BYTES
 from simmerge_ray.signals.bounds import driver_bytes
 from simmerge_ray.signals.queue import Unit, WorkQueue, group_tensors
-from simmerge_ray.signals.signature import (
-    GREEDY_SHARE,
-    NUM_GREEDY_TOKENS,
-    SignatureSpec,
-    outputs_bytes,
-    weights_bytes,
-)
+from simmerge_ray.signals.signature import GREEDY_SHARE, NUM_GREEDY_TOKENS, SignatureSpec, outputs_bytes, weights_bytes
 from simmerge_ray.signals.stages import LayerRange, cut_stages
 
 
@@ -35,12 +30,8 @@ class Placed:
 
 
 def place_workers(model: ModelSize, resources: Mapping[str, float]) -> Placed:
-    """As many workers on a node as it has cores, each with as few stages of layers as then fit; fewer workers where
-    not even one layer would.
-
-    Raises:
-        ConfigError: the node does not hold a worker with one layer.
-    """
+    """As many workers on a node as it has cores, each with as few stages of layers as then fit; fewer workers where not
+    even one layer would. Raises ConfigError: the node does not hold a worker with one layer."""
     cores, memory = int(resources["CPU"]), resources["memory"]
     libraries = PROCESS_BYTES["transformers"]
     why: ConfigError | None = None
@@ -66,11 +57,7 @@ class SignalRun:
 
 
 class SignalSimulation:
-    """The units of `signals.compute` on workers.
-
-    Args:
-        cores: of a node.
-    """
+    """The units of `signals.compute` on workers. cores: of a node."""
 
     def __init__(self, workload: Workload, placed: Placed, nodes: Sequence[Node], cores: int, costs: UnitCosts) -> None:
         self._workload, self._model, self._placed, self._costs = workload, workload.model, placed, costs
@@ -78,8 +65,7 @@ class SignalSimulation:
         self._spec = SignatureSpec()
         self._batches = math.ceil(workload.probes / self._spec.batch_size)
         self._nodes, self._cores = nodes, cores
-        # SPREAD: one node after the other.
-        self._workers = [Worker(n, nodes[n % len(nodes)]) for n in range(placed.per_node * len(nodes))]
+        self._workers = make_workers(placed.per_node * len(nodes), nodes)
         self._groups = group_tensors(self._model.tensors)
         self._shares = self._group_shares()
 
@@ -87,12 +73,8 @@ class SignalSimulation:
         """All parts, one after the other: each needs the one before."""
         phases: list[Phase] = []
         start = 0.0
-        for name, part in (
-            ("digests", self._digests),
-            ("continuations", self._continuations),
-            ("signatures", self._signatures),
-            ("sums", self._sums),
-        ):
+        parts = {"digests": self._digests, "continuations": self._continuations}
+        for name, part in (parts | {"signatures": self._signatures, "sums": self._sums}).items():
             before = sum(node.network_bytes for node in self._nodes)
             workers, units, end = part(start)
             network = sum(node.network_bytes for node in self._nodes) - before
@@ -107,8 +89,8 @@ class SignalSimulation:
         signature = tasks * one_task + sample
         pairs = count * (count - 1) // 2 * tasks
         seconds = pairs * one_task / 4 * self._costs.of("pair_s_per_value")
-        causes = {"comparing signatures": seconds}
-        phases.append(Phase("pairs", "driver", 1, pairs, seconds, count * signature, causes))
+        comparing = {"comparing signatures": seconds}
+        phases.append(Phase("pairs", "driver", 1, pairs, seconds, count * signature, comparing))
         return SignalRun(tuple(phases), driver_bytes(count, one_task + sample), signature)
 
     def _boundary_bytes(self) -> float:
@@ -121,22 +103,18 @@ class SignalSimulation:
         return 2 * elements * tokens * self._costs.of("sampled_share") / self._costs.of("core_flops")
 
     def _load(self, worker: Worker, name: str, stage: LayerRange, at: float, sharers: int | None = None) -> float:
-        """Read and convert the weights of a stage, unless the worker holds them.
-
-        Args:
-            sharers: of the node's link, where the read is one of many in a unit.
-        """
+        """Read and convert the weights of a stage, unless the worker holds them. sharers: of the node's link, where the
+        read is one of many in a unit."""
         if worker.held == (name, stage):
             return 0.0
         worker.held = (name, stage)
         size, share = self._model.num_bytes, self._model.elements(stage) / self._model.parameters
         first = stage.first / self._model.layers
         last = min(1.0, first + share)
-        disk = 0.0
         if sharers is None:
             link, disk = worker.node.read(name, size, at, first, last)
         else:
-            link = worker.node.read_alone(name, size, first, last, sharers)
+            link, disk = worker.node.read_alone(name, size, first, last, sharers), 0.0
         # The measured rate of building includes reading from a disk, unless that is slower.
         built = share * size / self._costs.of("build_bytes_per_s")
         return worker.spend(**{"reading from the store": link, "building models": max(built, disk)})
@@ -144,7 +122,7 @@ class SignalSimulation:
     def _digests(self, start: float) -> tuple[Sequence[Worker], int, float]:
         """Before there are actors, so a task on every core."""
         queue = WorkQueue(Unit("digest", name, ()) for name in self._names)
-        tasks = [Worker(n, self._nodes[n % len(self._nodes)]) for n in range(self._cores * len(self._nodes))]
+        tasks = make_workers(self._cores * len(self._nodes), self._nodes)
 
         def work(worker: Worker, unit: Unit, at: float) -> float:
             assert unit.checkpoint is not None
@@ -215,9 +193,6 @@ class SignalSimulation:
 
     def _group_shares(self) -> list[tuple[float, float]]:
         """Where each group of tensors begins and ends, as shares of a checkpoint."""
-        sizes, done, found = self._model.tensors, 0, []
-        total = sum(sizes.values())
-        for names in self._groups:
-            begin, done = done, done + sum(sizes[name] for name in names)
-            found.append((begin / total, done / total))
-        return found
+        sizes = self._model.tensors
+        done = list(accumulate((sum(sizes[name] for name in names) for names in self._groups), initial=0))
+        return list(pairwise(elements / done[-1] for elements in done))

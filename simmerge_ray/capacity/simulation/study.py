@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from simmerge_ray.capacity.simulation.costs import UnitCosts
 from simmerge_ray.capacity.simulation.labels import Engines, cache_holds, make_trials, place_engines, simulate_labels
-from simmerge_ray.capacity.simulation.signals import Placed, SignalSimulation, place_workers
+from simmerge_ray.capacity.simulation.signals import Placed, SignalRun, SignalSimulation, place_workers
 from simmerge_ray.capacity.simulation.workers import Phase
 from simmerge_ray.capacity.simulation.workload import Pool, Workload, make_pool
 
@@ -16,20 +16,21 @@ from simmerge_ray.capacity.simulation.workload import Pool, Workload, make_pool
 class Simulated:
     """The plan and what it comes to.
 
-    signature_bytes: of one checkpoint on all tasks. driver_bytes: what the driver holds; head_bytes: what it may, on
-    the head, where a submitted job's driver runs.
+    head: where a submitted job's driver runs.
     """
 
     placed: Placed
     engines: Engines
-    phases: tuple[Phase, ...]
+    signals: SignalRun
+    labels: Phase
     signal_pool: Pool
     engine_pool: Pool
-    head_dollars: float
-    signature_bytes: float
-    driver_bytes: float
+    head: Pool
     cache_holds: bool
-    head_bytes: float
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (*self.signals.phases, self.labels)
 
     @property
     def seconds(self) -> float:
@@ -54,7 +55,7 @@ class Simulated:
         """Node hours times the price of each pool; the head as long as the study takes. Storage and its requests, and
         bytes that leave a region, are not in it."""
         return {
-            "head": self.seconds / 3600 * self.head_dollars,
+            "head": self.seconds / 3600 * self.head.dollars,
             "signals": self.node_hours("signals") * self.signal_pool.dollars,
             "engines": self.node_hours("engines") * self.engine_pool.dollars,
         }
@@ -68,15 +69,8 @@ def simulate(
     head: str | None = None,
     cpus: float = 4.0,
 ) -> Simulated:
-    """Run the arithmetic of a study.
-
-    Args:
-        head: the machine on which the driver runs; None takes that of the costs for the signals' cloud. cpus: cores of
-            an engine on CPUs.
-
-    Raises:
-        ConfigError: a model fits no node.
-    """
+    """Run the arithmetic of a study. head: the machine on which the driver runs; None takes that of the costs for the
+    signals' cloud. cpus: cores of an engine on CPUs. Raises ConfigError: a model fits no node."""
     model, cores = workload.model, int(signal_pool.resources["CPU"])
     placed = place_workers(model, signal_pool.resources)
     engines = place_engines(model, engine_pool.resources, engine_pool.gpu_gb, cpus)
@@ -84,15 +78,5 @@ def simulate(
     signals = SignalSimulation(workload, placed, signal_pool.make_nodes(costs, 4096), cores, costs).run()
     nodes = engine_pool.make_nodes(costs, 64)  # whole checkpoints
     labels = simulate_labels(workload, make_trials(workload), engines, nodes, costs)
-    return Simulated(
-        placed=placed,
-        engines=engines,
-        phases=(*signals.phases, labels),
-        signal_pool=signal_pool,
-        engine_pool=engine_pool,
-        head_dollars=head_pool.dollars,
-        signature_bytes=signals.signature_bytes,
-        driver_bytes=signals.driver_bytes,
-        cache_holds=cache_holds(engine_pool.cache_bytes, model, workload.ways),
-        head_bytes=head_pool.resources["memory"],
-    )
+    kept = cache_holds(engine_pool.cache_bytes, model, workload.ways)
+    return Simulated(placed, engines, signals, labels, signal_pool, engine_pool, head_pool, kept)

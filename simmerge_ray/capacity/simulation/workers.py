@@ -18,9 +18,8 @@ class Node:
     """A node's link to the store and its disk, which its workers use one after the other, and the cache on the disk,
     where the least recently used goes first.
 
-    Args:
-        link, disk: bytes a second. cache_bytes: of the cache. one: bytes a second that one reader takes at most.
-        pieces: of a checkpoint, that the cache keeps or throws away as a whole; finer than what is read at a time.
+    link, disk: bytes a second. cache_bytes: of the cache. one: bytes a second that one reader takes at most. pieces: of
+    a checkpoint, that the cache keeps or throws away as a whole; finer than what is read at a time.
     """
 
     def __init__(self, link: float, disk: float, cache_bytes: float, one: float = math.inf, pieces: int = 4096) -> None:
@@ -33,11 +32,7 @@ class Node:
         self, checkpoint: str, size: float, at: float, first: float = 0.0, last: float = 1.0, readers: int = 1
     ) -> tuple[float, float]:
         """Seconds from `at` on that reading a share [first, last) of a checkpoint of `size` bytes takes: until what is
-        missing has come over the link, and from the disk after that.
-
-        Args:
-            readers: threads that read at the same time.
-        """
+        missing has come over the link, and from the disk after that. readers: threads that read at the same time."""
         missing = self._fetch(checkpoint, size, first, last)
         there, together = max(0.0, (last - first) * size - missing), self._one * readers
         on_link = max(self._use("link", missing, at), missing / together)
@@ -104,6 +99,11 @@ class Worker:
         return sum(seconds.values())
 
 
+def make_workers(count: int, nodes: Sequence[Node]) -> list[Worker]:
+    """As SPREAD places them: one node after the other."""
+    return [Worker(number, nodes[number % len(nodes)]) for number in range(count)]
+
+
 @dataclass(frozen=True)
 class Phase:
     """A part of the study. causes: seconds of all workers together, by what they were for, the longest first."""
@@ -145,14 +145,8 @@ def drain(
     finished: Callable[[int, Unit], None] = lambda index, unit: None,
     start: float = 0.0,
 ) -> float:
-    """Let workers empty a queue as the actors do: who is free takes the unit that the queue gives it.
-
-    Args:
-        work: seconds of a unit that a worker begins at a time. finished: may add units.
-
-    Returns:
-        When the last one has ended.
-    """
+    """Let workers empty a queue as the actors do, who is free takes the unit that the queue gives it; when the last one
+    has ended. work: seconds of a unit that a worker begins at a time. finished: may add units."""
     idle, running, now = list(workers), list[tuple[float, int, int]](), start
     while True:
         waiting: list[Worker] = []

@@ -54,11 +54,7 @@ class Pool:
 
 
 def make_pool(machine: str, nodes: int, costs: UnitCosts, spot: bool = False, cache_gb: float | None = None) -> Pool:
-    """A pool of machines that the table of machines and the costs know.
-
-    Raises:
-        ConfigError: one of them does not.
-    """
+    """A pool of machines that the table of machines and the costs know. Raises ConfigError: one of them does not."""
     if machine not in MACHINES:
         raise ConfigError(unknown_name("machine", machine, MACHINES))
     size, about, assumed = MACHINES[machine], costs.machine(machine), costs.assumed

@@ -24,11 +24,7 @@ StoredKernel = Callable[[list[np.ndarray], np.ndarray], bool]
 
 @dataclass
 class Notes:
-    """What is noticed while a tensor is made.
-
-    fell_back: numbers of the steps (from 1) whose SLERP was linear. bad_input: an input holds NaN or infinity that the
-    operator may drop from the result.
-    """
+    """As in `TensorReport`. bad_input: an input is not finite, which the operator may drop from the result."""
 
     fell_back: set[int] = field(default_factory=set)
     bad_input: bool = False
@@ -78,13 +74,6 @@ class Blocks:
                 self.prepare(inner)
             if prepare := self._forms[node.operator].prepare:
                 prepare(self, node)
-
-    def all(self, node: Node) -> Iterator[tuple[int, np.ndarray]]:
-        """(offset, float32 values) of a prepared node, valid until the next block."""
-        for start in self.starts():
-            values = self.block(node, start)
-            yield start, values
-            self.give(values)
 
     def starts(self) -> range:
         """Offsets of the blocks of a new pass."""

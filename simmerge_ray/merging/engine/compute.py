@@ -28,8 +28,7 @@ Emit = Callable[[int, np.ndarray], None]
 class TensorReport:
     """What was noticed while a tensor was made.
 
-    not_finite: the result or an input holds NaN or infinity. fell_back: numbers of the steps (from 1) whose SLERP was
-    linear.
+    not_finite: it or an input holds NaN or infinity. fell_back: numbers of the steps (from 1) whose SLERP was linear.
     """
 
     name: str
@@ -55,8 +54,7 @@ class Computer:
     def compute(self, output: OutputTensor, emit: Emit) -> TensorReport:
         """Make one tensor; `emit(element offset, flat block in the output's dtype)` takes its parts in order.
 
-        Raises:
-            CheckpointError: an input cannot be read, or integer tensors differ. OperatorError: see the operator.
+        Raises CheckpointError: an input cannot be read, or integer tensors differ.
         """
         if output.dtype not in FLOAT_DTYPES:
             self._copy_equal(output, emit)
@@ -92,8 +90,10 @@ class Computer:
                 not_finite |= kernel(bits, out)
                 emit(start, out)
             return not_finite
-        for start, values in blocks.all(node):
+        for start in blocks.starts():
+            values = blocks.block(node, start)
             not_finite |= self._emit_float32(values, output.dtype, start, emit)
+            blocks.give(values)
         return not_finite
 
     def fallbacks(self, output: OutputTensor) -> set[int]:
@@ -105,12 +105,7 @@ class Computer:
         return notes.fell_back
 
     def count_magnitudes(self, output: OutputTensor, node: Apply, counts: np.ndarray, tops: Tops | None) -> None:
-        """Add the magnitudes of the task vectors of a TIES step, one of those that make a tensor, to `counts`.
-
-        Args:
-            counts: (num_sources, 32768) by the upper bits, or, where `tops` are given, (num_sources, 65536) by the
-                lower bits of those whose upper bits are in `tops`.
-        """
+        """Add the magnitudes of the task vectors of a TIES step of a tensor; see `forms.count_magnitudes`."""
         if not self._is_blockwise(output):
             count_vectors(self._whole.task_vectors(node, output, Notes()), counts, tops)
             return

@@ -32,9 +32,6 @@ def linear_form(resolved: ResolvedPlan) -> MergePlan:
     Plans with one linear form are one merge, up to the last rounding. Only norms and dots are computed, the smallest
     tensors first, so that a plan whose steps have an arc is known as such at once. Steps that need whole tensors
     (`flatten=false`, float64) stay as they are.
-
-    Raises:
-        CheckpointError: an input cannot be read.
     """
     plan = resolved.plan
     left = {number for number, step in enumerate(plan.steps, 1) if step.arm.spec.is_spherical}

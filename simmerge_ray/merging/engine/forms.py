@@ -21,7 +21,6 @@ from simmerge_ray.merging.engine.trims import (
     Trim,
     densities,
     exact_thresholds,
-    no_counts,
     top_bins,
 )
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, reads
@@ -36,6 +35,7 @@ from simmerge_ray.plans.operators.shares import (
 )
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 
+_sum_of_weights = lru_cache(sum_of_weights)  # asked for with every block
 _BLOCKWISE_DTYPES = ("F32", "BF16", "F16")
 _PER_SOURCE = ("density", "thresholds", "budgets")
 _KEPT_VECTORS = 1 << 20  # base and two task vectors of that size are 12 MB
@@ -107,12 +107,7 @@ def _blend_kernel(weights: Sequence[float], fused: bool) -> StoredKernel:
 
 
 def _linear_divisor(node: Apply) -> float:
-    return _sum_of_linear(node.weights) if node.param("normalize", True) else 1.0
-
-
-@lru_cache
-def _sum_of_linear(weights: tuple[float, ...]) -> float:
-    return sum_of_weights("linear", weights)
+    return _sum_of_weights("linear", node.weights) if node.param("normalize", True) else 1.0
 
 
 # Arcs
@@ -184,16 +179,12 @@ def _election(node: Apply) -> tuple[np.float32, ...]:
     return *(np.float32(weight) for weight in node.weights), np.float32(node.param("scale", 1.0))
 
 
-def _ties_stored(node: Apply) -> tuple[Node, ...]:
-    return node.inputs
-
-
 def _ties_kernel(blocks: Blocks, node: Apply) -> StoredKernel:
     trim, election, normalize = blocks.trims[id(node)], _election(node), bool(node.param("normalize", True))
 
     def run(bits: list[np.ndarray], out: np.ndarray) -> bool:
         if not trim.counted:
-            blocks.notes.bad_input |= any(kernels.not_finite_bf16(bits[0], values) for values in bits[1:])
+            blocks.notes.bad_input |= any(kernels.not_finite(values, bits[0]) for values in bits[1:])
         return kernels.ties_bf16(tuple(bits), trim.thresholds, trim.left, election, normalize, out)
 
     return run
@@ -213,7 +204,7 @@ def _trim(blocks: Blocks, node: Apply) -> Trim:
     if all(count == num for count in keep):
         return Trim(np.zeros(len(keep), dtype=np.uint32), np.full(len(keep), num), False)
     kept: dict[int, tuple[np.ndarray, ...]] | None = {} if num <= _KEPT_VECTORS else None
-    high, low = no_counts(len(keep), NUM_HIGH), no_counts(len(keep), NUM_LOW)
+    high, low = (np.zeros((len(keep), num_bins), dtype=np.int64) for num_bins in (NUM_HIGH, NUM_LOW))
     count_magnitudes(blocks, node, high, None, kept)
     blocks.notes.bad_input |= bool(high[:, NOT_FINITE:].any())
     tops = top_bins(high, keep)
@@ -224,17 +215,13 @@ def _trim(blocks: Blocks, node: Apply) -> Trim:
 def count_magnitudes(
     blocks: Blocks, node: Apply, counts: np.ndarray, tops: Tops | None, kept: dict[int, Any] | None = None
 ) -> None:
-    """Add the magnitudes of the task vectors to (num_sources, bins): by their upper bits, or below `tops`.
+    """Add the magnitudes of task vectors to (num_sources, 32768) by upper bits, or (num_sources, 65536) below `tops`.
 
     kept: the blocks of a small tensor are put there, and taken from there the second time.
     """
     if stored := blocks.stored_bf16(node):
         for _, (base, *others) in blocks.stored_pass(stored):
-            for number, values in enumerate(others):
-                if tops is None:
-                    kernels.count_high_bf16(base, values, counts[number])
-                else:
-                    kernels.count_low_bf16(base, values, np.uint32(tops[number][0]), counts[number])
+            count_vectors(others, counts, tops, base)
         return
     for start in blocks.starts():
         vectors = (kept or {}).get(start) or blocks.task_vectors(node, start)
@@ -245,13 +232,15 @@ def count_magnitudes(
             kept[start] = vectors
 
 
-def count_vectors(vectors: Sequence[np.ndarray], counts: np.ndarray, tops: Tops | None) -> None:
-    """`count_magnitudes` of given task vectors."""
+def count_vectors(
+    vectors: Sequence[np.ndarray], counts: np.ndarray, tops: Tops | None, base: np.ndarray | None = None
+) -> None:
+    """`count_magnitudes` of given task vectors; with a base, of sources as bfloat16 bits."""
     for number, vector in enumerate(vectors):
         if tops is None:
-            kernels.count_high(vector, counts[number])
+            kernels.count_high(vector, counts[number], base)
         else:
-            kernels.count_low(vector, np.uint32(tops[number][0]), counts[number])
+            kernels.count_low(vector, np.uint32(tops[number][0]), counts[number], base)
 
 
 FORMS: Mapping[str, BlockForm] = {
@@ -266,7 +255,7 @@ FORMS: Mapping[str, BlockForm] = {
         stored_kernel=_arc_kernel,
     ),
     "nuslerp": BlockForm(_arc, _arc_fits, partial(_prepare_arc, threshold=1.0)),
-    "ties": BlockForm(_ties, lambda node: len(node.sources) == 2, _prepare_ties, _ties_stored, _ties_kernel),
+    "ties": BlockForm(_ties, lambda n: len(n.sources) == 2, _prepare_ties, lambda n: n.inputs, _ties_kernel),
 }
 
 

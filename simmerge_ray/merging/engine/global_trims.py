@@ -20,7 +20,7 @@ from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.seeds import Seeds
 from simmerge_ray.merging.engine.sources import TensorSource, open_sources
-from simmerge_ray.merging.engine.trims import NUM_HIGH, NUM_LOW, densities, exact_thresholds, no_counts, top_bins
+from simmerge_ray.merging.engine.trims import NUM_HIGH, NUM_LOW, densities, exact_thresholds, top_bins
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, applies, reads
 from simmerge_ray.plans.operators.shares import kept_count
 
@@ -39,8 +39,7 @@ class _Target:
 def global_steps(graph: MergeGraph) -> list[int]:
     """Numbers of the steps that trim over the whole model and whose thresholds are not known, in their order.
 
-    Raises:
-        PlanError: such a step has a density that differs between tensors, or float64 tensors.
+    Raises PlanError: such a step has a density that differs between tensors, or float64 tensors.
     """
     found = _targets(graph, _is_open)
     if found:
@@ -55,9 +54,6 @@ def resolve_global_trims(graph: MergeGraph, num_threads: int) -> MergeGraph:
 
     Every step keeps `max(1, int(density * n))` of the n entries of all its tensors; of equal ones the first in the
     order of tensor names, then of a tensor's entries.
-
-    Raises:
-        PlanError: see `global_steps`. CheckpointError: an input cannot be read.
     """
     if not global_steps(graph):
         return graph
@@ -110,7 +106,7 @@ def _resolved(
     keep = [kept_count(value, num_entries) for value in density]
 
     def count_high(computer: Computer, mine: Iterator[_Target]) -> np.ndarray:
-        counts = no_counts(len(keep), NUM_HIGH)
+        counts = np.zeros((len(keep), NUM_HIGH), dtype=np.int64)
         for target in mine:
             computer.count_magnitudes(target.output, target.node, counts, None)
         return counts
@@ -118,9 +114,9 @@ def _resolved(
     tops = top_bins(np.sum(_in_threads(graph, targets, sources, num_threads, count_high), axis=0), keep)
 
     def count_low(computer: Computer, mine: Iterator[_Target]) -> tuple[np.ndarray, dict[Apply, list[_Bins]]]:
-        total, by_tensor = no_counts(len(keep), NUM_LOW), {}
+        total, by_tensor = np.zeros((len(keep), NUM_LOW), dtype=np.int64), {}
         for target in mine:
-            counts = no_counts(len(keep), NUM_LOW)
+            counts = np.zeros_like(total)
             computer.count_magnitudes(target.output, target.node, counts, tops)
             total += counts
             # What says later how many entries of this tensor equal the threshold; few of the bins are taken.

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -24,20 +23,14 @@ _UPPER = np.uint32(0xFFFF0000)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
-@intrinsic
-def _float_of(typing_context: Any, bits: Any) -> Any:  # uint32 -> float32 with the same bits
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), codegen
+@njit(cache=True, nogil=True)
+def _float_of(bits: np.uint32) -> np.float32:
+    return np.uint32(bits).view(np.float32)
 
 
-@intrinsic
-def _bits_of(typing_context: Any, value: Any) -> Any:  # float32 -> uint32 with the same bits
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), codegen
+@njit(cache=True, nogil=True)
+def _bits_of(value: np.float32) -> np.uint32:
+    return np.float32(value).view(np.uint32)
 
 
 @intrinsic
@@ -57,6 +50,18 @@ def _wide(bits: np.uint16) -> np.float32:  # bfloat16 bits, also the lower half 
 def _rounded(value: np.float32) -> np.uint32:  # bits whose upper half is the bfloat16, ties to even; not for any NaN
     bits = _bits_of(value)
     return U32(U32(bits + U32(0x7FFF)) + U32(U32(bits >> U32(16)) & U32(1)))
+
+
+@njit(cache=True, nogil=True)
+def _entry(
+    values: np.ndarray, base: np.ndarray | None, i: int
+) -> np.float32:  # float32, or the difference of bfloat16 bits
+    return values[i] if base is None else _wide(values[i]) - _wide(base[i])
+
+
+@njit(cache=True, nogil=True)
+def _part(values: np.ndarray | None, start: int, size: int) -> np.ndarray | None:
+    return None if values is None else values[start : start + size]
 
 
 @njit(cache=True, nogil=True)
@@ -82,21 +87,11 @@ def narrow_bf16(values: np.ndarray, out: np.ndarray) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def not_finite(values: np.ndarray) -> bool:
-    """Whether a float32 block holds NaN or infinity."""
+def not_finite(values: np.ndarray, base: np.ndarray | None = None) -> bool:
+    """Whether a float32 block holds NaN or infinity; with a base: `values - base`, both as bfloat16 bits."""
     largest = U32(0)
     for i in range(values.size):
-        magnitude = U32(_bits_of(values[i]) & _MAGNITUDE)
-        largest = magnitude if magnitude > largest else largest
-    return bool(largest >= U32(0x7F800000))
-
-
-@njit(cache=True, nogil=True)
-def not_finite_bf16(base: np.ndarray, values: np.ndarray) -> bool:
-    """`not_finite` of `values - base`, from bfloat16 bits."""
-    largest = U32(0)
-    for i in range(values.size):
-        magnitude = U32(_bits_of(_wide(values[i]) - _wide(base[i])) & _MAGNITUDE)
+        magnitude = U32(_bits_of(_entry(values, base, i)) & _MAGNITUDE)
         largest = magnitude if magnitude > largest else largest
     return bool(largest >= U32(0x7F800000))
 
@@ -116,12 +111,7 @@ def blend_float32(
 
 @njit(cache=True, nogil=True)
 def blend_bf16(
-    left: np.ndarray,
-    right: np.ndarray,
-    left_weight: np.float32,
-    right_weight: np.float32,
-    fused: bool,
-    out: np.ndarray,
+    left: np.ndarray, right: np.ndarray, left_weight: np.float32, right_weight: np.float32, fused: bool, out: np.ndarray
 ) -> bool:
     """`blend_float32` from bfloat16 bits to bfloat16 bits in one pass; returns whether an entry is NaN or infinite.
 
@@ -209,63 +199,39 @@ def subtract(values: np.ndarray, base: np.ndarray) -> None:
 
 
 @njit(cache=True, nogil=True)
-def count_high(vector: np.ndarray, counts: np.ndarray) -> None:
-    """Add a block's magnitudes to `counts` (32768,): by the upper 15 bits below the sign, which order them."""
-    for i in range(vector.size):
-        counts[U32(_bits_of(vector[i]) >> U32(16)) & U32(0x7FFF)] += 1
+def count_high(values: np.ndarray, counts: np.ndarray, base: np.ndarray | None = None) -> None:
+    """Add magnitudes (of what `not_finite` takes) to `counts` (32768,), by the upper 15 bits below the sign.
 
-
-@njit(cache=True, nogil=True)
-def count_high_bf16(base: np.ndarray, values: np.ndarray, counts: np.ndarray) -> None:
-    """`count_high` of `values - base`, from bfloat16 bits. The bins are found first, in a loop that is vectorised."""
+    The bins are found first, in a loop that is vectorised.
+    """
     bins = np.empty(1024, dtype=np.uint16)
     for start in range(0, values.size, bins.size):
-        chunk, chunk_base = values[start : start + bins.size], base[start : start + bins.size]
+        chunk, chunk_base = values[start : start + bins.size], _part(base, start, bins.size)
         for i in range(chunk.size):
-            bins[i] = np.uint16(U32(_bits_of(_wide(chunk[i]) - _wide(chunk_base[i])) >> U32(16)) & U32(0x7FFF))
+            bins[i] = np.uint16(U32(_bits_of(_entry(chunk, chunk_base, i)) >> U32(16)) & U32(0x7FFF))
         for i in range(chunk.size):
             counts[bins[i]] += 1
 
 
 @njit(cache=True, nogil=True)
-def count_low(vector: np.ndarray, high: np.uint32, counts: np.ndarray) -> None:
+def count_low(values: np.ndarray, high: np.uint32, counts: np.ndarray, base: np.ndarray | None = None) -> None:
     """Of the magnitudes whose upper bits are `high`, add the lower 16 bits to `counts` (65536 or more,).
 
     These are few, and between bfloat16 checkpoints most of them have no lower bits: only chunks with others are looked
     at entry by entry, the rest is vectorised.
     """
     num_bare = U32(0)
-    for start in range(0, vector.size, _CHUNK):
-        chunk = vector[start : start + _CHUNK]
-        found = U32(0)
-        for i in range(chunk.size):
-            bits = U32(_bits_of(chunk[i]) & _MAGNITUDE)
-            same = U32(bits >> U32(16)) == high
-            found = U32(found | (U32(bits & U32(0xFFFF)) if same else U32(0)))
-            num_bare = U32(num_bare + (U32(1) if bits == U32(high << U32(16)) else U32(0)))
-        if found != U32(0):
-            for i in range(chunk.size):
-                bits = U32(_bits_of(chunk[i]) & _MAGNITUDE)
-                if U32(bits >> U32(16)) == high and U32(bits & U32(0xFFFF)) != U32(0):
-                    counts[bits & U32(0xFFFF)] += 1
-    counts[0] += num_bare
-
-
-@njit(cache=True, nogil=True)
-def count_low_bf16(base: np.ndarray, values: np.ndarray, high: np.uint32, counts: np.ndarray) -> None:
-    """`count_low` of `values - base`, from bfloat16 bits."""
-    num_bare = U32(0)
     for start in range(0, values.size, _CHUNK):
-        chunk, chunk_base = values[start : start + _CHUNK], base[start : start + _CHUNK]
+        chunk, chunk_base = values[start : start + _CHUNK], _part(base, start, _CHUNK)
         found = U32(0)
         for i in range(chunk.size):
-            bits = U32(_bits_of(_wide(chunk[i]) - _wide(chunk_base[i])) & _MAGNITUDE)
+            bits = U32(_bits_of(_entry(chunk, chunk_base, i)) & _MAGNITUDE)
             same = U32(bits >> U32(16)) == high
             found = U32(found | (U32(bits & U32(0xFFFF)) if same else U32(0)))
             num_bare = U32(num_bare + (U32(1) if bits == U32(high << U32(16)) else U32(0)))
         if found != U32(0):
             for i in range(chunk.size):
-                bits = U32(_bits_of(_wide(chunk[i]) - _wide(chunk_base[i])) & _MAGNITUDE)
+                bits = U32(_bits_of(_entry(chunk, chunk_base, i)) & _MAGNITUDE)
                 if U32(bits >> U32(16)) == high and U32(bits & U32(0xFFFF)) != U32(0):
                     counts[bits & U32(0xFFFF)] += 1
     counts[0] += num_bare
@@ -333,10 +299,7 @@ def _elected(
 def elect_float32(
     base: np.ndarray, left: np.ndarray, right: np.ndarray, election: tuple[np.float32, ...], normalize: bool
 ) -> None:
-    """TIES of two trimmed task vectors: `left <- base + scale * sum_agreeing(w v) [/ sum_agreeing(w)]`.
-
-    election: weights of left and right, and the scale.
-    """
+    """TIES of two trimmed task vectors: `left <- base + scale * sum_agreeing(w v) [/ sum_agreeing(w)]`."""
     left_weight, right_weight, _ = election
     for i in range(left.size):
         left[i] = _elected(base[i], left_weight * left[i], right_weight * right[i], election, normalize)
@@ -376,7 +339,7 @@ def _ties_run(
 def _end_of_budget(base: np.ndarray, values: np.ndarray, threshold: np.uint32, budget: int) -> int:
     """Just behind the entry at which `budget` entries of `values - base` have equalled the threshold in magnitude."""
     for i in range(base.size):
-        budget -= int(U32(_bits_of(_wide(values[i]) - _wide(base[i])) & _MAGNITUDE) == threshold)
+        budget -= int(U32(_bits_of(_entry(values, base, i)) & _MAGNITUDE) == threshold)
         if budget == 0:
             return i + 1
     return base.size

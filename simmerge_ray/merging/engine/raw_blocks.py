@@ -26,11 +26,7 @@ class RawBlocks:
         self._kept = ()
 
     def blocks(self, tensors: Sequence[Read], num_elements: int) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """(offset, bits (uint16) of each tensor) of all blocks, valid until the next.
-
-        Raises:
-            CheckpointError: see `TensorSource.read_raw`.
-        """
+        """(offset, bits (uint16) of each tensor) of all blocks, valid until the next."""
         wanted = tuple(tensors)
         # TIES looks at every block of a pass more than once, so its three fit the second cache together.
         size = kernels.PAIR_BLOCK if len(wanted) <= 2 else max(1, kernels.PAIR_BLOCK >> 2)
@@ -46,9 +42,6 @@ class RawBlocks:
             else:
                 self._kept = ()
                 pairs = zip(wanted, rooms, strict=True)
-                yield (
-                    start,
-                    [self._sources[r.checkpoint].read_raw(r.tensor, start, stop, room) for r, room in pairs],
-                )
+                yield (start, [self._sources[r.checkpoint].read_raw(r.tensor, start, stop, room) for r, room in pairs])
         if fits:
             self._kept = wanted

@@ -44,13 +44,9 @@ class TensorSource:
         self._files.clear()
 
     def read_raw(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Elements [start, stop) of a tensor in its stored dtype (bfloat16 as uint16), flat.
+        """Elements [start, stop) of a tensor in its stored dtype (bfloat16 as uint16), flat, read into `out`.
 
-        Args:
-            out: bytes to read into; the result is a view of it.
-
-        Raises:
-            CheckpointError: the file ends early or cannot be read. StorageError: a store does not answer, or refuses.
+        Raises CheckpointError: the file ends early, or cannot be read. StorageError: see `retried`.
         """
         spec = self.specs[name]
         size = DTYPE_BYTES[spec.dtype]

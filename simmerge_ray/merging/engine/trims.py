@@ -12,7 +12,7 @@ from simmerge_ray.merging.graph import Apply
 
 # For each source the upper bits of the magnitude that is looked for, and how many magnitudes have larger ones.
 Tops = Sequence[tuple[int, int]]
-NUM_HIGH, NUM_LOW = 1 << 15, 1 << 16
+NUM_HIGH, NUM_LOW = 1 << 15, 1 << 16  # bins of `kernels.count_high` and `count_low`
 NOT_FINITE = 0x7F80  # upper bits of the first magnitude that is infinite or NaN
 
 
@@ -34,11 +34,6 @@ class Trim:
     def restart(self) -> None:
         """Begin a pass over the tensor."""
         self.left = self.budgets.copy()
-
-
-def no_counts(num_sources: int, num_bins: int) -> np.ndarray:
-    """Room for `kernels.count_high` (`NUM_HIGH`) or `count_low` (`NUM_LOW`) of every source."""
-    return np.zeros((num_sources, num_bins), dtype=np.int64)
 
 
 def densities(node: Apply) -> tuple[float, ...]:

@@ -8,15 +8,3 @@ from simmerge_ray.merging.mergekit.compiling import compile_mergekit
 from simmerge_ray.merging.mergekit.documents import MergekitDocument, ModelName, Rule, Slice, Source, documents_text
 from simmerge_ray.merging.mergekit.reading import read_mergekit
 from simmerge_ray.merging.mergekit.writing import write_mergekit
-
-__all__ = [
-    "MergekitDocument",
-    "ModelName",
-    "Rule",
-    "Slice",
-    "Source",
-    "compile_mergekit",
-    "documents_text",
-    "read_mergekit",
-    "write_mergekit",
-]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simmerge_ray.base.errors import PlanError, unknown_name
+from simmerge_ray.base.errors import PlanError
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
 from simmerge_ray.merging.mergekit.documents import (
@@ -23,13 +23,7 @@ from simmerge_ray.merging.mergekit.documents import (
     documents_text,
 )
 from simmerge_ray.merging.mergekit.methods import METHODS
-from simmerge_ray.merging.mergekit.models import (
-    LoadedModel,
-    TensorValue,
-    architecture_problems,
-    exact_in,
-    read_model,
-)
+from simmerge_ray.merging.mergekit.models import LoadedModel, TensorValue, architecture_problems, exact_in, read_model
 from simmerge_ray.merging.mergekit.numbers import Numbers
 from simmerge_ray.merging.mergekit.problems import raise_problems
 from simmerge_ray.plans.operators.gradients import OUTSIDE_LAYERS, layer_position, split_layer
@@ -41,32 +35,20 @@ _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def compile_mergekit(
-    documents: Sequence[MergekitDocument],
-    locate: Locate,
-    out: str | None = None,
-    *,
-    round_intermediates: bool = False,
-    seed: int = 0,
+    documents: Sequence[MergekitDocument], locate: Locate, round_intermediates: bool = False
 ) -> MergeGraph:
-    """Compile the last document (or the one named `out`), the documents that it names inlined.
+    """Compile the last document, the documents that it names inlined.
 
-    Args:
-        locate: finds the checkpoint of a name; it may raise `InputError` (a ValueError) where there is none.
-        round_intermediates: round the results of inner documents to their output dtype, as mergekit does, which
-            writes them to disk. Else they stay float32, and a `dtype` of the outer document does not touch them.
-        seed: of the random operators.
+    `locate` finds the checkpoint of a name; it may raise `InputError` (a ValueError) where there is none.
+    `round_intermediates` rounds the results of inner documents to their output dtype, as mergekit does, which writes
+    them to disk; else they stay float32, and a `dtype` of the outer document does not touch them.
 
-    An integer tensor is compiled like any other, with its own dtype: the engine copies it, as its inputs must be equal.
-
-    Raises:
-        PlanError: everything that keeps the merge from being computed, one a line.
+    Raises PlanError: everything that keeps the merge from being computed, one a line.
     """
     by_name = {document.name: document for document in documents if document.name is not None}
-    if out is not None and out not in by_name:
-        raise PlanError(unknown_name("document", out, by_name))
     if not documents:
         raise PlanError("no document to compile")
-    target = by_name[out] if out is not None else documents[-1]
+    target = documents[-1]
     compiler = _Compiler(documents, locate, round_intermediates)
     model = compiler.document(target)
     problems = [*compiler.problems, *architecture_problems(list(compiler.loaded.values()))]
@@ -83,7 +65,6 @@ def compile_mergekit(
         title="; ".join(_title(document) for document in compiler.used_documents()),
         description={"mergekit": text},
         mergekit=None if any(_has_ours(document) for document in compiler.used_documents()) else text,
-        seed=seed,
     )
 
 
@@ -332,10 +313,8 @@ class _Compiler:
                 return None
             floating = value.dtype in FLOAT_DTYPES, first.dtype in FLOAT_DTYPES
             if floating != (True, True) and value.dtype != first.dtype:
-                kinds = (
-                    f"{value.dtype} in {one.source.model.id!r}, {first.dtype} in {piece.inputs[0].source.model.id!r}"
-                )
-                self._at(name, f"dtype: integer tensors must be alike; {kinds}")
+                kinds = f"{value.dtype} in {one.source.model.id!r}, {first.dtype}"
+                self._at(name, f"dtype: integer tensors must be alike; {kinds} in {piece.inputs[0].source.model.id!r}")
                 return None
         node = self._node(document, piece, name, names, [value.node for value in values], position)
         out = document.out_dtype or document.dtype

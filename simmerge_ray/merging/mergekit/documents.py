@@ -50,11 +50,7 @@ class ModelName:
 
 
 def parse_model_name(text: str, directory: Place = Path()) -> ModelName:
-    """`model[@revision][+adapter[@revision]]` -> ModelName.
-
-    Raises:
-        ValueError: more than one `+`, more than one `@` in a part, or an empty part.
-    """
+    """`model[@revision][+adapter[@revision]]` -> ModelName; a ValueError where a part is empty or given twice."""
     parts = text.split("+")
     if len(parts) > 2:
         raise ValueError(f"{text!r} has more than one '+'; the form is model[@revision][+adapter[@revision]]")
@@ -75,27 +71,20 @@ class Rule:
     values: tuple[Scalar, ...]
     filter: str | None = None
 
-    def matches(self, tensor: str) -> bool:
-        return self.filter is None or self.filter in tensor
-
 
 Setting = tuple[Rule, ...]
 Parameters = Mapping[str, Setting]
 
 
-def value_at(setting: Setting, tensor: str, position: float) -> Scalar | None:
-    """The value for a tensor at `position` in [0, 1] of the slice, or None: the first rule that matches decides."""
-    rule = next((rule for rule in setting if rule.matches(tensor)), None)
-    if rule is None or not rule.values:
-        return None
-    return gradient_value(rule.values, position)
-
-
 def resolve(scopes: Iterable[Parameters], name: str, tensor: str, position: float) -> Scalar | None:
-    """The value of a parameter from the first of `scopes` (source, slice, document) that has one for this tensor."""
+    """The value of a parameter for a tensor at `position` in [0, 1] of the slice, or None.
+
+    It comes from the first of `scopes` (source, slice, document) with a rule that matches; of its rules the first does.
+    """
     for parameters in scopes:
-        if name in parameters and (value := value_at(parameters[name], tensor, position)) is not None:
-            return value
+        rules = (rule for rule in parameters.get(name, ()) if rule.filter is None or rule.filter in tensor)
+        if (rule := next(rules, None)) and rule.values:
+            return gradient_value(rule.values, position)
     return None
 
 

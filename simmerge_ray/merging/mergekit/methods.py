@@ -79,9 +79,7 @@ _TRIM_SCOPE = MethodParameter("choice", "trim_scope", default="tensor", is_ours=
 
 METHODS: Mapping[str, Method] = {
     "linear": Method(
-        "none",
-        {"weight": _WEIGHT, "normalize": MethodParameter("bool", "normalize", default=True)},
-        zero_sum="error",
+        "none", {"weight": _WEIGHT, "normalize": MethodParameter("bool", "normalize", default=True)}, zero_sum="error"
     ),
     "slerp": Method("first", {"t": MethodParameter(required=True)}, min_sources=2, max_sources=2),
     "nuslerp": Method(

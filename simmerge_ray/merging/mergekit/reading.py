@@ -17,8 +17,7 @@ from simmerge_ray.merging.mergekit.problems import Problems, raise_problems
 def read_mergekit(text: str, directory: Place) -> tuple[MergekitDocument, ...]:
     """Parse one or several documents; relative paths start at `directory`.
 
-    A document may name others as models. They come in an order in which each stands after those that it names; the
-    last is the merge: the one without a name, or the last of the file.
+    Each stands after those that it names as models; the last is the merge: the one without a name, or that of the file.
 
     Raises:
         PlanError: with every problem, one a line, each with its place, e.g. `models[1].parameters.weigth`.

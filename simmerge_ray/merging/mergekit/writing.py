@@ -28,9 +28,7 @@ def write_mergekit(plan: ResolvedPlan) -> str:
     compute as we do, and `out_dtype` is that of our output. The masks of random operators (DARE, DELLA) come from
     another generator there, so such a merge is equal in distribution only.
 
-    Raises:
-        PlanError: mergekit cannot express the plan; with the reason.
-        CheckpointError: a header cannot be read.
+    Raises PlanError: mergekit cannot express the plan; with the reason.
     """
     return documents_text(_documents(plan))
 

@@ -25,11 +25,7 @@ def licence_of(ref: CheckpointRef) -> str | None:
 
 
 def model_card(graph: MergeGraph, predicted: Mapping[str, Any] | None, not_finite: Sequence[str] = ()) -> str:
-    """Markdown of the card.
-
-    Args:
-        predicted: by task, an object with `utility` and `sd`. not_finite: tensors that hold NaN or infinity.
-    """
+    """Markdown of the card. predicted: by task, an object with `utility` and `sd`. not_finite: names of tensors."""
     licences = {key: licence for key, ref in graph.checkpoints.items() if (licence := licence_of(ref))}
     distinct = sorted(set(licences.values()))
     matter: dict[str, Any] = {

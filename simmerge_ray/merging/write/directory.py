@@ -17,13 +17,7 @@ from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine.global_trims import global_steps
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.layout import MAX_SHARD_BYTES, Layout, preallocate
-from simmerge_ray.merging.write.output import (
-    STATE_FILE,
-    MergeOutput,
-    MergeResult,
-    WriteOptions,
-    check_target,
-)
+from simmerge_ray.merging.write.output import STATE_FILE, MergeOutput, MergeResult, WriteOptions, check_target
 from simmerge_ray.merging.write.tensors import JOURNAL, Progress, read_journals, write_tensors
 from simmerge_ray.merging.write.to_store import write_to_store
 from simmerge_ray.plans.plan import ResolvedPlan
@@ -38,10 +32,9 @@ def write_merge(
     num_threads: int | None = None,
     strict: bool = False,
 ) -> MergeResult:
-    """Write the merge of a plan; see `write_graph`. The plan is written beside the weights, with predicted utilities.
+    """Write the merge of a plan, as `write_graph`; the plan is written beside the weights, with predicted utilities.
 
-    Raises:
-        as `write_graph`; IncompatibleCheckpointsError: the inputs do not fit each other.
+    Raises IncompatibleCheckpointsError, too: the inputs do not fit each other.
     """
     check_target(out)
     options = WriteOptions(predicted, progress, max_shard_bytes, num_threads, strict, resolved)

@@ -92,11 +92,7 @@ def plan_layout(outputs: Sequence[OutputTensor], max_shard_bytes: int = MAX_SHAR
 
 
 def preallocate(directory: Path, layout: Layout) -> None:
-    """Create every file in its final size with its header.
-
-    Raises:
-        OutputError: too little space, or the directory cannot be written.
-    """
+    """Create every file in its final size with its header; an OutputError where there is too little space."""
     try:
         for shard in layout.shards:
             descriptor = os.open(directory / shard.file, os.O_WRONLY | os.O_CREAT, 0o644)

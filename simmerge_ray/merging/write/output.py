@@ -124,11 +124,7 @@ class MergeOutput:
         return tuple(replace(placement, output=outputs[placement.output.name]) for placement in placements)
 
     def result(self, reports: Mapping[str, TensorReport], num_resumed: int) -> MergeResult:
-        """What the reports of all tensors come to.
-
-        Raises:
-            CheckpointError: a tensor is not finite, and the options are strict.
-        """
+        """What the reports of all tensors come to. Raises CheckpointError: one is not finite, and `strict`."""
         steps = sorted({step for report in reports.values() for step in report.fell_back})
         fell_back = {step: tuple(sorted(r.name for r in reports.values() if step in r.fell_back)) for step in steps}
         not_finite = tuple(sorted(report.name for report in reports.values() if report.not_finite))
@@ -161,10 +157,6 @@ class MergeOutput:
 
 
 def check_target(out: Place) -> None:
-    """Refuse a target that is not ours to replace.
-
-    Raises:
-        OutputError: it exists and holds no merge made by simmerge.
-    """
+    """Refuse a target that is not ours to replace. OutputError: it exists and holds no merge made by simmerge."""
     if out.exists() and not any((out / name).exists() for name in (PLAN_FILE, MANIFEST_FILE, STATE_FILE)):
         raise OutputError(f"{out} exists and is not a merge made by simmerge; choose another directory or remove it")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from simmerge_ray.base.errors import OutputError
 from simmerge_ray.base.storage import Place, list_places
 from simmerge_ray.merging.engine.compute import Computer, TensorReport
 from simmerge_ray.merging.engine.seeds import Seeds
-from simmerge_ray.merging.engine.sources import TensorSource
+from simmerge_ray.merging.engine.sources import open_sources
 from simmerge_ray.merging.graph import MergeGraph
 from simmerge_ray.merging.write.layout import Placement
 
@@ -64,96 +66,71 @@ def write_tensors(
     """Compute tensors and write them at their offsets into preallocated files; note each in the journal when done.
 
     Several processes, also of several machines, may do this for disjoint placements with journals of their own.
-
-    Raises:
-        see `directory.write_graph`.
     """
-    total = total_bytes or sum(p.output.num_bytes for p in placements)
-    events: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
-    work: queue.SimpleQueue[Placement] = queue.SimpleQueue()
-    for placement in sorted(placements, key=lambda p: (-p.output.num_bytes, p.output.name)):
-        work.put(placement)
-    stop = threading.Event()
-    sources = {key: TensorSource(ref) for key, ref in graph.checkpoints.items()}
-    files = {name: os.open(partial / name, os.O_WRONLY) for name in {p.file for p in placements}}
-    log = _open_journal(partial / journal)
-    worker = _Worker(graph, sources, files, log, work, events, stop)
+    work = _Work(partial, placements, journal, progress, total_bytes)
     count = min(num_threads or default_threads(), len(placements))
-    threads = [threading.Thread(target=worker.run, name=f"merge-{number}", daemon=True) for number in range(count)]
-    written = total - sum(p.output.num_bytes for p in placements)
-    try:
-        for thread in threads:
-            thread.start()
-        ended = 0
-        while ended < count:
-            event = events.get()
-            if isinstance(event, BaseException):
-                raise event
-            if event < 0:
-                ended += 1
-            else:
-                written += event
-                if progress:
-                    progress(written, total)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        for source in sources.values():
-            source.close()
-        for descriptor in (*files.values(), log):
-            os.close(descriptor)
+    with open_sources(graph) as sources, closing(work), ThreadPoolExecutor(count, "merge") as pool:
+        seeds = Seeds(graph)
+        try:
+            for end in as_completed([pool.submit(work.run, Computer(graph, sources, seeds)) for _ in range(count)]):
+                end.result()
+        finally:
+            work.is_stopped = True
 
 
-class _Worker:
-    """What every thread does until there is no tensor left. Events: bytes written, -1 at the end, or an error."""
+class _Work:
+    """The tensors that are left, taken by threads one by one; where they are written, and how far it has come."""
 
     def __init__(
         self,
-        graph: MergeGraph,
-        sources: Mapping[str, TensorSource],
-        files: Mapping[str, int],
-        log: int,
-        work: queue.SimpleQueue[Placement],
-        events: queue.SimpleQueue[int | BaseException],
-        stop: threading.Event,
+        partial: Path,
+        placements: Sequence[Placement],
+        journal: str,
+        progress: Progress | None,
+        total_bytes: int | None,
     ) -> None:
-        self._graph, self._sources, self._files, self._log = graph, sources, files, log
-        self._work, self._events, self._stop = work, events, stop
-        self._seeds = Seeds(graph)
+        num_bytes = sum(p.output.num_bytes for p in placements)
+        self.is_stopped = False
+        self._left = iter(sorted(placements, key=lambda p: (-p.output.num_bytes, p.output.name)))
+        self._total = total_bytes or num_bytes
+        self._written, self._progress, self._lock = self._total - num_bytes, progress, threading.Lock()
+        self._files = {name: os.open(partial / name, os.O_WRONLY) for name in {p.file for p in placements}}
+        self._log = _open_journal(partial / journal)
 
-    def run(self) -> None:
-        try:
-            computer = Computer(self._graph, self._sources, self._seeds)
-            while not self._stop.is_set():
-                try:
-                    placement = self._work.get_nowait()
-                except queue.Empty:
-                    break
+    def close(self) -> None:
+        for descriptor in (*self._files.values(), self._log):
+            os.close(descriptor)
+
+    def run(self, computer: Computer) -> None:
+        """Make tensors until there is none left, or another thread failed, or the merge was interrupted."""
+        with suppress(_Stopped):
+            for placement in self._left:
+                if self.is_stopped:
+                    return
                 self._write(computer, placement)
-            self._events.put(-1)
-        except _Stopped:
-            self._events.put(-1)
-        except BaseException as error:
-            self._events.put(error)
 
     def _write(self, computer: Computer, placement: Placement) -> None:
         descriptor, unreported = self._files[placement.file], 0
 
         def emit(start: int, block: np.ndarray) -> None:
             nonlocal unreported
-            if self._stop.is_set():
+            if self.is_stopped:
                 raise _Stopped
             _write_at(descriptor, block.view(np.uint8).data, placement.offset + start * block.itemsize)
             unreported += block.nbytes
             if unreported >= _PROGRESS_BYTES:
-                self._events.put(unreported)
+                self._tell(unreported)
                 unreported = 0
 
         report = computer.compute(placement.output, emit)
-        line = {"name": report.name, "not_finite": report.not_finite, "fell_back": list(report.fell_back)}
-        os.write(self._log, json.dumps(line).encode() + b"\n")
-        self._events.put(unreported)
+        os.write(self._log, json.dumps(asdict(report)).encode() + b"\n")
+        self._tell(unreported)
+
+    def _tell(self, num_bytes: int) -> None:
+        with self._lock:
+            self._written += num_bytes
+            if self._progress:
+                self._progress(self._written, self._total)
 
 
 class _Stopped(Exception):

@@ -37,8 +37,7 @@ _LAST = "config.json"
 def write_to_store(work: MergeOutput, out: RemotePath) -> MergeResult:
     """`directory.write_graph` for a target in a store. Without a runner one file after the other is made here.
 
-    Raises:
-        as `write_graph`. StorageError: the store does not take it, in all tries; the next call goes on.
+    Raises StorageError, too: the store does not take it, in all tries; the next call goes on.
     """
     try:
         reports = _begin(out, work.state)
@@ -66,8 +65,7 @@ def make_file(
 ) -> dict[str, TensorReport]:
     """Make one file on a disk here, upload it, and note its tensors as finished; their reports.
 
-    Raises:
-        OutputError: too little space. Others: as `write_graph`.
+    Raises as `write_graph`; OutputError also where the disk has too little space.
     """
     with scratch_directory() as scratch:
         free = shutil.disk_usage(scratch).free
@@ -84,11 +82,7 @@ def make_file(
 
 
 def _make_here(
-    graph: MergeGraph,
-    shards: Sequence[Shard],
-    out: RemotePath,
-    progress: Progress | None,
-    num_threads: int | None,
+    graph: MergeGraph, shards: Sequence[Shard], out: RemotePath, progress: Progress | None, num_threads: int | None
 ) -> dict[str, TensorReport]:
     reports: dict[str, TensorReport] = {}
     total, left = graph.num_bytes, sum(p.output.num_bytes for shard in shards for p in shard.placements)

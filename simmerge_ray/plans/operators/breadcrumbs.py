@@ -24,11 +24,7 @@ def kept_band(density: float, gamma: float, num_entries: int) -> tuple[int, int]
 
 
 def band(vector: Tensor, density: float, gamma: float, rescale: bool = False) -> Tensor:
-    """`vector` with its largest and smallest magnitudes set to zero; the first of equal ones count as larger.
-
-    Args:
-        rescale: multiply by what restores the l1 norm.
-    """
+    """`vector` with its largest and smallest magnitudes set to zero; the first of equal ones count as larger."""
     dropped, kept = kept_band(density, gamma, vector.numel())
     magnitudes = vector.abs()
     # Masks of growing counts are nested, so the difference has exactly `kept` entries.

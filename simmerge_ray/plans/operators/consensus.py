@@ -21,9 +21,7 @@ def elect(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def agreeing_sum(vectors: Sequence[Tensor], weights: Sequence[float], positive: Tensor, normalize: bool) -> Tensor:
     """`sum_i w_i v_i` over the entries whose weighted value has the elected sign; zeros agree with nothing.
 
-    Args:
-        positive: elected signs, from `elect`.
-        normalize: divide each entry by the sum of the weights that agree there, where that is not 0.
+    `normalize` divides each entry by the sum of the weights that agree there, where that is not 0.
     """
     total = torch.zeros_like(vectors[0])
     divisor = torch.zeros_like(vectors[0])

@@ -14,12 +14,9 @@ from simmerge_ray.plans.operators.task_vectors import check_count, per_source
 def _dropped(
     operator: str, vectors: Sequence[Tensor], *, seeds: Sequence[int], density: float | Sequence[float], rescale: bool
 ) -> list[Tensor]:
-    """Task vectors with each entry kept with probability `density`.
+    """Task vectors with each entry kept with probability `density`, by one seed and mask a source.
 
-    Args:
-        seeds: one for each source; each has its own mask.
-        rescale: multiply by what restores the l1 norm. The paper divides by the density, which is the same in
-            expectation; this is exact for each tensor, as in mergekit.
+    The paper rescales by 1 / density, in expectation the same as the l1 norm, which is exact and mergekit's.
     """
     check_count(operator, "seeds", seeds, len(vectors))
     densities = per_source(operator, "density", density, len(vectors))

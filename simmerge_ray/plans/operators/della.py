@@ -40,16 +40,7 @@ def _pruned(
     epsilon: float | Sequence[float],
     rescale: bool,
 ) -> list[Tensor]:
-    """Task vectors with entries kept by `keep_probabilities`.
-
-    Args:
-        seeds: one for each source; each has its own mask.
-        density: 1 keeps everything, whatever epsilon is.
-        rescale: multiply by what restores the l1 norm.
-
-    Raises:
-        OperatorError: `density - epsilon` or `density + epsilon` is outside (0, 1).
-    """
+    """Task vectors with entries kept by `keep_probabilities`, one seed a source; density 1 keeps everything."""
     count = len(vectors)
     check_count(operator, "seeds", seeds, count)
     densities = per_source(operator, "density", density, count)

@@ -14,16 +14,12 @@ from simmerge_ray.plans.operators.task_vectors import checked_inputs, weighted_s
 
 
 def mean_direction(gram: Gram, shares: Sequence[float], max_iter: int, tol: float) -> list[float] | None:
-    """Coefficients of the Karcher mean of unit vectors, from their inner products.
+    """(N,) coefficients of the Karcher mean of unit vectors, or None where these cancel out.
 
     Starts at the normalised average and goes on by `m <- exp_m(sum_i s_i log_m(u_i))` until a step is shorter than
     `tol`, where `log_m(u) = angle / sin(angle) (u - cos(angle) m)`.
 
-    Args:
-        gram: (N, N) inner products. shares: not negative, sum 1.
-
-    Returns:
-        (N,) coefficients of a unit vector, or None where the vectors cancel out: any direction is then as good.
+    gram: (N, N) inner products. shares: not negative, sum 1.
     """
     length = combination_norm(gram, shares)
     if length < tol:
@@ -50,20 +46,14 @@ def mean_direction(gram: Gram, shares: Sequence[float], max_iter: int, tol: floa
 
 
 def karcher(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    *,
-    max_iter: int = 10,
-    tol: float = 1e-5,
+    base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], *, max_iter: int = 10, tol: float = 1e-5
 ) -> Tensor:
     """Karcher mean of the directions times the mean norm, both weighted; the base is not used.
 
     Tensors of norm 0 have no direction and count in the mean norm only. Where the directions cancel out (two opposite
     tensors of equal weight) there is no mean direction, and the result is the linear average.
 
-    Raises:
-        OperatorError: a negative weight, or weights that sum to 0; see also `checked_inputs`.
+    Raises OperatorError: a negative weight, or weights that sum to 0; see also `checked_inputs`.
     """
     _, tensors = checked_inputs("karcher", base, tensors, weights)
     if any(weight < 0 for weight in weights):

@@ -14,13 +14,7 @@ from simmerge_ray.plans.operators.task_vectors import checked_inputs, weighted_s
 def linear(
     base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True
 ) -> Tensor:
-    """`sum_i w_i x_i`, divided by `sum_i w_i` when `normalize`; the base is not used.
-
-    Shapes equal, result float32 (float64 if given).
-
-    Raises:
-        OperatorError: the weights are to be normalised and sum to 0; see also `checked_inputs`.
-    """
+    """`sum_i w_i x_i`, divided by `sum_i w_i` when `normalize` (OperatorError: it is 0); the base is not used."""
     _, tensors = checked_inputs("linear", base, tensors, weights)
     total = weighted_sum(tensors, weights)
     divisor = sum_of_weights("linear", weights, tensors[0].dtype == torch.float64) if normalize else 1.0

@@ -23,10 +23,7 @@ def model_stock(
     """`base + t * mean_i(v_i)` with `t = N c / (1 + (N - 1) c)`, c the mean cosine of pairs of the N task vectors.
 
     That is `t * mean_i(x_i) + (1 - t) * base`. The weights of the sources are not used. Where the denominator is 0,
-    the task vectors cancel out and the base stays.
-
-    Args:
-        filter_wise: one c for each slice along the last dimension (a row of a matrix) instead of one for the tensor.
+    the task vectors cancel out and the base stays. `filter_wise`: one c for each slice along the last dimension.
     """
     base, vectors = task_vectors("model_stock", base, tensors, weights)
     count = len(vectors)

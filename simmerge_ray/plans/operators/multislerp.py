@@ -29,13 +29,7 @@ def multislerp(
     average is the projection of `sum_i w_i u_i`, which is parallel to m: the step is 0, and m is the result.
 
     With a base it works on task vectors. Where the directions cancel out (|sum| < 1e-6), or all task vectors are 0, the
-    result is the linear average.
-
-    Args:
-        normalize: divide the weights by their sum first.
-
-    Raises:
-        OperatorError: the weights are to be normalised and sum to 0; see also `checked_inputs`.
+    result is the linear average. With `normalize` the weights are divided by their sum (OperatorError: it is 0) first.
     """
     base, vectors = from_base("multislerp", base, tensors, weights)
     shares = normalized("multislerp", weights) if normalize else list(weights)

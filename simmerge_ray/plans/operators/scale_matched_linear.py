@@ -19,9 +19,6 @@ def scale_matched_linear(base: Tensor | None, tensors: Sequence[Tensor], weights
     One tensor at a time, as nuslerp does it. Where all norms are equal it is the weighted average. A task vector that
     is 0 has no direction and adds nothing, though it counts in the mean norm. A baseline of our own (a "trivial"
     merge that a selector has to beat), not one of mergekit's methods.
-
-    Raises:
-        OperatorError: see `checked_inputs`.
     """
     base, vectors = task_vectors("scale_matched_linear", base, tensors, weights)
     shares = list(weights) if cancel(weights) else normalized("scale_matched_linear", weights)

@@ -32,11 +32,9 @@ def sce(
 ) -> Tensor:
     """`base + sum_agreeing(w_i v_i) / sum_agreeing(w_i)` with `w_i = mean(v_i^2)` and v_i the selected task vectors.
 
-    Signs are elected by the plain sum of the v_i. The operator finds its own weights; those of the sources are not
-    used.
+    Signs are elected by the plain sum of the v_i; the weights of the sources are not used.
 
-    Args:
-        select_topk: share of the entries (of those that differ between sources) that is selected; 1 selects all.
+    select_topk: share of the entries (of those that differ between sources) that is selected; 1 selects all.
     """
     base, vectors = task_vectors("sce", base, tensors, weights)
     if select_topk < 1.0:

@@ -22,11 +22,7 @@ def cancel(weights: Sequence[float]) -> bool:
 
 
 def normalized(operator: str, weights: Sequence[float]) -> list[float]:
-    """Weights divided by their sum, in Python's float64, so that weights which sum to 1 are unchanged.
-
-    Raises:
-        OperatorError: they sum to 0.
-    """
+    """Weights divided by their sum (OperatorError: it is 0), in float64, so that a sum of 1 leaves them unchanged."""
     if cancel(weights):
         raise OperatorError(f"operator {operator!r}: the weights {tuple(weights)} sum to 0")
     total = sum(weights)
@@ -36,10 +32,8 @@ def normalized(operator: str, weights: Sequence[float]) -> list[float]:
 def sum_of_weights(operator: str, weights: Sequence[float], double: bool = False) -> float:
     """What a weighted sum is divided by: the sum in float32 (or float64), as the sum itself is computed.
 
-    So the result has the bits of the plain formula, and shares like 0.3 and 0.7 are not divided at all.
-
-    Raises:
-        OperatorError: it is 0.
+    So the result has the bits of the plain formula, and shares like 0.3 and 0.7 are not divided at all. Raises as
+    `normalized`.
     """
     if cancel(weights):
         raise OperatorError(f"operator {operator!r}: the weights {tuple(weights)} sum to 0")

@@ -103,7 +103,7 @@ _GUARD = ParameterSpec(default=1e-8, high=1e-2, open_low=True)
 
 
 def _free(name: str, parameters: Mapping[str, ParameterSpec], **known: Any) -> OperatorSpec:
-    """A row for an operator on the checkpoints themselves, any number of them."""
+    """A row for an operator on the checkpoints themselves; any number of them, if `known` does not say otherwise."""
     row: dict[str, Any] = {"uses_base": False, "symmetric": True, "min_sources": 1, "max_sources": None}
     return OperatorSpec(name, needs_base=False, parameters=parameters, **(row | known))
 
@@ -129,13 +129,8 @@ def _della(normalize: ParameterSpec) -> dict[str, ParameterSpec]:
     return _dare(normalize) | {"density": density, "epsilon": ParameterSpec(default=0.15)}
 
 
-_BREADCRUMBS = {
-    "density": _DENSITY,
-    "gamma": ParameterSpec(default=0.01),
-    "rescale": _OFF,
-    "scale": _SCALE,
-    "normalize": _OFF,
-}
+_ARC: Mapping[str, Any] = {"min_sources": 2, "max_sources": 2, "shares": "arc"}
+_BREADCRUMBS = _dare(_OFF) | {"rescale": _OFF, "gamma": ParameterSpec(default=0.01)}
 
 # `normalize` has mergekit's defaults, so that a file means the same here and there: true for linear, ties and della,
 # false for the others, dare_ties and breadcrumbs_ties among them.
@@ -143,23 +138,8 @@ OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
     spec.name: spec
     for spec in (
         _free("linear", {"normalize": _ON}, shares="average"),
-        OperatorSpec(
-            "slerp",
-            needs_base=False,
-            uses_base=False,
-            symmetric=True,
-            parameters={"threshold": ParameterSpec(default=0.9995, open_low=True)},
-            one_weight=True,
-            shares="arc",
-        ),
-        OperatorSpec(
-            "nuslerp",
-            needs_base=False,
-            uses_base=True,
-            symmetric=True,
-            parameters={"flatten": _ON, "row_wise": _OFF},
-            shares="arc",
-        ),
+        _free("slerp", {"threshold": ParameterSpec(default=0.9995, open_low=True)}, one_weight=True, **_ARC),
+        _free("nuslerp", {"flatten": _ON, "row_wise": _OFF}, uses_base=True, **_ARC),
         _on_task_vectors("task_arithmetic", {"scale": _SCALE, "normalize": _OFF}, shares="sum"),
         _on_task_vectors(
             "ties",
@@ -246,11 +226,7 @@ def _parse_parameter(text: str, spec: ParameterSpec | None) -> Parameter:
 
 
 def make_arm(operator: str, params: Mapping[str, Parameter] | None = None) -> Arm:
-    """Checked `Arm`.
-
-    Raises:
-        OperatorError: unknown operator, unknown parameter, or a value out of its range.
-    """
+    """Checked `Arm`. Raises OperatorError: unknown operator, unknown parameter, or a value out of its range."""
     if operator not in OPERATOR_SPECS:
         raise OperatorError(unknown_name("operator", operator, OPERATOR_SPECS))
     specs = OPERATOR_SPECS[operator].parameters
@@ -266,11 +242,7 @@ def make_arm(operator: str, params: Mapping[str, Parameter] | None = None) -> Ar
 
 
 def parse_arm(text: str) -> Arm:
-    """`ties(density=0.2)` -> Arm; the inverse of `Arm.label`.
-
-    Raises:
-        OperatorError: the text has not this form, or `make_arm` refuses what it says.
-    """
+    """`ties(density=0.2)` -> Arm; the inverse of `Arm.label`. Raises OperatorError: another form, or see `make_arm`."""
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
     if match is None:
         raise OperatorError(f"arm {text!r} is not of the form operator or operator(name=number, ...)")
@@ -292,28 +264,17 @@ def parse_arms(texts: list[str] | tuple[str, ...]) -> tuple[Arm, ...]:
     arms = tuple(parse_arm(text) for text in texts)
     if not arms:
         raise OperatorError("no arms given; name at least one operator")
-    seen: set[Arm] = set()
-    for arm in arms:
-        if arm in seen:
-            raise OperatorError(f"arm {arm.label!r} is given twice")
-        seen.add(arm)
+    if twice := [arm for index, arm in enumerate(arms) if arm in arms[:index]]:
+        raise OperatorError(f"arm {twice[0].label!r} is given twice")
     return arms
 
 
 def check_weight(weight: Weight) -> None:
-    """Refuse a step weight outside [0, 1], or one with such an anchor.
-
-    Raises:
-        OperatorError: naming the anchor, or how many there may be.
-    """
-    if not isinstance(weight, tuple):
-        if problem := _WEIGHT_RANGE.problem(weight):
-            raise OperatorError(f"weight of the right checkpoint: {problem}")
-        return
-    if not 2 <= len(weight) <= MAX_ANCHORS:
-        raise OperatorError(
-            f"weight of the right checkpoint: a list needs 2 to {MAX_ANCHORS} anchors, got {len(weight)}"
-        )
-    for number, anchor in enumerate(weight, 1):
+    """Refuse a step weight outside [0, 1], one with such an anchor, or one with too few or many: an OperatorError."""
+    title = "weight of the right checkpoint"
+    if isinstance(weight, tuple) and not 2 <= len(weight) <= MAX_ANCHORS:
+        raise OperatorError(f"{title}: a list needs 2 to {MAX_ANCHORS} anchors, got {len(weight)}")
+    for number, anchor in enumerate(weight if isinstance(weight, tuple) else (weight,), 1):
         if problem := _WEIGHT_RANGE.problem(anchor):
-            raise OperatorError(f"weight of the right checkpoint: anchor {number}: {problem}")
+            where = f"{title}: anchor {number}" if isinstance(weight, tuple) else title
+            raise OperatorError(f"{where}: {problem}")

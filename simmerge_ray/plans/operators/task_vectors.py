@@ -21,8 +21,7 @@ def checked_inputs(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Base and sources in the compute dtype; the base is None for an operator that does not use it.
 
-    Raises:
-        OperatorError: wrong number of sources or weights, no base where one is needed, or unequal shapes.
+    Raises OperatorError: wrong number of sources or weights, no base where one is needed, or unequal shapes.
     """
     spec = OPERATOR_SPECS[operator]
     low, high = spec.min_sources, spec.max_sources
@@ -48,11 +47,7 @@ def checked_inputs(
 def task_vectors(
     operator: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor, list[Tensor]]:
-    """(base, [source - base, ...]) in the compute dtype. Ilharco et al. 2023, arXiv:2212.04089.
-
-    Raises:
-        OperatorError: see `checked_inputs`.
-    """
+    """(base, [source - base, ...]) in the compute dtype. Ilharco et al. 2023, arXiv:2212.04089."""
     base, vectors = from_base(operator, base, tensors, weights)
     assert base is not None  # `checked_inputs` has refused a missing base
     return base, vectors
@@ -61,11 +56,7 @@ def task_vectors(
 def from_base(
     operator: str, base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The same for an operator that may go without a base; then the tensors themselves.
-
-    Raises:
-        OperatorError: see `checked_inputs`.
-    """
+    """The same for an operator that may go without a base; then the tensors themselves."""
     base, tensors = checked_inputs(operator, base, tensors, weights)
     return base, tensors if base is None else [tensor - base for tensor in tensors]
 
@@ -77,11 +68,7 @@ def check_count(operator: str, name: str, values: Sequence[object], count: int) 
 
 
 def per_source(operator: str, name: str, value: float | Sequence[float], count: int) -> list[float]:
-    """A parameter as one number for each source, each in the range that `specs` states.
-
-    Raises:
-        OperatorError: wrong count, or a value out of range.
-    """
+    """A parameter as one number for each source, each in the range that `specs` states; else an OperatorError."""
     values = [value] * count if isinstance(value, int | float) else list(value)
     check_count(operator, f"values of {name!r}", values, count)
     for single in values:

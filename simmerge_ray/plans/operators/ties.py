@@ -29,17 +29,14 @@ def _trimmed(
     thresholds: Sequence[float] | None = None,
     budgets: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """The trimmed task vectors.
+    """The trimmed task vectors; `trim_scope: global` trims over the whole model, as in the paper.
+
+    One tensor cannot know the thresholds of that: without `thresholds` it is taken as the whole model.
 
     Args:
-        trim_scope: `tensor`, or `global` for trimming over the whole model, as in the paper. One tensor cannot know the
-            thresholds of that: without `thresholds` it is taken as the whole model.
         thresholds: one for each source; entries with `|task vector| >= threshold` are kept instead of the
             `kept_count` largest.
         budgets: one for each source; how many entries equal to the threshold are kept, the first in flat order.
-
-    Raises:
-        OperatorError: a parameter out of range; not one threshold or budget for each source.
     """
     if problem := OPERATOR_SPECS[operator].parameters["trim_scope"].problem(trim_scope):
         raise OperatorError(f"operator {operator!r}: parameter 'trim_scope': {problem}")

@@ -37,10 +37,7 @@ Cluster = tuple[str, str]
 
 @dataclass(frozen=True)
 class Knowledge:
-    """A selector and what its arms start from.
-
-    warm, noise: posteriors by arm, from labels. prior: one that knows nothing but how far arms usually differ.
-    """
+    """A selector and its arms' posteriors, from labels; prior knows nothing but how far arms usually differ."""
 
     model: FittedModel
     warm: Mapping[str, GaussianPosterior]
@@ -50,11 +47,9 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Start:
-    """What policies know before the first round of a cluster, and the merges that they are asked about.
-
-    dataset: its contexts may have measured more arms than its own, that come later. fixed: column of the best fixed
-    arm. static: (M, K) predictions. gaps: by row of the dataset.
-    """
+    """What policies know before the first round of a cluster, and the merges that they are asked about. dataset: its
+    contexts may have measured more arms than its own, that come later. fixed: column of the best fixed arm. static:
+    (M, K) predictions. gaps: by row of the dataset."""
 
     dataset: SelectionDataset
     asked: Merges
@@ -103,42 +98,31 @@ def best_fixed_column(training: SelectionDataset) -> int:
 
 
 def load_with_later_arms(path: Path, arms: Sequence[str] | None = None, later: Sequence[str] = ()) -> LoadedDataset:
-    """A data set; arms that come later are measured in its contexts, and none of its arms.
-
-    Raises:
-        ConfigError, LabelError: see `find_dataset` and `read_dataset`.
-    """
+    """A data set, errors as `read_dataset`; arms that come later are measured in its contexts, but no arms of it."""
     found = find_dataset(path)
     loaded = read_dataset(found, (*arms, *later) if arms else None)
-    if not later:
-        return loaded
-    kept = [column for column, arm in enumerate(loaded.dataset.arms) if arm not in later]
-    names = tuple(loaded.dataset.arms[column] for column in kept)
-    return replace(loaded, dataset=replace(loaded.dataset, arms=names, utilities=loaded.dataset.utilities[:, kept]))
-
-
-def config_for(base_of: Mapping[str, str]) -> TrainConfig:
-    """The package's own; for several bases with fewer folds."""
-    return TrainConfig(num_folds=STUDY_FOLDS) if len(set(base_of.values())) > 1 else TrainConfig()
+    kept = {arm: column for column, arm in enumerate(loaded.dataset.arms) if arm not in later}
+    utilities = loaded.dataset.utilities[:, list(kept.values())]
+    return replace(loaded, dataset=replace(loaded.dataset, arms=tuple(kept), utilities=utilities))
 
 
 def starts(
     dataset: SelectionDataset, base_of: Mapping[str, str], config: TrainConfig | None = None
 ) -> dict[Cluster, Start]:
     """By base and unseen domain; the bases of a domain share one selector."""
-    found: dict[Cluster, Start] = {}
-    for fold in domain_folds(dataset.contexts):
-        found |= starts_of(fold, dataset, base_of, config)
-    return found
+    folds = (starts_of(fold, dataset, base_of, config) for fold in domain_folds(dataset.contexts))
+    return {cluster: start for of_fold in folds for cluster, start in of_fold.items()}
 
 
 def starts_of(
     fold: Fold, dataset: SelectionDataset, base_of: Mapping[str, str], config: TrainConfig | None = None
 ) -> dict[Cluster, Start]:
-    """By base, of one unseen domain."""
+    """By base, of one unseen domain. config: None is the package's own, with fewer folds for several bases."""
+    if config is None:
+        config = TrainConfig(num_folds=STUDY_FOLDS) if len(set(base_of.values())) > 1 else TrainConfig()
     gaps, found = gaps_of(dataset), {}
     training = dataset.subset(fold.training)
-    known = learned(training, config or config_for(base_of))
+    known = learned(training, config)
     predicted = known.model.predict(dataset.features, [context.task for context in dataset.contexts])[0]
     bases = [base_of[dataset.contexts[row].left] for row in fold.tested]
     for base in sorted(set(bases)):
@@ -181,7 +165,7 @@ def draw_regret(
 ) -> Place:
     """By policy the cumulative regret (T,) after each round, and its interval (2, T). marks: rounds to point out."""
     figure, axes = new_figure(7, 4.5)
-    axis = np.ravel(axes)[0]
+    axis = axes[0][0]
     for name, (mean, (low, high)) in curves.items():
         numbers = range(1, len(mean) + 1)
         (line,) = axis.plot(numbers, mean, label=name)

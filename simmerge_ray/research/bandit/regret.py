@@ -15,16 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.markdown import with_interval
 from simmerge_ray.base.storage import Place, digest_file, digest_json, write_atomically, write_json
-from simmerge_ray.research.bandit.clusters import (
-    Cluster,
-    Start,
-    draw_regret,
-    drawn_clusters,
-    interval,
-    load_with_later_arms,
-    starts_of,
-)
+from simmerge_ray.research.bandit import clusters
+from simmerge_ray.research.bandit.clusters import Cluster, Start, drawn_clusters, interval
 from simmerge_ray.research.bandit.replay import (
     Bandit,
     Highest,
@@ -76,12 +70,9 @@ def play(name: str, start: Start, num_rounds: int, num_orders: int) -> dict[str,
 
 def table(results: Results) -> list[dict[str, Any]]:
     """Per policy: regret over all rounds, and against uniform and best fixed with intervals over clusters."""
-    clusters = list(results)
-    totals = {
-        name: np.array([np.nansum(results[cluster][name], axis=1).mean(0) for cluster in clusters]) for name in POLICIES
-    }
+    totals = {name: np.array([np.nansum(one[name], axis=1).mean(0) for one in results.values()]) for name in POLICIES}
     rounds = next(iter(results.values()))["uniform"].shape[1]
-    weights = drawn_clusters(clusters)
+    weights = drawn_clusters(list(results))
     uniform, rows = totals["uniform"][:, 0], []
     for name in POLICIES:
         mine = totals[name][:, 0]
@@ -107,18 +98,15 @@ def draw(results: Results, out: Path, name: str) -> Place:
     for policy in POLICIES:
         regrets = np.array([np.cumsum(values[policy][..., 0], axis=1).mean(0) for values in results.values()])
         curves[policy] = regrets.mean(0), interval(weights, regrets)
-    return draw_regret(curves, "round", out / f"{name}.png")
+    return clusters.draw_regret(curves, "round", out / f"{name}.png")
 
 
 def replay_dataset(
     path: Path, out: Path, name: str, arms: Sequence[str] | None, num_orders: int, num_rounds: int, say: Say = print
 ) -> list[dict[str, Any]]:
-    """Play all clusters of a data set; `table`'s rows, also in `NAME.json`, with the curves in `NAME.png`.
-
-    The results of a domain are kept in `NAME.parts`, by the digest of all that they were made from: what is there is
-    not played again.
-    """
-    loaded, files = load_with_later_arms(path, arms), find_dataset(path)
+    """Play all clusters of a data set; `table`'s rows, also in `NAME.json`, with the curves in `NAME.png`. Results of a
+    domain are kept in `NAME.parts` by the digest of all that they were made from, and not played again."""
+    loaded, files = clusters.load_with_later_arms(path, arms), find_dataset(path)
     digests = {str(number): digest_file(one) for number, one in enumerate(files.signals)}
     digests |= {f"labels {number}": LabelStore(one).digest() for number, one in enumerate(files.labels)}
     content = [1, digests, list(loaded.dataset.arms), num_orders, num_rounds, THRESHOLD]
@@ -126,10 +114,8 @@ def replay_dataset(
     for fold in domain_folds(loaded.dataset.contexts):
         part = out / f"{name}.parts" / f"{digest_json([*content, fold.name])}.npz"
         if not part.exists():
-            played = {
-                cluster: play("/".join(cluster), start, num_rounds, num_orders)
-                for cluster, start in starts_of(fold, loaded.dataset, loaded.base_of).items()
-            }
+            starts = clusters.starts_of(fold, loaded.dataset, loaded.base_of).items()
+            played = {cluster: play("/".join(cluster), start, num_rounds, num_orders) for cluster, start in starts}
             buffer = io.BytesIO()
             arrays: dict[str, Any] = {
                 json.dumps([*key, policy]): values for key, of in played.items() for policy, values in of.items()
@@ -152,10 +138,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| policy | regret, utility | regret, GapClosed | of uniform | a round against best fixed, GapClosed |"]
     lines += ["|---|---|---|---|---|"]
     for row in rows:
-        lines.append(
-            f"| {row['policy']} | {row['utility']:.2f} [{row['utility_interval'][0]:.2f}, "
-            f"{row['utility_interval'][1]:.2f}] | {row['gap_closed']:.2f} | {row['of_uniform']:.2f} "
-            f"[{row['of_uniform_interval'][0]:.2f}, {row['of_uniform_interval'][1]:.2f}] | "
-            f"{row['against_best_fixed']:+.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}] |"
-        )
+        utility, share = (with_interval(row[of], row[f"{of}_interval"], digits=2) for of in ("utility", "of_uniform"))
+        ahead = with_interval(row["against_best_fixed"], row["interval"], signed=True)
+        lines.append(f"| {row['policy']} | {utility} | {row['gap_closed']:.2f} | {share} | {ahead} |")
     return lines

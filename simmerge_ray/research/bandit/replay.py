@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 
@@ -49,18 +49,6 @@ class Rounds:
 _ARRAYS = ("z", "level", "reward", "truth", "available", "gap")
 
 
-class Player(Protocol):
-    """A policy in a replay."""
-
-    def play(self, number: int, rounds: Rounds) -> int:
-        """The column of the arm to play in round `number`; looks at its context, not at its rewards."""
-        ...
-
-    def learn(self, number: int, column: int, reward: float, rounds: Rounds) -> None:
-        """The reward (raw utility) of a round that was played, maybe some rounds ago."""
-        ...
-
-
 @dataclass
 class Highest:
     """The arm with the highest of given scores (T, K), in the order of the rounds: a static selector."""
@@ -68,10 +56,11 @@ class Highest:
     scores: np.ndarray
 
     def play(self, number: int, rounds: Rounds) -> int:
+        """The column of the arm to play in round `number`; looks at its context, not at its rewards."""
         return int(np.where(rounds.available[number], self.scores[number], -np.inf).argmax())
 
     def learn(self, number: int, column: int, reward: float, rounds: Rounds) -> None:
-        """Nothing."""
+        """The reward (raw utility) of a round that was played, maybe some rounds ago."""
 
 
 def always(column: int, rounds: Rounds) -> Highest:
@@ -95,6 +84,9 @@ class Bandit:
 
     def learn(self, number: int, column: int, reward: float, rounds: Rounds) -> None:
         self.policy.update([(rounds.arms[column], rounds.z[number], reward - float(rounds.level[number]))])
+
+
+Player: TypeAlias = Highest | Bandit
 
 
 def replay(player: Player, rounds: Rounds, delay: int = 0, on_round: Callable[[int], None] | None = None) -> np.ndarray:
@@ -156,14 +148,13 @@ def rounds_of(
     """
     reward, truth, gap = [], [], []
     for rows in merges:
-        halves = [_halves(dataset.contexts[row], dataset.arms) for row in rows]
-        both = np.mean(halves, axis=0)
-        reward.append(both[0 if first_half else 1])
-        truth.append(both[1 if first_half else 0])
+        both = np.mean([_halves(dataset.contexts[row], dataset.arms) for row in rows], axis=0)
+        reward.append(both[int(not first_half)])
+        truth.append(both[int(first_half)])
         known = [gaps[row] for row in rows if row in gaps]
         gap.append(float(np.mean(known)) if known else np.nan)
-    count = (len(merges), len(dataset.arms))
-    return Rounds(dataset.arms, z, level, np.array(reward), np.array(truth), np.ones(count, dtype=bool), np.array(gap))
+    available = np.ones((len(merges), len(dataset.arms)), dtype=bool)
+    return Rounds(dataset.arms, z, level, np.array(reward), np.array(truth), available, np.array(gap))
 
 
 def _halves(context: Context, arms: Sequence[str]) -> np.ndarray:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
@@ -34,11 +31,7 @@ ALL_ARMS = (*ARMS, LATER_ARM.label, CONTROL_ARM.label)  # of the selector that c
 
 
 def joined(parts: Sequence[LoadedPart], arms: Sequence[str]) -> SelectionDataset:
-    """The pairs of all parts as one dataset.
-
-    Raises:
-        LabelError: no parts, or parts that do not fit each other.
-    """
+    """The pairs of all parts as one dataset; LabelError if there are no parts, or they do not fit each other."""
     if not parts:
         raise LabelError("the study has no labels yet; `jobs/study.py` makes them")
     return join_datasets([build_dataset(part.table, part.labels, arms) for part in parts])
@@ -46,9 +39,7 @@ def joined(parts: Sequence[LoadedPart], arms: Sequence[str]) -> SelectionDataset
 
 def bases_of(parts: Sequence[LoadedPart]) -> dict[str, str]:
     """The base of every checkpoint."""
-    return {
-        name: part.catalogue.base.id for part in parts if part.catalogue.base is not None for name in part.catalogue.ids
-    }
+    return {name: part.catalogue.base.id for part in parts if part.catalogue.base for name in part.catalogue.ids}
 
 
 def propagators() -> dict[str, PropagatorMaker]:
@@ -87,11 +78,9 @@ def bought(
     predicted = predict_unseen(dataset, config, folds=folds)
     rows = curves(candidate_arms(dataset, predicted, dict(base_of)), range(1, len(dataset.arms) + 1))
     merged = [label for part in parts for label in part.labels if len(label.plan.steps) == 1]
-    seconds: defaultdict[str, float] = defaultdict(float)
-    for label in merged:
-        seconds[label.plan.id] += label.seconds
     # Labels that train a selector: all of them. Signals serve every pair of a catalogue, each is charged its part.
+    seconds = sum(label.seconds for label in merged)
     pairs = {tuple(sorted(label.plan.members)) for label in merged}
     signals = sum(part.signal_seconds for part in parts) / len(pairs)
-    costs = StudyCosts(float(np.mean(list(seconds.values()))), signals, sum(seconds.values()))
+    costs = StudyCosts(seconds / len({label.plan.id for label in merged}), signals, seconds)
     return {"rows": rows, "costs": vars(costs), "break_even": break_even(rows, costs)}

@@ -25,11 +25,8 @@ _MAX_PROPOSALS = 20  # for each candidate, after which those that it does not co
 
 @dataclass(frozen=True)
 class CandidateArms:
-    """Candidates for one merge.
-
-    unit: base and members, resampled together. items: per task (K, I), per-item utilities of the candidates.
-    predicted: (K,).
-    """
+    """Candidates for one merge. unit: base and members, resampled together. items: per task (K, I) utilities.
+    predicted: (K,)."""
 
     unit: tuple[str, tuple[str, ...]]
     items: tuple[np.ndarray, ...]
@@ -59,7 +56,7 @@ def candidate_arms(dataset: SelectionDataset, predicted: np.ndarray, base_of: di
     return merges
 
 
-def curves(merges: Sequence[CandidateArms], num_evaluations: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+def curves(merges: Sequence[CandidateArms], num_evaluations: Sequence[int]) -> list[dict[str, Any]]:
     """Mean utility of what is chosen, by strategy and cost.
 
     Returns:
@@ -73,20 +70,24 @@ def curves(merges: Sequence[CandidateArms], num_evaluations: Sequence[int], seed
     """
     if not merges:
         raise LabelError("there is no merge with predictions and labels of all candidates")
-    generator = np.random.default_rng(seed)
-    rows = []
-    for count in num_evaluations:
+    generator, rows = np.random.default_rng(0), []
+
+    def add(strategy: str, evaluations: float, items: int | None, values: Sequence[tuple[float, float]]) -> None:
+        utility, regret = np.array(values).T
+        row = {"strategy": strategy, "evaluations": evaluations, "items": items, "utility": float(utility.mean())}
+        interval = resampled_interval(utility, [merge.unit for merge in merges])
+        rows.append(row | {"interval": interval, "regret": float(regret.mean())})
+
+    full = [float(count) if count > 1 else 0.0 for count in num_evaluations]
+    for count, evaluations in zip(num_evaluations, full, strict=True):
         for strategy in ("predicted", "random"):
-            values = [_mean_of(merge, strategy, count, generator) for merge in merges]
-            rows.append(_row(strategy, float(count) if count > 1 else 0.0, None, values, merges))
-    by_optuna = [_optuna(merge, num_evaluations, seed + number) for number, merge in enumerate(merges)]
-    for place, count in enumerate(num_evaluations):
-        values = [of_merge[place] for of_merge in by_optuna]
-        rows.append(_row("Optuna", float(count) if count > 1 else 0.0, None, values, merges))
+            add(strategy, evaluations, None, [_mean_of(merge, strategy, count, generator) for merge in merges])
+    by_optuna = [_optuna(merge, num_evaluations, number) for number, merge in enumerate(merges)]
+    for evaluations, values in zip(full, zip(*by_optuna, strict=True), strict=True):
+        add("Optuna", evaluations, None, values)
     for items in FEW_ITEMS:
-        values = [_few_items(merge, items, generator) for merge in merges]
-        share = np.mean([len(p.predicted) * items / (p.items[0].shape[1] // 2) for p in merges])
-        rows.append(_row("few items", float(share), items, values, merges))
+        share = np.mean([len(merge.predicted) * items / (merge.items[0].shape[1] // 2) for merge in merges])
+        add("few items", float(share), items, [_few_items(merge, items, generator) for merge in merges])
     return rows
 
 
@@ -106,40 +107,28 @@ def break_even(rows: Sequence[dict[str, Any]], costs: StudyCosts) -> dict[str, A
 
 def _halves(merge: CandidateArms) -> list[tuple[list[np.ndarray], np.ndarray]]:
     """(choosing items by task, (K,) scored utility), in both directions."""
-    found = []
-    for first in (True, False):
-        choosing, scored = [], []
-        for items in merge.items:
-            half = items.shape[1] // 2
-            parts = items[:, :half], items[:, half : 2 * half]
-            choosing.append(parts[0] if first else parts[1])
-            scored.append((parts[1] if first else parts[0]).mean(1))
-        found.append((choosing, np.mean(scored, axis=0)))
-    return found
+    halves = [items.shape[1] // 2 for items in merge.items]
+    first = [items[:, :half] for items, half in zip(merge.items, halves, strict=True)]
+    second = [items[:, half : 2 * half] for items, half in zip(merge.items, halves, strict=True)]
+    directions = ((first, second), (second, first))
+    return [(choosing, np.mean([items.mean(1) for items in scored], axis=0)) for choosing, scored in directions]
 
 
 def _mean_of(merge: CandidateArms, strategy: str, count: int, generator: np.random.Generator) -> tuple[float, float]:
     """Utility and regret of the best of `count` candidates; those that are predicted best, or any."""
-    size = len(merge.predicted)
-    results = []
+    results, orders = [], [np.argsort(-merge.predicted, kind="stable")]
     for choosing, scored in _halves(merge):
         measured = np.mean([items.mean(1) for items in choosing], axis=0)
-        orders = (
-            [np.argsort(-merge.predicted, kind="stable")]
-            if strategy == "predicted"
-            else [generator.permutation(size) for _ in range(NUM_DRAWS)]
-        )
-        for order in orders:
-            taken = order[:count]
+        if strategy == "random":
+            orders = [generator.permutation(len(merge.predicted)) for _ in range(NUM_DRAWS)]
+        for taken in (order[:count] for order in orders):
             results.append((scored[taken[measured[taken].argmax()]], scored.max()))
     return _utility_and_regret(results)
 
 
 def _optuna(merge: CandidateArms, counts: Sequence[int], seed: int) -> list[tuple[float, float]]:
-    """For each count, the best of that many different candidates that Optuna's TPE proposed one after the other.
-
-    The candidates are the values of one categorical parameter; a proposal that was made before costs nothing.
-    """
+    """For each count, the best of that many different candidates that Optuna's TPE proposed one after the other, as the
+    values of one categorical parameter; a proposal that was made before costs nothing."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -166,9 +155,8 @@ def _few_items(merge: CandidateArms, count: int, generator: np.random.Generator)
     results = []
     for choosing, scored in _halves(merge):
         for _ in range(NUM_DRAWS):
-            measured = np.mean(
-                [items[:, generator.permutation(items.shape[1])[:count]].mean(1) for items in choosing], axis=0
-            )
+            drawn = [items[:, generator.permutation(items.shape[1])[:count]] for items in choosing]
+            measured = np.mean([items.mean(1) for items in drawn], axis=0)
             best = np.flatnonzero(measured >= measured.max() - 1e-12)
             results.append((scored[generator.choice(best)], scored.max()))
     return _utility_and_regret(results)
@@ -177,21 +165,3 @@ def _few_items(merge: CandidateArms, count: int, generator: np.random.Generator)
 def _utility_and_regret(results: Sequence[tuple[float, float]]) -> tuple[float, float]:
     utility, best = np.mean(results, axis=0)
     return float(utility), float(best - utility)
-
-
-def _row(
-    strategy: str,
-    evaluations: float,
-    items: int | None,
-    values: Sequence[tuple[float, float]],
-    merges: Sequence[CandidateArms],
-) -> dict[str, Any]:
-    utility, regret = np.array(values).T
-    return {
-        "strategy": strategy,
-        "evaluations": evaluations,
-        "items": items,
-        "utility": float(utility.mean()),
-        "interval": resampled_interval(utility, [merge.unit for merge in merges]),
-        "regret": float(regret.mean()),
-    }

@@ -44,11 +44,7 @@ def sampled_plans(part: LoadedPart) -> list[MergePlan]:
 
 
 def write_exact(part: LoadedPart, probes: Path, path: Path) -> int:
-    """Compute the features of the last step of every sampled plan, on its members' tasks, into a JSON file.
-
-    Returns:
-        the number of plans.
-    """
+    """Features of the last step of every sampled plan, on its members' tasks, into a JSON file; how many plans."""
     evidence = read_evidence(part.table, part.catalogue, load_probe_sets(probes), SignatureStore(part.signatures))
     exact = PROPAGATORS["exact"](evidence)
     plans, rows = sampled_plans(part), []

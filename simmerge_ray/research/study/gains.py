@@ -24,11 +24,8 @@ def percentile_interval(values: np.ndarray) -> list[float]:
 
 @dataclass(frozen=True)
 class MergeScoring:
-    """Takes scores of options (N, K + 2) to GapClosed.
-
-    units: rows of each merge. samples: (S, D), how often each of the D contexts with GapClosed is in a sample of bases
-    and of their checkpoints.
-    """
+    """Takes scores of options (N, K + 2) to GapClosed. units: rows of each merge. samples: (S, D), how often each of
+    the D contexts with GapClosed is in a sample of bases and of their checkpoints."""
 
     scoring: Scoring
     units: list[list[int]]

@@ -74,9 +74,8 @@ def _by_base(scoring: Scoring, gained: np.ndarray, bases: np.ndarray) -> dict[st
         for base in sorted(set(bases.tolist()))
     }
     values = np.array(list(gains.values()))
-    half = float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    mean = float(values.mean())
-    return {"gains": gains, "mean": mean, "interval": [mean - half, mean + half]}
+    interval = student.interval(0.95, len(values) - 1, values.mean(), values.std(ddof=1) / np.sqrt(len(values)))
+    return {"gains": gains, "mean": float(values.mean()), "interval": [float(end) for end in interval]}
 
 
 def _domains(scoring: Scoring, gained: np.ndarray, samples: np.ndarray) -> dict[str, Any]:
@@ -88,12 +87,8 @@ def _domains(scoring: Scoring, gained: np.ndarray, samples: np.ndarray) -> dict[
         drawn = drawn[~np.isnan(drawn)]
         # One more than there are: a p of 0 cannot be shown by counting.
         p = (1 + int((drawn <= -MARGIN).sum())) / (1 + len(drawn))
-        found[task] = {
-            "gain": float(part.headline(gained[kept])),
-            "interval": percentile_interval(drawn),
-            "p": p,
-            "num_defined": int(kept.sum()),
-        }
+        gain, interval = float(part.headline(gained[kept])), percentile_interval(drawn)
+        found[task] = {"gain": gain, "interval": interval, "p": p, "num_defined": int(kept.sum())}
     for domain, rejected in zip(found.values(), holm([domain["p"] for domain in found.values()]), strict=True):
         domain["non_inferior"] = rejected
     return found

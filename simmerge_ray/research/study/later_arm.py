@@ -76,11 +76,8 @@ def later_arm(
 
 @dataclass(frozen=True)
 class _FrozenSelector:
-    """Selectors of the folds that know nothing of one arm.
-
-    place: of the later arm. contrasts: (N,), its own. encoded: (N, E, H) by fold. utilities: of the tested rows, by
-    fold.
-    """
+    """Selectors of the folds that know nothing of one arm, at `place` with its `contrasts` (N,). By fold, encoded:
+    (N, E, H), and utilities of the tested rows."""
 
     folds: Sequence[Fold]
     seed: int
@@ -93,11 +90,8 @@ class _FrozenSelector:
     def fitted(dataset: SelectionDataset, arm: str, folds: Sequence[Fold], config: TrainConfig) -> _FrozenSelector:
         place = dataset.arms.index(arm)
         kept = [k for k in range(len(dataset.arms)) if k != place]
-        known = replace(
-            dataset,
-            arms=tuple(dataset.arms[k] for k in kept),
-            utilities=np.ascontiguousarray(dataset.utilities[:, kept]),
-        )
+        utilities_kept = np.ascontiguousarray(dataset.utilities[:, kept])
+        known = replace(dataset, arms=tuple(dataset.arms[k] for k in kept), utilities=utilities_kept)
         _, contrasts = level_and_contrasts(dataset.utilities, kept)
         tasks = [context.task for context in dataset.contexts]
         encoded, utilities = [], []
@@ -125,17 +119,14 @@ class _FrozenSelector:
 
 def _standardised(z: np.ndarray, training: Sequence[int]) -> np.ndarray:
     """(N, E, H), each output of each network brought to mean 0 and spread 1 over the training rows."""
-    seen = z[list(training)]
-    spread = seen.std(0)
-    result: np.ndarray = (z - seen.mean(0)) / np.where(spread > 1e-9, spread, 1.0)
+    mean, spread = z[list(training)].mean(0), z[list(training)].std(0)
+    result: np.ndarray = (z - mean) / np.where(spread > 1e-9, spread, 1.0)
     return result
 
 
 def _head(z: np.ndarray, contrast: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """(n, E, H), (n,) and (m, E, H) -> (m,): ridge regression on each network's output, averaged over the networks.
-
-    The mean contrast is not shrunk, the slopes are: with few labels the arm is about as good everywhere.
-    """
+    """(n, E, H), (n,) and (m, E, H) -> (m,): ridge regression on each network's output, averaged over the networks. The
+    mean contrast is not shrunk, the slopes are: with few labels the arm is about as good everywhere."""
     mean = contrast.mean()
     predicted = []
     for member in range(z.shape[1]):

@@ -1,11 +1,13 @@
-"""Where things lie in the directory of a study, and reading what is complete."""
+"""Where things lie in the directory of a study, reading what is complete, and what is published of it."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simmerge_ray.base.storage import read_json
+from simmerge_ray.base.storage import read_json, write_atomically
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.search.labels import LabeledPlan, LabelStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
@@ -55,7 +57,7 @@ class StudyLayout:
 
 @dataclass(frozen=True)
 class LoadedPart:
-    """Everything that is known of one base and its experts. signal_seconds: that its table took."""
+    """What is known of one base and its experts. signatures: where they lie. signal_seconds: that its table took."""
 
     name: str
     catalogue: Catalogue
@@ -66,16 +68,11 @@ class LoadedPart:
 
 
 def load_part(layout: StudyLayout, name: str) -> LoadedPart:
-    """Read a part.
-
-    Raises:
-        InputError: a file is missing or broken.
-    """
-    table = read_signal_table(layout.signals(name))
-    labels = tuple(LabelStore(layout.labels(name)).read())
-    signatures = str(layout.signals(name).parent / "signatures")
-    seconds = read_json(layout.signals(name).with_suffix(".json"))["seconds"]
-    return LoadedPart(name, load_catalogue(layout.catalogue(name)), table, labels, signatures, float(seconds))
+    """Read a part; InputError if a file is missing or broken."""
+    signals, labels = layout.signals(name), tuple(LabelStore(layout.labels(name)).read())
+    table, seconds = read_signal_table(signals), float(read_json(signals.with_suffix(".json"))["seconds"])
+    signatures = str(signals.parent / "signatures")
+    return LoadedPart(name, load_catalogue(layout.catalogue(name)), table, labels, signatures, seconds)
 
 
 def probe_variants(probes: Path) -> dict[str, dict[str, bytes]]:
@@ -85,3 +82,16 @@ def probe_variants(probes: Path) -> dict[str, dict[str, bytes]]:
     variants = {str(count): {name: b"".join(lines[name][:count]) for name in names} for count in NUM_PROBES_TRIED}
     following = dict(zip(names, [*names[1:], *names[:1]], strict=True))
     return variants | {WRONG_DOMAIN: {name: b"".join(lines[following[name]]) for name in names}}
+
+
+def export_dataset(parts: Sequence[LoadedPart], directory: Path) -> Path:
+    """Write `labels.parquet` (returned) and `signals/<part>.parquet`, a data set as `simmerge train` takes it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        store = LabelStore(scratch)
+        store.append([label for part in parts for label in part.labels])
+        store.compact()
+        (made,) = Path(scratch).glob("*.parquet")
+        write_atomically(directory / "labels.parquet", made.read_bytes())
+    for part in parts:
+        part.table.write(directory / "signals" / f"{part.name}.parquet")
+    return directory / "labels.parquet"

@@ -48,7 +48,6 @@ class MeasuredFold:
 
     @property
     def arm(self) -> str | None:
-        """The arm of all steps; None where they differ."""
         return single_arm(self.plan)
 
 
@@ -71,12 +70,11 @@ def candidates(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[Meas
     """The folds of three and more checkpoints that were measured on all of their members' tasks."""
     assert catalogue.base is not None
     utilities = unmerged_utilities(labels)
-    found = []
-    for plan, by_task in measured_merges(labels, catalogue).items():
-        if (weighting := weighting_of(plan)) is not None:
-            pooled = pooled_utility(by_task, utilities, catalogue)
-            found.append(MeasuredFold(catalogue.base.id, plan, weighting, by_task, pooled))
-    return found
+    return [
+        MeasuredFold(catalogue.base.id, plan, weighting, by_task, pooled_utility(by_task, utilities, catalogue))
+        for plan, by_task in measured_merges(labels, catalogue).items()
+        if (weighting := weighting_of(plan)) is not None
+    ]
 
 
 def measured_merges(labels: Iterable[LabeledPlan], catalogue: Catalogue) -> dict[MergePlan, dict[str, float]]:
@@ -146,7 +144,6 @@ def compare(
     groups: Mapping[Group, Mapping[str, list[MeasuredFold]]],
     utilities: Mapping[str, Utilities],
     own_task: Mapping[str, str | None],
-    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Each policy beside the predicted plan, over the groups that have both.
 
@@ -161,26 +158,18 @@ def compare(
     names = sorted({name for chosen in groups.values() for name in chosen}, key=lambda name: (name != PREDICTED, name))
     rows = []
     for name in names:
-        known = [
-            (key, chosen) for key, chosen in sorted(groups.items()) if name in chosen and not _missing(chosen, name)
-        ]
+        both = [(key, chosen) for key, chosen in sorted(groups.items()) if name in chosen]
+        known = [(key, chosen) for key, chosen in both if not np.isnan(_mean(chosen[name]) + _mean(chosen[PREDICTED]))]
         if not known:
             continue
         values = np.array([_mean(chosen[name]) for _, chosen in known])
         ahead = np.array([_mean(chosen[PREDICTED]) for _, chosen in known]) - values
         tasks = [_against_members(key, chosen[name], utilities[key[0]], own_task) for key, chosen in known]
-        of_expert, of_rest = (np.concatenate(part) for part in zip(*tasks, strict=True))
-        rows.append(
-            {
-                "policy": name,
-                "num_groups": len(known),
-                "pooled": float(values.mean()),
-                "difference": float(ahead.mean()),
-                "interval": resampled_interval(ahead, [(key[0], key[1]) for key, _ in known], seed),
-                "degradation": float(100 * of_expert[:, 0].sum() / of_expert[:, 1].sum()),
-                "auxiliary_gain": float(100 * of_rest[:, 0].sum() / of_rest[:, 1].sum()),
-            }
-        )
+        sums = [np.concatenate(part).sum(0) for part in zip(*tasks, strict=True)]
+        of_expert, of_rest = (float(100 * difference / reference) for difference, reference in sums)
+        row = {"policy": name, "num_groups": len(known), "pooled": float(values.mean())}
+        row |= {"difference": float(ahead.mean()), "interval": resampled_interval(ahead, [key[:2] for key, _ in known])}
+        rows.append(row | {"degradation": of_expert, "auxiliary_gain": of_rest})
     return rows
 
 
@@ -188,34 +177,22 @@ def _mean(chosen: Sequence[MeasuredFold]) -> float:
     return float(np.mean([fold.pooled for fold in chosen]))
 
 
-def _missing(chosen: Mapping[str, list[MeasuredFold]], name: str) -> bool:
-    return bool(np.isnan(_mean(chosen[name])) or np.isnan(_mean(chosen[PREDICTED])))
-
-
 def _against_members(
-    key: Group,
-    chosen: Sequence[MeasuredFold],
-    utilities: Utilities,
-    own_task: Mapping[str, str | None],
+    key: Group, chosen: Sequence[MeasuredFold], utilities: Utilities, own_task: Mapping[str, str | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(T, 2) each: difference and reference, against the best member on each task and the mean of the others."""
     expert, rest = [], []
     for task in sorted({task for name in key[1] if (task := own_task[name])}):
         known = sorted((utilities[task][name] for name in key[1]), reverse=True)
         merged = float(np.mean([fold.by_task[task] for fold in chosen]))
-        others = float(np.mean(known[1:]))
         expert.append((merged - known[0], known[0]))
-        rest.append((merged - others, others))
+        rest.append((merged - np.mean(known[1:]), np.mean(known[1:])))
     return np.array(expert), np.array(rest)
 
 
-def resampled_interval(values: np.ndarray, units: Sequence[tuple[str, tuple[str, ...]]], seed: int = 0) -> list[float]:
-    """95 % interval of the mean by drawing bases, then subsets of each, with replacement.
-
-    Args:
-        units: base and subset of each value; values of one subset stay together.
-    """
-    generator = np.random.default_rng(seed)
+def resampled_interval(values: np.ndarray, units: Sequence[tuple[str, tuple[str, ...]]]) -> list[float]:
+    """95 % interval of the mean by drawing bases, then subsets of each (`units` of the values), with replacement."""
+    generator = np.random.default_rng(0)
     by_base: dict[str, dict[tuple[str, ...], list[float]]] = {}
     for value, (base, subset) in zip(values, units, strict=True):
         by_base.setdefault(base, {}).setdefault(subset, []).append(float(value))

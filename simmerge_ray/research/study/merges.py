@@ -28,18 +28,11 @@ def labelled_pairs(catalogue: Catalogue) -> list[MergePlan]:
 
 
 def draw_subsets(catalogue: Catalogue, size: int, num: int, seed: int) -> list[tuple[str, ...]]:
-    """Different subsets, drawn at random among those with as many domains as their size allows.
-
-    With fewer of them than asked for, all are taken.
-    """
+    """At most `num` subsets, drawn at random among those with as many domains as their size allows."""
     num_domains = min(size, len({catalogue.own_task[name] for name in catalogue.ids}))
-    subsets = [
-        subset
-        for subset in combinations(sorted(catalogue.ids), size)
-        if len({catalogue.own_task[name] for name in subset}) == num_domains
-    ]
-    generator = random.Random(f"subsets/{seed}/{size}")
-    return sorted(generator.sample(subsets, min(num, len(subsets))))
+    every = combinations(sorted(catalogue.ids), size)
+    subsets = [subset for subset in every if len({catalogue.own_task[name] for name in subset}) == num_domains]
+    return sorted(random.Random(f"subsets/{seed}/{size}").sample(subsets, min(num, len(subsets))))
 
 
 def ordered_by_utility(members: Sequence[str], catalogue: Catalogue, utilities: Utilities) -> list[str]:
@@ -59,33 +52,26 @@ def plans_of(
     """
     generator = random.Random("/".join([str(seed), *sorted(members)]))
     expert_last = ordered_by_utility(members, catalogue, utilities)
-    found: dict[str, MergePlan] = {}
+    found: list[MergePlan] = []
     for weighting in WEIGHTINGS:
         orders = [expert_last, *(generator.sample(sorted(members), len(members)) for _ in range(num_orders))]
-        plans = [
+        found += [
             fold_plan(order, [arm], weighting)
             for arm in REFERENCE_ARMS
             for order in (orders[:1] if arm.operator == "linear" and weighting == "equal" else orders)
         ]
         for _ in range(num_mixed):
             order = generator.sample(sorted(members), len(members))
-            plans.append(fold_plan(order, generator.choices(REFERENCE_ARMS, k=len(members) - 1), weighting))
-        for plan in plans:
-            found.setdefault(plan.id, plan)
-    return list(found.values())
+            found.append(fold_plan(order, generator.choices(REFERENCE_ARMS, k=len(members) - 1), weighting))
+    return list({plan.id: plan for plan in found}.values())
 
 
 def every_subset(members: Sequence[str], num_plans: int, seed: int) -> list[MergePlan]:
-    """For every subset of two or more of a small catalogue, plans with equal weights: random orders and arms.
-
-    The first plan of every subset is the equal-weight linear merge.
-    """
+    """For every subset of two or more, plans with equal weights: the linear merge, then random orders and arms."""
     generator = random.Random(f"every subset/{seed}")
-    found: dict[str, MergePlan] = {}
+    found: list[MergePlan] = []
     for size in range(2, len(members) + 1):
         for subset in combinations(sorted(members), size):
-            plans = [fold_plan(subset, [REFERENCE_ARMS[0]])]
-            plans += [fold_plan(generator.sample(subset, size), [arm]) for arm in REFERENCE_ARMS[1:num_plans]]
-            for plan in plans:
-                found.setdefault(plan.id, plan)
-    return list(found.values())
+            found.append(fold_plan(subset, [REFERENCE_ARMS[0]]))
+            found += [fold_plan(generator.sample(subset, size), [arm]) for arm in REFERENCE_ARMS[1:num_plans]]
+    return list({plan.id: plan for plan in found}.values())

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.base.markdown import table_lines, with_interval
+import numpy as np
+
+from simmerge_ray.base.markdown import percent, table_lines, with_interval
 from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.reports.figures import legend_below, new_figure, save_figure
 from simmerge_ray.research.study.headline import CLAIMED_GAIN, MARGIN
@@ -42,19 +44,10 @@ def counts_lines(found: Mapping[str, Any]) -> list[str]:
     rows = found["rows"]
     sizes = sorted({size for row in rows for size in row["merges"]}, key=int)
     header = ("base", "checkpoints", *(f"{size}-way" for size in sizes), "labels", "hours")
-    table = [
-        (
-            row["base"],
-            row["checkpoints"],
-            *(row["merges"].get(size, 0) for size in sizes),
-            row["labels"],
-            f"{row['seconds'] / 3600:.2f}",
-        )
-        for row in rows
-    ]
-    sums = [sum(int(row[column]) for row in table) for column in range(1, len(header) - 1)]
-    hours = f"{sum(row['seconds'] for row in rows) / 3600:.2f}"
-    return table_lines(header, [*table, ("all", *sums, hours)])
+    counts = [[row["checkpoints"], *(row["merges"].get(size, 0) for size in sizes), row["labels"]] for row in rows]
+    hours = [row["seconds"] / 3600 for row in rows]
+    table = [(row["base"], *of, f"{one:.2f}") for row, of, one in zip(rows, counts, hours, strict=True)]
+    return table_lines(header, [*table, ("all", *map(sum, zip(*counts, strict=True)), f"{sum(hours):.2f}")])
 
 
 def primary_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
@@ -62,7 +55,7 @@ def primary_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
     asked = f"at least {100 * CLAIMED_GAIN:.0f} points with the whole interval above 0"
     verdict = "**The claim holds**" if found["claimed"] else "**The claim is not earned**"
     by_base, oracle = found["by_base"], found["oracle"]
-    share = "" if oracle["share"] is None else f", {100 * oracle['share']:.0f} % of it"
+    share = "" if oracle["share"] is None else f", {percent(oracle['share'])} of it"
     lines = [
         f"{verdict} ({asked}): the selector gains {_points(found['gain'], found['interval'])} points of GapClosed over "
         f"the best fixed arm ({', '.join(found['best_fixed'])}), one arm per merge, {found['num_merges']} merges, "
@@ -75,28 +68,19 @@ def primary_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
     ]
     lines += table_lines(("base", "gain in points"), [(b, f"{100 * g:+.1f}") for b, g in by_base["gains"].items()])
     lines += ["", f"Not worse by {100 * MARGIN:.0f} points or more, by domain (Holm over the domains):", ""]
-    lines += table_lines(
-        ("domain", "gain in points", "contexts", "p", "non-inferior"),
-        [
-            (
-                task,
-                _points(one["gain"], one["interval"]),
-                one["num_defined"],
-                f"{one['p']:.4f}",
-                "yes" if one["non_inferior"] else "not shown",
-            )
-            for task, one in found["domains"].items()
-        ],
-    )
+    domains = []
+    for task, one in found["domains"].items():
+        shown = "yes" if one["non_inferior"] else "not shown"
+        domains.append((task, _points(one["gain"], one["interval"]), one["num_defined"], f"{one['p']:.4f}", shown))
+    lines += table_lines(("domain", "gain in points", "contexts", "p", "non-inferior"), domains)
     figure, axes = new_figure(6, 3.2)
     axis, names = axes[0][0], sorted(by_base["gains"], key=lambda name: (len(name), name))  # s2 before s10
-    gains = {name.removesuffix("-base"): by_base["gains"][name] for name in names}
-    axis.bar(range(len(gains)), [100 * gain for gain in gains.values()], color="0.6")
+    axis.bar(range(len(names)), [100 * by_base["gains"][name] for name in names], color="0.6")
     low, high = (100 * end for end in found["interval"])
     axis.axhspan(low, high, color="tab:blue", alpha=0.15, label="95 % interval of the mean")
     axis.axhline(100 * found["gain"], c="tab:blue", lw=1.2, label="all bases")
     axis.axhline(0, c="black", lw=0.6)
-    axis.set_xticks(range(len(gains)), list(gains), fontsize=8)
+    axis.set_xticks(range(len(names)), [name.removesuffix("-base") for name in names], fontsize=8)
     axis.set_ylabel("gain over best fixed, points")
     legend_below(axis)
     path = save_figure(figure, directory, "study-gain.png")
@@ -105,31 +89,22 @@ def primary_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
 
 def probe_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The primary test with other probes."""
-    return table_lines(
-        ("probes of each task", "gain in points"),
-        [(row["probes"], _points(row["gain"], row["interval"])) for row in rows],
-    )
+    gains = [(row["probes"], _points(row["gain"], row["interval"])) for row in rows]
+    return table_lines(("probes of each task", "gain in points"), gains)
 
 
 def longer_lines(longer: Mapping[str, Any]) -> list[str]:
     """Plans of three and more: every policy beside the predicted plan, ranks, and aggregates."""
     lines = []
+    header = ("policy", "pooled utility", "predicted plan ahead by", "expert degradation %", "auxiliary gain %")
     tables = {name: rows for name, rows in longer["tables"].items() if name.startswith(_SHOWN) or "all, both" in name}
     for name, rows in sorted(tables.items(), key=lambda item: _order(item[0])):
-        lines += ["", f"**{name}** ({max(row['num_groups'] for row in rows)} groups)", ""]
-        lines += table_lines(
-            ("policy", "pooled utility", "predicted plan ahead by", "expert degradation %", "auxiliary gain %"),
-            [
-                (
-                    row["policy"],
-                    f"{row['pooled']:.3f}",
-                    _lead(row),
-                    f"{row['degradation']:+.1f}",
-                    f"{row['auxiliary_gain']:+.1f}",
-                )
-                for row in rows
-            ],
-        )
+        table = []
+        for row in rows:
+            ahead = with_interval(row["difference"], row["interval"], signed=True)
+            of_sums = (f"{row[what]:+.1f}" for what in ("degradation", "auxiliary_gain"))
+            table.append((row["policy"], row["pooled"], "" if row["policy"] == "predicted" else ahead, *of_sums))
+        lines += ["", f"**{name}** ({max(row['num_groups'] for row in rows)} groups)", "", *table_lines(header, table)]
     taus = [
         (name, size, with_interval(row["tau"], row["interval"], signed=True), row["num_groups"])
         for name, sizes in longer["tau"].items()
@@ -137,10 +112,9 @@ def longer_lines(longer: Mapping[str, Any]) -> list[str]:
     ]
     lines += ["", "Kendall's tau of predicted and measured, within a subset and weighting:", ""]
     lines += table_lines(("propagator", "checkpoints", "tau", "groups"), taus)
-    aggregates = longer["aggregates"]
     lines += ["", "Pooled utility of the predicted plan, by what is predicted (`last` is what was planned):", ""]
     columns = ("last", "mean", "sum")
-    rows = [(name, *(f"{values[column]:.3f}" for column in columns)) for name, values in aggregates.items()]
+    rows = [(name, *(of[column] for column in columns)) for name, of in longer["aggregates"].items()]
     return lines + table_lines(("propagator", *columns), rows)
 
 
@@ -151,26 +125,22 @@ def subset_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     regret = {(row["size"], row["policy"]): row["regret"] for row in rows}
     return table_lines(
         ("policy", *(f"{size} checkpoints" if size != "any" else "any number" for size in sizes)),
-        [(policy, *(f"{regret[size, policy]:.3f}" for size in sizes)) for policy in policies],
+        [(policy, *(regret[size, policy] for size in sizes)) for policy in policies],
     )
 
 
 def transfer_lines(found: Mapping[str, Any]) -> list[str]:
     """The larger base."""
-    lines = table_lines(
-        ("policy", "GapClosed"), [(name, f"{value:.3f}") for name, value in found["gap_closed"].items()]
-    )
+    lines = table_lines(("policy", "GapClosed"), list(found["gap_closed"].items()))
     gains = [(name, _points(one["gain"], one["interval"])) for name, one in found["gains"].items()]
     lines += ["", *table_lines(("difference", "gain in points"), gains)]
-    share = found["share"]
-    said = (
-        "has no meaning: a selector that was trained there gains nothing" if share is None else f"{100 * share:.0f} %"
-    )
+    nothing = "has no meaning: a selector that was trained there gains nothing"
+    said = nothing if found["share"] is None else percent(found["share"])
     return [
         *lines,
         "",
         f"Share of the gain of a selector that was trained there: {said}. {found['num_defined']} of "
-        f"{found['num_merges']} merges have a gap; {100 * found['unlike']:.0f} % are unlike the small bases' merges.",
+        f"{found['num_merges']} merges have a gap; {percent(found['unlike'])} are unlike the small bases' merges.",
     ]
 
 
@@ -178,14 +148,10 @@ def later_lines(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """Operators that came later."""
     lines: list[str] = []
     for arm, rows in found.items():
+        gains = [_points(row["gain"], row["gain_interval"]) for row in rows]
         shown = [
-            (
-                row["num_labels"],
-                f"{row['gap_closed']:.3f}",
-                _points(row["gain"], row["gain_interval"]),
-                f"{100 * row['chosen']:.0f} %",
-            )
-            for row in rows
+            (row["num_labels"], row["gap_closed"], gain, percent(row["chosen"]))
+            for row, gain in zip(rows, gains, strict=True)
         ]
         lines += ["", f"**{arm}**", "", *table_lines(("labels", "GapClosed", "gain in points", "chosen"), shown)]
     return lines[1:]
@@ -201,13 +167,11 @@ def budget_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
         some = [row for row in rows if row["strategy"] == strategy]
         # Side by side, since intervals of the same number of evaluations would hide each other.
         x, y = [row["evaluations"] + 0.04 * (place - 1) for row in some], [row["utility"] for row in some]
-        low = [row["utility"] - row["interval"][0] for row in some]
-        high = [row["interval"][1] - row["utility"] for row in some]
-        axis.errorbar(x, y, yerr=[low, high], marker=marker, capsize=3, label=strategy)
-        for row in some:
+        ends = np.abs(np.array([row["interval"] for row in some]).reshape(-1, 2).T - y)
+        axis.errorbar(x, y, yerr=ends, marker=marker, capsize=3, label=strategy)
+        for row, *where in zip(some, x, y, strict=True):
             if row["items"]:
-                where, offset = (row["evaluations"] + 0.04 * (place - 1), row["utility"]), (8, -4)
-                axis.annotate(f"{row['items']} items", where, offset, textcoords="offset points", fontsize=8)
+                axis.annotate(f"{row['items']} items", where, (8, -4), textcoords="offset points", fontsize=8)
     axis.set_xlabel("evaluations of a merge (full ones)")
     axis.set_ylabel("utility of what is chosen")
     legend_below(axis)
@@ -228,15 +192,9 @@ def budget_lines(found: Mapping[str, Any], directory: Path) -> list[str]:
     return [f"![Utility of what is chosen, against evaluations]({path.name})", "", said]
 
 
-def _lead(row: Mapping[str, Any]) -> str:
-    if row["policy"] == "predicted":
-        return ""
-    return with_interval(row["difference"], row["interval"], signed=True)
-
-
 def _order(name: str) -> tuple[int, str]:
-    propagator = name.split(",")[0]
-    return (_PROPAGATORS.index(propagator) if propagator in _PROPAGATORS else len(_PROPAGATORS), name)
+    order = {propagator: place for place, propagator in enumerate(_PROPAGATORS)}
+    return order.get(name.split(",")[0], len(order)), name
 
 
 def _points(value: float, interval: Sequence[float]) -> str:

@@ -36,11 +36,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Power:
-    """What a study of a size finds: how often the lower end of the 95 % interval is above 0, and its mean half-width.
-
-    error: standard deviation of the estimate over simulated studies, beside which half_width says whether the interval
-    is honest (1.96 x error).
-    """
+    """What a study of a size finds: how often the lower end of the 95 % interval is above 0, its mean half-width, and
+    the standard deviation of the estimate over simulated studies (an honest half-width is 1.96 x this error)."""
 
     num_bases: int
     num_experts: int
@@ -68,13 +65,8 @@ def pilot_gains(dataset: SelectionDataset, config: TrainConfig) -> tuple[list[fl
 
 
 def estimate_spread(gains: Sequence[float], pairs: Sequence[Pair]) -> Spread:
-    """Moments of the gains (num_merges,) of a pilot.
-
-    Two merges that share a checkpoint covary by the variance of its effect; estimated over all such pairs of merges.
-
-    Raises:
-        LabelError: too few merges.
-    """
+    """Moments of the gains (num_merges,) of a pilot: two merges that share a checkpoint covary by the variance of its
+    effect. LabelError if they are too few."""
     if len(gains) < _MIN_MERGES:
         raise LabelError(f"{len(gains)} merges are too few for a power simulation; at least {_MIN_MERGES} are needed")
     values = np.asarray(gains, dtype=np.float64)
@@ -95,36 +87,21 @@ def simulate_power(
     num_resamples: int = 400,
     seed: int = 0,
 ) -> Power:
-    """Draw studies and analyse each as the real one: intervals by resampling bases, then checkpoints.
-
-    Args:
-        num_experts: of each base, spread evenly over the domains; cross-domain pairs are merged. mean: the true gain.
-    """
+    """Draw studies and analyse each as the real one: intervals by resampling bases, then checkpoints. num_experts: of
+    each base, spread evenly over the domains; cross-domain pairs are merged. mean: the true gain."""
     generator = np.random.default_rng(seed)
     experts = [(base, number) for base in range(num_bases) for number in range(num_experts)]
     pairs = [(a, b) for a, b in combinations(experts, 2) if a[0] == b[0] and a[1] % NUM_DOMAINS != b[1] % NUM_DOMAINS]
     place = {expert: index for index, expert in enumerate(experts)}
-    left, right = (np.array([place[pair[side]] for pair in pairs]) for side in (0, 1))
-    bases = np.array([pair[0][0] for pair in pairs])
+    left, right = np.array([(place[a], place[b]) for a, b in pairs]).T
+    bases = np.array([base for (base, _), _ in pairs])
     effects = generator.standard_normal((num_studies, len(experts))) * spread.checkpoint
     gains = mean + (generator.standard_normal((num_studies, num_bases)) * base_sd)[:, bases]
     gains += effects[:, left] + effects[:, right] + generator.standard_normal((num_studies, len(pairs))) * spread.rest
     names = {expert: f"{expert[0]}-{expert[1]}" for expert in experts}
-    weights = resampled_weights(
-        [(names[a], names[b]) for a, b in pairs],
-        {names[expert]: str(expert[0]) for expert in experts},
-        num_resamples,
-        seed,
-    )
+    base_of = {name: str(base) for (base, _), name in names.items()}
+    weights = resampled_weights([(names[a], names[b]) for a, b in pairs], base_of, num_resamples, seed)
     weights = weights[weights.sum(1) > 0]
-    estimates = gains.mean(1)
-    resampled = gains @ weights.T / weights.sum(1)
-    low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
-    return Power(
-        num_bases,
-        num_experts,
-        base_sd,
-        float((low > 0).mean()),
-        float((high - low).mean() / 2),
-        float(estimates.std(ddof=1)),
-    )
+    low, high = np.quantile(gains @ weights.T / weights.sum(1), [0.025, 0.975], axis=1)
+    power, half_width, error = (low > 0).mean(), (high - low).mean() / 2, gains.mean(1).std(ddof=1)
+    return Power(num_bases, num_experts, base_sd, float(power), float(half_width), float(error))

@@ -12,15 +12,8 @@ from typing import Any
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import InputError, LabelError
 from simmerge_ray.base.storage import Manifest, digest_file, digest_json, read_json, write_json
-from simmerge_ray.research.study.analysis import (
-    ARMS,
-    PropagatorMaker,
-    bases_of,
-    bought,
-    joined,
-    propagators,
-    subset_choice,
-)
+from simmerge_ray.research.study import analysis
+from simmerge_ray.research.study.analysis import ARMS, PropagatorMaker, bases_of, joined
 from simmerge_ray.research.study.exact_sample import RecordedExact, sampled_part
 from simmerge_ray.research.study.headline import primary_test
 from simmerge_ray.research.study.later_arm import later_arm
@@ -36,7 +29,6 @@ from simmerge_ray.signals.table import read_signal_table
 
 _SCHEMA = 1
 _FULL = 6  # checkpoints of the catalogue of which every subset is labelled
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,11 +42,7 @@ class StudyData:
 
     @staticmethod
     def load(layout: StudyLayout, config: TrainConfig) -> StudyData:
-        """Read every base that has signals and labels.
-
-        Raises:
-            InputError: a file is missing or broken.
-        """
+        """Read every base that has signals and labels; InputError where a file is missing or broken."""
         parts = [load_part(layout, name) for name in layout.parts()]
         small, large = ([part for part in parts if (part.name[0] == "s") is wanted] for wanted in (True, False))
         return StudyData(layout, tuple(small), tuple(large), config)
@@ -74,12 +62,10 @@ class StudyData:
         found = {}
         for part in (*self.small, *self.large):
             found[f"labels {part.name}"] = digest_json(sorted((one.key, one.seconds) for one in part.labels))
+            files = {f"exact {part.name}": self.layout.exact(part.name)}
             for variant in ("", *PROBE_VARIANTS):
-                path = self.layout.signals(part.name, variant)
-                if path.exists():
-                    found[f"signals {part.name} {variant}".strip()] = digest_file(path)
-            if self.layout.exact(part.name).exists():
-                found[f"exact {part.name}"] = digest_file(self.layout.exact(part.name))
+                files[f"signals {part.name} {variant}".strip()] = self.layout.signals(part.name, variant)
+            found |= {name: digest_file(path) for name, path in files.items() if path.exists()}
         return found
 
 
@@ -89,22 +75,16 @@ def _counts(data: StudyData) -> dict[str, Any]:
     for part in (*data.small, *data.large):
         merges = measured_merges(part.labels, part.catalogue)
         sizes = [len(plan.members) for plan in merges]
-        rows.append(
-            {
-                "base": part.name,
-                "checkpoints": len(part.catalogue.ids),
-                "merges": {str(size): sizes.count(size) for size in sorted(set(sizes))},
-                "labels": len(part.labels),
-                "seconds": sum(label.seconds for label in part.labels),
-                "utilities": unmerged_utilities(part.labels),
-            }
-        )
+        by_size = {str(size): sizes.count(size) for size in sorted(set(sizes))}
+        row = {"base": part.name, "checkpoints": len(part.catalogue.ids), "merges": by_size, "labels": len(part.labels)}
+        seconds = sum(label.seconds for label in part.labels)
+        rows.append(row | {"seconds": seconds, "utilities": unmerged_utilities(part.labels)})
     return {"rows": rows}
 
 
 def _longer(data: StudyData, parts: Sequence[LoadedPart] | None = None, **more: PropagatorMaker) -> dict[str, Any]:
     """`longer_plans` with the propagators that need no probes, and more."""
-    return longer_plans(parts or data.small, data.dataset, data.base_of, data.config, propagators() | more)
+    return longer_plans(parts or data.small, data.dataset, data.base_of, data.config, analysis.propagators() | more)
 
 
 def _probes(data: StudyData) -> list[dict[str, Any]]:
@@ -126,7 +106,7 @@ def _subsets(data: StudyData) -> list[dict[str, Any]]:
             labelled_choices(part.labels, part.catalogue, members, ARMS)
         except LabelError:  # a six-way subset of the longer plans: its pairs are not all labelled
             continue
-        rows: list[dict[str, Any]] = subset_choice(part, members, data.dataset, data.config)
+        rows: list[dict[str, Any]] = analysis.subset_choice(part, members, data.dataset, data.config)
         return rows
     raise InputError(f"no catalogue of six of {part.name} has labels of all of its subsets")
 
@@ -166,20 +146,15 @@ SECTIONS: Mapping[str, Callable[[StudyData], Any]] = {
     "transfer": _transfer,
     "probes": _probes,
     "later": _new_operators,
-    "evaluations": lambda data: bought(data.small, data.dataset, data.base_of, data.config),
+    "evaluations": lambda data: analysis.bought(data.small, data.dataset, data.base_of, data.config),
 }
 
 
-def analyse(data: StudyData, directory: Path, tell: Tell, names: Sequence[str] = tuple(SECTIONS)) -> dict[str, Any]:
+def analyse(data: StudyData, directory: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     """Compute the sections, each into `directory/<name>.json`; what is current is read. A section that cannot be
-    computed has a `reason` instead.
-
-    Raises:
-        InputError: there are no labels.
-    """
-    inputs, found = data.inputs(), {}
-    kept = data.config.model_dump(mode="json")
-    for name in names:
+    computed has a `reason` instead."""
+    inputs, kept, found = data.inputs(), data.config.model_dump(mode="json"), {}
+    for name, section in SECTIONS.items():
         manifest, path = Manifest(name, kept, inputs, _SCHEMA), directory / f"{name}.json"
         manifest_path = directory / f"{name}.manifest.json"
         if path.exists() and manifest.is_current(manifest_path):
@@ -187,7 +162,7 @@ def analyse(data: StudyData, directory: Path, tell: Tell, names: Sequence[str] =
             continue
         started = time.monotonic()
         try:
-            found[name] = SECTIONS[name](data)
+            found[name] = section(data)
         except InputError as error:
             found[name] = {"reason": str(error)}
         write_json(path, found[name])

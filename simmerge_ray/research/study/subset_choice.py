@@ -12,12 +12,7 @@ import numpy as np
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.plan import MergePlan
-from simmerge_ray.research.study.longer import (
-    Utilities,
-    measured_merges,
-    single_arm,
-    unmerged_utilities,
-)
+from simmerge_ray.research.study.longer import Utilities, measured_merges, single_arm, unmerged_utilities
 from simmerge_ray.search.labels import LabeledPlan
 from simmerge_ray.signals.table import SignalTable
 
@@ -44,11 +39,8 @@ class SubsetMerge:
 def labelled_choices(
     labels: Sequence[LabeledPlan], catalogue: Catalogue, members: Sequence[str], arms: Sequence[str]
 ) -> list[SubsetMerge]:
-    """The merges among `members` by the given arms that were measured on all of their own tasks.
-
-    Raises:
-        LabelError: a subset of two or more has no label.
-    """
+    """The merges among `members` by the given arms that were measured on all of their own tasks; LabelError if a subset
+    of two or more has none."""
     utilities = unmerged_utilities(labels)
     found = [
         SubsetMerge(plan, relative)
@@ -57,11 +49,10 @@ def labelled_choices(
         and {step.arm.label for step in plan.steps} <= set(arms)
         and not np.isnan(relative := relative_utility(by_task, utilities, catalogue))
     ]
-    known = {choice.subset for choice in found}
-    for size in range(2, len(members) + 1):
-        for subset in combinations(sorted(members), size):
-            if subset not in known:
-                raise LabelError(f"no merge of {' + '.join(subset)} was measured on all of their tasks")
+    known, sizes = {choice.subset for choice in found}, range(2, len(members) + 1)
+    for subset in (subset for size in sizes for subset in combinations(sorted(members), size)):
+        if subset not in known:
+            raise LabelError(f"no merge of {' + '.join(subset)} was measured on all of their tasks")
     return found
 
 
@@ -71,19 +62,16 @@ def relative_utility(by_task: Mapping[str, float], utilities: Utilities, catalog
     What subsets of different tasks reach is not comparable before. (`longer.pooled_utility`, the share of the way from
     the base, is undefined where the base is as good as its experts, as the first base of the study is.)
     """
-    shares = []
-    for task, utility in by_task.items():
-        best = max(utilities[task][name] for name in catalogue.ids)
-        if best > 0:
-            shares.append(utility / best)
+    best = {task: max(utilities[task][name] for name in catalogue.ids) for task in by_task}
+    shares = [utility / best[task] for task, utility in by_task.items() if best[task] > 0]
     return float(np.mean(shares)) if shares else float("nan")
 
 
 def relative_prediction(
-    by_task: Mapping[str, tuple[float, float]], utilities: Utilities, catalogue: Catalogue, caution: float = 1.0
+    by_task: Mapping[str, tuple[float, float]], utilities: Utilities, catalogue: Catalogue
 ) -> float:
-    """Predicted utilities (value, spread) less `caution` spreads, taken relative like measured ones."""
-    return relative_utility({task: u - caution * sd for task, (u, sd) in by_task.items()}, utilities, catalogue)
+    """Predicted utilities (value, spread) less their spreads, taken relative like measured ones."""
+    return relative_utility({task: u - sd for task, (u, sd) in by_task.items()}, utilities, catalogue)
 
 
 def compare_subsets(
@@ -108,7 +96,11 @@ def compare_subsets(
     """
     rows = []
     sizes = sorted({len(choice.subset) for choice in choices})
-    individually = _individual(choices, utilities, catalogue)
+    names = {name for choice in choices for name in choice.subset}
+    individually = {
+        name: relative_utility({task: of_task[name] for task, of_task in utilities.items()}, utilities, catalogue)
+        for name in names
+    }
     for size in [*sizes, None]:
         some = [choice for choice in choices if size is None or len(choice.subset) == size]
         best = max(choice.relative for choice in some)
@@ -125,15 +117,8 @@ def compare_subsets(
         }
         for name, (subset, taken) in policies.items():
             relative = float(np.mean([choice.relative for choice in taken]))
-            rows.append(
-                {
-                    "size": ANY_SIZE if size is None else size,
-                    "policy": name,
-                    "chosen": list(subset),
-                    "relative": relative,
-                    "regret": best - relative,
-                }
-            )
+            row = {"size": ANY_SIZE if size is None else size, "policy": name, "chosen": list(subset)}
+            rows.append(row | {"relative": relative, "regret": best - relative})
     return rows
 
 
@@ -146,11 +131,3 @@ def _by_arm(choices: Sequence[SubsetMerge], subset: tuple[str, ...], arm: str) -
 def _similarity(table: SignalTable, subset: tuple[str, ...]) -> float:
     task = table.tasks[0]  # weights are the same for every task
     return float(np.mean([table.get(a, b, task).features[SIMILARITY] for a, b in combinations(subset, 2)]))
-
-
-def _individual(choices: Sequence[SubsetMerge], utilities: Utilities, catalogue: Catalogue) -> dict[str, float]:
-    names = sorted({name for choice in choices for name in choice.subset})
-    return {
-        name: relative_utility({task: utilities[task][name] for task in utilities}, utilities, catalogue)
-        for name in names
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from simmerge_ray.selector.assessment.crossval import predict_unseen
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.scoring import GAP_CLOSED, Scoring, keeping_no_parent
 from simmerge_ray.selector.data.splits import pairs_of
-from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.novelty import fit_novelty
 from simmerge_ray.selector.models.train import fit_models
 
@@ -48,7 +47,11 @@ def transfer(
     num_arms = len(large.arms)
     fixed = _one_arm(Scoring.of(small.contexts, small.arms).best_fixed(num_arms), large.utilities.shape)
     transferred = model.predict(large.features, tasks)[0]
-    unlike = _unlike(model, small, large, units, config)
+    novelty = fit_novelty(model.standardised(small.features), pairs_of(small.contexts), config.novelty_quantile)
+    far = novelty.distances(model.standardised(large.features)) > novelty.limit
+    unlike = np.zeros(len(far), dtype=bool)  # (N,): contexts of merges that are far on one of their tasks
+    for rows in units:
+        unlike[rows] = far[rows].any()
     scores = {
         "transferred": transferred,
         "abstaining": np.where(unlike[:, None], fixed, transferred),
@@ -77,19 +80,3 @@ def transfer(
 
 def _one_arm(column: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.tile(np.eye(shape[1])[column], (shape[0], 1))
-
-
-def _unlike(
-    model: FittedModel,
-    small: SelectionDataset,
-    large: SelectionDataset,
-    units: Sequence[Sequence[int]],
-    config: TrainConfig,
-) -> np.ndarray:
-    """(N,): contexts of merges that lie too far from the training data on one of their tasks."""
-    novelty = fit_novelty(model.standardised(small.features), pairs_of(small.contexts), config.novelty_quantile)
-    far = novelty.distances(model.standardised(large.features)) > novelty.limit
-    unlike = np.zeros(len(far), dtype=bool)
-    for rows in units:
-        unlike[list(rows)] = far[list(rows)].any()
-    return unlike

@@ -58,17 +58,9 @@ def draw_experts(prefix: str, seed: int, num_per_domain: int) -> tuple[ExpertRec
             rank = generator.choice(LORA_RANKS) if generator.random() < LORA_SHARE else None
             replay = _log_uniform(generator, REPLAY) if generator.random() < REPLAY_SHARE else 0.0
             rate = _log_uniform(generator, FULL_RATES if rank is None else LORA_RATES)
-            drawn.append(
-                ExpertRecipe(
-                    f"{prefix}-{domain}-{number}",
-                    domain,
-                    learning_rate=rate,
-                    num_steps=round(_log_uniform(generator, NUM_STEPS)),
-                    replay=replay,
-                    lora_rank=rank,
-                    seed=1000 * seed + 10 * number + place,
-                )
-            )
+            num_steps, own_seed = round(_log_uniform(generator, NUM_STEPS)), 1000 * seed + 10 * number + place
+            name = f"{prefix}-{domain}-{number}"
+            drawn.append(ExpertRecipe(name, domain, rate, num_steps, replay, rank, seed=own_seed))
     return tuple(drawn)
 
 

@@ -35,6 +35,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast, num_layers: int = 3, hidden_size: int = 96, intermediate_size: int = 256
 ) -> LlamaForCausalLM:
     """A randomly initialised Llama (from torch's global generator) with heads of 32 and tied embeddings."""
+    tokens = {kind: getattr(tokenizer, kind) for kind in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -46,10 +47,8 @@ def build_model(
         max_position_embeddings=MAX_POSITIONS,
         rope_theta=10000.0,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.05,
         dtype="float32",
+        **tokens,
     )
     return LlamaForCausalLM(config)

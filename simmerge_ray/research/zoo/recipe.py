@@ -9,11 +9,16 @@ FORMAT_VERSION = 1  # raised when the training code or a domain changes what a r
 
 
 @dataclass(frozen=True)
-class BaseRecipe:
-    """The base: steps on repeated random strings, then on a mixture of all domains.
+class _Recipe:
+    def digest(self) -> str:
+        """Stable over processes and machines: a digest of the recipe's fields, its kind and the format version."""
+        content = {"kind": type(self).__name__, "version": FORMAT_VERSION, **asdict(self)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    `shares` are the weights of the domains in the mixture, by number of examples.
-    """
+
+@dataclass(frozen=True)
+class BaseRecipe(_Recipe):
+    """The base: steps on repeated random strings, then on examples of all domains, by their `shares` as weights."""
 
     shares: tuple[tuple[str, float], ...]
     learning_rate: float
@@ -26,12 +31,9 @@ class BaseRecipe:
     intermediate_size: int = 256
     seed: int = 0
 
-    def digest(self) -> str:
-        return _digest(self)
-
 
 @dataclass(frozen=True)
-class ExpertRecipe:
+class ExpertRecipe(_Recipe):
     """A fine-tune of the base; `replay` is the share of each other domain, `lora_rank` None trains all weights."""
 
     name: str
@@ -42,15 +44,6 @@ class ExpertRecipe:
     lora_rank: int | None = None
     num_rows: int = 32
     seed: int = 0
-
-    def digest(self) -> str:
-        return _digest(self)
-
-
-def _digest(recipe: BaseRecipe | ExpertRecipe) -> str:
-    """Stable over processes and machines: a digest of the recipe's fields, its kind and the format version."""
-    content = {"kind": type(recipe).__name__, "version": FORMAT_VERSION, **asdict(recipe)}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 BASE_RECIPE = BaseRecipe(

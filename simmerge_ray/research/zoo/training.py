@@ -7,9 +7,7 @@ An output directory appears under its name when it is complete, never before.
 import json
 import math
 import random
-import shutil
 import string
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +18,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from simmerge_ray.base.extras import require
+from simmerge_ray.base.storage import new_directory
 from simmerge_ray.research.zoo.domains import DOMAINS, Split, example_stream
 from simmerge_ray.research.zoo.model import build_model, build_tokenizer
 from simmerge_ray.research.zoo.recipe import BaseRecipe, ExpertRecipe
@@ -44,16 +43,18 @@ def train_base(recipe: BaseRecipe, out_dir: str | Path, progress: Progress | Non
     It first learns to copy, on repeated random strings, and then the mixture of all domains. Without the first part
     the attention heads that look something up do not form, and retrieval stays at chance for thousands of steps.
     """
-    num_steps = recipe.num_copy_steps + recipe.num_steps
+
+    def shifted(offset: int) -> Progress | None:
+        num_steps = recipe.num_copy_steps + recipe.num_steps
+        return None if progress is None else lambda step, _: progress(offset + step, num_steps)
+
     with _reproducible(recipe.seed):
         tokenizer = build_tokenizer()
         model = build_model(tokenizer, recipe.num_layers, recipe.hidden_size, recipe.intermediate_size)
         batches = _batches(repeated_rows(tokenizer, recipe.seed), recipe.num_rows)
-        copy_progress = _shifted(progress, 0, num_steps)
-        _fit(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, copy_progress, _constant)
+        _fit(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, shifted(0), _constant)
         batches = _batches(packed_rows(tokenizer, dict(recipe.shares), recipe.seed), recipe.num_rows)
-        progress = _shifted(progress, recipe.num_copy_steps, num_steps)
-        _fit(model, batches, recipe.learning_rate, recipe.num_steps, progress)
+        _fit(model, batches, recipe.learning_rate, recipe.num_steps, shifted(recipe.num_copy_steps))
     return _save(model, tokenizer, recipe, Path(out_dir))
 
 
@@ -73,9 +74,8 @@ def train_expert(
             require("peft", "demo")
             from peft import LoraConfig, get_peft_model
 
-            adapted = get_peft_model(
-                model, LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear")
-            )
+            lora = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear")
+            adapted = get_peft_model(model, lora)
             _fit(adapted, batches, recipe.learning_rate, recipe.num_steps, progress)
             model = adapted.merge_and_unload()
     return _save(model, tokenizer, recipe, Path(out_dir))
@@ -89,11 +89,14 @@ def train_checkpoint(recipe: BaseRecipe | ExpertRecipe, base_dir: Path | None, o
     return train_expert(recipe, base_dir, out_dir)
 
 
-def packed_rows(tokenizer: PreTrainedTokenizerFast, shares: Mapping[str, float], seed: int) -> Iterator[Row]:
-    """Endless rows of as many whole examples as fit, each `<bos> prompt target <eos>`, then padding of weight 0.
+def _batches(rows: Iterator[Row], num_rows: int) -> Iterator[list[Row]]:
+    while True:
+        yield [next(rows) for _ in range(num_rows)]
 
-    The domain of each example is drawn with the weights `shares`.
-    """
+
+def packed_rows(tokenizer: PreTrainedTokenizerFast, shares: Mapping[str, float], seed: int) -> Iterator[Row]:
+    """Endless rows of as many whole examples as fit, each `<bos> prompt target <eos>`, then padding of weight 0;
+    domains are drawn with the weights `shares`."""
     generator = random.Random(f"mixture/{seed}")
     streams = {domain: example_stream(domain, Split.TRAINING, seed) for domain in shares}
     row = Row([], [], [])
@@ -125,15 +128,6 @@ def repeated_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row
         ids = [tokenizer.bos_token_id] + repeated * (ROW_TOKENS // num_characters + 1)
         num_random = num_characters + 1
         yield Row(ids[:ROW_TOKENS], list(range(ROW_TOKENS)), [0.0] * num_random + [1.0] * (ROW_TOKENS - num_random))
-
-
-def _batches(rows: Iterator[Row], num_rows: int) -> Iterator[list[Row]]:
-    while True:
-        yield [next(rows) for _ in range(num_rows)]
-
-
-def _shifted(progress: Progress | None, offset: int, num_steps: int) -> Progress | None:
-    return None if progress is None else lambda step, _: progress(offset + step, num_steps)
 
 
 def _constant(step: int, num_steps: int) -> float:
@@ -194,17 +188,10 @@ def _reproducible(seed: int) -> Iterator[None]:
 def _save(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe | ExpertRecipe, out_dir: Path
 ) -> Path:
-    """Write a Hugging Face directory beside `out_dir`, then rename it; a complete older directory is replaced."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_dir.with_name(f".{out_dir.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    """Write a Hugging Face directory, which replaces a complete older one."""
+    with new_directory(out_dir) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
         content = {"digest": recipe.digest(), "kind": type(recipe).__name__, **asdict(recipe)}
-        (temporary / "recipe.json").write_text(json.dumps(content, indent=2) + "\n")
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        temporary.rename(out_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (directory / "recipe.json").write_text(json.dumps(content, indent=2) + "\n")
     return out_dir

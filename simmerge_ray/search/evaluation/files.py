@@ -42,11 +42,7 @@ class _Settings(BaseModel):
 
 
 def load_task(path: Place) -> Task:
-    """Read one task file.
-
-    Raises:
-        TaskError: unreadable, empty or malformed, with every problem and its line.
-    """
+    """Read one task file. Raises TaskError: unreadable, empty or malformed, with every problem and its line."""
     problems: list[str] = []
     items: list[Item] = []
     settings: dict[str, Any] = {}
@@ -110,15 +106,12 @@ def load_tasks(directory: Place) -> dict[str, Task]:
     Raises:
         TaskError: there is none, or some are malformed, with every problem of all of them.
     """
-    paths = list_places(directory, "*.jsonl")
-    if not paths:
-        raise TaskError(f"{directory} holds no <task>.jsonl task files")
     tasks, problems = {}, []
-    for path in paths:
+    for path in list_places(directory, "*.jsonl"):
         try:
             tasks[path.stem] = load_task(path)
         except TaskError as error:
             problems.append(str(error))
-    if problems:
-        raise TaskError("\n".join(problems))
+    if problems or not tasks:
+        raise TaskError("\n".join(problems) or f"{directory} holds no <task>.jsonl task files")
     return tasks

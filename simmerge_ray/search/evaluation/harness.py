@@ -102,11 +102,7 @@ class HarnessTask:
         return replace(self, chosen=tuple(self._documents(drawn)))
 
     def longest(self, tokenizer: Any) -> tuple[int, int]:
-        """(tokens that an evaluator must hold, number of the item from 1) of the task's longest item.
-
-        Raises:
-            TaskError: an item cannot be put into tokens.
-        """
+        """See `EvaluationTask`. Raises TaskError where an item cannot be put into tokens."""
         from simmerge_ray.search.evaluation.harness_lm import encode_pairs, encode_prompts, generation_settings
 
         leaf = self._leaf()
@@ -127,7 +123,7 @@ class HarnessTask:
         return max(lengths, key=lambda one: (one[0], -one[1]))
 
     def evaluate(self, evaluator: Evaluator, indices: np.ndarray | None = None) -> np.ndarray:
-        """Per-item utilities float64 in [0, 1] of the loaded weights, of all items or of those at `indices`.
+        """See `EvaluationTask`.
 
         Raises:
             TaskError: the task is not the one that was loaded, an item does not fit the evaluator, or a value is none
@@ -168,8 +164,7 @@ class HarnessTask:
         if self.content not in _LEAVES:
             with _prepared(self.source):  # all tasks of a group at once, in the order of the first time
                 for task in _load(self.source, _manager([self.source])).values():
-                    leaf = _with_requests(task, self.source)
-                    _LEAVES[leaf.digest] = leaf
+                    _with_requests(task, self.source)
         if self.content not in _LEAVES:
             raise TaskError(
                 f"task {self.name!r} is not the one that was loaded first: its files, its data or lm_eval's version "
@@ -291,11 +286,7 @@ def _is_complete(name: str, index: Mapping[str, Any]) -> bool:
 
 
 def _load(source: _Source, manager: Any) -> dict[str, Any]:
-    """The tasks that a name stands for, with their documents, settled as `lm_eval.simple_evaluate` settles them.
-
-    Raises:
-        TaskError: unknown, or it cannot be built.
-    """
+    """The tasks that a name stands for, with their documents, settled as `lm_eval.simple_evaluate` settles them."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     if source.name not in manager.task_index:
@@ -321,18 +312,13 @@ def _load(source: _Source, manager: Any) -> dict[str, Any]:
 
 
 def _described(name: str, task: Any, source: _Source, wanted: str | None) -> HarnessTask:
-    """The task as a search knows it; its requests are kept in this process.
-
-    Raises:
-        TaskError: it cannot be evaluated item by item.
-    """
+    """The task as a search knows it. Raises TaskError where it cannot be evaluated item by item."""
     if task.OUTPUT_TYPE not in OUTPUT_TYPES:
         raise TaskError(f"output type {task.OUTPUT_TYPE!r} is not supported; supported: {', '.join(OUTPUT_TYPES)}")
     if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
         raise TaskError("tasks with images or sound, or that run generated code, are not supported")
     metric, filter_name = _metric(task, wanted)
     leaf = _with_requests(task, source)
-    _LEAVES[leaf.digest] = leaf
     return HarnessTask(name, metric, filter_name, len(leaf.requests), source, leaf.digest)
 
 
@@ -343,11 +329,8 @@ def _metric(task: Any, wanted: str | None) -> tuple[str, str]:
     if absent and task.get_config("process_results") is None:
         raise TaskError(f"metric {absent[0]!r} is not one of lm_eval and could not be fetched")
     aggregations, better = task.aggregation(), task.higher_is_better()
-    usable = [
-        name
-        for name, aggregation in aggregations.items()
-        if getattr(aggregation, "__name__", "") == "mean" and better.get(name, True)
-    ]
+    means = [name for name, function in aggregations.items() if getattr(function, "__name__", "") == "mean"]
+    usable = [name for name in means if better.get(name, True)]
     filters = [one.name for one in task._filters]
     if wanted is None:
         known = [name for name in usable if name in PER_ITEM_METRICS]
@@ -366,11 +349,7 @@ def _metric(task: Any, wanted: str | None) -> tuple[str, str]:
 
 
 def _with_requests(task: Any, source: _Source) -> _Leaf:
-    """Put the requests of all documents together.
-
-    Raises:
-        TaskError: it has no documents, or a request that is not supported.
-    """
+    """Put the requests of all documents together, and keep them in this process. TaskError: some are not supported."""
     from simmerge_ray.search.evaluation.harness_lm import generation_settings
 
     try:
@@ -385,7 +364,8 @@ def _with_requests(task: Any, source: _Source) -> _Leaf:
         elif request.request_type != "loglikelihood":
             raise TaskError(f"requests {request.request_type!r} are not supported")
     requests = [sorted(by_document[document], key=lambda one: one.idx) for document in sorted(by_document)]
-    return _Leaf(task, requests, _digest(task, requests, source))
+    leaf = _Leaf(task, requests, _digest(task, requests, source))
+    return _LEAVES.setdefault(leaf.digest, leaf)
 
 
 def _digest(task: Any, requests: Sequence[Sequence[Any]], source: _Source) -> str:
@@ -408,18 +388,15 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else repr(value)
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
         return _plain(value.tolist())
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(vars(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted((_plain(one) for one in value), key=canonical_json)
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+    if isinstance(value, (set, frozenset, list, tuple)):
+        found = [_plain(one) for one in value]
+        return found if isinstance(value, (list, tuple)) else sorted(found, key=canonical_json)
     if isinstance(value, bytes):
         return digest_bytes(value)
     if callable(value):

@@ -47,8 +47,10 @@ class HarnessLM(LM):
         Raises:
             TaskError: a request that asks for sampling or does not fit the evaluator.
         """
-        prompts = encode_prompts([request.args[0] for request in requests], self._evaluator.tokenizer)
-        end = eos_text(self._evaluator.tokenizer)
+        tokenizer = self._evaluator.tokenizer
+        prompts = encode_prompts([request.args[0] for request in requests], tokenizer)
+        # lm_eval stops there also when a model spells it out.
+        end = None if tokenizer.eos_token_id is None else str(tokenizer.decode(tokenizer.eos_token_id))
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(generation_settings(request.args[1]), []).append(index)
@@ -86,11 +88,6 @@ def generation_settings(settings: Mapping[str, Any]) -> tuple[int, tuple[str, ..
         raise TaskError(f"generation_kwargs {unknown} are not supported; greedy decoding takes until and max_gen_toks")
     stops = [until] if isinstance(until, str) else list(until)
     return int(lengths[0] if lengths else DEFAULT_MAX_GEN_TOKS), tuple(stop for stop in stops if stop)
-
-
-def eos_text(tokenizer: Any) -> str | None:
-    """The end-of-text token as text: lm_eval stops there also when a model spells it out."""
-    return None if tokenizer.eos_token_id is None else str(tokenizer.decode(tokenizer.eos_token_id))
 
 
 def encode_prompts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

@@ -143,10 +143,9 @@ class Task:
         for item, of_item in zip(items, pairs, strict=True):
             results = [next(found) for _ in of_item]
             if self.metric in CHOICE_METRICS:
-                by_length = CHOICE_METRICS[self.metric]
-                lengths = [len(choice.encode()) if by_length else 1 for choice in item.choices]
-                right = item.choices.index(item.target)
-                utilities.append(best_choice([one.total for one in results], lengths, right))
+                lengths = [len(choice.encode()) if CHOICE_METRICS[self.metric] else 1 for choice in item.choices]
+                totals = [one.total for one in results]
+                utilities.append(best_choice(totals, lengths, item.choices.index(item.target)))
             else:
                 utilities.append(token_probability(results[0].total, results[0].num_tokens))
         return utilities

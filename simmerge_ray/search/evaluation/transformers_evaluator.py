@@ -56,14 +56,11 @@ class TransformersEvaluator:
         stream = FiniteStream(resolved, self._merge_threads)
         result = self._model.load_state_dict(dict(stream), strict=False)
         stream.check()
-        tied = {name for name in result.missing_keys if self._is_tied(name)}
+        tied = {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
         if result.unexpected_keys or set(result.missing_keys) - tied:
             raise EngineError(
                 f"weights do not fit: missing {result.missing_keys[:3]}, unexpected {result.unexpected_keys[:3]}"
             )
-
-    def _is_tied(self, name: str) -> bool:
-        return name == "lm_head.weight" and bool(self._model.config.tie_word_embeddings)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
@@ -86,7 +83,7 @@ class TransformersEvaluator:
     @torch.no_grad()
     def log_likelihoods(self, pairs: Sequence[TokenPair]) -> list[LogLikelihood]:
         """Of the second part of each pair of token ids after the first."""
-        found: list[LogLikelihood | None] = [None] * len(pairs)
+        found: dict[int, LogLikelihood] = {}
         wholes = [[*before, *after] for before, after in pairs]
         vocabulary = int(self._model.config.vocab_size)
         longest = max((len(whole) for whole in wholes), default=1)
@@ -95,21 +92,18 @@ class TransformersEvaluator:
             input_ids = torch.tensor([wholes[index] for index in indices], device=self._device)
             log_probs = torch.log_softmax(self._model(input_ids=input_ids).logits.float(), dim=-1)
             for row, index in enumerate(indices):
-                found[index] = _likelihood(log_probs[row], input_ids[row], len(pairs[index][0]))
-        return [one for one in found if one is not None]
+                answer = input_ids[row, len(pairs[index][0]) :]
+                predicted = log_probs[row, len(pairs[index][0]) - 1 : -1]
+                total = float(predicted.gather(1, answer[:, None]).double().sum())
+                greedy = bool((predicted.argmax(dim=-1) == answer).all())
+                found[index] = LogLikelihood(total, len(answer), greedy)
+        return [found[index] for index in range(len(pairs))]
 
     @torch.no_grad()
     def log_probs(self, ids: Sequence[int]) -> Tensor:
         """Log-probabilities (T, vocabulary) float32 of what follows each of a sequence of token ids (T,)."""
         input_ids = torch.tensor([list(ids)], device=self._device)
         return torch.log_softmax(self._model(input_ids=input_ids).logits[0].float(), dim=-1).cpu()
-
-
-def _likelihood(log_probs: Tensor, ids: Tensor, num_before: int) -> LogLikelihood:
-    """From the log-probabilities (T, V) after every token of a sequence (T,)."""
-    answer, predicted = ids[num_before:], log_probs[num_before - 1 : -1]
-    total = float(predicted.gather(1, answer[:, None]).double().sum())
-    return LogLikelihood(total, len(answer), bool((predicted.argmax(dim=-1) == answer).all()))
 
 
 def _equal_lengths(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

@@ -21,10 +21,8 @@ def single_items(labels: Iterable[LabeledPlan]) -> dict[tuple[str, str], np.ndar
 
 def measures_arm(label: LabeledPlan) -> bool:
     """Whether it measures an arm on a pair: one step with equal weights, as arms are defined."""
-    plan = label.plan
-    return (
-        len(plan.steps) == 1 and plan.steps[0].weight == 0.5 and not plan.seed and isinstance(label.outcome, Measured)
-    )
+    weights = [step.weight for step in label.plan.steps]
+    return weights == [0.5] and not label.plan.seed and isinstance(label.outcome, Measured)
 
 
 def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Context]:
@@ -43,9 +41,8 @@ def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Co
             step = label.plan.steps[0]
             left, right = sorted((step.left, step.right))
             found.setdefault((left, right, label.task), {})[step.arm.label] = label.outcome.items
-    contexts = []
-    for (left, right, task), utilities in sorted(found.items()):
-        parents = [singles.get((parent, task)) for parent in (left, right)]
-        if all(arm in utilities for arm in arms) and parents[0] is not None and parents[1] is not None:
-            contexts.append(Context(left, right, task, {arm: utilities[arm] for arm in arms}, parents[0], parents[1]))
-    return contexts
+    return [
+        Context(left, right, task, {arm: items[arm] for arm in arms}, singles[left, task], singles[right, task])
+        for (left, right, task), items in sorted(found.items())
+        if set(arms) <= items.keys() and {(left, task), (right, task)} <= singles.keys()
+    ]

@@ -50,10 +50,9 @@ class LabelStore:
 
     def append(self, labels: Sequence[LabeledPlan]) -> None:
         """Write labels as one file; writing the same labels again replaces that file by an equal one."""
-        if not labels:
-            return
-        rows = [to_row(label) for label in labels]
-        self._write(file_name(rows), rows)
+        if labels:
+            rows = [to_row(label) for label in labels]
+            self._write(file_name(rows), rows)
 
     def read(self) -> list[LabeledPlan]:
         """All labels, one per key, sorted by key.
@@ -65,7 +64,13 @@ class LabelStore:
 
     def digest(self) -> str:
         """Identity of the labels: their keys and utilities."""
-        return digest_json([[label.key, *_result(label.outcome)] for label in self.read()])
+        found = []
+        for label in self.read():
+            outcome = label.outcome
+            stopped = [len(outcome.items)] if isinstance(outcome, Stopped) else []
+            said = outcome.reason if isinstance(outcome, Infeasible) else outcome.utility
+            found.append([label.key, said, *stopped])
+        return digest_json(found)
 
     def compact(self) -> int:
         """Fold all files into one that holds one row per key; the number of files that it replaced.
@@ -158,12 +163,6 @@ class LabelStore:
         raise LabelError(f"{self.uri} changes faster than it can be read: {unread[-1]} is listed, but not there")
 
 
-def _result(outcome: Outcome) -> tuple[Any, ...]:
-    if isinstance(outcome, Infeasible):
-        return (outcome.reason,)
-    return (outcome.utility, *([len(outcome.items)] if isinstance(outcome, Stopped) else []))
-
-
 def _order(outcome: Outcome) -> tuple[int, int, str]:
     """The least is kept: measured, then stopped after most items, then infeasible; ties are ordered by content."""
     if isinstance(outcome, Infeasible):
@@ -171,19 +170,16 @@ def _order(outcome: Outcome) -> tuple[int, int, str]:
     return int(isinstance(outcome, Stopped)), -len(outcome.items), digest_bytes(outcome.items.tobytes())
 
 
-def _preference(label: LabeledPlan) -> tuple[int, int, str, str]:
-    """The label of a key that is least in this is kept."""
-    return (*_order(label.outcome), row_digest(to_row(label)))
-
-
 def _fold(labels: Iterable[LabeledPlan]) -> list[LabeledPlan]:
     """One label per key, sorted by key; the order of the labels does not matter."""
-    kept: dict[str, LabeledPlan] = {}
+    same: dict[str, list[LabeledPlan]] = {}
     for label in labels:
-        key = label.key
-        known = kept.get(key)
-        kept[key] = label if known is None else min(known, label, key=_preference)
-    return [kept[key] for key in sorted(kept)]
+        same.setdefault(label.key, []).append(label)
+
+    def least(equal: list[LabeledPlan]) -> LabeledPlan:
+        return min(equal, key=lambda one: (*_order(one.outcome), row_digest(to_row(one)))) if equal[1:] else equal[0]
+
+    return [least(equal) for _, equal in sorted(same.items())]
 
 
 def _conflicts(labels: Iterable[LabeledPlan]) -> list[str]:
@@ -193,10 +189,9 @@ def _conflicts(labels: Iterable[LabeledPlan]) -> list[str]:
         if isinstance(label.outcome, Measured) and len(label.outcome.items):
             name = f"{label.plan.label} on {label.task}"
             results.setdefault((label.key, name), set()).add(label.outcome.items.tobytes())
-    problems = []
-    for (_, name), different in results.items():
-        if len(different) > 1:
-            utilities = sorted(np.frombuffer(items).mean() for items in different)
-            shown = ", ".join(f"{utility:.6g}" for utility in utilities)
-            problems.append(f"{name} was measured with different results: {shown}")
-    return problems
+    means = {name: sorted(np.frombuffer(items).mean() for items in found) for (_, name), found in results.items()}
+    return [
+        f"{name} was measured with different results: {', '.join(f'{utility:.6g}' for utility in utilities)}"
+        for name, utilities in means.items()
+        if len(utilities) > 1
+    ]

@@ -1,8 +1,7 @@
 """What a selector has to beat: choices that use no model of the signals, or a part of them.
 
-Each row of `BASELINES` gives scores (num tested, K + 2) for the arms and both parents from the training rows alone; the
-same rule as for a selector makes choices of them (`scoring.shares_of`). Those that need a trained model on other
-features are data sets of their own: `single_checkpoint_features`, `parents_utilities`, `permuted_signals`.
+Each row of `BASELINES` gives scores (num tested, K + 2) for the arms and both parents from the training rows alone.
+What needs a trained model on other features is a data set of its own, below.
 """
 
 from __future__ import annotations
@@ -90,11 +89,8 @@ BASELINES: Mapping[str, Policy] = {
 
 
 def single_checkpoint_features(dataset: SelectionDataset) -> SelectionDataset:
-    """Only what is known of each checkpoint alone (norm of its task vector, entropy, loss), nothing of the pair.
-
-    Raises:
-        LabelError: there is no such feature.
-    """
+    """Only what is known of each checkpoint alone (norm of its task vector, entropy, loss), nothing of the pair. Raises
+    LabelError: there is no such feature."""
     kept = [i for i, column in enumerate(dataset.columns) if column_signal(column).family == "single"]
     if not kept:
         raise LabelError("the signals have no feature of a single checkpoint")

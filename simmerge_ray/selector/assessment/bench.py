@@ -28,16 +28,13 @@ class NoiseSets:
     def of(contexts: Sequence[Context], arms: Sequence[str], units: Sequence[Sequence[int]]) -> NoiseSets:
         within, utilities = [], []
         for rows in units:
-            means, errors = [], []
-            items = [[with_parents(contexts[row]).arms[name] for name in (*arms, *PARENTS)] for row in rows]
-            pooled = np.mean([[values.mean() for values in of_row] for of_row in items], axis=0)
+            items = [np.array([with_parents(contexts[row]).arms[name] for name in (*arms, *PARENTS)]) for row in rows]
+            pooled = np.mean([of_row.mean(1) for of_row in items], axis=0)
             best = int(pooled[: len(arms)].argmax())
-            for of_row in items:
-                behind = of_row[best] - np.array(of_row)
-                means.append(behind.mean(1))
-                errors.append(behind.std(1, ddof=1) / np.sqrt(behind.shape[1]))
+            behind = [of_row[best] - of_row for of_row in items]
+            errors = [one.std(1, ddof=1) / np.sqrt(one.shape[1]) for one in behind]
             error = np.sqrt((np.array(errors) ** 2).sum(0)) / len(rows)
-            within.append(np.mean(means, axis=0) <= NUM_STANDARD_ERRORS * error)
+            within.append(np.mean([one.mean(1) for one in behind], axis=0) <= NUM_STANDARD_ERRORS * error)
             utilities.append(pooled)
         return NoiseSets(np.array(utilities), np.array(within), len(arms))
 
@@ -71,19 +68,15 @@ class Bench:
             found[str(task)] = index, counts, counts @ self.scoring.gap[index]
         return found
 
-    def _resampled(self, numerators: np.ndarray, task: str) -> np.ndarray:
-        """(num_resamples,): of (D,) numerators the ratio of sums on one task; NaN where a sample holds none of it."""
-        index, counts, total = self._by_task[task]
-        return np.divide(counts @ numerators[index], total, out=np.full(len(total), np.nan), where=total > 0)
-
     def interval(self, numerators: np.ndarray, tasks: Sequence[str] | None = None) -> list[float] | None:
-        """95 % percentile interval of the headline of (D,) numerators; None where no sample holds a pair.
-
-        Args:
-            tasks: those that count; None takes all.
-        """
+        """95 % percentile interval of the headline of (D,) numerators; None where no sample holds a pair. tasks: those
+        that count; None takes all."""
         # What `Scoring.headline` computes, from sums that are kept: dozens of policies need it.
-        ratios = [self._resampled(numerators, task) for task in (self._by_task if tasks is None else tasks)]
+        # On one task the ratio of sums is NaN where a sample holds none of it.
+        ratios = []
+        for index, counts, total in (self._by_task[task] for task in (self._by_task if tasks is None else tasks)):
+            unknown = np.full(len(total), np.nan)
+            ratios.append(np.divide(counts @ numerators[index], total, out=unknown, where=total > 0))
         values = mean_of_known(ratios) if ratios else np.zeros(0)
         values = values[~np.isnan(values)]
         return [float(value) for value in np.quantile(values, [0.025, 0.975])] if len(values) else None

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
-from simmerge_ray.base.errors import InputError
+from simmerge_ray.base.errors import InputError, LabelError
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.selector.assessment.bench import Bench, NoiseSets
-from simmerge_ray.selector.assessment.folds import OBJECTIVES, CrossValidation, SafeResults, safe_results
+from simmerge_ray.selector.assessment.folds import OBJECTIVES, CrossValidation, safe_results
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of, units_of
 from simmerge_ray.selector.data.splits import Fold, pairs_of, resampled_weights
-from simmerge_ray.selector.models.predictors import PREDICTORS
 
 ONE_MODEL_UNSEEN = "one model unseen"
 NUM_RESAMPLES = 2000
@@ -32,11 +31,8 @@ Progress = Callable[[int, int], None]
 def predict_unseen(dataset: SelectionDataset, config: TrainConfig, folds: Sequence[Fold] | None = None) -> np.ndarray:
     """(N, K): leave each checkpoint (or group of them) out in turn, train on the pairs without it, predict the others.
 
-    A pair is tested in the folds of both its checkpoints; the two predictions are averaged.
-
-    Raises:
-        LabelError: a fold is too small to train on.
-    """
+    A pair is tested in the folds of both its checkpoints; the two predictions are averaged. Raises LabelError: a fold
+    is too small to train on."""
     return CrossValidation.of(dataset, config, folds).unseen(dataset, config)
 
 
@@ -64,19 +60,21 @@ def crossval_report(
     """
     result: dict[str, Any] = {"arms": list(dataset.arms), "num_contexts": len(dataset.contexts), "split": split}
     policies: dict[str, Any] = {}
-    known = np.flatnonzero(~np.isnan(dataset.utilities).any(1)).tolist()
-    if folds is None and len(known) < len(dataset.contexts):
-        dataset = dataset.subset(known)
+    if folds is None:
+        dataset = dataset.subset(np.flatnonzero(~np.isnan(dataset.utilities).any(1)).tolist())
     try:
         room = headroom(dataset.contexts)
         crossval = CrossValidation.of(dataset, config, folds)
     except InputError as error:
         return result | {"reason": str(error)}
-    scores, missing, safe, predicted = _all_scores(crossval, report or (lambda done, steps: None))
+    models = crossval.models(dataset, config)
+    by_fold = crossval.predictions(models)
+    predicted, (safe, safe_figures) = crossval.averaged(by_fold), safe_results(crossval, models, by_fold)
+    scores, missing = _all_scores(crossval, predicted, report or (lambda done, steps: None))
     uniform = crossval.scoring.fixed()[: len(dataset.arms)].mean()
     for name in OBJECTIVES:
         bench = bench_of(crossval, name == "per_merge", base_of)
-        measured = _measured(bench, crossval, scores | {"selector, safe": keeping_no_parent(safe.scores[name])})
+        measured = _measured(bench, crossval, scores | {"selector, safe": keeping_no_parent(safe[name])})
         policies[name], figures = measured, measured["policies"]
         result[name] = {
             "selector": figures["selector"]["gap_closed"],
@@ -94,11 +92,7 @@ def crossval_report(
         "folds": [fold.name for fold in crossval.folds],
         "policies": policies,
         "missing": missing,
-        "override": {"thresholds": safe.thresholds},
-        "abstained": safe.abstained,
-        "intervals": {
-            level: {"coverage": safe.covered[level], "half_width": safe.width[level]} for level in safe.covered
-        },
+        **safe_figures,
     }
 
 
@@ -119,29 +113,18 @@ def _predictions(dataset: SelectionDataset, predicted: np.ndarray, best_fixed: S
 
 
 def _all_scores(
-    crossval: CrossValidation, report: Progress
-) -> tuple[dict[str, np.ndarray], dict[str, str], SafeResults, np.ndarray]:
-    """Scores (N, K + 2) by policy, reasons for missing ones, the safe policy, and the selector's predictions (N, K)."""
-    others = [kind for kind in PREDICTORS if kind != crossval.config.model]
-    steps = 4 + len(others)
-    models = crossval.models(crossval.dataset, crossval.config)
-    by_fold = crossval.predictions(models)
-    predicted = crossval.averaged(by_fold)
-    scores = {"selector": keeping_no_parent(predicted)}
-    report(1, steps)
-    safe = safe_results(crossval, models, by_fold)
-    report(2, steps)
-    for done, kind in enumerate(others, 3):
-        config = crossval.config.model_copy(update={"model": kind})
-        scores[kind] = keeping_no_parent(
-            crossval.averaged(crossval.predictions(crossval.models(crossval.dataset, config)))
-        )
-        report(done, steps)
-    found, missing = crossval.baseline_scores()
-    report(steps - 1, steps)
-    controls, also_missing = crossval.control_scores()
-    report(steps, steps)
-    return scores | found | controls, missing | also_missing, safe, predicted
+    crossval: CrossValidation, predicted: np.ndarray, report: Progress
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Scores (N, K + 2) of the selector and its rivals, and the reasons for missing ones."""
+    scores, missing = {"selector": keeping_no_parent(predicted)}, {}
+    rivals = crossval.rivals()
+    for done, (name, make) in enumerate(rivals.items(), 1):
+        try:
+            scores[name] = make()
+        except LabelError as error:
+            missing[name] = str(error)
+        report(done, len(rivals))
+    return scores, missing
 
 
 def bench_of(crossval: CrossValidation, per_merge: bool, base_of: Mapping[str, str] | None) -> Bench:

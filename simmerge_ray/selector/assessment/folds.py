@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.selector.assessment.baselines import (
-    BASELINES,
-    Policy,
-    parents_utilities,
-    permuted_signals,
-    single_checkpoint_features,
-)
+from simmerge_ray.selector.assessment import baselines
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.scoring import Scoring, keeping_no_parent, units_of
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.novelty import fit_novelty
 from simmerge_ray.selector.models.policy import INTERVAL_LEVELS, safe_scores
+from simmerge_ray.selector.models.predictors import PREDICTORS
 from simmerge_ray.selector.models.train import calibrate, check_enough, fit_models, predict_folds, usable_folds
 
 OBJECTIVES = ("per_merge", "per_context")
-PERMUTED = "signals permuted"
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,8 @@ class CrossValidation:
 
     @staticmethod
     def of(dataset: SelectionDataset, config: TrainConfig, folds: Sequence[Fold] | None) -> CrossValidation:
-        """On the given folds; None leaves checkpoints out.
-
-        Raises:
-            LabelError: a fold is too small to train on, or there is nothing to leave out.
-        """
+        """On the given folds; None leaves checkpoints out. Raises LabelError: a fold is too small to train on, or there
+        is nothing to leave out."""
         if folds is None:
             folds = checkpoint_folds(pairs_of(dataset.contexts), config.num_folds, config.seed)
         folds = [fold for fold in folds if fold.tested]
@@ -69,31 +61,31 @@ class CrossValidation:
         return fold_mean(self.folds, values, len(self.dataset.contexts))
 
     def best_fixed(self) -> tuple[str, ...]:
-        arms = self.dataset.arms
-        found = [""] * len(self.dataset.contexts)
+        arms, found = self.dataset.arms, dict[int, str]()
         for fold in self.folds:
-            arm = arms[self.scoring.among(fold.training).best_fixed(len(arms))]
-            for row in fold.tested:
-                found[row] = found[row] or arm
-        return tuple(arm or arms[0] for arm in found)
+            best = arms[self.scoring.among(fold.training).best_fixed(len(arms))]
+            found = dict.fromkeys(fold.tested, best) | found
+        return tuple(found.get(row, arms[0]) for row in range(len(self.dataset.contexts)))
 
-    def baseline(self, policy: Policy) -> np.ndarray:
+    def baseline(self, policy: baselines.Policy) -> np.ndarray:
         """(N, K + 2): its scores."""
         return self.averaged([policy(self.dataset, self.scoring, fold.training, fold.tested) for fold in self.folds])
 
-    def baseline_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Scores (N, K + 2) by baseline, and why one has none."""
-        return _possible({name: partial(self.baseline, policy) for name, policy in BASELINES.items()})
+    def rivals(self) -> dict[str, Callable[[], np.ndarray]]:
+        """What makes the scores (N, K + 2) of other kinds of models, of the baselines, and of the same model on part of
+        the signals and on those of other pairs, by name; each raises LabelError where the labels do not suffice."""
+        data, config = self.dataset, self.config
 
-    def control_scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Scores of the same model on part of the signals and on those of other pairs; and why one has none."""
-        controls = {
-            "single-checkpoint features": lambda: self.unseen(single_checkpoint_features(self.dataset), self.config),
-            "parents' utilities": lambda: self.unseen(parents_utilities(self.dataset), self.config),
-            PERMUTED: lambda: self.averaged(self._permuted_predictions()),
+        def model(dataset: Callable[[], SelectionDataset], kind: str = config.model) -> np.ndarray:
+            return keeping_no_parent(self.unseen(dataset(), config.model_copy(update={"model": kind})))
+
+        return {
+            **{kind: partial(model, lambda: data, kind) for kind in PREDICTORS if kind != config.model},
+            **{name: partial(self.baseline, policy) for name, policy in baselines.BASELINES.items()},
+            "single-checkpoint features": partial(model, lambda: baselines.single_checkpoint_features(data)),
+            "parents' utilities": partial(model, lambda: baselines.parents_utilities(data)),
+            "signals permuted": lambda: keeping_no_parent(self.averaged(self._permuted_predictions())),
         }
-        predicted, missing = _possible(controls)
-        return {name: keeping_no_parent(values) for name, values in predicted.items()}, missing
 
     def _permuted_predictions(self) -> list[np.ndarray]:
         # All folds in one data set, so that networks are trained side by side: rows of fold i start at i * N.
@@ -102,7 +94,7 @@ class CrossValidation:
             self.dataset,
             contexts=self.dataset.contexts * len(self.folds),
             features=np.concatenate(
-                [permuted_signals(self.dataset, fold.training, seed).features for fold in self.folds]
+                [baselines.permuted_signals(self.dataset, fold.training, seed).features for fold in self.folds]
             ),
             utilities=np.tile(self.dataset.utilities, (len(self.folds), 1)),
             statistics=None if statistics is None else np.tile(statistics, (len(self.folds), 1)),
@@ -111,74 +103,45 @@ class CrossValidation:
         return self.predictions(fit_models(joined, parts, self.config))
 
 
-def _possible(makers: Mapping[str, Callable[[], np.ndarray]]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What the labels suffice for, by name; and the reasons why not for the others."""
-    made, missing = {}, {}
-    for name, make in makers.items():
-        try:
-            made[name] = make()
-        except LabelError as error:
-            missing[name] = str(error)
-    return made, missing
-
-
-@dataclass(frozen=True)
-class SafeResults:
-    """Results of the safe override and of the intervals, chosen inside each fold.
-
-    scores: per objective (N, K) one-hot choices averaged over folds. thresholds: per fold, None for infinity.
-    abstained: share of (fold, pair) too far from the training data. covered: per level, share of measured utilities
-    inside. width: per level, mean half-width.
-    """
-
-    scores: Mapping[str, np.ndarray]
-    thresholds: list[float | None]
-    abstained: float
-    covered: dict[str, float]
-    width: dict[str, float]
-
-
 def small_config(config: TrainConfig) -> TrainConfig:
     """Smaller ensembles, for many models that are only compared with each other or give a threshold."""
-    return config.model_copy(
-        update={"num_members": min(2, config.num_members), "num_trees": max(1, config.num_trees // 4)}
-    )
-
-
-def _inner_folds(crossval: CrossValidation) -> list[list[Fold]]:
-    """For every fold the folds inside its training part, of the whole data set's groups of checkpoints."""
-    config = crossval.config
-    every = checkpoint_folds(pairs_of(crossval.dataset.contexts), config.num_folds, config.seed)
-    return [usable_folds([one.among(fold.training) for one in every]) for fold in crossval.folds]
+    smaller = {"num_members": min(2, config.num_members), "num_trees": max(1, config.num_trees // 4)}
+    return config.model_copy(update=smaller)
 
 
 def safe_results(
     crossval: CrossValidation, models: Sequence[FittedModel], predicted: Sequence[np.ndarray]
-) -> SafeResults:
-    """Choose thresholds and intervals inside each fold. models, predicted: of the (outer) folds."""
-    dataset, config, inner = crossval.dataset, crossval.config, _inner_folds(crossval)
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Choose thresholds and intervals inside each fold. models, predicted: of the (outer) folds.
+
+    Returns per objective (N, K) one-hot choices averaged over folds, and figures as JSON: `override`, thresholds per
+    fold, None for infinity; `abstained`, share of (fold, pair) too far from the training data; `intervals` per level,
+    share of measured utilities inside and mean half-width.
+    """
+    dataset, config = crossval.dataset, crossval.config
+    pairs, arms = pairs_of(dataset.contexts), dataset.arms
+    # For every fold the folds inside its training part, of the whole data set's groups of checkpoints.
+    every = checkpoint_folds(pairs, config.num_folds, config.seed)
+    inner = [usable_folds([one.among(fold.training) for one in every]) for fold in crossval.folds]
     # Leaving out A, then B, is leaving out B, then A: with one checkpoint a fold half of the models are enough.
     distinct = {fold.training: None for folds in inner for fold in folds}
     fitted = fit_models(dataset, list(distinct), small_config(config)) if distinct else []
     model_of = dict(zip(distinct, fitted, strict=True))
-    pairs, arms = pairs_of(dataset.contexts), dataset.arms
     scores: dict[str, list[np.ndarray]] = {name: [] for name in OBJECTIVES}
     thresholds: list[float | None] = []
     distant, inside, widths = [], [], []
     for fold, folds, model, utility in zip(crossval.folds, inner, models, predicted, strict=True):
         inner_predicted = predict_folds(dataset, folds, [model_of[one.training] for one in folds])
-        training = list(fold.training)
+        training, tested = list(fold.training), list(fold.tested)
         standardised = model.standardised(dataset.features[training])
         novelty = fit_novelty(standardised, [pairs[i] for i in training], config.novelty_quantile)
-        tested = list(fold.tested)
         far = novelty.distances(model.standardised(dataset.features[tested])) > novelty.limit
         distant.append(far)
         best = arms[crossval.scoring.among(training).best_fixed(len(arms))]
-        override = intervals = None
+        override = found = None
         if folds:
-            override, intervals = calibrate(dataset, folds, inner_predicted, crossval.scoring.among(training))
-        threshold = override.threshold if override else np.inf
-        thresholds.append(None if np.isinf(threshold) else threshold)
+            override, found = calibrate(dataset, folds, inner_predicted, crossval.scoring.among(training))
+        thresholds.append(None if override is None or override.never else override.threshold)
         for name in OBJECTIVES:
             chosen = np.tile(np.eye(len(arms))[arms.index(best)], (len(tested), 1))
             for rows in units_of([dataset.contexts[row] for row in tested], name == "per_merge"):
@@ -186,17 +149,18 @@ def safe_results(
                     pooled, known = utility[rows].mean(0)[None], np.array([not far[rows].any()])
                     chosen[rows] = safe_scores(override, arms, pooled, known)
             scores[name].append(chosen)
-        if intervals is not None:
-            errors = np.abs(utility - dataset.utilities[tested])
-            inside.append(errors[None] <= intervals.half_widths[:, None])
-            widths.append(intervals.half_widths.mean(1))
-    covered = np.concatenate(inside, axis=1).mean((1, 2)) if inside else np.zeros(0)
-    width = np.mean(widths, axis=0) if widths else np.zeros(0)
-    levels = [str(level) for level in INTERVAL_LEVELS]
-    return SafeResults(
-        {name: crossval.averaged(values) for name, values in scores.items()},
-        thresholds,
-        float(np.concatenate(distant).mean()),
-        dict(zip(levels, covered.tolist(), strict=False)),
-        dict(zip(levels, width.tolist(), strict=False)),
-    )
+        if found is not None:
+            inside.append(np.abs(utility - dataset.utilities[tested]) <= found.half_widths[:, None])
+            widths.append(found.half_widths.mean(1))
+    intervals = {}
+    if inside:
+        figures = zip(
+            np.concatenate(inside, axis=1).mean((1, 2)).tolist(), np.mean(widths, axis=0).tolist(), strict=True
+        )
+        told = [{"coverage": coverage, "half_width": width} for coverage, width in figures]
+        intervals = dict(zip(map(str, INTERVAL_LEVELS), told, strict=True))
+    return {name: crossval.averaged(values) for name, values in scores.items()}, {
+        "override": {"thresholds": thresholds},
+        "abstained": float(np.concatenate(distant).mean()),
+        "intervals": intervals,
+    }

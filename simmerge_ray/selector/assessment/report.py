@@ -7,7 +7,7 @@ importance compare many models with each other, all of the same smaller size (`s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -22,17 +22,11 @@ from simmerge_ray.selector.assessment.baselines import best_fixed, permuted_colu
 from simmerge_ray.selector.assessment.bench import Bench
 from simmerge_ray.selector.assessment.crossval import ONE_MODEL_UNSEEN, Progress, bench_of, crossval_report
 from simmerge_ray.selector.assessment.folds import CrossValidation, small_config
+from simmerge_ray.selector.data import splits
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.encoding import KINDS
 from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of, units_of
-from simmerge_ray.selector.data.splits import (
-    Fold,
-    base_folds,
-    checkpoint_folds,
-    domain_folds,
-    pairs_of,
-    random_pair_folds,
-)
+from simmerge_ray.selector.data.splits import Fold, pairs_of
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.predictors import PREDICTORS
 from simmerge_ray.signals.features import column_signal
@@ -70,9 +64,9 @@ def assess(
     names = sorted({name for pair in pairs_of(dataset.contexts) for name in pair})
     bases = Counter(known.get(name, "") for name in names)
     headline = UNSEEN_BASE if len(bases) > 1 else ONE_MODEL_UNSEEN
-    splits = _splits(dataset, config, known if len(bases) > 1 else None)
+    folds_of = _splits(dataset, config, known if len(bases) > 1 else None)
     variants = _variants(dataset.columns, column_sets or {})
-    small, steps, num_steps = small_config(config), count(1), len(splits) + len(variants) + 1
+    small, steps, num_steps = small_config(config), count(1), len(folds_of) + len(variants) + 1
 
     def step_done() -> None:
         if report:
@@ -83,22 +77,21 @@ def assess(
         "num_pairs": len(units_of(dataset.contexts, per_merge=True)),
         "num_checkpoints": len(names),
         "bases": dict(sorted(bases.items())),
-        "tasks": sorted({context.task for context in dataset.contexts}),
+        "tasks": sorted(set(dataset.tasks)),
         "arms": list(dataset.arms),
-        "model": config.model,
-        "task_encoding": config.task_encoding,
+        **config.model_dump(include={"model", "task_encoding"}),
         "headline": headline,
-        "small": {"num_members": small.num_members, "num_trees": small.num_trees},
+        "small": small.model_dump(include={"num_members", "num_trees"}),
         "headroom": _headroom(dataset),
         "splits": {},
     }
-    for name, folds in splits.items():
+    for name, folds in folds_of.items():
         result["splits"][name] = _split_report(dataset, config, base_of, name, folds, name == headline)
         step_done()
     shown = [i for i, column in enumerate(dataset.columns) if column in SHOWN_SIGNALS]
     result["signals"] = {dataset.columns[i]: dataset.features[:, :, i].mean(1).tolist() for i in shown}
     result["utilities"] = dataset.utilities.tolist()
-    main, folds = result["splits"][headline], splits[headline]
+    main, folds = result["splits"][headline], folds_of[headline]
     if isinstance(folds, str) or "reason" in main:
         return result | dict.fromkeys(("ablations", "importance", "calibration"), {"reason": main["reason"]})
     predicted, measured = (np.array([row[key] for row in main["predictions"]]) for key in ("predicted", "measured"))
@@ -123,10 +116,10 @@ def _splits(
     """Folds by split, or why there are none; from the easiest to the hardest."""
     pairs = pairs_of(dataset.contexts)
     makers: dict[str, Callable[[], list[Fold]]] = {
-        RANDOM_PAIR: lambda: random_pair_folds(pairs, config.num_folds, config.seed),
-        ONE_MODEL_UNSEEN: lambda: checkpoint_folds(pairs, config.num_folds, config.seed),
-        UNSEEN_BASE: lambda: base_folds(pairs, base_of or dict.fromkeys((n for pair in pairs for n in pair), "one")),
-        UNSEEN_DOMAIN: lambda: domain_folds(dataset.contexts),
+        RANDOM_PAIR: lambda: splits.random_pair_folds(pairs, config.num_folds, config.seed),
+        ONE_MODEL_UNSEEN: lambda: splits.checkpoint_folds(pairs, config.num_folds, config.seed),
+        UNSEEN_BASE: lambda: splits.base_folds(pairs, base_of or {}),
+        UNSEEN_DOMAIN: lambda: splits.domain_folds(dataset.contexts),
     }
     found: dict[str, list[Fold] | str] = {}
     for name, make in makers.items():
@@ -172,14 +165,15 @@ class Variant:
 
 
 def _variants(columns: Sequence[str], column_sets: Mapping[str, Sequence[str]]) -> list[Variant]:
-    of_weights = [column for column in columns if column_signal(column).of_weights]
+    of_weights = {column for column in columns if column_signal(column).of_weights}
+
+    def among(kept: Collection[str]) -> list[str]:
+        return [column for column in columns if column in kept]
+
     return [
-        Variant("signals", "no probes", of_weights),
-        Variant("signals", "no weights", [column for column in columns if column not in of_weights]),
-        *(
-            Variant("columns of propagator", name, [column for column in columns if column in set(delivered)])
-            for name, delivered in column_sets.items()
-        ),
+        Variant("signals", "no probes", among(of_weights)),
+        Variant("signals", "no weights", among(set(columns) - of_weights)),
+        *(Variant("columns of propagator", name, among(delivered)) for name, delivered in column_sets.items()),
         *(Variant("task encoding", kind, columns, {"task_encoding": kind}) for kind in KINDS),
         *(Variant("model", kind, columns, {"model": kind}) for kind in PREDICTORS),
     ]
@@ -211,18 +205,16 @@ class _Headline:
 
     def compared(self, shares: np.ndarray) -> dict[str, Any]:
         """Gain over the best fixed arm, and change against all signals."""
-        gain, change = self.bench.measure(shares, self.fixed), self.bench.measure(shares, self.full)
-        return {
-            "gain": gain["gain"],
-            "gain_interval": gain["gain_interval"],
-            "change": change["gain"],
-            "change_interval": change["gain_interval"],
-        }
+        found: dict[str, Any] = {}
+        for name, reference in (("gain", self.fixed), ("change", self.full)):
+            one = self.bench.measure(shares, reference)
+            found |= {name: one["gain"], f"{name}_interval": one["gain_interval"]}
+        return found
 
     def ablations(self, variants: Sequence[Variant], done: Callable[[], None]) -> dict[str, Any]:
         dataset, config = self.crossval.dataset, self.crossval.config
-        rows = [{"group": "signals", "name": ALL_SIGNALS, "num_columns": len(dataset.columns)}]
-        rows[0] |= self.compared(self.full)
+        whole = {"group": "signals", "name": ALL_SIGNALS, "num_columns": len(dataset.columns)}
+        rows = [whole | self.compared(self.full)]
         missing = {}
         for variant in variants:
             try:
@@ -268,17 +260,12 @@ def calibration(predicted: np.ndarray, measured: np.ndarray) -> dict[str, list[d
     `utility`: of an arm on a context. `advantage`: over the mean of the arms on the context, which is what a choice
     rests on.
     """
-    values = {
-        "utility": (predicted, measured),
-        "advantage": (
-            predicted - predicted.mean(1, keepdims=True),
-            measured - measured.mean(1, keepdims=True),
-        ),
-    }
-    return {name: _bins(said.ravel(), true.ravel()) for name, (said, true) in values.items()}
+    advantages = (values - values.mean(1, keepdims=True) for values in (predicted, measured))
+    return {"utility": _bins(predicted, measured), "advantage": _bins(*advantages)}
 
 
 def _bins(said: np.ndarray, true: np.ndarray) -> list[dict[str, float]]:
+    said, true = said.ravel(), true.ravel()
     parts = np.array_split(np.argsort(said, kind="stable"), min(_NUM_BINS, len(said)))
     return [
         {"predicted": float(said[part].mean()), "measured": float(true[part].mean()), "count": len(part)}

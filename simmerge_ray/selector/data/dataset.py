@@ -41,25 +41,16 @@ class SelectionDataset:
     def subset(self, rows: Sequence[int]) -> SelectionDataset:
         """The contexts at the given rows."""
         index = np.asarray(rows, dtype=np.int64)
-        contexts = tuple(self.contexts[row] for row in rows)
         statistics = None if self.statistics is None else self.statistics[index]
-        return replace(
-            self,
-            contexts=contexts,
-            features=self.features[index],
-            utilities=self.utilities[index],
-            statistics=statistics,
-        )
+        contexts, features = tuple(self.contexts[row] for row in rows), self.features[index]
+        part = replace(self, contexts=contexts, features=features, utilities=self.utilities[index])
+        return replace(part, statistics=statistics)
 
     def restricted(self, columns: Sequence[str]) -> SelectionDataset:
-        """The same contexts with these feature columns only, e.g. those that a propagator delivers.
-
-        Raises:
-            LabelError: a column that the dataset does not have, or none.
-        """
-        for column in columns:
-            if column not in self.columns:
-                raise LabelError(unknown_name("feature column", column, self.columns))
+        """The same contexts with these feature columns only, e.g. those that a propagator delivers. Raises LabelError:
+        a column that the dataset does not have, or none."""
+        if unknown := [column for column in columns if column not in self.columns]:
+            raise LabelError(unknown_name("feature column", unknown[0], self.columns))
         if not columns:
             raise LabelError("no such features are in the signal tables")
         kept = [index for index, column in enumerate(self.columns) if column in set(columns)]
@@ -69,15 +60,9 @@ class SelectionDataset:
 def build_dataset(
     table: SignalTable, labels: Sequence[LabeledPlan], arms: Sequence[str] | None = None
 ) -> SelectionDataset:
-    """Join a signal table with labels.
-
-    Args:
-        arms: labels of the arms to choose from; None takes every arm that was measured on all pairs.
-
-    Raises:
-        LabelError: no context has all arms, labels cannot be compared with each other, or the signals were computed
-            from other contents of a checkpoint than the labels.
-    """
+    """Join a signal table with labels. arms: labels of the arms to choose from; None takes every arm that was measured
+    on all pairs. Raises LabelError: no context has all arms, labels cannot be compared with each other, or the signals
+    were computed from other contents of a checkpoint than the labels."""
     check_same_checkpoints(table, labels)
     chosen = tuple(arms) if arms is not None else common_arms(labels)
     contexts = pair_contexts(labels, chosen)
@@ -85,38 +70,29 @@ def build_dataset(
         raise LabelError(f"no pair was measured with all of the arms {', '.join(chosen) or '(none)'} and both parents")
     features = np.array([pair_features(table, c.left, c.right, c.task) for c in contexts])
     utilities = np.array([[context.arms[arm].mean() for arm in chosen] for context in contexts])
-    mode = table.provenance["weights"]
-    statistics = statistics_of(table, [context.task for context in contexts])
-    return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities, mode, statistics)
+    told = table.provenance["weights"], statistics_of(table, [context.task for context in contexts])
+    return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities, *told)
 
 
 def join_datasets(parts: Sequence[SelectionDataset]) -> SelectionDataset:
-    """The contexts of several data sets, of other checkpoints each.
-
-    Raises:
-        LabelError: there is none, or they differ in arms, feature columns or kind of weight signals.
-    """
+    """The contexts of several data sets, of other checkpoints each. Raises LabelError: there is none, or they differ in
+    arms, feature columns or kind of weight signals."""
     if not parts:
         raise LabelError("there is no data set to join")
     first = parts[0]
     for other in parts[1:]:
         where = f"{first.contexts[0].left} and {other.contexts[0].left}"
-        if other.arms != first.arms:
-            raise LabelError(
-                f"the data sets of {where} have other arms ({', '.join(first.arms)}; {', '.join(other.arms)}): choose "
-                "arms that were measured for both"
-            )
-        if other.columns != first.columns:
-            different = ", ".join(sorted(set(first.columns) ^ set(other.columns))[:4]) or "their order"
-            raise LabelError(
-                f"the signals of {where} have other columns ({different}): compute both with the same options, all "
-                "with a base or all without"
-            )
-        if other.weights != first.weights:
-            raise LabelError(
-                f"the weight signals of {where} are {first.weights} and {other.weights}: compute both with the same "
-                "--weights"
-            )
+        arms = f"{', '.join(first.arms)}; {', '.join(other.arms)}"
+        columns = ", ".join(sorted(set(first.columns) ^ set(other.columns))[:4]) or "their order"
+        for name, problem in (
+            ("arms", f"the data sets of {where} have other arms ({arms}): choose arms that were measured for both"),
+            ("columns", f"the signals of {where} have other columns ({columns}): compute both with the same options, "
+                        "all with a base or all without"),
+            ("weights", f"the weight signals of {where} are {first.weights} and {other.weights}: compute both with the "
+                        "same --weights"),
+        ):  # fmt: skip
+            if getattr(first, name) != getattr(other, name):
+                raise LabelError(problem)
     known = [part.statistics for part in parts if part.statistics is not None]
     return replace(
         first,
@@ -127,10 +103,12 @@ def join_datasets(parts: Sequence[SelectionDataset]) -> SelectionDataset:
     )
 
 
-def pair_features(table: SignalTable, left: str, right: str, task: str) -> np.ndarray:
-    """(2, F) scaled features of both orders of a pair."""
+def pair_features(
+    table: SignalTable, left: str, right: str, task: str, columns: Sequence[str] | None = None
+) -> np.ndarray:
+    """(2, F) scaled features of both orders of a pair; None takes all columns of the table."""
     row = table.get(left, right, task)
-    return np.array([scaled_features(side.features, table.columns) for side in (row, row.swap())])
+    return np.array([scaled_features(side.features, columns or table.columns) for side in (row, row.swap())])
 
 
 def parent_utilities(dataset: SelectionDataset) -> dict[str, dict[str, float]]:
@@ -152,15 +130,11 @@ def common_arms(labels: Sequence[LabeledPlan]) -> tuple[str, ...]:
 
 
 def check_same_checkpoints(table: SignalTable, labels: Sequence[LabeledPlan]) -> None:
-    """Refuse signals and labels of different contents under one checkpoint id.
-
-    Raises:
-        LabelError: naming the checkpoint.
-    """
+    """Refuse signals and labels of different contents under one checkpoint id. Raises LabelError that names it."""
     known = table.provenance["checkpoints"]
     for label in labels:
-        for checkpoint_id, digest in label.checkpoints.items():
-            if known.get(checkpoint_id, digest) != digest:
+        for name, digest in label.checkpoints.items():
+            if known.get(name, digest) != digest:
                 raise LabelError(
-                    f"checkpoint {checkpoint_id!r} has changed between the signals and the labels; compute both again"
+                    f"checkpoint {name!r} has changed between the signals and the labels; compute both again"
                 )

@@ -35,14 +35,8 @@ class TaskEncoding:
 
     @staticmethod
     def fit(kind: str, tasks: Sequence[str], statistics: np.ndarray | None = None) -> TaskEncoding:
-        """The encoding of the tasks of a training set, one entry a context.
-
-        Args:
-            statistics: (N, S), of the base of each context on its task.
-
-        Raises:
-            SelectorError: `probe_stats` without statistics.
-        """
+        """The encoding of the tasks of a training set, one entry a context. statistics: (N, S), of the base of each
+        context on its task. Raises SelectorError: `probe_stats` without statistics."""
         known = tuple(sorted(set(tasks)))
         if kind != "probe_stats":
             return TaskEncoding(kind, known if kind == "onehot" else ())
@@ -58,11 +52,8 @@ class TaskEncoding:
     def codes(
         self, num_contexts: int, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> np.ndarray:
-        """(N, T) columns for the tasks of N contexts; without `tasks` every task is unknown.
-
-        Raises:
-            SelectorError: the number of tasks is another one, or `probe_stats` lacks statistics.
-        """
+        """(N, T) columns for the tasks of N contexts; without `tasks` every task is unknown. Raises SelectorError: the
+        number of tasks is another one, or `probe_stats` lacks statistics."""
         if tasks is not None and len(tasks) != num_contexts:
             raise SelectorError(f"{len(tasks)} tasks were given for {num_contexts} contexts; give one for each")
         if self.kind == "none":
@@ -82,10 +73,8 @@ def statistics_of(table: SignalTable, tasks: Sequence[str]) -> np.ndarray | None
     None where the table was made without a base.
     """
     base = table.provenance.get("base")
-    known: dict[str, list[float]] = {}
-    for (left, _, task), row in table.rows.items():
-        if left == base and base is not None:
-            known.setdefault(task, [row.features[f"{name}_left"] for name in STATISTICS])
+    of_base = {task: row for (left, _, task), row in table.rows.items() if left == base and base is not None}
+    known = {task: [row.features[f"{name}_left"] for name in STATISTICS] for task, row in of_base.items()}
     return np.array([known[task] for task in tasks]).reshape(len(tasks), len(STATISTICS)) if known else None
 
 

@@ -42,11 +42,7 @@ class LoadedDataset:
 
 
 def find_dataset(path: Place) -> DatasetFiles:
-    """The files of one of the three forms.
-
-    Raises:
-        ConfigError: there is no such path, or it has none of the forms.
-    """
+    """The files of one of the three forms. Raises ConfigError: there is no such path, or it has none of the forms."""
     if not path.exists():
         raise ConfigError(f"no data set at {path}; `simmerge labels make` or jobs/build_dataset.py makes labels")
     if path.is_dir() and (path / "labels.parquet").is_file():
@@ -71,15 +67,9 @@ def find_dataset(path: Place) -> DatasetFiles:
 
 
 def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> LoadedDataset:
-    """Read labels and signals and join them.
-
-    Args:
-        arms: labels of the arms to choose from; None takes those that were measured on all pairs of all bases.
-
-    Raises:
-        ConfigError: a file that is no signal table.
-        LabelError: no labels, labels without signals, tables that do not fit each other, or no arm on all pairs.
-    """
+    """Read labels and signals and join them. arms: labels of the arms to choose from; None takes those that were
+    measured on all pairs of all bases. Raises ConfigError: a file that is no signal table. LabelError: no labels,
+    labels without signals, tables that do not fit each other, or no arm on all pairs."""
     labels = [label for path in files.labels for label in LabelStore(path).read()]
     if not labels:
         raise LabelError(f"no labels at {files.labels[0]}; `simmerge labels make` makes them")
@@ -89,21 +79,16 @@ def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> Load
     used = sorted(of_table)
     pair_labels = [label for index in used for label in of_table[index]]
     measured = {label.plan.steps[0].arm.label for label in pair_labels if measures_arm(label)}
-    for arm in arms or ():
-        if arm not in measured:
-            raise LabelError(unknown_name("arm", arm, measured))
+    if unknown := [arm for arm in arms or () if arm not in measured]:
+        raise LabelError(unknown_name("arm", unknown[0], measured))
     chosen = tuple(arms) if arms else common_arms(pair_labels)
     if not chosen:
         raise LabelError("no arm was measured on all pairs; choose arms with --arm, or search the missing pairs")
     dataset = join_datasets([build_dataset(tables[index], of_table[index], chosen) for index in used])
-    names = {index: _base_name(table, files.signals[index]) for index, table in enumerate(tables)}
-    return LoadedDataset(
-        tuple(labels),
-        dataset,
-        tuple(tables[index] for index in used),
-        {name: names[index] for name, index in owner.items() if index in of_table},
-        tuple(names[index] for index in range(len(tables)) if index not in of_table),
-    )
+    names = [_base_name(table, path) for table, path in zip(tables, files.signals, strict=True)]
+    base_of = {name: names[index] for name, index in owner.items() if index in of_table}
+    unused = tuple(name for index, name in enumerate(names) if index not in of_table)
+    return LoadedDataset(tuple(labels), dataset, tuple(tables[index] for index in used), base_of, unused)
 
 
 def _owners(tables: Sequence[SignalTable], files: DatasetFiles) -> dict[str, int]:

@@ -62,14 +62,10 @@ def single_arms(
         padded[row, :, : len(one)] = one.transpose(1, 0, 2)
         shares[row, : len(one)] = 1 / len(one)
     names = [tuple(sorted(one.members)) for one in rewards]
-    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    return SingleArms(
-        padded,
-        shares,
-        np.array([arms.index(one.arm) for one in rewards]),
-        np.array([one.utility for one in rewards]),
-        np.array([numbers[name] for name in names]),
-    )
+    unique = sorted(set(names))
+    chosen, utility = [arms.index(one.arm) for one in rewards], [one.utility for one in rewards]
+    merges = [unique.index(name) for name in names]
+    return SingleArms(padded, shares, np.array(chosen), np.array(utility), np.array(merges))
 
 
 def rewards_digest(rewards: Sequence[RewardedMerge]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simmerge_ray.search.headroom import Context, defined_gaps, headline
-from simmerge_ray.selector.data.splits import Pair, pairs_of
+from simmerge_ray.selector.data.splits import pairs_of, rows_by_pair
 
 PARENTS = ("parent:left", "parent:right")
 GAP_CLOSED, UTILITY = "GapClosed", "utility"
@@ -39,10 +39,8 @@ class Scoring:
         gaps = defined_gaps([with_parents(context) for context in contexts], (*arms, *PARENTS))
         if len(gaps.rows):
             return Scoring(gaps.rows, np.array(gaps.tasks), gaps.closed, gaps.gap, GAP_CLOSED)
-        tasks = np.array([context.task for context in contexts])
-        return Scoring(
-            np.arange(len(contexts)), tasks, option_utilities(contexts, arms), np.ones(len(contexts)), UTILITY
-        )
+        tasks, num = np.array([context.task for context in contexts]), len(contexts)
+        return Scoring(np.arange(num), tasks, option_utilities(contexts, arms), np.ones(num), UTILITY)
 
     def among(self, rows: Sequence[int]) -> Scoring:
         """The contexts among the given rows, which keep their numbers."""
@@ -75,12 +73,8 @@ def with_parents(context: Context) -> Context:
 
 def option_utilities(contexts: Sequence[Context], arms: Sequence[str]) -> np.ndarray:
     """(N, K + 2): mean utility of each arm and of both parents."""
-    return np.array(
-        [
-            [*(context.arms[arm].mean() for arm in arms), context.left_items.mean(), context.right_items.mean()]
-            for context in contexts
-        ]
-    )
+    options = [(*(one.arms[arm] for arm in arms), one.left_items, one.right_items) for one in contexts]
+    return np.array([[items.mean() for items in of_context] for of_context in options])
 
 
 def keeping_no_parent(scores: np.ndarray) -> np.ndarray:
@@ -93,10 +87,7 @@ def units_of(contexts: Sequence[Context], per_merge: bool) -> list[list[int]]:
     """Rows that share one choice: those of a pair, or each row alone."""
     if not per_merge:
         return [[row] for row in range(len(contexts))]
-    found: dict[Pair, list[int]] = {}
-    for row, (left, right) in enumerate(pairs_of(contexts)):
-        found.setdefault((min(left, right), max(left, right)), []).append(row)
-    return list(found.values())
+    return list(rows_by_pair(pairs_of(contexts)).values())
 
 
 def shares_of(scores: np.ndarray, units: Sequence[Sequence[int]]) -> np.ndarray:

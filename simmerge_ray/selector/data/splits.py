@@ -36,39 +36,38 @@ def pairs_of(contexts: Iterable[Context]) -> tuple[Pair, ...]:
     return tuple((context.left, context.right) for context in contexts)
 
 
-def checkpoint_groups(pairs: Iterable[Pair], max_groups: int, seed: int) -> list[frozenset[str]]:
-    """Checkpoints in at most `max_groups` groups of about one size, drawn at random if there are more checkpoints."""
+def rows_by_pair(pairs: Iterable[Pair]) -> dict[Pair, list[int]]:
+    """Rows of each pair in either order, by its sorted names."""
+    found: dict[Pair, list[int]] = {}
+    for row, (left, right) in enumerate(pairs):
+        found.setdefault((min(left, right), max(left, right)), []).append(row)
+    return found
+
+
+def checkpoint_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:
+    """Each group of checkpoints left out in turn, with all its pairs: *one model unseen*. At most `max_groups` of about
+    one size, drawn at random if there are more checkpoints."""
     names = sorted({name for pair in pairs for name in pair})
     if len(names) > max_groups:
         names = [names[index] for index in np.random.default_rng([seed, len(names)]).permutation(len(names))]
     num_groups = min(max_groups, len(names))
-    return [frozenset(names[index::num_groups]) for index in range(num_groups)]
-
-
-def checkpoint_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:
-    """Each group of checkpoints left out in turn, with all its pairs: *one model unseen*."""
-    return [
-        _fold(", ".join(sorted(group)), [not group.isdisjoint(pair) for pair in pairs])
-        for group in checkpoint_groups(pairs, max_groups, seed)
-    ]
+    groups = [sorted(names[index::num_groups]) for index in range(num_groups)]
+    return [_fold(", ".join(group), [pair[0] in group or pair[1] in group for pair in pairs]) for group in groups]
 
 
 def random_pair_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:
     """Pairs left out at random, whose checkpoints were seen in other pairs: the easiest split, shown to compare."""
-    keys = [tuple(sorted(pair)) for pair in pairs]
-    unique = sorted(set(keys))
-    order = np.random.default_rng([seed, len(unique)]).permutation(len(unique))
-    num_groups = min(max_groups, len(unique))
-    group = {unique[pair]: place % num_groups for place, pair in enumerate(order)}
-    return [_fold(f"pairs {number}", [group[key] == number for key in keys]) for number in range(num_groups)]
+    units = [rows for _, rows in sorted(rows_by_pair(pairs).items())]
+    order = np.random.default_rng([seed, len(units)]).permutation(len(units))
+    num_groups, group = min(max_groups, len(units)), np.zeros(len(pairs), dtype=int)
+    for place, unit in enumerate(order):
+        group[units[unit]] = place % num_groups
+    return [_fold(f"pairs {number}", (group == number).tolist()) for number in range(num_groups)]
 
 
 def base_folds(pairs: Sequence[Pair], base_of: Mapping[str, str]) -> list[Fold]:
-    """All checkpoints of a base left out together: *unseen model and unseen base*.
-
-    Raises:
-        LabelError: a checkpoint without a base, a pair of two bases, or a single base.
-    """
+    """All checkpoints of a base left out together: *unseen model and unseen base*. Raises LabelError: a checkpoint
+    without a base, a pair of two bases, or a single base."""
     for pair in pairs:
         bases = [base_of.get(name) for name in pair]
         if None in bases or bases[0] != bases[1]:
@@ -83,18 +82,13 @@ def domain_folds(contexts: Sequence[Context]) -> list[Fold]:
     """Each task left out in turn, with every pair that was measured on it: *unseen domain*.
 
     Such pairs are tested whole, on both parents' tasks: one arm serves the merge, and is chosen for both together.
-
-    Raises:
-        LabelError: fewer than three tasks, so that nothing is left to train on.
-    """
+    Raises LabelError: fewer than three tasks, so that nothing is left to train on."""
     tasks = sorted({context.task for context in contexts})
     if len(tasks) < 3:
         raise LabelError(f"the labels are of the tasks {', '.join(tasks)}; an unseen domain needs three tasks at least")
-    folds = []
-    for task in tasks:
-        touching = {tuple(sorted((c.left, c.right))) for c in contexts if c.task == task}
-        folds.append(_fold(task, [tuple(sorted((c.left, c.right))) in touching for c in contexts]))
-    return folds
+    pairs = [frozenset((c.left, c.right)) for c in contexts]
+    touching = {task: {pair for pair, c in zip(pairs, contexts, strict=True) if c.task == task} for task in tasks}
+    return [_fold(task, [pair in touching[task] for pair in pairs]) for task in tasks]
 
 
 def _fold(name: str, left_out: Sequence[bool]) -> Fold:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,24 +30,6 @@ class TrainingSet:
     def later(self) -> tuple[int, ...]:
         """Columns of the arms that are not in the reference."""
         return tuple(k for k in range(self.contrasts.shape[1]) if k not in self.reference)
-
-    def rows_of_pairs(self) -> list[list[int]]:
-        """Rows of every pair, in the order of the pairs' names."""
-        found: dict[tuple[str, str], list[int]] = {}
-        for row, (left, right) in enumerate(self.pairs):
-            found.setdefault((min(left, right), max(left, right)), []).append(row)
-        return [found[pair] for pair in sorted(found)]
-
-    def rows(self, index: Sequence[int]) -> TrainingSet:
-        """The contexts at the given rows."""
-        chosen = np.asarray(index, dtype=np.int64)
-        return replace(
-            self,
-            inputs=self.inputs[chosen],
-            level=self.level[chosen],
-            contrasts=self.contrasts[chosen],
-            pairs=tuple(self.pairs[row] for row in chosen),
-        )
 
 
 def level_and_contrasts(utilities: np.ndarray, reference: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

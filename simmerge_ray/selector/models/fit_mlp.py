@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.selector.data.splits import rows_by_pair
 from simmerge_ray.selector.data.targets import TrainingSet
 from simmerge_ray.selector.models.predictors import MlpPredictor, Network
 
+Job = tuple[TrainingSet, int]  # and which member of its ensemble
 # The contrast chooses the arm and is small beside the level: with equal weight the level takes the network.
 _CONTRAST_WEIGHT = 4.0
 _MAX_ELEMENTS = 1 << 23  # of a batch of inputs, float32: 32 MB
@@ -26,27 +28,19 @@ def fit_mlps(sets: Sequence[TrainingSet], config: TrainConfig) -> list[MlpPredic
     A reward of a single arm is one observation, a context one for each of its K arms: beside the contexts, the squared
     error of its utility counts 1/K of one.
     """
-    jobs = [(one, member) for one in sets for member in range(config.num_members)]
-    networks: list[Network] = []
-    for batch in _batches(jobs):
-        networks += _fit_networks(batch, config)
     count = config.num_members
-    return [MlpPredictor(tuple(networks[i * count : (i + 1) * count])) for i in range(len(sets))]
-
-
-Job = tuple[TrainingSet, int]
-
-
-def _batches(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
-    largest = max(one.inputs.size + (one.rewards.inputs.size if one.rewards else 0) for one, _ in jobs)
+    jobs = [(one, member) for one in sets for member in range(count)]
+    largest = max(one.inputs.size + (one.rewards.inputs.size if one.rewards else 0) for one in sets)
     size = max(1, _MAX_ELEMENTS // max(largest, 1))
+    networks: list[Network] = []
     for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]
+        networks += _fit_networks(jobs[start : start + size], config)
+    return [MlpPredictor(tuple(networks[i : i + count])) for i in range(0, len(jobs), count)]
 
 
 def _drawn_counts(one: TrainingSet, config: TrainConfig, member: int) -> np.ndarray:
     """(N,): how often each context counts for a member."""
-    groups = one.rows_of_pairs()
+    groups = [rows for _, rows in sorted(rows_by_pair(one.pairs).items())]
     drawn = np.random.default_rng([config.seed, member]).integers(len(groups), size=len(groups))
     return np.bincount([row for choice in drawn for row in groups[choice]], minlength=len(one.level))
 
@@ -168,13 +162,11 @@ def _fit_networks(jobs: Sequence[Job], config: TrainConfig) -> list[Network]:
         optimizer.step()
         schedule.step()
 
-    def layer(number: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        matrix, bias = matrices[number][index].detach(), biases[number][index, 0].detach()
-        return matrix.double().numpy().copy(), bias.double().numpy().copy()
-
-    def network(index: int) -> Network:
-        *layers, level_head, (matrix, bias) = [layer(number, index) for number in range(len(shapes))]
+    weight_arrays, bias_arrays = ([one.detach().double().numpy() for one in part] for part in (matrices, biases))
+    fitted = []
+    for index in range(len(jobs)):
+        layers = [(matrix[index], bias[index, 0]) for matrix, bias in zip(weight_arrays, bias_arrays, strict=True)]
+        *encoder, level_head, (matrix, bias) = layers
         centred = matrix - matrix[:, reference].mean(1, keepdims=True), bias - bias[reference].mean()
-        return Network(tuple(layers), level_head, centred)
-
-    return [network(index) for index in range(len(jobs))]
+        fitted.append(Network(tuple(encoder), level_head, centred))
+    return fitted

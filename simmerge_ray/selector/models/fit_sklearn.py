@@ -7,8 +7,8 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.selector.data.splits import checkpoint_folds
 from simmerge_ray.selector.data.targets import TrainingSet
-from simmerge_ray.selector.models.forest import ForestPredictor, Trees
-from simmerge_ray.selector.models.predictors import KnnPredictor, RidgePredictor, squared_distances
+from simmerge_ray.selector.models.forest import Trees
+from simmerge_ray.selector.models.predictors import ForestPredictor, KnnPredictor, RidgePredictor, squared_distances
 
 _NUM_INNER_FOLDS = 4
 

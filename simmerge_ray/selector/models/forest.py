@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-
-_FIELDS = ("starts", "left", "right", "feature", "threshold", "value")
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,10 @@ class Trees:
     def of_sklearn(cls, forest: Any) -> Trees:
         """The trees of a fitted `RandomForestRegressor`."""
         trees = [estimator.tree_ for estimator in forest.estimators_]
-        return cls(
-            starts=np.cumsum([0, *(tree.node_count for tree in trees)]),
-            left=np.concatenate([tree.children_left for tree in trees]),
-            right=np.concatenate([tree.children_right for tree in trees]),
-            feature=np.concatenate([tree.feature for tree in trees]),
-            threshold=np.concatenate([tree.threshold for tree in trees]),
-            value=np.concatenate([tree.value[:, :, 0] for tree in trees]),
-        )
+        theirs = {"left": "children_left", "right": "children_right", "feature": "feature", "threshold": "threshold"}
+        nodes = {name: np.concatenate([getattr(tree, their) for tree in trees]) for name, their in theirs.items()}
+        value = np.concatenate([tree.value[:, :, 0] for tree in trees])
+        return cls(starts=np.cumsum([0, *(tree.node_count for tree in trees)]), value=value, **nodes)
 
     def outputs(self, inputs: np.ndarray) -> np.ndarray:
         """(N, D) -> (T, N, O): the leaf that each row reaches in each tree."""
@@ -52,12 +45,12 @@ class Trees:
             node = np.where(inner, child, node)
         return self.value[node]
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raises ValueError where following the children would leave the tree or never end."""
         count = len(self.left)
         if self.starts[0] != 0 or self.starts[-1] != count or (np.diff(self.starts) < 1).any():
             raise ValueError("the trees do not begin where they should")
-        if any(len(getattr(self, name)) != count for name in _FIELDS[2:]):
+        if any(len(values) != count for values in (self.right, self.feature, self.threshold, self.value)):
             raise ValueError("the nodes have fields of different lengths")
         sizes = np.repeat(np.diff(self.starts), np.diff(self.starts))
         own = np.arange(count) - np.repeat(self.starts[:-1], np.diff(self.starts))
@@ -66,44 +59,3 @@ class Trees:
             # scikit-learn numbers the nodes so that a child comes after its parent, which rules out circles.
             if (child <= own[inner]).any() or (child >= sizes[inner]).any():
                 raise ValueError("a node has a child outside its tree")
-
-
-@dataclass(frozen=True)
-class ForestPredictor:
-    """A forest for the level, one for the contrasts of the reference arms, one for each later arm; sd over the trees.
-
-    Apart, because the level varies much more than the contrasts and would take every split. order: (K,), the place of
-    each arm among the outputs of the contrast forests.
-    """
-
-    kind: ClassVar[str] = "forest"
-    level: Trees
-    contrasts: tuple[Trees, ...]
-    order: np.ndarray
-
-    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        flat, shape = inputs.reshape(-1, inputs.shape[-1]), (*inputs.shape[:2], -1)
-
-        def of_both_orders(trees: Trees) -> np.ndarray:
-            outputs = trees.outputs(flat)
-            return outputs.reshape(len(outputs), *shape).mean(2)
-
-        level = of_both_orders(self.level)
-        contrast = np.concatenate([of_both_orders(trees) for trees in self.contrasts], axis=2)[:, :, self.order]
-        utility = level.mean(0) + contrast.mean(0)
-        return utility, np.hypot(level.std(0), contrast.std(0))
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        found = {"order": self.order, "num_contrasts": np.array([len(self.contrasts)])}
-        for index, trees in enumerate((self.level, *self.contrasts)):
-            found |= {f"forest{index}.{name}": getattr(trees, name) for name in _FIELDS}
-        return found
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> ForestPredictor:
-        forests = []
-        for index in range(int(tensors["num_contrasts"][0]) + 1):
-            trees = Trees(*(tensors[f"forest{index}.{name}"] for name in _FIELDS))
-            trees.check()
-            forests.append(trees)
-        return cls(forests[0], tuple(forests[1:]), tensors["order"])

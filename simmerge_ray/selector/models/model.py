@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.base.storage import Place, digest_json, local_directory, new_directory, versions, write_json
@@ -46,11 +47,7 @@ class InputScaling:
         return InputScaling(flat.mean(0), scale, TaskEncoding.fit(encoding, dataset.tasks, dataset.statistics))
 
     def standardised(self, features: np.ndarray) -> np.ndarray:
-        """(N, 2, F) -> (N, 2, F).
-
-        Raises:
-            SelectorError: features of another number, or one that is not finite.
-        """
+        """(N, 2, F) -> (N, 2, F). Raises SelectorError: features of another number, or one that is not finite."""
         if features.ndim != 3 or features.shape[1:] != (2, len(self.centre)):
             raise SelectorError(
                 f"features have the shape {features.shape}; the selector takes (N, 2, {len(self.centre)}): "
@@ -115,23 +112,17 @@ class Selector:
     @property
     def version(self) -> str:
         """Identity of what it was trained from and how: data, config, arms and features; 12 hexadecimal digits."""
-        parts = [self.provenance.get("data_digest"), self.provenance.get("config"), self.arms, self.columns]
-        return digest_json(parts)[:12]
+        trained = [self.provenance.get(name) for name in ("data_digest", "config")]
+        return digest_json([*trained, self.arms, self.columns])[:12]
 
     def predict(
         self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Utilities, averaged over both orders of each pair (all arms here are symmetric).
+        """(N, 2, F) scaled features, as in `SelectionDataset` -> utility (N, K) and sd (N, K), averaged over both
+        orders of each pair (all arms here are symmetric).
 
-        Args:
-            features: (N, 2, F) scaled features, as in `SelectionDataset`. tasks: of each context, unknown to the
-                encoding `onehot` when left out. statistics: (N, S), as there; needed by `probe_stats`.
-
-        Returns:
-            utility (N, K) and sd (N, K).
-
-        Raises:
-            SelectorError: features of another number, missing ones, or a task that cannot be encoded.
+        tasks: of each context, unknown to the encoding `onehot` when left out. statistics: (N, S), as there; needed by
+        `probe_stats`. Raises SelectorError: other features, missing ones, or a task that cannot be encoded.
         """
         return self.fitted.predict(features, tasks, statistics)
 
@@ -141,10 +132,7 @@ class Selector:
 
     def half_widths(self, level: float) -> np.ndarray:
         """(K,): utility plus and minus this covers the measured one with probability `level`, for unseen checkpoints.
-
-        Raises:
-            SelectorError: the artifact has no interval of this level.
-        """
+        Raises SelectorError: the artifact has no interval of this level."""
         if self.intervals is None:
             raise SelectorError("this selector has no intervals: there were too few checkpoints to leave some out")
         if level not in self.intervals.levels:
@@ -154,11 +142,8 @@ class Selector:
     def choose(
         self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> Choice:
-        """One arm for one pair on T tasks together: the default policy.
-
-        Args:
-            features: (T, 2, F), the pair's features on each task.
-        """
+        """One arm for one pair on T tasks together: the default policy. features: (T, 2, F), the pair's features on
+        each task."""
         if not len(features):
             raise SelectorError("a choice needs the features of one task at least")
         utility, _ = self.predict(features, tasks, statistics)
@@ -166,11 +151,8 @@ class Selector:
         return safe_choice(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
 
     def check_table(self, table: SignalTable) -> None:
-        """Refuse a table of other features than this selector was trained with; and see `check_weights`.
-
-        Raises:
-            SelectorError: saying what differs.
-        """
+        """Refuse a table of other features than this selector was trained with; and see `check_weights`. Raises
+        SelectorError: saying what differs."""
         if self.columns != table.columns:
             missing = sorted(set(self.columns) - set(table.columns)) or sorted(set(table.columns) - set(self.columns))
             raise SelectorError(
@@ -180,11 +162,8 @@ class Selector:
         self.check_weights(table)
 
     def check_weights(self, table: SignalTable) -> None:
-        """Refuse a table of weight signals of another kind than this selector was trained with.
-
-        Raises:
-            SelectorError: saying which to compute.
-        """
+        """Refuse a table of weight signals of another kind than this selector was trained with. Raises SelectorError:
+        saying which to compute."""
         trained, given = (one.provenance.get("weights", "exact") for one in (self, table))
         if trained != given:
             raise SelectorError(
@@ -196,92 +175,74 @@ class Selector:
         """Write the artifact directory, whole or not at all."""
         from safetensors.numpy import save_file
 
-        tensors = {"centre": self.fitted.centre, "scale": self.fitted.scale, "novelty": self.novelty.rows}
-        tensors |= {f"model.{name}": value for name, value in self.fitted.predictor.tensors().items()}
+        fitted = self.fitted
+        tensors = {"centre": fitted.centre, "scale": fitted.scale, "novelty": self.novelty.rows}
+        tensors |= {f"model.{name}": value for name, value in fitted.predictor.tensors().items()}
         if self.intervals is not None:
             tensors["half_widths"] = self.intervals.half_widths
-        threshold = self.override.threshold
-        override = asdict(self.override) | {"threshold": None if math.isinf(threshold) else threshold}
+        description = {
+            "schema": SELECTOR_SCHEMA,
+            "feature_schema": FEATURE_SCHEMA,
+            "model": fitted.predictor.kind,
+            **{name: getattr(self, name) for name in ("arms", "reference", "columns")},
+            "encoding": asdict(fitted.encoding),
+            "best_fixed": self.best_fixed,
+            "override": asdict(self.override) | {"threshold": None if self.override.never else self.override.threshold},
+            "novelty_limit": self.novelty.limit,
+            "interval_levels": self.intervals.levels if self.intervals else [],
+            "provenance": self.provenance,
+            "versions": versions(),
+        }
         with new_directory(path) as target:
             save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, str(target / _WEIGHTS))
-            write_json(
-                target / _DESCRIPTION,
-                {
-                    "schema": SELECTOR_SCHEMA,
-                    "feature_schema": FEATURE_SCHEMA,
-                    "model": self.fitted.predictor.kind,
-                    "arms": self.arms,
-                    "reference": self.reference,
-                    "columns": self.columns,
-                    "encoding": asdict(self.fitted.encoding),
-                    "best_fixed": self.best_fixed,
-                    "override": override,
-                    "novelty_limit": self.novelty.limit,
-                    "interval_levels": self.intervals.levels if self.intervals else [],
-                    "provenance": self.provenance,
-                    "versions": versions(),
-                },
-            )
+            write_json(target / _DESCRIPTION, description)
 
 
 def read_selector(path: Place) -> Selector:
-    """Load an artifact.
-
-    Raises:
-        SelectorError: missing, damaged, or of another schema, saying what differs.
-    """
-    try:
-        with local_directory(path) as directory:
-            return _read_selector(path, directory)
-    except FileNotFoundError:
-        raise SelectorError(f"no selector at {path}; `simmerge train` makes one") from None
-
-
-def _read_selector(named: Place, path: Path) -> Selector:
-    """As `read_selector`; `named` is what the user calls the directory `path`."""
+    """Load an artifact. Raises SelectorError: missing, damaged, or of another schema, saying what differs."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        description = json.loads((path / _DESCRIPTION).read_text())
-    except OSError:
-        raise SelectorError(f"no selector at {named}; `simmerge train` makes one") from None
-    except ValueError:
-        raise SelectorError(f"{named / _DESCRIPTION} is not JSON") from None
-    if not isinstance(description, dict):
-        raise SelectorError(f"{named / _DESCRIPTION} is not a JSON object")
-    for key, expected in (("schema", SELECTOR_SCHEMA), ("feature_schema", FEATURE_SCHEMA)):
-        if description.get(key) != expected:
-            raise SelectorError(
-                f"selector {named}: {key} is {description.get(key)}, this version reads {expected}; train it again"
-            )
-    if description.get("model") not in PREDICTORS:
-        raise SelectorError(f"selector {named}: model is {description.get('model')}; known: {', '.join(PREDICTORS)}")
+        with local_directory(path) as directory:
+            description = _description(directory / _DESCRIPTION, path)
+            try:
+                return _checked(_from_artifact(description, load_file(str(directory / _WEIGHTS))))
+            except (OSError, KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
+                raise SelectorError(f"selector {path} is damaged: {error}; train it again") from None
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        raise SelectorError(f"no selector at {path}; `simmerge train` makes one") from None
+
+
+def _description(file: Path, path: Place) -> dict[str, Any]:
+    """Of a selector that this version reads; path: what the user calls its directory."""
     try:
-        return _checked(_from_artifact(description, load_file(str(path / _WEIGHTS))))
-    except (OSError, KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
-        raise SelectorError(f"selector {named} is damaged: {error}; train it again") from None
+        description = json.loads(file.read_text())
+    except ValueError:
+        raise SelectorError(f"{path / _DESCRIPTION} is not JSON") from None
+    if not isinstance(description, dict):
+        raise SelectorError(f"{path / _DESCRIPTION} is not a JSON object")
+    for key, expected in (("schema", SELECTOR_SCHEMA), ("feature_schema", FEATURE_SCHEMA)):
+        if (found := description.get(key)) != expected:
+            raise SelectorError(f"selector {path}: {key} is {found}, this version reads {expected}; train it again")
+    if (model := description.get("model")) not in PREDICTORS:
+        raise SelectorError(f"selector {path}: model is {model}; known: {', '.join(PREDICTORS)}")
+    return description
 
 
 def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Selector:
     of_model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    encoding = description["encoding"]
-    told = TaskEncoding(encoding["kind"], *(tuple(encoding[name]) for name in ("tasks", "centre", "scale")))
-    override = dict(description["override"])
-    if override["threshold"] is None:
-        override["threshold"] = math.inf
+    predictor = PREDICTORS[description["model"]].from_tensors(of_model)
+    encoding = TypeAdapter(TaskEncoding).validate_python(description["encoding"])
+    threshold = description["override"]["threshold"]
     levels = tuple(description["interval_levels"])
+    arms, reference, columns = (tuple(description[name]) for name in ("arms", "reference", "columns"))
     return Selector(
-        arms=tuple(description["arms"]),
-        reference=tuple(description["reference"]),
-        columns=tuple(description["columns"]),
-        fitted=FittedModel(
-            tensors["centre"],
-            tensors["scale"],
-            told,
-            PREDICTORS[description["model"]].from_tensors(of_model),
-        ),
-        override=SafeOverride(**override),
+        arms,
+        reference,
+        columns,
+        fitted=FittedModel(tensors["centre"], tensors["scale"], encoding, predictor),
+        override=SafeOverride(**description["override"] | {"threshold": math.inf if threshold is None else threshold}),
         novelty=Novelty(tensors["novelty"], float(description["novelty_limit"])),
         intervals=Intervals(levels, tensors["half_widths"]) if levels else None,
         provenance=description["provenance"],

@@ -37,11 +37,9 @@ def fit_novelty(features: np.ndarray, pairs: Sequence[tuple[str, str]], quantile
     """
     rows = features.reshape(-1, features.shape[-1])
     owners = [pair for pair in pairs for _ in range(2)]
-    names = {name: index for index, name in enumerate(sorted({name for pair in owners for name in pair}))}
-    member = np.zeros((len(owners), len(names)), dtype=bool)
-    for row, pair in enumerate(owners):
-        member[row, [names[name] for name in pair]] = True
-    shared = member.astype(np.int64) @ member.T.astype(np.int64)
+    names = sorted({name for pair in owners for name in pair})
+    member = np.array([[name in pair for name in names] for pair in owners], dtype=np.int64)
+    shared = member @ member.T
     few = (shared == 0).sum(1) < NUM_NEIGHBOURS
     excluded = np.where(few[:, None], shared > 1, shared > 0)
     squared = np.where(excluded, np.inf, squared_distances(rows, rows))

@@ -107,9 +107,7 @@ def _jackknife(scoring: Scoring, numerators: np.ndarray, pairs: Sequence[Pair]) 
     weights = np.array([[float(name not in pair) for pair in pairs] for name in names])
     values = scoring.headline(numerators, weights)
     values = values[~np.isnan(values)]
-    if len(values) < 3:
-        return math.inf
-    return float(np.sqrt((len(values) - 1) * values.var()))
+    return float(np.sqrt((len(values) - 1) * values.var())) if len(values) >= 3 else math.inf
 
 
 def fit_intervals(errors: Sequence[np.ndarray], num_contexts: int) -> Intervals | None:
@@ -123,14 +121,10 @@ def fit_intervals(errors: Sequence[np.ndarray], num_contexts: int) -> Intervals 
     """
     if not errors or not num_contexts:
         return None
-    absolute = np.abs(np.concatenate(errors))
-    rows = [np.zeros(absolute.shape[1]) for _ in INTERVAL_LEVELS]
-    for k in range(absolute.shape[1]):
-        known = absolute[:, k][~np.isnan(absolute[:, k])]
-        for index, level in enumerate(INTERVAL_LEVELS):
-            corrected = min(1.0, level * (num_contexts + 1) / num_contexts)
-            rows[index][k] = np.quantile(known, corrected, method="higher") if len(known) else 1.0
-    return Intervals(INTERVAL_LEVELS, np.array(rows))
+    corrected = [min(1.0, level * (num_contexts + 1) / num_contexts) for level in INTERVAL_LEVELS]
+    of_arms = [column[~np.isnan(column)] for column in np.abs(np.concatenate(errors)).T]
+    widths = [np.quantile(known if len(known) else [1.0], corrected, method="higher") for known in of_arms]
+    return Intervals(INTERVAL_LEVELS, np.array(widths).T.copy())
 
 
 def safe_scores(override: SafeOverride, arms: Sequence[str], pooled: np.ndarray, known: np.ndarray) -> np.ndarray:

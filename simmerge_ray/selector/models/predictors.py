@@ -10,34 +10,37 @@ Shapes: N contexts, 2 orders of the pair, D standardised inputs, K arms.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 import numpy as np
 
-from simmerge_ray.selector.models.forest import ForestPredictor
+from simmerge_ray.selector.models.forest import Trees
 
 Tensors = Mapping[str, np.ndarray]
 
 
-class Predictor(Protocol):
-    """Utilities from standardised inputs, averaged over both orders of each pair."""
+@dataclass(frozen=True)
+class Predictor(ABC):
+    """Utilities from standardised inputs, averaged over both orders of each pair. Its fields are arrays, and all that
+    is stored, unless a family says otherwise."""
 
     kind: ClassVar[str]
 
+    @abstractmethod
     def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N, 2, D) -> utility (N, K) and sd (N, K)."""
-        ...
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All that `from_tensors` needs, by name."""
-        ...
+        return dict(vars(self))
 
     @classmethod
-    def from_tensors(cls, tensors: Tensors) -> Predictor:
+    def from_tensors(cls, tensors: Tensors) -> Self:
         """The inverse of `tensors`; a KeyError, IndexError or ValueError if they do not belong to this family."""
-        ...
+        return cls(**{field.name: tensors[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class MlpPredictor:
+class MlpPredictor(Predictor):
     """An ensemble of small networks: an encoder z = relu(... relu(x W + b)) with two linear heads on it."""
 
     kind: ClassVar[str] = "mlp"
@@ -87,7 +90,7 @@ class MlpPredictor:
         return found
 
     @classmethod
-    def from_tensors(cls, tensors: Tensors) -> MlpPredictor:
+    def from_tensors(cls, tensors: Tensors) -> Self:
         num_members, num_layers = (int(number) for number in tensors["shape"])
         members = []
         for index in range(num_members):
@@ -104,24 +107,7 @@ class MlpPredictor:
 
 
 @dataclass(frozen=True)
-class _Arrays:
-    """A family whose fields are arrays, and all that is stored."""
-
-    def check(self) -> None:
-        """Raises ValueError where the fields do not fit each other."""
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        return dict(vars(self))
-
-    @classmethod
-    def from_tensors(cls, tensors: Tensors) -> Self:
-        found = cls(**{field.name: tensors[field.name] for field in fields(cls)})
-        found.check()
-        return found
-
-
-@dataclass(frozen=True)
-class RidgePredictor(_Arrays):
+class RidgePredictor(Predictor):
     """Linear level and contrasts, each with its own penalty; sd is that of the posterior of the coefficients.
 
     coefficients: (D + 1, K), the last row the intercept. level_root, contrast_root: (D + 1, D + 1), square roots of the
@@ -141,13 +127,13 @@ class RidgePredictor(_Arrays):
         contrast = np.linalg.norm(both @ self.contrast_root, axis=1, keepdims=True) * self.noise[1:]
         return both @ self.coefficients, np.hypot(level, contrast)
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if self.noise.shape != (self.coefficients.shape[1] + 1,):
             raise ValueError("noise and coefficients are of different arms")
 
 
 @dataclass(frozen=True)
-class KnnPredictor(_Arrays):
+class KnnPredictor(Predictor):
     """Mean of the k nearest training rows; sd is theirs.
 
     inputs: (M, D), both orders of every training pair. utilities: (M, K), NaN where a later arm was not measured.
@@ -172,9 +158,48 @@ class KnnPredictor(_Arrays):
         shape = (*inputs.shape[:2], -1)
         return mean.reshape(shape).mean(1), np.sqrt(spread.reshape(shape).mean(1))
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if len(self.inputs) != len(self.utilities) or not len(self.inputs):
             raise ValueError("inputs and utilities are of different rows")
+
+
+@dataclass(frozen=True)
+class ForestPredictor(Predictor):
+    """A forest for the level, one for the contrasts of the reference arms, one for each later arm; sd over the trees.
+
+    Apart, because the level varies much more than the contrasts and would take every split. order: (K,), the place of
+    each arm among the outputs of the contrast forests.
+    """
+
+    kind: ClassVar[str] = "forest"
+    level: Trees
+    contrasts: tuple[Trees, ...]
+    order: np.ndarray
+
+    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        flat, shape = inputs.reshape(-1, inputs.shape[-1]), (*inputs.shape[:2], -1)
+
+        def of_both_orders(trees: Trees) -> np.ndarray:
+            outputs = trees.outputs(flat)
+            return outputs.reshape(len(outputs), *shape).mean(2)
+
+        level = of_both_orders(self.level)
+        contrast = np.concatenate([of_both_orders(trees) for trees in self.contrasts], axis=2)[:, :, self.order]
+        utility = level.mean(0) + contrast.mean(0)
+        return utility, np.hypot(level.std(0), contrast.std(0))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        found = {"order": self.order, "num_contrasts": np.array([len(self.contrasts)])}
+        for index, trees in enumerate((self.level, *self.contrasts)):
+            found |= {f"forest{index}.{name}": value for name, value in vars(trees).items()}
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors) -> Self:
+        names = [field.name for field in fields(Trees)]
+        count = int(tensors["num_contrasts"][0]) + 1
+        level, *contrasts = [Trees(*(tensors[f"forest{index}.{name}"] for name in names)) for index in range(count)]
+        return cls(level, tuple(contrasts), tensors["order"])
 
 
 def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -183,6 +208,6 @@ def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.maximum(squares - 2.0 * left @ right.T, 0.0)
 
 
-PREDICTORS: Mapping[str, type[Any]] = {
+PREDICTORS: Mapping[str, type[Predictor]] = {
     row.kind: row for row in (MlpPredictor, RidgePredictor, KnnPredictor, ForestPredictor)
 }

@@ -28,18 +28,17 @@ from simmerge_ray.selector.models.predictors import Predictor
 MIN_CONTEXTS = 8
 
 Rows = Sequence[int]
-
-
-def _each(fit: Callable[[TrainingSet, TrainConfig], Predictor]) -> Callable[..., list[Predictor]]:
-    return lambda sets, config: [fit(one, config) for one in sets]
-
-
-_FITTERS: Mapping[str, Callable[[Sequence[TrainingSet], TrainConfig], Sequence[Predictor]]] = {
-    "mlp": fit_mlps,
-    "ridge": _each(fit_ridge),
-    "knn": _each(fit_knn),
-    "forest": _each(fit_forest),
+_FITTERS: Mapping[str, Callable[[TrainingSet, TrainConfig], Predictor]] = {
+    "ridge": fit_ridge,
+    "knn": fit_knn,
+    "forest": fit_forest,
 }
+
+
+def _fitted(sets: Sequence[TrainingSet], config: TrainConfig) -> Sequence[Predictor]:
+    if config.model == "mlp":
+        return fit_mlps(sets, config)
+    return [_FITTERS[config.model](one, config) for one in sets]
 
 
 def train_selector(
@@ -57,22 +56,21 @@ def train_selector(
     Args:
         reference: arms whose contrasts sum to zero; None takes all. Contexts in which one of them was not measured
             (NaN) are dropped; another arm is a contrast to their mean, learned from the contexts that have it.
-            rewards: single arms of merges, learned along with the contexts; thresholds and intervals are calibrated on
-            the contexts alone.
+        rewards: single arms of merges, learned along with the contexts; thresholds and intervals are calibrated on the
+            contexts alone.
 
     Raises:
         LabelError: fewer than `MIN_CONTEXTS` contexts, or fewer than two reference arms.
         SelectorError: the task encoding needs statistics that were not given, or the model cannot learn from rewards.
     """
     names = tuple(reference) if reference is not None else dataset.arms
-    for name in names:
-        if name not in dataset.arms:
-            raise LabelError(unknown_name("reference arm", name, dataset.arms))
+    if unknown := [name for name in names if name not in dataset.arms]:
+        raise LabelError(unknown_name("reference arm", unknown[0], dataset.arms))
     columns = tuple(dataset.arms.index(name) for name in names)
     dataset = dataset.subset(np.flatnonzero(~np.isnan(dataset.utilities[:, columns]).any(1)).tolist())
     check_enough(dataset, len(columns))
-    fitted = fit_models(dataset, [range(len(dataset.contexts))], config, columns, rewards)[0]
     pairs = pairs_of(dataset.contexts)
+    fitted = fit_models(dataset, [range(len(pairs))], config, columns, rewards)[0]
     override, intervals = _calibrated(dataset, config, columns, rewards)
     unique = sorted({(min(pair), max(pair)) for pair in pairs})
     order = _canonical(dataset, range(len(pairs)))
@@ -80,7 +78,7 @@ def train_selector(
         "config": config.model_dump(mode="json"),
         "num_contexts": len(pairs),
         "num_pairs": len(unique),
-        "tasks": sorted({context.task for context in dataset.contexts}),
+        "tasks": sorted(set(dataset.tasks)),
         "checkpoints": sorted({name for pair in pairs for name in pair}),
         "pairs": [list(pair) for pair in unique],
         "weights": dataset.weights,
@@ -99,11 +97,7 @@ def train_selector(
 
 
 def check_enough(dataset: SelectionDataset, num_reference: int) -> None:
-    """Refuse data that is too little to train on.
-
-    Raises:
-        LabelError: saying what is needed.
-    """
+    """Refuse data that is too little to train on. Raises LabelError: saying what is needed."""
     if len(dataset.contexts) < MIN_CONTEXTS or num_reference < 2:
         raise LabelError(
             f"{len(dataset.contexts)} contexts with {num_reference} arms are too few to train on; at least "
@@ -150,18 +144,17 @@ def fit_models(
         rows = _canonical(dataset, part)
         contexts = dataset.subset(rows)
         scaling = InputScaling.fit(contexts, config.task_encoding)
-        inputs = scaling.inputs(contexts.features, contexts.tasks, contexts.statistics)
         scalings.append(scaling)
+        inputs = scaling.inputs(contexts.features, contexts.tasks, contexts.statistics)
         used = without(rewards, every - {name for row in rows for name in pairs[row]})
         told = [scaling.inputs(reward.features, reward.tasks) for reward in used]
-        of_part = tuple(pairs[row] for row in rows)
         singles = single_arms(used, dataset.arms, told)
-        sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, of_part, singles))
+        sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, pairs_of(contexts.contexts), singles))
     # Codes of the task are of another width where a part has other tasks; these cannot be trained side by side.
     fitted: dict[int, FittedModel] = {}
     for width in sorted({one.inputs.shape[-1] for one in sets}):
         index = [i for i, one in enumerate(sets) if one.inputs.shape[-1] == width]
-        for i, predictor in zip(index, _FITTERS[config.model]([sets[i] for i in index], config), strict=True):
+        for i, predictor in zip(index, _fitted([sets[i] for i in index], config), strict=True):
             fitted[i] = FittedModel(**vars(scalings[i]), predictor=predictor)
     return [fitted[i] for i in range(len(sets))]
 
@@ -174,24 +167,18 @@ def predict_folds(dataset: SelectionDataset, folds: Sequence[Fold], models: Sequ
 def calibrate(
     dataset: SelectionDataset, folds: Sequence[Fold], predicted: Sequence[np.ndarray], scoring: Scoring | None = None
 ) -> tuple[SafeOverride, Intervals | None]:
-    """When to leave the best fixed arm, and intervals, from the predictions of folds.
-
-    Args:
-        folds: their tested rows may leave out some of the data set, which then counts for the best fixed arm alone.
-    """
+    """When to leave the best fixed arm, and intervals, from the predictions of folds. Their tested rows may leave out
+    some of the data set, which then counts for the best fixed arm alone."""
     scoring = scoring or Scoring.of(dataset.contexts, dataset.arms)
     mean = fold_mean(folds, predicted, len(dataset.contexts))
-    pairs = pairs_of(dataset.contexts)
-    override = fit_override(scoring, dataset.arms, units_of(dataset.contexts, per_merge=True), pairs, mean)
-    return override, fit_intervals(*fold_errors(dataset, folds, predicted))
+    units = units_of(dataset.contexts, per_merge=True)
+    override = fit_override(scoring, dataset.arms, units, pairs_of(dataset.contexts), mean)
+    return override, _intervals(dataset, folds, predicted)
 
 
-def fold_errors(
-    dataset: SelectionDataset, folds: Sequence[Fold], predicted: Sequence[np.ndarray]
-) -> tuple[list[np.ndarray], int]:
-    """Per fold (num tested, K) predicted minus measured utility, and how many contexts these are of."""
+def _intervals(dataset: SelectionDataset, folds: Sequence[Fold], predicted: Sequence[np.ndarray]) -> Intervals | None:
     errors = [value - dataset.utilities[list(fold.tested)] for fold, value in zip(folds, predicted, strict=True)]
-    return errors, len({row for fold in folds for row in fold.tested})
+    return fit_intervals(errors, len({row for fold in folds for row in fold.tested}))
 
 
 def usable_folds(folds: Sequence[Fold]) -> list[Fold]:
@@ -200,10 +187,7 @@ def usable_folds(folds: Sequence[Fold]) -> list[Fold]:
 
 
 def _calibrated(
-    dataset: SelectionDataset,
-    config: TrainConfig,
-    reference: tuple[int, ...],
-    rewards: Sequence[RewardedMerge],
+    dataset: SelectionDataset, config: TrainConfig, reference: tuple[int, ...], rewards: Sequence[RewardedMerge]
 ) -> tuple[SafeOverride, Intervals | None]:
     # Labels of later arms are too few for a fixed choice or a threshold: these come from the reference arms.
     arms = tuple(dataset.arms[k] for k in reference)
@@ -215,4 +199,4 @@ def _calibrated(
     models = fit_models(dataset, [fold.training for fold in folds], config, reference, rewards)
     predicted = predict_folds(dataset, folds, models)
     override, _ = calibrate(known, folds, [value[:, list(reference)] for value in predicted])
-    return override, fit_intervals(*fold_errors(dataset, folds, predicted))
+    return override, _intervals(dataset, folds, predicted)

@@ -35,25 +35,18 @@ def write_selectors(out: Place, selector: Selector, shortlist: Selector, dataset
 
 def read_parents(selector: Place) -> dict[str, dict[str, float]]:
     """Measured utilities of the checkpoints as they are; empty if the selector has none beside it."""
-    path = selector / PARENTS
-    return read_json(path) if path.exists() else {}
+    return read_json(selector / PARENTS) if (selector / PARENTS).exists() else {}
 
 
 def write_plans(directory: Place, ranking: Ranking, catalogue: Catalogue) -> list[Place]:
     """`plan-1.json`, ... from best to worst, for `simmerge merge`, and `ranking.json` with their predictions."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, one in enumerate(ranking.plans, 1):
-        paths.append(directory / f"plan-{number}.json")
-        write_plan(paths[-1], resolve_plan(one.plan, catalogue), one.predicted)
-    content = {
-        "plans": [ranked_json(one) for one in ranking.plans],
-        "best_fixed": ranked_json(ranking.best_fixed),
-        "num_scored": ranking.num_scored,
-        "beam_width": ranking.width,
-        "num_reranked": ranking.num_reranked,
-    }
-    write_json(directory / "ranking.json", content)
+    paths = [directory / f"plan-{number}.json" for number in range(1, len(ranking.plans) + 1)]
+    for path, one in zip(paths, ranking.plans, strict=True):
+        write_plan(path, resolve_plan(one.plan, catalogue), one.predicted)
+    counts = {"num_scored": ranking.num_scored, "beam_width": ranking.width, "num_reranked": ranking.num_reranked}
+    plans, fixed = [ranked_json(one) for one in ranking.plans], ranked_json(ranking.best_fixed)
+    write_json(directory / "ranking.json", {"plans": plans, "best_fixed": fixed, **counts})
     return paths
 
 
@@ -62,12 +55,9 @@ def ranked_json(one: RankedPlan) -> dict[str, Any]:
     return {
         "plan": one.plan.to_json(),
         "label": one.plan.label,
-        "utility": one.utility,
-        "sd": one.sd,
-        "score": one.score,
+        **{name: getattr(one, name) for name in ("utility", "sd", "score", "propagator")},
         "interval": list(one.interval),
         "by_task": one.predicted,
         "why": dict(one.why),
-        "propagator": one.propagator,
         "approximate": list(one.approximate),
     }

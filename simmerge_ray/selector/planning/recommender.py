@@ -65,27 +65,15 @@ class Recommender:
 
     @staticmethod
     def load(selector: Place, signals: Place) -> Recommender:
-        """Read both artifacts.
-
-        Raises:
-            SelectorError, ConfigError: one of them is missing, damaged or of another version.
-        """
+        """Read both artifacts. Raises SelectorError, ConfigError: one is missing, damaged or of another version."""
         return Recommender(read_selector(selector), read_signal_table(signals))
-
-    @property
-    def best_fixed(self) -> str:
-        return self.selector.best_fixed
 
     def recommend(self, left: str, right: str, tasks: Sequence[str] = ()) -> Recommendation:
         """The arm to take for all given tasks together, and all that was predicted; no task means the parents' own.
 
         The best fixed arm, unless another is predicted to be better by more than what has paid, and never for
-        checkpoints that are unlike those of the training.
-
-        Raises:
-            PlanError: an unknown checkpoint or task, or a pair of one checkpoint with itself.
-            SelectorError: the table does not have the features that the selector was trained with.
-        """
+        checkpoints that are unlike those of the training. Raises PlanError: an unknown checkpoint or task, or a pair of
+        one checkpoint with itself. SelectorError: the table lacks features of the training."""
         names = list(tasks) or list(self.table.pair_tasks(left, right))
         self.selector.check_table(self.table)
         features = np.array([pair_features(self.table, left, right, task) for task in names])

@@ -13,12 +13,12 @@ from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError, PlanError, SelectorError
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.search.objectives import MEAN, WORST
+from simmerge_ray.selector.data.dataset import pair_features
 from simmerge_ray.selector.models.model import Selector, read_selector
 from simmerge_ray.selector.planning.files import SHORTLIST, default_selector
 from simmerge_ray.selector.planning.scorer import PlanScorer, Ranking
 from simmerge_ray.selector.planning.space import PlanSpace, plan_space, scorable_arms
 from simmerge_ray.selector.planning.tasks import TaskPool, task_pool
-from simmerge_ray.signals.features import scaled_features
 from simmerge_ray.signals.propagation.bound import Bound
 from simmerge_ray.signals.propagation.interface import Propagator
 from simmerge_ray.signals.propagation.second_order import SecondOrder
@@ -49,11 +49,8 @@ class RankingSources:
         return PlanScorer(self.table, self.propagator(), self.selector, self.shortlist)
 
     def request(self, config: RankingConfig) -> PlanRequest:
-        """Check the options against the sources, before anything is computed.
-
-        Raises:
-            InputError: a name is unknown, or no plan meets the constraints.
-        """
+        """Check the options against the sources, before anything is computed. Raises InputError: a name is unknown, or
+        no plan meets the constraints."""
         arms = scorable_arms(config.arms, self.selector.arms, self.table.provenance.get("base") is not None)
         space = plan_space(self.ids, arms, config.ways, config.weighting, config.must_contain, config.exclude)
         pool = task_pool(config.objective, config.tasks, self.table.tasks, self.table.checkpoint_ids, self.own_task)
@@ -70,36 +67,24 @@ class PlanRequest:
     pool: TaskPool
 
     def rank(self, top: int) -> Ranking:
-        """The best plans.
-
-        Raises:
-            InputError: the propagator lacks something, or does not deliver what the selector was trained with.
-        """
+        """The best plans. Raises InputError: the propagator lacks something, or does not deliver what the selector was
+        trained with."""
         return self.sources.scorer.rank(self.space, self.pool, top, self.config)
 
     def unlike_pairs(self) -> list[tuple[str, str]]:
         """Pairs of checkpoints that are unlike the training data of the selector on a task that counts for them."""
         selector, table = self.sources.selector, self.sources.table
-        place = {name: index for index, name in enumerate(table.checkpoint_ids)}
         pairs = list(combinations(self.space.ids, 2))
-        counted = self.pool.counted(np.array([[place[left], place[right]] for left, right in pairs]))
-        owners, features = [], []
-        for pair, wanted in zip(pairs, np.broadcast_to(counted, (len(pairs), len(self.pool.tasks))), strict=True):
-            for task in np.asarray(self.pool.tasks)[wanted]:
-                row = table.get(*pair, str(task))
-                owners.append(pair)
-                features.append([scaled_features(side.features, selector.columns) for side in (row, row.swap())])
+        counted = self.pool.counted(np.array([[table.checkpoint_ids.index(name) for name in pair] for pair in pairs]))
+        wanted = [(pairs[row], self.pool.tasks[task]) for row, task in np.argwhere(counted)]
+        features = [pair_features(table, left, right, task, selector.columns) for (left, right), task in wanted]
         far = selector.distances(np.array(features)) > selector.novelty.limit
-        unlike = {pair for pair, is_far in zip(owners, far, strict=True) if is_far}
-        return [pair for pair in pairs if pair in unlike]
+        return list(dict.fromkeys(pair for (pair, _), is_far in zip(wanted, far, strict=True) if is_far))
 
 
 def read_sources(files: RankingFiles, catalogue: Catalogue, propagator: str) -> RankingSources:
-    """Read what a ranking needs, from small to large.
-
-    Raises:
-        InputError: an artifact is missing, or two do not fit each other.
-    """
+    """Read what a ranking needs, from small to large. Raises InputError: an artifact is missing, or two do not fit each
+    other."""
     if propagator in _FROM_PROBES and files.probes is None:
         raise ConfigError(f"propagator {propagator!r} runs the probes; give --probes, the directory of the signals'")
     directory = files.selector or default_selector()
@@ -135,11 +120,8 @@ def _propagator(name: str, table: SignalTable, catalogue: Catalogue, files: Rank
 
 
 def _check_catalogue(catalogue: Catalogue, table: SignalTable) -> None:
-    """Refuse a table of other checkpoints, or of other contents under their names.
-
-    Raises:
-        PlanError: naming a checkpoint.
-    """
+    """Refuse a table of other checkpoints, or of other contents under their names. Raises PlanError: naming a
+    checkpoint."""
     known = table.provenance["checkpoints"]
     for ref in catalogue.all_refs:
         if ref.id not in known:
@@ -153,10 +135,7 @@ def on_fixed_tasks(config: RankingConfig, catalogue: Catalogue) -> RankingConfig
     """The same ranking on one set of tasks for all plans: those named, those of the objective, or all own tasks.
 
     Measured merges are compared with each other and with checkpoints, so each cannot count on its members' own tasks.
-
-    Raises:
-        ConfigError: no checkpoint has a task of its own.
-    """
+    Raises ConfigError: no checkpoint has a task of its own."""
     if config.tasks or config.objective not in (MEAN, WORST):
         return config
     own = sorted({name for name in catalogue.own_task.values() if name})

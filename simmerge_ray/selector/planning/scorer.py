@@ -96,8 +96,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Features of steps. place: row by (left, right, task). values: (F, N), unscaled. inputs: (N, 2, F). tasks: of the
-    rows."""
+    """Features of steps. place: row by (left, right, task). inputs: (N, 2, F). tasks: of the rows."""
 
     place: Mapping[tuple[Source, Source, str], int]
     inputs: np.ndarray
@@ -105,14 +104,9 @@ class _Steps:
 
 
 class PlanScorer:
-    """Scores plans over the checkpoints of a signal table.
-
-    Args:
-        selector: knows columns that `propagator` delivers. shortlist: the same for `second_order`, needed by `rank`.
-
-    Raises:
-        SelectorError: a selector with columns that its propagator does not deliver.
-    """
+    """Scores plans over the checkpoints of a signal table. selector: knows columns that `propagator` delivers.
+    shortlist: the same for `second_order`, needed by `rank`. Raises SelectorError: a selector with columns that its
+    propagator does not deliver."""
 
     def __init__(
         self,
@@ -132,14 +126,9 @@ class PlanScorer:
                 raise SelectorError("the selector and its shortlist know different arms; run `simmerge train` again")
 
     def rank(self, space: PlanSpace, pool: TaskPool, top: int = 10, config: RankingConfig = _DEFAULTS) -> Ranking:
-        """The best plans of a space: all are scored if that fits the budget, else a beam of about so many.
-
-        Args:
-            config: budget, shortlist, aggregate and caution count; the space and the pool were made from the others.
-
-        Raises:
-            SelectorError: no shortlist selector, or an arm it does not know.
-        """
+        """The best plans of a space: all are scored if that fits the budget, else a beam of about so many. config:
+        budget, shortlist, aggregate and caution count; the space and the pool were made from the others. Raises
+        SelectorError: no shortlist selector, or an arm it does not know."""
         if self._shortlist is None:
             raise SelectorError("ranking needs the selector of the shortlist, too; `simmerge train` writes both")
         aggregate, caution = config.aggregate, config.caution
@@ -165,16 +154,12 @@ class PlanScorer:
         aggregates: Sequence[str] = AGGREGATES,
         caution: float = _DEFAULTS.caution,
     ) -> dict[str, list[RankedPlan]]:
-        """`score` for several aggregates; the features of a step, which are most of the work, are computed once.
-
-        Raises:
-            SelectorError: an arm that the selector does not know. PlanError, OperatorError: see `Propagator.steps`
-            (a weight that changes with depth among them).
-        """
+        """`score` for several aggregates; the features of a step, which are most of the work, are computed once. Raises
+        SelectorError: an arm that the selector does not know. PlanError, OperatorError: see `Propagator.steps` (a
+        weight that changes with depth among them)."""
         for plan in plans:
-            scorable_arms(
-                sorted({step.arm.label for step in plan.steps}) or ["passthrough"], self._selector.arms, self._with_base
-            )
+            labels = sorted({step.arm.label for step in plan.steps}) or ["passthrough"]
+            scorable_arms(labels, self._selector.arms, self._with_base)
         # Any aggregate but `last` needs all steps.
         widest = next((aggregate for aggregate in aggregates if aggregate != "last"), "last")
         steps = self._steps(plans, pool, widest)
@@ -191,8 +176,7 @@ class PlanScorer:
             utility = self._selector.predict(inputs)[0][:, arm].reshape(-1, len(tasks))
             by_task = np.zeros((len(utility), len(pool.tasks)))
             by_task[:, tasks] = utility
-            pooled, _ = pool.pooled(by_task, np.zeros_like(by_task), np.isin(np.arange(len(pool.tasks)), tasks))
-            return pooled
+            return pool.pooled(by_task, np.zeros_like(by_task), np.isin(np.arange(len(pool.tasks)), tasks))[0]
 
         return influences(predict, steps.inputs[rows], average, self._selector.columns)
 
@@ -209,48 +193,44 @@ class PlanScorer:
         """Features of the steps that count, each computed once however many plans share it."""
         wanted: dict[tuple[Source, Source, str], PlanStep] = {}
         for plan in plans:
-            sources, counted = plan_sources(plan), [pool.tasks[task] for task in self._plan_tasks(plan, pool)]
-            for number in range(len(sources) - 1 if aggregate == "last" else 0, len(sources)):
-                for task in counted:
-                    wanted.setdefault((*sources[number], task), PlanStep(plan, number, task))
+            tasks = [pool.tasks[task] for task in self._plan_tasks(plan, pool)]
+            for number, sources in _counting(plan, aggregate):
+                for task in tasks:
+                    wanted.setdefault((*sources, task), PlanStep(plan, number, task))
         values = self._propagator.batch(list(wanted.values()), self._selector.columns, self._num_threads)
         place = {key: row for row, key in enumerate(wanted)}
-        tasks = np.array([pool.tasks.index(task) for *_, task in wanted])
-        return _Steps(place, both_orders(values, self._selector.columns), tasks)
+        of_rows = np.array([pool.tasks.index(task) for *_, task in wanted])
+        return _Steps(place, both_orders(values, self._selector.columns), of_rows)
 
     def _scored(
         self, plans: Sequence[MergePlan], pool: TaskPool, steps: _Steps, aggregate: str, caution: float
     ) -> list[RankedPlan]:
         utility, sd = self._selector.predict(steps.inputs)
-        utility = utility.clip(0.0, 1.0)
-        ranked = []
+        utility, name, ranked = utility.clip(0.0, 1.0), self._propagator.name, []
         for plan in plans:
-            sources, tasks = plan_sources(plan), self._plan_tasks(plan, pool)
-            total = np.zeros((2, len(pool.tasks)))
-            for number in range(len(sources) - 1 if aggregate == "last" else 0, len(sources)):
+            tasks, total = self._plan_tasks(plan, pool), np.zeros((2, len(pool.tasks)))
+            for number, sources in _counting(plan, aggregate):
                 arm = self._selector.arms.index(plan.steps[number].arm.label)
-                rows = [steps.place[(*sources[number], pool.tasks[task])] for task in tasks]
+                rows = [steps.place[(*sources, pool.tasks[task])] for task in tasks]
                 total[:, tasks] += utility[rows, arm], sd[rows, arm]
-            mean, spread = aggregated(total, len(sources), aggregate)
+            mean, spread = aggregated(total, len(plan.steps), aggregate)
             counted = np.isin(np.arange(len(pool.tasks)), tasks)
-            pooled, pooled_sd = pool.pooled(mean, spread, counted)
+            pooled, pooled_sd = map(float, pool.pooled(mean, spread, counted))
             by_task = {pool.tasks[task]: (float(mean[task]), float(spread[task])) for task in tasks}
-            approximate = approximations(plan, self._propagator.name)
-            score = float(pooled - caution * pooled_sd)
-            ranked.append(
-                RankedPlan(plan, float(pooled), float(pooled_sd), score, by_task, self._propagator.name, approximate)
-            )
+            score, notes = pooled - caution * pooled_sd, approximations(plan, name)
+            ranked.append(RankedPlan(plan, pooled, pooled_sd, score, by_task, name, notes))
         return ranked
 
 
-def check_columns(selector: Model, propagator: str, columns: Sequence[str]) -> None:
-    """Refuse a selector that was trained with features that a propagator does not deliver.
+def _counting(plan: MergePlan, aggregate: str) -> list[tuple[int, tuple[Source, Source]]]:
+    """The steps that count, numbered, by their two sides."""
+    return list(enumerate(plan_sources(plan)))[-1 if aggregate == "last" else 0 :]
 
-    Raises:
-        SelectorError: naming one of them, and what to do.
-    """
-    missing = sorted(set(selector.columns) - set(columns))
-    if missing:
+
+def check_columns(selector: Model, propagator: str, columns: Sequence[str]) -> None:
+    """Refuse a selector that was trained with features that a propagator does not deliver. Raises SelectorError: naming
+    one of them, and what to do."""
+    if missing := sorted(set(selector.columns) - set(columns)):
         raise SelectorError(
             f"propagator {propagator!r} does not deliver {len(missing)} of the features that the selector was trained "
             f"with, e.g. {missing[0]!r}; take propagator 'virtual', a selector of these features (`simmerge train` "
@@ -269,9 +249,8 @@ def approximations(plan: MergePlan, propagator: str) -> tuple[str, ...]:
     notes = []
     inner = [step.arm for step in plan.steps[:-1]]
     if inner and propagator != "exact":
-        notes.append(
-            "outputs of intermediates are " + {"bound": "bounds"}.get(propagator, "mixtures of the checkpoints'")
-        )
+        outputs = "bounds" if propagator == "bound" else "mixtures of the checkpoints'"
+        notes.append(f"outputs of intermediates are {outputs}")
         if propagator in ("bound", "second_order"):
             notes.append("entropy and loss of intermediates are weighted means")
         if propagator == "second_order":

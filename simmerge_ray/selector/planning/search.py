@@ -45,8 +45,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Shortlist:
-    """Plans from best to worst by the first stage. num_scored: of the whole search. width: of the beam, if there was
-    one."""
+    """Plans from best to worst by the first stage. num_scored: of the whole search. width: of the beam, if any."""
 
     plans: tuple[MergePlan, ...]
     scores: np.ndarray
@@ -116,11 +115,7 @@ class PlanSearch:
         self._pairs = {task: batch.pairs(task) for task in pool.tasks}
 
     def run(self, width: int | None, size: int) -> Shortlist:
-        """The best plans.
-
-        Args:
-            width: prefixes that go on at each depth; None takes all of them. size: of the shortlist.
-        """
+        """The best plans. width: prefixes that go on at each depth; None takes all of them. size: of the shortlist."""
         low, high = self._space.ways
         start = np.flatnonzero(self._candidate)
         frontier = _Prefixes(

@@ -31,15 +31,16 @@ class PlanSpace:
 
     def num_plans(self) -> int:
         """How many plans there are, each merge once."""
-        return sum(self._num_of_size(size) for size in range(self.ways[0], self.ways[1] + 1))
+        total, num_required = 0, len(self.required)
+        for size in range(max(self.ways[0], num_required), self.ways[1] + 1):
+            ordered = math.comb(len(self.ids) - num_required, size - num_required) * math.factorial(size)
+            total += ordered // 2 * self._num_firsts * len(self.arms) ** (size - 2)
+        return total
 
-    def _num_of_size(self, size: int) -> int:
-        free = size - len(self.required)
-        if free < 0:
-            return 0
-        ordered = math.comb(len(self.ids) - len(self.required), free) * math.factorial(size)
-        firsts = sum(1 if arm.spec.symmetric else 2 for arm in self.arms)
-        return ordered // 2 * firsts * len(self.arms) ** (size - 2)
+    @property
+    def _num_firsts(self) -> int:
+        """First steps of an unordered pair."""
+        return sum(1 if arm.spec.symmetric else 2 for arm in self.arms)
 
     def beam_width(self, budget: int) -> int | None:
         """Prefixes to keep at each depth so that about `budget` plans are scored; None where all plans fit it."""
@@ -57,7 +58,7 @@ class PlanSpace:
         for size in range(2, self.ways[1] + 1):
             made = prefixes * (len(self.ids) - size + 1) * len(self.arms)
             if size == 2:
-                made = made * sum(1 if arm.spec.symmetric else 2 for arm in self.arms) // (2 * len(self.arms))
+                made = made * self._num_firsts // (2 * len(self.arms))
             total += made
             prefixes = min(made, width)
         return total
@@ -71,11 +72,8 @@ def plan_space(
     must_contain: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> PlanSpace:
-    """Checked `PlanSpace` over the known checkpoints.
-
-    Raises:
-        PlanError: an unknown checkpoint, or constraints that no plan meets. ConfigError: ways or weighting.
-    """
+    """Checked `PlanSpace` over the known checkpoints. Raises PlanError: an unknown checkpoint, or constraints that no
+    plan meets. ConfigError: ways or weighting."""
     known = sorted(known)
     for name in (*must_contain, *exclude):
         if name not in known:
@@ -96,12 +94,8 @@ def plan_space(
 
 
 def scorable_arms(texts: Sequence[str], trained: Sequence[str], with_base: bool) -> tuple[Arm, ...]:
-    """The arms to choose from: those named, by default all that a selector knows.
-
-    Raises:
-        OperatorError: an arm that no two-way step can have, or that needs a base and there is none.
-        SelectorError: the selector does not know it.
-    """
+    """The arms to choose from: those named, by default all that a selector knows. Raises OperatorError: an arm that no
+    two-way step can have, or that needs a base and there is none. SelectorError: the selector does not know it."""
     arms = parse_arms(tuple(texts) or tuple(trained))
     for arm in arms:
         if arm.spec.max_sources == 1:

@@ -32,14 +32,8 @@ class TaskPool:
         return counted
 
     def pooled(self, utility: np.ndarray, sd: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The objective and its spread, assuming that the errors of all tasks have one sign.
-
-        Args:
-            utility, sd: (..., T). counted: (..., T) bool, or what broadcasts to it.
-
-        Returns:
-            (...) each.
-        """
+        """(..., T) utility and sd, and bool or what broadcasts to it -> (...) objective and its spread, assuming that
+        the errors of all tasks have one sign."""
         if self.objective.name == WORST:
             place = np.where(counted, utility, np.inf).argmin(-1)[..., None]
             return np.take_along_axis(utility, place, -1)[..., 0], np.take_along_axis(sd, place, -1)[..., 0]
@@ -50,11 +44,7 @@ class TaskPool:
 
 
 def task_pool(
-    objective: str,
-    tasks: Sequence[str],
-    known: Sequence[str],
-    ids: Sequence[str],
-    own_task: Mapping[str, str | None],
+    objective: str, tasks: Sequence[str], known: Sequence[str], ids: Sequence[str], own_task: Mapping[str, str | None]
 ) -> TaskPool:
     """Checked `TaskPool`.
 

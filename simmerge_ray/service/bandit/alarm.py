@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+
+from simmerge_ray.service.schemas import AlarmState
 
 MIN_ROUNDS = 30
 NUM_RESAMPLES = 500
 _BLOCK = 5
 
 
-@dataclass(frozen=True)
-class RegretSlope:
-    """Slope of log cumulative regret in log rounds, with a 95 % interval; about 1/2 for a policy that learns.
-
-    linear: the interval contains 1 (or lies above): the alarm.
-    """
-
-    slope: float
-    low: float
-    high: float
-
-    @property
-    def linear(self) -> bool:
-        return self.high >= 1.0
-
-
-def regret_slope(regret: np.ndarray, seed: int = 0) -> RegretSlope | None:
-    """Of the regret (T,) against best fixed or the oracle, round by round.
+def regret_slope(regret: np.ndarray) -> AlarmState | None:
+    """Slope of log cumulative regret in log rounds, of the regret (T,) against best fixed or the oracle, with 95 %.
 
     None below `MIN_ROUNDS`, or where there is no regret in sum (nothing to be alarmed about). The interval is by giving
     blocks of rounds random weights in their place: regret of neighbours is not independent.
     """
     if len(regret) < MIN_ROUNDS or regret.sum() <= 0:
         return None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     num_blocks = len(regret) // _BLOCK
     blocks = regret[: num_blocks * _BLOCK].reshape(num_blocks, _BLOCK).sum(1)
     slope = _slope(blocks)
     if slope is None:
         return None
-    drawn = []
-    for _ in range(NUM_RESAMPLES):
-        # Poisson weights keep every block in its place, so the shape of the curve is that of the sample.
-        found = _slope(blocks * generator.poisson(1.0, num_blocks))
-        if found is not None:
-            drawn.append(found)
+    # Poisson weights keep every block in its place, so the shape of the curve is that of the sample.
+    every = (_slope(blocks * generator.poisson(1.0, num_blocks)) for _ in range(NUM_RESAMPLES))
+    drawn = [one for one in every if one is not None]
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (-np.inf, np.inf)
-    return RegretSlope(slope, float(low), float(high))
+    # The interval contains 1, or lies above: the alarm. A policy that learns has about 1/2.
+    return AlarmState(linear=bool(high >= 1.0), slope=slope, low=float(low), high=float(high))
 
 
 def _slope(blocks: np.ndarray) -> float | None:

@@ -23,7 +23,7 @@ from simmerge_ray.selector.data.splits import checkpoint_folds, pairs_of
 from simmerge_ray.selector.models.model import Selector
 from simmerge_ray.selector.models.predictors import MlpPredictor
 from simmerge_ray.service.bandit.policy import Noise
-from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.bandit.posterior import COUNTS, GaussianPosterior
 from simmerge_ray.service.bandit.warm_start import start_from_labels
 
 _TENSORS, _TEXT = "warm_start.safetensors", "warm_start.json"
@@ -83,26 +83,19 @@ def write_warm_start(path: Path, warm: WarmStartFile) -> None:
     tensors: dict[str, np.ndarray] = {}
     for number, one in enumerate(warm.posteriors.values()):
         tensors |= {f"{number}.precision": one.precision, f"{number}.moment": one.moment}
-    arms = [
-        {"arm": arm, "count": one.count, "sum_squares": one.sum_squares, "weight": one.weight}
-        for arm, one in warm.posteriors.items()
-    ]
+    arms = [{"arm": arm} | {name: getattr(one, name) for name in COUNTS} for arm, one in warm.posteriors.items()]
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, str(path / _TENSORS))
     content: dict[str, Any] = {
         "format": _FORMAT,
         "arms": arms,
-        "noise": {"variance": warm.noise.variance, "shape": warm.noise.shape},
+        "noise": {"variance": warm.noise.variance, "shape": None},  # shape: of the format alone
         "identical": [[*pair, [list(one) for one in classes]] for pair, classes in sorted(warm.identical.items())],
     }
     write_json(path / _TEXT, content)
 
 
 def read_warm_start(path: Place) -> WarmStartFile | None:
-    """What `write_warm_start` wrote; None where there is nothing.
-
-    Raises:
-        SelectorError: it is damaged.
-    """
+    """What `write_warm_start` wrote; None where there is nothing. Raises SelectorError: it is damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -114,15 +107,11 @@ def read_warm_start(path: Place) -> WarmStartFile | None:
             raise ValueError(f"format {content['format']}")
         posteriors = {
             one["arm"]: GaussianPosterior(
-                tensors[f"{number}.precision"],
-                tensors[f"{number}.moment"],
-                one["count"],
-                one["sum_squares"],
-                one["weight"],
+                tensors[f"{number}.precision"], tensors[f"{number}.moment"], *(one[name] for name in COUNTS)
             )
             for number, one in enumerate(content["arms"])
         }
         identical = {(left, right): tuple(map(tuple, classes)) for left, right, classes in content["identical"]}
-        return WarmStartFile(posteriors, Noise(**content["noise"]), identical)
+        return WarmStartFile(posteriors, Noise(content["noise"]["variance"]), identical)
     except (OSError, KeyError, TypeError, ValueError, BanditError, SafetensorError) as error:
         raise SelectorError(f"the warm start in {path} is damaged: {error}; train the selector again") from None

@@ -23,10 +23,8 @@ class ValueEstimate:
 
 def importance_weights(target: np.ndarray, logged: np.ndarray) -> np.ndarray:
     """(N,) probability under the target policy over that under which the logged arm was played.
-
-    Raises:
-        BanditError: a logged propensity that is not above 0 (such a decision was never drawn), or a target outside
-            [0, 1].
+    Raises BanditError: a logged propensity that is not above 0 (such a decision was never drawn), or a target outside
+    [0, 1].
     """
     if not (logged > 0).all():
         raise BanditError("a logged propensity is 0; decisions without exploration are left out of such estimates")

@@ -13,16 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri
 
 from simmerge_ray.base.errors import BanditError, unknown_name
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.propensities import (
-    Draws,
-    safe_propensities,
-    thompson_propensities,
-    with_floor,
-)
+from simmerge_ray.service.bandit.propensities import Draws, safe_propensities, thompson_propensities, with_floor
 
 
 @dataclass(frozen=True)
@@ -35,25 +30,13 @@ class SafeRule:
 
 @dataclass(frozen=True)
 class Noise:
-    """Spread of the rewards around the model: known (`variance`), or learned for each arm (NIG).
-
-    shape, rate: of the inverse gamma prior of the variance; None takes `variance` as it is. shape is at least 1.5, so
-    that the marginals are t distributions of 3 degrees or more.
-    """
+    """Spread of the rewards around the model."""
 
     variance: float
-    shape: float | None = None
 
     def __post_init__(self) -> None:
         if not (self.variance > 0 and math.isfinite(self.variance)):
             raise BanditError(f"the noise variance is {self.variance}; it must be a finite number above 0")
-        if self.shape is not None and not self.shape >= 1.5:
-            raise BanditError(f"the shape of the noise prior is {self.shape}; it must be at least 1.5")
-
-    @property
-    def rate(self) -> float:
-        """`shape * variance`: the scale of the marginals, `rate / shape`, starts at `variance`."""
-        return (self.shape or 0.0) * self.variance
 
 
 @dataclass(frozen=True)
@@ -61,16 +44,14 @@ class Suggestion:
     """What was decided for one context, and how.
 
     arm: to play. propensities: probability of each arm under the policy, all that the log needs for off-policy
-    evaluation; 1 for `arm` without exploration. means, sds: of the arms' rewards given what is known. draws: that were
+    evaluation; 1 for `arm` without exploration. means: of the arms' rewards given what is known. draws: that were
     compared. explored: whether it was drawn at all.
     """
 
-    decision_id: str
     arms: tuple[str, ...]
     arm: str
     propensities: np.ndarray
     means: np.ndarray
-    sds: np.ndarray
     draws: np.ndarray
     explored: bool
 
@@ -81,11 +62,10 @@ class NeuralLinearTS:
     Args:
         posteriors: by arm, of equal dimensions; a prior for an arm that was never played. noise: of the rewards. safe:
             None plays plain Thompson sampling. floor: probability that every arm is played with at least, mixed in
-            before the draw. priors: what a discount leaves whole, and NIG starts from; None takes `posteriors`.
+            before the draw. A discount leaves `posteriors` whole.
 
-    Raises:
-        BanditError: no arms, dimensions that differ, a fixed arm that is none of them, or a floor that leaves nothing
-            (K floor > 1), or is 0 where the threshold is infinite and exploration would never happen.
+    Raises BanditError: no arms, dimensions that differ, a fixed arm that is none of them, or a floor that leaves
+    nothing (K floor > 1), or is 0 where the threshold is infinite and exploration would never happen.
     """
 
     def __init__(
@@ -94,7 +74,6 @@ class NeuralLinearTS:
         noise: Noise,
         safe: SafeRule | None = None,
         floor: float = 0.0,
-        priors: Mapping[str, GaussianPosterior] | None = None,
     ) -> None:
         if not posteriors:
             raise BanditError("a policy needs an arm at least")
@@ -109,7 +88,7 @@ class NeuralLinearTS:
         if safe is not None and math.isinf(safe.threshold) and floor == 0:
             raise BanditError("a policy that never leaves its fixed arm needs a floor above 0, or it never learns")
         self._posteriors = dict(posteriors)
-        self._priors = dict(priors or posteriors)
+        self._priors = dict(posteriors)
         self.noise, self.safe, self.floor = noise, safe, floor
 
     @property
@@ -139,8 +118,7 @@ class NeuralLinearTS:
                 fixed arm in its own class), and has one propensity, shown at that arm. among: arms that may be played;
                 None takes all.
 
-        Raises:
-            BanditError: an unknown arm, or none that may be played.
+        Raises BanditError: an unknown arm, or none that may be played.
         """
         arms, fixed = self._representatives(z, among, classes)
         draws = self._draws(arms, z)
@@ -154,32 +132,22 @@ class NeuralLinearTS:
             values = draws.location
             chosen = self._chosen(values, fixed)
             propensities = np.eye(len(arms))[chosen]
-        return Suggestion(
-            decision_id, tuple(arms), arms[chosen], propensities, draws.location, draws.scale, values, explore
-        )
+        return Suggestion(tuple(arms), arms[chosen], propensities, draws.location, values, explore)
 
     def update(self, observations: Iterable[tuple[str, np.ndarray, float]]) -> None:
-        """Learn rewards, in the given order: (arm, z, r) each, r the utility less the level of the decision.
-
-        For arms whose merges were identical give one observation for each of them: they share the reward.
-
-        Raises:
-            BanditError: an unknown arm, or numbers that are not finite; what came before it was learned.
+        """Learn rewards, in the given order: (arm, z, r) each, r the utility less the level of the decision; arms whose
+        merges were identical share a reward.
+        Raises BanditError: an unknown arm, or numbers that are not finite.
         """
         for arm, z, reward in observations:
             self._posteriors[arm] = self.posterior(arm).updated(z, reward)
 
     def discount(self, factor: float) -> None:
         """All that was observed counts `factor` of what it did. An explicit event of the log, never a side effect."""
-        discounted = {arm: one.discounted(factor, self._priors[arm]) for arm, one in self._posteriors.items()}
-        self._posteriors = discounted
+        self._posteriors = {arm: one.discounted(factor, self._priors[arm]) for arm, one in self._posteriors.items()}
 
     def add_arm(self, arm: str, prior: GaussianPosterior) -> None:
-        """An arm that may be played from now on.
-
-        Raises:
-            BanditError: there is one of that name, or the prior has other dimensions.
-        """
+        """An arm that may be played from now on. Raises BanditError: it exists, or the prior has other dimensions."""
         if arm in self._posteriors:
             raise BanditError(f"arm {arm!r} exists already")
         dimensions = next(iter(self._posteriors.values())).num_dimensions
@@ -209,16 +177,7 @@ class NeuralLinearTS:
 
     def _draws(self, arms: Sequence[str], z: np.ndarray) -> Draws:
         marginals = np.array([self._posteriors[arm].marginal(z) for arm in arms])
-        location, spread = marginals[:, 0], marginals[:, 1]
-        if self.noise.shape is None:
-            return Draws(location, math.sqrt(self.noise.variance) * spread)
-        learned = np.array(
-            [
-                self._posteriors[arm].noise_posterior(self.noise.shape, self.noise.rate, self._priors[arm])
-                for arm in arms
-            ]
-        )
-        return Draws(location, np.sqrt(learned[:, 1] / learned[:, 0]) * spread, 2 * learned[:, 0])
+        return Draws(marginals[:, 0], math.sqrt(self.noise.variance) * marginals[:, 1])
 
     def _propensities(self, draws: Draws, fixed: int | None) -> np.ndarray:
         if self.safe is None or fixed is None:
@@ -243,5 +202,4 @@ def keyed_uniform(decision_id: str, name: str, purpose: str = "draw") -> float:
 
 def sampled(draws: Draws, uniforms: np.ndarray) -> np.ndarray:
     """(K,) draws by inversion."""
-    standard = ndtri(uniforms) if draws.degrees is None else stdtrit(draws.degrees, uniforms)
-    return draws.location + draws.scale * standard
+    return draws.location + draws.scale * ndtri(uniforms)

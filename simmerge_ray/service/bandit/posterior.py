@@ -21,12 +21,14 @@ from scipy.linalg.lapack import dpotrf, dtrtri
 
 from simmerge_ray.base.errors import BanditError
 
+COUNTS = ("count", "sum_squares", "weight")  # what a posterior has beside its arrays
+
 
 @dataclass(frozen=True, eq=False)
 class GaussianPosterior:
     """precision A (d, d), moment b (d,), number and sum of squares of the rewards, those of the prior not counted.
 
-    weight: of the observations, in observations; it differs from `count` after a discount or with a power prior.
+    weight: of the observations, in observations; it differs from `count` after a discount.
     """
 
     precision: np.ndarray
@@ -37,13 +39,8 @@ class GaussianPosterior:
 
     @staticmethod
     def prior(num_dimensions: int, ridge: float = 1.0, mean: np.ndarray | None = None) -> GaussianPosterior:
-        """A prior that has seen nothing.
-
-        Args:
-            ridge: its precision, above 0. mean: (d,); None is 0.
-
-        Raises:
-            BanditError: a ridge that is not above 0, or a mean of another shape.
+        """A prior that has seen nothing, of precision `ridge` and mean (d,), None is 0.
+        Raises BanditError: ridge <= 0, or a mean of another shape.
         """
         if not (ridge > 0 and math.isfinite(ridge)):
             raise BanditError(f"ridge is {ridge}; it must be a finite number above 0")
@@ -54,41 +51,29 @@ class GaussianPosterior:
     def num_dimensions(self) -> int:
         return len(self.moment)
 
-    def updated(self, z: np.ndarray, reward: float, weight: float = 1.0) -> GaussianPosterior:
-        """With one more observation: z (d,), and its reward.
-
-        Args:
-            weight: how many observations it counts as (the a0 of a power prior), above 0.
-
-        Raises:
-            BanditError: z of another shape, or a number that is not finite.
-        """
+    def updated(self, z: np.ndarray, reward: float) -> GaussianPosterior:
+        """With one more observation: z (d,), and its reward. Raises BanditError: z of another shape, or not finite."""
         z = _vector(z, self.num_dimensions, "z")
         if not math.isfinite(reward):
             raise BanditError(f"a reward is {reward}; it must be a finite number")
-        if not (weight > 0 and math.isfinite(weight)):
-            raise BanditError(f"the weight of an observation is {weight}; it must be above 0")
-        scaled = z if weight == 1.0 else weight * z
         return GaussianPosterior(
-            self.precision + np.outer(scaled, z),
-            self.moment + scaled * reward,
+            self.precision + np.outer(z, z),
+            self.moment + z * reward,
             self.count + 1,
-            self.sum_squares + weight * reward * reward,
-            self.weight + weight,
+            self.sum_squares + reward * reward,
+            self.weight + 1.0,
         )
 
-    def fold(self, observations: Iterable[tuple[np.ndarray, float]], weight: float = 1.0) -> GaussianPosterior:
+    def fold(self, observations: Iterable[tuple[np.ndarray, float]]) -> GaussianPosterior:
         """`updated` for one (z, reward) after the other."""
         posterior = self
         for z, reward in observations:
-            posterior = posterior.updated(z, reward, weight)
+            posterior = posterior.updated(z, reward)
         return posterior
 
     def discounted(self, factor: float, prior: GaussianPosterior) -> GaussianPosterior:
         """What was observed counts `factor` of what it did; the prior counts whole, so nothing is forgotten below it.
-
-        Raises:
-            BanditError: a factor outside (0, 1], or a prior of other dimensions.
+        Raises BanditError: a factor outside (0, 1], or a prior of other dimensions.
         """
         if not 0 < factor <= 1:
             raise BanditError(f"the discount factor is {factor}; it must be above 0 and at most 1")
@@ -126,15 +111,6 @@ class GaussianPosterior:
         spread = projected[:-1]
         return projected.item(-1), math.sqrt(spread @ spread)
 
-    def noise_posterior(self, shape: float, rate: float, prior: GaussianPosterior) -> tuple[float, float]:
-        """Shape and rate of the inverse gamma posterior of the noise variance (normal inverse gamma, NIG).
-
-        `a = a0 + n / 2`, `b = b0 + (mu0^T A0 mu0 + sum r^2 - mean^T A mean) / 2`; n is the weight of the observations.
-        """
-        fitted = float(self.mean @ self.precision @ self.mean)
-        before = float(prior.mean @ prior.precision @ prior.mean)
-        return shape + 0.5 * self.weight, max(rate + 0.5 * (before + self.sum_squares - fitted), rate * 1e-12)
-
 
 class RunningPosterior:
     """Prior and sums of one arm, updated in place. `posterior` has the bits of `GaussianPosterior.updated`."""
@@ -148,8 +124,7 @@ class RunningPosterior:
 
     def _set(self, posterior: GaussianPosterior) -> None:
         self._precision, self._moment = posterior.precision.copy(), posterior.moment.copy()
-        self._count, self._sum_squares = posterior.count, posterior.sum_squares
-        self._weight = posterior.weight
+        self._count, self._sum_squares, self._weight = posterior.count, posterior.sum_squares, posterior.weight
         self._posterior: GaussianPosterior | None = posterior
 
     @property

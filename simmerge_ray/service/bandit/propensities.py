@@ -5,9 +5,9 @@ policy leaves the fixed arm f only for an arm whose draw is the best of the othe
 `P(k) = int f_k(s) F_f(s - tau) prod_{j != k, f} F_j(s) ds`, and f has the rest.
 
 The line is cut at multiples of every arm's spread around its mean (and, for f, around its mean plus tau), so that each
-piece is smooth; beyond the last cut lies less than 1e-15 of any arm. Two and three Gaussian arms have closed forms: a
-normal distribution and, for `P(k) = P(X_k > X_i and X_k > X_j)`, a bivariate one by Owen's T (Owen 1956, "Tables for
-computing bivariate normal probabilities").
+piece is smooth; beyond the last cut lies less than 1e-15 of any arm. Two and three arms have closed forms: a normal
+distribution and, for `P(k) = P(X_k > X_i and X_k > X_j)`, a bivariate one by Owen's T (Owen 1956, "Tables for computing
+bivariate normal probabilities").
 """
 
 from __future__ import annotations
@@ -16,52 +16,35 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import gammaln, ndtr, owens_t, stdtr
+from scipy.special import ndtr, owens_t
 
 MIN_SPREAD = 1e-6  # of the largest location, 1 at least: narrower peaks would consist of rounding errors
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
-_GAUSSIAN_CUTS = np.array([-8.5, -5.5, -3.5, -2.0, -1.0, 0.0, 1.0, 2.0, 3.5, 5.5, 8.5])
-# Tails of a t distribution fall like a power: cuts grow geometrically, to where less than 1e-15 is left for 3 degrees.
-_STEPS = np.concatenate([[0.5, 1.0, 1.5], 2.0 ** np.arange(1, 21)])
-_STUDENT_CUTS = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])
+_CUTS = np.array([-8.5, -5.5, -3.5, -2.0, -1.0, 0.0, 1.0, 2.0, 3.5, 5.5, 8.5])
 _LOG_ROOT = 0.5 * math.log(2 * math.pi)
 _LEAST = 1e-290  # what a number may still be divided by
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Distributions of the arms' draws: location and scale (K,), Gaussian or (degrees given) Student's t.
-
-    degrees: (K,), at least 3, or None.
-    """
+    """Gaussian distributions of the arms' draws: location and scale (K,)."""
 
     location: np.ndarray
     scale: np.ndarray
-    degrees: np.ndarray | None = None
 
     def floored(self) -> Draws:
         """With scales of at least `MIN_SPREAD`."""
         smallest = MIN_SPREAD * max(1.0, float(np.abs(self.location).max()))
-        return Draws(self.location, np.maximum(self.scale, smallest), self.degrees)
-
-    @property
-    def cuts(self) -> np.ndarray:
-        return _GAUSSIAN_CUTS if self.degrees is None else _STUDENT_CUTS
+        return Draws(self.location, np.maximum(self.scale, smallest))
 
     def density(self, points: np.ndarray) -> np.ndarray:
         """(P,) -> (K, P)."""
         x = (points - self.location[:, None]) / self.scale[:, None]
-        if self.degrees is None:
-            return np.exp(-0.5 * x * x - _LOG_ROOT) / self.scale[:, None]
-        n = self.degrees[:, None]
-        log_norm = gammaln((n + 1) / 2) - gammaln(n / 2) - 0.5 * np.log(n * math.pi)
-        result = np.exp(log_norm - (n + 1) / 2 * np.log1p(x * x / n)) / self.scale[:, None]
-        return result
+        return np.exp(-0.5 * x * x - _LOG_ROOT) / self.scale[:, None]
 
     def distribution(self, points: np.ndarray) -> np.ndarray:
         """(P,) or (K, P) -> (K, P)."""
-        x = (points - self.location[:, None]) / self.scale[:, None]
-        return ndtr(x) if self.degrees is None else stdtr(self.degrees[:, None], x)
+        return ndtr((points - self.location[:, None]) / self.scale[:, None])
 
 
 def thompson_propensities(draws: Draws) -> np.ndarray:
@@ -81,7 +64,7 @@ def safe_propensities(draws: Draws, fixed: int, threshold: float) -> np.ndarray:
         location = draws.location.copy()
         location[fixed] += threshold
         # With the fixed arm's draw moved up by tau the rule is to play the largest of all.
-        result = _largest(Draws(location, draws.scale, draws.degrees))
+        result = _largest(Draws(location, draws.scale))
         result[fixed] = 0.0
     result[fixed] = max(0.0, 1.0 - result.sum())
     return result
@@ -97,7 +80,7 @@ def _largest(draws: Draws) -> np.ndarray:
     num_arms = len(draws.location)
     if num_arms == 1:
         return np.ones(1)
-    if draws.degrees is None and num_arms <= 3:
+    if num_arms <= 3:
         location, variance = draws.location.tolist(), np.square(draws.scale).tolist()
         closed = _largest_of_two(location, variance) if num_arms == 2 else _largest_of_three(location, variance)
         if closed is not None:
@@ -135,7 +118,7 @@ def _largest_of_three(m: list[float], v: list[float]) -> np.ndarray | None:
 
 
 def _by_quadrature(draws: Draws) -> np.ndarray:
-    points, weights = _nodes(draws.location[:, None] + draws.scale[:, None] * draws.cuts)
+    points, weights = _nodes(draws.location[:, None] + draws.scale[:, None] * _CUTS)
     others = _products_of_others(draws.distribution(points))
     return (draws.density(points) * others) @ weights
 

@@ -44,9 +44,7 @@ class Merges:
 
 def contexts_of(model: FittedModel, features: np.ndarray, tasks: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
     """(N, 2, F) features -> z (N, d) and level (N,), the mean over the networks. Without tasks each is unknown.
-
-    Raises:
-        BanditError: a model without an encoder.
+    Raises BanditError: a model without an encoder.
     """
     predictor = model.predictor
     if not isinstance(predictor, MlpPredictor):
@@ -78,32 +76,21 @@ def out_of_fold_level(
     """(N,) level of every context by a model that was not trained on its checkpoints; NaN where no fold tests it.
 
     In its training data a model's level is better than it will be online, and contrasts would look too clean.
-
-    Args:
-        models: of the folds, where they are fitted already.
+    models: of the folds, where they are fitted already.
     """
     models = models or fit_models(dataset, [fold.training for fold in folds], config)
-    levels = []
-    for fold, model in zip(folds, models, strict=True):
-        part = dataset.subset(fold.tested)
-        levels.append(contexts_of(model, part.features, part.tasks)[1])
+    parts = [dataset.subset(fold.tested) for fold in folds]
+    levels = [contexts_of(model, one.features, one.tasks)[1] for model, one in zip(models, parts, strict=True)]
     return fold_mean(folds, levels, len(dataset.contexts))
 
 
 def warm_posteriors(
-    merges: Merges, arms: Sequence[str], level: np.ndarray, power: float = 1.0
+    merges: Merges, arms: Sequence[str], level: np.ndarray
 ) -> tuple[dict[str, GaussianPosterior], Noise]:
     """Posteriors of the arms from merges of which all arms were measured, and the noise that is left.
 
-    Args:
-        level: (M,), out of fold (see `out_of_fold_level`); rows with NaN are left out. power: the a0 of the power
-            prior, how much of an observation a label counts as, in (0, 1].
-
-    Raises:
-        BanditError: a power outside (0, 1], or no merge with a level.
+    level: (M,), out of fold (see `out_of_fold_level`); rows with NaN are left out. Raises BanditError: no other.
     """
-    if not 0 < power <= 1:
-        raise BanditError(f"the power of the prior is {power}; it must be above 0 and at most 1")
     known = np.flatnonzero(~np.isnan(level))
     if not len(known):
         raise BanditError("no merge has a level that was predicted without it: there are too few labels to start from")
@@ -111,7 +98,7 @@ def warm_posteriors(
     prior = GaussianPosterior.prior(merges.z.shape[1])
     posteriors, residuals = {}, []
     for column, arm in enumerate(arms):
-        posteriors[arm] = prior.fold([(merges.z[row], float(rewards[row, column])) for row in known], power)
+        posteriors[arm] = prior.fold([(merges.z[row], float(rewards[row, column])) for row in known])
         residuals.append(rewards[known, column] - merges.z[known] @ posteriors[arm].mean)
     return posteriors, Noise(max(float(np.square(residuals).mean()), MIN_VARIANCE))
 
@@ -119,11 +106,6 @@ def warm_posteriors(
 def cold_ridge(noise: Noise) -> float:
     """Precision of a prior that knows nothing, in units of the noise: weights spread by `COLD_SPREAD`."""
     return noise.variance / COLD_SPREAD**2
-
-
-def cold_prior(num_dimensions: int, noise: Noise) -> GaussianPosterior:
-    """What an arm starts from where nothing is known of it."""
-    return GaussianPosterior.prior(num_dimensions, cold_ridge(noise))
 
 
 def start_from_labels(
@@ -134,18 +116,11 @@ def start_from_labels(
     models: Sequence[FittedModel] | None = None,
 ) -> tuple[dict[str, GaussianPosterior], Noise]:
     """What the arms of a model start from: posteriors from the labels that it was trained on, level out of fold.
-
-    Raises:
-        BanditError: as `contexts_of` and `warm_posteriors`.
+    Raises BanditError as `contexts_of` and `warm_posteriors`.
     """
     merges = merges_of(labelled, model, range(len(labelled.contexts)))
     level = merge_values(out_of_fold_level(labelled, folds, config, models), merges)
     return warm_posteriors(merges, labelled.arms, level)
-
-
-def sibling_prior(posterior: GaussianPosterior, prior: GaussianPosterior, power: float) -> GaussianPosterior:
-    """A prior for a new arm that is expected to be like a known one: what that has seen, counting `power` of it."""
-    return posterior.discounted(power, prior)
 
 
 def merge_values(values: Mapping[int, float] | np.ndarray, merges: Merges) -> np.ndarray:

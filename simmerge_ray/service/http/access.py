@@ -75,11 +75,9 @@ class Buckets:
 class Access:
     """The clients of a service.
 
-    Args:
-        failures_per_s: wrong tokens that one address may send; more are refused for their number alone.
+    failures_per_s: wrong tokens that one address may send; more are refused for their number alone.
 
-    Raises:
-        ConfigError: no client, or two with the same name or token.
+    Raises ConfigError: no client, or two with the same name or token.
     """
 
     def __init__(
@@ -141,9 +139,7 @@ def single(token: str) -> Access:
 
 def read_access(path: Path | None, environment: Mapping[str, str] = os.environ) -> Access | None:
     """Tokens of a file, else of the environment; None where there are none.
-
-    Raises:
-        ConfigError: a file that cannot be read, or an entry that does not fit.
+    Raises ConfigError: a file that cannot be read, or an entry that does not fit.
     """
     if path is not None:
         try:

@@ -14,12 +14,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from simmerge_ray.base.errors import InputError, StoreError
 from simmerge_ray.service.http.access import Access
-from simmerge_ray.service.http.dashboard import router as dashboard_router
-from simmerge_ray.service.http.gate import Gate, Limits
+from simmerge_ray.service.http.dashboard.pages import router as dashboard_router
+from simmerge_ray.service.http.gate import Gate, Limits, refused
 from simmerge_ray.service.http.hot_path import HotPath
-from simmerge_ray.service.http.metrics import PrometheusMetrics
 from simmerge_ray.service.http.routes import changes, looks, probes, role_needed
 from simmerge_ray.service.learner import Learner
+from simmerge_ray.service.metrics import PrometheusMetrics
 from simmerge_ray.service.schemas import Refused
 
 _log = logging.getLogger("simmerge.service")
@@ -70,48 +70,40 @@ def _describe(api: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         document = written()
         document["security"] = [{"token": []}]
-        schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
-        schemes["token"] = {
-            "type": "http",
-            "scheme": "bearer",
-            "description": "a token with a role, see docs/service.md",
-        }
+        scheme = {"type": "http", "scheme": "bearer", "description": "a token with a role, see docs/service.md"}
+        document.setdefault("components", {}).setdefault("securitySchemes", {})["token"] = scheme
         return document
 
     api.openapi = openapi  # type: ignore[method-assign]
 
 
-def _answer(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status, headers)
-
-
 def _refusal(error: Exception) -> JSONResponse | None:
     """The answer for an error of the learner; None for one that nobody expected."""
     if isinstance(error, Refused):
-        return _answer(error.status, error.detail)
+        return refused(error.status, error.detail)
     if isinstance(error, StoreError):
         _log.warning("refused for now: %s", error)
-        return _answer(503, str(error), {"retry-after": "1"})
+        return refused(503, str(error), wait=1)
     if isinstance(error, InputError):
-        return _answer(404 if str(error).startswith("unknown") else 422, str(error))
+        return refused(404 if str(error).startswith("unknown") else 422, str(error))
     return None
 
 
 def _handle_errors(api: FastAPI) -> None:
-    async def refused(request: Request, error: Exception) -> JSONResponse:
+    async def known_error(request: Request, error: Exception) -> JSONResponse:
         answer = _refusal(error)
         assert answer is not None
         return answer
 
     for known in (Refused, StoreError, InputError):
-        api.add_exception_handler(known, refused)
+        api.add_exception_handler(known, known_error)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # Without the value, which may be long, secret, or no JSON.
         said = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()[:5]]
-        return _answer(422, "; ".join(said))
+        return refused(422, "; ".join(said))
 
     @api.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return _answer(error.status_code, str(error.detail), dict(error.headers or {}))
+        return refused(error.status_code, str(error.detail), error.headers)

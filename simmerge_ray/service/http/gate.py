@@ -11,16 +11,17 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse, Response
 
 from simmerge_ray.service.http.access import Access, Principal
-from simmerge_ray.service.http.dashboard import same_origin, token_of
-from simmerge_ray.service.http.metrics import PrometheusMetrics
+from simmerge_ray.service.http.dashboard.session import same_origin, token_of
+from simmerge_ray.service.metrics import PrometheusMetrics
 
 _log = logging.getLogger("simmerge.service")
 Scope = MutableMapping[str, Any]
@@ -52,8 +53,7 @@ class Limits:
 class Gate:
     """Wraps the application. Its refusals are JSON, `{"detail": ...}`.
 
-    Args:
-        role_of: the role that a request needs; None where any will do.
+    role_of: the role that a request needs; None where any will do.
     """
 
     def __init__(
@@ -83,25 +83,25 @@ class Gate:
 
         try:
             if (refusal := self._refusal(scope)) is not None:
-                await _answer(counted, *refusal)
+                await refusal(scope, receive, counted)
                 return
             body = await self._body(scope, receive)
             if isinstance(body, bytes):
                 scope[BODY] = body
                 await self._app(scope, _replayed(body, receive), counted)
             elif body is not None:
-                await _answer(counted, *body)
+                await body(scope, receive, counted)
         finally:
             self._finish(scope, told["status"], time.perf_counter() - started)
 
-    def _refusal(self, scope: Scope) -> tuple[int, str, dict[str, str]] | None:
+    def _refusal(self, scope: Scope) -> Response | None:
         """The refusal of a request, None if it may proceed; sets the client of the scope."""
         path = scope["path"]
         address = (scope.get("client") or ("",))[0]
         if path in _OPEN or path in _OF_PAGE or path.startswith("/static/"):
             logs_in = path == "/login" or (path == "/" and b"token=" in scope["query_string"])
             if logs_in and (wait := self._access.wait_to_log_in(address)):
-                return 429, "too many tokens from this address", _retry(wait)
+                return refused(429, "too many tokens from this address", wait=wait)
             return None
         connection = HTTPConnection(scope)
         token = token_of(connection)
@@ -109,24 +109,24 @@ class Gate:
         if client is None:
             wait = self._access.wait_after_failure(address) if token else 0.0
             if wait:
-                return 429, "too many wrong tokens from this address", _retry(wait)
+                return refused(429, "too many wrong tokens from this address", wait=wait)
             said = "a bearer token is needed" if token is None else "this token is not known"
-            return 401, said, {"www-authenticate": "Bearer"}
+            return refused(401, said, {"www-authenticate": "Bearer"})
         by_cookie = "authorization" not in connection.headers
         if by_cookie and scope["method"] not in ("GET", "HEAD") and not same_origin(connection.headers):
-            return 403, "this request comes from a page of somebody else", {}
+            return refused(403, "this request comes from a page of somebody else")
         if wait := self._access.wait(client):
-            return 429, f"{client.name} asks more often than {client.per_second:g} times a second", _retry(wait)
+            return refused(429, f"{client.name} asks more often than {client.per_second:g} times a second", wait=wait)
         scope[CLIENT] = client
         role = self._role_of(scope)
         if role is not None and not client.roles & {role, "admin"}:
-            return 403, f"this needs a token with the role {role} or admin", {}
+            return refused(403, f"this needs a token with the role {role} or admin")
         return None
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | tuple[int, str, dict[str, str]] | None:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | Response | None:
         """The whole body, a refusal, or None where the client has gone."""
         limit = self._limits.body_bytes
-        too_large = (413, f"the request has more than {limit} bytes", {"connection": "close"})
+        too_large = refused(413, f"the request has more than {limit} bytes", {"connection": "close"})
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > limit:
                 return too_large
@@ -145,7 +145,7 @@ class Gate:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            return 408, "the body of the request did not come in time", {"connection": "close"}
+            return refused(408, "the body of the request did not come in time", {"connection": "close"})
 
     def _finish(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or ("refused" if status else "gone")
@@ -177,13 +177,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-def _retry(seconds: float) -> dict[str, str]:
-    return {"retry-after": str(max(1, math.ceil(seconds)))}
-
-
-async def _answer(send: Send, status: int, detail: str, headers: dict[str, str]) -> None:
-    body = json.dumps({"detail": detail}).encode()
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    raw += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+def refused(status: int, detail: str, headers: Mapping[str, str] | None = None, wait: float = 0.0) -> JSONResponse:
+    """An answer in the form of all that say what is wrong. wait: seconds after which to ask again."""
+    again = {"retry-after": str(max(1, math.ceil(wait)))} if wait else {}
+    return JSONResponse({"detail": detail}, status, {**(headers or {}), **again})

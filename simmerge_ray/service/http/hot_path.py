@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -26,21 +26,18 @@ Request = TypeVar("Request", bound=BaseModel)
 Answer = Callable[[], Awaitable[tuple[int, BaseModel]]]
 
 
-@dataclass(frozen=True)
-class _Route:
-    """What the gate calls a request in metrics and the log."""
-
-    path: str
+_ROUTES = {path: SimpleNamespace(path=path) for path in (DECIDE, REWARD)}  # for the gate's metrics and log
 
 
-_ROUTES = {path: _Route(path) for path in (DECIDE, REWARD)}
+def answered(status: int, model: BaseModel) -> Response:
+    """What a request that changes something is answered."""
+    return Response(model.model_dump_json(), status, media_type="application/json")
 
 
 class HotPath:
     """In front of the FastAPI application, behind the gate.
 
-    Args:
-        refusal: the answer for an error that is not of a request's form; None where it is not known.
+    refusal: the answer for an error that is not of a request's form; None where it is not known.
     """
 
     def __init__(
@@ -54,13 +51,12 @@ class HotPath:
             await self._api(scope, receive, send)
             return
         try:
-            status, model = await answer()
+            response = answered(*await answer())
         except Exception as error:
-            response = self._refusal(error)
-            if response is None:
+            refusal = self._refusal(error)
+            if refusal is None:
                 raise
-        else:
-            response = Response(model.model_dump_json(), status, media_type="application/json")
+            response = refusal
         await response(scope, receive, send)
 
     def _understood(self, scope: Scope) -> Answer | None:

@@ -12,9 +12,9 @@ from starlette.routing import BaseRoute
 
 from simmerge_ray.service import schemas
 from simmerge_ray.service.http.gate import SAID, Scope
-from simmerge_ray.service.http.hot_path import DECIDE, KEY, REWARD
-from simmerge_ray.service.http.metrics import CONTENT_TYPE, PrometheusMetrics
+from simmerge_ray.service.http.hot_path import DECIDE, KEY, REWARD, answered
 from simmerge_ray.service.learner import Learner
+from simmerge_ray.service.metrics import CONTENT_TYPE, PrometheusMetrics
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 MAX_LISTED = 200
@@ -187,53 +187,44 @@ def changes(current: Callable[[], Learner]) -> APIRouter:
         again = {200: {"model": answer, "description": "a retry; the same answer as the first time"}}
         responses = again | errors(409, 410)
         extra = {_ROLE: role, **_WITH_KEY}
-        return routes.post(path, status_code=201, operation_id=name, responses=responses, openapi_extra=extra)
+        return routes.post(
+            path, status_code=201, operation_id=name, response_model=answer, responses=responses, openapi_extra=extra
+        )
 
     @change(DECIDE, "decide", "decide", schemas.Decision)
-    async def decide(body: schemas.DecisionRequest, request: Request, response: Response) -> schemas.Decision:
+    async def decide(body: schemas.DecisionRequest, request: Request) -> Response:
         """Which merge should be made? Give an Idempotency-Key to be able to ask again safely."""
-        response.status_code, decision = await current().decide(body, _key(request))
+        status, decision = await current().decide(body, _key(request))
         _say(request, decision.decision_id, arm=decision.arm)
-        return decision
+        return answered(status, decision)
 
     @change(REWARD, "reward", "reward", schemas.RewardAnswer)
-    async def reward(
-        decision_id: DecisionId, body: schemas.RewardRequest, request: Request, response: Response
-    ) -> schemas.RewardAnswer:
+    async def reward(decision_id: DecisionId, body: schemas.RewardRequest, request: Request) -> Response:
         """The measured utility, in [0, 1], of what was decided."""
         _say(request, decision_id, utility=body.utility)
-        response.status_code, answer = await current().reward(decision_id, body, _key(request))
-        return answer
+        return answered(*await current().reward(decision_id, body, _key(request)))
 
     @change("/v1/decisions/{decision_id}/void", "void_reward", "admin", schemas.RewardAnswer)
-    async def void(
-        decision_id: DecisionId, body: schemas.ReasonRequest, request: Request, response: Response
-    ) -> schemas.RewardAnswer:
+    async def void(decision_id: DecisionId, body: schemas.ReasonRequest, request: Request) -> Response:
         """The reward was wrong: it counts as if it had never been given. Another may follow."""
         _say(request, decision_id)
-        response.status_code, answer = await current().void(decision_id, body, _key(request))
-        return answer
+        return answered(*await current().void(decision_id, body, _key(request)))
 
     @change("/v1/decisions/{decision_id}/close", "close_decision", "reward", schemas.RewardAnswer)
-    async def close(
-        decision_id: DecisionId, body: schemas.ReasonRequest, request: Request, response: Response
-    ) -> schemas.RewardAnswer:
+    async def close(decision_id: DecisionId, body: schemas.ReasonRequest, request: Request) -> Response:
         """No reward will come: the merge was infeasible (begin the reason with that word), or was not made."""
         _say(request, decision_id)
-        response.status_code, answer = await current().close(decision_id, body, _key(request))
-        return answer
+        return answered(*await current().close(decision_id, body, _key(request)))
 
     @change("/v1/arms", "add_arm", "admin", schemas.EventSummary)
-    async def add_arm(body: schemas.ArmRequest, request: Request, response: Response) -> schemas.EventSummary:
+    async def add_arm(body: schemas.ArmRequest, request: Request) -> Response:
         """An operator that may be played from now on."""
-        response.status_code, answer = await current().add_arm(body, _key(request))
-        return answer
+        return answered(*await current().add_arm(body, _key(request)))
 
     @change("/v1/discount", "discount", "admin", schemas.EventSummary)
-    async def discount(body: schemas.DiscountRequest, request: Request, response: Response) -> schemas.EventSummary:
+    async def discount(body: schemas.DiscountRequest, request: Request) -> Response:
         """What was observed so far counts less: the world has changed."""
-        response.status_code, answer = await current().discount(body, _key(request))
-        return answer
+        return answered(*await current().discount(body, _key(request)))
 
     return routes
 

@@ -18,10 +18,10 @@ from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.service.http.access import new_token, read_access
 from simmerge_ray.service.http.api import create_app
-from simmerge_ray.service.http.metrics import PrometheusMetrics
 from simmerge_ray.service.http.slow_clients import impatient
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import make_engine, upgrade_database
+from simmerge_ray.service.metrics import PrometheusMetrics
 
 _TOKENS = "tokens.yaml"
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "beegfs", "fuse.sshfs", "efs")
@@ -29,9 +29,8 @@ _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "
 
 def prepare_database(url: str) -> None:
     """Upgrade an embedded database, or make it; others are left to `simmerge db upgrade`.
-
-    Raises:
-        ConfigError: a SQLite file on a network filesystem, where its locks do not hold. StoreError: it cannot be made.
+    Raises ConfigError: a SQLite file on a network filesystem, where its locks do not hold. StoreError: it cannot be
+    made.
     """
     make_engine(url).dispose()
     parsed = make_url(url)
@@ -47,21 +46,14 @@ def prepare_database(url: str) -> None:
 
 def filesystem_of(path: Path, mounts: str) -> str | None:
     """Kind of the filesystem that a path lies on, by the lines of /proc/mounts."""
-    found, kind = -1, None
-    for line in mounts.splitlines():
-        fields = line.split()
-        if len(fields) > 2:
-            place = Path(fields[1].replace("\\040", " "))
-            if (place == path or place in path.parents) and len(place.parts) >= found:
-                found, kind = len(place.parts), fields[2]
-    return kind
+    lines = [fields for line in mounts.splitlines() if len(fields := line.split()) > 2]
+    kinds = {Path(place.replace("\\040", " ")): kind for _, place, kind, *_ in lines}  # the last mount hides others
+    return next((kinds[place] for place in (path, *path.parents) if place in kinds), None)
 
 
 def completed(config: ServeConfig) -> tuple[ServiceConfig, str | None]:
     """The settings with everything that follows from others, and a token to show where none was configured.
-
-    Raises:
-        ConfigError: a setting is missing, or the file of the token is damaged.
+    Raises ConfigError: a setting is missing, or the file of the token is damaged.
     """
     signals, database, registry, tokens = config.signals, config.database, config.registry, config.tokens
     if signals is None or database is None or registry is None:

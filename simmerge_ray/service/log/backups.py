@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,9 +25,7 @@ _COLUMNS = [column.name for column in events.c]
 
 def read_backup(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, Any]]]]:
     """Heads by namespace, and all rows in order.
-
-    Raises (also while rows are taken):
-        ConfigError: no whole backup that this program can read.
+    Raises (also while rows are taken) ConfigError: no whole backup that this program can read.
     """
     return _read_parquet(path) if _is_parquet(path) else _read_sqlite(path)
 
@@ -48,7 +46,8 @@ def write_rows(connection: Connection, target: Path, namespace: str | None) -> d
     schema = _schema().with_metadata(about)
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
     with pq.ParquetWriter(target, schema, **options) as writer:
-        for rows in _streamed(connection, query.order_by(events.c.namespace, events.c.seq)):
+        streaming = connection.execution_options(stream_results=True, max_row_buffer=_BATCH)
+        for rows in streaming.execute(query.order_by(events.c.namespace, events.c.seq)).partitions(_BATCH):
             writer.write_table(pa.Table.from_pylist([row._asdict() for row in rows], schema))
     return heads
 
@@ -84,9 +83,8 @@ def _read_parquet(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, A
 def _read_sqlite(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, Any]]]]:
     if path.with_name(path.name + "-wal").exists():
         raise ConfigError(f"{path} is a database in use; take a backup of it with `simmerge db backup`")
-    uri = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
     try:
-        with _closing(sqlite3.connect(uri, uri=True)) as connection:
+        with _opened(path) as connection:
             if (said := connection.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
                 raise ConfigError(f"the backup {path} is damaged: {said}")
             found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -95,7 +93,7 @@ def _read_sqlite(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, An
     _check_version(path, found and found[0])
 
     def batches() -> Iterator[list[dict[str, Any]]]:
-        with _closing(sqlite3.connect(uri, uri=True)) as connection:
+        with _opened(path) as connection:
             cursor = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM events ORDER BY namespace, seq")
             while rows := cursor.fetchmany(_BATCH):
                 yield [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
@@ -105,9 +103,12 @@ def _read_sqlite(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, An
 
 def heads_of_copy(path: Path) -> dict[str, int]:
     """Of a file that `copy_sqlite` wrote: the number of the last event, by namespace."""
-    uri = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
-    with _closing(sqlite3.connect(uri, uri=True)) as connection:
+    with _opened(path) as connection:
         return dict(connection.execute("SELECT namespace, seq FROM log_head ORDER BY namespace"))
+
+
+def _opened(path: Path) -> closing[sqlite3.Connection]:
+    return closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1", uri=True))
 
 
 def _check_version(path: Path, found: str | None) -> None:
@@ -136,27 +137,15 @@ def new_file(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def _closing(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    try:
-        yield connection
-    finally:
-        connection.close()
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def copy_sqlite(source: str, target: Path) -> None:
     """One state of a database that is in use. Raises StoreError."""
-    with _closing(sqlite3.connect(source)) as there, _closing(sqlite3.connect(target)) as here:
+    with closing(sqlite3.connect(source)) as there, closing(sqlite3.connect(target)) as here:
         there.backup(here, pages=4096)
         # Opening it switches back to the write-ahead log; until then it is a single file.
         here.execute("PRAGMA journal_mode=DELETE").close()
         if (said := here.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
             raise StoreError(f"the backup is damaged, and so probably is the database: {said}")
-
-
-def _streamed(connection: Connection, query: Any, size: int = _BATCH) -> Iterable[Sequence[Any]]:
-    return connection.execution_options(stream_results=True, max_row_buffer=size).execute(query).partitions(size)

@@ -15,26 +15,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Pool,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-    create_engine,
-    event,
-    inspect,
-    text,
-)
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, event, inspect, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -47,14 +29,17 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _UPGRADE_LOCK = 7_330_001  # any number that nobody else takes
 _BEGIN = "simmerge_begin"  # execution option: the statement that opens a SQLite transaction
 
-_TURNS: WeakKeyDictionary[Pool, AbstractContextManager[Any]] = WeakKeyDictionary()
+_TURNS: WeakKeyDictionary[sa.Pool, AbstractContextManager[Any]] = WeakKeyDictionary()
 _TURNS_LOCK = threading.Lock()
 
-metadata = MetaData()
+metadata = sa.MetaData()
 
 # One row per namespace; `seq` is the number of its last committed event. Whoever appends holds this row to the commit.
-log_head = Table(
-    "log_head", metadata, Column("namespace", String(200), primary_key=True), Column("seq", BigInteger, nullable=False)
+log_head = sa.Table(
+    "log_head",
+    metadata,
+    sa.Column("namespace", sa.String(200), primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False),
 )
 
 FIRST_HEAD = text("INSERT INTO log_head (namespace, seq) VALUES (:namespace, 0) ON CONFLICT DO NOTHING")
@@ -62,26 +47,26 @@ FIRST_HEAD = text("INSERT INTO log_head (namespace, seq) VALUES (:namespace, 0) 
 # subject: the decision's id, an arm, an epoch; empty where nothing else can be the same. attempt: which of the events
 # of this kind about this subject; a reward has the number of voided ones before it, so that two un-voided rewards of a
 # decision would be the same row. digest: of what was asked, which tells a retry from a conflict.
-events = Table(
+events = sa.Table(
     "events",
     metadata,
-    Column("namespace", String(200), primary_key=True),
-    Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    Column("at", Float(53), nullable=False),
-    Column("kind", String(40), nullable=False),
-    Column("version", Integer, nullable=False),
-    Column("subject", String(200)),
-    Column("attempt", Integer, nullable=False),
-    Column("idempotency_key", String(200)),
-    Column("digest", String(64), nullable=False),
-    Column("body", Text, nullable=False),
-    Column("data", LargeBinary, nullable=False),
-    UniqueConstraint("namespace", "subject", "kind", "attempt", name="uq_events_subject"),
-    UniqueConstraint("namespace", "idempotency_key", name="uq_events_idempotency_key"),
+    sa.Column("namespace", sa.String(200), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Float(53), nullable=False),
+    sa.Column("kind", sa.String(40), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("subject", sa.String(200)),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("idempotency_key", sa.String(200)),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+    sa.UniqueConstraint("namespace", "subject", "kind", "attempt", name="uq_events_subject"),
+    sa.UniqueConstraint("namespace", "idempotency_key", name="uq_events_idempotency_key"),
 )
 # A fold has to know these events before it starts. A query that repeats this very text finds them by the index.
 CHANGES_OF_THE_PAST = text("kind IN ('reward_voided', 'encoder_epoch')")
-Index(
+sa.Index(
     "ix_events_changes",
     events.c.namespace,
     events.c.seq,
@@ -89,26 +74,24 @@ Index(
     postgresql_where=CHANGES_OF_THE_PAST,
 )
 
-snapshots = Table(
+snapshots = sa.Table(
     "snapshots",
     metadata,
-    Column("namespace", String(200), primary_key=True),
-    Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    Column("epoch_seq", BigInteger, nullable=False),
-    Column("checksum", String(64), nullable=False),
-    Column("data", LargeBinary, nullable=False),
+    sa.Column("namespace", sa.String(200), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("epoch_seq", sa.BigInteger, nullable=False),
+    sa.Column("checksum", sa.String(64), nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
 )
 
 
 def open_database(url: str, patient: bool = False) -> Engine:
     """An engine for a database whose schema is that of this program.
 
-    Args:
-        patient: for work that may take minutes, not for answers: PostgreSQL's statements have no time limit.
+    patient: for work that may take minutes, not for answers: PostgreSQL's statements have no time limit.
 
-    Raises:
-        ConfigError: a URL that is neither SQLite nor PostgreSQL, or SQLite without a file. StoreError: the database
-            cannot be reached, or has no schema or one of another version.
+    Raises ConfigError: a URL that is neither SQLite nor PostgreSQL, or SQLite without a file. StoreError: the database
+    cannot be reached, or has no schema or one of another version.
     """
     engine = make_engine(url, patient)
     with store_errors("opening the event log"), engine.connect() as connection:
@@ -124,9 +107,7 @@ def open_database(url: str, patient: bool = False) -> Engine:
 
 def upgrade_database(url: str) -> None:
     """Bring a database, empty or of an older version, to this program's schema; no change if it is current.
-
-    Raises:
-        ConfigError, StoreError: as `open_database`.
+    Raises ConfigError, StoreError: as `open_database`.
     """
     from alembic import command
     from alembic.config import Config
@@ -150,11 +131,9 @@ def upgrade_database(url: str) -> None:
 def make_engine(url: str, patient: bool = False) -> Engine:
     """An engine, without connecting to the database.
 
-    Args:
-        patient: as `open_database`.
+    patient: as `open_database`.
 
-    Raises:
-        ConfigError: as `open_database`.
+    Raises ConfigError: as `open_database`.
     """
     try:
         parsed = make_url(url)
@@ -164,7 +143,7 @@ def make_engine(url: str, patient: bool = False) -> Engine:
     if backend == "sqlite":
         if not parsed.database or parsed.database == ":memory:":
             raise ConfigError("an event log in memory would be lost; give a file: sqlite:////path/to/simmerge.db")
-        engine = create_engine(parsed.set(drivername="sqlite+pysqlite"), connect_args={"timeout": BUSY_TIMEOUT_S})
+        engine = sa.create_engine(parsed.set(drivername="sqlite+pysqlite"), connect_args={"timeout": BUSY_TIMEOUT_S})
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -174,7 +153,7 @@ def make_engine(url: str, patient: bool = False) -> Engine:
 
         driver = parsed.set(drivername="postgresql+psycopg")
         # A writer that waited for the head row must see what the one before it committed.
-        engine = create_engine(driver, pool_pre_ping=True, isolation_level="READ COMMITTED")
+        engine = sa.create_engine(driver, pool_pre_ping=True, isolation_level="READ COMMITTED")
         event.listen(engine, "do_connect", connector(patient))
         return engine
     raise ConfigError(f"the database is {backend!r}; known: postgresql, sqlite")
@@ -210,8 +189,7 @@ class KeptConnection:
     To take one out of the pool and give it back costs as much as several statements. PostgreSQL's are not kept: the
     pool asks each time whether the server still knows them.
 
-    Args:
-        writes: as `writing`.
+    writes: as `writing`.
     """
 
     def __init__(self, engine: Engine, writes: bool) -> None:

@@ -299,7 +299,7 @@ class EventLog:
     def _related(self, connection: Connection, proposals: Sequence[Proposal]) -> list[EventRow]:
         """What the log has with the keys and about the subjects of the proposals."""
         keys = [proposal.key for proposal in proposals if proposal.key is not None]
-        subjects = [proposal.subject for proposal in proposals if proposal.subject is not None]
+        subjects = [one.event.subject for one in proposals if one.event.subject is not None]
         if not keys and not subjects:
             return []
         keys, subjects = _padded(keys), _padded(subjects)

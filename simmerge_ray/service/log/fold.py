@@ -28,22 +28,8 @@ import numpy as np
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior, RunningPosterior
-from simmerge_ray.service.log.events import (
-    Activation,
-    ArmAdded,
-    DecisionClosed,
-    DecisionMade,
-    Discounted,
-    EncoderEpoch,
-    EventRow,
-    RewardGiven,
-    RewardVoided,
-    WarmStart,
-    check_readable,
-    read_array,
-    read_head,
-    voided_seq,
-)
+from simmerge_ray.service.log import events
+from simmerge_ray.service.log.events import EventRow
 from simmerge_ray.service.schemas import DecisionStatus
 
 EXPIRED = "expired"  # the reason with which decisions are closed whose time is over
@@ -85,7 +71,7 @@ class Course(Generic[Kept]):
     def take_void(self, row: EventRow) -> None:
         """A reward was taken back."""
         self.num_voids += 1
-        if self.reward is not None and self.reward[0] == voided_seq(row):
+        if self.reward is not None and self.reward[0] == events.voided_seq(row):
             self.reward = None
 
     def take_close(self, row: EventRow) -> None:
@@ -108,12 +94,11 @@ class Course(Generic[Kept]):
 class Decisions(Generic[Kept]):
     """Decisions by id and what became of each: the fold of events in order, of which some may be left out.
 
-    Args:
-        keep: what a view needs of a decision; None leaves it out.
+    keep: what a view needs of a decision; None leaves it out. seq: of the last event.
     """
 
     def __init__(self, keep: Callable[[EventRow], Kept | None]) -> None:
-        self._keep = keep
+        self._keep, self.seq = keep, 0
         self.courses: dict[str, Course[Kept]] = {}
 
     @staticmethod
@@ -126,13 +111,13 @@ class Decisions(Generic[Kept]):
 
     def apply(self, row: EventRow) -> None:
         """The next event, of any kind."""
-        if row.kind == DecisionMade.kind:
+        take, course = EFFECTS.get(row.kind, _NOTHING).course, self.courses.get(row.subject or "")
+        if row.kind == events.DecisionMade.kind:
             if row.subject is not None and (kept := self._keep(row)) is not None:
                 self.courses[row.subject] = Course(kept)
-            return
-        take, course = EFFECTS.get(row.kind, _NOTHING).course, self.courses.get(row.subject or "")
-        if take is not None and course is not None:
+        elif take is not None and course is not None:
             take(course, row)
+        self.seq = row.seq
 
 
 # Which selectors answered.
@@ -151,23 +136,23 @@ class Setup:
 
     def after_epoch(self, row: EventRow) -> Setup:
         """Another encoder, with all that belongs to it."""
-        event = row.decoded(EncoderEpoch)
+        event = row.decoded(events.EncoderEpoch)
         return Setup(row.seq, event.epoch, event.model_version, event.num_dimensions, event.priors, event.noise)
 
     def after_activation(self, row: EventRow) -> Setup:
         """Another selector on the same encoder."""
-        event = row.decoded(Activation)
+        event = row.decoded(events.Activation)
         return replace(self, seq=row.seq, version=event.model_version)
 
     def after_priors(self, row: EventRow) -> Setup:
         """The same selector with other priors."""
         event = row.event
-        assert isinstance(event, WarmStart | ArmAdded)
+        assert isinstance(event, events.WarmStart | events.ArmAdded)
         if event.epoch != self.epoch:
             return self
-        priors = {**self.priors, **(event.priors if isinstance(event, WarmStart) else {event.arm: event.prior})}
+        priors = {**self.priors, **(event.priors if isinstance(event, events.WarmStart) else {event.arm: event.prior})}
         size = next(iter(priors.values())).num_dimensions
-        noise = event.noise if isinstance(event, WarmStart) else self.noise
+        noise = event.noise if isinstance(event, events.WarmStart) else self.noise
         return replace(self, num_dimensions=size, priors=priors, noise=noise)
 
 
@@ -189,7 +174,7 @@ def setups_of(rows: Iterable[EventRow]) -> list[Setup]:
 class Basis:
     """What a fold has to know of the events ahead: the last encoder epoch, and the rewards that are voided."""
 
-    epoch: EncoderEpoch | None = None
+    epoch: events.EncoderEpoch | None = None
     epoch_seq: int = 0
     voided: frozenset[int] = frozenset()
 
@@ -202,12 +187,12 @@ class Basis:
         """After an encoder epoch; the same basis where it is known."""
         if row.seq <= self.epoch_seq:
             return self
-        event = row.decoded(EncoderEpoch)
+        event = row.decoded(events.EncoderEpoch)
         return replace(self, epoch=event, epoch_seq=row.seq)
 
     def with_void(self, row: EventRow) -> Basis:
         """After a void; the same basis where it is known."""
-        seq = voided_seq(row)
+        seq = events.voided_seq(row)
         return self if seq in self.voided else replace(self, voided=self.voided | {seq})
 
 
@@ -279,13 +264,11 @@ class State:
 
     def apply(self, row: EventRow) -> bool:
         """Fold the next event. False: it changes the past, nothing was done, and the state has to be folded again.
-
-        Raises:
-            StoreError: an event was skipped, this program cannot read it, or it does not fit what came before.
+        Raises StoreError: an event was skipped, this program cannot read it, or it does not fit what came before.
         """
         if row.seq != self.seq + 1:
             raise StoreError(f"the log is damaged: event {row.seq} follows event {self.seq}")
-        check_readable(row.kind, row.version)
+        events.check_readable(row.kind, row.version)
         effect = EFFECTS[row.kind]
         if effect.basis is not None and effect.basis(self.basis, row) is not self.basis:
             return False
@@ -299,14 +282,14 @@ class State:
     def open_decision(self, row: EventRow) -> None:
         """It waits for its reward."""
         assert row.subject is not None
-        head = read_head(row.body)
+        head = events.read_head(row.body)
         current = head["epoch"] == self.basis.number
         self.open[row.subject] = OpenDecision(
             row.seq,
             tuple(head["learns"]),
             head["level"],
-            read_array(head["z"], row.data),
-            None if current else read_array(head["features"], row.data),
+            events.read_array(head["z"], row.data),
+            None if current else events.read_array(head["features"], row.data),
             head["expires_at"],
         )
         self.num_decisions += 1
@@ -322,7 +305,7 @@ class State:
         z, level = decision.z, decision.level
         if decision.features is not None:
             z, level = self.encode(self.basis.number, decision.features)
-        reward = read_head(row.body)["utility"] - level
+        reward = events.read_head(row.body)["utility"] - level
         for name in decision.learns:
             arm = self.arms.get(name)
             if arm is None:
@@ -338,31 +321,31 @@ class State:
 
     def discount(self, row: EventRow) -> None:
         """Of all arms."""
-        event = row.decoded(Discounted)
+        event = row.decoded(events.Discounted)
         for arm in self.arms.values():
             arm.discount(event.factor)
 
     def add_arm(self, row: EventRow) -> None:
         """An arm that exists already stays as it is."""
-        event = row.decoded(ArmAdded)
+        event = row.decoded(events.ArmAdded)
         self._start({event.arm: event.prior}, event.epoch, anew=False)
 
     def start_arms(self, row: EventRow) -> None:
         """All of them anew, by a warm start."""
-        event = row.decoded(WarmStart)
+        event = row.decoded(events.WarmStart)
         self._start(event.priors, event.epoch, anew=True)
         self.noise = event.noise if event.epoch == self.basis.number else self.noise
 
     def begin_epoch(self, row: EventRow) -> None:
         """Its encoder is that of the basis already; arms that it brings start."""
-        event = row.decoded(EncoderEpoch)
+        event = row.decoded(events.EncoderEpoch)
         self._start(event.priors, event.epoch, anew=False)
         self.noise = event.noise if event.epoch == self.basis.number else self.noise
         self.model_version = event.model_version
 
     def activate(self, row: EventRow) -> None:
         """Another selector answers."""
-        event = row.decoded(Activation)
+        event = row.decoded(events.Activation)
         self.model_version = event.model_version
 
     def _take(self, row: EventRow) -> OpenDecision:
@@ -403,15 +386,15 @@ class Effect:
 
 _NOTHING = Effect()  # of a kind that another version wrote; `State.apply` refuses it
 EFFECTS: Mapping[str, Effect] = {
-    DecisionMade.kind: Effect(State.open_decision),
-    RewardGiven.kind: Effect(State.learn_reward, course=Course.take_reward),
-    RewardVoided.kind: Effect(basis=Basis.with_void, course=Course.take_void),
-    DecisionClosed.kind: Effect(State.close_decision, course=Course.take_close),
-    Activation.kind: Effect(State.activate, setup=Setup.after_activation),
-    ArmAdded.kind: Effect(State.add_arm, setup=Setup.after_priors),
-    Discounted.kind: Effect(State.discount),
-    EncoderEpoch.kind: Effect(State.begin_epoch, basis=Basis.with_epoch, setup=Setup.after_epoch),
-    WarmStart.kind: Effect(State.start_arms, setup=Setup.after_priors),
+    events.DecisionMade.kind: Effect(State.open_decision),
+    events.RewardGiven.kind: Effect(State.learn_reward, course=Course.take_reward),
+    events.RewardVoided.kind: Effect(basis=Basis.with_void, course=Course.take_void),
+    events.DecisionClosed.kind: Effect(State.close_decision, course=Course.take_close),
+    events.Activation.kind: Effect(State.activate, setup=Setup.after_activation),
+    events.ArmAdded.kind: Effect(State.add_arm, setup=Setup.after_priors),
+    events.Discounted.kind: Effect(State.discount),
+    events.EncoderEpoch.kind: Effect(State.begin_epoch, basis=Basis.with_epoch, setup=Setup.after_epoch),
+    events.WarmStart.kind: Effect(State.start_arms, setup=Setup.after_priors),
 }
 
 

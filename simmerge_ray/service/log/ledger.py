@@ -13,23 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from sqlalchemy import Connection, bindparam, select
 
+from simmerge_ray.service import schemas
 from simmerge_ray.service.bandit.alarm import regret_slope
 from simmerge_ray.service.log.database import events, store_errors
 from simmerge_ray.service.log.event_log import ROWS, EventLog
 from simmerge_ray.service.log.events import DecisionMade, EventRow, is_about_decision, read_array
 from simmerge_ray.service.log.fold import Course, Decisions, setups_of
-from simmerge_ray.service.schemas import (
-    AlarmState,
-    CurveAnswer,
-    Decision,
-    DecisionList,
-    DecisionRecord,
-    DecisionRow,
-    DecisionStatus,
-    EventSummary,
-    Refused,
-    RegretEstimate,
-)
+from simmerge_ray.service.schemas import DecisionStatus, Refused
 
 _PAGE = 512
 _Z95 = 1.96
@@ -64,19 +54,17 @@ class Ledger:
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
-        self._seq = 0
         self._decisions: Decisions[_Drawn] = Decisions(self._decided)
         self._contexts: tuple[int, np.ndarray | float, int] = (0, 0.0, 0)  # epoch, sum and number
-        self._alarm: tuple[int, AlarmState | None] = (0, None)
+        self._alarm: tuple[int, schemas.AlarmState | None] = (0, None)
         self._lock = threading.Lock()
 
     def catch_up(self) -> None:
         """Read what is new. Raises StoreError."""
         with self._lock:
-            while rows := self._log.tail(self._seq, _PAGE):
+            while rows := self._log.tail(self._decisions.seq, _PAGE):
                 for row in rows:
                     self._decisions.apply(row)
-                    self._seq = row.seq
                 if len(rows) < _PAGE:
                     break
 
@@ -86,11 +74,9 @@ class Ledger:
             latest, total, count = self._contexts
             return np.asarray(total) / count if count and latest == epoch else None
 
-    def regret(self) -> tuple[RegretEstimate | None, AlarmState | None]:
+    def regret(self) -> tuple[schemas.RegretEstimate | None, schemas.AlarmState | None]:
         """Mean reward beside the estimate for the best fixed arm, and whether cumulative regret against it flattens.
-
-        Raises:
-            StoreError: what is new cannot be read.
+        Raises StoreError: what is new cannot be read.
         """
         _, reward, fixed = self._series()
         if len(reward) < 2:
@@ -98,7 +84,7 @@ class Ledger:
         gain = reward - fixed
         half = _Z95 * float(gain.std(ddof=1)) / len(gain) ** 0.5
         mean = float(gain.mean())
-        estimate = RegretEstimate(
+        estimate = schemas.RegretEstimate(
             num=len(reward),
             mean_reward=float(reward.mean()),
             mean_best_fixed=float(fixed.mean()),
@@ -106,16 +92,14 @@ class Ledger:
             interval=(mean - half, mean + half),
         )
         if len(gain) > 1.01 * self._alarm[0]:  # hundreds of resamples: not for every reward of a long log
-            slope = regret_slope(-gain)
-            alarm = None if slope is None else AlarmState.model_validate(slope, from_attributes=True)
-            self._alarm = (len(gain), alarm)
+            self._alarm = (len(gain), regret_slope(-gain))
         return estimate, self._alarm[1]
 
-    def curve(self, points: int) -> CurveAnswer:
+    def curve(self, points: int) -> schemas.CurveAnswer:
         """Cumulative, thinned out to at most so many points, the last one included. Raises as `regret`."""
         seq, reward, fixed = self._series()
         shown = np.unique(np.linspace(0, len(seq) - 1, min(points, len(seq))).astype(int))
-        return CurveAnswer(
+        return schemas.CurveAnswer(
             seq=seq[shown].tolist(),
             reward=np.cumsum(reward)[shown].tolist(),
             best_fixed=np.cumsum(fixed)[shown].tolist(),
@@ -158,34 +142,36 @@ def courses_of(connection: Connection, namespace: str, names: Sequence[str]) -> 
     return [courses[name] for name in names]
 
 
-def recent_decisions(log: EventLog, limit: int, before: int | None, now: float) -> DecisionList:
+def recent_decisions(log: EventLog, limit: int, before: int | None, now: float) -> schemas.DecisionList:
     """Newest first. Raises StoreError."""
     values = {"namespace": log.namespace, "before": before if before is not None else 2**63 - 1, "limit": limit}
     with store_errors("reading the event log"), log.engine.connect() as connection:
         newest = connection.execute(_NEWEST, values).all()
         courses = courses_of(connection, log.namespace, [name for _, name in newest])
     last = newest[-1].seq if len(newest) == limit else 0
-    return DecisionList(decisions=[_row_of(course, now) for course in courses], next_before=last if last > 1 else None)
+    return schemas.DecisionList(
+        decisions=[_row_of(course, now) for course in courses], next_before=last if last > 1 else None
+    )
 
 
-def decision_record(log: EventLog, decision_id: str, now: float) -> DecisionRecord:
+def decision_record(log: EventLog, decision_id: str, now: float) -> schemas.DecisionRecord:
     """A decision with its events. Raises Refused (404), StoreError."""
     rows = [row for row in log.history(decision_id) if is_about_decision(row.kind)]
     course = Decisions.of(rows).get(decision_id)
     if course is None:
         raise Refused(404, f"no decision {decision_id!r}")
-    return DecisionRecord(
+    return schemas.DecisionRecord(
         decision=answer_of(course.decision),
         status=status_of(course, now),
         utility=course.utility,
         closed_reason=course.closed_reason,
-        events=[EventSummary(seq=row.seq, at=row.at, kind=row.kind) for row in rows],
+        events=[schemas.EventSummary(seq=row.seq, at=row.at, kind=row.kind) for row in rows],
     )
 
 
-def answer_of(row: EventRow) -> Decision:
+def answer_of(row: EventRow) -> schemas.Decision:
     """What was told when the decision was made."""
-    return Decision.model_validate(json.loads(row.body)["answer"])
+    return schemas.Decision.model_validate(json.loads(row.body)["answer"])
 
 
 def status_of(course: Course[EventRow], now: float) -> DecisionStatus:
@@ -193,8 +179,8 @@ def status_of(course: Course[EventRow], now: float) -> DecisionStatus:
     return course.status(json.loads(course.decision.body)["expires_at"], now)
 
 
-def _row_of(course: Course[EventRow], now: float) -> DecisionRow:
+def _row_of(course: Course[EventRow], now: float) -> schemas.DecisionRow:
     row = course.decision
     answer = json.loads(row.body)["answer"]
     kept = {name: answer.get(name) for name in ("decision_id", "kind", "left", "right", "tasks", "arm", "explored")}
-    return DecisionRow(**kept, seq=row.seq, at=row.at, status=status_of(course, now), utility=course.utility)
+    return schemas.DecisionRow(**kept, seq=row.seq, at=row.at, status=status_of(course, now), utility=course.utility)

@@ -17,17 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import (
-    Connection,
-    Engine,
-    bindparam,
-    delete,
-    func,
-    insert,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import Connection, Engine, bindparam, delete, func, insert, select, text, update
 from sqlalchemy.engine import make_url
 
 from simmerge_ray.base.errors import ConfigError
@@ -79,9 +69,7 @@ class DatabaseStatus:
 
 def status(url: str) -> DatabaseStatus:
     """What is in a database, whatever the version of its schema.
-
-    Raises:
-        ConfigError: a URL that names no database. StoreError: it cannot be read.
+    Raises ConfigError: a URL that names no database. StoreError: it cannot be read.
     """
     with _opened(url, make_engine) as engine, _reading(engine) as connection:
         schema = schema_version(connection)
@@ -119,8 +107,7 @@ def backup(url: str, target: Path) -> dict[str, int]:
         target: a name that ends in `.parquet` takes the rows, from either database; any other a copy of SQLite's file,
             which is a database at once. It appears when it is whole and on disk.
 
-    Raises:
-        ConfigError: PostgreSQL and another name. OutputError: the file exists, or cannot be written. StoreError.
+    Raises ConfigError: PostgreSQL and another name. OutputError: the file exists, or cannot be written. StoreError.
     """
     with _opened(url) as engine:
         if target.suffix == ".parquet":
@@ -135,17 +122,11 @@ def backup(url: str, target: Path) -> dict[str, int]:
 
 def restore(url: str, source: Path) -> dict[str, int]:
     """Fill a database from a backup, all of it or nothing; numbers of events by namespace. It may have no tables yet.
-
-    Raises:
-        ConfigError: the file is no whole backup, or a namespace of it has events here. StoreError.
+    Raises ConfigError: the file is no whole backup, or a namespace of it has events here. StoreError.
     """
     heads, rows = read_backup(source)
     upgrade_database(url)
-    with (
-        _opened(url) as engine,
-        store_errors("restoring the event log"),
-        writing(engine) as connection,
-    ):
+    with _opened(url) as engine, store_errors("restoring the event log"), writing(engine) as connection:
         for name in heads:
             connection.execute(FIRST_HEAD, {"namespace": name})
             held = select(log_head.c.seq).where(log_head.c.namespace == name).with_for_update()
@@ -168,9 +149,7 @@ def restore(url: str, source: Path) -> dict[str, int]:
 
 def export_events(url: str, namespace: str, target: Path) -> int:
     """Write the events of a namespace as they are; how many. The file is a backup of this namespace as well.
-
-    Raises:
-        ConfigError: no such namespace. OutputError, StoreError: as `backup`.
+    Raises ConfigError: no such namespace. OutputError, StoreError: as `backup`.
     """
     with _opened(url) as engine, _reading(engine) as connection, new_file(target) as partial:
         _check_namespace(connection, namespace)
@@ -206,11 +185,9 @@ def export_decisions(url: str, namespace: str, target: Path, now: float) -> int:
 
     Its columns are in docs/event-log.md.
 
-    Args:
-        now: seconds since 1970; decisions whose time is over are called expired.
+    now: seconds since 1970; decisions whose time is over are called expired.
 
-    Raises:
-        As `export_events`.
+    Raises as `export_events`.
     """
     count = 0
     with _opened(url) as engine, _reading(engine) as connection, new_file(target) as partial:
@@ -228,27 +205,21 @@ def _flat(course: Course[EventRow], now: float) -> dict[str, Any]:
     body = json.loads(row.body)
     answer, request = body.get("answer") or {}, body["request"]
     # A plan is drawn by its id, and its label is what the answer calls its arm.
-    arms, drawn = body["arms"], body["propensities"]
+    drawn = dict(zip(body["arms"], body["propensities"], strict=True))
     played = (answer.get("plan") or {}).get("id", body["arm"])
+    logged = ("explored", "arms", "propensities", "expires_at", "epoch", "model_version")
     return {
+        **{name: body[name] for name in logged},
+        **{name: answer.get(name, request.get(name)) for name in ("left", "right", "tasks")},
         "id": body["decision_id"],
         "seq": row.seq,
         "at": row.at,
         "kind": answer.get("kind", "pair"),
-        "left": answer.get("left", request.get("left")),
-        "right": answer.get("right", request.get("right")),
-        "tasks": answer.get("tasks", request.get("tasks")),
         "arm": answer.get("arm", body["arm"]),
-        "explored": body["explored"],
-        "arms": arms,
-        "propensities": drawn,
-        "propensity": dict(zip(arms, drawn, strict=True)).get(played if played in arms else body["arm"]),
+        "propensity": drawn.get(played if played in drawn else body["arm"]),
         "utility": course.utility,
         "status": status_of(course, now),
         "closed_reason": course.closed_reason,
-        "expires_at": body["expires_at"],
-        "epoch": body["epoch"],
-        "model_version": body["model_version"],
     }
 
 
@@ -268,11 +239,9 @@ def prune(url: str, namespace: str, before: float, keep_snapshots: int, dry_run:
     them is ever taken, so nothing is learned from them. The events themselves stay, with what was asked, answered and
     drawn; rewarded and open decisions stay whole. Snapshots but the newest go as well.
 
-    Args:
-        before: seconds since 1970, when a decision was closed. dry_run: only count.
+    before: seconds since 1970, when a decision was closed. dry_run: only count.
 
-    Raises:
-        ConfigError: no such namespace. StoreError.
+    Raises ConfigError: no such namespace. StoreError.
     """
     own = (events.c.namespace == namespace, events.c.kind == DecisionClosed.kind, events.c.at < before)
     changed, freed = 0, 0
@@ -312,19 +281,14 @@ def _without_arrays(course: Course[EventRow], now: float) -> tuple[EventRow, int
 # Reading the database.
 
 
-def _existing(url: str) -> str:
-    """Raises ConfigError for a SQLite file that is not there: opening it would make an empty one."""
+@contextmanager
+def _opened(url: str, open_engine: Callable[[str, bool], Engine] = open_database) -> Iterator[Engine]:
+    """An engine for work that may take minutes. Raises ConfigError, StoreError."""
     make_engine(url).dispose()
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
         raise ConfigError(f"there is no database file {parsed.database}; `simmerge db upgrade` makes an empty one")
-    return url
-
-
-@contextmanager
-def _opened(url: str, open_engine: Callable[[str, bool], Engine] = open_database) -> Iterator[Engine]:
-    """An engine for work that may take minutes. Raises ConfigError, StoreError."""
-    engine = open_engine(_existing(url), True)
+    engine = open_engine(url, True)
     try:
         yield engine
     finally:

@@ -23,17 +23,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.service.log.events import (
-    VERSION,
-    DecisionClosed,
-    Event,
-    EventRow,
-    RewardGiven,
-    RewardVoided,
-    encode,
-    request_digest,
-    subject_of,
-)
+from simmerge_ray.service.log import events
+from simmerge_ray.service.log.events import Event, EventRow
 from simmerge_ray.service.log.fold import Decisions
 from simmerge_ray.service.schemas import check_utility
 
@@ -70,32 +61,27 @@ class Proposal:
     key: str | None
     digest: str
 
-    @property
-    def subject(self) -> str | None:
-        return subject_of(self.event)
-
     def row(self, event: Event, attempt: int, seq: int) -> EventRow:
         """The row of the event that `Known.judge` let pass."""
-        body, data = self.encoded if event is self.event else encode(event)
-        return EventRow(seq, self.at, event.kind, VERSION, self.subject, attempt, self.key, self.digest, body, data)
+        body, data = self.encoded if event is self.event else events.encode(event)
+        about = event.kind, events.VERSION, event.subject, attempt
+        return EventRow(seq, self.at, *about, self.key, self.digest, body, data)
 
 
 def proposal_of(event: Event, at: float, key: str | None = None, payload: object = None) -> Proposal:
     """payload: see `events.request_digest`.
-
-    Raises:
-        ConfigError: a key, id or name that is empty or longer than a column. ValueError: JSON with NaN.
+    Raises ConfigError: a key, id or name that is empty or longer than a column. ValueError: JSON with NaN.
     """
-    for what, name in (("idempotency key", key), (event.kind, subject_of(event))):
+    for what, name in (("idempotency key", key), (event.kind, event.subject)):
         if name is not None and not (0 < len(name) <= MAX_NAME and name.isprintable()):
             raise ConfigError(f"the {what} {name[:40]!r} must have 1 to {MAX_NAME} characters that can be printed")
-    encoded = encode(event)
-    return Proposal(event, encoded, at, key, request_digest(event, encoded, payload))
+    encoded = events.encode(event)
+    return Proposal(event, encoded, at, key, events.request_digest(event, encoded, payload))
 
 
 def invalid(event: Event) -> Outcome | None:
     """The refusal of an event that no log could take."""
-    if isinstance(event, RewardGiven):
+    if isinstance(event, events.RewardGiven):
         try:
             check_utility(event.utility)
         except ValueError as error:
@@ -125,17 +111,17 @@ class Known:
         """What to answer, or the event to append and its attempt."""
         if proposal.key is not None and (first := self._keys.get(proposal.key)) is not None:
             return _replayed(proposal, first, f"the idempotency key {proposal.key!r} was used for another request")
-        subject, event = proposal.subject, proposal.event
+        event, subject = proposal.event, proposal.event.subject
         if subject is None:
             return event, 0
-        if isinstance(event, RewardGiven | RewardVoided | DecisionClosed):
+        if isinstance(event, events.RewardGiven | events.RewardVoided | events.DecisionClosed):
             return self._judge_of_decision(proposal, event, subject)
         if (existing := self._latest.get((event.kind, subject))) is not None:
             return _replayed(proposal, existing, f"{event.kind.replace('_', ' ')} {subject!r} exists and is different")
         return event, 0
 
     def _judge_of_decision(
-        self, proposal: Proposal, event: RewardGiven | RewardVoided | DecisionClosed, subject: str
+        self, proposal: Proposal, event: events.RewardGiven | events.RewardVoided | events.DecisionClosed, subject: str
     ) -> Outcome | tuple[Event, int]:
         course = self._decisions.courses.get(subject)
         if course is None:
@@ -144,13 +130,13 @@ class Known:
         def again(kind: str, otherwise: str) -> Outcome:
             return _replayed(proposal, self._latest[kind, subject], otherwise)
 
-        if isinstance(event, RewardVoided):
+        if isinstance(event, events.RewardVoided):
             if course.reward is not None:
                 return replace(event, reward_seq=course.reward[0]), course.num_voids
             if course.num_voids:
                 return again(event.kind, f"the reward of {subject!r} is void already, for another reason")
             return Outcome(Status.CONFLICT, reason=f"decision {subject!r} has no reward to void")
-        if isinstance(event, DecisionClosed):
+        if isinstance(event, events.DecisionClosed):
             if course.closed is not None:
                 return again(event.kind, f"decision {subject!r} was closed for another reason")
             if course.reward is not None:

@@ -41,8 +41,7 @@ class ImpatientConnection(psycopg.Connection[Any]):
 def connector(patient: bool) -> Callable[..., ImpatientConnection]:
     """What SQLAlchemy's event `do_connect` asks for a connection.
 
-    Args:
-        patient: for work that may take minutes: statements have no limit; locks and clients that stopped have.
+    patient: for work that may take minutes: statements have no limit; locks and clients that stopped have.
     """
 
     def connect(_dialect: Any, _record: Any, arguments: Any, options: Mapping[str, Any]) -> ImpatientConnection:

@@ -18,8 +18,7 @@ PAGE = 512  # events that are read at once: about 1 MB, so that they are still i
 class Replica:
     """The state of a log, kept up to date. Threads may share it.
 
-    Args:
-        encode: the selectors' encoders, by epoch. page: events that are read at once.
+    encode: the selectors' encoders, by epoch. page: events that are read at once.
     """
 
     def __init__(self, log: EventLog, encode: Encoder, page: int = PAGE) -> None:
@@ -30,9 +29,7 @@ class Replica:
 
     def catch_up(self) -> View:
         """Fold what is new, and the state as of then.
-
-        Raises:
-            StoreError: the database, or a log that is damaged or of another version. The next call tries again.
+        Raises StoreError: the database, or a log that is damaged or of another version. The next call tries again.
         """
         with self._lock:
             if self._state is None:

@@ -17,17 +17,9 @@ from sqlalchemy.exc import IntegrityError
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.base.storage import digest_bytes
 from simmerge_ray.service.bandit.posterior import RunningPosterior
+from simmerge_ray.service.log import events
 from simmerge_ray.service.log.database import snapshots, store_errors, writing
-from simmerge_ray.service.log.events import (
-    EventRow,
-    read_array,
-    read_noise,
-    read_posterior,
-    voided_seq,
-    write_array,
-    write_noise,
-    write_posterior,
-)
+from simmerge_ray.service.log.events import EventRow
 from simmerge_ray.service.log.fold import Basis, Encoder, OpenDecision, State
 
 FORMAT = 1
@@ -39,7 +31,11 @@ def dump(state: State) -> bytes:
     """The state as bytes; `load` gives it back bit for bit."""
     data = bytearray()
     arms = [
-        {"arm": name, "prior": write_posterior(arm.prior, data), "posterior": write_posterior(arm.posterior, data)}
+        {
+            "arm": name,
+            "prior": events.write_posterior(arm.prior, data),
+            "posterior": events.write_posterior(arm.posterior, data),
+        }
         for name, arm in state.arms.items()
     ]
     opened = [
@@ -48,13 +44,13 @@ def dump(state: State) -> bytes:
             "seq": one.seq,
             "learns": one.learns,
             "level": one.level,
-            "z": write_array(one.z, data),
-            "features": None if one.features is None else write_array(one.features, data),
+            "z": events.write_array(one.z, data),
+            "features": None if one.features is None else events.write_array(one.features, data),
             "expires_at": one.expires_at,
         }
         for name, one in state.open.items()
     ]
-    header = {"format": FORMAT, "arms": arms, "open": opened, "noise": write_noise(state.noise)}
+    header = {"format": FORMAT, "arms": arms, "open": opened, "noise": events.write_noise(state.noise)}
     header |= {name: getattr(state, name) for name in _COUNTERS}
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     return len(text).to_bytes(8, "little") + text + bytes(data)
@@ -62,23 +58,26 @@ def dump(state: State) -> bytes:
 
 def load(content: bytes, basis: Basis, encode: Encoder) -> State:
     """The dumped state, to continue with a basis that does not change its past.
-
-    Raises:
-        StoreError: a snapshot of another format.
+    Raises StoreError: a snapshot of another format.
     """
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     if header["format"] != FORMAT:
         raise StoreError(f"the snapshot has the format {header['format']}; this program reads {FORMAT}")
-    state = State(basis, encode, noise=read_noise(header["noise"]), **{name: header[name] for name in _COUNTERS})
+    state = State(basis, encode, noise=events.read_noise(header["noise"]), **{name: header[name] for name in _COUNTERS})
     for one in header["arms"]:
         state.arms[one["arm"]] = RunningPosterior(
-            read_posterior(one["prior"], data), read_posterior(one["posterior"], data)
+            events.read_posterior(one["prior"], data), events.read_posterior(one["posterior"], data)
         )
     for one in header["open"]:
-        features = None if one["features"] is None else read_array(one["features"], data)
+        features = None if one["features"] is None else events.read_array(one["features"], data)
         state.open[one["id"]] = OpenDecision(
-            one["seq"], tuple(one["learns"]), one["level"], read_array(one["z"], data), features, one["expires_at"]
+            one["seq"],
+            tuple(one["learns"]),
+            one["level"],
+            events.read_array(one["z"], data),
+            features,
+            one["expires_at"],
         )
     return state
 
@@ -115,17 +114,15 @@ def newest_snapshot(
 ) -> State:
     """The newest intact snapshot up to number `last`, as the start of a fold; an empty state if there is none.
 
-    Args:
-        basis: of the events up to `last`. voids: the `reward_voided` events among them.
+    basis: of the events up to `last`. voids: the `reward_voided` events among them.
 
-    Raises:
-        StoreError: the database.
+    Raises StoreError: the database.
     """
     own = snapshots.c.namespace == namespace
     query = select(snapshots.c.seq).where(own, snapshots.c.epoch_seq == basis.epoch_seq, snapshots.c.seq <= last)
     with store_errors("reading snapshots"), engine.connect() as connection:
         for (seq,) in connection.execute(query.order_by(snapshots.c.seq.desc())).all():
-            if any(voided_seq(void) <= seq < void.seq for void in voids):
+            if any(events.voided_seq(void) <= seq < void.seq for void in voids):
                 continue
             stored = select(snapshots.c.data, snapshots.c.checksum).where(own, snapshots.c.seq == seq)
             row = connection.execute(stored).one_or_none()

@@ -97,9 +97,8 @@ def material_of(
         held_out: share of the rewards, the last ones, that nothing is trained on. identical: `identical_arms` of the
             labels.
 
-    Raises:
-        LabelError: no rewards, or they or the labels do not fit the present selector. SelectorError: that cannot be
-            trained again: it is no mlp, or its task encoding needs more than the log has.
+    Raises LabelError: no rewards, or they or the labels do not fit the present selector. SelectorError: that cannot be
+    trained again: it is no mlp, or its task encoding needs more than the log has.
     """
     if not logged.rewarded:
         raise LabelError(f"the log of namespace {namespace!r} has no rewards to retrain from")

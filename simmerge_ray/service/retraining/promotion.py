@@ -50,11 +50,7 @@ class Result:
 
 
 def present_setup(setups: Sequence[Setup], namespace: str) -> Setup:
-    """What answers now.
-
-    Raises:
-        LabelError: the log names no selector, so nothing was ever served from it.
-    """
+    """What answers now. Raises LabelError: the log names no selector, so nothing was ever served from it."""
     if not setups:
         raise LabelError(f"the log of namespace {namespace!r} names no selector: start the service on it first")
     return setups[-1]
@@ -65,11 +61,9 @@ def promote(
 ) -> Result:
     """Publish a candidate and begin its epoch, if it is not worse than the selector that it was compared with.
 
-    Args:
-        head: the last event that was known when `present` was the present one.
+    head: the last event that was known when `present` was the present one.
 
-    Raises:
-        StoreError: the database, or another selector began to answer meanwhile.
+    Raises StoreError: the database, or another selector began to answer meanwhile.
     """
     if candidate.version == present.version:
         return Result(UNCHANGED, candidate.version, "the present selector was trained on the same")
@@ -87,9 +81,7 @@ def promote(
 
 def roll_back(log: EventLog, registry: Registry, version: str) -> Result:
     """Let a former selector answer again, from the priors that it had.
-
-    Raises:
-        LabelError: it never answered in this log. InputError: the registry does not have it. StoreError.
+    Raises LabelError: it never answered in this log. InputError: the registry does not have it. StoreError.
     """
     setups = setups_of(all_rows(log))
     present = present_setup(setups, log.namespace)

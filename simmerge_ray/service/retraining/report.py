@@ -62,5 +62,5 @@ def _label_lines(labels: OnLabels | None, margin: float) -> list[str]:
     return [
         f"The best predicted arm of each merge on checkpoints that were left out ({labels.num_contexts} contexts), "
         f"{labels.unit}: trained as the present one {labels.present:.4f}, as the new one {labels.candidate:.4f}; "
-        f"difference {labels.gain:+.4f} {interval}; to be promoted it has to be above {-margin:+.4f}.",
+        f"difference {labels.gain:+.4f} {interval}; to be promoted it has to be above {-margin:+.4f}."
     ]

@@ -69,18 +69,11 @@ def all_rows(log: EventLog, after: int = 0) -> Iterator[EventRow]:
 
 
 def logged_merges(rows: Iterable[EventRow]) -> LoggedMerges:
-    """What a log says about merges.
-
-    Raises:
-        LabelError: a decision that retraining cannot read.
-    """
+    """What a log says about merges. Raises LabelError: a decision that retraining cannot read."""
     decisions = Decisions(lambda row: row.decoded(DecisionMade))
-    head = 0
 
     def read() -> Iterator[EventRow]:
-        nonlocal head
         for row in rows:
-            head = row.seq
             decisions.apply(row)
             yield row
 
@@ -93,7 +86,7 @@ def logged_merges(rows: Iterable[EventRow]) -> LoggedMerges:
             closed[course.closed[0]] = course.decision, course.closed[1]
     rewarded = [Rewarded(seq, one, utility, *_asked(one)) for seq, (one, utility) in sorted(given.items())]
     infeasible = [(*_asked(one), reason) for _, (one, reason) in sorted(closed.items())]
-    return LoggedMerges(head, tuple(rewarded), tuple(infeasible), setups)
+    return LoggedMerges(decisions.seq, tuple(rewarded), tuple(infeasible), setups)
 
 
 def _asked(decision: DecisionMade) -> tuple[MergePlan, tuple[str, ...]]:
@@ -112,9 +105,7 @@ def _asked(decision: DecisionMade) -> tuple[MergePlan, tuple[str, ...]]:
 def training_rewards(rewarded: Sequence[Rewarded], arms: Sequence[str], num_features: int) -> list[RewardedMerge]:
     """Rewards that a selector of these arms learns from: the arm is that of the last step, whose features are logged,
     as the score of a plan is predicted from these. Of plans that were logged with other features only labels are made.
-
-    Raises:
-        LabelError: a pair's features are of another number, so the new encoder could not fold the log.
+    Raises LabelError: a pair's features are of another number, so the new encoder could not fold the log.
     """
     found = []
     for one in rewarded:
@@ -135,8 +126,7 @@ def reward_labels(logged: LoggedMerges, namespace: str, digests: Mapping[str, st
 
     Their settings say where they are from, so that they are not mixed with labels of known items.
 
-    Args:
-        digests: contents of the checkpoints, by id; one that is not known is left out.
+    digests: contents of the checkpoints, by id; one that is not known is left out.
     """
     items: dict[tuple[str, tuple[str, ...]], list[float]] = {}
     plans: dict[str, MergePlan] = {}

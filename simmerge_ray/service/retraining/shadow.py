@@ -8,21 +8,21 @@ that is asked for now, but few; the second sees many, but old ones: it shows wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.selector.assessment.crossval import bench_of
 from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.scoring import UTILITY, Scoring, keeping_no_parent, shares_of
 from simmerge_ray.selector.data.splits import Fold, fold_mean
-from simmerge_ray.selector.models.model import FittedModel, Selector
+from simmerge_ray.selector.models.model import Selector
 from simmerge_ray.selector.models.policy import SafeOverride
 from simmerge_ray.selector.models.train import predict_folds
 from simmerge_ray.service.bandit.off_policy import ValueEstimate, doubly_robust, doubly_robust_gain
+from simmerge_ray.service.retraining.material import Material
 from simmerge_ray.service.retraining.reward_labels import Rewarded
 
 MARGIN = 0.03  # utility on the log, GapClosed on the labels: what counts as not worse
@@ -123,25 +123,21 @@ def _choice(selector: Selector, one: Rewarded) -> tuple[int, np.ndarray]:
     return int(np.nan_to_num(predicted, nan=-np.inf).argmax()), predicted
 
 
-def override_on_log(
-    override: SafeOverride,
-    arms: Sequence[str],
-    rewarded: Sequence[Rewarded],
-    folds: Sequence[tuple[frozenset[str], FittedModel]],
-) -> SafeOverride:
-    """The override fitted on drawn decisions, where these support leaving the best fixed arm and the labels did not.
+def override_on_log(selector: Selector, material: Material) -> SafeOverride:
+    """The override fitted on drawn decisions of the training part, where these support leaving the best fixed arm and
+    the labels did not.
 
     Labels on which leaving it has not paid forbid it for good, whatever rewards say; so the threshold is chosen on the
     rewards as well, in the way of `selector.policy.fit_override`: that with the largest gain (doubly robust), if the
-    gain is above 0 with 95 %; otherwise the override is unchanged.
-
-    Args:
-        folds: checkpoints that were left out, and the model that was trained without them. Merges of checkpoints that
-            no fold leaves out do not count: their predictions would be those of a model that knew them.
+    gain is above 0 with 95 %; otherwise the override is unchanged. Merges of checkpoints that no fold leaves out do not
+    count: their predictions would be those of a model that knew them.
     """
+    override, arms = selector.override, selector.arms
+    left_out = [_left_out(material.dataset, fold) for fold in material.folds]
     rows = []
-    for one in rewarded:
-        models = [model for left_out, model in folds if left_out.intersection(one.plan.members)]
+    for one in material.training:
+        pairs = zip(left_out, material.fold_models, strict=True)
+        models = [model for names, model in pairs if names.intersection(one.plan.members)]
         names = one.decision.arms
         if not (one.drawn and models and override.best_fixed in names and set(names) <= set(arms)):
             continue
@@ -166,31 +162,24 @@ def override_on_log(
     return SafeOverride(override.best_fixed, threshold, float(gains[chosen]), error, share, UTILITY)
 
 
-def left_out(dataset: SelectionDataset, fold: Fold) -> frozenset[str]:
+def _left_out(dataset: SelectionDataset, fold: Fold) -> frozenset[str]:
     """Checkpoints of the data set that a fold's training part does not have."""
     trained = {name for row in fold.training for name in (dataset.contexts[row].left, dataset.contexts[row].right)}
     return frozenset(name for one in dataset.contexts for name in (one.left, one.right) if name not in trained)
 
 
-def compare_on_labels(
-    dataset: SelectionDataset,
-    folds: Sequence[Fold],
-    config: TrainConfig,
-    reference: Sequence[int],
-    present: Sequence[FittedModel],
-    candidate: Sequence[FittedModel],
-    base_of: Mapping[str, str],
-) -> OnLabels | None:
+def compare_on_labels(material: Material) -> OnLabels | None:
     """The fold models of both on what their folds left out, one arm per merge; None without folds."""
+    dataset, folds, reference = material.dataset, material.folds, list(material.reference)
     if not folds:
         return None
     arms = tuple(dataset.arms[k] for k in reference)
-    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, list(reference)])
-    crossval = CrossValidation(known, config, list(folds), Scoring.of(known.contexts, arms))
-    bench = bench_of(crossval, True, base_of)
+    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, reference])
+    crossval = CrossValidation(known, material.config, folds, Scoring.of(known.contexts, arms))
+    bench = bench_of(crossval, True, material.loaded.base_of)
     shares = []
-    for models in (present, candidate):
-        predicted = [values[:, list(reference)] for values in predict_folds(dataset, folds, models)]
+    for models in (material.models_without_groups(material.known), material.fold_models):
+        predicted = [values[:, reference] for values in predict_folds(dataset, folds, models)]
         scores = keeping_no_parent(fold_mean(folds, predicted, len(dataset.contexts)))
         shares.append(shares_of(scores, bench.units))
     old, new = shares
@@ -218,22 +207,17 @@ def verdict(log: OnLog | None, labels: OnLabels | None, margin: float) -> Shadow
     """
     if log is None or log.num < MIN_DRAWN:
         found = log.num if log else 0
-        return ShadowVerdict(
-            False, f"{found} of the held-out rewards are of drawn decisions; {MIN_DRAWN} are needed to compare"
-        )
+        reason = f"{found} of the held-out rewards are of drawn decisions; {MIN_DRAWN} are needed to compare"
+        return ShadowVerdict(False, reason)
+    gain = f"{log.gain.value:+.3f} utility"
     if log.high < 0:
-        return ShadowVerdict(
-            False, f"on the log it is worse: {log.gain.value:+.3f} utility, below {log.high:+.3f} with 95 %"
-        )
+        return ShadowVerdict(False, f"on the log it is worse: {gain}, below {log.high:+.3f} with 95 %")
     if log.low < -margin:
-        return ShadowVerdict(
-            False,
-            f"the log cannot rule out that it is worse by more than {margin:g}: {log.gain.value:+.3f} utility, above "
-            f"{log.low:+.3f} with 95 %; more rewards of drawn decisions narrow that",
-        )
+        reason = f"the log cannot rule out that it is worse by more than {margin:g}: {gain}, above {log.low:+.3f}"
+        return ShadowVerdict(False, f"{reason} with 95 %; more rewards of drawn decisions narrow that")
     if labels is not None and labels.gain < -margin:
         return ShadowVerdict(False, f"on the labels it is worse: {labels.gain:+.3f} {labels.unit}, at most {-margin:g}")
-    said = f"on the log {log.gain.value:+.3f} utility, above {log.low:+.3f} with 95 %"
-    if labels is None:
-        return ShadowVerdict(True, f"{said}; too few checkpoints to compare on the labels")
-    return ShadowVerdict(True, f"{said}; on the labels {labels.gain:+.3f} {labels.unit}")
+    also = "too few checkpoints to compare on the labels"
+    if labels is not None:
+        also = f"on the labels {labels.gain:+.3f} {labels.unit}"
+    return ShadowVerdict(True, f"on the log {gain}, above {log.low:+.3f} with 95 %; {also}")

@@ -19,16 +19,9 @@ from simmerge_ray.selector.planning.files import write_selectors
 from simmerge_ray.service.bandit.artifact import WarmStartFile, read_warm_start, write_warm_start
 from simmerge_ray.service.bandit.warm_start import cold_ridge, start_from_labels
 from simmerge_ray.service.log.events import EncoderEpoch
+from simmerge_ray.service.retraining import shadow
 from simmerge_ray.service.retraining.material import Material
 from simmerge_ray.service.retraining.reward_labels import reward_labels
-from simmerge_ray.service.retraining.shadow import (
-    OnLabels,
-    OnLog,
-    compare_on_labels,
-    compare_on_log,
-    left_out,
-    override_on_log,
-)
 from simmerge_ray.signals.propagation.second_order import SecondOrder
 
 SELECTOR, LABELS = "selector", "labels"
@@ -38,8 +31,8 @@ SELECTOR, LABELS = "selector", "labels"
 class Comparison:
     """With the present selector: on held-out rewards, and on the labels."""
 
-    log: OnLog | None
-    labels: OnLabels | None
+    log: shadow.OnLog | None
+    labels: shadow.OnLabels | None
 
 
 @dataclass(frozen=True)
@@ -49,25 +42,22 @@ class Retrained:
     version: str
     path: Path
     epoch: EncoderEpoch
-    log: OnLog | None
-    labels: OnLabels | None
+    log: shadow.OnLog | None
+    labels: shadow.OnLabels | None
 
 
 def train_candidate(material: Material, present: Selector, out: Path) -> Retrained:
     """Train a selector on labels and rewards, compare it with the present one, and keep all of it below `out`.
 
     The selector whole or not at all, under a name by what it is made from; what is there is read.
-
-    Raises:
-        LabelError: too few labels, see `train_selector`.
+    Raises LabelError: too few labels, see `train_selector`.
     """
     target = out / f"retrain-{material.digest[:12]}"
     if not target.exists():
         selector = _trained(material, material.dataset, material.rewards)
-        tested = zip((left_out(material.dataset, one) for one in material.folds), material.fold_models, strict=True)
-        override = override_on_log(selector.override, selector.arms, material.training, list(tested))
+        selector = replace(selector, override=shadow.override_on_log(selector, material))
         with new_directory(target) as partial:
-            _write(partial, material, replace(selector, override=override))
+            _write(partial, material, selector)
     selector, warm = read_selector(target / SELECTOR), read_warm_start(target / SELECTOR)
     assert warm is not None, "written with the selector"
     size = next(iter(warm.posteriors.values())).num_dimensions
@@ -76,8 +66,8 @@ def train_candidate(material: Material, present: Selector, out: Path) -> Retrain
         return Retrained(event.model_version, target, event, None, None)
     compared = target / f"comparison-{present.version}.json"
     if not compared.exists():
-        made = Comparison(compare_on_log(present, selector, material.held_out), _on_labels(material))
-        write_json(compared, asdict(made))
+        on_log = shadow.compare_on_log(present, selector, material.held_out)
+        write_json(compared, asdict(Comparison(on_log, shadow.compare_on_labels(material))))
     comparison = TypeAdapter(Comparison).validate_python(read_json(compared))
     return Retrained(event.model_version, target, event, comparison.log, comparison.labels)
 
@@ -110,9 +100,3 @@ def _warm_start(material: Material, selector: Selector) -> WarmStartFile:
         )
     posteriors, noise = start_from_labels(labelled, selector.fitted, folds, material.config, material.fold_models)
     return WarmStartFile(posteriors, noise, material.identical)
-
-
-def _on_labels(material: Material) -> OnLabels | None:
-    dataset, folds, config, reference = material.dataset, material.folds, material.config, material.reference
-    old, new = material.models_without_groups(material.known), material.fold_models
-    return compare_on_labels(dataset, folds, config, reference, old, new, material.loaded.base_of)

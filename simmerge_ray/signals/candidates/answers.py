@@ -19,6 +19,7 @@ from torch import Tensor
 from simmerge_ray.base.errors import ProbeError
 from simmerge_ray.base.storage import digest_bytes
 from simmerge_ray.checkpoints.probes import TokenBatch
+from simmerge_ray.signals.tokens import left_padded
 
 
 @dataclass(frozen=True)
@@ -133,22 +134,17 @@ def write_answers(model: Any, batch: TokenBatch, ends: Sequence[int], max_tokens
     """
     from transformers import GenerationConfig
 
-    width = batch.input_ids.shape[1]
-    shift = width - batch.attention_mask.sum(1, keepdim=True)
-    source = torch.arange(width)[None, :] - shift  # negative in the padding, which generation needs in front
-    ids = torch.where(source >= 0, batch.input_ids.gather(1, source.clamp_min(0)), 0)
+    ids, mask = left_padded(batch)
     # `generate` fills what is not given from the model, which may have come with another checkpoint's penalties.
     model.generation_config = GenerationConfig()
     settings = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=False, num_beams=1, pad_token_id=0, eos_token_id=list(ends) or None
     )
     device = model.device
-    written = model.generate(
-        ids.to(device), attention_mask=(source >= 0).long().to(device), generation_config=settings
-    )[:, width:].tolist()
+    written = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
     stops = set(ends)
     answers = []
-    for row in written:
+    for row in written[:, ids.shape[1] :].tolist():
         stop = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
         answers.append(row[:stop])
     return answers

@@ -10,7 +10,7 @@ import numpy as np
 
 from simmerge_ray.plans.operators.shares import COLLINEAR_SINE, MIN_NORM
 from simmerge_ray.plans.operators.specs import Arm
-from simmerge_ray.signals.propagation.second_order import AllPoints, SecondOrder, blend_like, closed_cosine, quadratic
+from simmerge_ray.signals.propagation.second_order import SecondOrder, blend_like, point_forms
 from simmerge_ray.signals.propagation.span import blend_shares
 from simmerge_ray.signals.table import SignalTable
 
@@ -32,14 +32,7 @@ class SecondOrderBatch:
         return np.eye(len(self._single.ids))[self._first :]
 
     def merged(self, left: np.ndarray, right: np.ndarray, arm: Arm, weight: float) -> np.ndarray:
-        """Weights of the merges of P sources with a checkpoint each.
-
-        Args:
-            left: (P, K). right: (P,) int. weight: of right.
-
-        Returns:
-            (P, K), rows of sum 1.
-        """
+        """Weights (P, K) of the merges of P sources (P, K) with a checkpoint each, (P,) int; weight: of right."""
         like = blend_like(arm)
         if like.spec.is_spherical:
             share_left, share_right = self._arc(like, left, right, weight)
@@ -55,15 +48,10 @@ class SecondOrderBatch:
 
     def _arc(self, arm: Arm, left: np.ndarray, right: np.ndarray, weight: float) -> tuple[np.ndarray, np.ndarray]:
         """Shares of left and right of SLERP, as `blend_shares` has them; (P,) each."""
-        task, place = self._single.any_task, right + self._first
-        if arm.spec.uses_base and self._first:
-            gram = self._single.gram("weight_l2_global", task)
-            guarded = [np.maximum(v, MIN_NORM**2) for v in (quadratic(gram, left), np.diagonal(gram)[place])]
-            dot = np.einsum("pk,kp->p", left, gram[:, place])
-            cosine = (dot / np.sqrt(guarded[0] * guarded[1])).clip(-1.0, 1.0)
-        else:
-            matrix = self._single.matrix("weight_cosine_global", task)
-            cosine = closed_cosine(matrix, AllPoints(left))[np.arange(len(left)), place]
+        centred = arm.spec.uses_base and self._first > 0
+        both, own, others = point_forms(left, self._first, self._single.angles(centred))
+        guarded = [np.maximum(squares, MIN_NORM**2) for squares in (own[:, 0], others[right])]
+        cosine = (both[np.arange(len(left)), right] / np.sqrt(guarded[0] * guarded[1])).clip(-1.0, 1.0)
         threshold = float(arm.param_dict().get("threshold", 1.0))
         straight = (np.abs(cosine) > threshold) | (np.sqrt((1.0 - cosine) * (1.0 + cosine)) < COLLINEAR_SINE)
         angle = np.arccos(np.where(straight, 0.0, cosine))
@@ -78,16 +66,9 @@ class SecondOrderBatch:
         return values
 
     def features(self, left: np.ndarray, task: str) -> np.ndarray:
-        """Unscaled features of steps of P sources with every checkpoint on the right.
-
-        Args:
-            left: (P, K).
-
-        Returns:
-            (F, P, n).
-        """
-        values = np.empty((len(self.columns), len(left), len(self._single.ids)))
-        sides = AllPoints(left)
+        """Unscaled features (F, P, n) of steps of P sources (P, K) with every checkpoint on the right."""
+        values = np.empty((len(self.columns), len(left), len(self.ids)))
         for index, column in enumerate(self.columns):
-            values[index] = self._single.values(column, sides, task)
-        return values[:, :, self._first :]
+            formula, matrix = self._single.formula(column, task)
+            values[index] = formula(*point_forms(left, self._first, matrix))
+        return values

@@ -11,7 +11,7 @@ from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet
 from simmerge_ray.signals.compute import Signatures, local_executor
-from simmerge_ray.signals.propagation.halfway import HalfwayOutputs
+from simmerge_ray.signals.propagation.halfway import halfway_outputs
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.signature import (
     SignatureSpec,
@@ -44,7 +44,7 @@ class Evidence:
     weights: Mapping[str, Weights]
     sums: Mapping[str, WeightSums] | None
     digests: Mapping[str, str]
-    halfway: Callable[[str, str], TaskOutputs] | None
+    halfway: Callable[[str, str], TaskOutputs] | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -62,8 +62,7 @@ def stored_evidence(table: SignalTable, catalogue: Catalogue, store: SignatureSt
     """
     known: Mapping[str, str] = table.provenance["checkpoints"]
     spec, tokens = SignatureSpec(**table.provenance["spec"]), table.provenance["tokens"]
-    if set(known) != {ref.id for ref in catalogue.all_refs}:
-        differing = sorted(set(known) ^ {ref.id for ref in catalogue.all_refs})
+    if differing := sorted(set(known) ^ {ref.id for ref in catalogue.all_refs}):
         raise ConfigError(
             f"the signal table and the catalogue have different checkpoints, e.g. {differing[0]!r}; "
             "run `simmerge signals` on this catalogue"
@@ -84,20 +83,7 @@ def stored_evidence(table: SignalTable, catalogue: Catalogue, store: SignatureSt
             if not store.has(kind, key):
                 missing(WorkQueue())
 
-    def outputs(checkpoint: str, task: str) -> TaskOutputs:
-        return store.read_outputs(outputs_key(known[checkpoint], tokens[task]))
-
-    exact = table.provenance["weights"] == "exact"
-    return Evidence(
-        table,
-        ordered,
-        {},
-        lru_cache(_KEPT_OUTPUTS)(outputs),
-        {ref.id: signatures.weights(ref.id) for ref in ordered.all_refs},
-        signatures.weight_sums("exact", BLOCK_ELEMENTS) if exact else None,
-        known,
-        None,
-    )
+    return _evidence(table, ordered, signatures, store, known, {}, tokens)
 
 
 def read_evidence(
@@ -107,10 +93,7 @@ def read_evidence(
     store: SignatureStore,
     executor: Executor | None = None,
 ) -> Evidence:
-    """Evidence from a store of signatures; what is missing there is computed and kept.
-
-    Args:
-        executor: where it is computed; None computes it here.
+    """Evidence from a store of signatures; what is missing there is computed by `executor` (None: here), and kept.
 
     Raises:
         CheckpointError, ProbeError: see `compute_signals`.
@@ -120,14 +103,29 @@ def read_evidence(
     signatures = Signatures(catalogue, digests, spec, store, executor or local_executor(catalogue))
     tokens = signatures.tokens(tokenize_probes(catalogue, probe_sets, spec))
     signatures.complete(tokens)
-    exact = table.provenance["weights"] == "exact"
+    token_digests = {task: one.digest for task, one in tokens.items()}
+    evidence = _evidence(table, catalogue, signatures, store, digests, tokens, token_digests)
+    return replace(evidence, halfway=halfway_outputs(catalogue, digests, tokens, store) if catalogue.base else None)
+
+
+def _evidence(
+    table: SignalTable,
+    catalogue: Catalogue,
+    signatures: Signatures,
+    store: SignatureStore,
+    digests: Mapping[str, str],
+    tokens: Mapping[str, ProbeTokens],
+    token_digests: Mapping[str, str],
+) -> Evidence:
+    def outputs(checkpoint: str, task: str) -> TaskOutputs:
+        return store.read_outputs(outputs_key(digests[checkpoint], token_digests[task]))
+
     return Evidence(
         table,
         catalogue,
         tokens,
-        lru_cache(_KEPT_OUTPUTS)(lambda checkpoint, task: signatures.outputs(checkpoint, tokens[task])),
+        lru_cache(_KEPT_OUTPUTS)(outputs),
         {ref.id: signatures.weights(ref.id) for ref in catalogue.all_refs},
-        signatures.weight_sums("exact", BLOCK_ELEMENTS) if exact else None,
+        signatures.weight_sums("exact", BLOCK_ELEMENTS) if table.provenance["weights"] == "exact" else None,
         digests,
-        HalfwayOutputs(catalogue, digests, tokens, store) if catalogue.base else None,
     )

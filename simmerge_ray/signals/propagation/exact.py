@@ -74,38 +74,31 @@ class Exact(Propagator):
 
     def _compare_weights(self, plan: MergePlan, left: Source, right: Source) -> dict[str, np.ndarray]:
         with opened_blocks(self._catalogue.all_refs) as blocks:
-            sums = {
-                name: self._tensor_sums(plan, name, left, right, blocks) for name in next(iter(self._weights.values()))
-            }
+            names = next(iter(self._weights.values()))
+            sums = {name: self._tensor_sums(plan, name, (left, right), blocks) for name in names}
         return weight_matrices(sums, self._catalogue.base is not None)
 
     def _tensor_sums(
-        self, plan: MergePlan, name: str, left: Source, right: Source, blocks: Mapping[str, TensorBlocks]
+        self, plan: MergePlan, name: str, pair: tuple[Source, Source], blocks: Mapping[str, TensorBlocks]
     ) -> WeightSums:
-        base = self._catalogue.base
-
-        def centre(start: int, stop: int) -> np.ndarray:
-            if base is not None:
-                return blocks[base.id].read(name, start, stop)
-            rows = np.stack([one.read(name, start, stop) for one in blocks.values()])
-            return rows.mean(0, dtype=np.float64).astype(np.float32)
-
-        def values(source: Source, start: int, stop: int) -> np.ndarray:
-            if isinstance(source, str):
-                return blocks[source].read(name, start, stop)
-            return self._merges(plan)[source][0][name].reshape(-1)[start:stop].numpy()
-
-        def vectors(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-            middle = centre(start, stop)
-            return np.stack([values(source, start, stop) - middle for source in (left, right)]), middle
-
-        def threshold(source: Source) -> float:
-            if isinstance(source, str) or base is None:
-                return trim_threshold(self._weights[source][name]) if isinstance(source, str) else math.inf
-            vector = np.concatenate([values(source, *span) - centre(*span) for span in spans])
-            return kth_largest(vector, TRIM_DENSITY)
-
-        size = next(iter(blocks.values())).num_elements(name)
+        base, size = self._catalogue.base, next(iter(blocks.values())).num_elements(name)
         spans = [(start, min(start + BLOCK_ELEMENTS, size)) for start in range(0, size, BLOCK_ELEMENTS)]
-        thresholds = np.array([threshold(source) for source in (left, right)], dtype=np.float32)
-        return sums_in_blocks(vectors, size, thresholds)
+
+        def values(source: Source) -> np.ndarray:
+            if isinstance(source, str):
+                return np.concatenate([blocks[source].read(name, *span) for span in spans])
+            return self._merges(plan)[source][0][name].reshape(-1).numpy()
+
+        def threshold(source: Source, vector: np.ndarray) -> float:
+            if isinstance(source, str):
+                return trim_threshold(self._weights[source][name])
+            return math.inf if base is None else kth_largest(vector, TRIM_DENSITY)
+
+        if base is not None:
+            centre = values(base.id)
+        else:
+            total = sum((values(one) for one in blocks), start=np.zeros(size))
+            centre = (total / len(blocks)).astype(np.float32)
+        vectors = np.stack([values(source) - centre for source in pair])
+        thresholds = np.array([threshold(*one) for one in zip(pair, vectors, strict=True)])
+        return sums_in_blocks(lambda start, stop: (vectors[:, start:stop], centre[start:stop]), size, thresholds)

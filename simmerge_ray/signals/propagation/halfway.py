@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, MergeStep
@@ -37,43 +36,30 @@ def curve_shares(coefficient: float, along: float) -> tuple[float, float]:
     return 4.0 * coefficient * (1.0 - inside), coefficient * (2.0 * inside - 1.0)
 
 
-class HalfwayOutputs:
+def halfway_outputs(
+    catalogue: Catalogue, digests: Mapping[str, str], tokens: Mapping[str, ProbeTokens], store: SignatureStore
+) -> Callable[[str, str], TaskOutputs]:
     """Outputs of `base + task vector / 2` of a checkpoint on a task, from the store; computed when first asked for.
 
-    Raises:
-        ConfigError: the catalogue has no base. CheckpointError: the checkpoint cannot be read or run.
+    What is returned raises CheckpointError for a checkpoint that cannot be read or run.
     """
+    base = catalogue.base
+    assert base is not None
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        digests: Mapping[str, str],
-        tokens: Mapping[str, ProbeTokens],
-        store: SignatureStore,
-    ) -> None:
-        if catalogue.base is None:
-            raise ConfigError("the curve of a checkpoint starts at the base, and the catalogue names none")
-        self._catalogue, self._digests, self._tokens, self._store = catalogue, digests, tokens, store
-        self._read: Callable[[str, str], TaskOutputs] = lru_cache(_KEPT)(self._from_store)
+    def key(checkpoint: str, task: str) -> str:
+        return outputs_key(f"{digests[base.id]}+{digests[checkpoint]}/2", tokens[task].digest)
 
-    def __call__(self, checkpoint: str, task: str) -> TaskOutputs:
-        return self._read(checkpoint, task)
+    def compute(checkpoint: str) -> None:
+        ref, plan = catalogue.ref(checkpoint), MergePlan((MergeStep(base.id, checkpoint, make_arm("linear")),))
+        model = model_of(next(merged_steps(plan, catalogue)), ref, plan.label)
+        for task, one in sorted(tokens.items()):
+            about = {"checkpoint": checkpoint, "digest": digests[checkpoint], "task": task}
+            store.write("halfway", key(checkpoint, task), vars(run_probes(model, ref, one)), about)
 
-    def _from_store(self, checkpoint: str, task: str) -> TaskOutputs:
-        if not self._store.has("halfway", self._key(checkpoint, task)):
-            self._compute(checkpoint)
-        return self._store.read_outputs(self._key(checkpoint, task), "halfway")
+    @lru_cache(_KEPT)
+    def outputs(checkpoint: str, task: str) -> TaskOutputs:
+        if not store.has("halfway", key(checkpoint, task)):
+            compute(checkpoint)
+        return store.read_outputs(key(checkpoint, task), "halfway")
 
-    def _compute(self, checkpoint: str) -> None:
-        base, ref = self._catalogue.base, self._catalogue.ref(checkpoint)
-        assert base is not None
-        plan = MergePlan((MergeStep(base.id, checkpoint, make_arm("linear")),))
-        model = model_of(next(merged_steps(plan, self._catalogue)), ref, plan.label)
-        for task, tokens in sorted(self._tokens.items()):
-            about = {"checkpoint": checkpoint, "digest": self._digests[checkpoint], "task": task}
-            self._store.write("halfway", self._key(checkpoint, task), vars(run_probes(model, ref, tokens)), about)
-
-    def _key(self, checkpoint: str, task: str) -> str:
-        base = self._catalogue.base
-        assert base is not None
-        return outputs_key(f"{self._digests[base.id]}+{self._digests[checkpoint]}/2", self._tokens[task].digest)
+    return outputs

@@ -8,10 +8,9 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from simmerge_ray.base.errors import OperatorError, PlanError, unknown_name
+from simmerge_ray.base.errors import OperatorError, PlanError
 from simmerge_ray.plans.operators.specs import Arm, Weight
 from simmerge_ray.plans.plan import MergePlan
-from simmerge_ray.signals.features import column_signal, feature_columns
 from simmerge_ray.signals.table import PairSignals, SignalTable
 
 NAMES = ("bound", "second_order", "virtual", "curved", "exact")  # of `table.PROPAGATORS`, without its imports
@@ -43,11 +42,7 @@ class Intermediate:
 
     @property
     def constant_weight(self) -> float:
-        """The weight, for propagators that know numbers only.
-
-        Raises:
-            PlanError: it changes with depth.
-        """
+        """The weight, for propagators that know numbers only. Raises PlanError where it changes with depth."""
         if isinstance(self.weight, tuple):
             raise PlanError(_NO_GRADIENTS)
         return self.weight
@@ -144,27 +139,15 @@ class Propagator:
             PlanError: a checkpoint or the task is not in the table, or a weight changes with depth (which `exact`
                 takes). OperatorError: an operator needs a base and the table has none; see also the operator.
         """
-        check_plan(plan, task, self._table, self._gradients)
-        signals = []
-        for step, (left, right) in list(zip(plan.steps, plan_sources(plan), strict=True))[first:]:
-            if isinstance(left, str) and isinstance(right, str):
-                known = self._table.get(left, right, task).features
-                features = {column: known[column] for column in self.columns}
-            else:
-                values = self._features([SourcePair(left, right, task, plan)], self.columns, 1)
-                features = dict(zip(self.columns, values[:, 0].tolist(), strict=True))
-            signals.append(PairSignals(step.left, step.right, task, features))
-        return signals
+        steps = [PlanStep(plan, number, task) for number in range(len(plan.steps))][first:]
+        values = self.batch(steps, self.columns, 1).T.tolist()
+        return [
+            PairSignals(step.left, step.right, task, dict(zip(self.columns, row, strict=True)))
+            for step, row in zip(plan.steps[first:], values, strict=True)
+        ]
 
     def batch(self, steps: Sequence[PlanStep], columns: Sequence[str], num_threads: int) -> np.ndarray:
-        """Some of its columns for many steps at once, of any plans and tasks: the numbers of `steps`, to rounding.
-
-        Returns:
-            (F, N), a row for each column.
-
-        Raises:
-            PlanError, OperatorError: see `steps`.
-        """
+        """Some of its columns for many steps at once, of any plans and tasks, (F, N): the numbers of `steps`."""
         for plan, task in dict.fromkeys((step.plan, step.task) for step in steps):
             check_plan(plan, task, self._table, self._gradients)
         values = np.empty((len(columns), len(steps)))
@@ -185,29 +168,11 @@ class Propagator:
 
 
 def check_plan(plan: MergePlan, task: str, table: SignalTable, gradients: bool = False) -> None:
-    """Refuse what a propagator cannot know.
-
-    Raises:
-        PlanError, OperatorError: see `Propagator.steps`.
-    """
-    for member in plan.members:
-        if member not in table.checkpoint_ids:
-            raise PlanError(unknown_name("checkpoint", member, table.checkpoint_ids))
-    if task not in table.tasks:
-        raise PlanError(unknown_name("task", task, table.tasks))
+    """Refuse what a propagator cannot know; see `Propagator.steps`."""
+    table.check(plan.members, task)
     if plan.needs_base and table.provenance.get("base") is None:
         names = sorted({step.arm.operator for step in plan.steps if step.arm.spec.needs_base})
         raise OperatorError(f"operator {', '.join(names)} needs a base checkpoint; the signal table was made without")
     for number, step in enumerate(plan.steps, 1):
         if isinstance(step.weight, tuple) and not gradients:
             raise PlanError(f"step {number}: {_NO_GRADIENTS}")
-
-
-def mean_columns(with_base: bool, without: tuple[str, ...]) -> tuple[str, ...]:
-    """Columns that follow from a table of means: no quantiles, minima or spreads, and not the signals named."""
-    beyond = ("median", "q10", "q90", "min", "sd")
-    return tuple(
-        column
-        for column in feature_columns(with_base)
-        if not column.endswith(beyond) and column_signal(column).name not in without
-    )

@@ -13,8 +13,8 @@ from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine.compute import Computer
 from simmerge_ray.merging.engine.sources import open_sources
+from simmerge_ray.merging.engine.whole import flat_tensor
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, Node
-from simmerge_ray.merging.in_memory import as_tensor
 from simmerge_ray.merging.model import built_model, check_finite, put_tensors
 from simmerge_ray.plans.plan import MergePlan, resolve_plan
 from simmerge_ray.signals.collect import check_logits, model_outputs
@@ -29,12 +29,8 @@ Tensors = Mapping[str, torch.Tensor]
 def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> Iterator[dict[str, torch.Tensor]]:
     """Tensors of the result of every step, in order, by the merge engine, each made when it is asked for.
 
-    Args:
-        dtype: to which results are rounded before they are given as float32, as safetensors names it. (The engine's
-            own output has the dtype of its inputs.)
-
-    Raises:
-        see `compile_plan`.
+    dtype: to which results are rounded before they are given as float32, as safetensors names it. (The engine's own
+    output has the dtype of its inputs.) Raises what `compile_plan` does.
     """
     graph = compile_plan(resolve_plan(plan, catalogue))
     with open_sources(graph) as sources:
@@ -46,7 +42,7 @@ def merged_steps(plan: MergePlan, catalogue: Catalogue, dtype: str = "F32") -> I
                 node = _step(whole.node, number)
                 assert node is not None  # every step is used by the last one
                 output = replace(whole, dtype=kept, node=node)
-                tensor = as_tensor(computer.array(output)[0], output)
+                tensor = flat_tensor(computer.array(output)[0]).reshape(output.shape)
                 tensors[output.name] = tensor.float() if output.dtype in FLOAT_DTYPES else tensor
             yield tensors
 
@@ -74,11 +70,7 @@ def model_of(tensors: Tensors, like: CheckpointRef, name: str) -> Any:
 
 
 def run_probes(model: Any, like: CheckpointRef, tokens: ProbeTokens) -> TaskOutputs:
-    """Outputs of a model on one task.
-
-    Raises:
-        CheckpointError: its logits are not finite.
-    """
+    """Outputs of a model on one task. Raises CheckpointError: its logits are not finite."""
     parts = [model_outputs(model, batch) for batch in tokens.batches]
     for part in parts:
         check_logits(like, part.logits)

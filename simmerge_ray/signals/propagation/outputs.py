@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from simmerge_ray.signals.cosines import CosineMoments
+from simmerge_ray.signals.cosines import cosine_statistics
 from simmerge_ray.signals.divergence import log_softmax
 from simmerge_ray.signals.pairs import kl_statistics
 from simmerge_ray.signals.propagation.kernels import add_scaled, row_divergences, row_dots
@@ -101,11 +101,7 @@ class OutputPairs:
         ]
 
     def put(self, place: int, left: PreparedOutputs, right: PreparedOutputs) -> None:
-        """Compare one pair.
-
-        Raises:
-            ValueError: outputs at different positions.
-        """
+        """Compare one pair. Raises ValueError: outputs at different positions."""
         one, other = left.outputs, right.outputs
         if one.logits.shape != other.logits.shape or one.hidden.shape != other.hidden.shape:
             raise ValueError("outputs of different positions, vocabularies or layers cannot be compared")
@@ -130,6 +126,6 @@ class OutputPairs:
         for index, name in enumerate(("entropy", "loss")):
             columns[f"{name}_left"], columns[f"{name}_right"] = self._single[:, :, index].T
         for name, layers in zip(("activation_cosine", "attention_cosine"), self._cosines, strict=True):
-            moments = CosineMoments.of([torch.from_numpy(one.clip(-1.0, 1.0).T[:, None]) for one in layers])
-            columns |= {f"{name}_{statistic}": value[0].numpy() for statistic, value in moments.finish().items()}
+            found = cosine_statistics([torch.from_numpy(one.clip(-1.0, 1.0).T[:, None]) for one in layers])
+            columns |= {f"{name}_{statistic}": value[0].numpy() for statistic, value in found.items()}
         return columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,14 +23,6 @@ _ROOM = 1 << 28  # bytes of sources at the sampled coordinates that are held whi
 _KEPT = 32  # intermediates in memory, 8 bytes a sampled coordinate each: prefixes of the plans that are being scored
 
 
-@dataclass(frozen=True)
-class TensorPairs:
-    """What one tensor says of pairs of sources. coefficients: (K,) of each source in the pairs. sums: of each pair."""
-
-    coefficients: Mapping[Source, np.ndarray]
-    sums: Sequence[WeightSums]
-
-
 class TensorMerges:
     """Operators that blend make coefficient vectors, every other one runs on the coordinate sample.
 
@@ -47,8 +39,10 @@ class TensorMerges:
         # A cache of this object's lifetime: a step of one plan is a step of many others.
         self.of = lru_cache(_KEPT + len(ids))(self._make)
 
-    def pairs(self, pairs: Sequence[tuple[Source, Source]], order: Mapping[Source, int]) -> TensorPairs:
-        """Coefficients of the sources in some pairs, and the sums of every pair.
+    def pairs(
+        self, pairs: Sequence[tuple[Source, Source]], order: Mapping[Source, int]
+    ) -> tuple[dict[Source, np.ndarray], list[WeightSums]]:
+        """Coefficients (K,) of the sources in some pairs, and the sums of every pair.
 
         Args:
             order: in which sources are made; what is common to those that follow each other is made once, as the cache
@@ -66,7 +60,7 @@ class TensorMerges:
             grams = self.space.products_of([(origin, made[left], made[right]) for left, right in block])
             sums += [self._sums(gram, *pair, rows) for gram, pair in zip(grams, block, strict=True)]
             coefficients |= {source: tensor.coefficients for source, tensor in made.items()}
-        return TensorPairs(coefficients, sums)
+        return coefficients, sums
 
     def seed(self, source: Intermediate, part: Source) -> int:
         """As `engine.seeds.Seeds`, which reads the digests from the files."""

@@ -40,20 +40,12 @@ class TensorSpace:
 
     Without a base the mean of the checkpoints takes its place.
 
-    gram: (K, K) float64. centre: (S,) float32, the base. values: (S,) float32 of each of K - 1 checkpoints.
-    thresholds: smallest magnitude that trimming keeps of the whole task vector, by density, of each.
+    gram: (K, K) float64. centre: (S,) float32, the base. samples: of K - 1 checkpoints, the base among them if any.
     """
 
-    def __init__(
-        self,
-        gram: np.ndarray,
-        centre: np.ndarray,
-        values: Sequence[np.ndarray],
-        num_elements: int,
-        thresholds: Sequence[np.ndarray],
-    ) -> None:
-        self.gram, self.centre, self.num_elements = gram, centre, num_elements
-        self._values, self._thresholds = values, thresholds
+    def __init__(self, gram: np.ndarray, centre: np.ndarray, samples: Sequence[TensorSample]) -> None:
+        self.gram, self.centre, self._samples = gram, centre, samples
+        self.num_elements = samples[0].num_elements
         self.weights = lru_cache(4)(self._calibrated)
         self._vector = lru_cache(_KEPT)(lambda index: self._sum([index], np.ones(len(gram))))
 
@@ -89,7 +81,7 @@ class TensorSpace:
             if index == 0:
                 add_scaled(total, coefficients[0], self.centre)
             else:  # subtracted in float32, as for the Gram matrix
-                add_scaled_difference(total, coefficients[index], self._values[index - 1], self.centre)
+                add_scaled_difference(total, coefficients[index], self._samples[index - 1].values, self.centre)
         return total
 
     def blended(self, left: VirtualTensor, right: VirtualTensor, shares: tuple[float, float, float]) -> VirtualTensor:
@@ -155,7 +147,7 @@ class TensorSpace:
 
     def threshold(self, index: int, density: float) -> float | None:
         """The exact trim threshold of a checkpoint's task vector, where the signature holds it."""
-        known = self._thresholds[index - 1]
+        known = self._samples[index - 1].thresholds
         return float(known[DENSITIES.index(density)]) if density in DENSITIES else None
 
     def fitted(self, values: np.ndarray, regressors: np.ndarray) -> VirtualTensor:
@@ -177,6 +169,5 @@ class TensorSpace:
 
 def tensor_space(samples: Sequence[TensorSample], gram: np.ndarray, with_base: bool) -> TensorSpace:
     """From the samples of [base, checkpoints...], or of the checkpoints, in the order of the Gram matrix."""
-    values = [sample.values for sample in samples]
-    centre = values[0] if with_base else np.stack(values).mean(0, dtype=np.float64).astype(np.float32)
-    return TensorSpace(gram, centre, values, samples[0].num_elements, [sample.thresholds for sample in samples])
+    mean = np.stack([sample.values for sample in samples]).mean(0, dtype=np.float64).astype(np.float32)
+    return TensorSpace(gram, samples[0].values if with_base else mean, samples)

@@ -24,7 +24,7 @@ from simmerge_ray.signals.features import column_signal, feature_columns
 from simmerge_ray.signals.propagation.halfway import curve_shares
 from simmerge_ray.signals.propagation.interface import Propagator, Source, SourcePair, fold_path, members
 from simmerge_ray.signals.propagation.outputs import OutputPairs, PreparedOutputs, mixed_outputs, prepared_outputs
-from simmerge_ray.signals.propagation.tensor_merges import TensorMerges, TensorPairs
+from simmerge_ray.signals.propagation.tensor_merges import TensorMerges
 from simmerge_ray.signals.propagation.tensor_space import tensor_space
 from simmerge_ray.signals.samples import sampled_weight_sums
 from simmerge_ray.signals.signature import TaskOutputs, Weights
@@ -33,7 +33,7 @@ from simmerge_ray.signals.weights import WeightSums, weight_matrices
 
 Pair = tuple[Source, Source]
 _Part = tuple[str, bool, float]  # checkpoint; whether half of the way to it from the base; share
-_KEPT = 32  # pairs whose weights were compared: the same for every task
+_KEPT, _FEW = 32, 8  # groups of so few pairs, the steps of a plan, whose weights are kept: the same for every task
 _ROOM = 1 << 29  # bytes of outputs, and as much of prepared ones, that are held while a task's pairs are compared
 _TOGETHER = 12  # pairs in one call of `weight_matrices`: many cost little more than one, and unwanted ones grow
 _TINY = 1e-30
@@ -81,7 +81,7 @@ class Virtual(Propagator):
             )
             for name, sums_of in known.items()
         }
-        self._one_pair = lru_cache(_KEPT)(lambda pair: self._weights([pair], map))
+        self._of_few = lru_cache(_KEPT)(lambda pairs: self._weights(pairs, map))
 
     def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
         same: dict[Source, Source] = {}  # equal sources as one object, so that finding them again costs nothing
@@ -93,8 +93,8 @@ class Virtual(Propagator):
         # Pairs of the same checkpoints together, for the weights of the sample (see `TensorSpace.products_of`).
         ordered = sorted(different, key=lambda pair: sorted({*members(pair[0]), *members(pair[1])}))
         with ThreadPoolExecutor(num_threads) as threads:
-            if len(ordered) == 1:
-                parts, of_weights = self._one_pair(ordered[0])
+            if len(ordered) <= _FEW:
+                parts, of_weights = self._of_few(tuple(ordered))
             else:
                 parts, of_weights = self._weights(ordered, threads.map)
             number = {pair: index for index, pair in enumerate(ordered)}
@@ -112,7 +112,7 @@ class Virtual(Propagator):
     # Weights
 
     def _weights(
-        self, pairs: Sequence[Pair], spread: Callable[..., Iterable[TensorPairs]]
+        self, pairs: Sequence[Pair], spread: Callable[..., Iterable[tuple[dict[Source, np.ndarray], list[WeightSums]]]]
     ) -> tuple[dict[Source, list[_Part]], dict[str, np.ndarray]]:
         """The parts of every source in the pairs, and the columns of weights, (N,) each; the same for every task."""
         sources = sorted({source for pair in pairs for source in pair}, key=fold_path)
@@ -120,14 +120,14 @@ class Virtual(Propagator):
         merged = spread(lambda one: one.pairs(pairs, order), self.merges.values())
         found = dict(zip(self.merges, merged, strict=True))
         parts = {
-            source: self._parts(source, {name: one.coefficients[source] for name, one in found.items()})
+            source: self._parts(source, {name: coefficients[source] for name, (coefficients, _) in found.items()})
             for source in sources
         }
         of_weights = [column for column in self.columns if column_signal(column).of_weights]
         values = np.empty((len(of_weights), len(pairs)))
         for start in range(0, len(pairs), _TOGETHER):
             stop = min(start + _TOGETHER, len(pairs))
-            sums = {name: _side_by_side(one.sums[start:stop]) for name, one in found.items()}
+            sums = {name: _side_by_side(of_pairs[start:stop]) for name, (_, of_pairs) in found.items()}
             matrices = weight_matrices(sums, self._base is not None)
             for index, column in enumerate(of_weights):
                 for place in range(stop - start):

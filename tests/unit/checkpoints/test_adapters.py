@@ -13,6 +13,7 @@ from simmerge_ray.merging.engine import kernels
 from simmerge_ray.merging.in_memory import merged_tensors
 from simmerge_ray.merging.request import read_request
 from simmerge_ray.merging.write.directory import write_merge
+from simmerge_ray.merging.write.output import WriteOptions
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import ResolvedPlan, pair_plan, unmerged
 from tests import tiny
@@ -103,7 +104,7 @@ def test_the_plan_and_the_mergekit_file_beside_the_weights_keep_the_adapter(base
     out = write_merge(ResolvedPlan(pair_plan("a", "b", make_arm("linear")), refs, None), tmp_path / "out").path
     weights = (out / "model.safetensors").read_bytes()
     for file in ("simmerge_plan.json", "mergekit_config.yml"):
-        again = read_request(out / file, tmp_path / file).write(None, 10**9, 1, strict=False).path
+        again = read_request(out / file, tmp_path / file).write(WriteOptions(num_threads=1)).path
         assert (again / "model.safetensors").read_bytes() == weights
     plain = ResolvedPlan(pair_plan("a", "b", make_arm("linear")), (CheckpointRef("a", base), refs[1]), None)
     assert (write_merge(plain, tmp_path / "plain").path / "model.safetensors").read_bytes() != weights

@@ -22,6 +22,7 @@ from simmerge_ray.selector.planning.request import PlanRequest, read_sources
 from simmerge_ray.selector.planning.search import AGGREGATES
 from simmerge_ray.service.planning import PlanRanker
 from simmerge_ray.service.registry import Published
+from simmerge_ray.service.schemas import PlansRequest
 from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.table import read_signal_table
 from tests.artifacts import write_artifacts
@@ -91,9 +92,12 @@ def test_the_service_ranks_plans_as_the_command_does(run, catalogue_path, catalo
     for propagator, signatures in (("virtual", str(run / "signatures")), ("second_order", None)):
         for number, (options, asked) in enumerate(
             (
-                (("--ways", "2-3"), ((), (), "2-3")),
-                (("--ways", "3", "--task", "copy"), ((), ("copy",), 3)),
-                (("--ways", "2", "--exclude", "m2", "--task", "add"), (("m0", "m1"), ("add",), "2")),
+                (("--ways", "2-3"), {"ways": "2-3"}),
+                (("--ways", "3", "--task", "copy"), {"task": "copy", "ways": 3}),
+                (
+                    ("--ways", "2", "--exclude", "m2", "--task", "add"),
+                    {"checkpoints": ["m0", "m1"], "task": "add", "ways": "2"},
+                ),
             )
         ):
             out = tmp_path / f"{propagator}{number}"
@@ -101,7 +105,7 @@ def test_the_service_ranks_plans_as_the_command_does(run, catalogue_path, catalo
             result = invoke(run, catalogue_path, *options, *told)
             assert result.exit_code == 0, result.output
             printed = read_json(out / "ranking.json")
-            ranking = PlanRanker(published, table, catalogue, signatures).rank(*asked, top=8)
+            ranking = PlanRanker(published, table, catalogue, signatures).rank(PlansRequest(**asked), top=8)
             assert printed["plans"] == [ranked_json(one) for one in ranking.plans]
             assert printed["best_fixed"] == ranked_json(ranking.best_fixed)
             assert printed["num_scored"] == ranking.num_scored

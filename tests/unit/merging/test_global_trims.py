@@ -168,7 +168,7 @@ def test_a_mergekit_file_of_three_models_takes_it_and_says_that_mergekit_cannot(
     lines = request.lines(1 << 30, 1)
     assert "mergekit has no words for this plan" in lines
     assert "trim     step 1 over the whole model: its inputs are read twice before" in lines
-    request.write(None, 1 << 30, 2, strict=False)
+    request.write(WriteOptions(num_threads=2))
     assert not (tmp_path / "out" / "mergekit_config.yml").exists()
     base, *members = (read_all(ref) for ref in (catalogue.base, *catalogue.checkpoints))
     expected = expected_merge(base, members, [0.5, 0.3, 0.2], 0.3, scale=0.7)
@@ -183,7 +183,7 @@ def test_a_plan_file_keeps_it(catalogue, tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["steps"][0]["parameters"]["trim_scope"] == "global"
     request = read_request(tmp_path / "plan.json", tmp_path / "out")
     assert request.resolved is not None and request.resolved.plan == resolved.plan
-    request.write(None, 1 << 30, 1, strict=False)
+    request.write(WriteOptions(num_threads=1))
     assert not (tmp_path / "out" / "mergekit_config.yml").exists()
 
 

@@ -108,14 +108,11 @@ def test_counting_by_upper_then_lower_bits_finds_the_exact_threshold(values, kee
     kernels.widen_bf16(low_base, wide)
     vector = np.array(values, dtype=np.float32) - wide
     keep = min(len(values), 1 + keep)
-    for count_high, count_low, inputs in (
-        (kernels.count_high, kernels.count_low, (vector,)),
-        (kernels.count_high_bf16, kernels.count_low_bf16, (low_base, bits_of(values))),
-    ):
+    for entries, origin in ((vector, None), (bits_of(values), low_base)):
         high, low = np.zeros(1 << 15, dtype=np.int64), np.zeros(1 << 16, dtype=np.int64)
-        count_high(*inputs, high)
+        kernels.count_high(entries, high, origin)
         top, above = kernels.bin_of(high, keep)
-        count_low(*inputs, np.uint32(top), low)
+        kernels.count_low(entries, np.uint32(top), low, origin)
         bits, above_low = kernels.bin_of(low, keep - above)
         threshold = np.uint32((top << 16) | bits).view(np.float32)
         assert high.sum() == len(values) and low.sum() == high[top]
@@ -168,8 +165,8 @@ def test_dots_of_bfloat16_bits_are_those_of_their_values(values):
 
 def test_a_difference_that_is_not_finite_is_seen():
     zero, huge, bad = bits_of([0.0] * 70), bits_of([3e38] * 70), bits_of([1.0] * 69 + [float("inf")])
-    assert kernels.not_finite_bf16(zero, bad) and kernels.not_finite_bf16(bits_of([-3e38] * 70), huge)
-    assert not kernels.not_finite_bf16(zero, huge)
+    assert kernels.not_finite(bad, zero) and kernels.not_finite(huge, bits_of([-3e38] * 70))
+    assert not kernels.not_finite(huge, zero)
 
 
 def test_a_fused_blend_rounds_once():

@@ -9,7 +9,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from simmerge_ray.base.errors import PlanError
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.graph import Apply, Read
 from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_mergekit
@@ -304,12 +303,6 @@ def test_a_document_that_is_named_is_inlined(root, reverse):
     rounded = apply(compiled(root, text, round_intermediates=True), Q0)
     assert rounded.round_to is None and isinstance(rounded.sources[0], Apply)
     assert rounded.sources[0].round_to == "BF16"
-
-
-def test_out_chooses_another_document(root):
-    assert apply(compiled(root, CHAIN, out="inner"), Q0).operator == "linear"
-    with pytest.raises(PlanError, match="unknown document 'iner' .did you mean 'inner'"):
-        compiled(root, CHAIN, out="iner")
 
 
 def test_documents_that_cast_differently_cannot_be_one_merge_unless_the_casts_are_exact(root):

@@ -169,7 +169,7 @@ def test_a_running_service_goes_on_with_the_promoted_selector_and_back(tmp_path)
             assert sum(one.count for one in policy.arms) == 2 * len(pairs) + 100
             assert (await asyncio.to_thread(run_retraining, config, True, False)).done == "unchanged"
 
-            run_roll_back(settings.database, "default", settings.registry, former)
+            run_roll_back(config, former)
             _, decision = await learner.decide(DecisionRequest(left=ids[0], right=ids[1]))
             assert (decision.model_version, decision.epoch) == (former, 2)
         finally:

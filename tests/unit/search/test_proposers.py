@@ -8,7 +8,7 @@ import pytest
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Stopped
-from simmerge_ray.search.proposers import SAMPLERS, GridProposer, OptunaProposer
+from simmerge_ray.search.proposers import SAMPLERS, OptunaProposer, Proposer
 from simmerge_ray.search.runner import TrialProgress
 from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials, prepare_search
 
@@ -42,7 +42,7 @@ def run(search: PreparedSearch, proposer: OptunaProposer, limit: int = 1000) -> 
 def test_the_grid_is_proposed_in_order(catalogue, tasks, tmp_path):
     search = prepared(catalogue, tasks, tmp_path, budget=None)
     trials = grid_trials(search)
-    proposer = GridProposer(trials)
+    proposer = Proposer(trials)
     assert [proposer.propose(str(number)) for number in range(proposer.total + 1)] == [*trials, None]
     assert [Trial.from_text(trial.to_text()) for trial in trials] == trials
 

@@ -105,7 +105,7 @@ def test_too_few_labels_give_a_report_of_reasons(tmp_path):
 
 def test_permuted_columns_move_with_their_pair_and_leave_the_rest():
     dataset = planted(6)
-    moved = permuted_columns(dataset, [5], np.random.default_rng(0)).features
+    moved = permuted_columns(dataset, range(len(dataset.contexts)), [5], np.random.default_rng(0)).features
     np.testing.assert_array_equal(moved[..., :5], dataset.features[..., :5])
     assert sorted(moved[:, 0, 5]) == sorted(dataset.features[:, 0, 5]) and (moved != dataset.features).any()
     assert len(COLUMNS) == moved.shape[-1]

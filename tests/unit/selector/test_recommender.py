@@ -85,8 +85,8 @@ def test_arms_are_ranked_for_the_parents_own_tasks(recommender):
 def test_a_recommendation_names_the_arm_to_take_and_why(recommender):
     answer = recommender.recommend("m0", "m1", ["add"])
     assert answer.choice.arm == answer.chosen.arm and answer.limit > 0
-    assert answer.choice.overrode == (answer.choice.arm != recommender.best_fixed)
-    assert recommender.best_fixed in {one.arm for one in answer.ranked}
+    assert answer.choice.overrode == (answer.choice.arm != recommender.selector.best_fixed)
+    assert recommender.selector.best_fixed in {one.arm for one in answer.ranked}
     assert recommender.recommend("m0", "m1", ["add"]) == answer
     assert len(recommender.selector.version) == 12
 
@@ -106,7 +106,7 @@ def test_the_best_fixed_arm_is_left_where_that_has_paid(recommender):
     for one in (bold, careful):  # what is predicted does not depend on the policy
         assert [row.arm for row in one.recommend("m0", "m1").ranked][0] == best
     answer = careful.recommend("m0", "m1")
-    assert answer.choice.arm == careful.best_fixed != answer.ranked[0].arm and not answer.choice.overrode
+    assert answer.choice.arm == careful.selector.best_fixed != answer.ranked[0].arm and not answer.choice.overrode
     assert "has not paid" in answer.choice.reason
 
 
@@ -116,7 +116,7 @@ def test_checkpoints_unlike_those_of_the_training_get_the_best_fixed_arm(recomme
     answer = distant.recommend("m0", "m1")
     assert answer.choice.reason.startswith("not trained for such checkpoints")
     assert answer.choice.distance > answer.limit
-    assert answer.choice.arm == distant.best_fixed and not answer.choice.overrode
+    assert answer.choice.arm == distant.selector.best_fixed and not answer.choice.overrode
 
 
 def test_intervals_are_those_of_the_selector_or_none(recommender):

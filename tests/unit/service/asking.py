@@ -12,9 +12,9 @@ import httpx
 from simmerge_ray.service.http.access import Access, Principal, token_digest
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.gate import Limits
-from simmerge_ray.service.http.metrics import PrometheusMetrics
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import upgrade_database
+from simmerge_ray.service.metrics import PrometheusMetrics
 from tests.unit.service.published import PublishedFiles
 
 TOKENS = {role: f"token-of-{role}-0123456789" for role in ("decide", "reward", "admin")}

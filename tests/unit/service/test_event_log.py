@@ -41,7 +41,7 @@ EVENTS = [
     Activation("m1", {"path": "x"}),
     ArmAdded("ties", prior()),
     Discounted(0.75, "shift"),
-    EncoderEpoch(1, 4, 2.0, {"ties": prior(1)}, Noise(0.1, 2.0), "m2"),
+    EncoderEpoch(1, 4, 2.0, {"ties": prior(1)}, Noise(0.1), "m2"),
     WarmStart({"ties": prior().updated(np.ones(3), 0.3), "slerp": prior()}, Noise(0.2)),
 ]
 

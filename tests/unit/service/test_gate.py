@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from simmerge_ray.service.http.access import Access, Principal, token_digest
-from simmerge_ray.service.http.dashboard import COOKIE
+from simmerge_ray.service.http.dashboard.session import COOKIE
 from simmerge_ray.service.http.gate import CLIENT, Gate, Limits
 
 TOKEN, SLOW = "the-token-of-somebody", "the-token-of-a-slow-one"

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from benchmarks.measuring import milliseconds
 from benchmarks.service.load import Seen, Side, closed_loop, fsyncs, open_loop
-from benchmarks.service.running import percentile
 
 Answer = Callable[[int, str], Awaitable[tuple[int, str] | None]]
 
@@ -73,5 +73,5 @@ def test_refusals_and_closed_connections_are_errors_and_have_no_latency():
 
 
 def test_percentiles_are_in_milliseconds_and_fsyncs_are_written(tmp_path):
-    assert percentile([0.001, 0.002, 0.003], 50) == 2.0 and percentile([], 50) is None
+    assert milliseconds([0.001, 0.002, 0.003], [50]) == {"p50": 2.0} and milliseconds([], [50]) == {"p50": None}
     assert len(fsyncs(tmp_path / "file", 3)) == 3 and (tmp_path / "file").stat().st_size == 3 * 4096

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy.stats import false_discovery_control, spearmanr
+from scipy.stats import spearmanr
 
 from benchmarks.signals.probes import resampled, subsets, weighted_spearman
-from benchmarks.signals.signs import MIN_GAP, adjusted, correlations, normalised_utility, verdict
+from benchmarks.signals.signs import MIN_GAP, correlations, normalised_utility, verdict
 
 
 @pytest.mark.parametrize("levels", [3, 1000])  # many ties, none
@@ -47,12 +47,6 @@ def test_subsets_come_in_disjoint_halves_with_equal_shares_of_the_groups(size):
 def test_the_whole_set_is_one_subset():
     (whole,) = subsets([np.arange(48)], 48, 20, np.random.default_rng(0))
     assert (whole == np.arange(48)).all()
-
-
-def test_adjusted_p_values_are_those_of_scipy():
-    p_values = np.random.default_rng(0).random((5, 4)) ** 3
-    expected = false_discovery_control(p_values.ravel()).reshape(5, 4)
-    np.testing.assert_allclose(adjusted(p_values), expected, rtol=1e-12)
 
 
 def test_utility_is_a_share_of_the_way_from_the_base_to_the_best():

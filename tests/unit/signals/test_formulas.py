@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmerge_ray.signals.cosines import CosineMoments, pairwise_cosine
+from simmerge_ray.signals.cosines import cosine_statistics, pairwise_cosine
 from simmerge_ray.signals.divergence import log_softmax, pairwise_kl
 from simmerge_ray.signals.features import layer_thirds
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, sums_in_blocks, tensor_kind, tensor_layer
@@ -66,13 +66,11 @@ def test_cosine_with_a_zero_row_is_zero():
     assert pairwise_cosine(vectors)[0].tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
-def test_moments_of_parts_add_up_to_the_moments_of_the_whole():
-    layers = [pairwise_cosine(torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(s))) for s in range(4)]
-    whole = CosineMoments.of(layers).finish()
-    parts = CosineMoments.of([x[:7] for x in layers]) + CosineMoments.of([x[7:] for x in layers])
-    for name, value in parts.finish().items():
-        torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-12)
-    stacked = torch.stack(layers).double()
+def test_statistics_of_cosines_are_those_of_all_layers_and_rows():
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    layers = [pairwise_cosine(torch.randn(3, 20, 8, generator=one)).double() for one in generators]
+    whole = cosine_statistics(layers)
+    stacked = torch.stack(layers)
     torch.testing.assert_close(whole["mean"], stacked.mean((0, 1)))
     torch.testing.assert_close(whole["sd"], stacked.flatten(0, 1).std(0, correction=0), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(whole["min"], stacked.amin((0, 1)))

@@ -13,7 +13,6 @@ All data that changes comes from the JSON API under /v1, which the page asks wit
 from __future__ import annotations
 
 import hashlib
-import mimetypes
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from starlette.staticfiles import StaticFiles
 
 from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.http.dashboard.session import forget, remember, same_origin, token_of
@@ -41,6 +41,9 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 
+# Not from the machine's own table, which may have any: a browser runs a module as JavaScript alone.
+_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+
 RolesOf = Callable[[str | None], frozenset[str] | None]
 
 
@@ -52,7 +55,7 @@ def router(source: Callable[[], Learner], roles_of: RolesOf) -> APIRouter:
             one that is not known; of no token at all, None where one is needed.
     """
     routes = APIRouter(include_in_schema=False)
-    pages = _Pages()
+    pages, files = _Pages(), StaticFiles(directory=HERE / "static")
 
     @routes.get("/")
     async def page(request: Request, token: str | None = None) -> Response:
@@ -86,7 +89,10 @@ def router(source: Callable[[], Learner], roles_of: RolesOf) -> APIRouter:
     async def static(request: Request, path: str) -> Response:
         if roles_of(token_of(request)) is None:
             return Response(status_code=401, headers={"WWW-Authenticate": "Bearer"})
-        return _static(request, pages.files.get(path))
+        response = await files.get_response(path, request.scope)
+        response.headers["Content-Type"] = f"{_TYPES.get(Path(path).suffix, 'text/plain')}; charset=utf-8"
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
     return routes
 
@@ -132,32 +138,13 @@ def _signal_groups(columns: Iterable[str]) -> list[_SignalGroup]:
     return list(groups.values())
 
 
-@dataclass(frozen=True)
-class _File:
-    body: bytes
-    media_type: str
-    tag: str
-
-
-def _static(request: Request, file: _File | None) -> Response:
-    if file is None:
-        return Response("there is no such file\n", 404, media_type="text/plain")
-    headers = {"ETag": file.tag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
-    if file.tag in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers=headers)
-    return Response(file.body, headers=headers, media_type=file.media_type)
-
-
 class _Pages:
-    """Templates and files, read once."""
+    """Templates, read once."""
 
     def __init__(self) -> None:
         self._templates = Environment(
             loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
-        root = HERE / "static"
-        # A table of what there is, not a directory to look into: no path of a request reaches the file system.
-        self.files = {str(path.relative_to(root)): _read(path) for path in sorted(root.rglob("*")) if path.is_file()}
         # The login page has its style inside, allowed by digest: without a token no other file is served.
         self._style = (HERE / "templates" / "login.css").read_text(encoding="utf-8")
         digest = b64encode(hashlib.sha256(self._style.encode()).digest()).decode()
@@ -195,11 +182,3 @@ class _Pages:
         }
         body = self._templates.get_template(name).render(view)
         return HTMLResponse(body, status, safe | dict(headers))
-
-
-def _read(path: Path) -> _File:
-    body = path.read_bytes()
-    media_type = mimetypes.guess_type(path.name)[0] or "text/plain"
-    # As the types of a machine's own table may be any: a browser runs a module as JavaScript alone.
-    media_type = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}.get(path.suffix, media_type)
-    return _File(body, media_type, f'"{hashlib.sha256(body).hexdigest()[:20]}"')

@@ -27,7 +27,6 @@ from simmerge_ray.service.bandit.warm_start import (
     merge_values,
     merges_of,
     out_of_fold_level,
-    sibling_prior,
     warm_posteriors,
 )
 from tests.unit.selector.made_up import ARMS, planted
@@ -136,7 +135,7 @@ def test_context_and_level_make_the_selector_s_prediction():
 
 def test_a_warm_start_begins_where_a_cold_one_arrives():
     dataset, _, merges, level = warm()
-    posteriors, noise = warm_posteriors(merges, ARMS, merge_values(level, merges), power=0.5)
+    posteriors, noise = warm_posteriors(merges, ARMS, merge_values(level, merges))
     scoring = Scoring.of(dataset.contexts, dataset.arms)
     gaps = dict(zip(scoring.rows.tolist(), scoring.gap.tolist(), strict=True))
     rounds = rounds_of(dataset, merges.rows, merges.z, merges.level, gaps)
@@ -152,15 +151,13 @@ def test_a_warm_start_begins_where_a_cold_one_arrives():
 
 def test_a_sibling_s_prior_counts_a_part_of_what_that_has_seen():
     _, _, merges, level = warm()
-    posteriors, _ = warm_posteriors(merges, ARMS, merge_values(level, merges), power=1.0)
+    posteriors, _ = warm_posteriors(merges, ARMS, merge_values(level, merges))
     prior = GaussianPosterior.prior(merges.z.shape[1])
-    assert sibling_prior(posteriors["ties"], prior, 0.1).weight == pytest.approx(0.1 * posteriors["ties"].weight)
+    assert posteriors["ties"].discounted(0.1, prior).weight == pytest.approx(0.1 * posteriors["ties"].weight)
 
 
 def test_what_cannot_start_is_refused():
-    _, model, merges, level = warm()
-    with pytest.raises(BanditError, match="power"):
-        warm_posteriors(merges, ARMS, merge_values(level, merges), power=0.0)
+    _, _, merges, _ = warm()
     with pytest.raises(BanditError, match="too few"):
         warm_posteriors(merges, ARMS, np.full(len(merges.rows), np.nan))
     dataset = planted()

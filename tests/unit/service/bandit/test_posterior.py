@@ -46,15 +46,6 @@ def test_the_same_observations_in_the_same_order_give_the_same_bits():
     assert (whole.precision == whole.precision.T).all()
 
 
-def test_a_weight_of_two_is_two_observations():
-    ((z, reward),) = observations(1, 4)
-    twice = GaussianPosterior.prior(4).fold([(z, reward), (z, reward)])
-    once = GaussianPosterior.prior(4).updated(z, reward, weight=2.0)
-    np.testing.assert_allclose(once.precision, twice.precision, rtol=1e-14)
-    np.testing.assert_allclose(once.mean, twice.mean, rtol=1e-12)
-    assert (once.weight, once.count) == (2.0, 1) and twice.count == 2
-
-
 def test_a_discount_leaves_the_prior_whole():
     prior = GaussianPosterior.prior(3, ridge=2.0, mean=np.ones(3))
     posterior = prior.fold(observations(20, 3))
@@ -68,28 +59,17 @@ def test_a_discount_leaves_the_prior_whole():
     np.testing.assert_allclose(faded.mean, prior.mean, rtol=1e-12)
 
 
-def test_the_noise_is_learned():
-    generator = np.random.default_rng(0)
-    prior = GaussianPosterior.prior(3, 1e-6)
-    weights = np.array([1.0, -2.0, 0.5])
-    seen = [(z, float(z @ weights + 0.3 * generator.normal())) for z in generator.normal(size=(4000, 3))]
-    shape, rate = prior.fold(seen).noise_posterior(2.0, 2.0, prior)
-    assert shape == 2002.0 and rate / shape == pytest.approx(0.09, rel=0.05)
-    assert prior.noise_posterior(2.0, 0.5, prior) == (2.0, 0.5)
-
-
 @pytest.mark.parametrize(
-    ("z", "reward", "weight", "said"),
+    ("z", "reward", "said"),
     [
-        ([1.0], 0.0, 1.0, "shape"),
-        ([1.0, np.nan], 0.0, 1.0, "finite"),
-        ([1.0, 0.0], np.inf, 1.0, "reward"),
-        ([1.0, 0.0], 0.0, 0.0, "weight"),
+        ([1.0], 0.0, "shape"),
+        ([1.0, np.nan], 0.0, "finite"),
+        ([1.0, 0.0], np.inf, "reward"),
     ],
 )
-def test_what_cannot_be_learned_is_refused(z, reward, weight, said):
+def test_what_cannot_be_learned_is_refused(z, reward, said):
     with pytest.raises(BanditError, match=said):
-        GaussianPosterior.prior(2).updated(np.array(z), reward, weight)
+        GaussianPosterior.prior(2).updated(np.array(z), reward)
 
 
 def test_a_prior_needs_a_ridge_and_a_discount_a_factor():

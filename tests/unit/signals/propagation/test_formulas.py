@@ -8,22 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmerge_ray.plans.operators.specs import make_arm
-from simmerge_ray.signals.propagation.bound import member_shares
+from simmerge_ray.signals.propagation.bound import Bound
 from simmerge_ray.signals.propagation.halfway import curve_shares
 from simmerge_ray.signals.propagation.interface import Intermediate, members
 from simmerge_ray.signals.propagation.outputs import mixed_outputs
 from simmerge_ray.signals.propagation.second_order import (
-    AllPoints,
-    PairedSides,
     centred_gram,
     closed_cosine,
     mixed_distance,
+    paired_forms,
+    point_forms,
     quadratic_divergence,
 )
 from simmerge_ray.signals.propagation.span import blend, blend_shares, kth_largest, trimmed
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace
-from simmerge_ray.signals.signature import TaskOutputs
+from simmerge_ray.signals.signature import TaskOutputs, TensorSample
 from tests import reference
+from tests.tables import synthetic_table
+
+TABLE = synthetic_table(6)
 
 ARMS = (
     make_arm("linear"),
@@ -95,9 +98,9 @@ def space_of(base, vectors, count, generator):
     """A tensor of n elements of which `count` are sampled, with its exact Gram matrix."""
     index = np.sort(generator.choice(len(base), count, replace=False))
     basis = np.concatenate((base[None], vectors)).astype(np.float64)
-    values = [(base + vector)[index].astype(np.float32) for vector in vectors]
-    nothing = [np.full(3, np.nan, np.float32)] * len(vectors)
-    return TensorSpace(basis @ basis.T, base[index].astype(np.float32), values, len(base), nothing), index
+    nothing = np.zeros(3), np.full(3, np.nan, np.float32)
+    samples = [TensorSample(len(base), (base + vector)[index].astype(np.float32), *nothing) for vector in vectors]
+    return TensorSpace(basis @ basis.T, base[index].astype(np.float32), samples), index
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 60))
@@ -142,20 +145,20 @@ def test_quadratic_forms_are_exact_for_points_that_mix_linearly(seed, num, dimen
     left, right = (v / v.sum() for v in generator.uniform(0.1, 1.0, (2, num)))
     distance = np.linalg.norm(x[:, None] - x[None], axis=2)
     expected = np.linalg.norm(left @ x - right @ x)
-    sides = PairedSides(left[None], right[None])
-    assert mixed_distance(distance, sides)[0] == pytest.approx(expected, abs=1e-6)
+    squares = distance * distance
+    assert mixed_distance(*paired_forms(left[None], right[None], squares))[0] == pytest.approx(expected, abs=1e-6)
     to_points = np.linalg.norm(left @ x - x, axis=1)
-    np.testing.assert_allclose(mixed_distance(distance, AllPoints(left[None]))[0], to_points, atol=1e-6)
+    np.testing.assert_allclose(mixed_distance(*point_forms(left[None], 0, squares))[0], to_points, atol=1e-6)
     np.testing.assert_allclose(
         centred_gram(distance), (x - x[0]) @ (x - x[0]).T, atol=1e-12 * (1 + distance.max() ** 2)
     )
     one = np.eye(num)
-    assert quadratic_divergence(distance, PairedSides(one[:1], one[1:2]))[0] == pytest.approx(distance[0, 1])
+    assert quadratic_divergence(*paired_forms(one[:1], one[1:2], distance))[0] == pytest.approx(distance[0, 1])
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    assert closed_cosine(unit @ unit.T, sides)[0] == pytest.approx(
+    assert closed_cosine(*paired_forms(left[None], right[None], unit @ unit.T))[0] == pytest.approx(
         reference.cosine(left @ unit, right @ unit), abs=1e-9
     )
-    assert closed_cosine(unit @ unit.T, PairedSides(one[:1], one[:1]))[0] == pytest.approx(1.0)
+    assert closed_cosine(*paired_forms(one[:1], one[:1], unit @ unit.T))[0] == pytest.approx(1.0)
 
 
 def outputs_of(logits):
@@ -223,11 +226,12 @@ def test_beyond_the_checkpoint_the_curve_is_a_line():
 
 @given(st.lists(weights, min_size=1, max_size=5))
 def test_shares_of_the_members_sum_to_1(drawn):
-    source = "m0"
+    bound, source = Bound(TABLE), "c00"
     for number, weight in enumerate(drawn, 1):
-        source = Intermediate(make_arm("linear"), weight, f"m{number}", source)
-    assert sum(member_shares(source).values()) == pytest.approx(1.0)
-    assert tuple(sorted(member_shares(source))) == members(source)
+        source = Intermediate(make_arm("linear"), weight, f"c{number:02d}", source)
+    shares = bound.barycentric(source)
+    assert shares.sum() == pytest.approx(1.0)
+    assert set(np.array(bound.ids)[shares != 0]) <= set(members(source))
 
 
 @pytest.mark.parametrize("levels", [3, 50, 10**9])

@@ -14,7 +14,7 @@ from simmerge_ray.signals.propagation import tensor_merges, virtual
 from simmerge_ray.signals.propagation.interface import PlanStep, fold_path, plan_sources
 from simmerge_ray.signals.propagation.outputs import OutputPairs, prepared_outputs
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace, VirtualTensor
-from simmerge_ray.signals.signature import TaskOutputs
+from simmerge_ray.signals.signature import TaskOutputs, TensorSample
 
 # Each number is made by the same operations on the same values. What differs is the size of the matrix products, and
 # so the order of their sums: 1e-15 of the terms, 1e-12 of a distance between near points.
@@ -150,7 +150,9 @@ def made_up_space(size: int, whole: bool) -> TensorSpace:
     values.append(values[0].copy())  # a twin
     basis = np.stack([centre, *(one - centre for one in values)]).astype(np.float64)
     gram = basis @ basis.T * (1.0 if whole else 5.0)
-    return TensorSpace(gram, centre, values, size if whole else 5 * size, [np.zeros(3)] * 5)
+    num_elements = size if whole else 5 * size
+    samples = [TensorSample(num_elements, value, np.zeros(3), np.zeros(3)) for value in values]
+    return TensorSpace(gram, centre, samples)
 
 
 @pytest.mark.parametrize("size", [3, 7, 400])

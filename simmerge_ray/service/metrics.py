@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from simmerge_ray.service.learner import Observer
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.schemas import Decision
 
@@ -12,30 +11,19 @@ LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class PrometheusMetrics(Observer):
-    """What the learner tells of, and requests; in a registry of its own."""
+class PrometheusMetrics:
+    """What the learner tells of, and requests; in a registry of its own. It must not fail or wait."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._decisions = Counter(
-            "simmerge_decisions", "Decisions made", ["arm", "explored", "kind"], registry=self._registry
-        )
-        self._rewards = Counter("simmerge_rewards", "Rewards asked for", ["outcome"], registry=self._registry)
-        self._pending = Gauge("simmerge_decisions_pending", "Decisions without a reward", registry=self._registry)
-        self._seq = Gauge("simmerge_log_seq", "Number of the last event that was folded", registry=self._registry)
-        self._entropy = Gauge(
-            "simmerge_posterior_entropy_nats",
-            "Of the posterior over an arm's weights",
-            ["arm"],
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "simmerge_request_seconds",
-            "Time to answer",
-            ["route", "method", "status"],
-            buckets=LATENCY_BUCKETS_S,
-            registry=self._registry,
-        )
+        own = self._registry = CollectorRegistry()
+        self._decisions = Counter("simmerge_decisions", "Decisions made", ["arm", "explored", "kind"], registry=own)
+        self._rewards = Counter("simmerge_rewards", "Rewards asked for", ["outcome"], registry=own)
+        self._pending = Gauge("simmerge_decisions_pending", "Decisions without a reward", registry=own)
+        self._seq = Gauge("simmerge_log_seq", "Number of the last event that was folded", registry=own)
+        entropy = "simmerge_posterior_entropy_nats", "Of the posterior over an arm's weights"
+        self._entropy = Gauge(*entropy, ["arm"], registry=own)
+        seconds = "simmerge_request_seconds", "Time to answer", ["route", "method", "status"]
+        self._seconds = Histogram(*seconds, buckets=LATENCY_BUCKETS_S, registry=own)
 
     def decided(self, decision: Decision) -> None:
         """One more decision. Plans are counted under their kind alone: there are too many of them."""

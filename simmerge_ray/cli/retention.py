@@ -1,0 +1,68 @@
+"""`simmerge retention`: what a merge keeps of every checkpoint that it was made from, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from simmerge_ray.cli.options import DEFAULT_LOG, LogOption
+from simmerge_ray.cli.places import PathOrUri, place_option
+
+
+def retention(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="directory, URI or hub id of a merge; or an id of the catalogue")
+    ],
+    catalogue: Annotated[PathOrUri, place_option(help="catalogue YAML: base and members, each with its task")],
+    probes: Annotated[PathOrUri, place_option(help="directory of <task>.jsonl, a `text` a line: prompts only")],
+    max_tokens: Annotated[int, typer.Option(min=1, max=256, help="longest answer in tokens")] = 16,
+    examples: Annotated[int, typer.Option(min=0, help="probes to show of each member, most different first")] = 3,
+    out: Annotated[PathOrUri | None, place_option(help="JSON file for all of it")] = None,
+    log: LogOption = DEFAULT_LOG,
+) -> None:
+    """Report what a model keeps of every member: the share of the member's own answers that it gives as well.
+
+    Example: simmerge retention merged --catalogue catalogue.yaml --probes probes
+    """
+    from simmerge_ray.pipelines.retention import retention_sources
+
+    sources = retention_sources(model, catalogue, probes)
+    from simmerge_ray.base.progress import narrated
+    from simmerge_ray.base.storage import write_json
+    from simmerge_ray.pipelines.retention import retention_stage
+
+    with narrated(log) as narrator:
+        rows = retention_stage(*sources, narrator, max_tokens, examples)
+        if out is not None:
+            write_json(out, {"model": model, "max_tokens": max_tokens, "members": rows})
+        narrator.console.print(_table(model, rows))
+        narrator.print_lines(_example_lines(rows))
+
+
+def _table(model: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"what {model} keeps", title_justify="left")
+    for name in ("member", "task"):
+        table.add_column(name, overflow="fold")
+    for name in ("answers", "kept", "base keeps", "KL", "nll", "repeats"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        base = "" if row["base_retention"] is None else f"{100 * row['base_retention']:.0f} %"
+        table.add_row(
+            row["member"], row["task"], str(row["num_answers"]), f"{100 * row['retention']:.0f} %", base,
+            f"{row['kl']:.3f}", f"{row['nll']:.3f}", f"{100 * row['repetition']:.0f} %",
+        )  # fmt: skip
+    return table
+
+
+def _example_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["examples"]:
+            lines.append(f"\nfarthest from {row['member']} ({row['task']}), KL in nats a token:")
+        for example in row["examples"]:
+            lines.append(f"  {example['kl']:.2f}  {example['probe']!r}: {example['member']!r} -> {example['model']!r}")
+    return lines
