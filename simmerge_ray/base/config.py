@@ -205,6 +205,20 @@ class RankingConfig(FrozenConfig):
     aggregate: Literal["last", "mean", "sum"] = option("last", "last step, mean or sum over steps", panel=_SCORING)
 
 
+class TuneConfig(FrozenConfig):
+    """Coefficients of a merge by gradient on the members' own answers (`signals.tuning`)."""
+
+    groups: Literal["global", "layer", "block", "tensor"] = option("layer", "what shares a coefficient of a member")
+    objective: Literal["kl", "nll", "entropy"] = option("kl", "entropy never looks at the members: a control")
+    num_steps: int = option(60, "of Adam, at most", flag="steps", ge=1)
+    learning_rate: float = option(0.05, "of Adam", gt=0)
+    pull: float = option(0.05, "weight of the mean squared distance from the start", ge=0)
+    held_out: float = option(0.25, "share of the probes that only decide when to stop", ge=0, lt=1)
+    patience: int = option(20, "steps without a better held-out objective before the stop", ge=1)
+    start: float | None = option(None, "coefficient of every member; default: one over their number", ge=0)
+    max_tokens: int = option(16, "longest answer in tokens", ge=1, le=256)
+
+
 class TrainConfig(FrozenConfig):
     """Selector training."""
 

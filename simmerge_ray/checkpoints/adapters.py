@@ -50,6 +50,11 @@ class LoraAdapter:
     def changes(self, tensor: str) -> bool:
         return tensor in self._pairs
 
+    def factors(self, tensor: str) -> tuple[np.ndarray, np.ndarray, float]:
+        """`up`, `down` and `scale` of `scale * up @ down`, which has the tensor's shape."""
+        pair = self._pairs[tensor]
+        return pair.up, pair.down, pair.scale
+
     def add_to(self, tensor: str, start: int, values: np.ndarray) -> None:
         """Add the change to `values`, the flat float32 elements of `tensor` from `start` on."""
         pair = self._pairs[tensor]

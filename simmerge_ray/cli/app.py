@@ -31,6 +31,7 @@ from simmerge_ray.cli.serve import serve
 from simmerge_ray.cli.signals import signals
 from simmerge_ray.cli.simulate import simulate_command
 from simmerge_ray.cli.train import train
+from simmerge_ray.cli.tune import tune
 from simmerge_ray.pipelines.jobs import run_job, stop_on_sigterm
 
 _SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
@@ -41,7 +42,7 @@ app = typer.Typer(
     no_args_is_help=True,
     **_SETTINGS,
 )
-for command in (demo, zoo, signals, search, train, plan, auto, merge, retention, report, serve):
+for command in (demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve):
     app.command()(command)
 app.command("simulate")(simulate_command)
 app.add_typer(catalogue_app, name="catalogue")

@@ -46,7 +46,7 @@ def retention_stage(
     from transformers import AutoTokenizer
 
     from simmerge_ray.signals.candidates.answers import AnswerSpec
-    from simmerge_ray.signals.candidates.retention import retention
+    from simmerge_ray.signals.candidates.retention import member_retentions
     from simmerge_ray.signals.signature import SignatureSpec
     from simmerge_ray.signals.tokens import tokenize_probes
 
@@ -54,7 +54,7 @@ def retention_stage(
     batches = tokenize_probes(catalogue, used, SignatureSpec(), max_tokens)
     with narrator.stage("retention") as stage:
         with narrator.bar("checkpoints run") as report:
-            found = retention(ref, catalogue, batches, AnswerSpec(max_tokens), progress=report)
+            found = member_retentions(ref, catalogue, batches, AnswerSpec(max_tokens), progress=report)
         kept = sum(one.scores.kept.sum() for one in found)
         stage.result = f"{kept} of {sum(len(one.own) for one in found)} answers kept"
     with local_files(catalogue.checkpoints[0]) as directory:

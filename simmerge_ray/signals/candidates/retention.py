@@ -64,7 +64,7 @@ class _Card:
     own_logits: Sequence[torch.Tensor]
 
 
-def retention(
+def member_retentions(
     model: CheckpointRef,
     catalogue: Catalogue,
     batches: Mapping[str, Sequence[TokenBatch]],

@@ -16,7 +16,7 @@ Objective = Literal["kl", "nll", "entropy"]
 
 
 def answer_loss(logits: Tensor, kept: Tensor, own: Tensor, own_rest: Tensor, objective: Objective) -> Tensor:
-    """The objective summed over positions, in nats.
+    """The objective at every position, (S,), in nats.
 
     Args:
         logits: (S, V) of the candidate. kept: (S, K) int64, tokens, the answer's first.
@@ -24,13 +24,13 @@ def answer_loss(logits: Tensor, kept: Tensor, own: Tensor, own_rest: Tensor, obj
     """
     likely = logits.log_softmax(-1)
     if objective == "entropy":
-        return -(likely.exp() * likely).sum()
+        return -(likely.exp() * likely).sum(-1)
     of_kept = likely.gather(1, kept)
     if objective == "nll":
-        return -of_kept[:, 0].sum()
-    loss = (own.exp() * (own - of_kept)).sum()
+        return -of_kept[:, 0]
+    loss = (own.exp() * (own - of_kept)).sum(-1)
     if kept.shape[1] == logits.shape[1]:
         return loss
     rest = likely.scatter(1, kept, -torch.inf).logsumexp(-1)
     share = own_rest.exp()
-    return loss + torch.where(share > 0, share * (own_rest - rest), 0.0).sum()
+    return loss + torch.where(share > 0, share * (own_rest - rest), 0.0)

@@ -20,37 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simmerge_ray.base.config import TuneConfig
 from simmerge_ray.signals.candidates.answers import AnswerBatch, answer_logits
 from simmerge_ray.signals.tuning.objective import Objective, answer_loss
 from simmerge_ray.signals.tuning.vectors import TaskVector
 
 
 @dataclass(frozen=True)
-class TuneSpec:
-    """num_steps, learning_rate: of Adam. pull: weight of the mean squared distance from the start. held_out: share of
-    the probes that only decide when to stop. patience: steps without a better held-out objective before the stop."""
-
-    objective: Objective = "kl"
-    num_steps: int = 60
-    learning_rate: float = 0.05
-    pull: float = 0.05
-    held_out: float = 0.25
-    patience: int = 20
-
-
-@dataclass(frozen=True)
 class TuningBatch:
     """One micro-batch of one member's answers with what the member itself said there.
 
-    kept: (S, K) int64. own: (S, K), own_rest: (S,) log-probabilities of the member. weight: of the member in the
-    objective, divided by the tokens of all of its micro-batches. held_out: (S,) bool, positions for stopping only.
+    kept: (S, K) int64. own: (S, K), own_rest: (S,) log-probabilities of the member. weight: (S,) of each position in
+    the objective that it counts for. held_out: (S,) bool, positions that only decide when to stop.
     """
 
     batch: AnswerBatch
     kept: Tensor
     own: Tensor
     own_rest: Tensor
-    weight: float
+    weight: Tensor
     held_out: Tensor
 
 
@@ -117,7 +105,7 @@ class CoefficientModel:
         vectors: Sequence[Mapping[str, TaskVector]],
         groups: Mapping[str, str],
     ) -> None:
-        self._model, self._base, self._vectors = model, base, vectors
+        self._model, self.base, self.vectors = model, base, vectors
         names = dict.fromkeys(groups[name] for name, _ in model.named_parameters())
         self.group_names = tuple(names)
         self._place = {name: self.group_names.index(groups[name]) for name, _ in model.named_parameters()}
@@ -135,7 +123,7 @@ class CoefficientModel:
         def take(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
-            for member, of_member in enumerate(self._vectors):
+            for member, of_member in enumerate(self.vectors):
                 if (vector := of_member.get(name)) is not None:
                     self._gradient[member, place] += vector.dot(gradient)
             parameter.grad = None
@@ -149,8 +137,8 @@ class CoefficientModel:
             return
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad or self._coefficients is None:
-                parameter.copy_(self._base[name])
-                for member, of_member in enumerate(self._vectors):
+                parameter.copy_(self.base[name])
+                for member, of_member in enumerate(self.vectors):
                     if (vector := of_member.get(name)) is not None:
                         vector.add_to(parameter, float(coefficients[member, self._place[name]]))
         self._coefficients = np.array(coefficients)
@@ -169,9 +157,8 @@ class CoefficientModel:
                     if not bool(chosen.any()):
                         continue
                     with torch.set_grad_enabled(gradient and is_tuning):
-                        loss = one.weight * answer_loss(
-                            logits[chosen], one.kept[chosen], one.own[chosen], one.own_rest[chosen], objective
-                        )
+                        at = one.kept[chosen], one.own[chosen], one.own_rest[chosen]
+                        loss = (one.weight[chosen] * answer_loss(logits[chosen], *at, objective)).sum()
                     if is_tuning:
                         tuning += float(loss.detach())
                         if gradient:
@@ -182,11 +169,11 @@ class CoefficientModel:
         return tuning, held_out, self._gradient.copy()
 
 
-def tune(
+def tune_coefficients(
     model: CoefficientModel,
     batches: Sequence[TuningBatch],
     start: np.ndarray,
-    spec: TuneSpec,
+    config: TuneConfig,
     state: TuneState | None = None,
     keep: Callable[[TuneState], None] | None = None,
 ) -> TuneState:
@@ -197,10 +184,10 @@ def tune(
     """
     state = state or TuneState.start(start)
     any_held_out = any(bool(one.held_out.any()) for one in batches)
-    while state.num_steps < spec.num_steps and state.num_steps - state.best_step < spec.patience:
-        tuning, held_out, gradient = model.objective(state.coefficients, batches, spec.objective, gradient=True)
+    while state.num_steps < config.num_steps and state.num_steps - state.best_step < config.patience:
+        tuning, held_out, gradient = model.objective(state.coefficients, batches, config.objective, gradient=True)
         distance = state.coefficients - start
-        gradient = gradient + 2.0 * spec.pull * distance / distance.size
+        gradient = gradient + 2.0 * config.pull * distance / distance.size
         watched = held_out if any_held_out else tuning
         if watched < state.best_objective:
             state.best, state.best_objective, state.best_step = state.coefficients.copy(), watched, state.num_steps
@@ -210,7 +197,7 @@ def tune(
         state.second_moment = 0.999 * state.second_moment + 0.001 * gradient**2
         first = state.first_moment / (1 - 0.9**state.num_steps)
         second = state.second_moment / (1 - 0.999**state.num_steps)
-        state.coefficients = state.coefficients - spec.learning_rate * first / (np.sqrt(second) + 1e-8)
+        state.coefficients = state.coefficients - config.learning_rate * first / (np.sqrt(second) + 1e-8)
         if keep is not None:
             keep(state)
     return state

@@ -11,8 +11,6 @@ from torch import Tensor
 class TaskVector(Protocol):
     """What a member changes in one tensor."""
 
-    num_bytes: int
-
     def add_to(self, tensor: Tensor, coefficient: float) -> None:
         """`tensor += coefficient * tau`, in place."""
         ...
@@ -27,10 +25,6 @@ class DenseVector:
     """A whole task vector, of the tensor's shape."""
 
     values: Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
 
     def add_to(self, tensor: Tensor, coefficient: float) -> None:
         tensor.add_(self.values, alpha=coefficient)
@@ -49,10 +43,6 @@ class LowRankVector:
     up: Tensor
     down: Tensor
     scale: float
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(factor.numel() * factor.element_size() for factor in (self.up, self.down))
 
     def add_to(self, tensor: Tensor, coefficient: float) -> None:
         tensor.addmm_(self.up, self.down, alpha=coefficient * self.scale)

@@ -14,7 +14,7 @@ from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.signals.candidates.answers import AnswerSpec
-from simmerge_ray.signals.candidates.retention import answers_of, repetition, retention
+from simmerge_ray.signals.candidates.retention import answers_of, member_retentions, repetition
 from simmerge_ray.signals.collect import ProbeModel
 from simmerge_ray.signals.signature import SignatureSpec
 from simmerge_ray.signals.tokens import tokenize_probes
@@ -28,7 +28,7 @@ def batches(catalogue, catalogue_path):
 
 
 def test_a_member_keeps_all_of_its_own_answers(catalogue, batches):
-    cards = {card.member: card for card in retention(catalogue.ref("m1"), catalogue, batches, SPEC)}
+    cards = {card.member: card for card in member_retentions(catalogue.ref("m1"), catalogue, batches, SPEC)}
     assert cards["m1"].scores.retention == 1.0
     assert cards["m1"].scores.mean_kl == pytest.approx(0.0, abs=1e-6)
     assert cards["m1"].own == cards["m1"].answers
@@ -40,7 +40,7 @@ def test_probed_by_an_evaluator_is_the_same_retention(catalogue, batches, tmp_pa
     """One definition, two ways: hooks over micro-batches, and the evaluator's likelihoods of whole sequences."""
     merge = resolve_plan(MergePlan(recipe=plain_average(["m0", "m1"])), catalogue)
     written = write_merge(merge, tmp_path / "merged").path
-    cards = retention(type(catalogue.ref("m0"))("merged", written), catalogue, batches, SPEC)
+    cards = member_retentions(type(catalogue.ref("m0"))("merged", written), catalogue, batches, SPEC)
     evaluator = TransformersEvaluator(catalogue.base)
     evaluator.load(merge)
     runner = ProbeModel()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from simmerge_ray.base.config import TuneConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.checkpoints.probes import TokenBatch
 from simmerge_ray.plans.recipe import GroupWeights
@@ -16,7 +17,7 @@ from simmerge_ray.signals.candidates.answers import (
     kept_tokens,
 )
 from simmerge_ray.signals.tuning.groups import groups_of, member_weight
-from simmerge_ray.signals.tuning.tuner import CoefficientModel, TuneSpec, TuneState, TuningBatch, tune
+from simmerge_ray.signals.tuning.tuner import CoefficientModel, TuneState, TuningBatch, tune_coefficients
 from simmerge_ray.signals.tuning.vectors import DenseVector, LowRankVector
 from tests import tiny
 
@@ -66,7 +67,7 @@ def setting(dtype=torch.float64, granularity="block", num_kept=8, low_rank=False
         batches.append(
             TuningBatch(
                 answers, torch.from_numpy(kept), torch.from_numpy(likely).to(dtype), torch.from_numpy(rest).to(dtype),
-                1.0 / len(answers.tokens), out,
+                torch.full((len(answers.tokens),), 1.0 / len(answers.tokens), dtype=dtype), out,
             )
         )  # fmt: skip
     return CoefficientModel(make_model(dtype), base, vectors, groups_of(base, granularity)), batches
@@ -91,15 +92,15 @@ def test_low_rank_members_are_those_written_out():
     low, batches = setting(low_rank=True)
     dense = CoefficientModel(
         make_model(),
-        low._base,
+        low.base,
         [
             {
                 name: DenseVector(v.scale * v.up @ v.down) if isinstance(v, LowRankVector) else v
                 for name, v in own.items()
             }
-            for own in low._vectors
+            for own in low.vectors
         ],
-        groups_of(low._base, "block"),
+        groups_of(low.base, "block"),
     )
     at = np.full((2, len(low.group_names)), 0.4)
     for one, other in zip(
@@ -119,22 +120,24 @@ def test_a_member_alone_loses_nothing():
 def test_tuning_goes_down_stops_early_and_goes_on_to_the_same_bits():
     model, batches = setting(held_out=0.25)
     start = np.full((2, len(model.group_names)), 0.5)
-    spec = TuneSpec(num_steps=12, patience=12, learning_rate=0.05, pull=0.0)
+    spec = TuneConfig(num_steps=12, patience=12, learning_rate=0.05, pull=0.0)
     kept: list[dict[str, np.ndarray]] = []
-    whole = tune(model, batches, start, spec, keep=lambda s: kept.append({k: v.copy() for k, v in s.arrays().items()}))
+    whole = tune_coefficients(
+        model, batches, start, spec, keep=lambda s: kept.append({k: v.copy() for k, v in s.arrays().items()})
+    )
     assert whole.objectives[-1][0] < whole.objectives[0][0]
     assert whole.best_objective == min(held for _, held in whole.objectives)
-    again = tune(model, batches, start, spec, TuneState.from_arrays(kept[4]))
+    again = tune_coefficients(model, batches, start, spec, TuneState.from_arrays(kept[4]))
     assert {k: v.tolist() for k, v in again.arrays().items()} == {k: v.tolist() for k, v in whole.arrays().items()}
-    impatient = tune(model, batches, start, TuneSpec(num_steps=50, patience=1, learning_rate=2.0))
+    impatient = tune_coefficients(model, batches, start, TuneConfig(num_steps=50, patience=1, learning_rate=2.0))
     assert impatient.num_steps < 50
 
 
 def test_a_strong_pull_stays_at_the_start():
     model, batches = setting()
     start = np.full((2, len(model.group_names)), 0.5)
-    free = tune(model, batches, start, TuneSpec(num_steps=10, pull=0.0))
-    held = tune(model, batches, start, TuneSpec(num_steps=10, pull=100.0))
+    free = tune_coefficients(model, batches, start, TuneConfig(num_steps=10, pull=0.0))
+    held = tune_coefficients(model, batches, start, TuneConfig(num_steps=10, pull=100.0))
     assert np.abs(held.coefficients - start).mean() < 0.5 * np.abs(free.coefficients - start).mean()
 
 

@@ -1,0 +1,36 @@
+"""`simmerge tune`: coefficients of a merge by gradient on unlabeled probes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simmerge_ray.base.config import TuneConfig
+from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
+from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, path_option, place_option
+
+
+@with_config_options
+def tune(
+    catalogue: CatalogueArgument,
+    probes: Annotated[PathOrUri, place_option(help="directory of <task>.jsonl, a `text` a line: prompts only")],
+    out: Annotated[Path, path_option(help="directory for the state and recipe.json")],
+    config: TuneConfig,
+    member: Annotated[list[str] | None, typer.Option(help="checkpoint to merge; repeatable; default: all")] = None,
+    log: LogOption = DEFAULT_LOG,
+) -> None:
+    """Find a weight for every member and layer, so that the merge answers the probes as its members do; no labels.
+
+    Example: simmerge tune catalogue.yaml --probes probes --member math-a --member code-b --out tuned. An interrupted
+    run goes on with the same command.
+    """
+    from simmerge_ray.pipelines.tune import tune_stage, tuning_sources
+
+    loaded, probe_sets = tuning_sources(catalogue, member or (), probes, out)
+    from simmerge_ray.base.progress import narrated
+
+    with narrated(log) as narrator:
+        path = tune_stage(loaded, probe_sets, config, out, narrator)
+        narrator.print_lines([f"recipe written to {path}; make it with: simmerge merge {path} OUT"])

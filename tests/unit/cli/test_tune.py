@@ -1,0 +1,84 @@
+"""`simmerge tune`: a recipe that `simmerge merge` makes, resumable, with one error for what cannot be tuned."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from simmerge_ray.base.storage import write_atomically
+from simmerge_ray.plans.plan import read_plan
+from simmerge_ray.plans.recipe import GroupWeights
+
+
+@pytest.fixture
+def tune(catalogue_path, simmerge, tmp_path):
+    root = catalogue_path.parent
+
+    def run(*options, out="tuned"):
+        given = ("--probes", root / "probes", "--out", out, "--steps", "5", "--max-tokens", "4", *options)
+        return simmerge("tune", catalogue_path, *given, cwd=tmp_path)
+
+    return run
+
+
+def test_the_recipe_is_a_plan_that_can_be_merged(tune, simmerge, tmp_path):
+    result = tune("--member", "m0", "--member", "m1")
+    assert result.returncode == 0, result.stderr
+    assert "memory: about" in result.stdout and "make it with: simmerge merge" in result.stdout
+    resolved, _ = read_plan(tmp_path / "tuned" / "recipe.json")
+    recipe = resolved.plan.recipe
+    assert recipe.members == ("m0", "m1")
+    assert all(isinstance(weight, GroupWeights) and len(weight.filters) == 2 for weight in recipe.weights)
+    made = simmerge("merge", "tuned/recipe.json", "merged", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "filter: model.layers.1." in (tmp_path / "merged" / "mergekit_config.yml").read_text()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_recipe(tune, tmp_path, monkeypatch):
+    import simmerge_ray.pipelines.tune as pipeline
+
+    assert tune("--groups", "global", out="whole").returncode == 0
+    kept = []
+
+    def write_twice(path, content):
+        write_atomically(path, content)
+        kept.append(path)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(pipeline, "write_atomically", write_twice)
+        assert tune("--groups", "global", out="again").returncode == 130
+    assert not (tmp_path / "again" / "recipe.json").exists()
+    with np.load(tmp_path / kept[-1]) as arrays:
+        assert len(arrays["objectives"]) == 2
+    assert tune("--groups", "global", out="again").returncode == 0
+    recipes = [json.loads((tmp_path / out / "recipe.json").read_text())["members"] for out in ("whole", "again")]
+    assert recipes[0] == recipes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--member", "m0"), "tuning needs two or more different members, got m0"),
+        (("--member", "m0", "--member", "m9"), "unknown checkpoint 'm9'"),
+        (("--groups", "layers"), "--groups"),
+        (("--steps", "0"), "--steps"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_error(tune, tmp_path, options, message):
+    result = tune(*options)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_without_a_base_there_are_no_task_vectors(catalogue_path, simmerge, tmp_path):
+    text = catalogue_path.read_text()
+    (tmp_path / "c.yaml").write_text(
+        text[text.index("checkpoints:") :].replace("path: ", f"path: {catalogue_path.parent}/")
+    )
+    result = simmerge("tune", "c.yaml", "--probes", catalogue_path.parent / "probes", "--out", "o", cwd=tmp_path)
+    assert result.returncode == 2 and "name the common ancestor under `base`" in result.stderr
