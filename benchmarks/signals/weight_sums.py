@@ -45,7 +45,7 @@ def main() -> None:
         samples, taken = timed(lambda: [tensor_sample(NAME, one, blocks[0], COUNT) for one in blocks])
         print(f"sample: {taken.cpu / len(blocks) / NUM_ELEMENTS * 1e9:.2f} ns an element")
         for count in (2, 4, 8, 16, MOST):
-            limits = trim_thresholds(samples[1 : count + 1])
+            limits = trim_thresholds(samples[: count + 1])
             sums = partial(exact_sums, NAME, blocks[: count + 1], blocks[0], limits, BLOCK_ELEMENTS)
             each = median(timed(sums)[1].cpu for _ in range(REPETITIONS)) / NUM_ELEMENTS / count
             print(f"sums of {count} and their base: {each * 1e9:.2f} ns an element and checkpoint")
