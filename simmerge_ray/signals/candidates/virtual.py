@@ -9,7 +9,7 @@ point, the plain average of a group of members: there the mixture is off by a re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,15 +123,3 @@ class VirtualAnswers:
 def _with_rest(likely: np.ndarray, rest: np.ndarray) -> np.ndarray:
     """(C, S, K + 1), or (C, S, K) where the kept tokens are the whole vocabulary."""
     return likely if np.isneginf(rest).all() else np.concatenate([likely, rest[..., None]], -1)
-
-
-def mean_signals(by_member: Mapping[str, CandidateSignals], weights: Mapping[str, float]) -> CandidateSignals:
-    """The weighted mean over members."""
-    total = sum(weights.values())
-    shares = {name: weights[name] / total for name in by_member}
-    return CandidateSignals(
-        *(
-            sum(shares[name] * getattr(signals, field) for name, signals in by_member.items())
-            for field in ("retention", "nll", "kl", "entropy")
-        )
-    )
