@@ -105,6 +105,10 @@ def exact_sums(
 
     thresholds: (M,) float32, what trimming keeps of each task vector at `TRIM_DENSITY`.
     """
+    if len(thresholds) != len(checkpoints):  # compiled loops read past the end of what is too short
+        raise ValueError(
+            f"tensor {name}: {len(checkpoints)} checkpoints need as many thresholds, got {len(thresholds)}"
+        )
     size = checkpoints[0].num_elements(name)
     room = np.empty((len(checkpoints) + 1, min(block, size)), dtype=np.float32)
 
