@@ -190,7 +190,8 @@ def write_stage(
         content: of `auto.json`, beside the answer. manifest: of all that the answer depends on. started:
             `time.monotonic()` of the whole run.
     """
-    merged = _write_best(run, best, dict(content.get("keeps", {})), manifest, narrator)
+    keeps = {owner: {"retention": share} for owner, share in content["keeps"].items()}
+    merged = _write_best(run, best, keeps, manifest, narrator)
     answer = {
         "answer": "merge" if best.is_merge else "keep",
         "winner": best.label,
@@ -202,7 +203,7 @@ def write_stage(
 
 
 def _write_best(
-    run: AutoRun, best: MergePlan, keeps: Mapping[str, float], manifest: Manifest, narrator: Narrator
+    run: AutoRun, best: MergePlan, keeps: Mapping[str, Any], manifest: Manifest, narrator: Narrator
 ) -> Path | None:
     """The plan file of a merge that is the answer, and the merge; the path of the merge if it is there."""
     target = run.out / MERGED
