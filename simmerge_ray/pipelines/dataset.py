@@ -135,7 +135,7 @@ def _write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> None:
                 narrator.say(f"           make it with: simmerge merge {out / name} OUT")
     if merges and not narrator.console.is_terminal:
         for one in (merges[0], *singles[:1]):
-            kind = "merge" if one.plan.steps else "checkpoint"
+            kind = "merge" if one.plan.is_merge else "checkpoint"
             values = ", ".join(f"{value:.3f}" for value in one.values)
             narrator.say(f"           best {kind}: {values} {one.plan.label} ({_by_task(one)})")
     elif merges:
@@ -161,7 +161,7 @@ def _table(study: PreparedSearch, merges: Sequence[PlanResult], singles: Sequenc
     shown = merges[:_NUM_SHOWN] if len(names) == 1 else [one for one in merges if one.best]
     for one in [*shown, *singles[:3]]:
         values = (f"{value:.3f}" for value in one.values)
-        table.add_row("*" if one.best and one.plan.steps else "", one.plan.label, *values, _by_task(one))
+        table.add_row("*" if one.best and one.plan.is_merge else "", one.plan.label, *values, _by_task(one))
     return table
 
 

@@ -110,13 +110,13 @@ def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labe
     num_singles = 4
     assert first.num_trials_run == 9 == seen[-1][0] and seen[-1][2] > 0 and first.status.best is not None
     assert first.num_left == 0 and first.status.items_per_second > 0
-    merges = {label.plan.id for label in LabelStore(tmp_path).read() if label.plan.steps}
+    merges = {label.plan.id for label in LabelStore(tmp_path).read() if label.plan.is_merge}
     assert len(merges) == 9 - num_singles
     second = run_search(catalogue, tasks, config, tmp_path)
     assert second.num_trials_run == 10 - len(merges)
     by_kind: dict[type, int] = {}
     for label in LabelStore(tmp_path).read():
-        if label.plan.steps and label.task == "add":
+        if label.plan.is_merge and label.task == "add":
             by_kind[type(label.outcome)] = by_kind.get(type(label.outcome), 0) + 1
             assert len(label.outcome.items) <= len(tasks["add"].items)
             assert (len(label.outcome.items) < len(tasks["add"].items)) == isinstance(label.outcome, Stopped)

@@ -85,8 +85,8 @@ def test_a_dry_run_says_what_a_study_takes_and_starts_nothing(root, run_job_scri
 
 def test_the_command_line_says_what_a_search_takes(root, simmerge):
     options = (
-        "--tasks tasks --out labels --budget 7 --dry-run --evaluator transformers --ways 2-3 --objective add "
-        "--objective worst"
+        "--tasks tasks --out labels --budget 7 --dry-run --evaluator transformers --ways 2-3 --arm linear --arm ties "
+        "--objective add --objective worst"
     )
     result = simmerge("search", "catalogue.yaml", *options.split(), cwd=root)
     assert result.returncode == 0 and "trials   11 to run" in result.stdout
