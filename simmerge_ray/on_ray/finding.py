@@ -1,5 +1,4 @@
-"""Answers, and candidates that are run over them, on actors of a cluster that starts when the first of them is missing.
-"""
+"""Answers, and candidates that are run over them, on actors of a cluster that starts when the first of them is missing."""
 
 from __future__ import annotations
 
@@ -63,9 +62,7 @@ class ClusterOnDemand:
     ) -> RunTrials:
         """Runs candidates as trials of a search. shown: opens a progress bar, a context of a report."""
 
-        def run(
-            catalogue: Catalogue, tasks: Mapping[str, AnswersTask], plans: Sequence[MergePlan]
-        ) -> PreparedSearch:
+        def run(catalogue: Catalogue, tasks: Mapping[str, AnswersTask], plans: Sequence[MergePlan]) -> PreparedSearch:
             search = prepare_search(catalogue, tasks, config, labels_uri)
             if grid_trials(search, plans):
                 self.start()
@@ -73,5 +70,3 @@ class ClusterOnDemand:
                 return run_search(catalogue, tasks, config, labels_uri, plans, report).search
 
         return run
-
-

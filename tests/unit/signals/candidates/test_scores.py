@@ -251,3 +251,19 @@ def test_a_token_outside_the_kept_ones_is_no_answer_s_rival():
     parts = np.log(np.array([[[0.3, 0.1, 0.6]]]))
     assert mixed(np.array([[0.3, 0.1, 0.6]]), parts, 2, [[1.0]], [1])[0, 0] == 1.0
     assert mixed(np.array([[0.3, 0.1, 0.6]]), parts, 3, [[1.0]], [1])[0, 0] == 0.0
+
+
+def test_the_base_s_own_answers_are_looked_at_as_a_member_s():
+    """The base answers the general probes: with all coefficients 0 it keeps all, and the mixtures are the same."""
+    logits, tokens, answer = made_up(10, 30, [2, 4, 1])
+    as_member = np.stack([logits[1], logits[0], logits[2]])  # the answering checkpoint is the base
+    kept = kept_tokens(torch.from_numpy(as_member[0]), None, 8)
+    parts = [kept_log_probabilities(torch.from_numpy(one), kept) for one in as_member]
+    likely, rest = np.stack([p[0] for p in parts[1:]]), np.stack([p[1] for p in parts[1:]])
+    found = VirtualAnswers(KeptAnswers(("m1", "m2"), likely, rest, *parts[0], "base", answer)).scores(
+        np.array([[0.0, 0.0], [1.0, 0.0]])
+    )
+    assert found.retention[0] == 1.0 and found.kl[0] == pytest.approx(0.0, abs=1e-6)
+    expected = score_answers(*parts[1], as_member[1].argmax(-1) == tokens, *parts[0], answer)
+    assert found.nll[1] == pytest.approx(expected.mean_nll, rel=1e-5)
+    assert found.kl[1] == pytest.approx(expected.mean_kl, rel=1e-4)
