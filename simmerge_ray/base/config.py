@@ -150,7 +150,7 @@ class BestMergeConfig(_TrialsConfig):
     sampler: Literal["tpe", "cmaes", "random"] = option("tpe", "what proposes merges", panel=_BEST)
     members: tuple[str, ...] = option((), "checkpoint to merge; repeatable; default: all", flag="member", panel=_BEST)
     ways: Ways = option((2, 2), "checkpoints of a merge: 2, or 2-4", panel=_BEST, shown="2")
-    layer_groups: int = option(1, "anchors of a step's weight over the depth of the model", ge=1, le=16, panel=_BEST)
+    layer_groups: int = option(1, "anchors of every weight over the depth of the model", ge=1, le=16, panel=_BEST)
     shards: int | None = option(None, "parts of the items; a bad trial stops after some; default: 4", ge=1, panel=_BEST)
     reduction_factor: int = Field(3, ge=2, description="one trial in this many goes on after a part of the items")
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.errors import ConfigError, ProbeError
+from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import digest_bytes, digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, TokenBatch
-from simmerge_ray.signals.candidates.answers import Answers, AnswerSpec, join_answers
+from simmerge_ray.signals.candidates.answers import Answers, AnswerSpec, check_answered, join_answers
+from simmerge_ray.signals.candidates.retention import check_members
 from simmerge_ray.signals.candidates.units import Likeliest, chosen_tokens
 from simmerge_ray.signals.candidates.virtual import KeptAnswers
 from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, checked_results
@@ -160,13 +161,9 @@ class _Collector:
                 yield owners[number], [results.pop(place) for place in places[owners[number]]]
 
     def _joined(self, owner: Owner, written: np.ndarray) -> Answers:
-        """Raises ProbeError: all answers are empty, i.e. nothing but the end of the text."""
+        """Raises ProbeError: see `check_answered`."""
         rows = [row[row >= 0].tolist() for row in written]
-        if max(map(len, rows)) <= 1 < self._spec.max_tokens:
-            raise ProbeError(
-                f"checkpoint {owner.checkpoint!r} answers nothing to the probes of {owner.task!r}; give prompts that "
-                "it continues"
-            )
+        check_answered(owner.checkpoint, owner.task, rows, self._spec.max_tokens)
         batches, parts, start = self._batches[owner.task], [], 0
         for batch in batches:
             parts.append(rows[start : start + len(batch.input_ids)])
@@ -224,8 +221,6 @@ def check_owners(catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet]) -> No
     Raises:
         ConfigError, ProbeError: with the remedy.
     """
-    from simmerge_ray.signals.candidates.retention import check_members
-
     if catalogue.base is None:
         raise ConfigError(
             "what a merge keeps is told from what its members added to a common base: name it under `base` in the "

@@ -100,8 +100,7 @@ def tuning_batches_of(
         task = catalogue.own_task[member.id]
         assert task is not None, "checked by the caller"
         answers = answers_of(runner, member, task, batches[task], spec)
-        limit = round(answers.num_answers * (1.0 - config.held_out))
-        held_out = np.random.default_rng(0).permutation(answers.num_answers) >= limit
+        held_out = held_out_answers(answers.num_answers, config.held_out)
         shares = {out: max(1, int((held_out[answers.answer] == out).sum())) for out in (False, True)}
         for batch in answers.batches:
             with torch.no_grad():
@@ -129,6 +128,11 @@ def _shares(vectors: Sequence[Mapping[str, TaskVector]], config: TuneConfig) -> 
         return np.full(len(vectors), mean)
     norms = [math.sqrt(math.fsum(vector.square() for vector in of_member.values())) for of_member in vectors]
     return len(vectors) * mean * np.array(norm_matched_weights(norms))
+
+
+def held_out_answers(num_answers: int, share: float) -> np.ndarray:
+    """(num_answers,) bool: which answers of a member only decide when to stop; the same ones every time."""
+    return np.asarray(np.random.default_rng(0).permutation(num_answers) >= round(num_answers * (1.0 - share)))
 
 
 def _parameters(ref: CheckpointRef, runner: ProbeModel) -> dict[str, torch.Tensor]:

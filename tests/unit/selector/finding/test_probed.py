@@ -130,6 +130,14 @@ def test_owners_with_fewer_probes_are_run_over_what_they_have(catalogue, tmp_pat
     assert found.retention.shape == (2,) and (found.retention[1] * 6) % 1 == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_part_of_the_probes_is_that_part_of_everybody_s(catalogue, tmp_path):
+    prober = prober_of(catalogue, tmp_path, [], num_probes=(24, 20))
+    even, odd = (prober.only(lambda num, rest=rest: np.arange(num) % 2 == rest) for rest in (0, 1))
+    (whole,), (first,), (second,) = (one.probe(PLANS[:1], [one.num_probes]) for one in (prober, even, odd))
+    assert (first.num_probes, second.num_probes, prober.num_probes) == (12, 12, 24)
+    np.testing.assert_allclose((first.retention + second.retention) / 2, whole.retention, rtol=1e-12)
+
+
 def test_halving_runs_few_candidates_over_all_probes(catalogue, tmp_path):
     log: list[tuple[str, int]] = []
     lines: list[str] = []
