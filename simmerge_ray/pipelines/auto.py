@@ -100,10 +100,9 @@ def check_auto(run: AutoRun) -> None:
         raise OutputError(f"--out {run.out} is a file; signatures, labels and the merge go into a directory")
     if run.write:
         check_target(run.out / MERGED)
-    if run.evaluate:
-        from simmerge_ray.pipelines.measured import prepare_measuring
+    from simmerge_ray.pipelines.measured import prepare_measuring
 
-        prepare_measuring(run)
+    prepare_measuring(run)
 
 
 def find_stages(run: AutoRun, narrator: Narrator) -> LabelFree:

@@ -51,10 +51,11 @@ def on_same_tasks(catalogue: Catalogue) -> Catalogue:
 
 
 def prepare_measuring(run: AutoRun) -> PreparedSearch:
-    """Raises InputError: tasks that cannot be used, or an objective that they do not have."""
+    """Raises InputError: tasks or an engine's settings that cannot be used, or an objective that tasks do not have."""
     for name, task in run.tasks.items():
         check_items(name, task.num_items)
-    parse_objective(run.request.config.objective, run.tasks)
+    if run.tasks:
+        parse_objective(run.request.config.objective, run.tasks)
     return prepare_search(on_same_tasks(run.request.catalogue), run.tasks, run.engine, run.labels)
 
 
