@@ -419,6 +419,19 @@ def answer_scores(candidate: np.ndarray, own: np.ndarray, tokens: np.ndarray, an
     return found
 
 
+def plan_coefficients(base: dict, vectors: Sequence[dict], change: dict) -> list[float]:
+    """How much of each task vector a change of the base holds: least squares tensor by tensor, then averaged by
+    |task vector|^2 / |base tensor|^2. All by tensor name."""
+    total, energy = np.zeros(len(vectors)), np.zeros(len(vectors))
+    for name, of_base in base.items():
+        matrix = np.stack([one[name].ravel() for one in vectors], 1)
+        found = np.linalg.lstsq(matrix, change[name].ravel(), rcond=None)[0]
+        share = (matrix**2).sum(0) / (of_base**2).sum()
+        total += share * found
+        energy += share
+    return [float(one) for one in np.divide(total, energy, out=np.zeros_like(total), where=energy > 0)]
+
+
 def gap_closed(contexts: Sequence[Context], chosen_arms: Sequence[str]) -> float | None:
     """Headline GapClosed of the arm that was taken for each context: ratio of sums per task, mean over the tasks."""
     arms = tuple(contexts[0].arms)

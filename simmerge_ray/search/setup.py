@@ -131,9 +131,16 @@ class PreparedSearch:
 
 
 def prepare_search(
-    catalogue: Catalogue, tasks: Mapping[str, EvaluationTask], config: SearchConfig, labels_uri: str
+    catalogue: Catalogue,
+    tasks: Mapping[str, EvaluationTask],
+    config: SearchConfig,
+    labels_uri: str,
+    plans_given: bool = False,
 ) -> PreparedSearch:
     """Check everything that can be checked before an engine exists.
+
+    Args:
+        plans_given: what is measured does not come from the catalogue's pairs, so that it needs none.
 
     Raises:
         InputError: an input that cannot be used; several are listed in one `ConfigError`.
@@ -145,7 +152,7 @@ def prepare_search(
     space = None
     if config.budget is not None:
         space = _collected(problems, lambda: make_space(catalogue, config))
-    else:
+    elif not plans_given:
         _collected(problems, lambda: _check_pairs(catalogue, tasks, config))
     if context is not None:
         _collected(problems, lambda: check_lengths(tasks, catalogue, context))

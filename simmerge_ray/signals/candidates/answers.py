@@ -8,7 +8,7 @@ tokens, S positions, V vocabulary, K kept tokens of a position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def join_answers(batches: Sequence[TokenBatch], written: Sequence[Sequence[Seque
         written: the tokens of each answer, by micro-batch and row.
 
     Raises:
-        ProbeError: an answer without a token, or none with more than the token that ends a text.
+        ProbeError: an answer without a token.
     """
     found, number = [], 0
     for batch, answers in zip(batches, written, strict=True):
@@ -123,6 +123,19 @@ def join_answers(batches: Sequence[TokenBatch], written: Sequence[Sequence[Seque
             number += 1
         found.append(AnswerBatch(ids, mask, *(torch.tensor(one) for one in (rows, columns, tokens, owners))))
     return Answers(tuple(found))
+
+
+def check_answered(checkpoint_id: str, task: str, answers: Iterable[Sequence[int]], max_tokens: int) -> None:
+    """Refuse a checkpoint that ends every text at once. (Where an answer is one token at the most, the token that ends
+    a text is one as well.)
+
+    Raises:
+        ProbeError: with the remedy.
+    """
+    if max(map(len, answers)) <= 1 < max_tokens:
+        raise ProbeError(
+            f"checkpoint {checkpoint_id!r} answers nothing to the probes of {task!r}; give prompts that it continues"
+        )
 
 
 @torch.no_grad()
