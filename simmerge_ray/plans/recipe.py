@@ -20,7 +20,7 @@ from simmerge_ray.plans.operators.specs import MAX_ANCHORS, Arm, make_arm, param
 MAX_GROUPS = 100_000
 # Operators that only the ratio of the weights matters to (their parameter that says so), and those whose weights may
 # take in the scale.
-_BY_RATIO = {"linear": "normalize", "scale_matched_linear": None}
+_BY_RATIO = {"linear": "normalize", "scale_matched_linear": None, "regmean": None}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, make_arm, parse_a
 from simmerge_ray.plans.plan import MergePlan, pair_plan
 from simmerge_ray.search.space import MAX_SUBSETS, STEP, Range, SearchSpace, free_parameters, make_space
 
-TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources is None or spec.max_sources >= 2]
+TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources != 1 and not spec.needs_grams]
 SUBSETS = (("a", "b"), ("a", "c"), ("a", "b", "c"))
 
 
