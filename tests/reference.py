@@ -270,6 +270,18 @@ def scale_matched_linear(base, tensors, weights):
     return base + norm * sum(w * u for w, u in zip(weights, units, strict=True))
 
 
+def regmean(base, tensors, weights, alpha=0.9, grams=(), input_axis=1):
+    if not len(grams):
+        return linear(base, tensors, weights)
+    matrices = [x.T if input_axis == 1 else x for x in tensors]  # (inputs, outputs)
+    left, right = 0.0, 0.0
+    for weight, matrix, gram in zip(shares(weights), matrices, grams, strict=True):
+        shrunk = alpha * gram + (1 - alpha) * np.diag(np.diag(gram))
+        left, right = left + weight * shrunk, right + weight * (shrunk @ matrix)
+    found = np.linalg.inv(left) @ right
+    return found.T if input_axis == 1 else found
+
+
 def multislerp(base, tensors, weights, normalize=True, eps=1e-8):
     origin = 0.0 if base is None else base
     vectors, weights = [x - origin for x in tensors], shares(weights) if normalize else weights
@@ -308,6 +320,7 @@ OPERATORS = {
         sce,
         multislerp,
         scale_matched_linear,
+        regmean,
         passthrough,
     )
 }

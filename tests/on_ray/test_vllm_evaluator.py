@@ -27,7 +27,7 @@ from simmerge_ray.signals.tokens import tokenize_probes
 from tests import tiny
 
 pytestmark = pytest.mark.vllm
-TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources is None or spec.max_sources >= 2]
+TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources != 1 and not spec.needs_grams]
 # Token ids of prompts of many lengths.
 PROMPTS = [[5 + (3 * a + b) % 40, 6, 7 + b, *([8] * (b % 4))] for a in range(3) for b in range(12)]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from simmerge_ray.base.errors import ProbeError
 from simmerge_ray.base.storage import digest_bytes
@@ -90,6 +91,27 @@ class Answers:
                 AnswerBatch(batch.input_ids[:rows], batch.attention_mask[:rows], *(field[of_rows] for field in fields))
             )
         return Answers(tuple(kept))
+
+    def select(self, numbers: Sequence[int]) -> AnswerBatch:
+        """The answers of these numbers as one micro-batch, in this order."""
+        firsts = np.cumsum([0, *(len(batch.input_ids) for batch in self.batches)])
+        ids, columns, tokens = [], [], []
+        for number in map(int, numbers):
+            place = int(np.searchsorted(firsts, number, side="right")) - 1
+            batch, row = self.batches[place], number - int(firsts[place])
+            ids.append(batch.input_ids[row][: int(batch.attention_mask[row].sum())])
+            columns.append(batch.columns[batch.rows == row])
+            tokens.append(batch.tokens[batch.rows == row])
+        counts = torch.tensor([len(one) for one in tokens])
+        masks = [torch.ones_like(one) for one in ids]
+        return AnswerBatch(
+            pad_sequence(ids, batch_first=True),
+            pad_sequence(masks, batch_first=True),
+            torch.repeat_interleave(torch.arange(len(ids)), counts),
+            torch.cat(columns),
+            torch.cat(tokens),
+            torch.repeat_interleave(torch.as_tensor(numbers), counts),
+        )
 
 
 def join_answers(batches: Sequence[TokenBatch], written: Sequence[Sequence[Sequence[int]]], task: str) -> Answers:
