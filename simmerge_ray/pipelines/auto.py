@@ -7,6 +7,7 @@ merge itself, `merged`.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -189,7 +190,8 @@ def write_stage(
         content: of `auto.json`, beside the answer. manifest: of all that the answer depends on. started:
             `time.monotonic()` of the whole run.
     """
-    keeps = {owner: {"retention": share} for owner, share in content["keeps"].items()}
+    known = {json.dumps(one["plan"]): one["retention"] for one in (content["best"], *content["candidates"])}
+    keeps = {owner: {"retention": share} for owner, share in known.get(json.dumps(best.to_json()), {}).items()}
     merged = _write_best(run, best, keeps, manifest, narrator)
     answer = {
         "answer": "merge" if best.is_merge else "keep",

@@ -166,10 +166,12 @@ class MergePlan:
         """Digest of the plan with commuting sources sorted: one merge, one id. A recipe that is an arm on a pair has
         the id of that arm's step."""
         if self.recipe is not None:
-            if (arm := self.pair_arm) is not None:
-                left, right = self.recipe.canonical().members
-                return pair_plan(left, right, arm).id
-            return digest_json(self.recipe.canonical().to_json())[:16]
+            recipe = self.recipe.canonical()
+            arm = _pair_arm(recipe) if not self.seed else None
+            if arm is None:
+                return digest_json(recipe.to_json())[:16]
+            left, right = recipe.members
+            return pair_plan(left, right, arm).id
         return digest_json(replace(self, steps=tuple(s.canonical() for s in self.steps)).to_json())[:16]
 
     @property

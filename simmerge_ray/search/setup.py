@@ -104,13 +104,14 @@ class PreparedSearch:
 
     def labels(self) -> dict[MergePlan, dict[str, LabeledPlan]]:
         """The labels in the store that this search would make itself (same contents, items and settings), by plan and
-        task."""
+        task; of plans with one id, in whatever words each label has it, the first stands for all."""
         known = {ref.id for ref in self.catalogue.all_refs}
         found: dict[MergePlan, dict[str, LabeledPlan]] = {}
+        first: dict[str, MergePlan] = {}
         for label in LabelStore(self.labels_uri).read():
             ours = label.task in self.tasks and set(label.plan.members) <= known
             if ours and self.key(label.plan, label.task) == label.key:
-                found.setdefault(label.plan, {})[label.task] = label
+                found.setdefault(first.setdefault(label.plan.id, label.plan), {})[label.task] = label
         return found
 
     def values(self, utilities: Mapping[str, float]) -> tuple[float, ...]:

@@ -255,4 +255,4 @@ def test_a_whole_run_tunes_and_measures_and_the_next_one_computes_nothing(reques
     again = find_stages(run, narrator)
     assert label_free_json(run, again) == content
     measure_stage(run, again, narrator)
-    assert "0 of " in printed.getvalue()
+    assert "0 measured now" in printed.getvalue()
