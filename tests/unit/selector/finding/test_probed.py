@@ -65,10 +65,24 @@ def test_kept_and_nll_take_apart_what_evaluate_put_together(items):
     np.testing.assert_allclose(nll, [-one.total for one in found], rtol=1e-9, atol=1e-9)
 
 
-def test_what_is_impossible_stays_finite():
+@given(ITEMS)
+def test_nor_does_a_label_store_lose_them(items):
+    """It holds float32."""
+    found = [LogLikelihood(float(np.log(max(p, 1e-3)) * length), length, greedy) for greedy, p, length in items]
+    task = AnswersTask("x", [([1], [2] * length) for _, _, length in items])
+    utilities = task.evaluate(Fixed(found))
+    stored = utilities.astype(np.float32).astype(np.float64)
+    (kept, nll), (expected, exact) = task.kept_and_nll(stored), task.kept_and_nll(utilities)
+    assert kept.tolist() == expected.tolist()
+    assert (np.abs(nll - exact) / task.num_tokens).max() <= 1e-4
+
+
+def test_what_is_impossible_is_87_nats_a_token_stored_or_not():
     task = AnswersTask("x", [([1], [2, 3])])
-    kept, nll = task.kept_and_nll(task.evaluate(Fixed([LogLikelihood(-1e5, 2, False)])))
-    assert not kept[0] and np.isfinite(nll[0]) and nll[0] > 1000
+    utilities = task.evaluate(Fixed([LogLikelihood(-1e5, 2, False)]))
+    for items in (utilities, utilities.astype(np.float32)):
+        kept, nll = task.kept_and_nll(items)
+        assert not kept[0] and nll[0] == pytest.approx(2 * 87.3, rel=1e-3)
 
 
 def test_parts_of_the_probes_join_to_the_whole(catalogue, tmp_path):
