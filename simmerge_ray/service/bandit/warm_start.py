@@ -49,7 +49,7 @@ def contexts_of(model: FittedModel, features: np.ndarray, tasks: Sequence[str] |
     predictor = model.predictor
     if not isinstance(predictor, MlpPredictor):
         raise BanditError(f"the bandit needs the encoder of an mlp selector; this one is {predictor.kind}")
-    encoded = predictor.encode(model.inputs(features, tasks))
+    encoded = predictor.encode(model.inputs(features, tasks)).mean(1)
     heads = [(member.level[0][:, 0], float(member.level[1][0])) for member in predictor.members]
     level = np.mean([encoded[:, i] @ weight + bias for i, (weight, bias) in enumerate(heads)], axis=0)
     flat = encoded.reshape(len(encoded), -1) / np.sqrt(len(predictor.members))
