@@ -162,8 +162,8 @@ def _plan_pair(
     """Rank the arms for one pair, say which to take and why, and write the plan of that one."""
     from rich.console import Console
 
-    from simmerge_ray.plans.operators.specs import parse_arm
-    from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan
+    from simmerge_ray.plans.keeping import arm_plan
+    from simmerge_ray.plans.plan import resolve_plan, write_plan
     from simmerge_ray.selector.planning.files import default_selector
     from simmerge_ray.selector.planning.recommender import Recommender
 
@@ -175,9 +175,10 @@ def _plan_pair(
     for line in _pair_lines(answer):
         console.print(line, soft_wrap=True)
     if out is not None:
-        resolved = resolve_plan(pair_plan(left, right, parse_arm(answer.choice.arm)), checkpoints)
+        resolved = resolve_plan(arm_plan(left, right, answer.choice.arm), checkpoints)
         write_plan(out, resolved, answer.chosen.predicted)
-        typer.echo(f"plan written to {out}; make it with: simmerge merge {out} OUT")
+        what = "make it" if resolved.plan.is_merge else "no merge is needed; copy the checkpoint"
+        typer.echo(f"plan written to {out}; {what} with: simmerge merge {out} OUT")
 
 
 def _pair_table(answer: Recommendation, best_fixed: str, title: str) -> Any:

@@ -177,7 +177,7 @@ export class Detail {
       ["Make", arm(what)],
       ["Reward", reward === null || reward === undefined ? null : utility(reward, 4)],
       ["Closed because", closed],
-      ["Checkpoints", decision.plan ? null : `${decision.left} + ${decision.right}`],
+      ["Checkpoints", decision.kind === "plan" ? null : `${decision.left} + ${decision.right}`],
       ["Tasks", (decision.tasks ?? []).join(", ")],
       ["Why", decision.reason],
     ];
