@@ -104,12 +104,18 @@ def _print_ranking(ranking: Ranking, request: PlanRequest, parents: Mapping[str,
 
 def trust_lines(request: PlanRequest) -> list[str]:
     """How far the predictions can be relied on: has choosing paid, and does the selector know such checkpoints?"""
+    from simmerge_ray.plans.keeping import keeps
+
     selector, ids = request.sources.selector, request.space.ids
     fixed, lines = selector.best_fixed, []
     if selector.override.never:
         lines.append(
             f"to leave the best fixed arm, {fixed}, has not paid on checkpoints that were left out: where the first "
             "plan has other arms, measure it beside that of the best fixed arm (`simmerge auto` does)"
+        )
+    if keeps(selector.arms):
+        lines.append(
+            "these are merges; of a pair (--left, --right) the selector also says whether to keep one of the two as it is"
         )
     unlike, num = len(request.unlike_pairs()), len(ids) * (len(ids) - 1) // 2
     if unlike:

@@ -59,6 +59,7 @@ def test_the_plan_of_a_pair_keeps_a_checkpoint_by_its_name_and_is_made_by_copyin
 
 
 def test_plans_of_a_catalogue_are_merges(run, catalogue_path, tmp_path):
-    invoke(run, catalogue_path, "--ways", "2-3", "--propagator", "second_order", "--out", str(tmp_path))
+    said = invoke(run, catalogue_path, "--ways", "2-3", "--propagator", "second_order", "--out", str(tmp_path))
+    assert "of a pair (--left, --right) the selector also says" in said
     ranking = read_json(tmp_path / "ranking.json")
     assert ranking["plans"] and all(one["plan"]["steps"] for one in [*ranking["plans"], ranking["best_fixed"]])
