@@ -115,7 +115,7 @@ def trust_lines(request: PlanRequest) -> list[str]:
         )
     if keeps(selector.arms):
         lines.append(
-            "these are merges; of a pair (--left, --right) the selector also says whether to keep one of the two as it is"
+            "these are merges; of a pair (--left, --right) the selector also says whether to keep one of them instead"
         )
     unlike, num = len(request.unlike_pairs()), len(ids) * (len(ids) - 1) // 2
     if unlike:
