@@ -32,6 +32,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # In the scope: who asks, the whole body, and what the line of the log says of the request.
 CLIENT, BODY, SAID = "simmerge_client", "simmerge_body", "simmerge_said"
+_RECIPES = "/v1/rank"
 _OPEN = ("/healthz", "/readyz")
 _OF_PAGE = ("/", "/login", "/logout")  # the dashboard answers these without a token by itself
 _SECURITY = {
@@ -44,9 +45,11 @@ _SECURITY = {
 
 @dataclass(frozen=True)
 class Limits:
-    """body_bytes: of a request. body_seconds: within which it must have come."""
+    """body_bytes: of a request. recipes_bytes: of one that may hold many recipes. body_seconds: within which it must
+    have come."""
 
     body_bytes: int = 64 * 1024
+    recipes_bytes: int = 512 * 1024
     body_seconds: float = 10.0
 
 
@@ -125,7 +128,7 @@ class Gate:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | Response | None:
         """The whole body, a refusal, or None where the client has gone."""
-        limit = self._limits.body_bytes
+        limit = self._limits.recipes_bytes if scope["path"] == _RECIPES else self._limits.body_bytes
         too_large = refused(413, f"the request has more than {limit} bytes", {"connection": "close"})
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > limit:
