@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # torch's models and numba are imported with the first reques
     from simmerge_ray.selector.finding.virtual import VirtualScores
 
 NUM_RECIPES = 2_000  # that a request for the best ones scores
+MAX_RUN = 100  # recipes of a request whose operator is run on a sample of the weights, up to 0.1 s each
+_SUMS = ("linear", "task_arithmetic")
 _KEPT_SETS = 8  # sets of checkpoints whose answers stay in memory, 40 MB each at the most usual sizes
 _KEPT_RANKINGS = 64
 
@@ -80,6 +82,12 @@ class RetentionRanker:
         """Recipes by their scores over the answers of all their members."""
         plans = [_plan_of(number, one.model_dump(mode="json", exclude_unset=True))
                  for number, one in enumerate(request.recipes, 1)]  # fmt: skip
+        slow = sum(one.arms[0].operator not in _SUMS for one in plans if one.is_merge)
+        if slow > MAX_RUN:
+            raise PlanError(
+                f"{slow} recipes have another operator than {' and '.join(_SUMS)}; a request may have {MAX_RUN} such, "
+                "since each is run on a sample of the weights"
+            )
         named = dict.fromkeys(name for plan in plans for name in plan.members)
         sources = self._sources(self._members(list(named)), request.task)
         found = _of_plans(sources, plans)

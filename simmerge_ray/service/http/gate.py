@@ -35,6 +35,7 @@ CLIENT, BODY, SAID = "simmerge_client", "simmerge_body", "simmerge_said"
 _RECIPES = "/v1/rank"
 _OPEN = ("/healthz", "/readyz")
 _OF_PAGE = ("/", "/login", "/logout")  # the dashboard answers these without a token by itself
+_LOG_IN = ("/retention",)  # pages that ask for a token where they have none, and count as requests where they have
 _SECURITY = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -113,6 +114,8 @@ class Gate:
             wait = self._access.wait_after_failure(address) if token else 0.0
             if wait:
                 return refused(429, "too many wrong tokens from this address", wait=wait)
+            if path in _LOG_IN:
+                return None
             said = "a bearer token is needed" if token is None else "this token is not known"
             return refused(401, said, {"www-authenticate": "Bearer"})
         by_cookie = "authorization" not in connection.headers

@@ -198,6 +198,8 @@ def test_requests_are_bounded(service):
     small = {"operator": "task_arithmetic", "members": [{"checkpoint": "m0", "weight": 0.123456}]}
     assert len(rank(service, [small] * MAX_RECIPES)["plans"]) == MAX_RECIPES
     assert "at most 1000 items" in rank(service, [small] * (MAX_RECIPES + 1), 422)
+    run = {"operator": "ties", "members": [{"checkpoint": "m0"}, {"checkpoint": "m1"}]}
+    assert "101 recipes have another operator" in rank(service, [run] * 101 + [small], 422)
     assert "more than 524288 bytes" in rank(service, [small] * 8000, 413)
     many = {"operator": "linear", "members": [{"checkpoint": f"c{n}"} for n in range(17)]}
     assert "at most 16 items" in rank(service, [many], 422)
