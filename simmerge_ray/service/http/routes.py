@@ -166,12 +166,18 @@ def looks(current: Callable[[], Learner]) -> APIRouter:
         """One signal of all pairs."""
         return await current().signals(signal, task or None)
 
-    @routes.post("/v1/rank", operation_id="rank", responses=errors(409), openapi_extra={_ROLE: "decide"})
-    async def rank(body: RankBody) -> schemas.Ranked | RetentionRanking:
+    @routes.post(
+        "/v1/rank",
+        operation_id="rank",
+        response_model=schemas.Ranked | RetentionRanking,
+        responses=errors(409),
+        openapi_extra={_ROLE: "decide"},
+    )
+    async def rank(body: RankBody) -> Response:
         """All arms for a pair, or recipes by what they keep of their members' answers; without a decision."""
         if isinstance(body, RecipesRequest):
-            return await current().score_recipes(body)
-        return await current().rank(body)
+            return answered(200, await current().score_recipes(body))  # up to 1000 rows: FastAPI would copy them twice
+        return answered(200, await current().rank(body))
 
     @routes.post("/v1/plans", operation_id="rank_plans", responses=errors(409), openapi_extra={_ROLE: "decide"})
     async def plans(body: schemas.PlansRequest) -> schemas.PlansAnswer | RetentionRanking:
