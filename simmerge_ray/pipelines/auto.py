@@ -101,8 +101,10 @@ def check_auto(run: AutoRun) -> None:
         raise OutputError(f"--out {run.out} is a file; signatures, labels and the merge go into a directory")
     if run.write:
         check_target(run.out / MERGED)
+    from simmerge_ray.on_ray.digests import digest_on_nodes
     from simmerge_ray.pipelines.measured import prepare_measuring
 
+    digest_on_nodes(run.request.catalogue)
     prepare_measuring(run)
 
 
@@ -183,8 +185,9 @@ def _bar(narrator: Narrator) -> Iterator[Any]:
 
 def write_stage(
     run: AutoRun, best: MergePlan, content: Mapping[str, Any], manifest: Manifest, started: float, narrator: Narrator
-) -> None:
-    """Write the answer, and (a merge, `write`) the merged checkpoint; errors as `write_merge`.
+) -> dict[str, Any]:
+    """Write the answer, and (a merge, `write`) the merged checkpoint; errors as `write_merge`. Returns the answer:
+    `merge` or `keep`, what wins, and where the merge is.
 
     Args:
         content: of `auto.json`, beside the answer. manifest: of all that the answer depends on. started:
@@ -196,11 +199,11 @@ def write_stage(
     answer = {
         "answer": "merge" if best.is_merge else "keep",
         "winner": best.label,
-        "plan": best.to_json(),
         "merged": str(merged) if merged else None,
     }
-    write_json(run.out / ANSWER, answer | dict(content))
+    write_json(run.out / ANSWER, answer | {"plan": best.to_json()} | dict(content))
     manifest.write(run.out / MANIFEST, time.monotonic() - started, {"answer": best.label})
+    return answer
 
 
 def _write_best(

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.finding import first_round
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation.answers import AnswersTask
@@ -21,9 +22,6 @@ from simmerge_ray.search.labels import LabelStore, Measured
 from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials, prepare_search
 from simmerge_ray.selector.finding.aim import Aim
 from simmerge_ray.signals.candidates.signatures import OwnAnswers
-
-FACTOR = 3  # of the candidates one in so many is run over the rest of the probes
-_LEAST_PROBES = 16  # of a first round; fewer tell candidates apart too badly
 
 
 @dataclass(frozen=True)
@@ -126,13 +124,13 @@ def halve(
     """
     whole = prober.num_probes
     kept, bounds = list(plans), list[int]()
-    first = max(_LEAST_PROBES, whole // FACTOR)
-    if first < whole and len(kept) > FACTOR:
+    first, survivors = first_round(whole, len(kept))
+    if first:
         bounds = [first]
         if report:
             report(f"{len(kept)} candidates on {first} probes of each member")
         ranked = sorted(prober.probe(kept, bounds), key=lambda one: -one.score)
-        kept = [one.plan for one in ranked[: max(2, len(kept) // FACTOR)]]
+        kept = [one.plan for one in ranked[:survivors]]
     kept = list({plan.id: plan for plan in (*always, *kept)}.values())
     if report:
         report(f"{len(kept)} candidates and checkpoints on all {whole} probes")
