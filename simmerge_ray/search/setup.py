@@ -11,6 +11,7 @@ from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError, InputError, LabelError, TaskError, unknown_name
 from simmerge_ray.base.storage import versions
 from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.digests import cached_digest
 from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files
 from simmerge_ray.merging.engine.fallbacks import all_linear
 from simmerge_ray.plans.operators.specs import parse_arms
@@ -100,7 +101,11 @@ class PreparedSearch:
         )
 
     def _used(self, plan: MergePlan) -> dict[str, str]:
-        return used_digests(plan, self.digests, self.catalogue.base.id if self.catalogue.base else None)
+        used = used_digests(plan, self.digests, self.catalogue.base.id if self.catalogue.base else None)
+        if not plan.needs_grams:
+            return used
+        grams = [gram for member in plan.members if (gram := self.catalogue.ref(member).gram_ref)]
+        return used | {gram.id: cached_digest(gram) for gram in grams}
 
     def labels(self) -> dict[MergePlan, dict[str, LabeledPlan]]:
         """The labels in the store that this search would make itself (same contents, items and settings), by plan and

@@ -71,9 +71,9 @@ def _tuned(
         jobs = [tuning_job(run.request.catalogue, probes, tune, run.out / "tuned", start) for start in starts]
         cluster.start()
         plans = [MergePlan(recipe=tuned.recipe) for tuned in run_tunings(jobs, run.engine.gpus_per_trial)]
-        whole = prober.probe(plans, [prober.num_probes])
-        part = prober.only(partial(held_out_answers, share=tune.held_out))
-        compared = {one.plan.id: one for one in part.probe([*plans, finding.best.plan], [part.num_probes])}
+        whole, held_out = prober.probe(plans, prober.parts), partial(held_out_answers, share=tune.held_out)
+        both = prober.probe([*plans, finding.best.plan], prober.parts, held_out)
+        compared = {one.plan.id: one for one in both}
         rival = compared[finding.best.plan.id]
         found = sorted((Tuned(one, compared[one.plan.id], rival) for one in whole), key=lambda one: -one.held_out.score)
         best = found[0].whole if found and found[0].is_better else finding.best
