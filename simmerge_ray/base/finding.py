@@ -37,14 +37,20 @@ class FindConfig(FrozenConfig):
     seed: int = Field(0, description="of the proposed merges")
 
 
-_FACTOR = 3  # of the candidates one in so many is run over the rest of the probes
+FACTOR = 3  # of the candidates one in so many is run over the rest of the probes
 _LEAST_PROBES = 16  # of a first round; fewer tell candidates apart too badly
+
+
+def first_part(num_probes: int) -> int:
+    """How many probes candidates are run over first; 0 where there are too few for two rounds."""
+    first = max(_LEAST_PROBES, num_probes // FACTOR)
+    return first if first < num_probes else 0
 
 
 def first_round(num_probes: int, num_candidates: int) -> tuple[int, int]:
     """Of successive halving over probes: how many all candidates are run over first, and how many candidates then over
     the rest; (0, all of them) where there is one round only."""
-    first = max(_LEAST_PROBES, num_probes // _FACTOR)
-    if first >= num_probes or num_candidates <= _FACTOR:
+    first = first_part(num_probes)
+    if not first or num_candidates <= FACTOR:
         return 0, num_candidates
-    return first, max(2, num_candidates // _FACTOR)
+    return first, max(2, num_candidates // FACTOR)

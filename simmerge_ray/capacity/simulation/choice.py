@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from simmerge_ray.base.config import TuneConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.finding import first_round
 from simmerge_ray.capacity.placement import USABLE, how_many_fit, signal_worker_needs
@@ -36,7 +35,7 @@ from simmerge_ray.search.estimate import PROCESS_BYTES
 from simmerge_ray.signals.queue import Unit, WorkQueue
 from simmerge_ray.signals.signature import SignatureSpec
 from simmerge_ray.signals.stages import LayerRange
-from simmerge_ray.signals.tuning.memory import are_recomputed, tuning_bytes
+from simmerge_ray.signals.tuning.memory import are_recomputed, rows_of, tuning_bytes
 
 _KEPT = 32 + 1  # log-probabilities of a position in a signature: `AnswerSpec.num_kept`, and the rest
 _FORWARD, _STEP, _RECOMPUTED = 1.0, 3.0, 4.0  # of 2 S FLOPs a token
@@ -155,7 +154,7 @@ class ChoiceSimulation:
         spec = SignatureSpec()
         self._batches = math.ceil(workload.probes / spec.batch_size)
         self._width = workload.probe_tokens + work.answer_tokens
-        self._tuning_bytes = self._bytes_of_tuning(min(spec.batch_size, workload.probes))
+        self._tuning_bytes = self._bytes_of_tuning()
         self._tuner = place_whole(self._tuning_bytes, pool, costs) if work.steps and work.tuned else None
 
     def run(self, evaluations: Sequence[int] = ()) -> SimulatedChoice:
@@ -175,10 +174,11 @@ class ChoiceSimulation:
         return SimulatedChoice(self._holders, self._tuner, self._tuning_bytes, self._engines, self._pool, self._head,
                       tuple(phases), measured)  # fmt: skip
 
-    def _bytes_of_tuning(self, rows: int) -> float:
+    def _bytes_of_tuning(self) -> float:
         model, width = self._model, math.ceil(self._width)
         dense = 0 if self._work.adapters else len(self._members)
         shape, largest = model_shape(model.config), max(model.tensors.values())
+        rows = min(self._workload.probes, rows_of(shape, width, self._work.answer_tokens))
         self._recomputed = are_recomputed(shape, (rows, width))
         return tuning_bytes(model.parameters, largest, dense, shape, (rows, width), self._work.answer_tokens)
 
@@ -296,9 +296,7 @@ class ChoiceSimulation:
 
         yield self._on_workers("tuning", lambda start: (workers, len(queue), drain(queue, workers, run, start=start)))
         merge, probes = Merge(self._sum, _SUM, len(self._members)), self._workload.probes
-        held_out = self._reading_probes(TuneConfig().held_out * probes)
         yield self._trials("tuned, all probes", [(merge, self._reading_probes(probes))] * work.tuned)
-        yield self._trials("tuned, held out", [(merge, held_out)] * (work.tuned + 1))
 
     def _writing(self) -> Phase:
         """By the driver: its link brings what is merged and takes the merge."""

@@ -16,6 +16,8 @@ from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.checkpoints.size import ModelShape, model_shape
 
 LOSS_POSITIONS = 32  # whose logits the objective takes at a time
+_TOKENS = 2048  # of a micro-batch: small models take as many rows as fill a core, large ones fewer
+_LOGITS = 52_000_000  # bytes of a micro-batch
 _MOST_ACTIVATIONS = 256_000_000  # bytes; beyond, layers keep their inputs only
 
 
@@ -30,7 +32,8 @@ def stated_bytes(catalogue: Catalogue, batches: Mapping[str, Sequence[TokenBatch
     sizes = [int(np.prod(spec.shape)) for spec in read_headers(catalogue.base).values()]
     dense = sum(not is_low_rank(ref, catalogue.base) for ref in catalogue.checkpoints)
     shape = model_shape(read_config(catalogue.base))
-    return tuning_bytes(sum(sizes), max(sizes), dense, shape, _largest(batches, config), config.max_tokens)
+    largest = _largest(catalogue.base, batches, config)
+    return tuning_bytes(sum(sizes), max(sizes), dense, shape, largest, config.max_tokens)
 
 
 def tuning_bytes(
@@ -55,7 +58,17 @@ def are_recomputed(shape: ModelShape, batch: tuple[int, int]) -> bool:
 
 def recomputes(base: CheckpointRef, batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> bool:
     """`are_recomputed` of the largest micro-batch."""
-    return are_recomputed(model_shape(read_config(base)), _largest(batches, config))
+    return are_recomputed(model_shape(read_config(base)), _largest(base, batches, config))
+
+
+def rows_at_once(base: CheckpointRef, width: int, max_tokens: int) -> int:
+    """Rows of a micro-batch of probes with answers, `width` tokens together."""
+    return rows_of(model_shape(read_config(base)), width, max_tokens)
+
+
+def rows_of(shape: ModelShape, width: int, max_tokens: int) -> int:
+    """`rows_at_once` of a model of a shape."""
+    return max(1, min(_TOKENS // width, _LOGITS // (4 * max_tokens * shape.vocab_size)))
 
 
 def recompute_layers(model: Any) -> None:
@@ -73,11 +86,14 @@ def is_low_rank(ref: CheckpointRef, base: CheckpointRef) -> bool:
     return ref.adapter is not None and str(ref.path) == str(base.path) and base.adapter is None
 
 
-def _largest(batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> tuple[int, int]:
+def _largest(base: CheckpointRef, batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> tuple[int, int]:
     """(rows, tokens of a row with its answer) of the largest micro-batch."""
-    shapes = [batch.input_ids.shape for of_task in batches.values() for batch in of_task]
-    rows, width = max(shapes, key=lambda shape: shape[0] * shape[1])
-    return rows, width + config.max_tokens
+    shapes = []
+    for of_task in batches.values():
+        width = max(batch.input_ids.shape[1] for batch in of_task) + config.max_tokens
+        num_probes = sum(len(batch.input_ids) for batch in of_task)
+        shapes.append((min(num_probes, rows_at_once(base, width, config.max_tokens)), width))
+    return max(shapes, key=lambda shape: shape[0] * shape[1])
 
 
 def _layers_bytes(shape: ModelShape, rows: int, width: int, recomputed: bool = False) -> int:

@@ -153,13 +153,15 @@ def test_memory_of_tuning_is_what_the_command_states(catalogue, catalogue_path):
     from simmerge_ray.checkpoints.size import model_shape
     from simmerge_ray.signals.signature import SignatureSpec
     from simmerge_ray.signals.tokens import tokenize_probes
-    from simmerge_ray.signals.tuning.memory import stated_bytes, tuning_bytes
+    from simmerge_ray.signals.tuning.memory import rows_of, stated_bytes, tuning_bytes
 
     config = TuneConfig(max_tokens=4)
     probes = {"add": load_probe_sets(catalogue_path.parent / "probes")["add"]}
     batches = tokenize_probes(catalogue, probes, SignatureSpec(), config.max_tokens)
-    rows, width = max((batch.input_ids.shape for batch in batches["add"]), key=lambda shape: shape[0] * shape[1])
+    width = max(batch.input_ids.shape[1] for batch in batches["add"]) + config.max_tokens
+    num_probes = sum(len(batch.input_ids) for batch in batches["add"])
     elements = [math.prod(spec.shape) for spec in read_headers(catalogue.base).values()]
     shape, dense = model_shape(read_config(catalogue.base)), len(catalogue.checkpoints)
+    rows = min(num_probes, rows_of(shape, width, config.max_tokens))
     stated = stated_bytes(catalogue, batches, config)
-    assert stated == tuning_bytes(sum(elements), max(elements), dense, shape, (rows, width + 4), 4)
+    assert stated == tuning_bytes(sum(elements), max(elements), dense, shape, (rows, width), 4)
