@@ -27,8 +27,9 @@ from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.on_ray.tasks import run_tasks
 from simmerge_ray.pipelines.dataset import UNCHANGED, input_digests, search_bar
-from simmerge_ray.plans.operators.specs import parse_arm, parse_arms
-from simmerge_ray.plans.plan import MergePlan, pair_plan, plan_from_json
+from simmerge_ray.plans.keeping import arm_plan, named_arms
+from simmerge_ray.plans.operators.specs import parse_arms
+from simmerge_ray.plans.plan import MergePlan, plan_from_json
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore, Measured, check_comparable
 
@@ -162,7 +163,9 @@ def _choose(task: ChoiceTask, pair: Pair, key: str) -> None:
     import torch
 
     from simmerge_ray.on_ray.engines import start_evaluator
-    from simmerge_ray.pipelines.auto import AutoRun, find_here, label_free_json
+    from simmerge_ray.pipelines.auto.answer import label_free_json
+    from simmerge_ray.pipelines.auto.find import find_here
+    from simmerge_ray.pipelines.auto.request import AutoRun
     from simmerge_ray.selector.finding.sources import find_request
 
     torch.set_num_threads(1)
@@ -244,7 +247,7 @@ def _worth_by_way(
     rows = []
     for one in choices:
         tasks = catalogue.pair_tasks(*one.pair)
-        of_arms = {arm: pair_plan(*one.pair, parse_arm(arm)).id for arm in arms}
+        of_arms = {arm: arm_plan(*one.pair, arm).id for arm in arms}
         parents, kept = [MergePlan(source=name).id for name in one.pair], MergePlan(source=base.id).id
         every = dict.fromkeys([*of_arms.values(), *parents, kept, *(plan.id for plan in one.plans)])
         options = {
@@ -256,7 +259,7 @@ def _worth_by_way(
         rows.append(
             {arm: worth[name] for arm, name in of_arms.items()}
             | {
-                SELECTOR: worth[of_arms.get(named.get(frozenset(one.pair), ""))],
+                SELECTOR: worth[arm_plan(*one.pair, arm).id if (arm := named.get(frozenset(one.pair))) else None],
                 CHOSEN: worth[one.plan.id],
                 ANSWER: worth[one.answer.id],
                 ALWAYS: worth[one.tuned.id if one.tuned else None],
@@ -273,12 +276,12 @@ def _known(value: float) -> float | None:
 
 
 def _selector_choices(crossval: Mapping[str, Any]) -> dict[frozenset[str], str]:
-    """The arm that the selector names for each pair when it was trained without a checkpoint of it: the best mean of
-    the predictions for the parents' tasks."""
+    """The arm that the selector names for each pair when it was trained without a checkpoint of it, as answers call
+    it: the best mean of the predictions for the parents' tasks."""
     import numpy as np
 
-    of_pair: dict[frozenset[str], list[list[float]]] = {}
+    of_pair: dict[Pair, list[list[float]]] = {}
     for row in crossval.get("predictions", ()):
-        of_pair.setdefault(frozenset((row["left"], row["right"])), []).append(row["predicted"])
-    arms = crossval.get("arms", ())
-    return {pair: arms[int(np.mean(predicted, axis=0).argmax())] for pair, predicted in of_pair.items()}
+        of_pair.setdefault((row["left"], row["right"]), []).append(row["predicted"])
+    best = {pair: int(np.mean(predicted, axis=0).argmax()) for pair, predicted in of_pair.items()}
+    return {frozenset(pair): named_arms(crossval["arms"], *pair)[place] for pair, place in best.items()}

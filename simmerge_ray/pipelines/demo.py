@@ -24,11 +24,12 @@ from simmerge_ray.base.storage import Manifest, Place, digest_file, read_json, w
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.on_ray.tasks import in_background
-from simmerge_ray.pipelines.choices import ANSWER, CHOSEN, PairChoice, choice_file, choices_stage, read_choice
+from simmerge_ray.pipelines.choices import ANSWER, CHOSEN, choice_file, choices_stage, read_choice
 from simmerge_ray.pipelines.dataset import UNCHANGED, search_bar, search_stage
 from simmerge_ray.pipelines.stages import signals_stage, train_stage
-from simmerge_ray.plans.operators.specs import make_arm, parse_arm
-from simmerge_ray.plans.plan import MergePlan, ResolvedPlan, pair_plan, read_plan, resolve_plan, write_plan
+from simmerge_ray.plans.keeping import arm_plan
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.plan import MergePlan, ResolvedPlan, read_plan, resolve_plan, write_plan
 from simmerge_ray.research.zoo.recipe import ARMS, EXPERT_RECIPES, ExpertRecipe
 from simmerge_ray.search.evaluation import Task, load_tasks
 from simmerge_ray.search.labels import Measured
@@ -117,7 +118,9 @@ def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str
         advice = recommender.recommend(*pair)
         merged = write_pick(layout, resolve_plan(choice.answer, catalogue), choice.keeps)
         pair_tasks = {task: tasks[task] for task in catalogue.pair_tasks(*pair)}
-        measured, loaded = measure_pick(layout, search, choice, merged, pair_tasks, narrator)
+        arms = {ranked.arm: arm_plan(*pair, ranked.arm) for ranked in advice.ranked}
+        plans = {"arms": arms, "chosen": {CHOSEN: choice.plan, ANSWER: choice.answer}}
+        measured, loaded = measure_pick(layout, search, plans, merged, pair_tasks, narrator)
         result = {
             "pair": list(pair),
             "answer": {"label": choice.label, "plan": choice.answer.to_json(), "is_tuned": choice.is_tuned},
@@ -157,40 +160,40 @@ def write_pick(layout: RunLayout[Path], resolved: ResolvedPlan, keeps: Mapping[s
 def measure_pick(
     layout: RunLayout[Path],
     search: SearchConfig,
-    choice: PairChoice,
+    plans: Mapping[str, Mapping[str, MergePlan]],
     merged: Place | None,
     tasks: dict[str, Task],
     narrator: Narrator,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Utilities by task of the pair's arms, of its parents and the base, and of what was chosen; and of the written
+    """Utilities by task of the plans, and as `checkpoints` of their members and the base; and those of the written
     checkpoint as each library loads it: EngineError if it does not answer like the merge that was measured in memory.
+
+    Args:
+        plans: by kind and name; `chosen` has that of the written checkpoint.
     """
     from simmerge_ray.on_ray.merge_search import run_search
 
     catalogue = load_catalogue(layout.catalogue)
     assert catalogue.base is not None, "checked before the choice"
     config = search.model_copy(update={"exclude": (), "concurrency": 1})
-    arms = {arm: pair_plan(*choice.pair, parse_arm(arm)) for arm in search.arms}
-    checkpoints = {name: MergePlan(source=name) for name in (*choice.pair, catalogue.base.id)}
-    chosen = {CHOSEN: choice.plan, ANSWER: choice.answer}
-    plans = {plan.id: plan for of in (arms, checkpoints, chosen) for plan in of.values()}.values()
+    members = {member: None for of in plans.values() for plan in of.values() for member in plan.members}
+    checkpoints = {name: MergePlan(source=name) for name in (*members, catalogue.base.id)}
+    every = {**plans, "checkpoints": checkpoints}
+    asked = {plan.id: plan for of in every.values() for plan in of.values()}
     store = (layout.pick / "labels").resolve()
     with ray_session(), ExitStack() as stack:
         if merged is not None:
             check = load_and_evaluate, str(merged.resolve()), tasks, search.evaluator
             checked = stack.enter_context(in_background(*check))
         with search_bar(narrator) as report:
-            asked = dict.fromkeys(plans, sorted(tasks))
-            found = run_search(catalogue, load_tasks(layout.tasks), config, store, asked, report).search.labels()
+            given = dict.fromkeys(asked.values(), sorted(tasks))
+            found = run_search(catalogue, load_tasks(layout.tasks), config, store, given, report).search.labels()
         loaded = checked() if merged is not None else {}
     utilities = {
         plan.id: {task: label.outcome.utility for task, label in of.items() if isinstance(label.outcome, Measured)}
         for plan, of in found.items()
     }
-    measured = {
-        kind: {name: utilities[plan.id] for name, plan in of.items()}
-        for kind, of in (("arms", arms), ("checkpoints", checkpoints), ("chosen", chosen))
-    }
+    measured = {kind: {name: utilities[plan.id] for name, plan in of.items()} for kind, of in every.items()}
     for task, values in loaded.items():
         from_disk, in_memory = values[search.evaluator], measured["chosen"][ANSWER][task]
         if abs(from_disk - in_memory) > 2.0 / len(tasks[task].items):

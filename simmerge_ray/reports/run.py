@@ -13,6 +13,7 @@ from simmerge_ray.base.markdown import number, with_interval
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_atomically
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.plans.keeping import keep_label
 from simmerge_ray.reports.choices import choices_part
 from simmerge_ray.reports.figures import grouped_bars, legend_below, new_figure, save_figure, write_overview
 from simmerge_ray.reports.headroom import headroom_part, page, table_block
@@ -79,7 +80,8 @@ def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
         value = f"{predicted[arm]['utility']:.3f} ± {predicted[arm]['sd']:.3f}"
         rows.append(row(", ".join([arm, *remarks]), measured["arms"][arm], value))
     for name, by_task in measured["checkpoints"].items():
-        rows.append(row(f"parent {name}" if name in pick["pair"] else name, by_task))
+        if keep_label(name) not in predicted:
+            rows.append(row(f"parent {name}" if name in pick["pair"] else name, by_task))
     loaded = "; ".join(
         f"{task} " + ", ".join(f"{value:.3f} ({library})" for library, value in pick["loaded"][task].items())
         for task in sorted(pick["loaded"])

@@ -30,15 +30,10 @@ from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.cli.app import app
 from simmerge_ray.cli.auto import measured_lines, measured_table, retention_lines, retention_table
-from simmerge_ray.pipelines.auto import (
-    AutoRun,
-    LabelFree,
-    check_auto,
-    find_stages,
-    label_free_json,
-    write_stage,
-)
-from simmerge_ray.pipelines.measured import measure_stage, measured_json, prepare_measuring
+from simmerge_ray.pipelines.auto.answer import check_auto, label_free_json, write_stage
+from simmerge_ray.pipelines.auto.find import find_stages
+from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json, prepare_measuring
+from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured

@@ -7,7 +7,6 @@ run, on vLLM too, and what a label store holds is never run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from simmerge_ray.selector.finding.aim import Aim
 from simmerge_ray.signals.candidates.signatures import OwnAnswers
 
 FACTOR = 3  # of the candidates one in so many is run over the rest of the probes
+Chosen = Callable[[int], np.ndarray]
 _LEAST_PROBES = 16  # of a first round; fewer tell candidates apart too badly
 
 
@@ -60,24 +60,25 @@ class Prober:
         # Every candidate is asked for all answers, whoever its members are.
         self._catalogue = replace(catalogue, own_task=dict.fromkeys(catalogue.ids))
 
-    def only(self, chosen: Callable[[int], np.ndarray]) -> Prober:
-        """One that runs a part of the probes. chosen: from a number of probes to which of them, (n,) bool."""
-        other = copy(self)
-        other._pairs = [
-            [pair for pair, kept in zip(pairs, chosen(len(pairs)), strict=True) if kept] for pairs in self._pairs
-        ]
-        return other
-
     @property
     def num_probes(self) -> int:
         """The most that an owner has."""
         return max(map(len, self._pairs))
 
-    def probe(self, plans: Sequence[MergePlan], bounds: Sequence[int]) -> list[ProbedPlan]:
+    @property
+    def parts(self) -> list[int]:
+        """Ends of the parts that the probes are run in: of the first round, if it is worth one, and of all."""
+        first = max(_LEAST_PROBES, self.num_probes // FACTOR)
+        return [first, self.num_probes] if first < self.num_probes else [self.num_probes]
+
+    def probe(
+        self, plans: Sequence[MergePlan], bounds: Sequence[int], chosen: Chosen | None = None
+    ) -> list[ProbedPlan]:
         """What the plans keep of the first `bounds[-1]` probes; the plans that cannot be measured are left out.
 
         Args:
             bounds: ends of the parts that the probes are run in, so that a later round runs only what is new.
+            chosen: counts a part of the probes only; from their number to which of them, (n,) bool.
         """
         found, tasks = self._tasks(bounds)
         search = self._run(self._catalogue, tasks, plans)
@@ -87,9 +88,7 @@ class Prober:
             outcomes = {name: known.get(search.key(plan, name)) for name in tasks}
             items = {name: one.items for name, one in outcomes.items() if isinstance(one, Measured)}
             if len(items) == len(tasks):
-                values = [
-                    self._joined([tasks[name] for name in names], [items[name] for name in names]) for names in found
-                ]
+                values = [_joined([(tasks[name], items[name]) for name in names], chosen) for names in found]
                 retention, nll = (np.array(column) for column in zip(*values, strict=True))
                 score = float(self._aim.scores(retention[None], nll[None])[0])
                 probed.append(ProbedPlan(plan, retention, nll, bounds[-1], score))
@@ -108,12 +107,13 @@ class Prober:
                     names[-1].append(task.name)
         return names, tasks
 
-    @staticmethod
-    def _joined(tasks: Sequence[AnswersTask], items: Sequence[np.ndarray]) -> tuple[float, float]:
-        """Retention and nats a token."""
-        parts = [task.kept_and_nll(one) for task, one in zip(tasks, items, strict=True)]
-        kept, nll = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return float(kept.mean()), float(nll.sum() / sum(task.num_tokens.sum() for task in tasks))
+
+def _joined(parts: Sequence[tuple[AnswersTask, np.ndarray]], chosen: Chosen | None) -> tuple[float, float]:
+    """Retention and nats a token."""
+    rows = [(*task.kept_and_nll(items), task.num_tokens) for task, items in parts]
+    kept, nll, num_tokens = (np.concatenate(column) for column in zip(*rows, strict=True))
+    counted = np.ones(len(kept), dtype=bool) if chosen is None else chosen(len(kept))
+    return float(kept[counted].mean()), float(nll[counted].sum() / num_tokens[counted].sum())
 
 
 def halve(
@@ -124,20 +124,17 @@ def halve(
     Args:
         always: what is run over all probes in any case (the checkpoints as they are, the plain average).
     """
-    whole = prober.num_probes
-    kept, bounds = list(plans), list[int]()
-    first = max(_LEAST_PROBES, whole // FACTOR)
-    if first < whole and len(kept) > FACTOR:
-        bounds = [first]
+    kept, bounds = list(plans), prober.parts
+    if len(bounds) > 1 and len(kept) > FACTOR:
         if report:
-            report(f"{len(kept)} candidates on {first} probes of each member")
-        ranked = sorted(prober.probe(kept, bounds), key=lambda one: -one.score)
+            report(f"{len(kept)} candidates on {bounds[0]} probes of each member")
+        ranked = sorted(prober.probe(kept, bounds[:1]), key=lambda one: -one.score)
         kept = [one.plan for one in ranked[: max(2, len(kept) // FACTOR)]]
     kept = list({plan.id: plan for plan in (*always, *kept)}.values())
     if report:
-        report(f"{len(kept)} candidates and checkpoints on all {whole} probes")
+        report(f"{len(kept)} candidates and checkpoints on all {bounds[-1]} probes")
     # Equally good ones stand in the order in which they came: checkpoints before merges.
-    return sorted(prober.probe(kept, [*bounds, whole]), key=lambda one: -one.score)
+    return sorted(prober.probe(kept, bounds), key=lambda one: -one.score)
 
 
 def in_this_process(config: SearchConfig, labels_uri: str, start: Callable[[PreparedSearch], object]) -> RunTrials:
@@ -156,7 +153,7 @@ def in_this_process(config: SearchConfig, labels_uri: str, start: Callable[[Prep
         return started[0]
 
     def run(catalogue: Catalogue, tasks: Mapping[str, AnswersTask], plans: Sequence[MergePlan]) -> PreparedSearch:
-        search = prepare_search(catalogue, tasks, config, labels_uri)
+        search = prepare_search(catalogue, tasks, config, labels_uri, plans_given=True)
         runner = TrialRunner(search, kept_evaluator)  # type: ignore[arg-type]
         for trial in _trials(search, plans):
             runner.run(trial)

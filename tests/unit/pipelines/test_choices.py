@@ -100,6 +100,20 @@ def test_every_way_gets_what_was_measured_of_what_it_takes(catalogue, layout):
     assert found["always_tuned"] == pytest.approx(0.8)
 
 
+def test_a_selector_that_keeps_a_parent_gets_that_parent_s_utility(catalogue, layout):
+    left, right = sorted(catalogue.pairs()[0])
+    tasks = catalogue.pair_tasks(left, right)
+    plan = scaled({left: 0.7, right: 0.6})
+    put(layout.labels, {(pair_plan(left, right, make_arm("linear")), task): 0.2 for task in tasks}
+        | {(MergePlan(source=ref.id), task): 0.7 if ref.id == right else 0.4
+           for ref in catalogue.all_refs for task in tasks})  # fmt: skip
+    rows = [{"left": left, "right": right, "task": task, "predicted": [0.1, 0.2, 0.3]} for task in tasks]
+    write_json(layout.crossval, {"arms": ["linear", "keep(left)", "keep(right)"], "predictions": rows})
+    choice = PairChoice((left, right), plan, None, plan, {})
+    (row,) = compared_choices(layout, SearchConfig(arms=("linear",)), catalogue, [choice])["pairs"]
+    assert row[SELECTOR] == pytest.approx(0.7) and row[PARENT] == pytest.approx(0.7)
+
+
 def test_a_choice_that_could_not_be_measured_is_no_figure(catalogue, layout):
     pair = catalogue.pairs()[0]
     plan = scaled({pair[0]: 0.7, pair[1]: 0.6})

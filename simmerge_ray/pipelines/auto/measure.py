@@ -11,7 +11,7 @@ from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.pipelines.auto import AutoRun, LabelFree
+from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.pipelines.dataset import search_bar
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.labels import Infeasible, Measured
