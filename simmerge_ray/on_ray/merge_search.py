@@ -30,7 +30,7 @@ from simmerge_ray.search.evaluation import EvaluationTask
 from simmerge_ray.search.labels import Infeasible, LabelStore
 from simmerge_ray.search.proposers import Proposer, make_proposer
 from simmerge_ray.search.runner import EvaluatorStartError, TrialRunner, copy_labels
-from simmerge_ray.search.setup import PreparedSearch, Trial, prepare_search
+from simmerge_ray.search.setup import GivenPlans, PreparedSearch, Trial, prepare_search
 from simmerge_ray.search.status import SearchStatus
 
 _MAX_FAILURES = 3  # actors that one trial may lose before it counts as infeasible
@@ -93,7 +93,7 @@ def run_search(
     tasks: Mapping[str, EvaluationTask],
     config: SearchConfig,
     labels_uri: str | Place,
-    plans: Sequence[MergePlan] | None = None,
+    plans: GivenPlans | None = None,
     report: Callable[[SearchStatus], None] | None = None,
     start: Sequence[MergePlan] = (),
 ) -> SearchResult:

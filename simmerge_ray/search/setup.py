@@ -33,6 +33,9 @@ from simmerge_ray.search.space import SearchSpace, make_space
 _MAX_MODEL_LEN = 4096
 Value = TypeVar("Value")
 
+GivenPlans = Sequence[MergePlan] | Mapping[MergePlan, Sequence[str]]
+"""What a search is told to measure: on the plans' own tasks, or on those that stand beside each."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -194,7 +197,7 @@ def _pairs(catalogue: Catalogue, config: SearchConfig) -> list[tuple[str, str]]:
     return [pair for pair in catalogue.pairs(config.pairs) if frozenset(pair) not in excluded]
 
 
-def grid_trials(search: PreparedSearch, plans: Sequence[MergePlan] | None = None) -> list[Trial]:
+def grid_trials(search: PreparedSearch, plans: GivenPlans | None = None) -> list[Trial]:
     """The trials whose labels are missing: every checkpoint and the base on every task, then pairs x arms on their
     parents' own tasks. With `plans`: these and their parents, on the plans' tasks.
 
@@ -207,7 +210,8 @@ def grid_trials(search: PreparedSearch, plans: Sequence[MergePlan] | None = None
         merges = pair_plans(_pairs(catalogue, config), parse_arms(config.arms))
         needed = [(plan, search.tasks_of(plan)) for plan in (*singles, *merges)]
     else:
-        needed = [(plan, search.tasks_of(plan)) for plan in plans]
+        names_of = plans if isinstance(plans, Mapping) else {plan: search.tasks_of(plan) for plan in plans}
+        needed = [(plan, tuple(names)) for plan, names in names_of.items()]
         parents = dict.fromkeys((member, names) for plan, names in needed for member in plan.members)
         needed += [(MergePlan(source=member), names) for member, names in parents]
         needed = list(dict.fromkeys(needed))
