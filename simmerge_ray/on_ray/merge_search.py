@@ -27,6 +27,7 @@ from simmerge_ray.on_ray.resources import check_room, ray_session
 from simmerge_ray.on_ray.tune_adapters import NO_UTILITY, EarlyStopping, Proposals, SearchLimits, trial_result
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation import EvaluationTask
+from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.search.labels import Infeasible, LabelStore
 from simmerge_ray.search.proposers import Proposer, make_proposer
 from simmerge_ray.search.runner import EvaluatorStartError, TrialRunner, copy_labels
@@ -95,14 +96,17 @@ def run_search(
     labels_uri: str | Place,
     plans: Sequence[MergePlan] | None = None,
     report: Callable[[SearchStatus], None] | None = None,
+    answers: Mapping[str, Sequence[AnswersTask]] | None = None,
 ) -> SearchResult:
     """Measure what is missing from the label store. Starts Ray only if something is.
+
+    answers: by owner; what a merge keeps of its members' answers is measured along with its tasks.
 
     Raises:
         InputError: see `prepare_search`. EvaluatorStartError: no engine started. EngineError: the cluster lost actors.
     """
     store = LabelStore(labels_uri)
-    search = prepare_search(catalogue, tasks, config, store.uri)
+    search = prepare_search(catalogue, tasks, config, store.uri, answers)
     proposer = make_proposer(search, plans)
     status = SearchStatus(proposer.total)
     if proposer.total:

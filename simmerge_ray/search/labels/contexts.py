@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from simmerge_ray.search.evaluation.answers import PREFIX
 from simmerge_ray.search.headroom import Context
 from simmerge_ray.search.labels.outcomes import LabeledPlan, Measured, check_comparable
 
@@ -20,7 +21,10 @@ def single_items(labels: Iterable[LabeledPlan]) -> dict[tuple[str, str], np.ndar
 
 
 def measures_arm(label: LabeledPlan) -> bool:
-    """Whether it measures an arm on a pair: one step with equal weights, as arms are defined."""
+    """Whether it measures an arm on a pair: one step with equal weights, as arms are defined. What a merge keeps of
+    somebody's answers is no utility."""
+    if label.task.startswith(PREFIX):
+        return False
     weights = [step.weight for step in label.plan.steps]
     return weights == [0.5] and not label.plan.seed and isinstance(label.outcome, Measured)
 

@@ -14,7 +14,8 @@ from simmerge_ray.selector.data.rewards import SingleArms
 class TrainingSet:
     """N contexts as a model sees them.
 
-    inputs: (N, 2, D), standardised, both orders of the pair. level: (N,), mean utility of the reference arms.
+    inputs: (N, O, D), standardised, in O orders: both of the pair, or one where there is none.
+    level: (N,), mean utility of the reference arms.
     contrasts: (N, K), utility minus level; NaN where a later arm was not measured. reference: columns whose contrasts
     sum to zero. pairs: of the contexts. rewards: merges of which one arm was observed, beside the contexts.
     """
@@ -23,7 +24,7 @@ class TrainingSet:
     level: np.ndarray
     contrasts: np.ndarray
     reference: tuple[int, ...]
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[str, ...], ...]
     rewards: SingleArms | None = None
 
     @property

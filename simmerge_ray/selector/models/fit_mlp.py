@@ -98,10 +98,12 @@ def _stacked_rewards(jobs: Sequence[Job], config: TrainConfig) -> _Rewards | Non
 def _stacked(jobs: Sequence[Job], config: TrainConfig) -> tuple[torch.Tensor, ...]:
     """Inputs (J, R, D), levels (J, R, 1), contrasts (J, R, K), known (J, R, K) and weights (J, R, 1) of J networks.
 
-    A row is a context in one order of its pair. Only what was drawn enters; shorter ones are filled with weight 0.
+    A row is a context in one order of its pair (there may be one order only). Only what was drawn enters;
+    shorter ones are filled with weight 0.
     """
     counts = [_drawn_counts(one, config, member) for one, member in jobs]
-    length = 2 * max(int((count > 0).sum()) for count in counts)
+    orders = jobs[0][0].inputs.shape[1]
+    length = orders * max(int((count > 0).sum()) for count in counts)
     dim, num_arms = jobs[0][0].inputs.shape[-1], jobs[0][0].contrasts.shape[1]
     sizes = (dim, 1, num_arms, num_arms, 1)
     arrays = [np.zeros((len(jobs), length, size), dtype=np.float32) for size in sizes]
@@ -111,13 +113,13 @@ def _stacked(jobs: Sequence[Job], config: TrainConfig) -> tuple[torch.Tensor, ..
         known = ~np.isnan(one.contrasts[rows])
         values = (
             one.inputs[rows].reshape(-1, dim),
-            np.repeat(one.level[rows], 2)[:, None],
-            np.repeat(np.where(known, one.contrasts[rows], 0.0), 2, axis=0),
-            np.repeat(known, 2, axis=0),
-            np.repeat(count[rows] / total / 2, 2)[:, None],
+            np.repeat(one.level[rows], orders)[:, None],
+            np.repeat(np.where(known, one.contrasts[rows], 0.0), orders, axis=0),
+            np.repeat(known, orders, axis=0),
+            np.repeat(count[rows] / total / orders, orders)[:, None],
         )
         for array, value in zip(arrays, values, strict=True):
-            array[index, : 2 * len(rows)] = value
+            array[index, : orders * len(rows)] = value
     return tuple(torch.from_numpy(array) for array in arrays)
 
 
