@@ -26,7 +26,7 @@ from simmerge_ray.plans.operators.specs import (
     make_arm,
     parameter_text,
 )
-from simmerge_ray.plans.recipe import Recipe, recipe_from_json
+from simmerge_ray.plans.recipe import Recipe, by_ratio, recipe_from_json
 
 INTERMEDIATE_DTYPES = ("float32", "out")
 WEIGHTINGS = ("equal", "halving")
@@ -117,6 +117,11 @@ class MergePlan:
             except OperatorError as error:
                 raise PlanError(f"step {number}: {error}") from None
             for source in (step.left, step.right):
+                if source.startswith("#") and spec.needs_grams:
+                    raise PlanError(
+                        f"step {number}: {spec.name!r} takes checkpoints, not the result of a step; "
+                        "merge all of them by one recipe"
+                    )
                 if source.startswith("#") and not (source[1:].isdigit() and 1 <= int(source[1:]) < number):
                     raise PlanError(f"step {number}: source {source!r} is not an earlier step")
                 used.add(source)
@@ -144,8 +149,22 @@ class MergePlan:
         return (self.recipe.arm,) if self.recipe is not None else tuple(step.arm for step in self.steps)
 
     @property
+    def pair_arm(self) -> Arm | None:
+        """The arm that the plan is on a pair: one step with weight 0.5 and no seed, or the recipe of such a step."""
+        if self.seed or self.source is not None:
+            return None
+        if self.recipe is not None:
+            return _pair_arm(self.recipe.canonical())
+        return self.steps[0].arm if [step.weight for step in self.steps] == [0.5] else None
+
+    @property
     def needs_base(self) -> bool:
         return any(arm.spec.needs_base for arm in self.arms)
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether an operator takes Gram matrices of its members' inputs."""
+        return any(arm.spec.needs_grams for arm in self.arms)
 
     @property
     def uses_base(self) -> bool:
@@ -154,9 +173,15 @@ class MergePlan:
 
     @property
     def id(self) -> str:
-        """Digest of the plan with commuting sources sorted: one merge, one id."""
+        """Digest of the plan with commuting sources sorted: one merge, one id. A recipe that is an arm on a pair has
+        the id of that arm's step."""
         if self.recipe is not None:
-            return digest_json(self.recipe.canonical().to_json())[:16]
+            recipe = self.recipe.canonical()
+            arm = _pair_arm(recipe) if not self.seed else None
+            if arm is None:
+                return digest_json(recipe.to_json())[:16]
+            left, right = recipe.members
+            return pair_plan(left, right, arm).id
         return digest_json(replace(self, steps=tuple(s.canonical() for s in self.steps)).to_json())[:16]
 
     @property
@@ -203,6 +228,19 @@ def step_weights(operator: str, weight: float) -> tuple[float, float]:
     """n-ary weights of a two-way step: (1-w, w), doubled for sums of task vectors, so that 0.5 is the usual sum."""
     factor = 2.0 if OPERATOR_SPECS[operator].needs_base else 1.0
     return factor * (1.0 - weight), factor * weight
+
+
+def _pair_arm(recipe: Recipe) -> Arm | None:
+    """See `MergePlan.pair_arm`; of a canonical recipe."""
+    arm, (weight, *others) = recipe.arm, recipe.weights
+    if others != [weight] or not isinstance(weight, float):
+        return None
+    if not arm.spec.uses_weights or by_ratio(arm):
+        return arm
+    if arm.operator == "task_arithmetic":  # whose scale the weights have taken in
+        scale = arm.spec.parameters["scale"]
+        return make_arm(arm.operator, dict(arm.params) | {"scale": weight}) if not scale.problem(weight) else None
+    return arm if weight == step_weights(arm.operator, 0.5)[0] else None
 
 
 def weight_text(weight: Weight) -> str:
@@ -304,6 +342,13 @@ class ResolvedPlan:
         if self.plan.needs_base and self.base is None:
             names = sorted({arm.operator for arm in self.plan.arms if arm.spec.needs_base})
             raise OperatorError(f"operator {', '.join(names)} needs a base checkpoint; the catalogue names none")
+        without = [ref.id for ref in self.checkpoints if ref.grams is None]
+        if self.plan.needs_grams and without:
+            names = sorted({arm.operator for arm in self.plan.arms if arm.spec.needs_grams})
+            raise OperatorError(
+                f"operator {', '.join(names)} needs Gram matrices, and {', '.join(without)} has none; make them by "
+                "`simmerge tune CATALOGUE --probes PROBES --method regmean --out DIR` and use DIR/catalogue.yaml"
+            )
 
     @property
     def used_refs(self) -> tuple[CheckpointRef, ...]:
@@ -332,6 +377,7 @@ def write_plan(path: Place, resolved: ResolvedPlan, predicted: Mapping[str, Any]
             **resolved.plan.to_json(),
             "checkpoints": {ref.id: str(ref.path) for ref in resolved.checkpoints},
             "adapters": {ref.id: str(ref.adapter) for ref in resolved.checkpoints if ref.adapter},
+            "grams": {ref.id: str(ref.grams) for ref in resolved.checkpoints if ref.grams},
             "base": {"id": resolved.base.id, "path": str(resolved.base.path)} if resolved.base else None,
             "predicted": dict(predicted) if predicted else None,
             "versions": versions(),
@@ -358,8 +404,11 @@ def read_plan(path: Place) -> tuple[ResolvedPlan, dict[str, Any] | None]:
     base = value.pop("base", None)
     paths, predicted = value.pop("checkpoints"), value.pop("predicted", None)
     adapters = {key: place_in(path.parent, where) for key, where in (value.pop("adapters", None) or {}).items()}
+    grams = {key: place_in(path.parent, where) for key, where in (value.pop("grams", None) or {}).items()}
     base_ref = CheckpointRef(base["id"], place_in(path.parent, base["path"])) if base else None
     base_id = base["id"] if base else None
-    refs = tuple(CheckpointRef(i, place_in(path.parent, p), base_id, adapters.get(i)) for i, p in paths.items())
+    refs = tuple(
+        CheckpointRef(i, place_in(path.parent, p), base_id, adapters.get(i), grams.get(i)) for i, p in paths.items()
+    )
     plan = plan_from_json(value)
     return ResolvedPlan(plan, tuple(ref for ref in refs if ref.id in plan.members), base_ref), predicted

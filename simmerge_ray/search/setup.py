@@ -117,13 +117,14 @@ class PreparedSearch:
 
     def labels(self) -> dict[MergePlan, dict[str, LabeledPlan]]:
         """The labels in the store that this search would make itself (same contents, items and settings), by plan and
-        task."""
+        task; of plans with one id, in whatever words each label has it, the first stands for all."""
         known = {ref.id for ref in self.catalogue.all_refs}
         found: dict[MergePlan, dict[str, LabeledPlan]] = {}
+        first: dict[str, MergePlan] = {}
         for label in LabelStore(self.labels_uri).read():
             ours = label.task in self.tasks and set(label.plan.members) <= known
             if ours and self.key(label.plan, label.task) == label.key:
-                found.setdefault(label.plan, {})[label.task] = label
+                found.setdefault(first.setdefault(label.plan.id, label.plan), {})[label.task] = label
         return found
 
     def values(self, utilities: Mapping[str, float]) -> tuple[float, ...]:
@@ -157,9 +158,14 @@ def prepare_search(
     tasks: Mapping[str, EvaluationTask],
     config: SearchConfig,
     labels_uri: str,
+    plans_given: bool = False,
     answers: Mapping[str, Sequence[AnswersTask]] | None = None,
 ) -> PreparedSearch:
-    """Check everything that can be checked before an engine exists. answers: see `PreparedSearch`.
+    """Check everything that can be checked before an engine exists.
+
+    Args:
+        plans_given: what is measured does not come from the catalogue's pairs, so that it needs none.
+        answers: see `PreparedSearch`.
 
     Raises:
         InputError: an input that cannot be used; several are listed in one `ConfigError`.
@@ -171,7 +177,7 @@ def prepare_search(
     space = None
     if config.budget is not None:
         space = _collected(problems, lambda: make_space(catalogue, config))
-    else:
+    elif not plans_given:
         _collected(problems, lambda: _check_pairs(catalogue, tasks, config))
     if context is not None:
         asked = {one.name: one for some in (answers or {}).values() for one in some}
@@ -243,8 +249,8 @@ def _rivals(needed: Sequence[tuple[MergePlan, Sequence[str]]]) -> dict[str, tupl
     """
     groups: dict[str, list[tuple[int, int, MergePlan, set[str]]]] = {}
     for number, (plan, names) in enumerate(needed):
-        if plan.steps:
-            spherical = sum(step.arm.spec.is_spherical for step in plan.steps)
+        if plan.is_merge:
+            spherical = sum(arm.spec.is_spherical for arm in plan.arms)
             groups.setdefault(all_linear(plan).id, []).append((spherical, number, plan, set(names)))
     found = {}
     for group in groups.values():

@@ -98,7 +98,8 @@ def measure_zoo(
         {task: _task(catalogue, task, num_items) for task in sorted(tasks)},
         SearchConfig(evaluator="transformers", pairs="all"),
         str(labels),
-        answers_by_owner(answers, catalogue.base.id),
+        plans_given=True,
+        answers=answers_by_owner(answers, catalogue.base.id),
     )
     singles = [MergePlan(source=ref.id) for ref in catalogue.all_refs]
     plans = [*singles, *(plan for pair in cross_task_pairs(catalogue) for plan in pair_candidates(*pair))]

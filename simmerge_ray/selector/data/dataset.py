@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simmerge_ray.base.errors import LabelError, unknown_name
+from simmerge_ray.plans.keeping import KEEP_ARMS, keeps
 from simmerge_ray.search.headroom import Context
 from simmerge_ray.search.labels import LabeledPlan, measures_arm, pair_contexts
 from simmerge_ray.selector.data.encoding import statistics_of
@@ -20,7 +21,8 @@ class SelectionDataset:
     """N contexts (pair, task) with K arms.
 
     features: (N, 2, F), scaled features of (left, right) and of (right, left).
-    utilities: (N, K), mean over the items of the merge by each arm.
+    utilities: (N, K), mean over the items of the merge by each arm; the last two may be the parents as they are
+    (`with_keep`).
     statistics: (N, S), entropy and loss of the base on the task of each context; None without a base.
     weights: whether weight signals are `exact` or `sampled`; a selector is not asked about tables of the other kind.
     """
@@ -74,6 +76,15 @@ def build_dataset(
     return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities, *told)
 
 
+def with_keep(dataset: SelectionDataset) -> SelectionDataset:
+    """The same contexts with two more arms, keep(left) and keep(right): every context has their utilities."""
+    if keeps(dataset.arms):
+        return dataset
+    kept = [[one.left_items.mean(), one.right_items.mean()] for one in dataset.contexts]
+    utilities = np.hstack([dataset.utilities, np.array(kept).reshape(-1, 2)])
+    return replace(dataset, arms=(*dataset.arms, *KEEP_ARMS), utilities=utilities)
+
+
 def join_datasets(parts: Sequence[SelectionDataset]) -> SelectionDataset:
     """The contexts of several data sets, of other checkpoints each. Raises LabelError: there is none, or they differ in
     arms, feature columns or kind of weight signals."""
@@ -124,8 +135,8 @@ def common_arms(labels: Sequence[LabeledPlan]) -> tuple[str, ...]:
     """Arms that were measured on every pair of which some arm was, sorted."""
     by_pair: dict[tuple[str, ...], set[str]] = {}
     for label in labels:
-        if measures_arm(label):
-            by_pair.setdefault(tuple(sorted(label.plan.members)), set()).add(label.plan.steps[0].arm.label)
+        if measures_arm(label) and (arm := label.plan.pair_arm):
+            by_pair.setdefault(tuple(sorted(label.plan.members)), set()).add(arm.label)
     return tuple(sorted(set.intersection(*by_pair.values()))) if by_pair else ()
 
 

@@ -33,7 +33,7 @@ def fit_rows(rows: CandidateRows, config: TrainConfig) -> FittedRows:
     rows = rows.subset(rows.order)
     centre, scale = rows.features.mean(0), rows.features.std(0)
     scale = np.where(scale > 1e-9, scale, 1.0)
-    nothing = np.zeros((len(rows.utility), 1))  # a single output: no contrasts
+    nothing = np.zeros((len(rows.utility), 1, 1))  # a single output: no contrasts
     inputs = standardised(rows.features, centre, scale)
     one = TrainingSet(inputs, rows.utility, nothing, (0,), tuple(_groups(rows)))
     return FittedRows(centre, scale, _FITTERS[config.model](one, config))
