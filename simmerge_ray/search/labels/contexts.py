@@ -36,6 +36,7 @@ def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Co
     Raises:
         LabelError: two labels disagree on the items, evaluator or settings, so they must not be compared.
     """
+    labels = [label for label in labels if not label.task.startswith(PREFIX)]
     check_comparable(labels)
     singles = single_items(labels)
     found: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,13 +161,6 @@ def read_predictor(path: Place) -> UtilityPredictor:
                 raise SelectorError(f"predictor {path} is damaged: {error}; train it again") from None
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise SelectorError(f"no predictor at {path}; `simmerge predictor train` makes one") from None
-
-
-def packaged_predictor() -> UtilityPredictor:
-    """The one in the package, for who has no labels."""
-    source = resources.files("simmerge_ray.selector") / "default" / "predictor"
-    with resources.as_file(source) as directory:
-        return read_predictor(Path(directory))
 
 
 def _from_tensors(description: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> UtilityPredictor:
