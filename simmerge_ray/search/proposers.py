@@ -101,7 +101,7 @@ class OptunaProposer(Proposer):
                 self._known[plan.id] = None
                 self._running[number] = (trial, plan)
                 self._num_left -= 1
-                return Trial(plan, self._search.tasks_of(plan), num_shards=self._search.config.num_shards)
+                return Trial(plan, self._search.asked_of(plan), num_shards=self._search.config.num_shards)
             values = self._known.get(plan.id) if plan is not None else None
             self._optuna.tell(trial, values, state=self._states.COMPLETE if values else self._states.FAIL)
         self.total, self._num_left = self.total - self._num_left, 0  # nothing new is left

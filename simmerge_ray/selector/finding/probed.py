@@ -54,7 +54,7 @@ class Prober:
 
     def __init__(self, catalogue: Catalogue, answers: Sequence[OwnAnswers], aim: Aim, run: RunTrials) -> None:
         own_answers = {one.owner: one for one in answers}
-        self._pairs = [_token_pairs(own_answers[owner]) for owner in aim.owners]
+        self._pairs = [token_pairs(own_answers[owner]) for owner in aim.owners]
         self._aim, self._run = aim, run
         # Every candidate is asked for all answers, whoever its members are.
         self._catalogue = replace(catalogue, own_task=dict.fromkeys(catalogue.ids))
@@ -167,7 +167,7 @@ def _trials(search: PreparedSearch, plans: Sequence[MergePlan]) -> list[Trial]:
     return [trial for trial in grid_trials(search, plans) if trial.plan.id in wanted]
 
 
-def _token_pairs(own: OwnAnswers) -> list[tuple[list[int], list[int]]]:
+def token_pairs(own: OwnAnswers) -> list[tuple[list[int], list[int]]]:
     """Tokens of each probe and of its answer."""
     pairs = []
     for batch in own.answers.batches:
