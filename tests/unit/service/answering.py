@@ -20,7 +20,7 @@ SPEC = SignatureSpec(num_positions=16, num_attention_positions=4, num_coordinate
 
 @dataclass(frozen=True)
 class AnsweringFiles:
-    """root: with `catalogue.yaml` of m0 to m3 (tasks add, copy, add, copy), `probes` and `signatures`."""
+    """root: with `catalogue.yaml` of m0 to m3 (tasks s, t, s, t), `probes` and `signatures`."""
 
     root: Path
     published: PublishedFiles
@@ -38,7 +38,7 @@ class AnsweringFiles:
 
 def write_answering(root: Path, answers: bool = True) -> AnsweringFiles:
     """Everything a service needs; without answers in the signatures where these were made before they had any."""
-    catalogue = load_catalogue(tiny.make_catalogue(root, 4, noise=0.02))
+    catalogue = load_catalogue(tiny.make_catalogue(root, 4, noise=0.02, tasks=("s", "t")))
     probe_sets, store = load_probe_sets(root / "probes"), SignatureStore(root / "signatures")
     executor = local_executor(catalogue)
     table = compute_signals(catalogue, probe_sets, SPEC, store=store, executor=executor)

@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_virtual_scorer(service, files):
     plans = [*(MergePlan(recipe=one) for one in RECIPES), MergePlan(source="m1"), MergePlan(source="base")]
     answer = rank(service, [plan.to_json() for plan in plans])
     expected = sources_of(files, PAIR).scorer.of_plans(plans)
-    assert answer["owners"] == [{"checkpoint": "m0", "task": "add"}, {"checkpoint": "m1", "task": "copy"}]
+    assert answer["owners"] == [{"checkpoint": "m0", "task": "s"}, {"checkpoint": "m1", "task": "t"}]
     assert answer["num_considered"] == len(plans) and answer["checkpoints"] == []
     for row in answer["plans"]:
         n = row["index"]
@@ -116,7 +116,7 @@ def test_the_best_recipes_are_ranked_beside_the_checkpoints(service, files):
     assert len(scores) == 6 and scores == sorted(scores, reverse=True)
     for row in [*answer["plans"], *answer["checkpoints"]]:
         of_owners = worth(np.array(row["retention"]), np.array(row["nll"]))
-        assert row["score"] == pytest.approx(((of_owners[0] + of_owners[2]) / 2 + of_owners[1]) / 2)  # add, copy
+        assert row["score"] == pytest.approx(((of_owners[0] + of_owners[2]) / 2 + of_owners[1]) / 2)  # s, t
         again = rank(service, [row["plan"], *({"source": name} for name in members)])["plans"]
         assert next(one for one in again if one["index"] == 0)["retention"] == row["retention"]
     assert all(2 <= len(plan_from_json(row["plan"]).members) <= 3 for row in answer["plans"])
@@ -147,7 +147,7 @@ def test_the_ranking_by_the_selector_stays_as_it_was(service):
 
 
 def test_one_task_alone(service):
-    body = {"checkpoints": ["m0", "m1"], "ways": 2, "by": "retention", "task": "copy"}
+    body = {"checkpoints": ["m0", "m1"], "ways": 2, "by": "retention", "task": "t"}
     answer = service.ask("POST", "/v1/plans", "decide", json=body).json()
     for row in answer["checkpoints"]:
         assert row["score"] == pytest.approx(float(worth(row["retention"][1], row["nll"][1])))
@@ -286,7 +286,7 @@ def ranker_probes(files: AnsweringFiles) -> Any:
 
 
 def test_a_checkpoint_without_probes_of_its_task_is_left_out_of_all_and_refused_by_name(files):
-    probe_sets = {name: one for name, one in ranker_probes(files).items() if name == "add"}
+    probe_sets = {name: one for name, one in ranker_probes(files).items() if name == "s"}
     ranker = ranker_of(files, probe_sets=probe_sets)
     assert ranker.checkpoints == ("m0", "m2")
     with pytest.raises(InputError, match="m1"):
