@@ -48,7 +48,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CurveQuery:
     """What the form says; what does not fit is replaced by what does."""
 
     members: tuple[str, ...]
@@ -57,7 +57,7 @@ class Asked:
     scale: float
 
 
-def asked_of(query: QueryParams, known: Sequence[str]) -> Asked:
+def asked_of(query: QueryParams, known: Sequence[str]) -> CurveQuery:
     """Args: known: ids of at least two checkpoints."""
     members = tuple(name for name in known if name in query.getlist("member"))[:MAX_COMPARED]
     members = members if len(members) > 1 else tuple(known)[:MAX_COMPARED]
@@ -68,7 +68,7 @@ def asked_of(query: QueryParams, known: Sequence[str]) -> Asked:
     except ValueError:
         scale = 1.0
     low, high = _SCALES
-    return Asked(members, left, others[0], min(high, max(low, scale)) if np.isfinite(scale) else 1.0)
+    return CurveQuery(members, left, others[0], min(high, max(low, scale)) if np.isfinite(scale) else 1.0)
 
 
 async def retention_view(learner: Learner, query: QueryParams, may_ask: bool) -> dict[str, Any]:
