@@ -262,6 +262,13 @@ class TrainConfig(FrozenConfig):
         return values
 
 
+class PredictorConfig(FrozenConfig):
+    """Training of the predictor of utilities."""
+
+    model: Literal["ridge", "forest", "mlp"] = option("ridge", "what predicts utilities from what merges keep")
+    seed: int = option(0, "of the training")
+
+
 class DatasetConfig(FrozenConfig):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 

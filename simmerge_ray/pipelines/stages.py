@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -311,7 +309,7 @@ def load_dataset_config(path: Place) -> tuple[DatasetConfig, SearchEstimate]:
 def build_dataset_stages(config: DatasetConfig, narrator: Narrator) -> None:
     """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`."""
     # Alone in its cluster: another submission of the same job waits, and then finds everything in place.
-    with only_job(str(config.out), narrator.say) if "RAY_ADDRESS" in os.environ else nullcontext():
+    with only_job(str(config.out), narrator.say):
         signals = config.out / "signals" / "pairs.parquet"
         signals_stage(config.catalogue, config.probes, signals, config.signals, narrator)
         search_stage(config.catalogue, config.tasks, config.out / "labels", config.search, narrator)

@@ -48,7 +48,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class FormValues:
+class CurveQuery:
     """What the form says; what does not fit is replaced by what does."""
 
     members: tuple[str, ...]
@@ -57,7 +57,7 @@ class FormValues:
     scale: float
 
 
-def form_values(query: QueryParams, known: Sequence[str]) -> FormValues:
+def asked_of(query: QueryParams, known: Sequence[str]) -> CurveQuery:
     """Args: known: ids of at least two checkpoints."""
     members = tuple(name for name in known if name in query.getlist("member"))[:MAX_COMPARED]
     members = members if len(members) > 1 else tuple(known)[:MAX_COMPARED]
@@ -68,7 +68,7 @@ def form_values(query: QueryParams, known: Sequence[str]) -> FormValues:
     except ValueError:
         scale = 1.0
     low, high = _SCALES
-    return FormValues(members, left, others[0], min(high, max(low, scale)) if np.isfinite(scale) else 1.0)
+    return CurveQuery(members, left, others[0], min(high, max(low, scale)) if np.isfinite(scale) else 1.0)
 
 
 async def retention_view(learner: Learner, query: QueryParams, may_ask: bool) -> dict[str, Any]:
@@ -82,7 +82,7 @@ async def retention_view(learner: Learner, query: QueryParams, may_ask: bool) ->
         if len(known) < 2:
             await learner.best_recipes(PlansRequest(by="retention"))  # which says what is missing
             raise Refused(409, "there is one checkpoint whose task has probes; a merge needs two")
-        asked = form_values(query, known)
+        asked = asked_of(query, known)
         ways = f"2-{min(4, len(asked.members))}"
         request = PlansRequest(checkpoints=list(asked.members), ways=ways, top=_TOP_RECIPES, by="retention")
         curve = await learner.retention_curve(asked.left, asked.right, asked.scale)
