@@ -30,8 +30,9 @@ from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.cli.app import app
 from simmerge_ray.cli.auto import measured_lines, measured_table, retention_lines, retention_table
+from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.pipelines.auto.answer import check_auto, label_free_json, write_stage
-from simmerge_ray.pipelines.auto.find import find_stages
+from simmerge_ray.pipelines.auto.find import find_here, find_stages
 from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json, prepare_measuring
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan
@@ -251,3 +252,13 @@ def test_a_whole_run_tunes_and_measures_and_the_next_one_computes_nothing(reques
     assert label_free_json(run, again) == content
     measure_stage(run, again, narrator)
     assert "0 measured now" in printed.getvalue()
+
+    # In one process, as the demo does for many pairs: the same choice.
+    here = label_free_json(run, find_here(run_in(tmp_path / "here", tuned), start_evaluator))
+    assert [row["label"] for row in here["candidates"]] == [row["label"] for row in content["candidates"]]
+    assert [row["score"] for row in here["tuned"]] == pytest.approx(
+        [row["score"] for row in content["tuned"]], abs=1e-3
+    )
+    assert here["keeps"] == pytest.approx(content["keeps"]) and here["best"]["score"] == pytest.approx(
+        content["best"]["score"], abs=1e-3
+    )
