@@ -1,0 +1,61 @@
+"""Tuned merges of every pair: coefficients by gradient on the members' answers, at several granularities, and controls.
+
+No label is used. The recipes and their seconds are kept, then measured like any other plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.finding.utilities import Bench
+from simmerge_ray.base.config import TuneConfig
+from simmerge_ray.plans.plan import MergePlan, plan_from_json
+from simmerge_ray.signals.signature import SignatureSpec
+from simmerge_ray.signals.tokens import tokenize_probes
+from simmerge_ray.signals.tuning.prepare import prepare_tuning
+from simmerge_ray.signals.tuning.tuner import tune_coefficients
+
+TUNINGS: Mapping[str, TuneConfig] = {
+    "tensor": TuneConfig(groups="tensor"),
+    "layer": TuneConfig(groups="layer"),
+    "two scalars": TuneConfig(groups="global"),
+    "tensor, entropy": TuneConfig(groups="tensor", objective="entropy"),
+    "tensor, nll": TuneConfig(groups="tensor", objective="nll"),
+    "layer, entropy": TuneConfig(groups="layer", objective="entropy"),
+}
+
+
+def tuned_plan(bench: Bench, members: tuple[str, ...], config: TuneConfig) -> dict[str, Any]:
+    """The recipe as JSON, steps, objectives at the start and at the end, and seconds."""
+    began = time.perf_counter()
+    catalogue = replace(bench.catalogue, checkpoints=tuple(map(bench.catalogue.ref, members)))
+    probes = {task: bench.probes[task] for task in bench.tasks_of(members)}
+    batches = tokenize_probes(catalogue, probes, SignatureSpec(), config.max_tokens)
+    prepared = prepare_tuning(catalogue, batches, config)
+    ready = time.perf_counter()
+    state = tune_coefficients(prepared.model, prepared.batches, prepared.start, config)
+    return {
+        "plan": MergePlan(recipe=prepared.recipe(state.best)).to_json(),
+        "steps": state.num_steps,
+        "best_step": state.best_step,
+        "objectives": [state.objectives[0], state.objectives[state.best_step]],
+        "seconds": [round(ready - began, 3), round(time.perf_counter() - ready, 3)],
+    }
+
+
+def tuned_pairs(bench: Bench) -> dict[str, dict[str, dict[str, Any]]]:
+    """By tuning and pair: what `tuned_plan` gives, and the measured utility."""
+    kept = bench.kept("tuned")
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in TUNINGS}
+    for name, config in TUNINGS.items():
+        for pair in bench.pairs():
+            joined = "+".join(pair)
+            key = f"{joined} {config.model_dump_json()}"
+            tuned = kept.of(key, lambda pair=pair, config=config: tuned_plan(bench, pair, config))
+            utility = bench.utilities.mean(plan_from_json(tuned["plan"]), bench.tasks_of(pair))
+            found[name][joined] = tuned | {"utility": utility}
+            bench.report(f"tuned, {name}: {joined} {utility:.3f} {tuned['seconds']}")
+    return found
