@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.finding.utilities import Bench
+from benchmarks.finding.utilities import Bench, plan_key
 from simmerge_ray.checkpoints.probes import general_probe_set
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.signals.candidates.answers import (
@@ -79,7 +79,7 @@ class Probing:
                 "num_tokens": found.num_tokens.tolist(),
             }
 
-        value = self._kept.of(f"{plan.id} {member}", probe)
+        value = self._kept.of(f"{plan_key(plan)} {member}", probe)
         floats = (np.array(value[name], dtype=np.float64) for name in ("nll", "kl", "entropy"))
         return AnswerScores(np.array(value["kept"], dtype=bool), *floats, np.array(value["num_tokens"]))
 

@@ -5,6 +5,7 @@ No label is used. The recipes and their seconds are kept, then measured like any
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,13 +19,22 @@ from simmerge_ray.signals.tokens import tokenize_probes
 from simmerge_ray.signals.tuning.prepare import prepare_tuning
 from simmerge_ray.signals.tuning.tuner import tune_coefficients
 
-TUNINGS: Mapping[str, TuneConfig] = {
-    "tensor": TuneConfig(groups="tensor"),
-    "layer": TuneConfig(groups="layer"),
-    "two scalars": TuneConfig(groups="global"),
-    "tensor, entropy": TuneConfig(groups="tensor", objective="entropy"),
-    "tensor, nll": TuneConfig(groups="tensor", objective="nll"),
-    "layer, entropy": TuneConfig(groups="layer", objective="entropy"),
+# Written out, so that results are those of these settings whatever the defaults become.
+_SETTINGS: dict[str, Any] = {
+    "num_steps": 60,
+    "learning_rate": 0.05,
+    "pull": 0.05,
+    "held_out": 0.25,
+    "patience": 20,
+    "max_tokens": 16,
+}
+TUNINGS: Mapping[str, Mapping[str, Any]] = {
+    "tensor": {"groups": "tensor", "objective": "kl"},
+    "layer": {"groups": "layer", "objective": "kl"},
+    "two scalars": {"groups": "global", "objective": "kl"},
+    "tensor, entropy": {"groups": "tensor", "objective": "entropy"},
+    "tensor, nll": {"groups": "tensor", "objective": "nll"},
+    "layer, entropy": {"groups": "layer", "objective": "entropy"},
 }
 
 
@@ -50,10 +60,12 @@ def tuned_pairs(bench: Bench) -> dict[str, dict[str, dict[str, Any]]]:
     """By tuning and pair: what `tuned_plan` gives, and the measured utility."""
     kept = bench.kept("tuned")
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in TUNINGS}
-    for name, config in TUNINGS.items():
+    for name, own in TUNINGS.items():
+        settings = {**_SETTINGS, **own}
+        config = TuneConfig(**settings)
         for pair in bench.pairs():
             joined = "+".join(pair)
-            key = f"{joined} {config.model_dump_json()}"
+            key = f"{joined} {json.dumps(settings)}"
             tuned = kept.of(key, lambda pair=pair, config=config: tuned_plan(bench, pair, config))
             utility = bench.utilities.mean(plan_from_json(tuned["plan"]), bench.tasks_of(pair))
             found[name][joined] = tuned | {"utility": utility}

@@ -33,6 +33,11 @@ _BATCH_SIZE = 50
 Tensors = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
+def plan_key(plan: MergePlan) -> str:
+    """Name of a plan's results: of its JSON form as it is, which stays when what counts as one merge changes."""
+    return digest_json(plan.to_json())[:16]
+
+
 class LiveModel:
     """One model in memory, whose weights are those of what was put in last."""
 
@@ -58,7 +63,7 @@ class LiveModel:
 
     def put_plan(self, plan: MergePlan) -> Any:
         """The model with the weights of a plan, merged by the product's engine."""
-        return self.put(plan.id, self.tensors_of(plan))
+        return self.put(plan_key(plan), self.tensors_of(plan))
 
     def tensors_of(self, plan: MergePlan) -> Tensors:
         return lambda: merged_tensors(resolve_plan(plan, self.catalogue))
@@ -83,7 +88,7 @@ class Utilities:
 
     def of_plan(self, plan: MergePlan, task: str, half: int) -> np.ndarray:
         """(items of the half,) bool."""
-        return self.of_weights(plan.id, self._live.tensors_of(plan), task, half)
+        return self.of_weights(plan_key(plan), self._live.tensors_of(plan), task, half)
 
     def of_weights(self, key: str, tensors: Tensors, task: str, half: int) -> np.ndarray:
         """The same of weights that no plan describes; `key` names them once and for all."""
