@@ -163,7 +163,7 @@ class Bench:
         assert self.catalogue.base is not None
         self.tasks: dict[str, Task] = load_tasks(zoo / "tasks")
         self.probes: dict[str, ProbeSet] = load_probe_sets(zoo / "probes")
-        self.tokenizer = AutoTokenizer.from_pretrained(zoo / self.catalogue.base.id)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.catalogue.base.path)
         digest = digest_json([self.catalogue.digests(), {n: task.digest for n, task in self.tasks.items()}])[:12]
         self.out, self.cache, self.writer = out, out / f"zoo-{digest}", writer
         self.live = LiveModel(self.catalogue)
