@@ -179,8 +179,9 @@ class VllmEvaluator:
         answers = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [cut(answer, stop) for answer in answers]
 
-    def log_likelihoods(self, pairs: Sequence[TokenPair]) -> list[LogLikelihood]:
-        """Of the second part of each pair of token ids after the first."""
+    def log_likelihoods(self, pairs: Sequence[TokenPair], padded: bool = False) -> list[LogLikelihood]:
+        """Of the second part of each pair of token ids after the first; the engine batches as it likes."""
+        del padded
         wholes = [[*before, *after] for before, after in pairs]
         outputs = self._run(wholes, max_tokens=1, detokenize=False, prompt_logprobs=0, flat_logprobs=True)
         found = []

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from simmerge_ray.base.errors import CheckpointError, ConfigError
+from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.headers import read_headers
@@ -27,7 +27,7 @@ from simmerge_ray.signals.bounds import stages_for
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.pairs import output_matrices
 from simmerge_ray.signals.pipeline import StageOutputs, join_stages
-from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, group_tensors
+from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, checked_results, group_tensors
 from simmerge_ray.signals.samples import float_tensors_of, sampled_weight_sums, trim_thresholds
 from simmerge_ray.signals.signature import (
     NUM_GREEDY_TOKENS,
@@ -50,7 +50,7 @@ from simmerge_ray.signals.tokens import (
     tokenize_probes,
 )
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, weight_matrices
-from simmerge_ray.signals.worker import SignalWorker, UnitFailure, as_arrays
+from simmerge_ray.signals.worker import SignalWorker, as_arrays
 
 WEIGHT_MODES = ("exact", "sampled")
 
@@ -146,7 +146,7 @@ class Signatures:
             queue = WorkQueue(
                 Unit("continuation", base.id, (flat[number], NUM_GREEDY_TOKENS, stages)) for number in missing
             )
-            for index, result in self._checked(queue):
+            for index, result in checked_results(self._run, queue):
                 about = {"base": self._base_digest}
                 self._store.write("continuation", keys[missing[index]], {"tokens": result.numpy()}, about)
             found = iter([torch.from_numpy(self._store.read("continuation", key)["tokens"]) for key in keys])
@@ -183,7 +183,7 @@ class Signatures:
                 job = _Job(ref.id, None, len(groups))
                 for number, names in enumerate(groups):
                     add(job, number, Unit("sample", ref.id, (names, self._spec.num_coordinates)))
-        for index, result in self._checked(queue):
+        for index, result in checked_results(self._run, queue):
             job, number = owners.pop(index)
             unit = queue.units[index]
             if unit.kind == "stage":
@@ -233,21 +233,9 @@ class Signatures:
                 Unit("sums", None, ({name: trim_thresholds([one[name] for one in samples]) for name in names}, block))
                 for names in tensor_groups(refs[0])
             ]
-            sums = {name: one for _, part in self._checked(WorkQueue(units)) for name, one in part.items()}
+            sums = {name: one for _, part in checked_results(self._run, WorkQueue(units)) for name, one in part.items()}
             self._store.write_parts("sums", key, sums, {"checkpoints": [ref.id for ref in refs]})
         return {name: WeightSums(**fields) for name, fields in self._store.read_parts("sums", key).items()}
-
-    def _checked(self, queue: WorkQueue) -> Iterator[tuple[int, Any]]:
-        """Results as they come; failures are collected and raised together at the end."""
-        failures: dict[str, None] = {}
-        for index, result in self._run(queue) if len(queue) else ():
-            if isinstance(result, UnitFailure):
-                failures[result.message] = None
-            else:
-                yield index, result
-        if failures:
-            kept = "" if queue.units[0].kind == "sums" else "\n  the signatures of the other checkpoints are kept"
-            raise CheckpointError("\n  ".join(sorted(failures)) + kept)
 
     def _outputs_key(self, checkpoint_id: str, tokens: ProbeTokens) -> str:
         return outputs_key(self._digests[checkpoint_id], tokens.digest)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from simmerge_ray.base.errors import CheckpointError
+
 _UNIT_ELEMENTS = 1 << 25
 
 Group = tuple[str, str | None, int]  # what is held in memory, of which checkpoint, from which layer on
@@ -17,7 +19,8 @@ class Unit:
     """One piece of work. Units of the same `group` are best run by the same worker, which keeps what they share.
 
     kind: `continuation` (TokenBatch, number of tokens, stages or None), `outputs` (ProbeBatch), `stage` (LayerRange,
-    ProbeBatch, hidden states of the stage before or None), `sample` (names, coordinates), or `sums` ({name: (M,)
+    ProbeBatch, hidden states of the stage before or None), `answers` (TokenBatch, AnswerSpec), `likeliest`
+    (AnswerBatch, K), `kept` (AnswerBatch, (S, K) tokens), `sample` (names, coordinates), or `sums` ({name: (M,)
     thresholds}, elements of a block) over all checkpoints.
     """
 
@@ -29,6 +32,13 @@ class Unit:
     def group(self) -> Group:
         stage = self.payload[0].first if self.kind == "stage" else -1
         return ("weights" if self.kind in ("sample", "sums") else "model", self.checkpoint, stage)
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """A checkpoint that cannot be used, found while its unit ran; the other checkpoints' units are not concerned."""
+
+    message: str
 
 
 # Drains a queue: yields (index, result) in any order, until no unit is left; units may be added meanwhile.
@@ -97,3 +107,20 @@ def group_tensors(sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
             groups.append(tuple(names))
             names, elements = [], 0
     return [*groups, tuple(names)] if names else groups
+
+
+def checked_results(run: Executor, queue: WorkQueue) -> Iterator[tuple[int, Any]]:
+    """Results as they come; failures are collected and raised together at the end.
+
+    Raises:
+        CheckpointError: with every checkpoint that cannot be used.
+    """
+    failures: dict[str, None] = {}
+    for index, result in run(queue) if len(queue) else ():
+        if isinstance(result, UnitFailure):
+            failures[result.message] = None
+        else:
+            yield index, result
+    if failures:
+        kept = "" if queue.units[0].kind == "sums" else "\n  the signatures of the other checkpoints are kept"
+        raise CheckpointError("\n  ".join(sorted(failures)) + kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,19 +10,13 @@ import torch
 
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.signals.candidates.units import ANSWER_UNITS
 from simmerge_ray.signals.collect import BatchOutputs, ProbeModel
 from simmerge_ray.signals.pipeline import StageModel, staged_continuation
-from simmerge_ray.signals.queue import Unit
+from simmerge_ray.signals.queue import Unit, UnitFailure
 from simmerge_ray.signals.samples import exact_sums, opened_blocks, tensor_sample
 from simmerge_ray.signals.signature import TensorSample
 from simmerge_ray.signals.weights import WeightSums
-
-
-@dataclass(frozen=True)
-class UnitFailure:
-    """A checkpoint that cannot be used, found while its unit ran; the other checkpoints' units are not concerned."""
-
-    message: str
 
 
 class SignalWorker:
@@ -63,6 +56,8 @@ class SignalWorker:
                 return self._stage.run(ref, *unit.payload)
             if unit.kind == "outputs":
                 return as_arrays(self._model.outputs(ref, *unit.payload))
+            if unit.kind in ANSWER_UNITS:
+                return ANSWER_UNITS[unit.kind](self._model, ref, *unit.payload)
             return self._samples(ref, *unit.payload)
         except CheckpointError as error:
             return UnitFailure(str(error))

@@ -40,8 +40,11 @@ class Evaluator(Protocol):
         """Greedy answers to prompts of token ids, special tokens removed, cut before the first stop string."""
         ...
 
-    def log_likelihoods(self, pairs: Sequence[TokenPair]) -> list[LogLikelihood]:
-        """Of the second part of each pair of token ids after the first."""
+    def log_likelihoods(self, pairs: Sequence[TokenPair], padded: bool = False) -> list[LogLikelihood]:
+        """Of the second part of each pair of token ids after the first.
+
+        padded: pairs of different lengths may be run together, which is faster and changes float32 sums by rounding.
+        """
         ...
 
 

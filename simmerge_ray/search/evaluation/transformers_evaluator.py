@@ -81,23 +81,38 @@ class TransformersEvaluator:
         return answers
 
     @torch.no_grad()
-    def log_likelihoods(self, pairs: Sequence[TokenPair]) -> list[LogLikelihood]:
+    def log_likelihoods(self, pairs: Sequence[TokenPair], padded: bool = False) -> list[LogLikelihood]:
         """Of the second part of each pair of token ids after the first."""
         found: dict[int, LogLikelihood] = {}
         wholes = [[*before, *after] for before, after in pairs]
         vocabulary = int(self._model.config.vocab_size)
         longest = max((len(whole) for whole in wholes), default=1)
         batch_size = max(1, min(self._batch_size, _LOGIT_BYTES // (4 * vocabulary * longest)))
-        for indices in _equal_lengths(wholes, batch_size):
-            input_ids = torch.tensor([wholes[index] for index in indices], device=self._device)
-            log_probs = torch.log_softmax(self._model(input_ids=input_ids).logits.float(), dim=-1)
+        batches = _similar_lengths if padded else _equal_lengths
+        for indices in batches(wholes, batch_size):
+            # Answers end together, so that the head is run over as many last positions as the longest one has.
+            width, last = max(len(wholes[i]) for i in indices), max(len(pairs[i][1]) for i in indices)
+            rows = [[0] * (width - len(wholes[i])) + wholes[i] for i in indices]
+            input_ids = torch.tensor(rows, device=self._device)
+            mask = torch.tensor([[0] * (width - len(wholes[i])) + [1] * len(wholes[i]) for i in indices])
+            logits = self._last_logits(input_ids, mask.to(self._device), last + 1, padded)
+            log_probs = torch.log_softmax(logits.float(), dim=-1)
             for row, index in enumerate(indices):
-                answer = input_ids[row, len(pairs[index][0]) :]
-                predicted = log_probs[row, len(pairs[index][0]) - 1 : -1]
+                length = len(pairs[index][1])
+                answer = input_ids[row, width - length :]
+                predicted = log_probs[row, -1 - length : -1]
                 total = float(predicted.gather(1, answer[:, None]).double().sum())
                 greedy = bool((predicted.argmax(dim=-1) == answer).all())
-                found[index] = LogLikelihood(total, len(answer), greedy)
+                found[index] = LogLikelihood(total, length, greedy)
         return [found[index] for index in range(len(pairs))]
+
+    def _last_logits(self, input_ids: Tensor, mask: Tensor, count: int, padded: bool) -> Tensor:
+        """(B, count, V): logits at the last positions of left-padded rows."""
+        if not padded:  # the bits of `log_probs`
+            return self._model(input_ids=input_ids).logits[:, -count:]
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        given = {"attention_mask": mask, "position_ids": places, "logits_to_keep": count, "use_cache": False}
+        return self._model(input_ids=input_ids, **given).logits
 
     @torch.no_grad()
     def log_probs(self, ids: Sequence[int]) -> Tensor:
@@ -115,3 +130,15 @@ def _equal_lengths(sequences: Sequence[Sequence[int]], batch_size: int) -> Itera
     for _, indices in sorted(by_length.items()):
         for start in range(0, len(indices), batch_size):
             yield indices[start : start + batch_size]
+
+
+def _similar_lengths(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices in order of length, cut where more than a third of a batch would be padding."""
+    batch: list[int] = []
+    for index in sorted(range(len(sequences)), key=lambda one: len(sequences[one])):
+        if batch and (len(batch) == batch_size or len(sequences[index]) > 1.5 * len(sequences[batch[0]])):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -93,8 +93,8 @@ class VirtualAnswers:
         self._parts = np.ascontiguousarray(self._parts, dtype=np.float32)
         place = kept.ids.index(kept.owner)
         own = _with_rest(kept.likely[place : place + 1], kept.rest[place : place + 1])[0].astype(np.float64)
-        self._own = np.exp(own)
-        self._own_entropy = float(-(self._own * own).sum())
+        self._own = np.ascontiguousarray(np.exp(own), dtype=np.float32)
+        self._own_entropy = float(-(np.exp(own) * own).sum())
 
     def scores(self, coefficients: np.ndarray) -> CandidateSignals:
         """Signals of N candidates.

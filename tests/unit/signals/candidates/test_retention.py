@@ -53,8 +53,11 @@ def test_probed_by_an_evaluator_is_the_same_retention(catalogue, batches, tmp_pa
             for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         ]
         pairs = [(prompt, list(own)) for prompt, own in zip(rows, card.own, strict=True)]
-        task = AnswersTask(card.member, pairs, answers.digest)
-        assert task.evaluate(evaluator).tolist() == card.scores.kept.astype(float).tolist()
+        assert answers.num_answers == len(pairs)
+        task = AnswersTask(card.member, pairs)
+        kept, nll = task.kept_and_nll(task.evaluate(evaluator))
+        assert kept.tolist() == card.scores.kept.tolist()
+        assert nll == pytest.approx(card.scores.nll.tolist(), abs=1e-4)
         found = [-likelihood.total for likelihood in evaluator.log_likelihoods(pairs)]
         assert found == pytest.approx(card.scores.nll.tolist(), abs=1e-4)
 

@@ -1,0 +1,172 @@
+"""Candidates merged in memory and run over probes and answers: nothing is generated, no label is needed.
+
+A probed candidate is a trial of a search on tasks without labels (`search.evaluation.answers`), so it runs where trials
+run, on vLLM too, and what a label store holds is never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.search.evaluation.answers import AnswersTask
+from simmerge_ray.search.labels import LabelStore, Measured
+from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials, prepare_search
+from simmerge_ray.selector.finding.aim import Aim
+from simmerge_ray.signals.candidates.signatures import OwnAnswers
+
+FACTOR = 3  # of the candidates one in so many is run over the rest of the probes
+_LEAST_PROBES = 16  # of a first round; fewer tell candidates apart too badly
+
+
+@dataclass(frozen=True)
+class ProbedPlan:
+    """What a merge keeps: retention (owners,) in [0, 1] and nll (owners,) in nats a token, over the first `num_probes`
+    probes; score is the aim's."""
+
+    plan: MergePlan
+    retention: np.ndarray
+    nll: np.ndarray
+    num_probes: int
+    score: float
+
+
+class RunTrials(Protocol):
+    """Measures what is missing: `on_ray.merge_search.run_search`, or `in_this_process`."""
+
+    def __call__(
+        self, catalogue: Catalogue, tasks: Mapping[str, AnswersTask], plans: Sequence[MergePlan]
+    ) -> PreparedSearch: ...
+
+
+class Prober:
+    """Runs candidates over the first probes of every owner, and keeps what it finds in a label store.
+
+    Args:
+        run: measures plans on tasks into the label store of the search that it returns.
+    """
+
+    def __init__(self, catalogue: Catalogue, answers: Sequence[OwnAnswers], aim: Aim, run: RunTrials) -> None:
+        own_answers = {one.owner: one for one in answers}
+        self._pairs = [_token_pairs(own_answers[owner]) for owner in aim.owners]
+        self._aim, self._run = aim, run
+        # Every candidate is asked for all answers, whoever its members are.
+        self._catalogue = replace(catalogue, own_task=dict.fromkeys(catalogue.ids))
+
+    @property
+    def num_probes(self) -> int:
+        """The most that an owner has."""
+        return max(map(len, self._pairs))
+
+    def probe(self, plans: Sequence[MergePlan], bounds: Sequence[int]) -> list[ProbedPlan]:
+        """What the plans keep of the first `bounds[-1]` probes; the plans that cannot be measured are left out.
+
+        Args:
+            bounds: ends of the parts that the probes are run in, so that a later round runs only what is new.
+        """
+        found, tasks = self._tasks(bounds)
+        search = self._run(self._catalogue, tasks, plans)
+        known = {label.key: label.outcome for label in LabelStore(search.labels_uri).read()}
+        probed = []
+        for plan in plans:
+            outcomes = {name: known.get(search.key(plan, name)) for name in tasks}
+            items = {name: one.items for name, one in outcomes.items() if isinstance(one, Measured)}
+            if len(items) == len(tasks):
+                values = [
+                    self._joined([tasks[name] for name in names], [items[name] for name in names]) for names in found
+                ]
+                retention, nll = (np.array(column) for column in zip(*values, strict=True))
+                score = float(self._aim.scores(retention[None], nll[None])[0])
+                probed.append(ProbedPlan(plan, retention, nll, bounds[-1], score))
+        return probed
+
+    def _tasks(self, bounds: Sequence[int]) -> tuple[list[list[str]], dict[str, AnswersTask]]:
+        """Names of the tasks of every owner, and the tasks."""
+        names: list[list[str]] = []
+        tasks: dict[str, AnswersTask] = {}
+        for owner, pairs in zip(self._aim.owners, self._pairs, strict=True):
+            names.append([])
+            for start, stop in zip((0, *bounds), bounds, strict=False):
+                if part := pairs[start:stop]:
+                    task = AnswersTask(f"{owner.checkpoint} to {owner.task} {start}-{stop}", part)
+                    tasks[task.name] = task
+                    names[-1].append(task.name)
+        return names, tasks
+
+    @staticmethod
+    def _joined(tasks: Sequence[AnswersTask], items: Sequence[np.ndarray]) -> tuple[float, float]:
+        """Retention and nats a token."""
+        parts = [task.kept_and_nll(one) for task, one in zip(tasks, items, strict=True)]
+        kept, nll = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return float(kept.mean()), float(nll.sum() / sum(task.num_tokens.sum() for task in tasks))
+
+
+def halve(
+    prober: Prober, plans: Sequence[MergePlan], always: Sequence[MergePlan], report: Callable[[str], None] | None = None
+) -> list[ProbedPlan]:
+    """Successive halving over probes: all plans on a part of the probes, the best on all of them; best first.
+
+    Args:
+        always: what is run over all probes in any case (the checkpoints as they are, the plain average).
+    """
+    whole = prober.num_probes
+    kept, bounds = list(plans), list[int]()
+    first = max(_LEAST_PROBES, whole // FACTOR)
+    if first < whole and len(kept) > FACTOR:
+        bounds = [first]
+        if report:
+            report(f"{len(kept)} candidates on {first} probes of each member")
+        ranked = sorted(prober.probe(kept, bounds), key=lambda one: -one.score)
+        kept = [one.plan for one in ranked[: max(2, len(kept) // FACTOR)]]
+    kept = list({plan.id: plan for plan in (*always, *kept)}.values())
+    if report:
+        report(f"{len(kept)} candidates and checkpoints on all {whole} probes")
+    # Equally good ones stand in the order in which they came: checkpoints before merges.
+    return sorted(prober.probe(kept, [*bounds, whole]), key=lambda one: -one.score)
+
+
+def in_this_process(config: SearchConfig, labels_uri: str, start: Callable[[PreparedSearch], object]) -> RunTrials:
+    """Trials one after the other here, with one evaluator that is kept.
+
+    Args:
+        start: starts the evaluator, as `search.runner.TrialRunner` takes it.
+    """
+    from simmerge_ray.search.runner import TrialRunner
+
+    started: list[object] = []
+
+    def kept_evaluator(search: PreparedSearch) -> object:
+        if not started:
+            started.append(start(search))
+        return started[0]
+
+    def run(catalogue: Catalogue, tasks: Mapping[str, AnswersTask], plans: Sequence[MergePlan]) -> PreparedSearch:
+        search = prepare_search(catalogue, tasks, config, labels_uri)
+        runner = TrialRunner(search, kept_evaluator)  # type: ignore[arg-type]
+        for trial in _trials(search, plans):
+            runner.run(trial)
+        return search
+
+    return run
+
+
+def _trials(search: PreparedSearch, plans: Sequence[MergePlan]) -> list[Trial]:
+    wanted = {plan.id for plan in plans}
+    return [trial for trial in grid_trials(search, plans) if trial.plan.id in wanted]
+
+
+def _token_pairs(own: OwnAnswers) -> list[tuple[list[int], list[int]]]:
+    """Tokens of each probe and of its answer."""
+    pairs = []
+    for batch in own.answers.batches:
+        for row in range(len(batch.input_ids)):
+            answer = batch.tokens[batch.rows == row].tolist()
+            whole = batch.input_ids[row, : int(batch.attention_mask[row].sum())].tolist()
+            pairs.append((whole[: len(whole) - len(answer)], answer))
+    return pairs

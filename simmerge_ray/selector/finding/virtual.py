@@ -1,0 +1,114 @@
+"""Scores of plans from signatures alone, and the few of them that are worth running."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.selector.finding.aim import Aim
+from simmerge_ray.selector.finding.space import sum_of
+from simmerge_ray.signals.candidates.coefficients import PlanCoefficients
+from simmerge_ray.signals.candidates.signatures import OwnAnswers
+from simmerge_ray.signals.candidates.virtual import VirtualAnswers
+
+# Of a shortlist: the distance that its candidates keep, and its share that is filled then.
+_TURNS = ((0.2, 0.5), (0.1, 0.75), (0.05, 1.0), (0.01, 1.0))
+
+
+@dataclass(frozen=True)
+class VirtualScores:
+    """Of N candidates over M checkpoints.
+
+    coefficients: (N, M), of the checkpoints' task vectors. plans: of the candidates that are no sums, by index.
+    retention, nll, kl: (N, owners). scores: (N,), which are the aim's.
+    """
+
+    ids: tuple[str, ...]
+    coefficients: np.ndarray
+    plans: Mapping[int, MergePlan]
+    retention: np.ndarray
+    nll: np.ndarray
+    kl: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def order(self) -> np.ndarray:
+        """Indices of the candidates, the best first."""
+        return np.argsort(-self.scores, kind="stable")
+
+    def plan(self, index: int) -> MergePlan | None:
+        """How a candidate is made; None for the base."""
+        if index in self.plans:
+            return self.plans[index]
+        return sum_of(zip(self.ids, self.coefficients[index].tolist(), strict=True))
+
+    def joined(self, other: VirtualScores) -> VirtualScores:
+        """Both, the other's candidates behind the own ones."""
+        start = len(self.scores)
+        plans = dict(self.plans) | {start + index: plan for index, plan in other.plans.items()}
+        names = ("retention", "nll", "kl", "scores")
+        arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names}
+        rows = np.concatenate([self.coefficients, other.coefficients])
+        return VirtualScores(self.ids, rows, plans, **arrays)
+
+
+class VirtualScorer:
+    """Scores candidates of one catalogue by what they keep of some owners' answers.
+
+    Args:
+        ids: of the checkpoints, in the order of the coefficients.
+    """
+
+    def __init__(
+        self, ids: Sequence[str], answers: Sequence[OwnAnswers], coefficients: PlanCoefficients, aim: Aim
+    ) -> None:
+        of_owner = {one.owner: VirtualAnswers(one.kept) for one in answers}
+        self._mixtures = [of_owner[owner] for owner in aim.owners]
+        self._ids, self._coefficients, self._aim = tuple(ids), coefficients, aim
+
+    def of_sums(self, rows: np.ndarray) -> VirtualScores:
+        """Of sums of task vectors. rows: (N, M) weights."""
+        return self._scores(rows, {})
+
+    def of_plans(self, plans: Sequence[MergePlan]) -> VirtualScores:
+        """Of any recipes. Raises PlanError: see `PlanCoefficients.of`."""
+        rows = np.stack([self._coefficients.of(plan) for plan in plans])
+        return self._scores(rows, dict(enumerate(plans)))
+
+    def _scores(self, rows: np.ndarray, plans: Mapping[int, MergePlan]) -> VirtualScores:
+        with ThreadPoolExecutor() as threads:  # the kernel holds no lock
+            found = list(threads.map(lambda mixture: mixture.scores(rows), self._mixtures))
+        retention, nll, kl = (np.stack([getattr(one, name) for one in found], 1) for name in ("retention", "nll", "kl"))
+        return VirtualScores(self._ids, rows, plans, retention, nll, kl, self._aim.scores(retention, nll))
+
+
+def shortlist(found: VirtualScores, count: int) -> list[MergePlan]:
+    """The best merges that differ from each other: what mixing gets wrong it gets wrong for all neighbours alike.
+
+    Greedy in turns: the best one that is left, then none nearer to it than a distance, which falls from turn to turn.
+    Distances are the largest difference of two coefficients.
+    """
+    taken: list[int] = []
+    plans: dict[MergePlan, float] = {}
+    for distance, share in _TURNS:
+        left = np.isfinite(found.scores)
+        for index in taken:
+            left &= _distances(found, index) >= distance
+        while left.any() and len(plans) < max(1, round(share * count)):
+            index = int(np.argmax(np.where(left, found.scores, -np.inf)))
+            left &= _distances(found, index) >= distance
+            left[index] = False
+            plan = found.plan(index)
+            if plan is not None and plan.is_merge:
+                taken.append(index)
+                plans.setdefault(plan, float(found.scores[index]))
+    return sorted(plans, key=lambda plan: -plans[plan])
+
+
+def _distances(found: VirtualScores, index: int) -> np.ndarray:
+    """(N,) to one candidate."""
+    return np.asarray(np.abs(found.coefficients - found.coefficients[index]).max(1))

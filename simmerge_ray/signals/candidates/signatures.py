@@ -1,0 +1,213 @@
+"""Answers in signatures: every owner's answers to its probes, and every checkpoint's log-probabilities there.
+
+An *owner* is a member with the probes of its own task, or the base with the general probes ("does not forget" is one
+more member). Three rounds of units, each kept in the signature store as soon as it is whole: owners write; the base
+says which tokens are likely for it; every checkpoint is run over every owner's probes and answers once. A new
+checkpoint in the catalogue costs its own answers and one pass over those of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.base.errors import ConfigError, ProbeError
+from simmerge_ray.base.storage import digest_bytes, digest_json
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, TokenBatch
+from simmerge_ray.signals.candidates.answers import Answers, AnswerSpec, join_answers
+from simmerge_ray.signals.candidates.units import chosen_tokens
+from simmerge_ray.signals.candidates.virtual import KeptAnswers
+from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, checked_results
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+from simmerge_ray.signals.tokens import tokenize_probes
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose answers to which task's probes."""
+
+    checkpoint: str
+    task: str
+
+
+@dataclass(frozen=True)
+class OwnAnswers:
+    """One owner's answers with what all checkpoints of the catalogue think of them."""
+
+    owner: Owner
+    answers: Answers
+    kept: KeptAnswers
+
+
+def owners_of(catalogue: Catalogue, tasks: Sequence[str]) -> list[Owner]:
+    """Members whose own task has probes, in the catalogue's order, then the base if there are general probes."""
+    found = [Owner(name, task) for name in catalogue.ids if (task := catalogue.own_task.get(name)) in tasks and task]
+    if catalogue.base is not None and GENERAL in tasks:
+        found.append(Owner(catalogue.base.id, GENERAL))
+    return found
+
+
+def collect_answers(
+    catalogue: Catalogue,
+    probe_sets: Mapping[str, ProbeSet],
+    store: SignatureStore,
+    executor: Executor,
+    spec: AnswerSpec | None = None,
+    signature: SignatureSpec | None = None,
+) -> list[OwnAnswers]:
+    """Answers of all owners, computed where they are not in the store, by `executor` (`compute.local_executor`): the
+    same bits whoever runs the units.
+
+    Raises:
+        ProbeError: a probe that cannot be used; an owner all of whose answers are empty. CheckpointError: checkpoints
+            that cannot be used, each named.
+    """
+    spec = spec or AnswerSpec()
+    owners = owners_of(catalogue, tuple(probe_sets))
+    used = {owner.task: probe_sets[owner.task] for owner in owners}
+    batches = tokenize_probes(catalogue, used, signature or SignatureSpec(), spec.max_tokens)
+    return _Collector(catalogue, batches, spec, store, executor).collect(owners)
+
+
+class _Collector:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        batches: Mapping[str, Sequence[TokenBatch]],
+        spec: AnswerSpec,
+        store: SignatureStore,
+        run: Executor,
+    ) -> None:
+        self._catalogue, self._batches, self._spec, self._store, self._run = catalogue, batches, spec, store, run
+        self._digests = catalogue.digests()
+
+    def collect(self, owners: Sequence[Owner]) -> list[OwnAnswers]:
+        keys = {owner: self._key(owner) for owner in owners}
+        self._write([owner for owner in owners if not self._store.has("answers", keys[owner])], keys)
+        written = {owner: self._store.read("answers", keys[owner]) for owner in owners}
+        answers = {owner: self._joined(owner, written[owner]["written"]) for owner in owners}
+        refs = [ref.id for ref in self._catalogue.all_refs]
+        wanted = [(name, owner) for name in refs for owner in owners]
+        missing = [pair for pair in wanted if not self._store.has("kept", self._kept_key(*pair, keys))]
+        units = [(name, owner, Unit("kept", name, (batch, tokens))) for name, owner in missing
+                 for batch, tokens in _split(answers[owner], written[owner]["kept"])]  # fmt: skip
+        for (name, owner), parts in self._grouped(units):
+            likely, rest = (np.concatenate(part) for part in zip(*parts, strict=True))
+            about = {"checkpoint": name, "owner": owner.checkpoint, "task": owner.task}
+            self._store.write("kept", self._kept_key(name, owner, keys), {"likely": likely, "rest": rest}, about)
+        return [OwnAnswers(owner, answers[owner], self._kept(owner, answers[owner], keys)) for owner in owners]
+
+    def _write(self, owners: Sequence[Owner], keys: Mapping[Owner, str]) -> None:
+        """Answers and kept tokens of the owners that have none yet."""
+        units = [
+            (owner.checkpoint, owner, Unit("answers", owner.checkpoint, (batch, self._spec)))
+            for owner in owners
+            for batch in self._batches[owner.task]
+        ]
+        written: dict[Owner, np.ndarray] = {}
+        likeliest: dict[Owner, list[list[Any]]] = {}
+        for (_, owner), parts in self._grouped(units):
+            written[owner] = np.concatenate([tokens for tokens, _ in parts])
+            likeliest[owner] = [[part] for _, part in parts]
+        answers = {owner: self._joined(owner, tokens) for owner, tokens in written.items()}
+        if (base := self._catalogue.base) is not None:
+            looked = [
+                (base.id, owner, Unit("likeliest", base.id, (batch, self._spec.num_kept)))
+                for owner, one in answers.items()
+                if owner.checkpoint != base.id
+                for batch in one.batches
+            ]
+            for (_, owner), parts in self._grouped(looked):
+                for lists, part in zip(likeliest[owner], parts, strict=True):
+                    lists.append(part)
+        for owner, one in answers.items():
+            kept = [
+                chosen_tokens(batch.tokens.numpy(), lists, self._spec.num_kept)
+                for batch, lists in zip(one.batches, likeliest[owner], strict=True)
+            ]
+            arrays = {"written": written[owner], "kept": np.concatenate(kept)}
+            self._store.write("answers", keys[owner], arrays, {"checkpoint": owner.checkpoint, "task": owner.task})
+
+    def _grouped(self, units: Sequence[tuple[str, Owner, Unit]]) -> Iterator[tuple[tuple[str, Owner], list[Any]]]:
+        """Results by checkpoint and owner, in the order of the units, each as soon as it is whole."""
+        owners = [(name, owner) for name, owner, _ in units]
+        places: dict[tuple[str, Owner], list[int]] = {}
+        for number, group in enumerate(owners):
+            places.setdefault(group, []).append(number)
+        results: dict[int, Any] = {}
+        left = {group: len(numbers) for group, numbers in places.items()}
+        for number, result in checked_results(self._run, WorkQueue(unit for _, _, unit in units)):
+            results[number] = result
+            left[owners[number]] -= 1
+            if not left[owners[number]]:
+                yield owners[number], [results.pop(place) for place in places[owners[number]]]
+
+    def _joined(self, owner: Owner, written: np.ndarray) -> Answers:
+        """Raises ProbeError: all answers are empty, i.e. nothing but the end of the text."""
+        rows = [row[row >= 0].tolist() for row in written]
+        if max(map(len, rows)) <= 1 < self._spec.max_tokens:
+            raise ProbeError(
+                f"checkpoint {owner.checkpoint!r} answers nothing to the probes of {owner.task!r}; give prompts that "
+                "it continues"
+            )
+        batches, parts, start = self._batches[owner.task], [], 0
+        for batch in batches:
+            parts.append(rows[start : start + len(batch.input_ids)])
+            start += len(batch.input_ids)
+        return join_answers(batches, parts, owner.task)
+
+    def _kept(self, owner: Owner, answers: Answers, keys: Mapping[Owner, str]) -> KeptAnswers:
+        found = [self._store.read("kept", self._kept_key(ref.id, owner, keys)) for ref in self._catalogue.all_refs]
+        base = found.pop(0) if self._catalogue.base is not None else None
+        return KeptAnswers(
+            self._catalogue.ids,
+            np.stack([one["likely"] for one in found]),
+            np.stack([one["rest"] for one in found]),
+            None if base is None else base["likely"],
+            None if base is None else base["rest"],
+            owner.checkpoint,
+            answers.answer,
+        )
+
+    def _key(self, owner: Owner) -> str:
+        """Digest of all that an owner's answers and kept tokens were computed from."""
+        ids = [
+            digest_bytes(f"{tuple(batch.input_ids.shape)}".encode(), batch.input_ids.numpy().tobytes(),
+                         batch.attention_mask.numpy().tobytes())
+            for batch in self._batches[owner.task]
+        ]  # fmt: skip
+        base = self._digests[self._catalogue.base.id] if self._catalogue.base else None
+        return digest_json(["answers", _SCHEMA, self._digests[owner.checkpoint], base, ids, vars(self._spec)])
+
+    def _kept_key(self, checkpoint_id: str, owner: Owner, keys: Mapping[Owner, str]) -> str:
+        return digest_json(["kept", _SCHEMA, self._digests[checkpoint_id], keys[owner]])
+
+
+def _split(answers: Answers, kept: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+    """Micro-batches with the kept tokens of their positions."""
+    start = 0
+    for batch in answers.batches:
+        yield batch, kept[start : start + len(batch.tokens)]
+        start += len(batch.tokens)
+
+
+def check_owners(catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet]) -> None:
+    """Refuse a catalogue without a base: candidates are mixed from what members add to it.
+
+    Raises:
+        ConfigError, ProbeError: with the remedy.
+    """
+    from simmerge_ray.signals.candidates.retention import check_members
+
+    if catalogue.base is None:
+        raise ConfigError(
+            "what a merge keeps is told from what its members added to a common base: name it under `base` in the "
+            "catalogue"
+        )
+    check_members(catalogue, probe_sets)
