@@ -24,7 +24,7 @@ from simmerge_ray.signals.candidates.scores import AnswerScores, join_scores, sc
 from simmerge_ray.signals.candidates.virtual import KeptAnswers
 
 _BATCH_SIZE, _MAX_TOKENS = 16, 256  # as signatures have them
-GENERAL = "general"
+Kept = tuple[np.ndarray, np.ndarray]  # log-probabilities (S, K) of kept tokens, and (S,) of all others
 SIGNALS = {"retention": 1.0, "kl": -1.0, "nll": -1.0, "entropy": -1.0}  # with the sign of what is better
 
 
@@ -34,7 +34,7 @@ class OwnAnswers:
 
     answers: Answers
     kept: tuple[np.ndarray, ...]
-    own: tuple[tuple[np.ndarray, np.ndarray], ...]
+    own: tuple[Kept, ...]
 
 
 class Probing:
@@ -93,29 +93,19 @@ class Probing:
             "entropy": float(np.mean([one.mean_entropy for one in each])),
         }
 
-    def kept_of_all(
-        self, member: str, plan: MergePlan | None = None
-    ) -> tuple[KeptAnswers, tuple[np.ndarray, np.ndarray]]:
-        """What signatures hold of a member's answers, and the log-probabilities of `plan` there (of the member itself
-        without one)."""
-        own, ids = self.answers(member), self._bench.catalogue.ids
-        assert self._bench.catalogue.base is not None
+    def kept_of(self, member: str, ids: Sequence[str], plan: MergePlan) -> tuple[KeptAnswers, Kept]:
+        """What signatures of some checkpoints hold of a member's answers, and the log-probabilities of a plan there."""
+        own, base = self.answers(member), self._bench.catalogue.base
+        assert base is not None
 
-        def at(source: MergePlan) -> tuple[np.ndarray, np.ndarray]:
+        def at(source: MergePlan) -> Kept:
             logits = self._logits(source, own.answers)
             parts = [kept_log_probabilities(one, kept) for one, kept in zip(logits, own.kept, strict=True)]
             return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-        each = [at(MergePlan(source=one)) for one in ids]
-        kept = KeptAnswers(
-            ids,
-            np.stack([one[0] for one in each]),
-            np.stack([one[1] for one in each]),
-            *at(MergePlan(source=self._bench.catalogue.base.id)),
-            member,
-            own.answers.answer,
-        )
-        return kept, at(plan or MergePlan(source=member))
+        likely, rest = (np.stack(part) for part in zip(*(at(MergePlan(source=one)) for one in ids), strict=True))
+        of_base = at(MergePlan(source=base.id))
+        return KeptAnswers(tuple(ids), likely, rest, *of_base, member, own.answers.answer), at(plan)
 
     @torch.no_grad()
     def _logits(self, plan: MergePlan, answers: Answers) -> list[torch.Tensor]:
