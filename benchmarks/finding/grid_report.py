@@ -80,6 +80,7 @@ def grid_figures(grid: Sequence[GridPair]) -> dict[str, Any]:
     gaps = [one.by_member["retention"].ravel() - one.by_task.ravel() for one in grid]
     return {
         "utility": {name: sample.mean(values) for name, values in choices.items()},
+        "pairs": ["+".join(one.pair) for one in grid],
         "by_pair": choices,
         "spearman_over_candidates_and_tasks": pooled,
         "spearman_within_a_pair": {name: sample.mean(values) for name, values in within.items()},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,12 +56,12 @@ def tuned_plan(bench: Bench, members: tuple[str, ...], config: TuneConfig) -> di
     }
 
 
-def tuned_pairs(bench: Bench) -> dict[str, dict[str, dict[str, Any]]]:
+def tuned_pairs(bench: Bench, names: Sequence[str] = tuple(TUNINGS)) -> dict[str, dict[str, dict[str, Any]]]:
     """By tuning and pair: what `tuned_plan` gives, and the measured utility."""
     kept = bench.kept("tuned")
-    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in TUNINGS}
-    for name, own in TUNINGS.items():
-        settings = {**_SETTINGS, **own}
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
+    for name in names:
+        settings = {**_SETTINGS, **TUNINGS[name]}
         config = TuneConfig(**settings)
         for pair in bench.pairs():
             joined = "+".join(pair)
