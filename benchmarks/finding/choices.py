@@ -22,7 +22,7 @@ from simmerge_ray.plans.plan import MergePlan, plan_from_json
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.search.setup import PreparedSearch
 from simmerge_ray.selector.finding.choice import choose
-from simmerge_ray.selector.finding.probed import in_this_process
+from simmerge_ray.selector.finding.probed import RunTrials, in_this_process
 from simmerge_ray.selector.finding.sources import FindSources, find_request, find_sources
 from simmerge_ray.signals.compute import local_executor
 from simmerge_ray.signals.signature import SignatureStore
@@ -46,15 +46,20 @@ def sources_of(
     return request, find_sources(request, store, local_executor(request.catalogue))
 
 
-def _evaluator(search: PreparedSearch) -> TransformersEvaluator:
-    return TransformersEvaluator(search.template, "float32", max_model_len=search.settings.max_model_len)
+def in_one_process(labels: str) -> RunTrials:
+    """Runs candidates here, with one evaluator."""
+
+    def start(search: PreparedSearch) -> TransformersEvaluator:
+        return TransformersEvaluator(search.template, "float32", max_model_len=search.settings.max_model_len)
+
+    return in_this_process(SearchConfig(evaluator="transformers", pairs="all"), labels, start)
 
 
 def label_free(bench: Bench, members: Sequence[str], probes: str = "64 probes") -> dict[str, Any]:
     """What is chosen: the candidates run over all probes, best first, and the seconds without signatures."""
     request, sources = sources_of(bench, members, probes)
     with tempfile.TemporaryDirectory() as labels:
-        run = in_this_process(SearchConfig(evaluator="transformers", pairs="all"), labels, _evaluator)
+        run = in_one_process(labels)
         began = time.perf_counter()
         found = choose(request, sources, run)
         seconds = time.perf_counter() - began

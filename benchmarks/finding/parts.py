@@ -23,6 +23,7 @@ from benchmarks.finding.situations import (
     with_intervals,
     with_odd_one,
 )
+from benchmarks.finding.speed import seconds_of_choices
 from benchmarks.finding.tuned import TUNINGS, tuned_pairs
 from benchmarks.finding.utilities import Bench, check_against_evaluator
 from benchmarks.finding.virtual import virtual_figures
@@ -105,6 +106,10 @@ def more_members(campaign: Campaign) -> dict[str, Any]:
     return {str(size): situation(campaign.bench, several(campaign.bench, size), with_oracle=True) for size in (3, 4)}
 
 
+def speed(campaign: Campaign) -> dict[str, Any]:
+    return seconds_of_choices(campaign.bench, campaign.bench.pairs()[::18])
+
+
 PARTS: Mapping[str, Callable[[Campaign], dict[str, Any]]] = {
     "check": check,
     "grid": grid,
@@ -115,4 +120,5 @@ PARTS: Mapping[str, Callable[[Campaign], dict[str, Any]]] = {
     "same task": same_task,
     "odd ones": odd_ones,
     "more members": more_members,
+    "speed": speed,
 }

@@ -131,6 +131,12 @@ def situation_rows(figures: Figures) -> list[dict[str, Any]]:
     return rows
 
 
+def speed_rows(figures: Figures) -> list[dict[str, Any]]:
+    """Choice against one evaluation."""
+    ratio = figures["speed"]["median_ratio"]
+    return [row("seconds of a choice / of one full evaluation, signatures there", ratio, "<= 1.5", ratio["cpu"] <= 1.5)]
+
+
 GROUPS: Mapping[str, tuple[tuple[str, ...], Callable[[Figures], list[dict[str, Any]]]]] = {
     "The choice without labels": (("grid", MAIN), choice_rows),
     "Fewer probes": ((MAIN,), probe_rows),
@@ -138,9 +144,11 @@ GROUPS: Mapping[str, tuple[tuple[str, ...], Callable[[Figures], list[dict[str, A
     "Signals": (("grid",), signal_rows),
     "What it is worth": (("samplers", MAIN), worth_rows),
     "Other members": ((), situation_rows),
+    "Speed": (("speed",), speed_rows),
 }
 
 
 def all_rows(figures: Figures) -> dict[str, list[dict[str, Any]]]:
     """By group; a group whose parts have not been run is left out."""
-    return {name: make(figures) for name, (needed, make) in GROUPS.items() if all(part in figures for part in needed)}
+    found = {name: make(figures) for name, (needed, make) in GROUPS.items() if all(part in figures for part in needed)}
+    return {name: rows for name, rows in found.items() if rows}
