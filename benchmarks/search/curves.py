@@ -1,8 +1,9 @@
 """The search for the best merge: Optuna with ASHA against random search, by what they have evaluated.
 
 `python -m benchmarks.search.curves --run RUN --out DIR [--seeds 5] [--samplers random,tpe] [--figures DIR]`
-on the zoo of a finished demo run: merges of two or three of its four strong checkpoints, four operators with their
-parameters, three anchors of every weight over the depth; the utility is the mean over the four tasks, 32 items each,
+on the zoo of a finished demo run: recipes of two or three of its four strong checkpoints, three operators with their
+parameters, three anchors of every weight over the depth (`cmaes`, which needs one arm and one set: ties of all four, of
+which a weight of 0 leaves one out); the utility is the mean over the four tasks, 32 items each,
 the same items for all.
 
 Random search (`sampler: random, shards: 1`) evaluates 60 merges on all items. TPE and CMA-ES run with ASHA on 4 shards
@@ -27,7 +28,7 @@ from benchmarks.measuring import markdown, write_result
 from benchmarks.search.setting import make_private, parser_of
 
 MEMBERS = ("math-strong", "code-strong", "multilingual-strong", "rag-strong")
-ARMS = ("linear", "nuslerp", "task_arithmetic", "ties")
+ARMS = ("linear", "task_arithmetic", "ties")
 NUM_ITEMS, NUM_RANDOM, NUM_SHARDS = 32, 60, 4
 NUM_STOPPED = 130  # merges of a search with ASHA; more than the items last for
 NAMES = {"random": "random, all items", "tpe": "TPE + ASHA", "cmaes": "CMA-ES + ASHA"}
@@ -41,14 +42,14 @@ def search(run: Path, labels: Path, sampler: str, seed: int) -> None:
     from simmerge_ray.pipelines.dataset import load_search_tasks
 
     config = SearchConfig(
-        arms=ARMS,
+        arms=("ties",) if sampler == "cmaes" else ARMS,
         max_items=NUM_ITEMS,
         concurrency=1,
         budget=NUM_RANDOM if sampler == "random" else NUM_STOPPED,
         shards=1 if sampler == "random" else NUM_SHARDS,
         sampler=sampler,
         members=MEMBERS,
-        ways=(2, 3),
+        ways=(4, 4) if sampler == "cmaes" else (2, 3),
         layer_groups=3,
         seed=seed,
     )

@@ -150,7 +150,7 @@ class BestMergeConfig(_TrialsConfig):
     sampler: Literal["tpe", "cmaes", "random"] = option("tpe", "what proposes merges", panel=_BEST)
     members: tuple[str, ...] = option((), "checkpoint to merge; repeatable; default: all", flag="member", panel=_BEST)
     ways: Ways = option((2, 2), "checkpoints of a merge: 2, or 2-4", panel=_BEST, shown="2")
-    layer_groups: int = option(1, "anchors of a step's weight over the depth of the model", ge=1, le=16, panel=_BEST)
+    layer_groups: int = option(1, "anchors of every weight over the depth of the model", ge=1, le=16, panel=_BEST)
     shards: int | None = option(None, "parts of the items; a bad trial stops after some; default: 4", ge=1, panel=_BEST)
     reduction_factor: int = Field(3, ge=2, description="one trial in this many goes on after a part of the items")
 
@@ -215,8 +215,12 @@ class TuneConfig(FrozenConfig):
     pull: float = option(0.05, "weight of the mean squared distance from the start", ge=0)
     held_out: float = option(0.25, "share of the probes that only decide when to stop", ge=0, lt=1)
     patience: int = option(20, "steps without a better held-out objective before the stop", ge=1)
-    start: float | None = option(None, "coefficient of every member; default: one over their number", ge=0)
+    start: float | None = option(None, "mean coefficient at the start; default: one over the members' number", ge=0)
+    start_from: Literal["equal", "norm-matched"] = option(
+        "equal", "shares at the start: the same, or by the inverse of the task vectors' norms (NAN)"
+    )
     max_tokens: int = option(16, "longest answer in tokens", ge=1, le=256)
+    gpus: float = option(0.0, "of the cluster, for each tuning; 0: on a CPU", ge=0)
 
 
 class TrainConfig(FrozenConfig):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from simmerge_ray.base.config import FrozenConfig, Ways, option
 
 _SPACE, _CHOICE = "Which merges", "How they are chosen"
@@ -32,4 +34,4 @@ class FindConfig(FrozenConfig):
         "layer", "what shares a coefficient of a member when the best few are tuned by gradient", panel=_CHOICE
     )
     num_tuned: int = option(1, "merges that are tuned", flag="tuned", ge=1, le=8, panel=_CHOICE)
-    seed: int = option(0, "of the proposed merges", panel=_CHOICE)
+    seed: int = Field(0, description="of the proposed merges")

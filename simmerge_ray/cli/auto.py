@@ -1,184 +1,159 @@
-"""`simmerge auto`: from a catalogue to the best of the merges that are predicted to be good, or to "keep this one"."""
+"""`simmerge auto`: from a catalogue and probes to the merge that keeps most of its members, or to "keep this one"."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simmerge_ray.base.config import EngineConfig, RankingConfig, RankingFiles, SearchConfig
-from simmerge_ray.base.errors import TaskError
-from simmerge_ray.base.storage import Manifest, Place, digest_file, local_directory
+from simmerge_ray.base.config import EngineConfig, SearchConfig
+from simmerge_ray.base.finding import FindConfig
+from simmerge_ray.base.storage import Manifest
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
-from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
+from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, path_option, place_option
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from simmerge_ray.base.progress import Narrator
-    from simmerge_ray.pipelines.auto import Answer, AutoRun
+    from simmerge_ray.pipelines.auto import AutoRun, LabelFree
+    from simmerge_ray.pipelines.measured import Measurement
     from simmerge_ray.plans.plan import MergePlan
-    from simmerge_ray.search.setup import PreparedSearch
     from simmerge_ray.search.winner import ObjectiveEstimate, Verdict
-    from simmerge_ray.selector.planning.scorer import Ranking
 
 
 @with_config_options
 def auto(
-    catalogue: Annotated[PathOrUri, place_argument(help="catalogue YAML: base and checkpoints")],
-    task_files: Annotated[
-        PathOrUri, place_option("--tasks", help="directory of <task>.jsonl with prompt and target per line")
-    ],
-    out: Annotated[Path, typer.Option(help="directory for labels, plans, the answer and the merge")],
-    files: RankingFiles,
-    config: RankingConfig,
+    catalogue: CatalogueArgument,
+    probes: Annotated[PathOrUri, place_option(help="directory of <task>.jsonl, a `text` a line: prompts only")],
+    out: Annotated[Path, path_option(help="directory for signatures, the answer and the merge")],
+    config: FindConfig,
     engine: EngineConfig,
-    evaluate: Annotated[int, typer.Option(min=1, help="merges to measure, those predicted to be best")] = 5,
+    signatures: Annotated[
+        PathOrUri | None, place_option(help="where they are kept; default: OUT/signatures; `simmerge signals` has some")
+    ] = None,
+    tasks: Annotated[
+        PathOrUri | None, place_option(help="directory of <task>.jsonl with prompt and target: labels, for --evaluate")
+    ] = None,
+    evaluate: Annotated[int, typer.Option(min=0, help="merges to measure on --tasks, which then decide")] = 0,
     write: Annotated[bool, typer.Option(help="write a merge that is the answer to OUT/merged")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="rank, say what would be measured, and stop")] = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
-    """Rank the merges of a catalogue, measure the first few beside the checkpoints, and make the best, if it is better.
+    """Find the merge that keeps most of what its members answer to unlabeled probes, and make it; no label is needed.
 
-    An interrupted run goes on with the same command.
+    Example: simmerge auto catalogue.yaml --probes probes --out best --evaluator transformers. With --tasks and
+    --evaluate the best few are measured, and that is the last word. An interrupted run goes on with the same command.
     """
     started = time.monotonic()
-    search = SearchConfig(**engine.model_dump(), pairs="all")
     from simmerge_ray.checkpoints.catalogue import load_catalogue
+    from simmerge_ray.checkpoints.probes import load_probe_sets
+    from simmerge_ray.pipelines.auto import SIGNATURES, AutoRun, check_auto, check_evaluation, own_labels
     from simmerge_ray.search.evaluation import load_tasks
-    from simmerge_ray.selector.planning.request import on_fixed_tasks, read_sources
+    from simmerge_ray.selector.finding.sources import find_request
 
-    checkpoints = load_catalogue(catalogue)
-    known = load_tasks(task_files)
-    sources = read_sources(files, checkpoints, config.propagator)
-    request = sources.request(on_fixed_tasks(config, checkpoints))
-    for name in request.pool.tasks:
-        if name not in known:
-            raise TaskError(
-                f"{task_files} has no {name}.jsonl, which says what is measured on {name!r}; "
-                f"known: {', '.join(sorted(known))}"
-            )
-    tasks = {name: known[name].sampled(search.max_items, search.seed) for name in request.pool.tasks}
+    check_evaluation(evaluate, tasks is not None)
+    request = find_request(load_catalogue(catalogue), load_probe_sets(probes), config)
+    search = SearchConfig(**engine.model_dump(), pairs="all")
+    labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
+    labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
+    where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
+    run = AutoRun(request, search, out, where, labels, evaluate, write)
+    check_auto(run)
     from simmerge_ray.base.progress import narrated
 
     with narrated(log) as narrator:
-        from simmerge_ray.pipelines.auto import AutoRun, check_auto
+        from simmerge_ray.pipelines.auto import find_stages, label_free_json, write_stage
         from simmerge_ray.pipelines.dataset import input_digests
-        from simmerge_ray.selector.planning.files import default_selector
 
-        run = AutoRun(checkpoints, tasks, request.pool.objective, search, out, write)
-        study = check_auto(run)
-        with narrator.stage("rank") as stage:
-            ranking = request.rank(evaluate).with_best_fixed()
-            stage.result = f"{ranking.num_scored} merges scored, {len(ranking.plans)} to be measured"
-        if dry_run:
-            narrator.print_lines(dry_run_lines(study, ranking, checkpoints.own_task, out))
-            return
-        inputs = input_digests(checkpoints, tasks) | {"signals": digest_file(files.signals)}
-        inputs |= _digests_of(files.selector or default_selector())
-        options = {"ranking": config.model_dump(mode="json") | {"evaluate": evaluate}, "search": search.content()}
-        answer_stages(run, ranking, narrator, Manifest("auto", options, inputs), started)
+        found = find_stages(run, narrator)
+        best, content = found.best.plan, label_free_json(run, found)
+        narrator.console.print(retention_table(found))
+        narrator.print_lines(retention_lines(found))
+        if evaluate:
+            from simmerge_ray.pipelines.measured import measure_stage, measured_json
 
-
-def answer_stages(run: AutoRun, ranking: Ranking, narrator: Narrator, manifest: Manifest, started: float) -> None:
-    """Measure, show the answer, and write it. started: `time.monotonic()` of the whole run."""
-    from simmerge_ray.pipelines.auto import measure_stage, write_stage
-
-    answer = measure_stage(run, ranking, narrator)
-    narrator.console.print(answer_table(run, answer))
-    narrator.print_lines(extrapolation_lines(ranking, run.catalogue.own_task, list(run.tasks)) + answer_lines(answer))
-    write_stage(run, answer, manifest, started, narrator)
+            measurement = measure_stage(run, found, narrator)
+            narrator.console.print(measured_table(run, measurement))
+            narrator.print_lines(measured_lines(measurement))
+            best, content = measurement.verdict.winner.plan, content | measured_json(run, measurement)
+        inputs = input_digests(request.catalogue, labels)
+        inputs |= {f"probes {task}": one.digest for task, one in request.probe_sets.items()}
+        options = {"find": config.model_dump(mode="json"), "evaluate": evaluate, "search": search.content()}
+        write_stage(run, best, content, Manifest("auto", options, inputs), started, narrator)
 
 
-def _digests_of(selector: Place) -> dict[str, str]:
-    """Digests of a selector's files, by what a manifest calls them."""
-    with local_directory(selector) as directory:
-        artifacts = sorted(directory.rglob("*.safetensors"))
-        return {f"selector {path.relative_to(directory)}": digest_file(path) for path in artifacts}
+def retention_table(found: LabelFree) -> Table:
+    """What the answer keeps of every owner's answers, beside the plain average and each checkpoint as it is."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="kept of the members' own answers", title_justify="left")
+    for column in ("", "merge or checkpoint", "score"):
+        table.add_column(column, overflow="fold", justify="right" if column == "score" else "left")
+    for owner in found.finding.aim.owners:
+        table.add_column(f"{owner.checkpoint} on {owner.task}", justify="right", overflow="fold")
+    for one in found.lines:
+        mark = "*" if one.plan.id == found.best.plan.id else ""
+        kept = [f"{100 * share:.0f} %" for share in one.retention]
+        table.add_row(mark, escape(_text(one.plan, found)), f"{one.score:.3f}", *kept)
+    return table
 
 
-def dry_run_lines(study: PreparedSearch, ranking: Ranking, own_task: Mapping[str, str | None], out: Path) -> list[str]:
-    """What would be measured, and what it would take."""
-    from simmerge_ray.pipelines.auto import cost_lines, single_plans
-    from simmerge_ray.plans.plan import fold_text
-
-    shown = [f"{fold_text(one.plan)}  (predicted {one.utility:.3f})" for one in ranking.plans]
-    plans = [f"  {number}. {text}" for number, text in enumerate(shown, 1)]
-    singles = [plan.label for plan in single_plans(ranking, study.catalogue)]
-    return [
-        f"merges   {len(plans)}, measured in memory:",
-        *plans,
-        *extrapolation_lines(ranking, own_task, list(study.tasks)),
-        f"beside   {', '.join(singles)}",
-        f"tasks    {', '.join(f'{name} ({task.num_items} items)' for name, task in study.tasks.items())}",
-        *cost_lines(study, ranking),
-        f"out      {out}",
-    ]
+def _text(plan: MergePlan, found: LabelFree) -> str:
+    members = " + ".join(plan.members)
+    if plan == found.finding.average:
+        return f"plain average: {members}"
+    return f"tuned: {members}" if any(plan.id == one.whole.plan.id for one in found.tuned) else plan.label
 
 
-def extrapolation_lines(ranking: Ranking, own_task: Mapping[str, str | None], tasks: Sequence[str]) -> list[str]:
-    """A warning if plans have no member of the tasks that count: selectors learn from pairs on their own tasks."""
-    strangers = [one for one in ranking.plans if not any(own_task.get(name) in tasks for name in one.plan.members)]
-    if not strangers or not any(own_task.values()):
-        return []
-    return [
-        f"{len(strangers)} of the {len(ranking.plans)} merges have no member that was fine-tuned for "
-        f"{' or '.join(tasks)}; what is predicted of them is extrapolated (--exclude leaves checkpoints out)"
-    ]
+def retention_lines(found: LabelFree) -> list[str]:
+    """The answer without labels, in words."""
+    best, single = found.best, found.finding.checkpoints[0]
+    said = ["score: (share of answers kept + probability of an answer's token) / 2, by the objective over tasks"]
+    if not best.plan.is_merge:
+        return [*said, f"answer: keep {best.plan.label}: no merge keeps more"]
+    said.append(f"answer: merge {_text(best.plan, found)}")
+    said.append(f"its score is {best.score:.3f}, that of the best checkpoint, {single.plan.label}, {single.score:.3f}")
+    for one in found.tuned[:1]:
+        word = "the tuned merge is taken" if one.is_better else "tuning does not help"
+        said.append(f"{word}: {one.held_out.score:.3f} against {one.rival.score:.3f} on probes held out")
+    return said
 
 
-def answer_table(run: AutoRun, answer: Answer) -> Table:
+def measured_table(run: AutoRun, found: Measurement) -> Table:
     """Merges and checkpoints, the best of the choosing half first; `*` marks the answer."""
     from rich.markup import escape
     from rich.table import Table
 
     from simmerge_ray.search.winner import objective_estimate
 
-    table = Table(title=f"utility, {_objective_text(run)}", title_justify="left")
+    table = Table(title=f"utility, {found.objective.name} of {', '.join(run.tasks)}", title_justify="left")
     table.add_column("")
-    table.add_column("plan or checkpoint", overflow="fold", min_width=16)
-    for column in ("predicted", "interval", "chosen by", "measured", "se", *run.tasks):
-        table.add_column(column, justify="right", no_wrap=column == "interval")
-    for line in answer.lines:
-        mark = "*" if line.plan.id == answer.verdict.winner.plan.id else ""
-        row, predicted, measured = [mark, escape(_text(line.plan))], line.predicted, line.measured
-        row += [f"{predicted.utility:.3f}", "{:.2f}-{:.2f}".format(*predicted.interval)] if predicted else ["", ""]
+    table.add_column("merge or checkpoint", overflow="fold", min_width=16)
+    for column in ("score", "chosen by", "measured", "se", *run.tasks):
+        table.add_column(column, justify="right")
+    for line in found.lines:
+        mark = "*" if line.plan.id == found.verdict.winner.plan.id else ""
+        score = "" if line.score is None else f"{line.score:.3f}"
+        row, measured = [mark, escape(line.plan.label), score], line.measured
         if measured is None:
             table.add_row(*row, "", "failed", "", *[""] * len(run.tasks))
             continue
-        utility = objective_estimate(measured.reporting, run.objective)
-        chosen_by = objective_estimate(measured.choosing, run.objective)
+        utility = objective_estimate(measured.reporting, found.objective)
+        chosen_by = objective_estimate(measured.choosing, found.objective)
         by_task = [f"{measured.reporting[task].mean():.3f}" for task in run.tasks]
         table.add_row(*row, f"{chosen_by.value:.3f}", f"{utility.value:.3f}", f"{utility.se:.3f}", *by_task)
     return table
 
 
-def _text(plan: MergePlan) -> str:
-    from simmerge_ray.plans.plan import fold_text
-
-    return fold_text(plan) if plan.steps else plan.label
-
-
-def _objective_text(run: AutoRun) -> str:
-    tasks, name = list(run.tasks), run.objective.name
-    if run.objective.weights:
-        return name
-    return tasks[0] if len(tasks) == 1 else f"{name} of {', '.join(tasks)}"
-
-
-def answer_lines(answer: Answer) -> list[str]:
-    """The answer in words, and by how much."""
-    verdict = answer.verdict
-    winner = _text(verdict.winner.plan)
-    sizes = [len(items) for items in verdict.winner.reporting.values()]
-    said = [
-        "chosen by: half of the items; measured, se and tasks: the other half, which had no part in the choice; "
-        "interval: 95 % of the spread of the selector's ensemble"
-    ]
-    said += [f"not measured: {_text(line.plan)}: {line.reason}" for line in answer.lines if line.measured is None]
+def measured_lines(found: Measurement) -> list[str]:
+    """The measured answer in words, by how much, and what it says of the score."""
+    verdict = found.verdict
+    winner, sizes = verdict.winner.plan.label, [len(items) for items in verdict.winner.reporting.values()]
+    said = ["chosen by: half of the items; measured, se and tasks: the other half, which had no part in the choice"]
+    said += [f"not measured: {line.plan.label}: {line.reason}" for line in found.lines if line.measured is None]
     on = "-".join(map(str, sorted({min(sizes), max(sizes)})))
     utility = f"{verdict.utility.value:.3f} ± {verdict.utility.se:.3f} on {on} items of each task"
     if verdict.best_merge is None:
@@ -187,11 +162,20 @@ def answer_lines(answer: Answer) -> list[str]:
         said.append(f"answer: merge {winner}, {utility}; no checkpoint could be measured beside it")
     elif verdict.keeps_checkpoint:
         said.append(f"answer: keep {winner}, {utility}: no measured merge beats it")
-        said.append(f"the best merge, {_text(verdict.best_merge.plan)}, against it: {_advantage_text(verdict)}")
+        said.append(f"the best merge, {verdict.best_merge.plan.label}, against it: {_advantage_text(verdict)}")
     else:
         said.append(f"answer: merge {winner}, {utility}")
         said.append(f"against the best checkpoint, {verdict.best_single.plan.label}: {_advantage_text(verdict)}")
-    return said
+    return said + list(_proxy_lines(found))
+
+
+def _proxy_lines(found: Measurement) -> Sequence[str]:
+    if found.agreement is None:
+        return [f"too few candidates ({found.num_ranked}) have a score and labels to say whether the score is right"]
+    text = f"rank correlation of score and labels: {found.agreement:+.2f} over {found.num_ranked}"
+    if found.agreement <= 0:
+        return [f"{text}: on this base the score misleads; do not choose by it without labels"]
+    return [text]
 
 
 def _advantage_text(verdict: Verdict) -> str:

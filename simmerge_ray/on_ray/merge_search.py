@@ -95,15 +95,18 @@ def run_search(
     labels_uri: str | Place,
     plans: Sequence[MergePlan] | None = None,
     report: Callable[[SearchStatus], None] | None = None,
+    start: Sequence[MergePlan] = (),
 ) -> SearchResult:
     """Measure what is missing from the label store. Starts Ray only if something is.
+
+    start: with a budget, plans that are measured before any proposal, and that the search goes on from.
 
     Raises:
         InputError: see `prepare_search`. EvaluatorStartError: no engine started. EngineError: the cluster lost actors.
     """
     store = LabelStore(labels_uri)
     search = prepare_search(catalogue, tasks, config, store.uri)
-    proposer = make_proposer(search, plans)
+    proposer = make_proposer(search, plans, start)
     status = SearchStatus(proposer.total)
     if proposer.total:
         with ray_session():

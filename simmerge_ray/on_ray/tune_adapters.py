@@ -123,7 +123,7 @@ class Proposals(Searcher):
         if progress.rival is not None:
             self.deferred.append((trial, progress.rival))
         self._proposer.finish(trial_id, progress)
-        if progress.finished and progress.items and trial.plan.steps:
+        if progress.finished and progress.items and trial.plan.is_merge:
             value = self._search.values(progress.utilities)[0]
             if self.status.best is None or value > self.status.best[1]:
                 self.status.best = (trial.plan.label, value)

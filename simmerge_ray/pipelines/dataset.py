@@ -89,7 +89,7 @@ def search_stage(
             narrator.say(f"           infeasible: {name}: {reason}")
         if config.budget is None:
             write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], results_dir / "headroom.json")
-        _write_best(result.search, results_dir, narrator)
+        write_best(result.search, results_dir, narrator)
         left = f", {result.num_left} not run (limit reached; run the same command again to go on)"
         if not result.num_left:
             left, counts = "", {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
@@ -123,19 +123,19 @@ def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
     write_json(out, content)
 
 
-def _write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> None:
+def write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> None:
     """`best.json`, the best merge's plan file, and a table of the best merges and checkpoints."""
     merges, singles = ranked_results(study)
     if study.space is not None:
         write_json(out / "best.json", {"merges": [_row(one) for one in merges], "singles": [_row(o) for o in singles]})
         for number, one in enumerate([one for one in merges if one.best], 1):
             name = "best.plan.json" if len(study.objectives) == 1 else f"front-{number}.plan.json"
-            write_plan(out / name, resolve_plan(one.plan, study.catalogue), _row(one)["utilities"])
+            write_plan(out / name, resolve_plan(one.plan, study.catalogue))  # nothing is predicted: it was measured
             if number == 1:
                 narrator.say(f"           make it with: simmerge merge {out / name} OUT")
     if merges and not narrator.console.is_terminal:
         for one in (merges[0], *singles[:1]):
-            kind = "merge" if one.plan.steps else "checkpoint"
+            kind = "merge" if one.plan.is_merge else "checkpoint"
             values = ", ".join(f"{value:.3f}" for value in one.values)
             narrator.say(f"           best {kind}: {values} {one.plan.label} ({_by_task(one)})")
     elif merges:
@@ -161,7 +161,7 @@ def _table(study: PreparedSearch, merges: Sequence[PlanResult], singles: Sequenc
     shown = merges[:_NUM_SHOWN] if len(names) == 1 else [one for one in merges if one.best]
     for one in [*shown, *singles[:3]]:
         values = (f"{value:.3f}" for value in one.values)
-        table.add_row("*" if one.best and one.plan.steps else "", one.plan.label, *values, _by_task(one))
+        table.add_row("*" if one.best and one.plan.is_merge else "", one.plan.label, *values, _by_task(one))
     return table
 
 

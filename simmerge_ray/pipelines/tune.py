@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from simmerge_ray.base.config import TuneConfig
 from simmerge_ray.base.errors import ConfigError, PlanError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Place, digest_json, write_atomically
+from simmerge_ray.base.storage import Place, digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.plans.plan import MergePlan, resolve_plan, write_plan
+from simmerge_ray.plans.recipe import Recipe
 
 if TYPE_CHECKING:
-    from simmerge_ray.signals.tuning.tuner import TuneState
+    from simmerge_ray.signals.tuning.run import TuningJob
 
 RECIPE = "recipe.json"
 
@@ -48,47 +46,63 @@ def tuning_sources(
 
 
 def tune_stage(
-    catalogue: Catalogue, probe_sets: dict[str, ProbeSet], config: TuneConfig, out: Path, narrator: Narrator
+    catalogue: Catalogue,
+    probe_sets: dict[str, ProbeSet],
+    config: TuneConfig,
+    out: Path,
+    narrator: Narrator,
+    start: Recipe | None = None,
 ) -> Path:
-    """Tune, and write the recipe; what an interrupted run had reached is gone on from. Returns the recipe's path."""
-    from simmerge_ray.signals.signature import SignatureSpec
-    from simmerge_ray.signals.tokens import tokenize_probes
-    from simmerge_ray.signals.tuning.prepare import prepare_tuning, stated_bytes
-    from simmerge_ray.signals.tuning.tuner import tune_coefficients
+    """Tune, and write the recipe; what an interrupted run had reached is gone on from. Returns the recipe's path.
 
-    own_tasks = {catalogue.own_task[member] for member in catalogue.ids}
-    used = {task: probe_sets[task] for task in sorted(filter(None, own_tasks))}
-    digests = catalogue.digests()
-    content = [1, digests, {task: probes.digest for task, probes in used.items()}, config.model_dump(mode="json")]
-    state_file = out / f"state-{digest_json(content)[:16]}.npz"
-    narrator.say(f"memory: about {stated_bytes(catalogue) / 1e9:.2f} GB beside activations")
+    In this process, or on the cluster where there is one already or a GPU is asked for.
+
+    Args:
+        start: recipe to start from (`signals.tuning.starts.check_start`), instead of the config's start.
+    """
+    from simmerge_ray.on_ray.resources import on_running_cluster
+
+    job = tuning_job(catalogue, probe_sets, config, out, start)
+    narrator.say(f"memory: about {job.num_bytes / 1e9:.2f} GB")
     with narrator.stage("tune") as stage:
-        batches = tokenize_probes(catalogue, used, SignatureSpec(), config.max_tokens)
-        prepared = prepare_tuning(catalogue, batches, config)
-        state = _read_state(state_file)
-        with narrator.bar("steps") as report:
+        if config.gpus > 0 or on_running_cluster():
+            from simmerge_ray.on_ray.tuning_tasks import run_tunings
 
-            def keep(reached: TuneState) -> None:
-                buffer = io.BytesIO()
-                np.savez(buffer, **reached.arrays())  # type: ignore[arg-type]
-                write_atomically(state_file, buffer.getvalue())
-                report(reached.num_steps, config.num_steps)
+            (tuned,) = run_tunings([job], config.gpus)
+        else:
+            from simmerge_ray.signals.tuning.run import run_tuning
 
-            state = tune_coefficients(prepared.model, prepared.batches, prepared.start, config, state, keep)
-        (first, first_held), (_, held) = state.objectives[0], state.objectives[state.best_step]
+            with narrator.bar("steps") as report:
+                tuned = run_tuning(job, report=report)
+        state = tuned.state
+        (first, first_held), (reached, held) = state.objectives[0], state.objectives[state.best_step]
         stage.result = (
-            f"step {state.best_step} of {state.num_steps}: {config.objective} {first:.4f} -> "
-            f"{state.objectives[state.best_step][0]:.4f}, held out {first_held:.4f} -> {held:.4f}"
+            f"step {state.best_step} of {state.num_steps}: {config.objective} {first:.4f} -> {reached:.4f}, "
+            f"held out {first_held:.4f} -> {held:.4f}"
         )
     path = out / RECIPE
-    write_plan(path, resolve_plan(MergePlan(recipe=prepared.recipe(state.best)), catalogue))
+    write_plan(path, resolve_plan(MergePlan(recipe=tuned.recipe), catalogue))
     return path
 
 
-def _read_state(file: Path) -> TuneState | None:
-    from simmerge_ray.signals.tuning.tuner import TuneState
+def tuning_job(
+    catalogue: Catalogue, probe_sets: dict[str, ProbeSet], config: TuneConfig, out: Path, start: Recipe | None = None
+) -> TuningJob:
+    """What `run_tuning` and `run_tunings` take; its state file's name is the digest of all that it depends on.
 
-    if not file.exists():
-        return None
-    with np.load(file) as arrays:
-        return TuneState.from_arrays(dict(arrays))
+    Raises:
+        ProbeError: see `tokenize_probes`. ConfigError: see `starts.check_start`.
+    """
+    from simmerge_ray.signals.signature import SignatureSpec
+    from simmerge_ray.signals.tokens import tokenize_probes
+    from simmerge_ray.signals.tuning.run import TuningJob
+    from simmerge_ray.signals.tuning.starts import check_start
+
+    if start is not None:
+        check_start(start, catalogue.ids)
+    own_tasks = {catalogue.own_task[member] for member in catalogue.ids}
+    used = {task: probe_sets[task] for task in sorted(filter(None, own_tasks))}
+    content = [2, catalogue.digests(), {task: probes.digest for task, probes in used.items()}]
+    content += [config.model_dump(mode="json"), start.to_json() if start else None]
+    batches = tokenize_probes(catalogue, used, SignatureSpec(), config.max_tokens)
+    return TuningJob(catalogue, batches, config, out / f"state-{digest_json(content)[:16]}.npz", start)

@@ -26,7 +26,7 @@ from simmerge_ray.plans.operators.specs import (
     make_arm,
     parameter_text,
 )
-from simmerge_ray.plans.recipe import Recipe, recipe_from_json
+from simmerge_ray.plans.recipe import Recipe, by_ratio, recipe_from_json
 
 INTERMEDIATE_DTYPES = ("float32", "out")
 WEIGHTINGS = ("equal", "halving")
@@ -144,6 +144,15 @@ class MergePlan:
         return (self.recipe.arm,) if self.recipe is not None else tuple(step.arm for step in self.steps)
 
     @property
+    def pair_arm(self) -> Arm | None:
+        """The arm that the plan is on a pair: one step with weight 0.5 and no seed, or the recipe of such a step."""
+        if self.seed or self.source is not None:
+            return None
+        if self.recipe is not None:
+            return _pair_arm(self.recipe.canonical())
+        return self.steps[0].arm if [step.weight for step in self.steps] == [0.5] else None
+
+    @property
     def needs_base(self) -> bool:
         return any(arm.spec.needs_base for arm in self.arms)
 
@@ -154,8 +163,12 @@ class MergePlan:
 
     @property
     def id(self) -> str:
-        """Digest of the plan with commuting sources sorted: one merge, one id."""
+        """Digest of the plan with commuting sources sorted: one merge, one id. A recipe that is an arm on a pair has
+        the id of that arm's step."""
         if self.recipe is not None:
+            if (arm := self.pair_arm) is not None:
+                left, right = self.recipe.canonical().members
+                return pair_plan(left, right, arm).id
             return digest_json(self.recipe.canonical().to_json())[:16]
         return digest_json(replace(self, steps=tuple(s.canonical() for s in self.steps)).to_json())[:16]
 
@@ -203,6 +216,19 @@ def step_weights(operator: str, weight: float) -> tuple[float, float]:
     """n-ary weights of a two-way step: (1-w, w), doubled for sums of task vectors, so that 0.5 is the usual sum."""
     factor = 2.0 if OPERATOR_SPECS[operator].needs_base else 1.0
     return factor * (1.0 - weight), factor * weight
+
+
+def _pair_arm(recipe: Recipe) -> Arm | None:
+    """See `MergePlan.pair_arm`; of a canonical recipe."""
+    arm, (weight, *others) = recipe.arm, recipe.weights
+    if others != [weight] or not isinstance(weight, float):
+        return None
+    if not arm.spec.uses_weights or by_ratio(arm):
+        return arm
+    if arm.operator == "task_arithmetic":  # whose scale the weights have taken in
+        scale = arm.spec.parameters["scale"]
+        return make_arm(arm.operator, dict(arm.params) | {"scale": weight}) if not scale.problem(weight) else None
+    return arm if weight == step_weights(arm.operator, 0.5)[0] else None
 
 
 def weight_text(weight: Weight) -> str:

@@ -18,9 +18,9 @@ from simmerge_ray.plans.operators.gradients import gradient_value
 from simmerge_ray.plans.operators.specs import MAX_ANCHORS, Arm, make_arm, parameter_text
 
 MAX_GROUPS = 100_000
-# Operators that only the ratio of the weights matters to (their parameter that says so), and those whose weights may
-# take in the scale.
-_BY_RATIO = {"linear": "normalize", "scale_matched_linear": None}
+_DIGITS = 12  # of weights in canonical form: sums that differ in their last bits are one merge
+# Operators that only the ratio of the weights matters to, whatever their `normalize`.
+_BY_RATIO = frozenset({"scale_matched_linear", "slerp", "nuslerp", "karcher"})
 
 
 @dataclass(frozen=True)
@@ -81,28 +81,39 @@ class Recipe:
         )
 
     def canonical(self) -> Recipe:
-        """The same merge in one form: members sorted where their order changes nothing, a scale taken into the weights
-        of task arithmetic, weights that only count by their ratio divided by their sum."""
-        recipe = self
+        """The same merge in one form: members of weight 0 left out, members sorted where their order changes nothing,
+        a scale taken into the weights of task arithmetic, weights that only count by their ratio divided by their sum,
+        those that do not count 1."""
+        recipe = self.without_zeros()
         if self.arm.operator == "task_arithmetic" and not dict(self.arm.params).get("normalize"):
             scale = float(self.arm.param_dict()["scale"])
             if scale != 1.0:
                 kept = {name: value for name, value in self.arm.params if name != "scale"}
-                weights = tuple(_scaled(weight, scale) for weight in self.weights)
+                weights = tuple(_scaled(weight, scale) for weight in recipe.weights)
                 recipe = replace(recipe, arm=make_arm(self.arm.operator, kept), weights=weights)
-        by_ratio = _BY_RATIO.get(self.arm.operator, "")
-        if (by_ratio is None or (by_ratio and self.arm.param_dict()[by_ratio])) and _numbers(recipe.weights):
+        if not self.arm.spec.uses_weights:
+            recipe = replace(recipe, weights=(1.0,) * len(recipe.members))
+        elif by_ratio(self.arm) and _numbers(recipe.weights):
             total = math.fsum(weight for weight in recipe.weights if isinstance(weight, float))
-            if total > 0:
-                recipe = replace(recipe, weights=tuple(_scaled(weight, 1.0 / total) for weight in recipe.weights))
+            factor = 1.0 if abs(total - 1.0) < 1e-9 else 1.0 / total if total > 0 else 1.0
+            weights = tuple(_rounded(_scaled(weight, factor)) for weight in recipe.weights)
+            recipe = replace(recipe, weights=weights).without_zeros()
         if not self.arm.spec.random and self.arm.operator not in ("slerp", "nuslerp"):
-            order = sorted(range(len(self.members)), key=self.members.__getitem__)
+            order = sorted(range(len(recipe.members)), key=recipe.members.__getitem__)
             recipe = replace(
                 recipe,
                 members=tuple(recipe.members[index] for index in order),
                 weights=tuple(recipe.weights[index] for index in order),
             )
         return recipe
+
+    def without_zeros(self) -> Recipe:
+        """The recipe of the members that have a weight; itself where all are 0, or where the operator needs them."""
+        kept = [pair for pair in zip(self.members, self.weights, strict=True) if pair[1] != 0.0]
+        if not self.arm.spec.uses_weights or len(kept) < max(1, self.arm.spec.min_sources):
+            return self
+        members, weights = zip(*kept, strict=True)
+        return replace(self, members=members, weights=weights)
 
     @property
     def label(self) -> str:
@@ -187,6 +198,15 @@ def _checked(recipe: Recipe, member: str, weight: Any) -> MemberWeight:
 
 def _is_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
+def by_ratio(arm: Arm) -> bool:
+    """Whether only the ratio of the weights matters to an arm."""
+    return arm.operator in _BY_RATIO or bool(arm.param_dict().get("normalize", False))
+
+
+def _rounded(weight: MemberWeight) -> MemberWeight:
+    return round(weight, _DIGITS) if isinstance(weight, float) else weight
 
 
 def _numbers(weights: Sequence[MemberWeight]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials
 from simmerge_ray.search.space import STEP, Range
 
 SAMPLERS = ("tpe", "cmaes", "random")
+_NEAR = 0.08  # first standard deviation of CMA-ES around a given plan, as a share of every range (else 1/6)
 _MAX_REPEATS = 200  # proposals in a row that were made before, after which the space counts as exhausted
 
 
@@ -43,68 +44,89 @@ class OptunaProposer(Proposer):
     """First the given trials, then what Optuna's sampler proposes, until `budget` merges have labels.
 
     Labels that are in the store count: they are told to Optuna first, so that a search goes on where it stopped. A
-    repeated proposal gets its known value and costs nothing.
+    repeated proposal gets its known value and costs nothing, and so does one that is a checkpoint as it is.
+
+    Args:
+        first: trials to run before any proposal; those of merges count as proposals do.
+        start: plans to search from. Those of the space are told to Optuna when they are measured, and the search by
+            CMA-ES starts around the first of them; the others only count.
     """
 
-    def __init__(self, search: PreparedSearch, first: Sequence[Trial]) -> None:
-        super().__init__(first)
+    def __init__(self, search: PreparedSearch, first: Sequence[Trial], start: Sequence[MergePlan] = ()) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         assert search.space is not None and search.config.budget is not None
         self._states = optuna.trial.TrialState
         self._search, self._space = search, search.space
+        places = [found for plan in start if (found := self._space.parameters(plan)) is not None]
+        near = {name: value for name, (value, _) in places[0].items()} if places else None
         self._optuna = optuna.create_study(
             directions=["maximize"] * len(search.objectives),
-            sampler=make_sampler(search.config.sampler, search.config.seed),
+            sampler=make_sampler(search.config.sampler, search.config.seed, near),
         )
         self._running: dict[str, tuple[Any, MergePlan]] = {}
         self._known: dict[str, list[float] | None] = {}
+        given, counted = {plan.id for plan in start}, set()
         for plan, labels in search.labels().items():
-            self._tell_stored(plan, labels)
-        self._num_left = max(0, search.config.budget - len(self._known))
+            if set(labels) == set(search.tasks_of(plan)):
+                is_told = self._tell_labels(plan, labels)
+                if plan.is_merge and (is_told or plan.id in given):
+                    counted.add(plan.id)
+        self._num_left = max(0, search.config.budget - len(counted))
+        super().__init__(self._affordable(first, counted))
         self.total += self._num_left
+
+    def _affordable(self, first: Sequence[Trial], counted: Container[str]) -> list[Trial]:
+        """The trials that the budget allows, which is less for them."""
+        kept = []
+        for trial in first:
+            costs = trial.plan.is_merge and trial.plan.id not in counted
+            if not costs or self._num_left:
+                kept.append(trial)
+                self._num_left -= costs
+        return kept
 
     def propose(self, number: str) -> Trial | None:
         if self._trials:
-            return super().propose(number)
+            given = self._trials.pop(0)
+            self._running[number] = (None, given.plan)
+            self._known.setdefault(given.plan.id, None)
+            return given
         for _ in range(_MAX_REPEATS if self._num_left else 0):
             trial = self._optuna.ask()
             plan = self._space.plan(partial(_suggest, trial))
-            if plan.id not in self._known:
+            if plan is not None and plan.is_merge and plan.id not in self._known:
                 self._known[plan.id] = None
                 self._running[number] = (trial, plan)
                 self._num_left -= 1
                 return Trial(plan, self._search.tasks_of(plan), num_shards=self._search.config.num_shards)
-            values = self._known[plan.id]
+            values = self._known.get(plan.id) if plan is not None else None
             self._optuna.tell(trial, values, state=self._states.COMPLETE if values else self._states.FAIL)
         self.total, self._num_left = self.total - self._num_left, 0  # nothing new is left
         return None
 
     def report(self, number: str, step: int, utilities: Mapping[str, float]) -> None:
-        if number in self._running and len(self._search.objectives) == 1:
-            self._running[number][0].report(self._search.values(utilities)[0], step)
+        trial, _ = self._running.get(number, (None, None))
+        if trial is not None and len(self._search.objectives) == 1:
+            trial.report(self._search.values(utilities)[0], step)
 
     def finish(self, number: str, progress: TrialProgress | None) -> None:
         if number not in self._running:
             return
         trial, plan = self._running.pop(number)
-        if progress is None or progress.infeasible is not None or not progress.items:
-            self._optuna.tell(trial, state=self._states.FAIL)
-        elif not progress.finished:
-            self._optuna.tell(trial, state=self._states.PRUNED)
-        else:
-            values = list(self._search.values(progress.utilities))
-            self._known[plan.id] = values
-            self._optuna.tell(trial, values)
+        state, values = self._states.FAIL, None
+        if progress is not None and progress.infeasible is None and progress.items:
+            state = self._states.COMPLETE if progress.finished else self._states.PRUNED
+        if progress is not None and state == self._states.COMPLETE:
+            values = self._known[plan.id] = list(self._search.values(progress.utilities))
+        if trial is not None:
+            self._optuna.tell(trial, values, state=state)
+        elif values is not None:
+            self._add(plan, state, values)
 
-    def _tell_stored(self, plan: MergePlan, labels: Mapping[str, LabeledPlan]) -> None:
-        """Add a finished trial to Optuna's, if the plan is one of the space and has all labels."""
-        found = self._space.parameters(plan) if plan.steps else None
-        if found is None or set(labels) != set(self._search.tasks_of(plan)):
-            return
-        from optuna.trial import create_trial
-
+    def _tell_labels(self, plan: MergePlan, labels: Mapping[str, LabeledPlan]) -> bool:
+        """Add a finished trial to Optuna's from all labels of a plan; False if it is not in the space."""
         outcomes = {task: label.outcome for task, label in labels.items()}
         utilities = {task: one.utility for task, one in outcomes.items() if not isinstance(one, Infeasible)}
         state, values, reported = self._states.FAIL, None, {}
@@ -113,31 +135,53 @@ class OptunaProposer(Proposer):
             state = self._states.COMPLETE
             if any(isinstance(one, Stopped) for one in outcomes.values()):
                 if len(values) > 1:
-                    return  # stopped by a search with one objective; this one does not stop trials
+                    return False  # stopped by a search with one objective; this one does not stop trials
                 state, reported, values = self._states.PRUNED, {1: values[0]}, None
         self._known[plan.id] = values
+        return self._add(plan, state, values, reported)
+
+    def _add(
+        self, plan: MergePlan, state: Any, values: list[float] | None, reported: Mapping[int, float] | None = None
+    ) -> bool:
+        """Add a trial that Optuna did not ask for; False if it is not in the space."""
+        from optuna.trial import create_trial
+
+        found = self._space.parameters(plan)
+        if found is None:
+            return False
+        nearest = self._space.plan(lambda name, where: found[name][0])
+        if nearest is not None:
+            self._known.setdefault(nearest.id, values)
         self._optuna.add_trial(
             create_trial(
                 state=state,
                 values=values,
                 params={name: value for name, (value, _) in found.items()},
                 distributions={name: _distribution(where) for name, (_, where) in found.items()},
-                intermediate_values=reported,
+                intermediate_values=dict(reported or {}),
             )
         )
+        return True
 
 
-def make_proposer(study: PreparedSearch, plans: Sequence[MergePlan] | None = None) -> Proposer:
-    """All missing trials in order; with a budget, unmerged checkpoints first and then Optuna's proposals."""
+def make_proposer(
+    study: PreparedSearch, plans: Sequence[MergePlan] | None = None, start: Sequence[MergePlan] = ()
+) -> Proposer:
+    """All missing trials in order; with a budget, unmerged checkpoints first, then the plans to start from, then
+    Optuna's proposals."""
     if study.space is None or plans is not None:
         return Proposer(grid_trials(study, plans))
     singles = dict.fromkeys(member for subset in study.space.subsets for member in subset)
     names = [*([study.catalogue.base.id] if study.catalogue.base else []), *singles]
-    return OptunaProposer(study, grid_trials(study, [MergePlan(source=name) for name in dict.fromkeys(names)]))
+    unmerged = [MergePlan(source=name) for name in dict.fromkeys(names)]
+    trials = grid_trials(study, list({plan.id: plan for plan in [*unmerged, *start]}.values()))
+    trials.sort(key=lambda trial: trial.plan.is_merge)
+    return OptunaProposer(study, trials, start)
 
 
-def make_sampler(name: str, seed: int) -> Any:
-    """Optuna's sampler of that name: `tpe` (multivariate), `cmaes`, or `random`. Raises ConfigError: unknown."""
+def make_sampler(name: str, seed: int, near: Mapping[str, Any] | None = None) -> Any:
+    """Optuna's sampler of that name: `tpe` (multivariate), `cmaes`, or `random`. near: parameters around which `cmaes`
+    starts, instead of all over the space. Raises ConfigError: unknown."""
     import optuna
 
     if name not in SAMPLERS:
@@ -148,7 +192,8 @@ def make_sampler(name: str, seed: int) -> Any:
             # Several trials run at once: the liar keeps their proposals apart.
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
         if name == "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+            started = {"x0": dict(near), "sigma0": _NEAR} if near is not None else {}
+            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False, **started)
         return optuna.samplers.RandomSampler(seed=seed)
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -145,7 +145,7 @@ class TrialRunner:
         with suppress(CheckpointError):  # the evaluation will say what is wrong
             own = linear_form(self._resolved) if trial.rivals else trial.plan
             for number, rival in enumerate(trial.rivals):
-                if own != trial.plan and linear_form(replace(self._resolved, plan=rival)).id == own.id:
+                if own != trial.plan and linear_form(resolve_plan(rival, self._search.catalogue)).id == own.id:
                     return number
         return None
 

@@ -214,8 +214,8 @@ def _rivals(needed: Sequence[tuple[MergePlan, Sequence[str]]]) -> dict[str, tupl
     """
     groups: dict[str, list[tuple[int, int, MergePlan, set[str]]]] = {}
     for number, (plan, names) in enumerate(needed):
-        if plan.steps:
-            spherical = sum(step.arm.spec.is_spherical for step in plan.steps)
+        if plan.is_merge:
+            spherical = sum(arm.spec.is_spherical for arm in plan.arms)
             groups.setdefault(all_linear(plan).id, []).append((spherical, number, plan, set(names)))
     found = {}
     for group in groups.values():

@@ -90,8 +90,8 @@ def choose_winner(candidates: Sequence[Candidate], objective: Objective) -> Verd
     """
     if not candidates:
         raise LabelError("nothing was measured, so nothing can be chosen")
-    best_merge = _best([one for one in candidates if one.plan.steps], objective)
-    best_single = _best([one for one in candidates if not one.plan.steps], objective)
+    best_merge = _best([one for one in candidates if one.plan.is_merge], objective)
+    best_single = _best([one for one in candidates if not one.plan.is_merge], objective)
     winner, advantage, chosen_by = best_merge or best_single, None, None
     if best_merge is not None and best_single is not None:
         chosen_by = difference(best_merge.choosing, best_single.choosing, objective)

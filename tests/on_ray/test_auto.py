@@ -1,48 +1,53 @@
-"""`simmerge auto`: what is refused before anything starts, both answers from labels that are there, and a whole run."""
+"""`simmerge auto`: what is refused before anything starts, the answers from labels that are there, and whole runs."""
 
 from __future__ import annotations
 
 import io
 import json
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from simmerge_ray.base.config import RankingConfig, RankingFiles, SearchConfig
-from simmerge_ray.base.errors import ConfigError, LabelError, OutputError, PlanError, SelectorError, TaskError
+from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.errors import ConfigError, LabelError, OutputError, PlanError, ProbeError, TaskError
+from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, read_json
 from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.cli.app import app
-from simmerge_ray.cli.auto import answer_stages, dry_run_lines, extrapolation_lines
-from simmerge_ray.pipelines.auto import AutoRun, check_auto, on_same_tasks, plans_to_measure
-from simmerge_ray.plans.plan import read_plan
+from simmerge_ray.cli.auto import measured_lines, measured_table, retention_lines, retention_table
+from simmerge_ray.pipelines.auto import (
+    AutoRun,
+    LabelFree,
+    check_auto,
+    find_stages,
+    label_free_json,
+    write_stage,
+)
+from simmerge_ray.pipelines.measured import measure_stage, measured_json, prepare_measuring
+from simmerge_ray.plans.plan import MergePlan, read_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
 from simmerge_ray.search.objectives import Objective
-from simmerge_ray.selector.planning.request import on_fixed_tasks, read_sources
-from tests.artifacts import write_artifacts
+from simmerge_ray.selector.finding.aim import Aim
+from simmerge_ray.selector.finding.choice import Finding
+from simmerge_ray.selector.finding.probed import ProbedPlan
+from simmerge_ray.selector.finding.sources import find_request
+from simmerge_ray.selector.finding.space import kept_checkpoints, sum_of
+from simmerge_ray.signals.candidates.signatures import Owner
 
-CONFIG = SearchConfig(pairs="all", evaluator="transformers", concurrency=1)
-MEAN = Objective("mean")
+ENGINE = SearchConfig(pairs="all", evaluator="transformers", concurrency=1)
+FIND = FindConfig(members=("m0", "m1"), num_recipes=200, shortlist=4, tune="none", max_tokens=4)
 
 
 @pytest.fixture(scope="module")
-def run(catalogue_path, tmp_path_factory):
-    return write_artifacts(tmp_path_factory.mktemp("auto"), catalogue_path)
-
-
-@pytest.fixture(scope="module")
-def ranked(run, catalogue):
-    """(request, ranking) of the first two merges of two checkpoints on both tasks."""
-    config = RankingConfig(tasks=("add", "copy"), ways="2", propagator="second_order")
-    files = RankingFiles(signals=run / "pairs.parquet", selector=run / "selector")
-    request = read_sources(files, catalogue, config.propagator).request(config)
-    return request, request.rank(top=2)
+def request_(catalogue, catalogue_path):
+    return find_request(catalogue, load_probe_sets(catalogue_path.parent / "probes"), FIND)
 
 
 @pytest.fixture
@@ -50,162 +55,189 @@ def tasks(catalogue_path):
     return load_tasks(catalogue_path.parent / "tasks")
 
 
-def invoke(run, catalogue_path, out, *options: str, **changes):
-    given = {"selector": run / "selector", "signals": run / "pairs.parquet", "tasks": catalogue_path.parent / "tasks"}
-    fixed = [f"--{name}={path}" for name, path in (given | {"out": out} | changes).items()]
-    return CliRunner().invoke(app, ["auto", str(catalogue_path), *fixed, *options])
+def run_in(out, request, tasks=None, **options) -> AutoRun:
+    given = {"evaluate": 2 if tasks else 0} | options
+    return AutoRun(request, ENGINE, out, str(out / "signatures"), tasks or {}, **given)
+
+
+def probed(plan: MergePlan, score: float) -> ProbedPlan:
+    return ProbedPlan(plan, np.array([score, score]), np.array([0.1, 0.2]), 24, score)
+
+
+def planted(request, scores: dict[str, float]) -> LabelFree:
+    """A choice without labels: two merges `a`, `b` and the checkpoints, with these scores."""
+    merges = {"a": sum_of([("m0", 0.7), ("m1", 0.4)]), "b": sum_of([("m0", 0.2), ("m1", 0.9)])}
+    plans = merges | {plan.label: plan for plan in kept_checkpoints(request.catalogue.ids, request.base)}
+    ranked = sorted((probed(plan, scores[name]) for name, plan in plans.items()), key=lambda one: -one.score)
+    aim = Aim((Owner("m0", "add"), Owner("m1", "copy")), "base", Objective("mean"))
+    return LabelFree(ranked[0], Finding(aim, tuple(ranked), None, None), ())
+
+
+def invoke(catalogue_path, out, *options: str, catalogue=None):
+    given = ["--probes", str(catalogue_path.parent / "probes"), "--out", str(out), "--evaluator", "transformers"]
+    return CliRunner().invoke(app, ["auto", str(catalogue or catalogue_path), *given, *options])
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (("--task", "sing"), PlanError, "simmerge signals --probes"),
         (("--objective", "ad"), ConfigError, "did you mean 'add'"),
-        (("--must-contain", "m9"), PlanError, "unknown checkpoint 'm9'"),
+        (("--member", "m9"), PlanError, "unknown checkpoint 'm9'"),
         (("--ways", "x"), ConfigError, "--ways"),
-        (("--arm", "slerp"), SelectorError, "simmerge labels make"),
-        (("--evaluator", "vlm"), SystemExit, "2"),
-        (("--max-items", "3"), TaskError, "task 'add' has 3 items"),
+        (("--ways", "5-6"), ConfigError, "ways 5-6: there are 3 checkpoints"),
+        (("--forget", "2"), ConfigError, "--forget"),
+        (("--arm", "tise"), Exception, "tise"),
+        (("--evaluate", "2"), ConfigError, "give both"),
         (("--max-model-len", "500"), ConfigError, "max_model_len is 500"),
     ],
 )
-def test_bad_options_are_refused_and_leave_nothing(run, catalogue_path, tmp_path, options, error, message):
+def test_bad_options_are_refused_and_leave_nothing(catalogue_path, tmp_path, options, error, message):
     log = ("--log", str(tmp_path / "log" / "simmerge.log"))
-    result = invoke(run, catalogue_path, tmp_path / "out", "--evaluator", "transformers", *options, *log)
+    result = invoke(catalogue_path, tmp_path / "out", *options, *log)
     assert isinstance(result.exception, error) and message in str(result.exception)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "log").exists()
 
 
-def test_missing_artifacts_say_what_makes_them(run, catalogue_path, tmp_path):
-    for name, message in (("selector", "`simmerge train` makes one"), ("signals", "`simmerge signals` makes one")):
-        result = invoke(run, catalogue_path, tmp_path / "out", **{name: tmp_path / "absent"})
-        assert message in str(result.exception)
+def test_labels_that_cannot_decide_are_refused(catalogue_path, tmp_path, request_, tasks):
+    tasks_at = ("--tasks", str(catalogue_path.parent / "tasks"), "--evaluate", "2")
+    result = invoke(catalogue_path, tmp_path / "out", *tasks_at, "--max-items", "3")
+    assert isinstance(result.exception, TaskError) and "task 'add' has 3 items" in str(result.exception)
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "add.jsonl").write_text(json.dumps({"prompt": "a=", "target": "b"}) + "\n")
-    result = invoke(run, catalogue_path, tmp_path / "out", tasks=tmp_path / "tasks")
+    result = invoke(catalogue_path, tmp_path / "out", "--tasks", str(tmp_path / "tasks"), "--evaluate", "2")
     assert "has no copy.jsonl, which says what is measured on 'copy'; known: add" in str(result.exception)
 
 
-def test_a_directory_that_is_not_ours_is_refused(catalogue, tasks, tmp_path):
-    (tmp_path / "merged").mkdir()
-    with pytest.raises(OutputError, match="is not a merge made by simmerge"):
-        check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path))
-    check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path, write=False))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="--out .* is a file"):
-        check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path / "file"))
-
-
-def test_everything_is_counted_on_the_tasks_named_or_on_all_own_tasks(catalogue):
-    def counted(**options):
-        return on_fixed_tasks(RankingConfig(**options), catalogue).tasks
-
-    assert counted() == counted(objective="worst") == ("add", "copy")
-    assert counted(tasks=("copy",)) == ("copy",)
-    assert counted(objective="add=2,copy=1") == ()
-    with pytest.raises(ConfigError, match="--task"):
-        on_fixed_tasks(RankingConfig(), on_same_tasks(catalogue))
-
-
-def answer(ranked, catalogue, tasks, out, write=True) -> str:
-    """What is printed from the measurements on."""
-    request, ranking = ranked
-    printed = io.StringIO()
-    run = AutoRun(catalogue, tasks, request.pool.objective, CONFIG, out, write)
-    answer_stages(run, ranking, Narrator(Console(file=printed, width=250)), Manifest("auto", {}, {}), time.monotonic())
-    return printed.getvalue()
-
-
-def write_labels(ranked, catalogue, tasks, out, of_merges: float, of_singles: float, feasible: bool = True) -> None:
-    """Labels of everything that is to be measured, with these utilities and a little noise; no merge was made."""
-    generator = np.random.default_rng(0)
-    study = check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, out))
-    labels = []
-    for plan in plans_to_measure(ranked[1], catalogue):
-        for name, task in tasks.items():
-            level = of_merges if plan.steps else of_singles
-            items = level + 0.01 * generator.random(task.num_items)
-            outcome = Measured(items) if feasible or not plan.steps else Infeasible("a tensor holds NaN")
-            labels.append(study.label(plan, name, outcome, 1.0))
-    LabelStore(study.labels_uri).append(labels)
-
-
-def test_a_merge_that_is_better_is_written_with_its_plan(ranked, catalogue, tasks, tmp_path):
-    write_labels(ranked, catalogue, tasks, tmp_path, of_merges=0.8, of_singles=0.5)
-    printed = answer(ranked, catalogue, tasks, tmp_path)
-    assert "answer: merge " in printed and "more than two paired standard errors" in printed
-    content = read_json(tmp_path / "auto.json")
-    assert content["answer"] == "merge" and content["merge_minus_single"]["within_two_standard_errors"] is False
-    assert content["utility"]["value"] == pytest.approx(0.805, abs=0.005)
-    resolved, predicted = read_plan(tmp_path / "plan.json")
-    assert resolved.plan.to_json() == content["plan"] and set(predicted) == {"add", "copy"}
-    read_headers(CheckpointRef("merged", tmp_path / "merged"))
-
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
-    assert "already there" in answer(ranked, catalogue, tasks, tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()} == written
-
-
-def test_a_checkpoint_that_no_merge_beats_is_kept_and_nothing_is_merged(ranked, catalogue, tasks, tmp_path):
-    write_labels(ranked, catalogue, tasks, tmp_path, of_merges=0.5, of_singles=0.8)
-    printed = answer(ranked, catalogue, tasks, tmp_path)
-    assert "answer: keep " in printed and "no measured merge beats it" in printed
-    content = read_json(tmp_path / "auto.json")
-    assert content["answer"] == "keep" and content["merged"] is None and "source" in content["plan"]
-    assert content["merge_minus_single"]["reporting"]["value"] < -0.25
-    assert not (tmp_path / "merged").exists() and not (tmp_path / "plan.json").exists()
-    # The merges, their members, the base; each with both halves.
-    assert len(content["candidates"]) == len(plans_to_measure(ranked[1], catalogue))
-    assert {"choosing", "reporting", "predicted"} <= set(content["candidates"][0])
-
-
-def test_merges_that_cannot_be_measured_leave_the_checkpoint(ranked, catalogue, tasks, tmp_path):
-    write_labels(ranked, catalogue, tasks, tmp_path, of_merges=0.9, of_singles=0.5, feasible=False)
-    printed = answer(ranked, catalogue, tasks, tmp_path)
-    assert "not measured: " in printed and "a tensor holds NaN" in printed and "no merge could be measured" in printed
-
-
-def test_without_write_only_the_plan_is_left(ranked, catalogue, tasks, tmp_path):
-    write_labels(ranked, catalogue, tasks, tmp_path, of_merges=0.8, of_singles=0.5)
-    assert "simmerge merge" in answer(ranked, catalogue, tasks, tmp_path, write=False)
-    assert (tmp_path / "plan.json").exists() and not (tmp_path / "merged").exists()
-
-
-def test_a_dry_run_names_what_would_be_measured(ranked, catalogue, tasks, tmp_path):
-    study = check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path / "out"))
-    text = "\n".join(dry_run_lines(study, ranked[1], catalogue.own_task, tmp_path / "out"))
-    num = len(plans_to_measure(ranked[1], catalogue))
-    assert f"trials   {num} to run" in text and "base" in text and "add (24 items)" in text
+def test_a_catalogue_that_cannot_be_asked_is_one_message(catalogue_path, tmp_path):
+    text = catalogue_path.read_text().replace("path: ", f"path: {catalogue_path.parent}/")
+    without_task = tmp_path / "catalogue.yaml"
+    without_task.write_text(text.replace("  task: copy\n", "").replace("task: add", "task: sub", 1))
+    result = invoke(catalogue_path, tmp_path / "out", catalogue=without_task)
+    assert isinstance(result.exception, ProbeError)
+    assert "'m0': no probes of its task; write sub.jsonl" in str(result.exception)
+    assert "'m1' has no task" in str(result.exception)
+    without_base = tmp_path / "no_base.yaml"
+    without_base.write_text(text.split("checkpoints:")[0].join(["", "checkpoints:" + text.split("checkpoints:")[1]]))
+    result = invoke(catalogue_path, tmp_path / "out", catalogue=without_base)
+    assert isinstance(result.exception, ConfigError) and "under `base`" in str(result.exception)
     assert not (tmp_path / "out").exists()
 
 
-def test_merges_that_own_no_task_that_counts_are_said_to_be_extrapolated(ranked, catalogue):
-    (line,) = extrapolation_lines(ranked[1], dict.fromkeys(catalogue.ids, "sing"), ["add", "copy"])
-    assert line.startswith("2 of the 2 merges") and "add or copy" in line
-    assert extrapolation_lines(ranked[1], catalogue.own_task, ["add", "copy"]) == []
-    assert extrapolation_lines(ranked[1], dict.fromkeys(catalogue.ids), ["add", "copy"]) == []
+def test_a_directory_that_is_not_ours_is_refused(request_, tmp_path):
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(OutputError, match="is not a merge made by simmerge"):
+        check_auto(run_in(tmp_path, request_))
+    check_auto(run_in(tmp_path, request_, write=False))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="--out .* is a file"):
+        check_auto(run_in(tmp_path / "file", request_))
 
 
-def test_nothing_measured_is_an_error(ranked, catalogue, tasks, tmp_path):
-    study = check_auto(AutoRun(catalogue, tasks, MEAN, CONFIG, tmp_path))
-    plans = plans_to_measure(ranked[1], catalogue)
-    LabelStore(study.labels_uri).append([study.label(p, t, Infeasible("no memory"), 1.0) for p in plans for t in tasks])
+def test_a_checkpoint_that_keeps_as_much_as_any_merge_is_kept(request_, tmp_path):
+    found = planted(request_, {"a": 0.8, "b": 0.7, "m0": 0.9, "m1": 0.5, "base": 0.4})
+    assert "answer: keep m0: no merge keeps more" in retention_lines(found)
+    run = run_in(tmp_path, request_)
+    printed = io.StringIO()
+    content = label_free_json(run, found)
+    write_stage(run, found.best.plan, content, Manifest("auto", {}, {}), 0.0, Narrator(Console(file=printed)))
+    answer = read_json(tmp_path / "auto.json")
+    assert answer["answer"] == "keep" and answer["winner"] == "m0" and answer["merged"] is None
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "plan.json").exists()
+
+
+def test_the_table_has_the_answer_every_checkpoint_and_every_member(request_):
+    found = planted(request_, {"a": 0.95, "b": 0.7, "m0": 0.9, "m1": 0.5, "base": 0.4})
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(retention_table(found))
+    text = printed.getvalue()
+    assert "m0 on add" in text and "m1 on copy" in text and "95 %" in text
+    assert all(f" {name} " in text for name in ("m0", "m1", "base")) and text.count("*") == 1
+    assert "answer: merge task_arithmetic: 0.7 m0 + 0.4 m1" in retention_lines(found)
+
+
+def measured(run: AutoRun, found: LabelFree, levels: dict[str, float], feasible: bool = True):
+    """What is decided from labels with these utilities and a little noise; nothing is run."""
+    generator = np.random.default_rng(0)
+    search, labels = prepare_measuring(run), []
+    merges = {plan.id: name for name, plan in zip("ab", found.ranking, strict=True)}
+    for plan in [*(one.plan for one in found.finding.ranked)]:
+        for name, task in run.tasks.items():
+            level = levels[merges.get(plan.id, plan.label)]
+            outcome = Measured(level + 0.01 * generator.random(task.num_items))
+            failed = plan.is_merge and not feasible
+            labels.append(search.label(plan, name, Infeasible("a tensor holds NaN") if failed else outcome, 1.0))
+    LabelStore(search.labels_uri).append(labels)
+    return measure_stage(run, found, Narrator(Console(file=io.StringIO())))
+
+
+SCORES = {"a": 0.8, "b": 0.7, "m0": 0.6, "m1": 0.5, "base": 0.4}
+
+
+def test_labels_have_the_last_word_and_say_whether_the_score_was_right(request_, tasks, tmp_path):
+    run, found = run_in(tmp_path, request_, tasks), planted(request_, SCORES)
+    right = measured(run, found, SCORES)
+    assert right.verdict.winner.plan == found.best.plan and right.agreement == pytest.approx(1.0)
+    text = "\n".join(measured_lines(right))
+    assert "answer: merge task_arithmetic" in text and "rank correlation of score and labels: +1.00 over 5" in text
+    content = measured_json(run, right)["measured"]
+    assert content["utility"]["value"] == pytest.approx(0.805, abs=0.005) and content["num_ranked"] == 5
+    assert {"choosing", "reporting", "score"} <= set(content["candidates"][0])
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(measured_table(run, right))
+    assert "0.80" in printed.getvalue()
+
+
+def test_a_score_that_misleads_is_said(request_, tasks, tmp_path):
+    run, found = run_in(tmp_path, request_, tasks), planted(request_, SCORES)
+    wrong = measured(run, found, {name: 1.0 - score for name, score in SCORES.items()})
+    assert wrong.verdict.winner.plan.label == "base" and wrong.agreement == pytest.approx(-1.0)
+    text = "\n".join(measured_lines(wrong))
+    assert "answer: keep base" in text and "the score misleads" in text
+
+
+def test_merges_that_cannot_be_measured_leave_the_checkpoint(request_, tasks, tmp_path):
+    run, found = run_in(tmp_path, request_, tasks), planted(request_, SCORES)
+    text = "\n".join(measured_lines(measured(run, found, SCORES, feasible=False)))
+    assert "a tensor holds NaN" in text and "no merge could be measured" in text and "too few candidates (3)" in text
+
+
+def test_nothing_measured_is_an_error(request_, tasks, tmp_path):
+    run, found = run_in(tmp_path, request_, tasks), planted(request_, SCORES)
+    search = prepare_measuring(run)
+    plans = [one.plan for one in found.finding.ranked]
+    LabelStore(search.labels_uri).append(
+        [search.label(plan, task, Infeasible("no memory"), 1.0) for plan in plans for task in tasks]
+    )
     with pytest.raises(LabelError, match="nothing could be measured: no memory"):
-        answer(ranked, catalogue, tasks, tmp_path)
+        measure_stage(run, found, Narrator(Console(file=io.StringIO())))
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_whole_run_measures_each_plan_on_all_tasks_once(ranked, catalogue, tasks, tmp_path):
-    printed = answer(ranked, catalogue, tasks, tmp_path)
-    num = len(plans_to_measure(ranked[1], catalogue))
-    assert f"{num} of {num} measured now" in printed and "answer: " in printed
-    labels = LabelStore(tmp_path / "labels").read()
-    assert len(labels) == 2 * num and all(isinstance(label.outcome, Measured) for label in labels)
-    content = read_json(tmp_path / "auto.json")
-    assert (content["answer"] == "merge") == (tmp_path / "merged").exists()
-    for one in content["candidates"]:  # the figures are those of the labels
-        for name in tasks:
-            (label,) = [x for x in labels if x.plan.label == one["label"] and x.task == name]
-            assert one["reporting"]["by_task"][name]["value"] == pytest.approx(label.outcome.items[1::2].mean())
-    assert f"0 of {num} measured now" in answer(ranked, catalogue, tasks, tmp_path)
+def test_a_whole_run_tunes_and_measures_and_the_next_one_computes_nothing(request_, tasks, tmp_path, monkeypatch):
+    tuned = replace(request_, config=FIND.model_copy(update={"tune": "global"}))
+    run = run_in(tmp_path, tuned, tasks)
+    narrator = Narrator(Console(file=(printed := io.StringIO()), width=200))
+    found = find_stages(run, narrator)
+    content = label_free_json(run, found)
+    assert content["num_scored"] >= 200 and set(content["keeps"]) == {"m0 on add", "m1 on copy"}
+    kept = {one.plan.label: one.retention.tolist() for one in found.finding.checkpoints}
+    assert kept["m0"][0] == 1.0 and kept["m1"][1] == 1.0  # each keeps all of its own answers
+    assert len(found.tuned) == 1 and 0.0 <= found.tuned[0].held_out.score <= 1.0
+    measurement = measure_stage(run, found, narrator)
+    best = measurement.verdict.winner.plan
+    write_stage(run, best, content | measured_json(run, measurement), Manifest("auto", {}, {}), 0.0, narrator)
+    assert (read_json(tmp_path / "auto.json")["answer"] == "merge") == (tmp_path / "merged").exists()
+    if best.is_merge:
+        assert read_plan(tmp_path / "plan.json")[0].plan.id == best.id
+        read_headers(CheckpointRef("merged", tmp_path / "merged"))
+
+    def refused(*_, **__):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("simmerge_ray.on_ray.merge_search._run_trials", refused)
+    monkeypatch.setattr("simmerge_ray.on_ray.signal_actors.ActorPool", refused)
+    again = find_stages(run, narrator)
+    assert label_free_json(run, again) == content
+    measure_stage(run, again, narrator)
+    assert "0 of " in printed.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 import urllib.request
@@ -13,7 +12,9 @@ import torch
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.merge_search import run_search
-from simmerge_ray.plans.plan import resolve_plan
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.plan import MergePlan, resolve_plan
+from simmerge_ray.plans.recipe import recipe_of
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.search.labels import LabelStore, Measured, Stopped
@@ -67,6 +68,7 @@ def test_an_evaluator_that_does_not_start_ends_the_search_with_its_reason(catalo
     assert LabelStore(tmp_path / "labels").read() == []
 
 
+THREE = {"m0": 0.5, "m1": 1.0, "m2": 0.4}
 CLOSE = "slerp(threshold=0.5)"  # between these checkpoints the linear average
 
 
@@ -79,8 +81,9 @@ def test_a_search_copies_the_labels_of_the_same_merge_when_they_are_there(catalo
     assert run_search(catalogue, tasks, config, tmp_path / "labels").num_trials_run == 0
 
 
-def prometheus_samples(name: str) -> dict[str, float]:
-    """Values of a metric that the cluster exports, summed by the `outcome` label; waits until there are some."""
+def exported(name: str, outcome: str, least: float) -> float:
+    """The value of a metric that the cluster exports, of one outcome; waits until it has been counted to `least`, since
+    workers report every few seconds."""
     import ray
 
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
@@ -88,14 +91,11 @@ def prometheus_samples(name: str) -> dict[str, float]:
     while time.monotonic() < deadline:
         with urllib.request.urlopen(url) as answer:
             lines = [line for line in answer.read().decode().splitlines() if line.startswith(f"{name}{{")]
-        if lines:
-            found: dict[str, float] = {}
-            for line in lines:
-                label = next(part for part in re.split("[{},]", line) if part.startswith("outcome="))
-                found[label] = found.get(label, 0.0) + float(line.rsplit(" ", 1)[1])
-            return found
+        value = sum(float(line.rsplit(" ", 1)[1]) for line in lines if f'outcome="{outcome}"' in line)
+        if value >= least:
+            return value
         time.sleep(0.5)
-    raise AssertionError(f"{url} has no {name}")
+    raise AssertionError(f"{url} has {name} of {outcome} at {value}, not {least}")
 
 
 @pytest.mark.ray
@@ -104,26 +104,28 @@ def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labe
     config = LOCAL.model_copy(update={"arms": ("linear", "ties"), "budget": 10, "concurrency": 1, "shards": 3})
     limited = config.model_copy(update={"max_trials": 9})
     seen: list[tuple[int, int, int]] = []
+    start = [MergePlan(recipe=recipe_of(make_arm("linear"), one)) for one in ({"m0": 0.9, "m1": 0.3}, THREE)]
     first = run_search(
-        catalogue, tasks, limited, tmp_path, report=lambda s: seen.append((s.done, s.total, s.num_items))
+        catalogue, tasks, limited, tmp_path, report=lambda s: seen.append((s.done, s.total, s.num_items)), start=start
     )
     num_singles = 4
     assert first.num_trials_run == 9 == seen[-1][0] and seen[-1][2] > 0 and first.status.best is not None
     assert first.num_left == 0 and first.status.items_per_second > 0
-    merges = {label.plan.id for label in LabelStore(tmp_path).read() if label.plan.steps}
+    merges = {label.plan.id for label in LabelStore(tmp_path).read() if label.plan.is_merge}
     assert len(merges) == 9 - num_singles
-    second = run_search(catalogue, tasks, config, tmp_path)
+    outcomes = {label.plan: label.outcome for label in first.store.read()}
+    assert all(isinstance(outcomes[plan], Measured) for plan in start)  # never stopped, in the space or not
+    second = run_search(catalogue, tasks, config, tmp_path, start=start)
     assert second.num_trials_run == 10 - len(merges)
     by_kind: dict[type, int] = {}
     for label in LabelStore(tmp_path).read():
-        if label.plan.steps and label.task == "add":
+        if label.plan.is_merge and label.task == "add":
             by_kind[type(label.outcome)] = by_kind.get(type(label.outcome), 0) + 1
             assert len(label.outcome.items) <= len(tasks["add"].items)
             assert (len(label.outcome.items) < len(tasks["add"].items)) == isinstance(label.outcome, Stopped)
     assert by_kind[Measured] + by_kind[Stopped] == 10
-    assert run_search(catalogue, tasks, config, tmp_path).num_trials_run == 0
-    samples = prometheus_samples("ray_simmerge_search_trials_total")
-    assert samples['outcome="measured"'] >= num_singles + by_kind[Measured]
+    assert run_search(catalogue, tasks, config, tmp_path, start=start).num_trials_run == 0
+    assert exported("ray_simmerge_search_trials_total", "measured", num_singles + by_kind[Measured])
     merged, singles = ranked_results(second.search)
     assert len(merged) == by_kind[Measured] and len(singles) == num_singles and merged[0].best
 

@@ -17,11 +17,17 @@ _LINEAR = make_arm("linear")
 
 def all_linear(plan: MergePlan) -> MergePlan:
     """The plan with every spherical step written as `linear`: what it would be if all of them fell back."""
-    return _as_linear(plan, set(range(1, len(plan.steps) + 1)))
+    return _as_linear(plan, _spherical(plan))
 
 
-def _as_linear(plan: MergePlan, numbers: set[int]) -> MergePlan:
-    chosen = {number for number in numbers if plan.steps[number - 1].arm.spec.is_spherical}
+def _spherical(plan: MergePlan) -> set[int]:
+    """Numbers of the spherical steps; a recipe is step 1."""
+    return {number for number, arm in enumerate(plan.arms, 1) if arm.spec.is_spherical}
+
+
+def _as_linear(plan: MergePlan, chosen: set[int]) -> MergePlan:
+    if plan.recipe is not None:
+        return replace(plan, recipe=replace(plan.recipe, arm=_LINEAR)) if chosen else plan
     steps = [replace(step, arm=_LINEAR) if n in chosen else step for n, step in enumerate(plan.steps, 1)]
     return replace(plan, steps=tuple(steps))
 
@@ -34,7 +40,7 @@ def linear_form(resolved: ResolvedPlan) -> MergePlan:
     (`flatten=false`, float64) stay as they are.
     """
     plan = resolved.plan
-    left = {number for number, step in enumerate(plan.steps, 1) if step.arm.spec.is_spherical}
+    left = _spherical(plan)
     if not left:
         return plan
     graph = resolve_global_trims(compile_plan(resolved, check=False), num_threads=1)

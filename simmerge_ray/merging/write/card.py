@@ -25,7 +25,12 @@ def licence_of(ref: CheckpointRef) -> str | None:
 
 
 def model_card(graph: MergeGraph, predicted: Mapping[str, Any] | None, not_finite: Sequence[str] = ()) -> str:
-    """Markdown of the card. predicted: by task, an object with `utility` and `sd`. not_finite: names of tensors."""
+    """Markdown of the card.
+
+    Args:
+        predicted: by task an object with `utility` and `sd`, or by owner one with `retention`, the share of its own
+            answers that the merge gives as well. not_finite: names of tensors.
+    """
     licences = {key: licence for key, ref in graph.checkpoints.items() if (licence := licence_of(ref))}
     distinct = sorted(set(licences.values()))
     matter: dict[str, Any] = {
@@ -43,7 +48,9 @@ def model_card(graph: MergeGraph, predicted: Mapping[str, Any] | None, not_finit
     if not_finite:
         lines += [f"> **{len(not_finite)} tensors hold NaN or infinity**, the first is `{not_finite[0]}`.", ""]
     if predicted:
-        rows = [(task, value["utility"], value["sd"]) for task, value in predicted.items()]
-        lines += table_lines(("task", "predicted utility", "sd"), rows)
+        utilities = [(task, one["utility"], one["sd"]) for task, one in predicted.items() if "utility" in one]
+        kept = [(owner, one["retention"]) for owner, one in predicted.items() if "retention" in one]
+        lines += table_lines(("task", "predicted utility", "sd"), utilities) if utilities else []
+        lines += table_lines(("answers of", "kept by the merge"), kept) if kept else []
     lines += ["Made by simmerge_ray from:", "", "```json", json.dumps(dict(graph.description), indent=2), "```", ""]
     return "\n".join(lines)

@@ -32,7 +32,7 @@ NUM_SUBSETS = 2  # of each base
 def sampled_part(part: LoadedPart) -> LoadedPart:
     """The part with the labels of unmerged checkpoints, and of the plans of its first three-way subsets alone."""
     plans = {plan.id for plan in sampled_plans(part)}
-    kept = tuple(label for label in part.labels if not label.plan.steps or label.plan.id in plans)
+    kept = tuple(label for label in part.labels if not label.plan.is_merge or label.plan.id in plans)
     return replace(part, labels=kept)
 
 

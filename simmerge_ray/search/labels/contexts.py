@@ -20,15 +20,15 @@ def single_items(labels: Iterable[LabeledPlan]) -> dict[tuple[str, str], np.ndar
 
 
 def measures_arm(label: LabeledPlan) -> bool:
-    """Whether it measures an arm on a pair: one step with equal weights, as arms are defined."""
-    weights = [step.weight for step in label.plan.steps]
-    return weights == [0.5] and not label.plan.seed and isinstance(label.outcome, Measured)
+    """Whether it measures an arm on a pair: by a step, or by the recipe that is the same merge."""
+    return isinstance(label.outcome, Measured) and label.plan.pair_arm is not None
 
 
 def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Context]:
     """Contexts (pair, task) in which every one of `arms` and both parents were measured, sorted.
 
-    An arm is measured by its plan with equal weights; what a search tries beside that does not stand for it.
+    An arm is measured by its plan with equal weights, or by the recipe that is that plan (`MergePlan.pair_arm`); what a
+    search tries beside that does not stand for it.
 
     Raises:
         LabelError: two labels disagree on the items, evaluator or settings, so they must not be compared.
@@ -37,10 +37,9 @@ def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Co
     singles = single_items(labels)
     found: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
     for label in labels:
-        if measures_arm(label) and isinstance(label.outcome, Measured):
-            step = label.plan.steps[0]
-            left, right = sorted((step.left, step.right))
-            found.setdefault((left, right, label.task), {})[step.arm.label] = label.outcome.items
+        if isinstance(label.outcome, Measured) and (arm := label.plan.pair_arm) is not None:
+            left, right = sorted(label.plan.members)
+            found.setdefault((left, right, label.task), {})[arm.label] = label.outcome.items
     return [
         Context(left, right, task, {arm: items[arm] for arm in arms}, singles[left, task], singles[right, task])
         for (left, right, task), items in sorted(found.items())

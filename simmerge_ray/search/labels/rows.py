@@ -82,7 +82,7 @@ def to_row(label: LabeledPlan) -> dict[str, Any]:
         "same_as": label.same_as,
         "stopped": isinstance(outcome, Stopped),
         "num_items": len(evaluated.items) if evaluated else 0,
-        "operators": " ; ".join(step.arm.label for step in label.plan.steps),
+        "operators": " ; ".join(arm.label for arm in label.plan.arms),
         "members": list(label.plan.members),
     }
 

@@ -124,8 +124,8 @@ def common_arms(labels: Sequence[LabeledPlan]) -> tuple[str, ...]:
     """Arms that were measured on every pair of which some arm was, sorted."""
     by_pair: dict[tuple[str, ...], set[str]] = {}
     for label in labels:
-        if measures_arm(label):
-            by_pair.setdefault(tuple(sorted(label.plan.members)), set()).add(label.plan.steps[0].arm.label)
+        if measures_arm(label) and (arm := label.plan.pair_arm):
+            by_pair.setdefault(tuple(sorted(label.plan.members)), set()).add(arm.label)
     return tuple(sorted(set.intersection(*by_pair.values()))) if by_pair else ()
 
 

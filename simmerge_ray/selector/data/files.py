@@ -78,7 +78,7 @@ def read_dataset(files: DatasetFiles, arms: Sequence[str] | None = None) -> Load
     of_table = _labels_by_table(labels, tables, owner, files)
     used = sorted(of_table)
     pair_labels = [label for index in used for label in of_table[index]]
-    measured = {label.plan.steps[0].arm.label for label in pair_labels if measures_arm(label)}
+    measured = {arm.label for label in pair_labels if measures_arm(label) and (arm := label.plan.pair_arm)}
     if unknown := [arm for arm in arms or () if arm not in measured]:
         raise LabelError(unknown_name("arm", unknown[0], measured))
     chosen = tuple(arms) if arms else common_arms(pair_labels)

@@ -10,6 +10,7 @@ from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.plans.recipe import plain_average
+from simmerge_ray.selector.finding.aim import Aim
 from simmerge_ray.selector.finding.probed import ProbedPlan, Prober, RunTrials, halve
 from simmerge_ray.selector.finding.sources import FindRequest, FindSources
 from simmerge_ray.selector.finding.space import (
@@ -31,6 +32,7 @@ class Finding:
     virtual: everything that was scored. average: the plain average, run as well; None for fewer than two members.
     """
 
+    aim: Aim
     ranked: tuple[ProbedPlan, ...]
     virtual: VirtualScores
     average: MergePlan | None
@@ -91,4 +93,4 @@ def choose(
     ranked = halve(prober, shortlist(found, config.shortlist), always, report)
     if not ranked:
         raise ConfigError("no candidate could be run over the probes; the log says why")
-    return Finding(tuple(ranked), found, average)
+    return Finding(sources.aim, tuple(ranked), found, average)

@@ -7,6 +7,7 @@ run, on vLLM too, and what a label store holds is never run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -58,6 +59,14 @@ class Prober:
         self._aim, self._run = aim, run
         # Every candidate is asked for all answers, whoever its members are.
         self._catalogue = replace(catalogue, own_task=dict.fromkeys(catalogue.ids))
+
+    def only(self, chosen: Callable[[int], np.ndarray]) -> Prober:
+        """One that runs a part of the probes. chosen: from a number of probes to which of them, (n,) bool."""
+        other = copy(self)
+        other._pairs = [
+            [pair for pair, kept in zip(pairs, chosen(len(pairs)), strict=True) if kept] for pairs in self._pairs
+        ]
+        return other
 
     @property
     def num_probes(self) -> int:

@@ -70,6 +70,10 @@ class VirtualScorer:
         self._mixtures = [of_owner[owner] for owner in aim.owners]
         self._ids, self._coefficients, self._aim = tuple(ids), coefficients, aim
 
+    def coefficients_of(self, plan: MergePlan) -> dict[str, float]:
+        """How much of each checkpoint's task vector a plan holds. Raises PlanError: see `PlanCoefficients.of`."""
+        return dict(zip(self._ids, self._coefficients.of(plan).tolist(), strict=True))
+
     def of_sums(self, rows: np.ndarray) -> VirtualScores:
         """Of sums of task vectors. rows: (N, M) weights."""
         return self._scores(rows, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import TokenBatch
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.merging.model import load_model
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.recipe import Recipe, recipe_of
 from simmerge_ray.signals.candidates.answers import (
@@ -26,6 +26,8 @@ from simmerge_ray.signals.candidates.answers import (
 from simmerge_ray.signals.candidates.retention import answers_of
 from simmerge_ray.signals.collect import ProbeModel
 from simmerge_ray.signals.tuning.groups import groups_of, member_weight
+from simmerge_ray.signals.tuning.memory import is_low_rank, recompute_layers, recomputes
+from simmerge_ray.signals.tuning.starts import norm_matched_weights, recipe_start
 from simmerge_ray.signals.tuning.tuner import CoefficientModel, TuningBatch
 from simmerge_ray.signals.tuning.vectors import DenseVector, LowRankVector, TaskVector
 
@@ -49,37 +51,56 @@ class Tuning:
         )
 
 
-def stated_bytes(catalogue: Catalogue) -> int:
-    """Memory of a tuning beside activations, float32: model and base, a task vector of every member (of a LoRA member
-    of the base its factors), and the largest tensor's gradient."""
-    assert catalogue.base is not None
-    specs = read_headers(catalogue.base)
-    sizes = [int(np.prod(spec.shape)) for spec in specs.values()]
-    dense = sum(not _is_low_rank(ref, catalogue.base) for ref in catalogue.checkpoints)
-    return 4 * (sum(sizes) * (2 + dense) + max(sizes))
-
-
 def prepare_tuning(
-    catalogue: Catalogue, batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig, device: str = "cpu"
+    catalogue: Catalogue,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    config: TuneConfig,
+    device: str = "cpu",
+    start: Recipe | None = None,
 ) -> Tuning:
     """Answers of every member of the catalogue, then the model that its coefficients are tuned in.
 
     Args:
         batches: micro-batches of the probes of every member's own task.
+        start: recipe whose weights are the start, instead of the config's.
 
     Raises:
-        ProbeError: a member's answers are all empty. CheckpointError: a checkpoint cannot be loaded.
+        ProbeError: a member's answers are all empty. CheckpointError: a checkpoint cannot be loaded. ConfigError: see
+            `starts.check_start`.
     """
     base = catalogue.base
     assert base is not None, "checked by the caller"
-    spec, runner = AnswerSpec(config.max_tokens), ProbeModel(device=device)
-    tuning_batches: list[TuningBatch] = []
+    runner = ProbeModel(device=device)
+    tuning_batches = tuning_batches_of(runner, catalogue, batches, config, device)
+    base_weights = _parameters(base, runner)
+    vectors = [_vectors(member, base, base_weights, runner) for member in catalogue.checkpoints]
+    stored = stored_names(base, runner)
+    by_stored = groups_of(stored.values(), config.groups)
+    loaded = runner.load(base)
+    if recomputes(base, batches, config):
+        recompute_layers(loaded)
+    model = CoefficientModel(loaded, base_weights, vectors, {name: by_stored[of] for name, of in stored.items()})
+    if start is not None:
+        first = recipe_start(start, catalogue.ids, by_stored, model.group_names)
+    else:
+        first = np.repeat(_shares(vectors, config)[:, None], len(model.group_names), axis=1)
+    return Tuning(model, tuple(tuning_batches), tuple(catalogue.ids), first)
+
+
+def tuning_batches_of(
+    runner: ProbeModel,
+    catalogue: Catalogue,
+    batches: Mapping[str, Sequence[TokenBatch]],
+    config: TuneConfig,
+    device: str = "cpu",
+) -> list[TuningBatch]:
+    """Every member's own answers with what it says there; a part of the probes is held out, the same in every run."""
+    spec, found = AnswerSpec(config.max_tokens), []
     for member in catalogue.checkpoints:
         task = catalogue.own_task[member.id]
-        assert task is not None
+        assert task is not None, "checked by the caller"
         answers = answers_of(runner, member, task, batches[task], spec)
-        limit = round(answers.num_answers * (1.0 - config.held_out))
-        held_out = np.random.default_rng(0).permutation(answers.num_answers) >= limit
+        held_out = held_out_answers(answers.num_answers, config.held_out)
         shares = {out: max(1, int((held_out[answers.answer] == out).sum())) for out in (False, True)}
         for batch in answers.batches:
             with torch.no_grad():
@@ -89,37 +110,40 @@ def prepare_tuning(
             out = torch.from_numpy(held_out)[batch.answer]
             weight = torch.where(out, 1.0 / shares[True], 1.0 / shares[False]) / len(catalogue.checkpoints)
             on_device = [torch.from_numpy(array).to(device) for array in (kept, own, rest)]
-            tuning_batches.append(
-                TuningBatch(batch, on_device[0], on_device[1], on_device[2], weight.float().to(device), out)
-            )
-    base_weights = _parameters(base, runner)
-    vectors = [_vectors(member, base, base_weights, runner) for member in catalogue.checkpoints]
-    specs = read_headers(base)
-    prefix = f"{getattr(runner.load(base), 'base_model_prefix', '')}."
-    stored = {name: name if name in specs else name.removeprefix(prefix) for name in base_weights}
-    by_stored = groups_of(stored.values(), config.groups)
-    del runner
-    model = CoefficientModel(
-        load_model(base, device=device), base_weights, vectors, {name: by_stored[of] for name, of in stored.items()}
-    )
-    start = 1.0 / len(vectors) if config.start is None else config.start
-    shape = (len(vectors), len(model.group_names))
-    return Tuning(model, tuple(tuning_batches), tuple(catalogue.ids), np.full(shape, start))
+            found.append(TuningBatch(batch, on_device[0], on_device[1], on_device[2], weight.float().to(device), out))
+    return found
+
+
+def stored_names(ref: CheckpointRef, runner: ProbeModel) -> dict[str, str]:
+    """The name in the checkpoint's files of every parameter of its model, which may have a prefix more."""
+    model, specs = runner.load(ref), read_headers(ref)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return {name: name if name in specs else name.removeprefix(prefix) for name, _ in model.named_parameters()}
+
+
+def _shares(vectors: Sequence[Mapping[str, TaskVector]], config: TuneConfig) -> np.ndarray:
+    """Coefficients to start from, one for each member, with the config's mean."""
+    mean = 1.0 / len(vectors) if config.start is None else config.start
+    if config.start_from == "equal":
+        return np.full(len(vectors), mean)
+    norms = [math.sqrt(math.fsum(vector.square() for vector in of_member.values())) for of_member in vectors]
+    return len(vectors) * mean * np.array(norm_matched_weights(norms))
+
+
+def held_out_answers(num_answers: int, share: float) -> np.ndarray:
+    """(num_answers,) bool: which answers of a member only decide when to stop; the same ones every time."""
+    return np.asarray(np.random.default_rng(0).permutation(num_answers) >= round(num_answers * (1.0 - share)))
 
 
 def _parameters(ref: CheckpointRef, runner: ProbeModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in runner.load(ref).named_parameters()}
 
 
-def _is_low_rank(ref: CheckpointRef, base: CheckpointRef) -> bool:
-    return ref.adapter is not None and str(ref.path) == str(base.path) and base.adapter is None
-
-
 def _vectors(
     member: CheckpointRef, base: CheckpointRef, base_weights: Mapping[str, torch.Tensor], runner: ProbeModel
 ) -> dict[str, TaskVector]:
     found: dict[str, TaskVector] = {}
-    if _is_low_rank(member, base):
+    if is_low_rank(member, base):
         adapter = LoraAdapter(member, read_headers(member))
         prefix = f"{getattr(runner.load(base), 'base_model_prefix', '')}."
         for name, weight in base_weights.items():

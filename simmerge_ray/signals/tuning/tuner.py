@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from simmerge_ray.base.config import TuneConfig
 from simmerge_ray.signals.candidates.answers import AnswerBatch, answer_logits
+from simmerge_ray.signals.tuning.memory import LOSS_POSITIONS
 from simmerge_ray.signals.tuning.objective import Objective, answer_loss
 from simmerge_ray.signals.tuning.vectors import TaskVector
 
@@ -152,21 +154,23 @@ class CoefficientModel:
         tuning, held_out = 0.0, 0.0
         for one in batches:
             with torch.set_grad_enabled(gradient):
-                logits = answer_logits(self._model, one.batch)
-                for chosen, is_tuning in ((~one.held_out, True), (one.held_out, False)):
-                    if not bool(chosen.any()):
-                        continue
-                    with torch.set_grad_enabled(gradient and is_tuning):
-                        at = one.kept[chosen], one.own[chosen], one.own_rest[chosen]
-                        loss = (one.weight[chosen] * answer_loss(logits[chosen], *at, objective)).sum()
-                    if is_tuning:
-                        tuning += float(loss.detach())
-                        if gradient:
-                            loss.backward(retain_graph=False)
-                            logits = logits.detach()
-                    else:
-                        held_out += float(loss.detach())
+                weighted = one.weight * _losses(answer_logits(self._model, one.batch), one, objective)
+                of_tuning = weighted[~one.held_out].sum()
+            if gradient and of_tuning.requires_grad and not bool(one.held_out.all()):
+                of_tuning.backward()
+            tuning += float(of_tuning.detach())
+            held_out += float(weighted.detach()[one.held_out].sum())
         return tuning, held_out, self._gradient.copy()
+
+
+def _losses(logits: Tensor, one: TuningBatch, objective: Objective) -> Tensor:
+    """The objective at every position, (S,); of a few positions at a time, so that only the logits are kept for the
+    backward pass."""
+    if len(logits) <= LOSS_POSITIONS or not torch.is_grad_enabled():
+        return answer_loss(logits, one.kept, one.own, one.own_rest, objective)
+    parts = (part.split(LOSS_POSITIONS) for part in (logits, one.kept, one.own, one.own_rest))
+    chunks = zip(*parts, strict=True)
+    return torch.cat([checkpoint(answer_loss, *chunk, objective, use_reentrant=False) for chunk in chunks])
 
 
 def tune_coefficients(

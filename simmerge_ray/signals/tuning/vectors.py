@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+_CHUNK = 1 << 18  # elements that are float64 at a time
 
 
 class TaskVector(Protocol):
@@ -19,6 +23,10 @@ class TaskVector(Protocol):
         """`<gradient, tau>`, summed in float64."""
         ...
 
+    def square(self) -> float:
+        """`|tau|^2`, summed in float64."""
+        ...
+
 
 @dataclass(frozen=True)
 class DenseVector:
@@ -30,7 +38,10 @@ class DenseVector:
         tensor.add_(self.values, alpha=coefficient)
 
     def dot(self, gradient: Tensor) -> float:
-        return float((gradient.double() * self.values.double()).sum())
+        return _dot(gradient, self.values)
+
+    def square(self) -> float:
+        return _dot(self.values, self.values)
 
 
 @dataclass(frozen=True)
@@ -48,5 +59,15 @@ class LowRankVector:
         tensor.addmm_(self.up, self.down, alpha=coefficient * self.scale)
 
     def dot(self, gradient: Tensor) -> float:
-        projected = self.up.to(gradient.dtype).T @ gradient
-        return self.scale * float((projected.double() * self.down.double()).sum())
+        return self.scale * _dot(self.up.to(gradient.dtype).T @ gradient, self.down)
+
+    def square(self) -> float:
+        up, down = self.up.double(), self.down.double()
+        return self.scale**2 * float(((up.T @ up) * (down @ down.T)).sum())
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    """`<left, right>` in float64, in chunks: no float64 copy of a whole tensor."""
+    flat = left.reshape(-1), right.reshape(-1)
+    chunks = zip(*(one.split(_CHUNK) for one in flat), strict=True)
+    return math.fsum(torch.stack([torch.dot(a.double(), b.double()) for a, b in chunks]).tolist())

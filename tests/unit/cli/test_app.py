@@ -50,6 +50,7 @@ def search(simmerge, zoo) -> Run:
         (["--exclude", "m0"], "--exclude: a pair is LEFT,RIGHT, got 'm0'"),
         (["--budget", "5", "--objective", "ad"], "objective 'ad': unknown task 'ad' (did you mean 'add'?)"),
         (["--budget", "5", "--ways", "2-4"], "a merge takes from 2 to 3 checkpoints"),
+        (["--budget", "5", "--ways", "2-3"], "'nuslerp' at most 2; leave them out: --arm 'linear' --arm"),
         (["--budget", "5", "--member", "m9"], "unknown checkpoint 'm9'"),
         (["--sampler", "tpa"], "--sampler"),
         ([], "name --budget N, the merges to try; `simmerge labels make` labels every pair"),

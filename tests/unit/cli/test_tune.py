@@ -37,7 +37,7 @@ def test_the_recipe_is_a_plan_that_can_be_merged(tune, simmerge, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_recipe(tune, tmp_path, monkeypatch):
-    import simmerge_ray.pipelines.tune as pipeline
+    import simmerge_ray.signals.tuning.run as pipeline
 
     assert tune("--groups", "global", out="whole").returncode == 0
     kept = []

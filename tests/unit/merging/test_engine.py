@@ -40,6 +40,7 @@ from simmerge_ray.plans.plan import (
     resolve_plan,
     unmerged,
 )
+from simmerge_ray.plans.recipe import recipe_of
 from tests import tiny
 from tests.operators import two_way
 from tests.readers import TensorReader
@@ -356,6 +357,18 @@ def test_a_plan_whose_spherical_steps_fall_back_everywhere_has_the_form_of_a_lin
     ties = make_arm("ties", {"trim_scope": "global"})
     steps = (MergeStep("m0", "m1", ties), MergeStep("#1", "m2", close), MergeStep("#2", "m1", apart))
     assert form(*steps).steps == (steps[0], MergeStep("#1", "m2", LINEAR), steps[2])
+
+
+def test_a_recipe_on_an_arc_that_is_straight_everywhere_has_the_form_of_a_linear_one(catalogue):
+    def of(arm) -> MergePlan:
+        return MergePlan(recipe=recipe_of(arm, {"m1": 0.9, "m0": (0.2, 0.4)}))
+
+    def form(arm) -> MergePlan:
+        return linear_form(resolve_plan(of(arm), catalogue))
+
+    assert form(make_arm("slerp", {"threshold": 0.5})) == of(LINEAR)
+    for arm in (make_arm("slerp", {"threshold": 1.0}), make_arm("nuslerp"), LINEAR, make_arm("ties")):
+        assert form(arm) == of(arm)
 
 
 def test_the_number_of_threads_and_shards_changes_no_weight(catalogue, tmp_path):

@@ -23,6 +23,7 @@ from simmerge_ray.merging.write.output import WriteOptions
 from simmerge_ray.merging.write.tensors import write_tensors
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, MergeStep, fold_plan, pair_plan, resolve_plan, write_plan
+from simmerge_ray.plans.recipe import GroupWeights, Recipe
 from tests import reference, tiny
 from tests.operators import two_way
 from tests.readers import TensorReader
@@ -87,6 +88,29 @@ def test_a_pair_keeps_the_largest_entries_of_the_whole_model(zoo, density, weigh
         torch.testing.assert_close(
             tensor.double(), torch.from_numpy(expected[name]), rtol=TOLERANCE[tensor.dtype], atol=2e-7
         )
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.5, 0.25), (0.5, 0.5), (1.5, 0.0, 0.5), (0.75,)])
+def test_a_recipe_keeps_the_largest_entries_of_every_member_of_the_whole_model(zoo, weights):
+    members = ("m2", "m0", "m1")[: len(weights)]
+    arm = make_arm("ties", {"density": 0.3, "trim_scope": "global", "scale": 1.5})
+    resolved = resolve_plan(MergePlan(recipe=Recipe(arm, members, weights)), zoo)
+    base = read_all(zoo.base)
+    expected = expected_merge(base, [read_all(zoo.ref(name)) for name in members], weights, 0.3, 1.5)
+    for name, tensor in merged_tensors(resolved):
+        torch.testing.assert_close(
+            tensor.double(), torch.from_numpy(expected[name]), rtol=TOLERANCE[tensor.dtype], atol=2e-7
+        )
+
+
+def test_a_recipe_whose_weights_are_groups_has_the_thresholds_of_one_whose_weights_are_numbers(zoo):
+    groups = GroupWeights((("layers.0.", 0.25),), 1.0)
+    found = {
+        key: dict(merged_tensors(resolve_plan(MergePlan(recipe=Recipe(GLOBAL, ("m0", "m1"), (weight, 0.5))), zoo)))
+        for key, weight in (("groups", groups), ("in", 0.25), ("out", 1.0))
+    }
+    for name, tensor in found["groups"].items():
+        assert torch.equal(tensor, found["in" if "layers.0." in name else "out"][name])
 
 
 def test_it_is_another_merge_than_trimming_every_tensor(zoo):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simmerge_ray.base.errors import PlanError
-from simmerge_ray.plans.operators.specs import make_arm
-from simmerge_ray.plans.plan import MergePlan, plan_from_json
+from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, make_arm, parse_arm
+from simmerge_ray.plans.plan import MergePlan, MergeStep, pair_plan, plan_from_json, step_weights
 from simmerge_ray.plans.recipe import GroupWeights, Recipe, plain_average, recipe_from_json, recipe_of
 
 NUMBERS = st.floats(0.0, 1.5, allow_subnormal=False)
@@ -56,6 +56,56 @@ def test_one_merge_has_one_id():
     assert of("task_arithmetic", (1, 0.5), scale=0.5).id == of("task_arithmetic", (0.5, 0.25)).id
     assert of("linear", (1, 1), normalize=False).id != of("linear", (0.5, 0.5), normalize=False).id
     assert of("task_arithmetic", (0.5, 0.25)).id != of("task_arithmetic", (0.25, 0.5)).id
+    assert of("ties", (0.2, 0.6)).id == of("ties", (0.4, 1.2)).id != of("ties", (0.4, 1.2), normalize=False).id
+    assert of("nuslerp", (0.3, 0.9)).id == of("nuslerp", (0.1, 0.3)).id != of("nuslerp", (0.9, 0.3)).id
+    assert of("model_stock", (1, 2)).id == of("model_stock", (1, 1)).id
+
+
+@given(RECIPES)
+def test_the_canonical_form_is_its_own(one):
+    canonical = one.canonical()
+    assert canonical.canonical() == canonical
+    assert MergePlan(recipe=canonical).id == MergePlan(recipe=one).id
+
+
+@pytest.mark.parametrize("operator", ["linear", "ties", "dare_linear", "multislerp", "karcher"])
+def test_members_without_weight_are_left_out_where_that_is_the_same_merge(operator):
+    whole, part = (
+        recipe_of(make_arm(operator), weights) for weights in ({"z": 0.0, "a": 0.7, "b": 0.4}, {"a": 0.7, "b": 0.4})
+    )
+    assert whole.without_zeros() == part and MergePlan(recipe=whole).id == MergePlan(recipe=part).id
+    nothing = recipe_of(make_arm(operator), {"a": 0.0, "b": 0.0})
+    assert nothing.without_zeros() == nothing
+    for needed in ("sce", "model_stock"):  # they find weights of their own
+        kept = recipe_of(make_arm(needed), {"a": 0.0, "b": 1.0, "c": 1.0})
+        assert kept.without_zeros() == kept
+
+
+PAIR_ARMS = ["linear", "slerp", "nuslerp", "task_arithmetic", "task_arithmetic(scale=1.2)", "ties(density=0.2)",
+             "dare_linear", "model_stock", "sce", "scale_matched_linear", "linear(normalize=false)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PAIR_ARMS)
+def test_the_recipe_of_an_arm_s_step_is_that_arm_s_plan(text):
+    """Labels of pairs x arms and of recipes are the same labels where the merges are the same."""
+    arm = parse_arm(text)
+    plan = pair_plan("a", "b", arm)
+    recipe = MergePlan(recipe=recipe_of(arm, dict(zip("ab", step_weights(arm.operator, 0.5), strict=True))))
+    assert recipe.pair_arm == arm and recipe.id == plan.id and plan.pair_arm == arm
+    others = [
+        recipe_of(arm, {"a": 0.3, "b": 0.9}),
+        recipe_of(arm, dict.fromkeys("abc", 1.0)) if arm.spec.max_sources is None else recipe.recipe,
+        recipe_of(arm, {"a": (0.2, 1.0), "b": 1.0}),
+        Recipe(arm, ("a", "b"), recipe.recipe.weights, seed=1),
+    ]
+    others = [MergePlan(recipe=one) for one in others if arm.spec.uses_weights and one != recipe.recipe]
+    assert all(one.pair_arm is None and one.id != plan.id for one in others)
+
+
+@pytest.mark.parametrize("operator", [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources != 1])
+def test_other_weights_of_a_step_are_no_arm(operator):
+    assert MergePlan((MergeStep("a", "b", make_arm(operator), 0.3),)).pair_arm is None
+    assert MergePlan(source="a").pair_arm is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ import torch
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import EngineError, InputError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.plans.operators.specs import make_arm, parse_arm
+from simmerge_ray.plans.plan import MergePlan, pair_plan
+from simmerge_ray.plans.recipe import GroupWeights, recipe_of
 from simmerge_ray.search.evaluation import Evaluator, load_tasks
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
@@ -163,6 +166,36 @@ def test_a_trial_waits_for_the_labels_of_the_same_merge(catalogue, tasks, tmp_pa
     lonely = (tmp_path / "other", ("slerp(threshold=0.6)", CLOSE))  # no linear arm: the first is evaluated
     _, trials, results, evaluator = run_arms(catalogue, tasks, *lonely)
     assert evaluator.num_loads == len(trials) - 2 and all(result.rival is None for result in results)
+
+
+def test_recipes_are_labelled_once_and_read_back_as_any_plan(catalogue, tasks, tmp_path):
+    """With the real evaluator: a pair's arm has its label already, groups and gradients are kept, what falls back is
+    the linear recipe."""
+    weights = {"m0": GroupWeights((("layers.1.", 0.2),), 0.9), "m1": (0.1, 0.8), "m2": 0.4}
+    recipes = [
+        recipe_of(make_arm("task_arithmetic"), weights),
+        recipe_of(make_arm("linear"), {"m0": 1.0, "m1": 1.0}),  # an arm on a pair
+        recipe_of(make_arm("linear"), {"m0": 0.6, "m1": 0.4}),
+        recipe_of(parse_arm(CLOSE), {"m0": 0.6, "m1": 0.4}),
+    ]
+    plans = [pair_plan("m0", "m1", make_arm("linear")), *(MergePlan(recipe=one) for one in recipes)]
+    study, _ = grid(catalogue, tasks, tmp_path)
+    first = grid_trials(study, plans[:1])
+    runner = TrialRunner(study, start_reference)
+    for trial in first:
+        runner.run(trial)
+    trials = grid_trials(study, plans)
+    assert [trial.plan for trial in trials] == [plans[1], *plans[3:], MergePlan(source="m2")]
+    assert [Trial.from_text(trial.to_text()) for trial in trials] == trials
+    for trial in trials:
+        assert runner.run(trial).infeasible is None
+    assert grid_trials(study, plans) == []
+    labels = {(label.plan, label.task): label for label in LabelStore(tmp_path).read()}
+    assert len(labels) == 2 * (3 + 4) and {plan for plan, _ in labels} >= {plans[0], plans[1], *plans[3:]}
+    assert {label.same_as for label in labels.values()} == {None, plans[3].label}
+    assert labels[plans[4], "add"].outcome.items.tolist() == labels[plans[3], "add"].outcome.items.tolist()
+    (other, known) = (labels[plan, "copy"] for plan in (plans[1], plans[0]))
+    assert set(other.checkpoints) == {"base", "m0", "m1", "m2"} and set(known.checkpoints) == {"m0", "m1"}
 
 
 def test_what_cannot_be_searched_is_refused_before_ray_starts(catalogue, tasks, tmp_path):

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.progress import Narrator
 from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.merging.compile import compile_plan
+from simmerge_ray.merging.write.card import model_card
+from simmerge_ray.pipelines.dataset import write_best
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.plan import MergePlan, pair_plan, read_plan
+from simmerge_ray.plans.recipe import recipe_of
 from simmerge_ray.search.estimate import engine_bytes, estimate_search
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
@@ -85,8 +94,8 @@ def test_a_dry_run_says_what_a_study_takes_and_starts_nothing(root, run_job_scri
 
 def test_the_command_line_says_what_a_search_takes(root, simmerge):
     options = (
-        "--tasks tasks --out labels --budget 7 --dry-run --evaluator transformers --ways 2-3 --objective add "
-        "--objective worst"
+        "--tasks tasks --out labels --budget 7 --dry-run --evaluator transformers --ways 2-3 --arm linear --arm ties "
+        "--objective add --objective worst"
     )
     result = simmerge("search", "catalogue.yaml", *options.split(), cwd=root)
     assert result.returncode == 0 and "trials   11 to run" in result.stdout
@@ -167,6 +176,23 @@ def test_what_was_found_stands_in_the_order_of_the_objective(root):
     told = estimate_search(search, 10, engines=2)
     assert told.seconds == pytest.approx(12 + 10 * 2.0 / 2) and told.engines == 2
     assert "about 22 s" in told.lines()[-1]
+
+
+def test_the_best_merge_is_a_plan_file_that_can_be_merged(root, tmp_path):
+    search = prepared(root, budget=9, objectives=("add",), arms=("linear",))
+    recipe = MergePlan(recipe=recipe_of(make_arm("ties"), {"m0": (0.2, 0.9), "m2": 1.1}))
+    plans = [MergePlan(source="m0"), pair_plan("m0", "m1", make_arm("linear")), recipe]
+    store, said = LabelStore(search.labels_uri), StringIO()
+    for number, plan in enumerate(plans):
+        store.append([search.label(plan, "add", Measured(np.full(4, number / 10)), 1.0)])
+    write_best(search, tmp_path / "found", Narrator(Console(file=said, width=200)))
+    assert f"best merge: 0.200 {recipe.label} (add 0.200" in said.getvalue()
+    assert "best checkpoint: 0.000 m0" in said.getvalue()
+    resolved, predicted = read_plan(tmp_path / "found" / "best.plan.json")
+    assert resolved.plan == recipe
+    assert recipe.label in model_card(compile_plan(resolved), predicted)
+    rows = json.loads((tmp_path / "found" / "best.json").read_text())
+    assert [len(rows[kind]) for kind in ("merges", "singles")] == [2, 1]
 
 
 def test_an_engine_takes_its_weights_twice_and_what_it_holds_besides(catalogue):

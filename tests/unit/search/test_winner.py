@@ -8,6 +8,7 @@ import pytest
 from simmerge_ray.base.errors import LabelError, TaskError
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, pair_plan
+from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.search.objectives import parse_objective
 from simmerge_ray.search.winner import (
     Candidate,
@@ -98,6 +99,12 @@ def test_a_merge_that_beats_no_checkpoint_leaves_the_best_checkpoint():
     assert verdict.advantage.value == pytest.approx(0.15)
     equal = choose_winner([merge(halves(0.8, 0.8)), best], MEAN)
     assert equal.winner is best, "a merge has to be better, not as good"
+
+
+def test_a_recipe_is_a_merge():
+    recipe = Candidate(MergePlan(recipe=plain_average(["a", "b", "c"])), halves(0.8, 0.8))
+    verdict = choose_winner([single("a", halves(0.6, 0.7)), merge(halves(0.7, 0.9)), recipe], MEAN)
+    assert verdict.winner is verdict.best_merge is recipe and verdict.best_single.plan.source == "a"
 
 
 def test_two_standard_errors_of_noise_are_seldom_passed_when_nothing_differs():

@@ -10,10 +10,12 @@ import pytest
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, pair_plan
+from simmerge_ray.plans.recipe import recipe_of
 from simmerge_ray.search.labels import (
     EvaluationSettings,
     Measured,
     check_comparable,
+    measures_arm,
     pair_contexts,
     used_digests,
 )
@@ -61,6 +63,20 @@ def test_other_weights_and_seeds_do_not_stand_for_an_arm():
     for order in ([*labels, *others], [*others, *labels]):
         (context,) = pair_contexts(order, ["linear"])
         assert context.arms["linear"].mean() == 0.75
+    assert pair_contexts([*labels[1:], *others], ["linear"]) == []
+
+
+def test_the_recipe_that_is_an_arm_stands_for_it_and_other_recipes_do_not():
+    def of(arm, **weights):
+        return label(MergePlan(recipe=recipe_of(make_arm(arm), weights)), outcome=Measured(np.full(4, 0.25)))
+
+    labels = pair_labels()
+    same = of("linear", b=1.0, a=1.0)
+    assert measures_arm(same) and same.key == labels[0].key
+    (context,) = pair_contexts([same, *labels[1:]], ["linear", "nuslerp"])
+    assert context.arms["linear"].mean() == 0.25 and (context.left, context.right) == ("a", "b")
+    others = [of("linear", a=0.7, b=0.3), of("task_arithmetic", a=1.0, b=0.9), of("linear", a=1.0, b=1.0, c=1.0)]
+    assert not any(map(measures_arm, others))
     assert pair_contexts([*labels[1:], *others], ["linear"]) == []
 
 

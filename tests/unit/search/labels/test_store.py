@@ -15,6 +15,7 @@ import pytest
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, fold_plan, pair_plan
+from simmerge_ray.plans.recipe import recipe_of
 from simmerge_ray.search.labels import (
     Infeasible,
     LabelStore,
@@ -168,22 +169,23 @@ def test_the_files_are_plain_tables(tmp_path):
     """What somebody with pandas finds, in old, new and folded files."""
     store = LabelStore(tmp_path)
     plan = fold_plan(["a", "b", "c"], [make_arm("ties", {"density": 0.2}), make_arm("linear")])
-    store.append([label(plan), label(MergePlan(source="a"), outcome=stopped(1.0, 0.0))])
+    recipe = MergePlan(recipe=recipe_of(make_arm("ties", {"density": 0.3}), {"b": 1.2, "c": 0.4}))
+    store.append([label(plan), label(MergePlan(source="a"), outcome=stopped(1.0, 0.0)), label(recipe)])
     table = pandas.read_parquet(tmp_path).sort_values("label")
-    assert table["operators"].tolist() == ["ties(density=0.2) ; linear", ""]
-    assert [list(members) for members in table["members"]] == [["a", "b", "c"], ["a"]]
-    assert table["num_items"].tolist() == [4, 2] and table["stopped"].tolist() == [False, True]
-    assert table["utility"].tolist() == [0.75, 0.5]
+    assert table["operators"].tolist() == ["ties(density=0.2) ; linear", "", "ties(density=0.3)"]
+    assert [list(members) for members in table["members"]] == [["a", "b", "c"], ["a"], ["b", "c"]]
+    assert table["num_items"].tolist() == [4, 2, 4] and table["stopped"].tolist() == [False, True, False]
+    assert table["utility"].tolist() == [0.75, 0.5, 0.75]
     (file,) = tmp_path.glob("*.parquet")
     as_older_file(file)
     store.append([label(plan, outcome=Infeasible("no"), task="u")])
     store.append(pair_labels())
     (tmp_path / ".x.parquet.0.partial").write_bytes(b"half")
-    assert len(pandas.read_parquet(tmp_path)) == 7
+    assert len(pandas.read_parquet(tmp_path)) == 8
     store.compact()
     table = pandas.read_parquet(tmp_path)
-    assert len(table) == 7 - 1  # `a` was stopped, then measured
-    assert table["num_items"].sum() == 5 * 4 and table["members"].notna().all()
+    assert len(table) == 8 - 1  # `a` was stopped, then measured
+    assert table["num_items"].sum() == 6 * 4 and table["members"].notna().all()
 
 
 def rewrite(file: Path, **columns) -> None:

@@ -13,7 +13,8 @@ from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.model import load_model
 from simmerge_ray.signals.signature import SignatureSpec
 from simmerge_ray.signals.tokens import tokenize_probes
-from simmerge_ray.signals.tuning.prepare import prepare_tuning, stated_bytes
+from simmerge_ray.signals.tuning.memory import stated_bytes
+from simmerge_ray.signals.tuning.prepare import prepare_tuning
 from simmerge_ray.signals.tuning.vectors import LowRankVector
 from tests import tiny
 from tests.unit.checkpoints.test_adapters import make_adapter
@@ -40,7 +41,9 @@ def test_a_lora_member_is_its_checkpoint(tmp_path):
         batches = tokenize_probes(catalogue, load_probe_sets(tmp_path / "probes"), SignatureSpec(), 4)
         tuning = prepare_tuning(catalogue, batches, config)
         at = np.random.default_rng(0).uniform(0.2, 0.8, tuning.start.shape)
-        found.append((tuning, tuning.model.objective(at, tuning.batches, "kl", True), stated_bytes(catalogue)))
+        found.append(
+            (tuning, tuning.model.objective(at, tuning.batches, "kl", True), stated_bytes(catalogue, batches, config))
+        )
     (low, of_low, low_bytes), (dense, of_dense, dense_bytes) = found
     assert any(isinstance(vector, LowRankVector) for vector in low.model.vectors[1].values())
     assert not any(isinstance(vector, LowRankVector) for vector in dense.model.vectors[1].values())

@@ -16,7 +16,9 @@ from simmerge_ray.signals.candidates.answers import (
     kept_log_probabilities,
     kept_tokens,
 )
+from simmerge_ray.signals.tuning import tuner
 from simmerge_ray.signals.tuning.groups import groups_of, member_weight
+from simmerge_ray.signals.tuning.memory import recompute_layers
 from simmerge_ray.signals.tuning.tuner import CoefficientModel, TuneState, TuningBatch, tune_coefficients
 from simmerge_ray.signals.tuning.vectors import DenseVector, LowRankVector
 from tests import tiny
@@ -86,6 +88,17 @@ def test_the_gradient_is_that_of_finite_differences(granularity, objective):
         shifted[1][member, group] -= step
         up, down = (model.objective(one, batches, objective, gradient=False)[0] for one in shifted)
         assert gradient[member, group] == pytest.approx((up - down) / (2 * step), rel=1e-6, abs=1e-8)
+
+
+def test_layers_that_run_twice_and_a_loss_in_parts_change_nothing(monkeypatch):
+    model, batches = setting(held_out=0.25)
+    at = np.full((2, len(model.group_names)), 0.4)
+    whole = model.objective(at, batches, "kl", gradient=True)
+    monkeypatch.setattr(tuner, "LOSS_POSITIONS", 5)
+    recompute_layers(model._model)
+    again = model.objective(at, batches, "kl", gradient=True)
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
 
 
 def test_low_rank_members_are_those_written_out():

@@ -1,0 +1,152 @@
+"""The last word of `simmerge auto` where there are labels: the best merges measured beside every checkpoint, and what
+labels say of the choice that was made without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from simmerge_ray.base.errors import LabelError
+from simmerge_ray.base.progress import Narrator
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.pipelines.auto import AutoRun, LabelFree
+from simmerge_ray.pipelines.dataset import search_bar
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Outcome
+from simmerge_ray.search.objectives import Objective, parse_objective
+from simmerge_ray.search.setup import PreparedSearch, prepare_search
+from simmerge_ray.search.winner import Candidate, Verdict, check_items, choose_winner, objective_estimate
+from simmerge_ray.selector.finding.space import kept_checkpoints
+
+_FEWEST_FOR_RANKS = 5
+
+
+@dataclass(frozen=True)
+class MeasuredLine:
+    """One merge or checkpoint: its score without labels (None where it was not run over probes), and what was
+    measured, or why it was not."""
+
+    plan: MergePlan
+    score: float | None
+    measured: Candidate | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """lines: the best of the choosing half first. agreement: Spearman's rank correlation of score and measured
+    objective over the `num_ranked` lines that have both; None for too few."""
+
+    lines: tuple[MeasuredLine, ...]
+    verdict: Verdict
+    objective: Objective
+    agreement: float | None
+    num_ranked: int
+
+
+def on_same_tasks(catalogue: Catalogue) -> Catalogue:
+    """The catalogue without own tasks: every merge and checkpoint is measured on all tasks that are given."""
+    return replace(catalogue, own_task=dict.fromkeys(catalogue.ids))
+
+
+def prepare_measuring(run: AutoRun) -> PreparedSearch:
+    """Raises InputError: tasks that cannot be used, or an objective that they do not have."""
+    for name, task in run.tasks.items():
+        check_items(name, task.num_items)
+    parse_objective(run.request.config.objective, run.tasks)
+    return prepare_search(on_same_tasks(run.request.catalogue), run.tasks, run.engine, run.labels)
+
+
+def measure_stage(run: AutoRun, found: LabelFree, narrator: Narrator) -> Measurement:
+    """Measure what is missing, and decide.
+
+    Raises:
+        LabelError: nothing could be measured. EngineError: no evaluator started.
+    """
+    from simmerge_ray.on_ray.merge_search import run_search
+
+    catalogue, base = run.request.catalogue, run.request.base
+    singles = kept_checkpoints(catalogue.ids, base)
+    merges = list({plan.id: plan for plan in found.ranking}.values())[: run.evaluate]
+    plans = [*singles, *merges, *([found.finding.average] if found.finding.average else [])]
+    plans = list({plan.id: plan for plan in plans}.values())
+    with narrator.stage("measure") as stage:
+        with search_bar(narrator) as report:
+            result = run_search(on_same_tasks(catalogue), run.tasks, run.engine, run.labels, plans, report)
+        counts = f"{result.num_trials_run} of {len(plans)} measured now"
+        stage.result = f"{counts}, by {run.engine.evaluator} -> {run.labels}"
+    scores = {one.plan.id: one.score for one in found.finding.ranked}
+    scores |= {one.whole.plan.id: one.whole.score for one in found.tuned}
+    return _decided(result.search, plans, scores, parse_objective(run.request.config.objective, run.tasks))
+
+
+def _decided(
+    search: PreparedSearch, plans: Sequence[MergePlan], scores: Mapping[str, float], objective: Objective
+) -> Measurement:
+    known = {label.key: label.outcome for label in LabelStore(search.labels_uri).read()}
+    lines = []
+    for plan in plans:
+        outcomes: dict[str, Outcome] = {task: known[search.key(plan, task)] for task in search.tasks}
+        items = {task: one.items for task, one in outcomes.items() if isinstance(one, Measured)}
+        reasons = [one.reason for one in outcomes.values() if isinstance(one, Infeasible)]
+        measured = Candidate(plan, items) if len(items) == len(search.tasks) else None
+        lines.append(MeasuredLine(plan, scores.get(plan.id), measured, reasons[0] if reasons else None))
+    candidates = [line.measured for line in lines if line.measured is not None]
+    if not candidates:
+        raise LabelError(f"nothing could be measured: {lines[0].reason}; --retry-infeasible tries again")
+
+    def place(line: MeasuredLine) -> float:
+        return -objective_estimate(line.measured.choosing, objective).value if line.measured else 1.0
+
+    agreement, count = _agreement(lines, objective)
+    return Measurement(
+        tuple(sorted(lines, key=place)), choose_winner(candidates, objective), objective, agreement, count
+    )
+
+
+def _agreement(lines: Sequence[MeasuredLine], objective: Objective) -> tuple[float | None, int]:
+    from scipy.stats import spearmanr
+
+    both = [
+        (line.score, objective_estimate(line.measured.items, objective).value)
+        for line in lines
+        if line.score is not None and line.measured is not None
+    ]
+    if len(both) < _FEWEST_FOR_RANKS or min(len(set(column)) for column in zip(*both, strict=True)) < 2:
+        return None, len(both)
+    return float(spearmanr(*zip(*both, strict=True)).statistic), len(both)
+
+
+def measured_json(run: AutoRun, found: Measurement) -> dict[str, Any]:
+    """JSON value of what was measured."""
+    verdict = found.verdict
+    return {
+        "measured": {
+            "num_items": {name: task.num_items for name, task in run.tasks.items()},
+            "halves": "chosen on the even items (0, 2, ...), reported from the odd ones",
+            "utility": asdict(verdict.utility),
+            "best_single": verdict.best_single.plan.label if verdict.best_single else None,
+            "best_merge": verdict.best_merge.plan.label if verdict.best_merge else None,
+            "merge_minus_single": {
+                "reporting": asdict(verdict.advantage) if verdict.advantage else None,
+                "choosing": asdict(verdict.chosen_by) if verdict.chosen_by else None,
+                "within_two_standard_errors": None if verdict.advantage is None else not verdict.advantage.is_clear,
+            },
+            "rank_correlation_with_score": found.agreement,
+            "num_ranked": found.num_ranked,
+            "candidates": [_line_json(line, found.objective) for line in found.lines],
+        }
+    }
+
+
+def _line_json(line: MeasuredLine, objective: Objective) -> dict[str, Any]:
+    content: dict[str, Any] = {"label": line.plan.label, "plan": line.plan.to_json(), "score": line.score}
+    if line.measured is None:
+        return content | {"infeasible": line.reason}
+    for name, items in (("choosing", line.measured.choosing), ("reporting", line.measured.reporting)):
+        by_task = {
+            task: asdict(objective_estimate({task: values}, Objective("mean"))) for task, values in items.items()
+        }
+        content[name] = asdict(objective_estimate(items, objective)) | {"by_task": by_task}
+    return content

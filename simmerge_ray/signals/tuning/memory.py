@@ -1,0 +1,77 @@
+"""Memory of a tuning, stated before it starts, and what keeps activations small: layers are computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.base.config import TuneConfig
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.headers import read_headers
+from simmerge_ray.checkpoints.probes import TokenBatch
+from simmerge_ray.checkpoints.references import CheckpointRef, read_config
+from simmerge_ray.checkpoints.size import ModelShape, model_shape
+from simmerge_ray.signals.collect import decoder_layers
+
+LOSS_POSITIONS = 32  # whose logits the objective takes at a time
+_MOST_ACTIVATIONS = 256_000_000  # bytes; beyond, layers keep their inputs only
+
+
+def stated_bytes(catalogue: Catalogue, batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> int:
+    """Memory of a tuning, float32: model, base and a task vector of every member (a LoRA member of the base has small
+    factors instead), the largest tensor's gradient, and the activations of the largest micro-batch.
+
+    Near the end of the backward pass the largest tensor may need room twice (tied embeddings); the activations are
+    gone then.
+    """
+    assert catalogue.base is not None, "checked by the caller"
+    sizes = [int(np.prod(spec.shape)) for spec in read_headers(catalogue.base).values()]
+    dense = sum(not is_low_rank(ref, catalogue.base) for ref in catalogue.checkpoints)
+    shape = model_shape(read_config(catalogue.base))
+    rows, width = _largest(batches, config)
+    layers = _layers_bytes(shape, rows, width, recomputed=recomputes(catalogue.base, batches, config))
+    activations = layers + _logits_bytes(shape, rows * config.max_tokens)
+    return 4 * sum(sizes) * (2 + dense) + 4 * max(sizes) + max(4 * max(sizes), activations)
+
+
+def recomputes(base: CheckpointRef, batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> bool:
+    """Whether the activations of all layers are so large that layers keep their inputs only."""
+    return _layers_bytes(model_shape(read_config(base)), *_largest(batches, config)) > _MOST_ACTIVATIONS
+
+
+def recompute_layers(model: Any) -> None:
+    """Let every decoder layer keep its inputs only, and run again in the backward pass (gradient checkpointing)."""
+    from torch.utils.checkpoint import checkpoint
+
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def is_low_rank(ref: CheckpointRef, base: CheckpointRef) -> bool:
+    """Whether a member is an adapter of the base, whose task vectors are kept as factors."""
+    return ref.adapter is not None and str(ref.path) == str(base.path) and base.adapter is None
+
+
+def _largest(batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> tuple[int, int]:
+    """(rows, tokens of a row with its answer) of the largest micro-batch."""
+    shapes = [batch.input_ids.shape for of_task in batches.values() for batch in of_task]
+    rows, width = max(shapes, key=lambda shape: shape[0] * shape[1])
+    return rows, width + config.max_tokens
+
+
+def _layers_bytes(shape: ModelShape, rows: int, width: int, recomputed: bool = False) -> int:
+    """What the layers keep for the backward pass; with `recomputed` inputs, and one layer with its gradients."""
+    tokens = rows * width
+    heads = shape.heads * shape.head_size
+    layer = tokens * (10 * shape.hidden_size + 6 * heads + 5 * shape.intermediate_size + 4 * shape.heads * width)
+    if recomputed:
+        return 4 * (shape.layers * tokens * shape.hidden_size + 2 * layer)
+    return 4 * shape.layers * layer
+
+
+def _logits_bytes(shape: ModelShape, positions: int) -> int:
+    """Logits, their gradient and its parts, and what the objective makes of a few positions."""
+    return 4 * shape.vocab_size * (3 * positions + 6 * min(positions, LOSS_POSITIONS))
