@@ -9,23 +9,29 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks.finding.samplers import incumbent
 from benchmarks.finding.utilities import HALVES, Bench
-from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.config import SearchConfig, TuneConfig
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, general_probe_set
+from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, plan_from_json
+from simmerge_ray.plans.recipe import recipe_of
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.search.setup import PreparedSearch
 from simmerge_ray.selector.finding.choice import choose
-from simmerge_ray.selector.finding.probed import RunTrials, in_this_process
+from simmerge_ray.selector.finding.probed import Prober, RunTrials, in_this_process
 from simmerge_ray.selector.finding.sources import FindSources, find_request, find_sources
 from simmerge_ray.signals.compute import local_executor
-from simmerge_ray.signals.signature import SignatureStore
+from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+from simmerge_ray.signals.tokens import tokenize_probes
+from simmerge_ray.signals.tuning.prepare import held_out_answers, prepare_tuning
+from simmerge_ray.signals.tuning.tuner import tune_coefficients
 
 PROBES: Mapping[str, int | None] = {"64 probes": None, "16 probes": 16, "4 probes": 4, "general probes": None}
 EVALUATIONS = (0, 1, 2, 4, 8)
@@ -123,3 +129,47 @@ def member_shares(plan: MergePlan, members: Sequence[str]) -> list[float]:
         return [float(name in plan.members) for name in members]
     weights = dict(zip(plan.recipe.members, plan.recipe.weights, strict=True))
     return [float(weight) if isinstance(weight := weights.get(name, 0.0), int | float) else 1.0 for name in members]
+
+
+def tuned_answer(bench: Bench, members: Sequence[str], chosen: Mapping[str, Any], groups: str) -> dict[str, Any]:
+    """The choice tuned as `simmerge auto` does it: from its own weights, and kept where it is better on the probes held
+    out. Returns the answer's plan, both plans' scores there, and the seconds of tuning."""
+    request, sources = sources_of(bench, members)
+    best = ranked_plans(chosen)[0]
+    config = TuneConfig(groups=groups)  # type: ignore[arg-type]
+    start = recipe_of(make_arm("task_arithmetic"), sources.scorer.coefficients_of(best))
+    began = time.perf_counter()
+    batches = tokenize_probes(request.catalogue, request.probe_sets, SignatureSpec(), config.max_tokens)
+    prepared = prepare_tuning(request.catalogue, batches, config, start=start)
+    state = tune_coefficients(prepared.model, prepared.batches, prepared.start, config)
+    seconds = time.perf_counter() - began
+    tuned = MergePlan(recipe=prepared.recipe(state.best))
+    with tempfile.TemporaryDirectory() as labels:
+        prober = Prober(request.catalogue, sources.answers, sources.aim, in_one_process(labels))
+        part = prober.only(partial(held_out_answers, share=config.held_out))
+        scores = {one.plan.id: one.score for one in part.probe([tuned, best], [part.num_probes])}
+    is_better = scores[tuned.id] > scores[best.id]
+    return {
+        "plan": (tuned if is_better else best).to_json(),
+        "tuned": tuned.to_json(),
+        "held_out": [scores[tuned.id], scores[best.id]],
+        "seconds": round(seconds, 3),
+    }
+
+
+def answered_pairs(bench: Bench, groups: str) -> dict[str, dict[str, Any]]:
+    """By pair: utility of the answer, of the tuned merge whether or not it is the answer, and of the choice."""
+    chosen, kept, found = bench.kept("chosen"), bench.kept("answered"), {}
+    for pair in bench.pairs():
+        joined, tasks = "+".join(pair), bench.tasks_of(pair)
+        before = chosen.of(f"{joined} 64 probes", lambda pair=pair: label_free(bench, pair))
+        value = kept.of(f"{joined} {groups}", lambda pair=pair, of=before: tuned_answer(bench, pair, of, groups))
+        found[joined] = {
+            "utility": bench.utilities.mean(plan_from_json(value["plan"]), tasks),
+            "tuned": bench.utilities.mean(plan_from_json(value["tuned"]), tasks),
+            "chosen": bench.utilities.mean(ranked_plans(before)[0], tasks),
+            "held_out": value["held_out"],
+            "seconds": value["seconds"],
+        }
+        bench.report(f"answer, {groups}: {joined} {found[joined]['chosen']:.3f} -> {found[joined]['utility']:.3f}")
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.finding.candidates import fixed_grid
-from benchmarks.finding.choices import PROBES, chosen_pairs
+from benchmarks.finding.choices import PROBES, answered_pairs, chosen_pairs
 from benchmarks.finding.derived import BROKEN, COPY, make_derived
 from benchmarks.finding.grid import GridPair, measured_grid
 from benchmarks.finding.grid_report import grid_figures
@@ -27,6 +27,8 @@ from benchmarks.finding.speed import seconds_of_choices
 from benchmarks.finding.tuned import TUNINGS, tuned_pairs
 from benchmarks.finding.utilities import Bench, check_against_evaluator
 from benchmarks.finding.virtual import virtual_figures
+
+ANSWERS = ("layer", "tensor")  # granularities of the tuned answer
 
 
 @dataclass
@@ -76,6 +78,10 @@ def chosen(campaign: Campaign, probes: str) -> dict[str, Any]:
     return chosen_pairs(campaign.bench, campaign.bench.pairs(), probes)
 
 
+def answered(campaign: Campaign, groups: str) -> dict[str, Any]:
+    return answered_pairs(campaign.bench, groups)
+
+
 def samplers(campaign: Campaign) -> dict[str, Any]:
     return sampler_curves(campaign.bench, campaign.budget)
 
@@ -115,6 +121,10 @@ PARTS: Mapping[str, Callable[[Campaign], dict[str, Any]]] = {
     "grid": grid,
     "virtual": virtual,
     **{f"chosen, {probes}": lambda campaign, probes=probes: chosen(campaign, probes) for probes in PROBES},
+    **{
+        f"answer, {groups}": lambda campaign, groups=groups: answered_pairs(campaign.bench, groups)
+        for groups in ANSWERS
+    },
     "samplers": samplers,
     "tuned": tuned,
     "same task": same_task,
