@@ -10,7 +10,7 @@ from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.search.headroom import Context
-from simmerge_ray.selector.data.dataset import SelectionDataset, pair_features
+from simmerge_ray.selector.data.dataset import SelectionDataset, pair_features, with_keep
 from simmerge_ray.selector.models.train import train_selector
 from simmerge_ray.selector.planning.files import SHORTLIST
 from simmerge_ray.signals.compute import compute_signals
@@ -18,8 +18,9 @@ from simmerge_ray.signals.propagation.second_order import SecondOrder
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 
 
-def write_artifacts(root: Path, catalogue_path: Path) -> Path:
-    """`pairs.parquet`, `signatures` and `selector` below `root`, which is returned."""
+def write_artifacts(root: Path, catalogue_path: Path, keep: bool = False) -> Path:
+    """`pairs.parquet`, `signatures` and `selector` below `root`, which is returned. keep: the selector may keep a
+    parent, all of which are better than every merge."""
     spec = SignatureSpec(batch_size=8, num_positions=20, num_attention_positions=6, num_coordinates=500)
     probes = load_probe_sets(catalogue_path.parent / "probes")
     table = compute_signals(load_catalogue(catalogue_path), probes, spec, store=SignatureStore(root / "signatures"))
@@ -30,11 +31,15 @@ def write_artifacts(root: Path, catalogue_path: Path) -> Path:
         for task in table.tasks:
             for _ in range(2):
                 items = {arm: generator.random(20) for arm in ("linear", "ties")}
-                contexts.append(Context(left, right, task, items, generator.random(20), generator.random(20)))
+                parents = (generator.random(20), generator.random(20))
+                if keep:
+                    parents = (0.8 + 0.2 * parents[0], 0.8 + 0.2 * parents[1])
+                contexts.append(Context(left, right, task, items, *parents))
                 features.append(pair_features(table, left, right, task))
     utilities = np.array([[c.arms[arm].mean() for arm in ("linear", "ties")] for c in contexts])
     dataset = SelectionDataset(tuple(contexts), ("linear", "ties"), table.columns, np.array(features), utilities)
-    config = TrainConfig(num_members=2, num_epochs=5)
+    dataset = with_keep(dataset) if keep else dataset
+    config = TrainConfig(num_members=2, num_epochs=200 if keep else 5)
     train_selector(dataset, config).write(root / "selector")
     restricted = dataset.restricted(SecondOrder(table).columns)
     assert restricted.columns == SecondOrder(table).columns

@@ -270,6 +270,18 @@ def scale_matched_linear(base, tensors, weights):
     return base + norm * sum(w * u for w, u in zip(weights, units, strict=True))
 
 
+def regmean(base, tensors, weights, alpha=0.9, grams=(), input_axis=1):
+    if not len(grams):
+        return linear(base, tensors, weights)
+    matrices = [x.T if input_axis == 1 else x for x in tensors]  # (inputs, outputs)
+    left, right = 0.0, 0.0
+    for weight, matrix, gram in zip(shares(weights), matrices, grams, strict=True):
+        shrunk = alpha * gram + (1 - alpha) * np.diag(np.diag(gram))
+        left, right = left + weight * shrunk, right + weight * (shrunk @ matrix)
+    found = np.linalg.inv(left) @ right
+    return found.T if input_axis == 1 else found
+
+
 def multislerp(base, tensors, weights, normalize=True, eps=1e-8):
     origin = 0.0 if base is None else base
     vectors, weights = [x - origin for x in tensors], shares(weights) if normalize else weights
@@ -308,6 +320,7 @@ OPERATORS = {
         sce,
         multislerp,
         scale_matched_linear,
+        regmean,
         passthrough,
     )
 }
@@ -417,6 +430,19 @@ def answer_scores(candidate: np.ndarray, own: np.ndarray, tokens: np.ndarray, an
         for key, value in zip(found, (kept, nll, kl, entropy, count), strict=True):
             found[key].append(value)
     return found
+
+
+def plan_coefficients(base: dict, vectors: Sequence[dict], change: dict) -> list[float]:
+    """How much of each task vector a change of the base holds: least squares tensor by tensor, then averaged by
+    |task vector|^2 / |base tensor|^2. All by tensor name."""
+    total, energy = np.zeros(len(vectors)), np.zeros(len(vectors))
+    for name, of_base in base.items():
+        matrix = np.stack([one[name].ravel() for one in vectors], 1)
+        found = np.linalg.lstsq(matrix, change[name].ravel(), rcond=None)[0]
+        share = (matrix**2).sum(0) / (of_base**2).sum()
+        total += share * found
+        energy += share
+    return [float(one) for one in np.divide(total, energy, out=np.zeros_like(total), where=energy > 0)]
 
 
 def gap_closed(contexts: Sequence[Context], chosen_arms: Sequence[str]) -> float | None:

@@ -60,7 +60,7 @@ _CHUNK = 5000  # rows of one transaction
 _START = 1_795_000_000.0  # seconds since 1970
 
 
-def nothing_to_encode(epoch: int, features: np.ndarray) -> tuple[np.ndarray, float]:
+def nothing_to_encode(epoch: int, features: np.ndarray, keep: bool) -> tuple[np.ndarray, float]:
     """The log has one encoder epoch, so no context is ever made again."""
     raise AssertionError("there is one epoch only")
 

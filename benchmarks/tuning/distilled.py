@@ -25,7 +25,7 @@ from simmerge_ray.signals.tuning.objective import answer_loss
 from simmerge_ray.signals.tuning.prepare import stored_names, tuning_batches_of
 from simmerge_ray.signals.tuning.tuner import TuningBatch
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 
 
 def distilled(

@@ -208,6 +208,10 @@ class RankingConfig(FrozenConfig):
 class TuneConfig(FrozenConfig):
     """Coefficients of a merge by gradient on the members' own answers (`signals.tuning`)."""
 
+    method: Literal["gradient", "regmean"] = option(
+        "gradient", "gradient on coefficients, or regmean's closed form for linear layers (only --alpha counts then)"
+    )
+    alpha: float = option(0.9, "regmean: what off-diagonals of Gram matrices are scaled by", ge=0, le=1)
     groups: Literal["global", "layer", "block", "tensor"] = option("layer", "what shares a coefficient of a member")
     objective: Literal["kl", "nll", "entropy"] = option("kl", "entropy never looks at the members: a control")
     num_steps: int = option(60, "of Adam, at most", flag="steps", ge=1)

@@ -5,6 +5,7 @@
       - {id: math-strong, path: math-strong, task: math}        # task: what it was fine-tuned for
       - {id: code-lora, path: base, adapter: code-lora, task: code}   # a PEFT LoRA adapter and the model it changes
 
+An entry may have `grams: DIRECTORY`, which `simmerge tune --method regmean` writes.
 Paths are relative to the file; it, and every path in it, may be a URI.
 Without a `task` a checkpoint takes part in pairs, but not in `cross-task` ones.
 """
@@ -38,6 +39,7 @@ class _BaseEntry(FrozenConfig):
 class _Entry(_BaseEntry):
     adapter: str | None = Field(None, min_length=1)
     task: str | None = None
+    grams: str | None = Field(None, min_length=1)
 
 
 class _Draft(FrozenConfig):
@@ -116,7 +118,13 @@ def _resolved(path: Place, file: _Draft) -> Catalogue:
     root = path.parent.resolve()
     return Catalogue(
         checkpoints=tuple(
-            CheckpointRef(e.id, place_in(root, e.path), base_id, place_in(root, e.adapter) if e.adapter else None)
+            CheckpointRef(
+                e.id,
+                place_in(root, e.path),
+                base_id,
+                place_in(root, e.adapter) if e.adapter else None,
+                place_in(root, e.grams) if e.grams else None,
+            )
             for e in file.checkpoints
         ),
         own_task={entry.id: entry.task for entry in file.checkpoints},
@@ -197,6 +205,8 @@ def _entry(path: Place, ref: CheckpointRef, task: str | None = None) -> dict[str
     entry = {"id": ref.id, "path": shown_path(ref.path, path.parent)}
     if ref.adapter is not None:
         entry["adapter"] = shown_path(ref.adapter, path.parent)
+    if ref.grams is not None:
+        entry["grams"] = shown_path(ref.grams, path.parent)
     return entry | ({"task": task} if task else {})
 
 

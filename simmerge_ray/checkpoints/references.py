@@ -13,6 +13,7 @@ from simmerge_ray.base.storage import Place, RemotePath, as_place, local_directo
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+GRAMS = " (Gram matrices)"
 _SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -21,16 +22,28 @@ class CheckpointRef:
     """A reference to a checkpoint, never its weights. `base_id` names the common ancestor in the same catalogue.
 
     adapter: directory of a PEFT LoRA adapter that is added to the weights as they are read (see `adapters`).
+    grams: directory of Gram matrices of the inputs of its linear layers, for `regmean`; no part of its identity.
     """
 
     id: str
     path: Place
     base_id: str | None = None
     adapter: Place | None = None
+    grams: Place | None = None
+
+    @property
+    def gram_ref(self) -> CheckpointRef | None:
+        """Its Gram matrices as something with tensors, under an id that no checkpoint has."""
+        return CheckpointRef(f"{self.id}{GRAMS}", self.grams) if self.grams is not None else None
 
     def error(self, problem: str) -> CheckpointError:
         """The problem as an error that names the checkpoint."""
         return CheckpointError(f"checkpoint {self.id!r}: {problem}")
+
+
+def gram_name(tensor: str, input_axis: int) -> str:
+    """The name of the Gram matrix of a tensor's inputs, which its axis 0 or 1 stands for."""
+    return f"{tensor} inputs {input_axis}"
 
 
 def locate_checkpoint(

@@ -18,8 +18,8 @@ from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, path_option, p
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from simmerge_ray.pipelines.auto import AutoRun, LabelFree
-    from simmerge_ray.pipelines.measured import Measurement
+    from simmerge_ray.pipelines.auto.measure import Measurement
+    from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
     from simmerge_ray.plans.plan import MergePlan
     from simmerge_ray.search.winner import ObjectiveEstimate, Verdict
 
@@ -49,7 +49,8 @@ def auto(
     started = time.monotonic()
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
-    from simmerge_ray.pipelines.auto import SIGNATURES, AutoRun, check_auto, check_evaluation, own_labels
+    from simmerge_ray.pipelines.auto.answer import SIGNATURES, check_auto, check_evaluation, own_labels
+    from simmerge_ray.pipelines.auto.request import AutoRun
     from simmerge_ray.search.evaluation import load_tasks
     from simmerge_ray.selector.finding.sources import find_request
 
@@ -64,7 +65,8 @@ def auto(
     from simmerge_ray.base.progress import narrated
 
     with narrated(log) as narrator:
-        from simmerge_ray.pipelines.auto import find_stages, label_free_json, write_stage
+        from simmerge_ray.pipelines.auto.answer import label_free_json, write_stage
+        from simmerge_ray.pipelines.auto.find import find_stages
         from simmerge_ray.pipelines.dataset import input_digests
 
         found = find_stages(run, narrator)
@@ -72,7 +74,7 @@ def auto(
         narrator.console.print(retention_table(found))
         narrator.print_lines(retention_lines(found))
         if evaluate:
-            from simmerge_ray.pipelines.measured import measure_stage, measured_json
+            from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json
 
             measurement = measure_stage(run, found, narrator)
             narrator.console.print(measured_table(run, measurement))

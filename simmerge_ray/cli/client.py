@@ -95,7 +95,7 @@ def _client(url: str | None, token_file: Path | None, timeout: float, retries: i
 
 def _show_decision(answer: Any) -> None:
     _say(f"decision {answer.decision_id}")
-    if answer.plan is not None:
+    if answer.kind == "plan":
         _say(f"plan     {answer.plan.label}")
         rows = [(one.label, *map(_number, (one.utility, one.sd, one.propensity))) for one in answer.plans or ()]
         _table(("plan", "predicted", "sd", "probability"), rows, left=1)

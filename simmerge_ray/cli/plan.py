@@ -104,12 +104,18 @@ def _print_ranking(ranking: Ranking, request: PlanRequest, parents: Mapping[str,
 
 def trust_lines(request: PlanRequest) -> list[str]:
     """How far the predictions can be relied on: has choosing paid, and does the selector know such checkpoints?"""
+    from simmerge_ray.plans.keeping import keeps
+
     selector, ids = request.sources.selector, request.space.ids
     fixed, lines = selector.best_fixed, []
     if selector.override.never:
         lines.append(
             f"to leave the best fixed arm, {fixed}, has not paid on checkpoints that were left out: where the first "
             "plan has other arms, measure it beside that of the best fixed arm (`simmerge auto` does)"
+        )
+    if keeps(selector.arms):
+        lines.append(
+            "these are merges; of a pair (--left, --right) the selector also says whether to keep one of them instead"
         )
     unlike, num = len(request.unlike_pairs()), len(ids) * (len(ids) - 1) // 2
     if unlike:
@@ -162,8 +168,8 @@ def _plan_pair(
     """Rank the arms for one pair, say which to take and why, and write the plan of that one."""
     from rich.console import Console
 
-    from simmerge_ray.plans.operators.specs import parse_arm
-    from simmerge_ray.plans.plan import pair_plan, resolve_plan, write_plan
+    from simmerge_ray.plans.keeping import arm_plan
+    from simmerge_ray.plans.plan import resolve_plan, write_plan
     from simmerge_ray.selector.planning.files import default_selector
     from simmerge_ray.selector.planning.recommender import Recommender
 
@@ -175,9 +181,10 @@ def _plan_pair(
     for line in _pair_lines(answer):
         console.print(line, soft_wrap=True)
     if out is not None:
-        resolved = resolve_plan(pair_plan(left, right, parse_arm(answer.choice.arm)), checkpoints)
+        resolved = resolve_plan(arm_plan(left, right, answer.choice.arm), checkpoints)
         write_plan(out, resolved, answer.chosen.predicted)
-        typer.echo(f"plan written to {out}; make it with: simmerge merge {out} OUT")
+        what = "make it" if resolved.plan.is_merge else "no merge is needed; copy the checkpoint"
+        typer.echo(f"plan written to {out}; {what} with: simmerge merge {out} OUT")
 
 
 def _pair_table(answer: Recommendation, best_fixed: str, title: str) -> Any:

@@ -25,7 +25,11 @@ def train(
     signals: Annotated[PathOrUri | None, place_option(help="signal table (Parquet), instead of DATASET")] = None,
     labels: Annotated[PathOrUri | None, place_option(help="directory of the label store, instead of DATASET")] = None,
     arm: Annotated[
-        list[str] | None, typer.Option(help="an arm to choose from; repeatable; default: all measured on every pair")
+        list[str] | None,
+        typer.Option(
+            help="an arm to choose from, `keep` for both parents as they are; repeatable; default: keep and all "
+            "measured on every pair"
+        ),
     ] = None,
     crossval: Annotated[
         PathOrUri | None,

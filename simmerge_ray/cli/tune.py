@@ -24,13 +24,14 @@ def tune(
     """Find a weight for every member and layer, so that the merge answers the probes as its members do; no labels.
 
     Example: simmerge tune catalogue.yaml --probes probes --member math-a --member code-b --out tuned. An interrupted
-    run goes on with the same command.
+    run goes on with the same command. `--method regmean` merges linear layers in closed form instead.
     """
-    from simmerge_ray.pipelines.tune import tune_stage, tuning_sources
+    from simmerge_ray.pipelines.tune import regmean_stage, tune_stage, tuning_sources
 
-    loaded, probe_sets = tuning_sources(catalogue, member or (), probes, out)
+    is_closed = config.method == "regmean"
+    loaded, probe_sets = tuning_sources(catalogue, member or (), probes, out, needs_base=not is_closed)
     from simmerge_ray.base.progress import narrated
 
     with narrated(log) as narrator:
-        path = tune_stage(loaded, probe_sets, config, out, narrator)
+        path = (regmean_stage if is_closed else tune_stage)(loaded, probe_sets, config, out, narrator)
         narrator.print_lines([f"recipe written to {path}; make it with: simmerge merge {path} OUT"])

@@ -40,7 +40,8 @@ class Apply:
     weights: as the n-ary operator takes them. params: by name; a tuple holds one number for each source. TIES trimmed
     over the whole model gets `thresholds` and `budgets` (see `operators.ties`) when they have been found.
     round_to: dtype to which the result is rounded when it is an input of another step; None keeps float32.
-    step: number of the step in the plan, part of the seed of random operators.
+    step: number of the step in the plan, part of the seed of random operators. grams: what `regmean` knows of the
+    inputs of each source's layer.
     """
 
     operator: str
@@ -50,6 +51,7 @@ class Apply:
     base: Node | None = None
     step: int = 0
     round_to: str | None = None
+    grams: tuple[Read, ...] = ()
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -128,7 +130,7 @@ def applies(node: Node) -> Iterator[Apply]:
 
 
 def _tree(node: Node) -> Iterator[Node]:
-    for inner in node.inputs if isinstance(node, Apply) else ():
+    for inner in (*node.inputs, *node.grams) if isinstance(node, Apply) else ():
         yield from _tree(inner)
     yield node
 

@@ -63,7 +63,7 @@ class ClusterOnDemand:
         """Runs candidates as trials of a search. shown: opens a progress bar, a context of a report."""
 
         def run(catalogue: Catalogue, tasks: Mapping[str, AnswersTask], plans: Sequence[MergePlan]) -> PreparedSearch:
-            search = prepare_search(catalogue, tasks, config, labels_uri)
+            search = prepare_search(catalogue, tasks, config, labels_uri, plans_given=True)
             if grid_trials(search, plans):
                 self.start()
             with shown() as report:

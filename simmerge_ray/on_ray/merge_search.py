@@ -105,7 +105,7 @@ def run_search(
         InputError: see `prepare_search`. EvaluatorStartError: no engine started. EngineError: the cluster lost actors.
     """
     store = LabelStore(labels_uri)
-    search = prepare_search(catalogue, tasks, config, store.uri)
+    search = prepare_search(catalogue, tasks, config, store.uri, plans is not None)
     proposer = make_proposer(search, plans, start)
     status = SearchStatus(proposer.total)
     if proposer.total:

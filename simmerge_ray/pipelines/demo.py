@@ -18,8 +18,9 @@ from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.on_ray.tasks import in_background
 from simmerge_ray.pipelines.dataset import UNCHANGED, search_bar, search_stage
 from simmerge_ray.pipelines.stages import signals_stage, train_stage
-from simmerge_ray.plans.operators.specs import make_arm, parse_arm
-from simmerge_ray.plans.plan import pair_plan, read_plan, resolve_plan, write_plan
+from simmerge_ray.plans.keeping import arm_plan, keep_label
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.plan import read_plan, resolve_plan, write_plan
 from simmerge_ray.research.zoo.recipe import ARMS, EXPERT_RECIPES, ExpertRecipe
 from simmerge_ray.search.evaluation import Task, load_tasks
 from simmerge_ray.search.labels import LabelStore, Measured
@@ -99,11 +100,11 @@ def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str
         recommender = Recommender.load(layout.selector, layout.signals)
         answer = recommender.recommend(*pair)
         arm, predicted = answer.choice.arm, answer.chosen.predicted
-        write_plan(layout.pick / "plan.json", resolve_plan(pair_plan(*pair, parse_arm(arm)), catalogue), predicted)
+        write_plan(layout.pick / "plan.json", resolve_plan(arm_plan(*pair, arm), catalogue), predicted)
         resolved, _ = read_plan(layout.pick / "plan.json")
         merged = write_merge(resolved, layout.pick / "merged", predicted).path
         pair_tasks = {task: tasks[task] for task in catalogue.pair_tasks(*pair)}
-        plans = [pair_plan(*pair, parse_arm(r.arm)) for r in answer.ranked]
+        plans = [plan for r in answer.ranked if (plan := arm_plan(*pair, r.arm)).is_merge]  # parents: measured anyway
         measured, loaded = measure_pick(layout, search, plans, arm, merged, pair_tasks, narrator)
         result = {
             "pair": list(pair),
@@ -134,8 +135,9 @@ def measure_pick(
     tasks: dict[str, Task],
     narrator: Narrator,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Utilities of the pair by every arm and of its parents, and of the written checkpoint (by the arm `picked`) as
-    each library loads it; EngineError if it does not answer like the merge that was measured in memory."""
+    """Utilities of the pair by every arm, the kept parents among them, and of its parents by name, and of the written
+    checkpoint (by the arm `picked`) as each library loads it; EngineError if it does not answer like what was measured
+    in memory."""
     from simmerge_ray.on_ray.merge_search import run_search
 
     catalogue, every_task = load_catalogue(layout.catalogue), load_tasks(layout.tasks)
@@ -153,6 +155,7 @@ def measure_pick(
             source = label.plan.source
             name, rows = (source, parents) if source else (label.plan.steps[0].arm.label, arms)
             rows.setdefault(name, {})[label.task] = label.outcome.utility
+    arms |= {keep_label(name): parents[name] for name in plans[0].members}
     for task, values in loaded.items():
         from_disk, in_memory = values[search.evaluator], arms[picked][task]
         if abs(from_disk - in_memory) > 2.0 / len(tasks[task].items):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 
 from simmerge_ray.base.config import RetrainConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import write_atomically
+from simmerge_ray.plans.keeping import keeps
 from simmerge_ray.search.labels import LabelStore
+from simmerge_ray.selector.data.dataset import with_keep
 from simmerge_ray.selector.data.files import find_dataset, read_dataset
 from simmerge_ray.selector.models.model import read_selector
 from simmerge_ray.service.bandit.artifact import identical_arms
@@ -40,6 +43,8 @@ def run_retraining(config: RetrainConfig, promote_it: bool, dry_run: bool) -> Re
         present = read_selector(registry.path(setup.version))
         files = find_dataset(config.dataset)
         loaded = read_dataset(files, present.reference)
+        if keeps(present.arms):
+            loaded = replace(loaded, dataset=with_keep(loaded.dataset))
         identical = identical_arms(label for path in files.labels for label in LabelStore(path).read())
         material = material_of(loaded, present, logged, config.namespace, config.held_out, identical)
         if dry_run:

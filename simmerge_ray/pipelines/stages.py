@@ -19,6 +19,7 @@ from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.on_ray.resources import only_job
 from simmerge_ray.pipelines.dataset import UNCHANGED, input_digests, plan_search, search_stage
 from simmerge_ray.pipelines.jobs import output_place
+from simmerge_ray.plans.keeping import KEEP
 from simmerge_ray.search.estimate import SearchEstimate
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.signals.bounds import bounds
@@ -109,7 +110,8 @@ def train_stage(
     arms: Sequence[str] | None = None,
     crossval: Place | None = None,
 ) -> None:
-    """Selector artifact `out` from a signal table and a label store; out-of-fold results as JSON `crossval`.
+    """Selector artifact `out` from a signal table and a label store; out-of-fold results as JSON `crossval`. arms: to
+    choose from, `keep` for both parents as they are; None takes all.
 
     Beside the artifact, in `out`: `shortlist`, a second one from the same labels that knows only the features which
     propagator `second_order` delivers (a selector is trained with exactly the features that its scorer will use), and
@@ -131,10 +133,12 @@ def train_stage(
             stage.result = UNCHANGED
             return
         from simmerge_ray.selector.assessment.crossval import crossval_report
-        from simmerge_ray.selector.data.dataset import build_dataset
+        from simmerge_ray.selector.data.dataset import build_dataset, with_keep
 
         started = time.monotonic()
-        dataset = build_dataset(table, read, arms)
+        merges, keep = _chosen(arms)
+        dataset = build_dataset(table, read, merges)
+        dataset = with_keep(dataset) if keep else dataset
         trained = _train(dataset, table, config)
         shown = ""
         if crossval is not None:
@@ -151,8 +155,8 @@ def train_dataset_stage(
     path: Place, out: Place, config: TrainConfig, narrator: Narrator, arms: Sequence[str] | None = None
 ) -> None:
     """Selector artifact `out` from a data set of one base or several (`selector.data.files`), with its report: beside
-    what `train_stage` writes `assessment.json`, and from it `report.md` and `figures/`; errors as there. arms: of
-    reference; None takes those that were measured on all pairs."""
+    what `train_stage` writes `assessment.json`, and from it `report.md` and `figures/`; errors and arms as there; None
+    takes those that were measured on all pairs, and `keep`."""
     from simmerge_ray.selector.data.files import find_dataset, read_dataset
 
     files, root, chosen = find_dataset(path), path if path.is_dir() else path.parent, sorted(set(arms or ()))
@@ -165,12 +169,14 @@ def train_dataset_stage(
             return
         from simmerge_ray.reports.training import write_selector_report
         from simmerge_ray.selector.assessment.report import assess
+        from simmerge_ray.selector.data.dataset import with_keep
         from simmerge_ray.signals.propagation.bound import Bound
         from simmerge_ray.signals.propagation.second_order import SecondOrder
 
         started = time.monotonic()
-        loaded = read_dataset(files, chosen or None)
-        dataset, table = loaded.dataset, loaded.tables[0]
+        merges, keep = _chosen(chosen)
+        loaded = read_dataset(files, merges)
+        dataset, table = with_keep(loaded.dataset) if keep else loaded.dataset, loaded.tables[0]
         trained = _train(dataset, table, config)
         columns = {propagator.name: propagator.columns for propagator in (Bound(table), SecondOrder(table))}
         with narrator.bar("splits and ablations") as report:
@@ -186,6 +192,11 @@ def train_dataset_stage(
             f"{len(dataset.contexts)} contexts, {len(content['bases'])} bases, {len(dataset.arms)} arms, "
             f"{headline}: {_shown_gain(content['splits'][headline])} -> {report_path}"
         )
+
+
+def _chosen(arms: Sequence[str] | None) -> tuple[list[str] | None, bool]:
+    """The merge operators among the arms that were asked for, None for all, and whether a parent may be kept."""
+    return [arm for arm in arms or () if arm != KEEP] or None, not arms or KEEP in arms
 
 
 def _train_manifest(config: TrainConfig, arms: list[str], inputs: Mapping[str, str]) -> Manifest:

@@ -117,6 +117,11 @@ class MergePlan:
             except OperatorError as error:
                 raise PlanError(f"step {number}: {error}") from None
             for source in (step.left, step.right):
+                if source.startswith("#") and spec.needs_grams:
+                    raise PlanError(
+                        f"step {number}: {spec.name!r} takes checkpoints, not the result of a step; "
+                        "merge all of them by one recipe"
+                    )
                 if source.startswith("#") and not (source[1:].isdigit() and 1 <= int(source[1:]) < number):
                     raise PlanError(f"step {number}: source {source!r} is not an earlier step")
                 used.add(source)
@@ -157,6 +162,11 @@ class MergePlan:
         return any(arm.spec.needs_base for arm in self.arms)
 
     @property
+    def needs_grams(self) -> bool:
+        """Whether an operator takes Gram matrices of its members' inputs."""
+        return any(arm.spec.needs_grams for arm in self.arms)
+
+    @property
     def uses_base(self) -> bool:
         """Whether an operator takes the base when there is one."""
         return any(arm.spec.uses_base for arm in self.arms)
@@ -166,10 +176,12 @@ class MergePlan:
         """Digest of the plan with commuting sources sorted: one merge, one id. A recipe that is an arm on a pair has
         the id of that arm's step."""
         if self.recipe is not None:
-            if (arm := self.pair_arm) is not None:
-                left, right = self.recipe.canonical().members
-                return pair_plan(left, right, arm).id
-            return digest_json(self.recipe.canonical().to_json())[:16]
+            recipe = self.recipe.canonical()
+            arm = _pair_arm(recipe) if not self.seed else None
+            if arm is None:
+                return digest_json(recipe.to_json())[:16]
+            left, right = recipe.members
+            return pair_plan(left, right, arm).id
         return digest_json(replace(self, steps=tuple(s.canonical() for s in self.steps)).to_json())[:16]
 
     @property
@@ -330,6 +342,13 @@ class ResolvedPlan:
         if self.plan.needs_base and self.base is None:
             names = sorted({arm.operator for arm in self.plan.arms if arm.spec.needs_base})
             raise OperatorError(f"operator {', '.join(names)} needs a base checkpoint; the catalogue names none")
+        without = [ref.id for ref in self.checkpoints if ref.grams is None]
+        if self.plan.needs_grams and without:
+            names = sorted({arm.operator for arm in self.plan.arms if arm.spec.needs_grams})
+            raise OperatorError(
+                f"operator {', '.join(names)} needs Gram matrices, and {', '.join(without)} has none; make them by "
+                "`simmerge tune CATALOGUE --probes PROBES --method regmean --out DIR` and use DIR/catalogue.yaml"
+            )
 
     @property
     def used_refs(self) -> tuple[CheckpointRef, ...]:
@@ -358,6 +377,7 @@ def write_plan(path: Place, resolved: ResolvedPlan, predicted: Mapping[str, Any]
             **resolved.plan.to_json(),
             "checkpoints": {ref.id: str(ref.path) for ref in resolved.checkpoints},
             "adapters": {ref.id: str(ref.adapter) for ref in resolved.checkpoints if ref.adapter},
+            "grams": {ref.id: str(ref.grams) for ref in resolved.checkpoints if ref.grams},
             "base": {"id": resolved.base.id, "path": str(resolved.base.path)} if resolved.base else None,
             "predicted": dict(predicted) if predicted else None,
             "versions": versions(),
@@ -384,8 +404,11 @@ def read_plan(path: Place) -> tuple[ResolvedPlan, dict[str, Any] | None]:
     base = value.pop("base", None)
     paths, predicted = value.pop("checkpoints"), value.pop("predicted", None)
     adapters = {key: place_in(path.parent, where) for key, where in (value.pop("adapters", None) or {}).items()}
+    grams = {key: place_in(path.parent, where) for key, where in (value.pop("grams", None) or {}).items()}
     base_ref = CheckpointRef(base["id"], place_in(path.parent, base["path"])) if base else None
     base_id = base["id"] if base else None
-    refs = tuple(CheckpointRef(i, place_in(path.parent, p), base_id, adapters.get(i)) for i, p in paths.items())
+    refs = tuple(
+        CheckpointRef(i, place_in(path.parent, p), base_id, adapters.get(i), grams.get(i)) for i, p in paths.items()
+    )
     plan = plan_from_json(value)
     return ResolvedPlan(plan, tuple(ref for ref in refs if ref.id in plan.members), base_ref), predicted

@@ -20,7 +20,7 @@ from simmerge_ray.plans.operators.specs import MAX_ANCHORS, Arm, make_arm, param
 MAX_GROUPS = 100_000
 _DIGITS = 12  # of weights in canonical form: sums that differ in their last bits are one merge
 # Operators that only the ratio of the weights matters to, whatever their `normalize`.
-_BY_RATIO = frozenset({"scale_matched_linear", "slerp", "nuslerp", "karcher"})
+_BY_RATIO = frozenset({"scale_matched_linear", "slerp", "nuslerp", "karcher", "regmean"})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from simmerge_ray.base.markdown import with_interval
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_atomically
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.plans.keeping import keep_label
 from simmerge_ray.reports.figures import grouped_bars, legend_below, new_figure, save_figure, write_overview
 from simmerge_ray.reports.headroom import headroom_part, page, table_block
 from simmerge_ray.search.labels import LabeledPlan, LabelStore, single_items
@@ -70,6 +71,8 @@ def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
         value = f"{predicted[arm]['utility']:.3f} ± {predicted[arm]['sd']:.3f}"
         rows.append([", ".join([arm, *remarks]), value, mean(measured[arm]), *(measured[arm][task] for task in tasks)])
     for parent in (left, right):
+        if keep_label(parent) in predicted:
+            continue
         by_task = parents[parent]
         rows.append([f"parent {parent}", "", mean(by_task), *(by_task[task] for task in tasks)])
     loaded = "; ".join(
@@ -81,7 +84,7 @@ def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
     return [
         f"## The pick: {pick['arm']} for {left} + {right}",
         f"This pair was left out of the search and of the training. The selector chose **{pick['arm']}** from the "
-        f"signals alone; the merge was written, and only then was everything below measured ({items}).",
+        f"signals alone; the checkpoint was written, and only then was everything below measured ({items}).",
         table_block(["", "predicted, both tasks", "measured, both tasks", *tasks], rows),
         f"Best single checkpoint on both tasks together: {max(parents, key=lambda name: means[name])}. From disk the "
         f"written checkpoint scores {loaded}.",

@@ -9,6 +9,7 @@ import numpy as np
 
 from simmerge_ray.base.markdown import number, percent, with_interval
 from simmerge_ray.base.storage import Place, write_atomically
+from simmerge_ray.plans.keeping import keeps, merge_arms
 from simmerge_ray.reports.figures import grouped_bars, hide_spare, legend_below, legend_outside, new_figure, save_figure
 from simmerge_ray.reports.headroom import headroom_part, is_above_zero, page, table_block
 
@@ -20,7 +21,7 @@ _TRIVIAL = {
     "uniform": "The arms hardly differ here, or the selector is no better than chance.",
     "best fixed": "Taking one arm for all merges costs nothing that these labels can show.",
     "best fixed per task": "Knowing the task may be enough; a table of arms by task needs no signals.",
-    "better parent": "Keeping the better parent may be as good, but it needs the measured utility of both parents.",
+    "better parent": "Keeping the better parent is as good, for whoever knows the measured utility of both parents.",
     "single-signal stump": "One signal and one threshold may do as well.",
     "equal-weight linear": "That fixed arm may do as well.",
     "scale-matched linear": "That fixed arm may do as well.",
@@ -132,6 +133,7 @@ def _selection(assessment: Content, main: Content) -> list[str]:
     of_merge = main["policies"]["per_merge"]
     figures = of_merge["policies"]
     accuracy = of_merge["arm_accuracy"]
+    below = "" if keeps(assessment["arms"]) else "; below zero where a parent is better than every arm"
     header = ["", "GapClosed", "over best fixed", "within noise", "regret", "worst decile", "negative"]
     rows = [
         [
@@ -149,10 +151,9 @@ def _selection(assessment: Content, main: Content) -> list[str]:
         "## Selection",
         f"Split *{assessment['headline']}*: {_SPLIT_MEANING[assessment['headline']]}. One arm per merge, in brackets "
         "95 % intervals over bases and checkpoints. *Within noise*: picks not significantly worse than the best arm of "
-        f"the merge; the most frequent such arm reaches {percent(of_merge['majority_in_noise_set'])}. *Regret*: "
-        "utility lost to the best arm, mean over merges, and over the worst tenth of them; below zero where a parent "
-        "is better than every arm. *Negative*: contexts where GapClosed is below zero, the merge worse than the "
-        "weaker parent.",
+        f"the merge; the operator that is most often one reaches {percent(of_merge['majority_in_noise_set'])}. "
+        f"*Regret*: utility lost to the best arm, mean over merges, and over the worst tenth of them{below}. "
+        "*Negative*: contexts where GapClosed is below zero, the choice worse than the weaker parent.",
         table_block(header, rows),
         _missing(main["missing"]),
         'How often the selector answers "is this the best arm of the merge?" rightly:',
@@ -232,11 +233,12 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
         for i, (level, contrast) in enumerate(zip(bins["utility"], bins["advantage"], strict=True), 1)
     ]
     predicted, measured = (np.array([row[key] for row in main["predictions"]]) for key in keys)
+    num_merges = len(merge_arms(assessment["arms"]))
     figure, axes = new_figure(9.6, 4.0, columns=2)
     figure.set_layout_engine("constrained")
     panels = (
         ("utility", predicted, measured),
-        ("advantage", *(v - v.mean(1, keepdims=True) for v in (predicted, measured))),
+        ("advantage", *(v - v[:, :num_merges].mean(1, keepdims=True) for v in (predicted, measured))),
     )
     for axis, (name, said, true) in zip(axes[0], panels, strict=True):
         for k, arm in enumerate(assessment["arms"]):
@@ -253,8 +255,8 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
     return [
         "## Are the predicted utilities right?",
         *intervals,
-        "Tenths of the predictions. *Advantage* is over the mean of the arms on the same context, which a choice rests "
-        "on; a selector can predict the level well and the advantage badly.",
+        "Tenths of the predictions. *Advantage* is over the mean of the operators on the same context, which a choice "
+        "rests on; a selector can predict the level well and the advantage badly.",
         table_block(["tenth", "predicted utility", "measured", "predicted advantage", "measured"], tenths),
         f"![Predicted against measured]({FIGURES}/calibration.png)",
     ]

@@ -15,16 +15,22 @@ summarised by the ratio of sums per task, then the mean over tasks; the mean of 
 
 Two objectives are reported. `per_context` may take another arm for each task of a pair. `per_merge`, the headline,
 takes one arm per pair: the best on the choosing half by GapClosed averaged over the pair's defined tasks.
+
+Keeping a parent is a choice as well, and has figures of its own (`KeepHeadroom`): it is no fixed arm, since which of
+the two is called left says nothing.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from simmerge_ray.base.errors import InputError
+from simmerge_ray.plans.keeping import KEEP_ARMS
 
 MIN_GAP = 0.10
 NUM_STANDARD_ERRORS = 2.0
@@ -42,6 +48,11 @@ class Context:
     left_items: np.ndarray
     right_items: np.ndarray
 
+    def with_parents(self) -> Context:
+        """Both parents as further arms."""
+        kept = dict(zip(KEEP_ARMS, (self.left_items, self.right_items), strict=True))
+        return replace(self, arms={**self.arms, **kept})
+
 
 @dataclass(frozen=True)
 class TaskHeadroom:
@@ -52,6 +63,19 @@ class TaskHeadroom:
     best_fixed_arm: str
     split_half_oracle: float
     maximum: float
+
+
+@dataclass(frozen=True)
+class KeepHeadroom:
+    """Where the parents as they are may be taken, too: GapClosed of the better parent and of the best of arms and
+    parents, chosen on one half and scored on the other. gain: of the latter over the best fixed arm, with the interval
+    of `ObjectiveHeadroom`. win_share: units in which a parent leads all arms by two paired standard errors."""
+
+    better_parent: float
+    split_half_oracle: float
+    gain: float
+    gain_interval: tuple[float, float] | None
+    win_share: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +99,7 @@ class ObjectiveHeadroom:
     split_half_oracle_mean_ratio: float
     arm_win_share: Mapping[str, float]
     tasks: Mapping[str, TaskHeadroom]
+    keep: KeepHeadroom
 
 
 @dataclass(frozen=True)
@@ -99,7 +124,8 @@ class HeadroomReport:
 def headroom(contexts: Sequence[Context], num_resamples: int = 2000, seed: int = 0) -> HeadroomReport:
     """All statistics of a set of contexts; raises `InputError` when none of them is defined."""
     arms = _checked_arms(contexts)
-    defined = defined_gaps(contexts, arms)
+    options = defined_gaps([context.with_parents() for context in contexts], (*arms, *KEEP_ARMS))
+    defined = options.only(slice(len(arms)))
     if not defined.gaps:
         raise InputError(
             f"none of the {len(contexts)} contexts has parents that differ by {MIN_GAP} and by "
@@ -115,8 +141,8 @@ def headroom(contexts: Sequence[Context], num_resamples: int = 2000, seed: int =
         min_items=min(len(context.left_items) for context in contexts),
         arm_gap_closed=dict(zip(arms, defined.headline(defined.closed.T).tolist(), strict=True)),
         arm_mean_ratio=dict(zip(arms, defined.mean_ratio(defined.closed.T).tolist(), strict=True)),
-        per_context=_objective(defined, arms, [[i] for i in range(len(defined.gaps))], num_resamples, seed),
-        per_merge=_objective(defined, arms, list(merges.values()), num_resamples, seed),
+        per_context=_objective(options, arms, [[i] for i in range(len(defined.gaps))], num_resamples, seed),
+        per_merge=_objective(options, arms, list(merges.values()), num_resamples, seed),
     )
 
 
@@ -159,6 +185,9 @@ class _Direction:
     closed: np.ndarray  # (num_arms,)
     gap: float
 
+    def only(self, arms: slice) -> _Direction:
+        return replace(self, choosing_ratio=self.choosing_ratio[arms], closed=self.closed[arms])
+
 
 @dataclass(frozen=True)
 class _Gap:
@@ -170,6 +199,10 @@ class _Gap:
     closed: np.ndarray  # (num_arms,)
     gap: float
     items: np.ndarray  # (num_arms, num_items)
+
+    def only(self, arms: slice) -> _Gap:
+        first, second = (None if one is None else one.only(arms) for one in self.directions)
+        return replace(self, directions=(first, second), closed=self.closed[arms], items=self.items[arms])
 
     @property
     def choosing_gap(self) -> float:
@@ -188,6 +221,10 @@ class DefinedGaps:
     closed: np.ndarray
     gap: np.ndarray
     gaps: tuple[_Gap, ...]
+
+    def only(self, arms: slice) -> DefinedGaps:
+        """The same contexts with some of the arms."""
+        return replace(self, closed=self.closed[:, arms], gaps=tuple(gap.only(arms) for gap in self.gaps))
 
     def headline(self, numerators: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         return headline(self.tasks, numerators, self.gap, weights)
@@ -272,9 +309,11 @@ def _paired(differences: np.ndarray) -> tuple[float, float]:
 
 
 def _objective(
-    defined: DefinedGaps, arms: Sequence[str], units: Sequence[Sequence[int]], num_resamples: int, seed: int
+    options: DefinedGaps, arms: Sequence[str], units: Sequence[Sequence[int]], num_resamples: int, seed: int
 ) -> ObjectiveHeadroom:
-    """`units` lists the contexts (indices into `gaps`) for which one and the same arm is taken."""
+    """options: the arms, then both parents. `units` lists the contexts (indices into `gaps`) for which one and the same
+    arm is taken."""
+    defined = options.only(slice(len(arms)))
     fixed = defined.headline(defined.closed.T)
     best_fixed = int(np.argmax(fixed))
     oracle, maximum = np.empty((2, len(defined.gaps)))
@@ -298,6 +337,29 @@ def _objective(
         split_half_oracle_mean_ratio=float(defined.mean_ratio(oracle)),
         arm_win_share=dict(zip(arms, (num_wins / len(units)).tolist(), strict=True)),
         tasks=_per_task(defined, arms, oracle, maximum),
+        keep=_keep(options, best_fixed, units, num_resamples, seed),
+    )
+
+
+def _keep(
+    options: DefinedGaps, best_fixed: int, units: Sequence[Sequence[int]], num_resamples: int, seed: int
+) -> KeepHeadroom:
+    """options: the arms, then both parents. best_fixed: one of the arms."""
+    parents, num_arms = options.only(slice(-2, None)), options.closed.shape[1] - 2
+    better, oracle = np.empty((2, len(options.gaps)))
+    num_wins = 0
+    for unit in units:
+        better[unit] = _split_half([parents.gaps[i] for i in unit])
+        oracle[unit] = _split_half(members := [options.gaps[i] for i in unit])
+        winner = _clear_winner(members)
+        num_wins += winner is not None and winner >= num_arms
+    gains = oracle - options.closed[:, best_fixed]
+    return KeepHeadroom(
+        better_parent=float(options.headline(better)),
+        split_half_oracle=float(options.headline(oracle)),
+        gain=float(options.headline(gains)),
+        gain_interval=_bootstrap_interval(options, gains, num_resamples, seed),
+        win_share=num_wins / len(units),
     )
 
 

@@ -104,13 +104,14 @@ class PreparedSearch:
 
     def labels(self) -> dict[MergePlan, dict[str, LabeledPlan]]:
         """The labels in the store that this search would make itself (same contents, items and settings), by plan and
-        task."""
+        task; of plans with one id, in whatever words each label has it, the first stands for all."""
         known = {ref.id for ref in self.catalogue.all_refs}
         found: dict[MergePlan, dict[str, LabeledPlan]] = {}
+        first: dict[str, MergePlan] = {}
         for label in LabelStore(self.labels_uri).read():
             ours = label.task in self.tasks and set(label.plan.members) <= known
             if ours and self.key(label.plan, label.task) == label.key:
-                found.setdefault(label.plan, {})[label.task] = label
+                found.setdefault(first.setdefault(label.plan.id, label.plan), {})[label.task] = label
         return found
 
     def values(self, utilities: Mapping[str, float]) -> tuple[float, ...]:
@@ -130,9 +131,16 @@ class PreparedSearch:
 
 
 def prepare_search(
-    catalogue: Catalogue, tasks: Mapping[str, EvaluationTask], config: SearchConfig, labels_uri: str
+    catalogue: Catalogue,
+    tasks: Mapping[str, EvaluationTask],
+    config: SearchConfig,
+    labels_uri: str,
+    plans_given: bool = False,
 ) -> PreparedSearch:
     """Check everything that can be checked before an engine exists.
+
+    Args:
+        plans_given: what is measured does not come from the catalogue's pairs, so that it needs none.
 
     Raises:
         InputError: an input that cannot be used; several are listed in one `ConfigError`.
@@ -144,7 +152,7 @@ def prepare_search(
     space = None
     if config.budget is not None:
         space = _collected(problems, lambda: make_space(catalogue, config))
-    else:
+    elif not plans_given:
         _collected(problems, lambda: _check_pairs(catalogue, tasks, config))
     if context is not None:
         _collected(problems, lambda: check_lengths(tasks, catalogue, context))

@@ -42,6 +42,7 @@ class Range:
 
 
 Suggest = Callable[[str, Range], Any]  # gives the value of a named parameter
+Parameters = Mapping[str, tuple[Any, Range]]  # values and where they come from, by name
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class SearchSpace:
             return MergePlan(source=given[0])
         return MergePlan(recipe=recipe)
 
-    def parameters(self, plan: MergePlan) -> dict[str, tuple[Any, Range]] | None:
+    def parameters(self, plan: MergePlan) -> Parameters | None:
         """Names, values and ranges that make `plan`, to half a `STEP` in every number; None if it is not in this
         space."""
         recipe = _recipe_of(plan)
@@ -105,7 +106,7 @@ class SearchSpace:
                 return found
         return None
 
-    def _parameters(self, wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Range]] | None:
+    def _parameters(self, wanted: Mapping[str, Any]) -> Parameters | None:
         found: dict[str, tuple[Any, Range]] = {}
 
         def suggest(name: str, where: Range) -> Any:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from simmerge_ray.base.errors import SelectorError
+from simmerge_ray.plans.keeping import keep_label, named_arms
 from simmerge_ray.selector.data.dataset import pair_features
+from simmerge_ray.selector.data.orders import heads_of
 from simmerge_ray.selector.models.influence import influences
 from simmerge_ray.selector.planning.recommender import Recommendation, Recommender
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
-from simmerge_ray.service.bandit.warm_start import COLD_NOISE, cold_ridge, contexts_of
+from simmerge_ray.service.bandit.warm_start import COLD_NOISE, EncodedPairs, cold_ridge, contexts_of
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import Influence
 from simmerge_ray.signals.table import SignalTable
@@ -26,8 +29,8 @@ _MAX_AVERAGED = 200  # pairs that the average pair is taken of
 class PairContext:
     """A pair on its tasks together.
 
-    features: raw (T, 2, F). z (d,), level: mean over the tasks. answer: of the selector alone. classes: of arms that
-    make the same merge of it.
+    features: raw (T, 2, F). z (d,), level: mean over the tasks. kept: contexts (d,) of keeping left and right, by what
+    that is called. answer: of the selector alone. classes: of arms that make the same merge of it.
     """
 
     left: str
@@ -36,8 +39,13 @@ class PairContext:
     features: np.ndarray
     z: np.ndarray
     level: float
+    kept: Mapping[str, np.ndarray]
     answer: Recommendation
     classes: tuple[tuple[str, ...], ...]
+
+    def features_of(self, arm: str) -> np.ndarray:
+        """(T, 2, F), as the log has them: of a kept parent the order in which it comes first stands first."""
+        return self.features[:, ::-1] if arm == keep_label(self.right) else self.features
 
     @property
     def novel(self) -> bool:
@@ -62,21 +70,28 @@ class Contexts:
         z, _ = self.encode(np.zeros((1, 2, len(selector.columns))))
         self.num_dimensions = len(z)
 
-    def encode(self, features: np.ndarray) -> tuple[np.ndarray, float]:
-        """Raw features (T, 2, F) of a decision -> z (d,) and level, means over the tasks."""
-        z, level = contexts_of(self.published.selector.fitted, features, None)
-        return z.mean(0), float(level.mean())
+    def encode(self, features: np.ndarray, keep: bool = False) -> tuple[np.ndarray, float]:
+        """Raw features (T, 2, F) of a decision -> z (d,) and level, means over the tasks. keep: z of keeping the first
+        checkpoint of the first order."""
+        encoded = self._encoded(features)
+        z = encoded.z_by_order[:, 0] if keep else encoded.z
+        return z.mean(0), float(encoded.level.mean())
+
+    def _encoded(self, features: np.ndarray) -> EncodedPairs:
+        return contexts_of(self.published.selector.fitted, features, None)
 
     def _of(self, left: str, right: str, task: str | None) -> PairContext:
         """Raises PlanError: an unknown checkpoint or task, or twice the same checkpoint."""
         tasks = (task,) if task is not None else self._table.pair_tasks(left, right)
         features = np.array([pair_features(self._table, left, right, one) for one in tasks])
         features = features.reshape(len(tasks), 2, len(self.published.selector.columns))
-        z, level = self.encode(features)
+        encoded = self._encoded(features)
+        z, level = encoded.z.mean(0), float(encoded.level.mean())
+        kept = dict(zip(map(keep_label, (left, right)), encoded.z_by_order.mean(0), strict=True))
         answer = self._recommender.recommend(left, right, tasks)
         identical = self.published.warm.identical if self.published.warm else {}
         first, second = sorted((left, right))
-        return PairContext(left, right, tasks, features, z, level, answer, identical.get((first, second), ()))
+        return PairContext(left, right, tasks, features, z, level, kept, answer, identical.get((first, second), ()))
 
     def priors(self) -> tuple[dict[str, GaussianPosterior], Noise]:
         """What the arms start from, and the noise: posteriors from the labels, or priors that know nothing."""
@@ -84,12 +99,12 @@ class Contexts:
         if warm is not None:
             return dict(warm.posteriors), warm.noise
         cold = GaussianPosterior.prior(self.num_dimensions, cold_ridge(COLD_NOISE))
-        return dict.fromkeys(self.published.selector.arms, cold), COLD_NOISE
+        return dict.fromkeys(heads_of(self.published.selector.arms), cold), COLD_NOISE
 
     def why(self, context: PairContext) -> list[Influence]:
         """Groups of signals, and how far each moves the prediction of the chosen arm from that of the average pair."""
         selector = self.published.selector
-        arm = selector.arms.index(context.answer.choice.arm)
+        arm = named_arms(selector.arms, context.left, context.right).index(context.answer.choice.arm)
         average = np.array([self._average(task) for task in context.tasks])
 
         def predict(features: np.ndarray) -> np.ndarray:

@@ -10,16 +10,25 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import BanditError, unknown_name
+from simmerge_ray.plans.keeping import KEEP, arm_plan
 from simmerge_ray.plans.operators.specs import parse_arm
 from simmerge_ray.selector.models.model import Selector
-from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule, Suggestion
+from simmerge_ray.service.bandit.policy import NeuralLinearTS, Noise, SafeRule, Suggestion, num_choices
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.bandit.warm_start import cold_ridge
 from simmerge_ray.service.context import COLD_NOISE, Contexts, PairContext
 from simmerge_ray.service.log.events import ArmAdded, DecisionMade, EncoderEpoch
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.planning import DrawnPlan, plan_prediction
-from simmerge_ray.service.schemas import ArmPrediction, ArmRequest, Decision, DecisionRequest, Ranked, RankRequest
+from simmerge_ray.service.schemas import (
+    ArmPrediction,
+    ArmRequest,
+    Decision,
+    DecisionRequest,
+    PlanPrediction,
+    Ranked,
+    RankRequest,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class PolicyCache:
         """By the safe rule of the selector; for pairs unlike its training (novel) only the floor explores."""
         key = (view.seq, view.model_version)
         if self._latest is None or self._latest[0] != key:
-            floor = min(self._floor, 1 / len(view.posteriors))
+            floor = min(self._floor, 1 / num_choices(view.posteriors))
             fixed = selector.best_fixed if selector.best_fixed in view.posteriors else None
             rules = [None if fixed is None else SafeRule(fixed, t) for t in (selector.override.threshold, math.inf)]
             made = (NeuralLinearTS(view.posteriors, noise_of(view), rule, floor) for rule in rules)
@@ -61,17 +70,20 @@ def pair_decision(
     view: View, contexts: Contexts, policy: NeuralLinearTS, context: PairContext, asked: Asked
 ) -> tuple[DecisionMade, Decision]:
     """Draw an arm for a pair; the event that says so, and the answer."""
-    suggestion = policy.suggest(context.z, asked.decision_id, asked.explore, context.classes)
+    kept = context.kept
+    suggestion = policy.suggest(context.z, asked.decision_id, asked.explore, context.classes, kept=kept)
     propensities = dict(zip(suggestion.arms, suggestion.propensities.tolist(), strict=True))
     best_fixed, tasks = contexts.published.selector.best_fixed, list(context.tasks)
     told: dict[str, Any] = {"kind": "pair", "left": context.left, "right": context.right, "tasks": tasks}
+    predictions = _predictions(context, view, policy.noise, propensities)
     answer = Decision(
         **told,
         arm=suggestion.arm,
+        plan=_keep_plan(context, suggestion.arm, predictions),
         reason=_reason(context, suggestion, best_fixed, propensities),
         overrode=suggestion.arm != best_fixed,
         propensities=propensities,
-        arms=_predictions(context, view, policy.noise, propensities),
+        arms=predictions,
         distance=context.answer.choice.distance,
         limit=context.answer.limit,
         **_of_any_decision(view, contexts, asked),
@@ -130,8 +142,8 @@ def _event(
     return DecisionMade(
         decision_id=answer.decision_id,
         request=request,
-        features=np.zeros(0) if context is None else context.features,
-        z=np.zeros(0) if context is None else context.z,
+        features=np.zeros(0) if context is None else context.features_of(played),
+        z=np.zeros(0) if context is None else context.kept.get(played, context.z),
         level=0.0 if context is None else context.level,
         epoch=answer.epoch,
         arms=tuple(answer.propensities),
@@ -170,18 +182,26 @@ def start_of(request: ArmRequest, view: View) -> ArmAdded:
     """The event of a new arm.
     Raises OperatorError: no such operator or parameters, or not for two checkpoints. BanditError: an unknown sibling.
     """
-    arm = parse_arm(request.arm)
-    if arm.spec.max_sources == 1:
-        raise BanditError(f"arm {arm.label!r} takes one checkpoint; an arm merges two")
+    label = KEEP if request.arm == KEEP else _operator(request.arm)
     dimensions = next(iter(view.posteriors.values())).num_dimensions
     nothing = GaussianPosterior.prior(dimensions, cold_ridge(noise_of(view)))
     if request.sibling is None:
-        return ArmAdded(arm.label, nothing, view.epoch)
+        return ArmAdded(label, nothing, view.epoch)
+    if KEEP in (label, request.sibling):
+        raise BanditError(f"{KEEP!r} keeps a checkpoint as it is: no operator is its sibling")
     if request.sibling not in view.posteriors:
         raise BanditError(unknown_name("arm", request.sibling, view.posteriors))
     known = view.posteriors[request.sibling]
     # Nothing of it stays whole: what a sibling learned from labels is as much an observation as its rewards.
-    return ArmAdded(arm.label, known.discounted(request.power, nothing), view.epoch)
+    return ArmAdded(label, known.discounted(request.power, nothing), view.epoch)
+
+
+def _operator(text: str) -> str:
+    """Label of an arm that merges two checkpoints."""
+    arm = parse_arm(text)
+    if arm.spec.max_sources == 1:
+        raise BanditError(f"arm {arm.label!r} takes one checkpoint; an arm merges two")
+    return arm.label
 
 
 def new_epoch_of(contexts: Contexts, view: View) -> EncoderEpoch:
@@ -192,7 +212,9 @@ def new_epoch_of(contexts: Contexts, view: View) -> EncoderEpoch:
 
 
 def _class_of(arm: str, context: PairContext, view: View) -> tuple[str, ...]:
-    """The arms that make the same merge of a pair as `arm`, which is one of them."""
+    """The arms that make the same merge of a pair as `arm`, which is one of them; `keep` for a kept parent."""
+    if arm in context.kept:
+        return (KEEP,)
     same = {arm}.union(*(one for one in context.classes if arm in one))
     return tuple(one for one in view.posteriors if one in same)
 
@@ -200,10 +222,14 @@ def _class_of(arm: str, context: PairContext, view: View) -> tuple[str, ...]:
 def _predictions(context: PairContext, view: View, noise: Noise, propensities: dict[str, float]) -> list[ArmPrediction]:
     """From best to worst by what the selector says; arms that it does not know come last."""
     known = {one.arm: {"utility": one.utility, "sd": one.sd, "interval": one.interval} for one in context.answer.ranked}
-    order = [*(arm for arm in known if arm in view.posteriors), *(arm for arm in view.posteriors if arm not in known)]
+    playable = {arm: (one, context.z) for arm, one in view.posteriors.items() if arm != KEEP}
+    if KEEP in view.posteriors:
+        playable |= {name: (view.posteriors[KEEP], z) for name, z in context.kept.items()}
+    order = [*(arm for arm in known if arm in playable), *(arm for arm in playable if arm not in known)]
     found = []
     for arm in order:
-        mean, spread = view.posteriors[arm].marginal(context.z)
+        posterior, z = playable[arm]
+        mean, spread = posterior.marginal(z)
         found.append(
             ArmPrediction(
                 arm=arm,
@@ -214,6 +240,23 @@ def _predictions(context: PairContext, view: View, noise: Noise, propensities: d
             )
         )
     return found
+
+
+def _keep_plan(context: PairContext, arm: str, predictions: list[ArmPrediction]) -> PlanPrediction | None:
+    """The plan of a kept parent, as `simmerge merge` reads it; an operator has none."""
+    if arm not in context.kept:
+        return None
+    plan, told = arm_plan(context.left, context.right, arm), next(one for one in predictions if one.arm == arm)
+    utility, sd = (told.utility, told.sd) if told.utility is not None else (told.expected, told.expected_sd)
+    return PlanPrediction(
+        id=plan.id,
+        label=arm,
+        utility=utility or 0.0,
+        sd=sd or 0.0,
+        interval=told.interval,
+        propensity=told.propensity,
+        plan=plan.to_json(),
+    )
 
 
 def _reason(context: PairContext, suggestion: Suggestion, best_fixed: str, propensities: dict[str, float]) -> str:

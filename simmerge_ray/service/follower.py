@@ -170,8 +170,8 @@ class Follower:
             view = replica.catch_up()
         return view
 
-    def _encode(self, epoch: int, features: np.ndarray) -> tuple[np.ndarray, float]:
-        """For the fold: z and level of raw features by the selector of an epoch."""
+    def _encode(self, epoch: int, features: np.ndarray, keep: bool) -> tuple[np.ndarray, float]:
+        """For the fold: z and level of raw features by the selector of an epoch; keep: see `Contexts.encode`."""
         assert self._log is not None
         if epoch not in self._encoders:
             begun = [row for row in self._log.history(str(epoch)) if row.kind == EncoderEpoch.kind]
@@ -179,7 +179,7 @@ class Follower:
                 raise StoreError(f"the log is damaged: it has no encoder epoch {epoch}")
             version = begun[0].decoded(EncoderEpoch).model_version
             self._encoders = {epoch: Contexts(self._registry.load(version), self._table)}
-        return self._encoders[epoch].encode(features)
+        return self._encoders[epoch].encode(features, keep)
 
     def _save_snapshot(self) -> None:
         try:

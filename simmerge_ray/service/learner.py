@@ -21,6 +21,7 @@ from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.base.errors import SimmergeError, StoreError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.selector.data.orders import heads_of
 from simmerge_ray.service import answers, deciding, schemas
 from simmerge_ray.service.context import Contexts
 from simmerge_ray.service.follower import Follower
@@ -231,7 +232,7 @@ class Learner:
             if self._given is None:
                 raise
             published = self.registry.load(self._given)
-            arms = list(published.selector.arms)
+            arms = list(heads_of(published.selector.arms))
         return answers.catalogue_answer(self._table, published, arms)
 
     async def signals(self, signal: str, task: str | None = None) -> schemas.SignalMatrix:

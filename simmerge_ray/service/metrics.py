@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from simmerge_ray.plans.keeping import KEEP
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.schemas import Decision
 
@@ -27,7 +28,7 @@ class PrometheusMetrics:
 
     def decided(self, decision: Decision) -> None:
         """One more decision. Plans are counted under their kind alone: there are too many of them."""
-        arm = decision.arm if decision.kind == "pair" else "plan"
+        arm = "plan" if decision.kind == "plan" else KEEP if decision.plan is not None else decision.arm
         self._decisions.labels(arm, str(decision.explored).lower(), decision.kind).inc()
 
     def rewarded(self, outcome: str) -> None:

@@ -106,7 +106,9 @@ class ReasonRequest(_Request):
 
 
 class ArmRequest(_Request):
-    """A new operator. sibling: a known arm that it is expected to be like, which counts `power` of what it has seen."""
+    """A new operator, or `keep` for both parents as they are.
+
+    sibling: a known arm that it is expected to be like, which counts `power` of what it has seen."""
 
     model_config = _examples({"arm": "ties(density=0.2)", "sibling": "ties", "power": 0.3})
     arm: ArmLabel
@@ -181,7 +183,8 @@ class Ranked(BaseModel):
 
 
 class Decision(BaseModel):
-    """What to merge, and everything that was known. kind `pair`: `arm` for left and right; `plan`: `plan`.
+    """What to merge, and everything that was known. kind `pair`: `arm` for left and right; `plan`: `plan`. The arm
+    `keep(ID)` is that checkpoint as it is, without any merge; `plan` says so as well.
 
     propensities: probability of each arm (or plan id) under the policy. overrode: another than the best fixed arm.
     seq_seen: the last event of the log that the decision knew.

@@ -144,6 +144,22 @@ def test_plans_of_several_checkpoints_are_ranked_and_decided_on(service, visitor
     assert made["kind"] == "plan" and made["plan"]["label"] in opened(page, decision_id).inner_text()
 
 
+def test_a_checkpoint_that_is_kept_is_not_said_to_be_made(service, visitor):
+    page, (left, right) = visitor.visit(service.tokens["admin"]), service.pairs[1]
+
+    def answer(route):
+        if route.request.method != "POST":
+            return route.fallback()
+        response = route.fetch()
+        plan = {"id": "p", "label": f"keep({left})", "utility": 0.9, "sd": 0.1, "why": [], "plan": {"source": left}}
+        return route.fulfill(response=response, json=response.json() | {"arm": plan["label"], "plan": plan})
+
+    page.route("**/v1/decisions", answer)
+    choose(page, left, right)
+    decided(page)
+    assert page.inner_text("#answer .notice").replace("\u200b", "") == f"Decided and recorded: keep({left})"
+
+
 def test_pressing_again_after_a_lost_answer_makes_no_second_decision(service, visitor):
     page = visitor.visit(service.tokens["decide"])
     visitor.allowed += ["ERR_FAILED", "Failed to load resource"]

@@ -44,7 +44,7 @@ def test_the_demo_leaves_what_it_promises_and_the_next_run_computes_nothing(tmp_
 
     # The merge measured after the pick, the figures, the manifests.
     pick = read_json(layout.pick / "pick.json")
-    assert pick["arm"] in pick["measured"]["arms"] and len(pick["measured"]["arms"]) == len(ARMS)
+    assert pick["arm"] in pick["measured"]["arms"] and len(pick["measured"]["arms"]) == len(ARMS) + 2  # and keep
     assert set(pick["pair"]) == set(HELD_OUT)
     choice = Recommender.load(layout.selector, layout.signals).recommend(*HELD_OUT).choice
     assert (pick["arm"], pick["reason"]) == (choice.arm, choice.reason)  # what `simmerge plan --left --right` says

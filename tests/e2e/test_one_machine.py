@@ -131,7 +131,9 @@ class TestOneMachine:
         machine.shell("serve deploy")
         output = machine.shell("/reward")
         decision = json.loads((machine.run / "decision.json").read_text())
-        assert decision["left"] == "m0" and decision["arm"] in ("linear", "nuslerp")
+        assert decision["left"] == "m0"
+        kept = {f"keep({decision[side]})" for side in ("left", "right")}
+        assert decision["arm"] in {"linear", "nuslerp", *kept} and kept <= set(decision["propensities"])
         assert decision["decision_id"] in output and '"utility":0.5' in output.replace(" ", "")
 
     def test_nothing_acknowledged_is_lost_with_the_head(self, machine):

@@ -8,11 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
 from simmerge_ray.base.config import SearchConfig
-from simmerge_ray.base.errors import ConfigError, LabelError, OutputError, PlanError, ProbeError, TaskError
+from simmerge_ray.base.errors import (
+    ConfigError,
+    LabelError,
+    OperatorError,
+    OutputError,
+    PlanError,
+    ProbeError,
+    TaskError,
+)
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, read_json
@@ -21,15 +30,10 @@ from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.cli.app import app
 from simmerge_ray.cli.auto import measured_lines, measured_table, retention_lines, retention_table
-from simmerge_ray.pipelines.auto import (
-    AutoRun,
-    LabelFree,
-    check_auto,
-    find_stages,
-    label_free_json,
-    write_stage,
-)
-from simmerge_ray.pipelines.measured import measure_stage, measured_json, prepare_measuring
+from simmerge_ray.pipelines.auto.answer import check_auto, label_free_json, write_stage
+from simmerge_ray.pipelines.auto.find import find_stages
+from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json, prepare_measuring
+from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
@@ -39,6 +43,7 @@ from simmerge_ray.selector.finding.choice import Finding
 from simmerge_ray.selector.finding.probed import ProbedPlan
 from simmerge_ray.selector.finding.sources import find_request
 from simmerge_ray.selector.finding.space import kept_checkpoints, sum_of
+from simmerge_ray.selector.finding.virtual import VirtualScores
 from simmerge_ray.signals.candidates.signatures import Owner
 
 ENGINE = SearchConfig(pairs="all", evaluator="transformers", concurrency=1)
@@ -60,6 +65,9 @@ def run_in(out, request, tasks=None, **options) -> AutoRun:
     return AutoRun(request, ENGINE, out, str(out / "signatures"), tasks or {}, **given)
 
 
+SCORED = VirtualScores(("m0", "m1"), np.zeros((3, 2)), {}, *(np.zeros((3, 2)) for _ in range(3)), np.zeros(3))
+
+
 def probed(plan: MergePlan, score: float) -> ProbedPlan:
     return ProbedPlan(plan, np.array([score, score]), np.array([0.1, 0.2]), 24, score)
 
@@ -70,7 +78,7 @@ def planted(request, scores: dict[str, float]) -> LabelFree:
     plans = merges | {plan.label: plan for plan in kept_checkpoints(request.catalogue.ids, request.base)}
     ranked = sorted((probed(plan, scores[name]) for name, plan in plans.items()), key=lambda one: -one.score)
     aim = Aim((Owner("m0", "add"), Owner("m1", "copy")), "base", Objective("mean"))
-    return LabelFree(ranked[0], Finding(aim, tuple(ranked), None, None), ())
+    return LabelFree(ranked[0], Finding(aim, tuple(ranked), SCORED, None), ())
 
 
 def invoke(catalogue_path, out, *options: str, catalogue=None):
@@ -85,8 +93,8 @@ def invoke(catalogue_path, out, *options: str, catalogue=None):
         (("--member", "m9"), PlanError, "unknown checkpoint 'm9'"),
         (("--ways", "x"), ConfigError, "--ways"),
         (("--ways", "5-6"), ConfigError, "ways 5-6: there are 3 checkpoints"),
-        (("--forget", "2"), ConfigError, "--forget"),
-        (("--arm", "tise"), Exception, "tise"),
+        (("--forget", "2"), SystemExit, "2"),
+        (("--arm", "tise"), OperatorError, "did you mean 'ties'"),
         (("--evaluate", "2"), ConfigError, "give both"),
         (("--max-model-len", "500"), ConfigError, "max_model_len is 500"),
     ],
@@ -116,8 +124,10 @@ def test_a_catalogue_that_cannot_be_asked_is_one_message(catalogue_path, tmp_pat
     assert isinstance(result.exception, ProbeError)
     assert "'m0': no probes of its task; write sub.jsonl" in str(result.exception)
     assert "'m1' has no task" in str(result.exception)
+    content = yaml.safe_load(text)
+    del content["base"]
     without_base = tmp_path / "no_base.yaml"
-    without_base.write_text(text.split("checkpoints:")[0].join(["", "checkpoints:" + text.split("checkpoints:")[1]]))
+    without_base.write_text(yaml.safe_dump(content))
     result = invoke(catalogue_path, tmp_path / "out", catalogue=without_base)
     assert isinstance(result.exception, ConfigError) and "under `base`" in str(result.exception)
     assert not (tmp_path / "out").exists()
@@ -240,4 +250,4 @@ def test_a_whole_run_tunes_and_measures_and_the_next_one_computes_nothing(reques
     again = find_stages(run, narrator)
     assert label_free_json(run, again) == content
     measure_stage(run, again, narrator)
-    assert "0 of " in printed.getvalue()
+    assert "0 measured now" in printed.getvalue()

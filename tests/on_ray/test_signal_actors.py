@@ -14,7 +14,9 @@ from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.on_ray.actor_pool import ActorPool
 from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, ray_executor
-from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.candidates.answers import AnswerSpec
+from simmerge_ray.signals.candidates.signatures import collect_answers
+from simmerge_ray.signals.compute import compute_signals, local_executor
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.worker import SignalWorker
 
@@ -29,15 +31,19 @@ def probe_sets(catalogue_path):
 
 
 @pytest.fixture(scope="module")
-def local_table(catalogue, probe_sets):
+def one_thread():
+    """As the actors: float32 sums depend on the number of threads."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the actors: float32 sums depend on the number of threads
-    try:
-        return compute_signals(catalogue, probe_sets, SignatureSpec.of(CONFIG))
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def local_table(catalogue, probe_sets, one_thread):
+    return compute_signals(catalogue, probe_sets, SignatureSpec.of(CONFIG))
 
 
 class DyingWorker(SignalWorker):
@@ -68,6 +74,18 @@ def test_the_table_has_the_same_bits_as_in_one_process_also_when_a_worker_dies(
     with ray_executor(catalogue, 2) as run:
         again = compute_signals(catalogue, probe_sets, SignatureSpec.of(CONFIG), store=store, executor=run)
     assert again == local_table
+
+
+def test_answers_have_the_same_bits_as_in_one_process(catalogue, probe_sets, one_thread, tmp_path):
+    spec, found = AnswerSpec(max_tokens=4, num_kept=10), []
+    with ray_executor(catalogue, 2) as run:
+        for number, executor in enumerate((run, local_executor(catalogue))):
+            store = SignatureStore(tmp_path / str(number))
+            found.append(collect_answers(catalogue, probe_sets, store, executor, spec, SignatureSpec.of(CONFIG)))
+    for one, other in zip(*found, strict=True):
+        assert one.owner == other.owner and one.answers.digest == other.answers.digest
+        for name in ("likely", "rest", "base_likely", "base_rest"):
+            assert getattr(one.kept, name).tobytes() == getattr(other.kept, name).tobytes()
 
 
 class Square:

@@ -9,8 +9,11 @@ import pytest
 
 from simmerge_ray.base.config import TuneConfig
 from simmerge_ray.checkpoints.probes import load_probe_sets
-from simmerge_ray.on_ray.tuning_tasks import run_tunings
+from simmerge_ray.on_ray.tuning_tasks import run_tunings, write_grams_on_ray
 from simmerge_ray.pipelines.tune import tuning_job
+from simmerge_ray.signals.signature import SignatureSpec
+from simmerge_ray.signals.tokens import tokenize_probes
+from simmerge_ray.signals.tuning.grams import gram_jobs
 from simmerge_ray.signals.tuning.run import run_tuning
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -42,3 +45,13 @@ def test_several_at_once_end_at_the_bits_of_one_process(catalogue, catalogue_pat
         assert one.recipe == other.recipe
         np.testing.assert_array_equal(one.state.coefficients, other.state.coefficients)
         assert one.state.num_steps == CONFIG.num_steps
+
+
+def test_gram_matrices_are_the_same_bytes_from_any_number_of_workers(catalogue, catalogue_path, tmp_path):
+    batches = tokenize_probes(catalogue, load_probe_sets(catalogue_path.parent / "probes"), SignatureSpec(), 4)
+    found = []
+    for num_workers in (1, 2, 3):
+        jobs = gram_jobs(catalogue, batches, 4, tmp_path / str(num_workers))
+        write_grams_on_ray(jobs, max_running=num_workers)
+        found.append([(job.out / "model.safetensors").read_bytes() for job in jobs])
+    assert len(found[0]) == 3 and found[0] == found[1] == found[2]

@@ -10,17 +10,24 @@ import torch
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, EngineError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.merging.in_memory import merged_tensors
+from simmerge_ray.merging.model import end_of_text
 from simmerge_ray.merging.write.directory import write_merge
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS, make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan, unmerged
 from simmerge_ray.search.evaluation import Item, Task, load_tasks
+from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
+from simmerge_ray.signals.candidates.answers import write_answers
+from simmerge_ray.signals.collect import ProbeModel
+from simmerge_ray.signals.signature import SignatureSpec
+from simmerge_ray.signals.tokens import tokenize_probes
 from tests import tiny
 
 pytestmark = pytest.mark.vllm
-TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources is None or spec.max_sources >= 2]
+TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources != 1 and not spec.needs_grams]
 # Token ids of prompts of many lengths.
 PROMPTS = [[5 + (3 * a + b) % 40, 6, 7 + b, *([8] * (b % 4))] for a in range(3) for b in range(12)]
 
@@ -175,6 +182,30 @@ def test_both_evaluators_give_the_same_utilities(engine, reference):
         choices = tuple(Item(item.prompt, "ab", ("ab", "7", "c+1")) for item in items)
         choice = Task("choice", choices, "multiple_choice")
         assert np.array_equal(choice.evaluate(evaluator), choice.evaluate(reference))
+
+
+def test_both_evaluators_keep_the_same_of_a_member_s_answers(engine, reference):
+    """A probed candidate is the same in either engine: retention to the bit, nll within 1e-4."""
+    evaluator, catalogue = engine
+    runner, member = ProbeModel(), catalogue.checkpoints[0]  # not the one whose weights are loaded
+    batches = tokenize_probes(catalogue, load_probe_sets(catalogue.base.path.parent / "probes"), SignatureSpec(), 6)
+    ends = end_of_text(member, runner.load(member).config).tolist()
+    pairs = []
+    for batch in batches["add"]:
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+        pairs += zip(rows, write_answers(runner.load(member), batch, ends, 6), strict=True)
+    # What the loaded weights answer themselves is kept, what another member answers for the most part is not.
+    task = AnswersTask("m0", [*pairs, *((probe, reference_answer(reference, probe)) for probe, _ in pairs[:8])])
+    (kept, nll), (theirs, their_nll) = (task.kept_and_nll(task.evaluate(one)) for one in (evaluator, reference))
+    assert kept.tolist() == theirs.tolist() and 0 < kept.mean() < 1 and kept[-8:].all()
+    assert np.abs((nll - their_nll) / task.num_tokens).max() <= 1e-4
+
+
+def reference_answer(reference, probe):
+    answer = []
+    for _ in range(4):
+        answer.append(int(reference.log_probs([*probe, *answer])[-1].argmax()))
+    return answer
 
 
 def test_both_evaluators_cut_before_the_same_stop_strings(engine, reference):

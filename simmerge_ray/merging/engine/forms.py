@@ -23,7 +23,7 @@ from simmerge_ray.merging.engine.trims import (
     exact_thresholds,
     top_bins,
 )
-from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, reads
+from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, applies, reads
 from simmerge_ray.plans.operators.shares import (
     SLERP_THRESHOLD,
     cosine_of,
@@ -275,13 +275,19 @@ def is_blockwise(output: OutputTensor, specs: Mapping[str, Mapping[str, TensorSp
     return output.dtype not in FLOAT_DTYPES or (output.input_dtype != "F64" and fits(output.node))
 
 
+def _gram_bytes(node: Node, specs: Mapping[str, Mapping[str, TensorSpec]]) -> int:
+    """What solving for a tensor takes: its Gram matrices, and float64 ones of their sum and its factor."""
+    sizes = [specs[gram.checkpoint][gram.tensor].num_bytes for one in applies(node) for gram in one.grams]
+    return sum(sizes) + 10 * max(sizes, default=0)
+
+
 def memory_per_thread(graph: MergeGraph, specs: Mapping[str, Mapping[str, TensorSpec]]) -> int:
     """Upper bound of the bytes that one thread holds: blocks, or the float32 copies of its largest whole tensor."""
     widest = max((len(list(reads(output.node))) for output in graph.outputs), default=1)
     stored = kernels.PAIR_BLOCK * 2 + 6 * max(KEPT_ELEMENTS, kernels.PAIR_BLOCK)
     blocks = kernels.BLOCK * (16 + 4 * (widest + 2)) + stored + 12 * _KEPT_VECTORS + (3 << 19)
     whole = [
-        output.num_elements * 4 * (2 * len(list(reads(output.node))) + 2)
+        output.num_elements * 4 * (2 * len(list(reads(output.node))) + 2) + _gram_bytes(output.node, specs)
         for output in graph.outputs
         if not is_blockwise(output, specs)
     ]

@@ -52,6 +52,8 @@ class WholeTensors:
             notes.fell_back.add(node.step)
         if OPERATOR_SPECS[node.operator].random:
             params["seeds"] = [self._seeds.of(source, node.step, output.name) for source in node.sources]
+        if node.grams:
+            params["grams"] = [self._make(gram, output, notes) for gram in node.grams]
         result = OPERATORS[node.operator](base, tensors, list(node.weights), **params)
         return result.to(_torch_dtype(node.round_to)).to(result.dtype) if node.round_to else result
 

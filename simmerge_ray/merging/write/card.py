@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from simmerge_ray.base.markdown import table_lines
-from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.checkpoints.references import GRAMS, CheckpointRef
 from simmerge_ray.merging.graph import MergeGraph
 
 
@@ -31,14 +31,15 @@ def model_card(graph: MergeGraph, predicted: Mapping[str, Any] | None, not_finit
         predicted: by task an object with `utility` and `sd`, or by owner one with `retention`, the share of its own
             answers that the merge gives as well. not_finite: names of tensors.
     """
-    licences = {key: licence for key, ref in graph.checkpoints.items() if (licence := licence_of(ref))}
+    parents = {key: ref for key, ref in graph.checkpoints.items() if not key.endswith(GRAMS)}
+    licences = {key: licence for key, ref in parents.items() if (licence := licence_of(ref))}
     distinct = sorted(set(licences.values()))
     matter: dict[str, Any] = {
         "library_name": "transformers",
-        "base_model": list(graph.checkpoints),
+        "base_model": list(parents),
         "tags": ["merge", "simmerge_ray"],
     }
-    if len(distinct) == 1 and len(licences) == len(graph.checkpoints):
+    if len(distinct) == 1 and len(licences) == len(parents):
         matter["license"] = distinct[0]
     lines = ["---", yaml.safe_dump(matter, sort_keys=False).strip(), "---", ""]
     lines += [f"# Merge of {' and '.join(graph.members)}", "", f"`{graph.title}`", ""]

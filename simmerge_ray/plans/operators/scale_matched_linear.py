@@ -18,7 +18,9 @@ def scale_matched_linear(base: Tensor | None, tensors: Sequence[Tensor], weights
 
     One tensor at a time, as nuslerp does it. Where all norms are equal it is the weighted average. A task vector that
     is 0 has no direction and adds nothing, though it counts in the mean norm. A baseline of our own (a "trivial"
-    merge that a selector has to beat), not one of mergekit's methods.
+    merge that a selector has to beat), not one of mergekit's methods. NAN (arXiv:2505.16148) argues for the same
+    ratios, coefficients by the inverse norm; its shares sum to 1, which makes the harmonic mean of the norms of ours
+    (`signals.tuning.starts.norm_matched_weights`).
     """
     base, vectors = task_vectors("scale_matched_linear", base, tensors, weights)
     shares = list(weights) if cancel(weights) else normalized("scale_matched_linear", weights)

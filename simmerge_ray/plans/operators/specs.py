@@ -71,6 +71,7 @@ class OperatorSpec:
         between two; None where it does not.
     stand_in: an operator with `shares` that has its expectation or about its norm.
     per_source: parameters that may also be a sequence with one value for each source.
+    needs_grams: takes Gram matrices of the inputs of linear layers, so sources are checkpoints that have them.
     """
 
     name: str
@@ -87,6 +88,7 @@ class OperatorSpec:
     shares: Literal["average", "sum", "arc"] | None = None
     stand_in: str = "linear"
     per_source: frozenset[str] = frozenset()
+    needs_grams: bool = False
 
     @property
     def is_spherical(self) -> bool:
@@ -175,6 +177,7 @@ OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
         ),
         _free("multislerp", {"normalize": _ON, "eps": _GUARD}, uses_base=True, stand_in="nuslerp"),
         _on_task_vectors("scale_matched_linear", {}),
+        _free("regmean", {"alpha": ParameterSpec(default=0.9)}, needs_grams=True),
         _free(
             "passthrough",
             {"scale": _SCALE},

@@ -16,6 +16,7 @@ from simmerge_ray.plans.operators.model_stock import model_stock
 from simmerge_ray.plans.operators.multislerp import multislerp
 from simmerge_ray.plans.operators.nuslerp import nuslerp, nuslerp_fell_back
 from simmerge_ray.plans.operators.passthrough import passthrough
+from simmerge_ray.plans.operators.regmean import regmean
 from simmerge_ray.plans.operators.scale_matched_linear import scale_matched_linear
 from simmerge_ray.plans.operators.sce import sce
 from simmerge_ray.plans.operators.slerp import slerp, slerp_fell_back
@@ -43,6 +44,7 @@ OPERATORS: Mapping[str, MergeOperator] = {
     "sce": sce,
     "multislerp": multislerp,
     "scale_matched_linear": scale_matched_linear,
+    "regmean": regmean,
     "passthrough": passthrough,
 }
 

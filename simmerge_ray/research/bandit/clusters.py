@@ -94,7 +94,7 @@ def gaps_of(dataset: SelectionDataset) -> dict[int, float]:
 
 def best_fixed_column(training: SelectionDataset) -> int:
     """Column of the arm that is best when taken everywhere."""
-    return Scoring.of(training.contexts, training.arms).best_fixed(len(training.arms))
+    return Scoring.of(training.contexts, training.arms).best_fixed()
 
 
 def load_with_later_arms(path: Path, arms: Sequence[str] | None = None, later: Sequence[str] = ()) -> LoadedDataset:

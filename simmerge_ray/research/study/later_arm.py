@@ -98,7 +98,8 @@ class _FrozenSelector:
         for fold, model in zip(folds, fit_models(known, [fold.training for fold in folds], config), strict=True):
             if not isinstance(model.predictor, MlpPredictor):
                 raise LabelError(f"a later arm needs the encoder of an mlp selector, not {model.predictor.kind}")
-            encoded.append(_standardised(model.predictor.encode(model.inputs(dataset.features, tasks)), fold.training))
+            both_orders = model.predictor.encode(model.inputs(dataset.features, tasks))
+            encoded.append(_standardised(both_orders.mean(1), fold.training))
             utilities.append(model.predict(dataset.features[list(fold.tested)], [tasks[row] for row in fold.tested])[0])
         return _FrozenSelector(folds, config.seed, place, contrasts[:, place], encoded, utilities)
 

@@ -44,8 +44,7 @@ def transfer(
         raise LabelError("the checkpoints of the large base differ on no task by enough to measure GapClosed")
     (model,) = fit_models(small, [range(len(small.contexts))], config)
     tasks = [context.task for context in large.contexts]
-    num_arms = len(large.arms)
-    fixed = _one_arm(Scoring.of(small.contexts, small.arms).best_fixed(num_arms), large.utilities.shape)
+    fixed = _one_arm(Scoring.of(small.contexts, small.arms).best_fixed(), large.utilities.shape)
     transferred = model.predict(large.features, tasks)[0]
     novelty = fit_novelty(model.standardised(small.features), pairs_of(small.contexts), config.novelty_quantile)
     far = novelty.distances(model.standardised(large.features)) > novelty.limit
@@ -57,7 +56,7 @@ def transfer(
         "abstaining": np.where(unlike[:, None], fixed, transferred),
         "own": predict_unseen(large, config),
         "best fixed of the small bases": fixed,
-        "best fixed of the large base": _one_arm(scoring.best_fixed(num_arms), large.utilities.shape),
+        "best fixed of the large base": _one_arm(scoring.best_fixed(), large.utilities.shape),
     }
     taken = {name: merges.taken(keeping_no_parent(values)) for name, values in scores.items()}
     gains: dict[str, Any] = {}

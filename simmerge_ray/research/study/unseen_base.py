@@ -52,7 +52,7 @@ def models_without_base(
     scoring = Scoring.of(dataset.contexts, dataset.arms)
     found = {}
     for base, training, fitted in zip(bases, rows, fit_models(dataset, rows, config), strict=True):
-        best_fixed = dataset.arms[scoring.among(training).best_fixed(len(dataset.arms))]
+        best_fixed = dataset.arms[scoring.among(training).best_fixed()]
         found[base] = UnseenBaseModel(dataset.arms, dataset.columns, best_fixed, fitted)
     return found
 

@@ -1,7 +1,7 @@
 """What a selector has to beat: choices that use no model of the signals, or a part of them.
 
-Each row of `BASELINES` gives scores (num tested, K + 2) for the arms and both parents from the training rows alone.
-What needs a trained model on other features is a data set of its own, below.
+Each row of `BASELINES` gives scores (num tested, A) for the merge operators and both parents from the training rows
+alone; none but `better_parent` keeps one. What needs a model on other features is a data set of its own, below.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from simmerge_ray.base.errors import LabelError
+from simmerge_ray.plans.keeping import merge_arms
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.scoring import Scoring, keeping_no_parent, option_utilities, units_of
 from simmerge_ray.signals.features import column_signal
@@ -22,32 +23,37 @@ SCALE_MATCHED = "scale_matched_linear"
 _STUMP_QUANTILES = np.linspace(0.1, 0.9, 9)
 
 
-def _always(index: int, num_arms: int, num_rows: int) -> np.ndarray:
-    return keeping_no_parent(np.tile(np.eye(num_arms)[index], (num_rows, 1)))
+def _always(index: int, dataset: SelectionDataset, num_rows: int) -> np.ndarray:
+    return keeping_no_parent(np.tile(np.eye(_num_merges(dataset))[index], (num_rows, 1)))
+
+
+def _num_merges(dataset: SelectionDataset) -> int:
+    return len(merge_arms(dataset.arms))
 
 
 def uniform(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
-    """An arm drawn at random: all tied."""
-    return keeping_no_parent(np.zeros((len(tested), len(dataset.arms))))
+    """An operator drawn at random: all tied."""
+    return keeping_no_parent(np.zeros((len(tested), _num_merges(dataset))))
 
 
 def best_fixed(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
     """The arm that closes most of the gap on the training rows."""
-    return _always(scoring.among(training).best_fixed(len(dataset.arms)), len(dataset.arms), len(tested))
+    return _always(scoring.among(training).best_fixed(), dataset, len(tested))
 
 
 def best_fixed_per_task(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
     """Mean training utility of each arm on the task; over all tasks for one that was not trained on."""
-    means = {"": dataset.utilities[list(training)].mean(0)}
+    utilities = dataset.utilities[:, : _num_merges(dataset)]
+    means = {"": utilities[list(training)].mean(0)}
     for task in {dataset.contexts[row].task for row in training}:
-        means[task] = dataset.utilities[[row for row in training if dataset.contexts[row].task == task]].mean(0)
+        means[task] = utilities[[row for row in training if dataset.contexts[row].task == task]].mean(0)
     return keeping_no_parent(np.array([means.get(dataset.contexts[row].task, means[""]) for row in tested]))
 
 
 def better_parent(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
     """No merge: the parent with the higher measured utility. Chosen on the items it is scored on: an advantage."""
     parents = option_utilities([dataset.contexts[row] for row in tested], dataset.arms)[:, -2:]
-    return np.hstack([np.full((len(tested), len(dataset.arms)), -np.inf), parents])
+    return np.hstack([np.full((len(tested), _num_merges(dataset)), -np.inf), parents])
 
 
 def signal_stump(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
@@ -56,7 +62,7 @@ def signal_stump(dataset: SelectionDataset, scoring: Scoring, training: Rows, te
     A signal of a pair is the mean, or the larger, of its values in both orders.
     """
     values = np.concatenate([dataset.features.mean(1), dataset.features.max(1)], axis=1)
-    known, answers = values[list(training)], dataset.utilities[list(training)]
+    known, answers = values[list(training)], dataset.utilities[list(training), : _num_merges(dataset)]
     thresholds = np.quantile(known, _STUMP_QUANTILES, axis=0)
     above = (known[None] > thresholds[:, None]).reshape(len(thresholds), len(known), -1)
     high = np.einsum("tnf,nk->tfk", above.astype(np.float64), answers)
@@ -65,14 +71,14 @@ def signal_stump(dataset: SelectionDataset, scoring: Scoring, training: Rows, te
     where = np.unravel_index(int(total.argmax()), total.shape)
     side = values[list(tested), where[1]] > thresholds[where]
     arms = np.where(side, high[where].argmax(), low[where].argmax())
-    return keeping_no_parent(np.eye(len(dataset.arms))[arms])
+    return keeping_no_parent(np.eye(_num_merges(dataset))[arms])
 
 
 def _fixed(label: str, what: str) -> Policy:
     def policy(dataset: SelectionDataset, scoring: Scoring, training: Rows, tested: Rows) -> np.ndarray:
         if label not in dataset.arms:
             raise LabelError(f"{what}: the arm {label!r} was not measured; known: {', '.join(dataset.arms)}")
-        return _always(dataset.arms.index(label), len(dataset.arms), len(tested))
+        return _always(dataset.arms.index(label), dataset, len(tested))
 
     return policy
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.plans.keeping import merge_arms
 from simmerge_ray.search.headroom import NUM_STANDARD_ERRORS, Context, mean_of_known
-from simmerge_ray.selector.data.scoring import PARENTS, Scoring, with_parents
+from simmerge_ray.selector.data.scoring import Scoring, options_of
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,21 @@ class NoiseSets:
     """Per unit (U, A): mean utility of the options, and whether one is not significantly worse than the best arm.
 
     Significantly: by two standard errors of the differences on the same items, averaged over the unit's tasks.
+    num_arms: options that are arms, and with which regret is measured: all, or all but the parents. num_merges: of them
+    those that merge.
     """
 
     utilities: np.ndarray
     within: np.ndarray
     num_arms: int
+    num_merges: int
 
     @staticmethod
     def of(contexts: Sequence[Context], arms: Sequence[str], units: Sequence[Sequence[int]]) -> NoiseSets:
         within, utilities = [], []
         for rows in units:
-            items = [np.array([with_parents(contexts[row]).arms[name] for name in (*arms, *PARENTS)]) for row in rows]
+            options = [contexts[row].with_parents().arms for row in rows]
+            items = [np.array([of_row[name] for name in options_of(arms)]) for of_row in options]
             pooled = np.mean([of_row.mean(1) for of_row in items], axis=0)
             best = int(pooled[: len(arms)].argmax())
             behind = [of_row[best] - of_row for of_row in items]
@@ -36,7 +41,7 @@ class NoiseSets:
             error = np.sqrt((np.array(errors) ** 2).sum(0)) / len(rows)
             within.append(np.mean([one.mean(1) for one in behind], axis=0) <= NUM_STANDARD_ERRORS * error)
             utilities.append(pooled)
-        return NoiseSets(np.array(utilities), np.array(within), len(arms))
+        return NoiseSets(np.array(utilities), np.array(within), len(arms), len(merge_arms(arms)))
 
     @property
     def best(self) -> np.ndarray:
@@ -45,8 +50,9 @@ class NoiseSets:
 
     @property
     def majority_share(self) -> float:
-        """Share of units whose noise set holds the arm that is in the most of them: the best constant in hindsight."""
-        return float(self.within[:, : self.num_arms].mean(0).max())
+        """Share of units whose noise set holds the operator that is in the most of them: the best constant in
+        hindsight."""
+        return float(self.within[:, : self.num_merges].mean(0).max())
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import InputError, LabelError
+from simmerge_ray.plans.keeping import keeps
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.selector.assessment.bench import Bench, NoiseSets
 from simmerge_ray.selector.assessment.folds import OBJECTIVES, CrossValidation, safe_results
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.scoring import option_scores, shares_of, units_of
 from simmerge_ray.selector.data.splits import Fold, pairs_of, resampled_weights
 
 ONE_MODEL_UNSEEN = "one model unseen"
@@ -52,7 +53,8 @@ def crossval_report(
 
     Returns:
         `per_merge` (the headline: one arm per pair for both parents' tasks) and `per_context` (an arm per task):
-        GapClosed of selector, best fixed, uniform and split-half oracle. `policies`: for both objectives the figures of
+        GapClosed of selector, best fixed, uniform and split-half oracle, which keeps parents where the selector may.
+        `policies`: for both objectives the figures of
         `Bench.measure` of every policy, `lead` of the selector over each of the others, `majority_in_noise_set` and
         `arm_accuracy` of the selector. `missing`: policies without figures, and why. `override`, `intervals`,
         `abstained`: of the safe policy. `predictions`: a row for each tested context. Or `reason` alone, if there are
@@ -71,18 +73,18 @@ def crossval_report(
     by_fold = crossval.predictions(models)
     predicted, (safe, safe_figures) = crossval.averaged(by_fold), safe_results(crossval, models, by_fold)
     scores, missing = _all_scores(crossval, predicted, report or (lambda done, steps: None))
-    uniform = crossval.scoring.fixed()[: len(dataset.arms)].mean()
+    uniform, arms = crossval.scoring.fixed()[:-2].mean(), dataset.arms
     for name in OBJECTIVES:
         bench = bench_of(crossval, name == "per_merge", base_of)
-        measured = _measured(bench, crossval, scores | {"selector, safe": keeping_no_parent(safe[name])})
-        policies[name], figures = measured, measured["policies"]
+        measured = _measured(bench, crossval, scores | {"selector, safe": option_scores(safe[name], arms)})
+        policies[name], figures, rooms = measured, measured["policies"], getattr(room, name)
         result[name] = {
             "selector": figures["selector"]["gap_closed"],
             "best_fixed": figures["best fixed"]["gap_closed"],
             "gain": figures["selector"]["gain"],
             "gain_interval": figures["selector"]["gain_interval"],
             "uniform": float(uniform),
-            "oracle": getattr(room, name).split_half_oracle,
+            "oracle": (rooms.keep if keeps(arms) else rooms).split_half_oracle,
         }
     return result | {
         "predictions": _predictions(dataset, predicted, crossval.best_fixed()),
@@ -115,8 +117,8 @@ def _predictions(dataset: SelectionDataset, predicted: np.ndarray, best_fixed: S
 def _all_scores(
     crossval: CrossValidation, predicted: np.ndarray, report: Progress
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Scores (N, K + 2) of the selector and its rivals, and the reasons for missing ones."""
-    scores, missing = {"selector": keeping_no_parent(predicted)}, {}
+    """Scores (N, A) of the selector and its rivals, and the reasons for missing ones."""
+    scores, missing = {"selector": option_scores(predicted, crossval.dataset.arms)}, {}
     rivals = crossval.rivals()
     for done, (name, make) in enumerate(rivals.items(), 1):
         try:

@@ -11,9 +11,10 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError
+from simmerge_ray.plans.keeping import merge_arms
 from simmerge_ray.selector.assessment import baselines
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.scoring import Scoring, keeping_no_parent, units_of
+from simmerge_ray.selector.data.scoring import Scoring, option_scores, units_of
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.novelty import fit_novelty
@@ -41,7 +42,7 @@ class CrossValidation:
             folds = checkpoint_folds(pairs_of(dataset.contexts), config.num_folds, config.seed)
         folds = [fold for fold in folds if fold.tested]
         for fold in folds:
-            check_enough(dataset.subset(fold.training), len(dataset.arms))
+            check_enough(dataset.subset(fold.training), len(merge_arms(dataset.arms)))
         if not folds:
             raise LabelError("there are no contexts to leave out: search more pairs")
         return CrossValidation(dataset, config, list(folds), Scoring.of(dataset.contexts, dataset.arms))
@@ -63,28 +64,28 @@ class CrossValidation:
     def best_fixed(self) -> tuple[str, ...]:
         arms, found = self.dataset.arms, dict[int, str]()
         for fold in self.folds:
-            best = arms[self.scoring.among(fold.training).best_fixed(len(arms))]
+            best = arms[self.scoring.among(fold.training).best_fixed()]
             found = dict.fromkeys(fold.tested, best) | found
         return tuple(found.get(row, arms[0]) for row in range(len(self.dataset.contexts)))
 
     def baseline(self, policy: baselines.Policy) -> np.ndarray:
-        """(N, K + 2): its scores."""
+        """(N, A): its scores."""
         return self.averaged([policy(self.dataset, self.scoring, fold.training, fold.tested) for fold in self.folds])
 
     def rivals(self) -> dict[str, Callable[[], np.ndarray]]:
-        """What makes the scores (N, K + 2) of other kinds of models, of the baselines, and of the same model on part of
+        """What makes the scores (N, A) of other kinds of models, of the baselines, and of the same model on part of
         the signals and on those of other pairs, by name; each raises LabelError where the labels do not suffice."""
         data, config = self.dataset, self.config
 
         def model(dataset: Callable[[], SelectionDataset], kind: str = config.model) -> np.ndarray:
-            return keeping_no_parent(self.unseen(dataset(), config.model_copy(update={"model": kind})))
+            return option_scores(self.unseen(dataset(), config.model_copy(update={"model": kind})), data.arms)
 
         return {
             **{kind: partial(model, lambda: data, kind) for kind in PREDICTORS if kind != config.model},
             **{name: partial(self.baseline, policy) for name, policy in baselines.BASELINES.items()},
             "single-checkpoint features": partial(model, lambda: baselines.single_checkpoint_features(data)),
             "parents' utilities": partial(model, lambda: baselines.parents_utilities(data)),
-            "signals permuted": lambda: keeping_no_parent(self.averaged(self._permuted_predictions())),
+            "signals permuted": lambda: option_scores(self.averaged(self._permuted_predictions()), data.arms),
         }
 
     def _permuted_predictions(self) -> list[np.ndarray]:
@@ -137,7 +138,7 @@ def safe_results(
         novelty = fit_novelty(standardised, [pairs[i] for i in training], config.novelty_quantile)
         far = novelty.distances(model.standardised(dataset.features[tested])) > novelty.limit
         distant.append(far)
-        best = arms[crossval.scoring.among(training).best_fixed(len(arms))]
+        best = arms[crossval.scoring.among(training).best_fixed()]
         override = found = None
         if folds:
             override, found = calibrate(dataset, folds, inner_predicted, crossval.scoring.among(training))

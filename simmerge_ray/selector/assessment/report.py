@@ -17,6 +17,7 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import InputError, LabelError
+from simmerge_ray.plans.keeping import merge_arms
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.selector.assessment.baselines import best_fixed, permuted_columns
 from simmerge_ray.selector.assessment.bench import Bench
@@ -25,7 +26,7 @@ from simmerge_ray.selector.assessment.folds import CrossValidation, small_config
 from simmerge_ray.selector.data import splits
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.encoding import KINDS
-from simmerge_ray.selector.data.scoring import keeping_no_parent, shares_of, units_of
+from simmerge_ray.selector.data.scoring import option_scores, shares_of, units_of
 from simmerge_ray.selector.data.splits import Fold, pairs_of
 from simmerge_ray.selector.models.model import FittedModel
 from simmerge_ray.selector.models.predictors import PREDICTORS
@@ -95,7 +96,7 @@ def assess(
     if isinstance(folds, str) or "reason" in main:
         return result | dict.fromkeys(("ablations", "importance", "calibration"), {"reason": main["reason"]})
     predicted, measured = (np.array([row[key] for row in main["predictions"]]) for key in ("predicted", "measured"))
-    result["calibration"] = calibration(predicted, measured)
+    result["calibration"] = calibration(predicted, measured, len(merge_arms(dataset.arms)))
     crossval = CrossValidation.of(dataset, small, folds)
     compared = _Headline(crossval, bench_of(crossval, True, base_of))
     result["importance"] = compared.importance()
@@ -201,7 +202,7 @@ class _Headline:
         return self.shares(self.crossval.averaged(self.crossval.predictions(self.models)))
 
     def shares(self, predicted: np.ndarray) -> np.ndarray:
-        return shares_of(keeping_no_parent(predicted), self.bench.units)
+        return shares_of(option_scores(predicted, self.crossval.dataset.arms), self.bench.units)
 
     def compared(self, shares: np.ndarray) -> dict[str, Any]:
         """Gain over the best fixed arm, and change against all signals."""
@@ -254,13 +255,13 @@ class _Headline:
         return float(scoring.among(scoring.rows[tested].tolist()).headline((taken - full)[tested]))
 
 
-def calibration(predicted: np.ndarray, measured: np.ndarray) -> dict[str, list[dict[str, float]]]:
-    """Deciles of the predictions and the mean measured for each; (N, K) both.
+def calibration(predicted: np.ndarray, measured: np.ndarray, num_merges: int) -> dict[str, list[dict[str, float]]]:
+    """Deciles of the predictions and the mean measured for each; (N, K) both, the merge operators first.
 
-    `utility`: of an arm on a context. `advantage`: over the mean of the arms on the context, which is what a choice
-    rests on.
+    `utility`: of an arm on a context. `advantage`: over the mean of the operators on the context, which is what a
+    choice rests on.
     """
-    advantages = (values - values.mean(1, keepdims=True) for values in (predicted, measured))
+    advantages = (values - values[:, :num_merges].mean(1, keepdims=True) for values in (predicted, measured))
     return {"utility": _bins(predicted, measured), "advantage": _bins(*advantages)}
 
 

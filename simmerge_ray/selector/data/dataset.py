@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simmerge_ray.base.errors import LabelError, unknown_name
+from simmerge_ray.plans.keeping import KEEP_ARMS, keeps
 from simmerge_ray.search.headroom import Context
 from simmerge_ray.search.labels import LabeledPlan, measures_arm, pair_contexts
 from simmerge_ray.selector.data.encoding import statistics_of
@@ -20,7 +21,8 @@ class SelectionDataset:
     """N contexts (pair, task) with K arms.
 
     features: (N, 2, F), scaled features of (left, right) and of (right, left).
-    utilities: (N, K), mean over the items of the merge by each arm.
+    utilities: (N, K), mean over the items of the merge by each arm; the last two may be the parents as they are
+    (`with_keep`).
     statistics: (N, S), entropy and loss of the base on the task of each context; None without a base.
     weights: whether weight signals are `exact` or `sampled`; a selector is not asked about tables of the other kind.
     """
@@ -72,6 +74,15 @@ def build_dataset(
     utilities = np.array([[context.arms[arm].mean() for arm in chosen] for context in contexts])
     told = table.provenance["weights"], statistics_of(table, [context.task for context in contexts])
     return SelectionDataset(tuple(contexts), chosen, table.columns, features, utilities, *told)
+
+
+def with_keep(dataset: SelectionDataset) -> SelectionDataset:
+    """The same contexts with two more arms, keep(left) and keep(right): every context has their utilities."""
+    if keeps(dataset.arms):
+        return dataset
+    kept = [[one.left_items.mean(), one.right_items.mean()] for one in dataset.contexts]
+    utilities = np.hstack([dataset.utilities, np.array(kept).reshape(-1, 2)])
+    return replace(dataset, arms=(*dataset.arms, *KEEP_ARMS), utilities=utilities)
 
 
 def join_datasets(parts: Sequence[SelectionDataset]) -> SelectionDataset:

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from simmerge_ray.base.storage import digest_bytes, digest_json
+from simmerge_ray.plans.keeping import KEEP
+from simmerge_ray.selector.data.orders import heads_of
 
 
 @dataclass(frozen=True)
 class RewardedMerge:
-    """members: checkpoints in it. tasks: that `utility` is the mean over. features: (T, 2, F), of the (last) step."""
+    """members: checkpoints of the pair or plan. tasks: that `utility` is the mean over. arm: an operator, or `keep`,
+    which is about the first checkpoint of the first order. features: (T, 2, F), of the (last) step."""
 
     members: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -31,14 +34,14 @@ class RewardedMerge:
 class SingleArms:
     """G rewarded merges as a model sees them.
 
-    inputs: (G, 2, T, D), standardised, both orders, T the largest number of tasks. shares: (G, T), the weight of each
-    task in the mean, 0 where a merge has fewer. arms: (G,) columns. utility: (G,). merges: (G,), equal where the same
-    checkpoints were merged.
+    inputs: (G, 2, T, D), standardised, both orders, T the largest number of tasks; of keep the first order twice, which
+    is the one that it is about. shares: (G, T), the weight of each task in the mean, 0 where a merge has fewer. heads:
+    (G,) of the arms. utility: (G,). merges: (G,), equal where the same checkpoints were merged.
     """
 
     inputs: np.ndarray
     shares: np.ndarray
-    arms: np.ndarray
+    heads: np.ndarray
     utility: np.ndarray
     merges: np.ndarray
 
@@ -58,12 +61,14 @@ def single_arms(
         return None
     most, num_inputs = max(map(len, inputs)), inputs[0].shape[-1]
     padded, shares = np.zeros((len(rewards), 2, most, num_inputs)), np.zeros((len(rewards), most))
-    for row, one in enumerate(inputs):
-        padded[row, :, : len(one)] = one.transpose(1, 0, 2)
+    for row, (reward, one) in enumerate(zip(rewards, inputs, strict=True)):
+        orders = [0, 0] if reward.arm == KEEP else [0, 1]
+        padded[row, :, : len(one)] = one.transpose(1, 0, 2)[orders]
         shares[row, : len(one)] = 1 / len(one)
     names = [tuple(sorted(one.members)) for one in rewards]
     unique = sorted(set(names))
-    chosen, utility = [arms.index(one.arm) for one in rewards], [one.utility for one in rewards]
+    heads = heads_of(arms)
+    chosen, utility = [heads.index(one.arm) for one in rewards], [one.utility for one in rewards]
     merges = [unique.index(name) for name in names]
     return SingleArms(padded, shares, np.array(chosen), np.array(utility), np.array(merges))
 

@@ -1,21 +1,22 @@
 """How good are choices of arms? GapClosed of any policy, on the same contexts.
 
-A policy is an array of *shares* (N, A): how often it takes each option for a context. Options are the arms and, for the
-policy that does not merge, the two parents. One rule makes shares of scores (N, A): the best score of the context, or
-of all contexts of the pair together where one arm serves the whole merge; ties are split.
+A policy is an array of *shares* (N, A): how often it takes each option for a context. Options are the merge
+operators and, for policies that may keep a parent, both parents: `keep(left)`, `keep(right)`. One rule makes shares of
+scores (N, A): the best score of the context, or of all contexts of the pair together where one arm serves the whole
+merge; ties are split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
+from simmerge_ray.plans.keeping import KEEP_ARMS, keeps, merge_arms
 from simmerge_ray.search.headroom import Context, defined_gaps, headline
 from simmerge_ray.selector.data.splits import pairs_of, rows_by_pair
 
-PARENTS = ("parent:left", "parent:right")
 GAP_CLOSED, UTILITY = "GapClosed", "utility"
 
 
@@ -35,8 +36,8 @@ class Scoring:
 
     @staticmethod
     def of(contexts: Sequence[Context], arms: Sequence[str]) -> Scoring:
-        """Of all contexts, options being the arms and both parents."""
-        gaps = defined_gaps([with_parents(context) for context in contexts], (*arms, *PARENTS))
+        """Of all contexts, options being the arms and both parents, whether the arms name these or not."""
+        gaps = defined_gaps([context.with_parents() for context in contexts], options_of(arms))
         if len(gaps.rows):
             return Scoring(gaps.rows, np.array(gaps.tasks), gaps.closed, gaps.gap, GAP_CLOSED)
         tasks, num = np.array([context.task for context in contexts]), len(contexts)
@@ -55,9 +56,10 @@ class Scoring:
         """(A,): the headline of each option taken everywhere; NaN where no context is left."""
         return self.headline(self.closed.T)
 
-    def best_fixed(self, num_arms: int) -> int:
-        """Of the arms, the first `num_arms` options, the one with the best headline; the first if there is none."""
-        headline = self.fixed()[:num_arms]
+    def best_fixed(self) -> int:
+        """Of the merge operators the one with the best headline; the first if there is none. A parent is never the
+        best fixed arm: which of the two is called left says nothing."""
+        headline = self.fixed()[:-2]
         return 0 if np.isnan(headline).all() else int(np.nanargmax(headline))
 
     def taken(self, shares: np.ndarray) -> np.ndarray:
@@ -65,20 +67,24 @@ class Scoring:
         return (shares[self.rows] * self.closed).sum(1)
 
 
-def with_parents(context: Context) -> Context:
-    """Both parents as further arms."""
-    parents = dict(zip(PARENTS, (context.left_items, context.right_items), strict=True))
-    return replace(context, arms={**context.arms, **parents})
+def options_of(arms: Sequence[str]) -> tuple[str, ...]:
+    """The merge operators among the arms, then both parents."""
+    return (*merge_arms(arms), *KEEP_ARMS)
 
 
 def option_utilities(contexts: Sequence[Context], arms: Sequence[str]) -> np.ndarray:
-    """(N, K + 2): mean utility of each arm and of both parents."""
-    options = [(*(one.arms[arm] for arm in arms), one.left_items, one.right_items) for one in contexts]
+    """(N, A): mean utility of each merge operator and of both parents."""
+    options = [[one.with_parents().arms[option] for option in options_of(arms)] for one in contexts]
     return np.array([[items.mean() for items in of_context] for of_context in options])
 
 
+def option_scores(scores: np.ndarray, arms: Sequence[str]) -> np.ndarray:
+    """(N, K) scores of arms -> (N, A): where a parent is none of the arms it is never chosen."""
+    return scores if keeps(arms) else keeping_no_parent(scores)
+
+
 def keeping_no_parent(scores: np.ndarray) -> np.ndarray:
-    """(N, K) -> (N, K + 2): scores of the arms alone, a parent is never chosen; rows without scores stay NaN."""
+    """(N, A - 2) -> (N, A): scores of merges alone, a parent is never chosen; rows without scores stay NaN."""
     none = np.where(np.isnan(scores).any(1, keepdims=True), np.nan, -np.inf)
     return np.hstack([scores, none, none])
 

@@ -15,8 +15,9 @@ class TrainingSet:
     """N contexts as a model sees them.
 
     inputs: (N, 2, D), standardised, both orders of the pair. level: (N,), mean utility of the reference arms.
-    contrasts: (N, K), utility minus level; NaN where a later arm was not measured. reference: columns whose contrasts
-    sum to zero. pairs: of the contexts. rewards: merges of which one arm was observed, beside the contexts.
+    contrasts: (N, 2, H), utility minus level for both orders and each head (`orders`); NaN where a later arm was not
+    measured. reference: heads whose contrasts sum to zero. pairs: of the contexts. rewards: merges of which one arm was
+    observed, beside the contexts. keep: whether the last head is that of keep.
     """
 
     inputs: np.ndarray
@@ -25,11 +26,21 @@ class TrainingSet:
     reference: tuple[int, ...]
     pairs: tuple[tuple[str, str], ...]
     rewards: SingleArms | None = None
+    keep: bool = False
+
+    @property
+    def num_heads(self) -> int:
+        return self.contrasts.shape[2]
 
     @property
     def later(self) -> tuple[int, ...]:
-        """Columns of the arms that are not in the reference."""
-        return tuple(k for k in range(self.contrasts.shape[1]) if k not in self.reference)
+        """Heads that are not in the reference, that of keep among them."""
+        return tuple(k for k in range(self.num_heads) if k not in self.reference)
+
+    @property
+    def levels(self) -> np.ndarray:
+        """(N, 2, 1): the same for both orders."""
+        return np.repeat(self.level[:, None], 2, axis=1)[..., None]
 
 
 def level_and_contrasts(utilities: np.ndarray, reference: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

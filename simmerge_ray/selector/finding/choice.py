@@ -65,7 +65,7 @@ def virtual_ranking(scorer: VirtualScorer, members: Sequence[str], config: FindC
     if others := by_operators(large, parse_arms(config.arms)):
         found = found.joined(scorer.of_plans(others))
     left = max(len(members), config.num_recipes - len(found.scores))
-    near = sums_around(found.coefficients[best[:_REFINED]], config.ways[1], left, config.seed)
+    near = sums_around(found.coefficients[best[:_REFINED]], config.ways, left, config.seed)
     return found.joined(scorer.of_sums(near))
 
 

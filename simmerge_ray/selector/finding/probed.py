@@ -156,7 +156,7 @@ def in_this_process(config: SearchConfig, labels_uri: str, start: Callable[[Prep
         return started[0]
 
     def run(catalogue: Catalogue, tasks: Mapping[str, AnswersTask], plans: Sequence[MergePlan]) -> PreparedSearch:
-        search = prepare_search(catalogue, tasks, config, labels_uri)
+        search = prepare_search(catalogue, tasks, config, labels_uri, plans_given=True)
         runner = TrialRunner(search, kept_evaluator)  # type: ignore[arg-type]
         for trial in _trials(search, plans):
             runner.run(trial)

@@ -9,6 +9,7 @@ from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, general_probe_set
+from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.search.objectives import parse_objective
 from simmerge_ray.selector.finding.aim import Aim
 from simmerge_ray.selector.finding.virtual import VirtualScorer
@@ -47,8 +48,8 @@ def find_request(catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], confi
     """Check what can be checked before a weight is read.
 
     Raises:
-        PlanError: an unknown member. ConfigError: no base, a wrong objective or number of ways. ProbeError: see
-            `check_owners`.
+        PlanError: an unknown member. OperatorError: an unknown arm. ConfigError: no base, a wrong objective or number
+            of ways. ProbeError: see `check_owners`.
     """
     chosen = tuple(catalogue.ref(member) for member in dict.fromkeys(config.members)) or catalogue.checkpoints
     ids = [ref.id for ref in chosen]
@@ -61,6 +62,7 @@ def find_request(catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], confi
         raise ConfigError(f"ways {low}-{high}: there are {len(ids)} checkpoints: {', '.join(ids)}")
     tasks = sorted({task for task in smaller.own_task.values() if task})
     parse_objective(config.objective, tasks)
+    parse_arms(config.arms)
     used = {task: probe_sets[task] for task in tasks}
     if config.forget is not None:
         used[GENERAL] = probe_sets.get(GENERAL) or general_probe_set()

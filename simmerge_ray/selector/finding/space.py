@@ -62,7 +62,7 @@ def spread_sums(members: Sequence[str], ways: tuple[int, int], count: int, seed:
     """(about `count`, members) weights of sums of task vectors, as evenly over weights and subsets as it goes."""
     subsets = subsets_of(members, ways, max(1, count // _LEAST), seed)
     large = sum(len(subset) > 1 for subset in subsets)
-    single = _SINGLE if large else count
+    single = _SINGLE if large else max(_SINGLE, count // len(subsets))
     each = max(_LEAST, (count - single * (len(subsets) - large)) // max(1, large))
     found = []
     for number, subset in enumerate(subsets):
@@ -79,8 +79,8 @@ def spread_sums(members: Sequence[str], ways: tuple[int, int], count: int, seed:
     return np.concatenate(found)
 
 
-def sums_around(rows: np.ndarray, most: int, count: int, seed: int) -> np.ndarray:
-    """(count, members) weights near some; half of them with one more member, of `most` at the most.
+def sums_around(rows: np.ndarray, ways: tuple[int, int], count: int, seed: int) -> np.ndarray:
+    """(count, members) weights near some; half of them with one more member, all with as many as `ways` says.
 
     Args:
         rows: (n, members).
@@ -88,10 +88,13 @@ def sums_around(rows: np.ndarray, most: int, count: int, seed: int) -> np.ndarra
     generator = np.random.default_rng(seed)
     centres = rows[np.arange(count) % len(rows)]
     present = centres > 0
-    grows = (generator.random(count) < 0.5) & (present.sum(1) < most)
+    grows = (generator.random(count) < 0.5) & (present.sum(1) < ways[1])
     present[np.flatnonzero(grows), generator.integers(0, rows.shape[1], count)[grows]] = True
     moved = (centres + generator.normal(0.0, _NEAR, centres.shape)).clip(0, MAX_WEIGHT)
-    return np.where(present, moved, 0.0)
+    moved = np.where(present, moved, 0.0)
+    few = (moved.round(_DECIMALS) > 0).sum(1) < ways[0]
+    moved[few] = centres[few]
+    return moved
 
 
 def by_operators(subsets: Sequence[Subset], arms: Sequence[Arm]) -> list[MergePlan]:

@@ -25,8 +25,8 @@ def fit_mlps(sets: Sequence[TrainingSet], config: TrainConfig) -> list[MlpPredic
     Members differ by their initial weights and by a bootstrap of the pairs (all tasks and both orders of a pair stay
     together). The networks of all sets are trained side by side, in batches that bound the memory.
 
-    A reward of a single arm is one observation, a context one for each of its K arms: beside the contexts, the squared
-    error of its utility counts 1/K of one.
+    A reward of a single arm is one observation, a context one for each of its H heads: beside the contexts, the squared
+    error of its utility counts 1/H of one.
     """
     count = config.num_members
     jobs = [(one, member) for one in sets for member in range(count)]
@@ -54,7 +54,7 @@ def _drawn_rewards(one: TrainingSet, config: TrainConfig, member: int) -> np.nda
 
 @dataclass(frozen=True)
 class _Rewards:
-    """Rewards of J networks: inputs (J, 2 G T, D), orders first; shares (J, 1, G, T), chosen (J, 1, G, 1, K), one-hot;
+    """Rewards of J networks: inputs (J, 2 G T, D), orders first; shares (J, 1, G, T), chosen (J, 1, G, 1, H), one-hot;
     utility and weights (J, 1, G)."""
 
     inputs: torch.Tensor
@@ -64,7 +64,7 @@ class _Rewards:
     weights: torch.Tensor
 
     def loss(self, utilities: torch.Tensor) -> torch.Tensor:
-        """Of (J, 2 G T, K) predicted utilities."""
+        """Of (J, 2 G T, H) predicted utilities."""
         num_jobs, _, num_rewards, num_tasks = self.shares.shape
         of_task = utilities.view(num_jobs, 2, num_rewards, num_tasks, -1)
         predicted = ((of_task * self.chosen).sum(-1) * self.shares).sum(-1)
@@ -77,43 +77,44 @@ def _stacked_rewards(jobs: Sequence[Job], config: TrainConfig) -> _Rewards | Non
     if not sizes:
         return None
     num, tasks, dim = max(size[0] for size in sizes), max(size[2] for size in sizes), sizes[0][3]
-    num_arms = jobs[0][0].contrasts.shape[1]
-    shapes = ((2, num, tasks, dim), (1, num, tasks), (1, num, 1, num_arms), (1, num), (1, num))
+    num_heads = jobs[0][0].num_heads
+    shapes = ((2, num, tasks, dim), (1, num, tasks), (1, num, 1, num_heads), (1, num), (1, num))
     arrays = [np.zeros((len(jobs), *shape), dtype=np.float32) for shape in shapes]
     inputs, shares, chosen, utility, weights = arrays
     for index, (one, member) in enumerate(jobs):
         if one.rewards is not None:
             count = _drawn_rewards(one, config, member)
-            total = _drawn_counts(one, config, member).sum() + count.sum() / num_arms
+            total = _drawn_counts(one, config, member).sum() + count.sum() / num_heads
             rewards, held, of = one.rewards, len(count), one.rewards.inputs.shape[2]
             inputs[index, :, :held, :of] = rewards.inputs.transpose(1, 0, 2, 3)
             shares[index, 0, :held, :of] = rewards.shares
-            chosen[index, 0, np.arange(held), 0, rewards.arms] = 1.0
+            chosen[index, 0, np.arange(held), 0, rewards.heads] = 1.0
             utility[index, 0, :held] = rewards.utility
-            weights[index, 0, :held] = count / num_arms / total / 2
+            weights[index, 0, :held] = count / num_heads / total / 2
     tensors = [torch.from_numpy(array) for array in arrays]
     return _Rewards(tensors[0].reshape(len(jobs), -1, dim), *tensors[1:])
 
 
 def _stacked(jobs: Sequence[Job], config: TrainConfig) -> tuple[torch.Tensor, ...]:
-    """Inputs (J, R, D), levels (J, R, 1), contrasts (J, R, K), known (J, R, K) and weights (J, R, 1) of J networks.
+    """Inputs (J, R, D), levels (J, R, 1), contrasts (J, R, H), known (J, R, H) and weights (J, R, 1) of J networks.
 
     A row is a context in one order of its pair. Only what was drawn enters; shorter ones are filled with weight 0.
     """
     counts = [_drawn_counts(one, config, member) for one, member in jobs]
     length = 2 * max(int((count > 0).sum()) for count in counts)
-    dim, num_arms = jobs[0][0].inputs.shape[-1], jobs[0][0].contrasts.shape[1]
-    sizes = (dim, 1, num_arms, num_arms, 1)
+    dim, num_heads = jobs[0][0].inputs.shape[-1], jobs[0][0].num_heads
+    sizes = (dim, 1, num_heads, num_heads, 1)
     arrays = [np.zeros((len(jobs), length, size), dtype=np.float32) for size in sizes]
     for index, ((one, member), count) in enumerate(zip(jobs, counts, strict=True)):
         rows = np.flatnonzero(count)
-        total = count.sum() + _drawn_rewards(one, config, member).sum() / num_arms
-        known = ~np.isnan(one.contrasts[rows])
+        total = count.sum() + _drawn_rewards(one, config, member).sum() / num_heads
+        contrasts = one.contrasts[rows].reshape(-1, num_heads)
+        known = ~np.isnan(contrasts)
         values = (
             one.inputs[rows].reshape(-1, dim),
             np.repeat(one.level[rows], 2)[:, None],
-            np.repeat(np.where(known, one.contrasts[rows], 0.0), 2, axis=0),
-            np.repeat(known, 2, axis=0),
+            np.where(known, contrasts, 0.0),
+            known,
             np.repeat(count[rows] / total / 2, 2)[:, None],
         )
         for array, value in zip(arrays, values, strict=True):

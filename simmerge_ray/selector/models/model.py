@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.base.storage import Place, digest_json, local_directory, new_directory, versions, write_json
+from simmerge_ray.plans.keeping import KEEP_ARMS, keeps, merge_arms, named_arms
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.encoding import TaskEncoding
 from simmerge_ray.selector.models.novelty import Novelty
@@ -68,9 +69,10 @@ class InputScaling:
 
 @dataclass(frozen=True)
 class FittedModel(InputScaling):
-    """A predictor with the scaling of its inputs."""
+    """A predictor with the scaling of its inputs. keep: whether its last head is that of keep (`data.orders`)."""
 
     predictor: Predictor
+    keep: bool = False
 
     def predict(
         self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
@@ -78,9 +80,9 @@ class FittedModel(InputScaling):
         """(N, 2, F) -> utility (N, K) and sd (N, K)."""
         if not len(features):
             # Of one made-up row, for the number of arms.
-            utility, _ = self.predictor.predict(np.zeros((1, 2, len(self.centre) + self.encoding.width)))
+            utility, _ = self.predictor.predict(np.zeros((1, 2, len(self.centre) + self.encoding.width)), self.keep)
             return np.zeros((0, utility.shape[1])), np.zeros((0, utility.shape[1]))
-        return self.predictor.predict(self.inputs(features, tasks, statistics))
+        return self.predictor.predict(self.inputs(features, tasks, statistics), self.keep)
 
     def utilities(self, dataset: SelectionDataset) -> np.ndarray:
         """(N, K): predictions for contexts whose utilities are known or not."""
@@ -91,8 +93,9 @@ class FittedModel(InputScaling):
 class Selector:
     """Predicts utilities of arms from the signals of a pair on a task, and chooses an arm.
 
-    reference: the arms over which contrasts sum to zero; any other arm is a contrast to their mean. intervals: None if
-    there were too few checkpoints to leave some out. provenance: digest of the training data, config, metrics.
+    arms: merge operators; then, where it was trained with them, keep(left) and keep(right). reference: the arms over
+    which contrasts sum to zero; any other arm is a contrast to their mean. intervals: None if there were too few
+    checkpoints to leave some out. provenance: digest of the training data, config, metrics.
     """
 
     arms: tuple[str, ...]
@@ -118,8 +121,8 @@ class Selector:
     def predict(
         self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(N, 2, F) scaled features, as in `SelectionDataset` -> utility (N, K) and sd (N, K), averaged over both
-        orders of each pair (all arms here are symmetric).
+        """(N, 2, F) scaled features, as in `SelectionDataset` -> utility (N, K) and sd (N, K): of merges averaged over
+        both orders of each pair (all operators here are symmetric), of keep(left) and keep(right) by order.
 
         tasks: of each context, unknown to the encoding `onehot` when left out. statistics: (N, S), as there; needed by
         `probe_stats`. Raises SelectorError: other features, missing ones, or a task that cannot be encoded.
@@ -140,15 +143,20 @@ class Selector:
         return self.intervals.half_widths[self.intervals.levels.index(level)]
 
     def choose(
-        self, features: np.ndarray, tasks: Sequence[str] | None = None, statistics: np.ndarray | None = None
+        self,
+        features: np.ndarray,
+        tasks: Sequence[str] | None = None,
+        statistics: np.ndarray | None = None,
+        pair: tuple[str, str] | None = None,
     ) -> Choice:
         """One arm for one pair on T tasks together: the default policy. features: (T, 2, F), the pair's features on
-        each task."""
+        each task. pair: left and right, by which a kept parent is called; None calls it so."""
         if not len(features):
             raise SelectorError("a choice needs the features of one task at least")
         utility, _ = self.predict(features, tasks, statistics)
         distance = float(self.distances(features).max())
-        return safe_choice(self.override, self.arms, utility.mean(0), distance, self.novelty.limit)
+        names = self.arms if pair is None else named_arms(self.arms, *pair)
+        return safe_choice(self.override, names, utility.mean(0), distance, self.novelty.limit)
 
     def check_table(self, table: SignalTable) -> None:
         """Refuse a table of other features than this selector was trained with; and see `check_weights`. Raises
@@ -241,7 +249,7 @@ def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndar
         arms,
         reference,
         columns,
-        fitted=FittedModel(tensors["centre"], tensors["scale"], encoding, predictor),
+        fitted=FittedModel(tensors["centre"], tensors["scale"], encoding, predictor, keeps(arms)),
         override=SafeOverride(**description["override"] | {"threshold": math.inf if threshold is None else threshold}),
         novelty=Novelty(tensors["novelty"], float(description["novelty_limit"])),
         intervals=Intervals(levels, tensors["half_widths"]) if levels else None,
@@ -257,12 +265,15 @@ def _checked(selector: Selector) -> Selector:
         raise ValueError(f"it scales {len(fitted.centre)} features, {num_features} are named")
     if selector.novelty.rows.shape[1:] != (num_features,):
         raise ValueError(f"its training rows are not of {num_features} features")
-    if selector.best_fixed not in selector.arms or not set(selector.reference) <= set(selector.arms):
-        raise ValueError("the best fixed arm or a reference arm is not among the arms")
+    merges = set(merge_arms(selector.arms))
+    if selector.best_fixed not in merges or not set(selector.reference) <= merges:
+        raise ValueError("the best fixed arm or a reference arm is not among the merge operators")
+    if len(merges) not in (num_arms, num_arms - 2) or (len(merges) < num_arms and not fitted.keep):
+        raise ValueError(f"of {' and '.join(KEEP_ARMS)} it has one alone, or they do not stand last")
     if selector.intervals and selector.intervals.half_widths.shape != (len(selector.intervals.levels), num_arms):
         raise ValueError("its intervals are not of its arms")
     width = num_features + fitted.encoding.width
-    utility, _ = fitted.predictor.predict(np.zeros((1, 2, width)))
+    utility, _ = fitted.predictor.predict(np.zeros((1, 2, width)), fitted.keep)
     if utility.shape != (1, num_arms):
         raise ValueError(f"the model predicts {utility.shape[1]} arms, {num_arms} are named")
     return selector

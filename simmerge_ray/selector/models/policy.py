@@ -71,10 +71,11 @@ def fit_override(
     error, since the best of many thresholds gains something on noise as well.
 
     Args:
-        units: rows that share one choice. predicted: (N, K) by models that were not trained on one of the row's
+        arms: as predicted; one that keeps a parent is never the fixed one. units: rows that share one choice.
+        predicted: (N, K) by models that were not trained on one of the row's
             checkpoints; rows that no fold tested are NaN.
     """
-    fixed = scoring.best_fixed(len(arms))
+    fixed = scoring.best_fixed()
     never = SafeOverride(arms[fixed], math.inf, None, None, 0.0, scoring.unit)
     known = [[row for row in unit if not np.isnan(predicted[row]).any()] for unit in units]
     known = [unit for unit in known if unit]

@@ -2,10 +2,11 @@
 
 Every family predicts a level (what any merge of this pair reaches) and a contrast per arm, `U_o = level + contrast_o`,
 with contrasts that sum to zero over the reference arms: the contrast chooses the arm within a merge, both together rank
-merges. What is stored is centred already, so nothing here needs to know which arms are the reference. `sd` is how
+merges. What is stored is centred already, so nothing here needs to know which arms are the reference. Where keeping a
+parent is a choice, the last head is that of keep (`data.orders`). `sd` is how
 far the answer itself is uncertain (spread of an ensemble, of neighbours, of a posterior), not the noise of a label.
 
-Shapes: N contexts, 2 orders of the pair, D standardised inputs, K arms.
+Shapes: N contexts, 2 orders of the pair, D standardised inputs, K arms, H heads.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from simmerge_ray.selector.data.orders import of_arms
 from simmerge_ray.selector.models.forest import Trees
 
 Tensors = Mapping[str, np.ndarray]
@@ -24,14 +26,14 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Predictor(ABC):
-    """Utilities from standardised inputs, averaged over both orders of each pair. Its fields are arrays, and all that
-    is stored, unless a family says otherwise."""
+    """Utilities from standardised inputs of both orders of each pair. Its fields are arrays, and all that is stored,
+    unless a family says otherwise."""
 
     kind: ClassVar[str]
 
     @abstractmethod
-    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N, 2, D) -> utility (N, K) and sd (N, K)."""
+    def predict(self, inputs: np.ndarray, keep: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(N, 2, D) -> utility (N, K) and sd (N, K). keep: whether the last head is that of keep."""
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All that `from_tensors` needs, by name."""
@@ -47,7 +49,7 @@ class Predictor(ABC):
 class Network:
     """Weights of one member of the ensemble.
 
-    layers: encoder layers (weight (in, out), bias (out,)). level: (hidden, 1), (1,). contrast: (hidden, K), (K,),
+    layers: encoder layers (weight (in, out), bias (out,)). level: (hidden, 1), (1,). contrast: (hidden, H), (H,),
     centred over the reference arms.
     """
 
@@ -62,7 +64,7 @@ class Network:
         return inputs
 
     def utilities(self, inputs: np.ndarray) -> np.ndarray:
-        """(..., D) standardised inputs -> (..., K)."""
+        """(..., D) standardised inputs -> (..., H)."""
         encoded = self.encode(inputs)
         return encoded @ self.level[0] + self.level[1] + encoded @ self.contrast[0] + self.contrast[1]
 
@@ -74,13 +76,13 @@ class MlpPredictor(Predictor):
     kind: ClassVar[str] = "mlp"
     members: tuple[Network, ...]
 
-    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        outputs = np.stack([member.utilities(inputs).mean(1) for member in self.members])
+    def predict(self, inputs: np.ndarray, keep: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        outputs = np.stack([of_arms(member.utilities(inputs), keep) for member in self.members])
         return outputs.mean(0), outputs.std(0)
 
     def encode(self, inputs: np.ndarray) -> np.ndarray:
-        """(N, 2, D) -> (N, E, hidden), averaged over both orders; the heads are linear on it."""
-        return np.stack([member.encode(inputs).mean(1) for member in self.members], axis=1)
+        """(N, 2, D) -> (N, 2, E, hidden), of each order; the heads are linear on it."""
+        return np.stack([member.encode(inputs) for member in self.members], axis=2)
 
     def tensors(self) -> dict[str, np.ndarray]:
         found = {"shape": np.array([len(self.members), len(self.members[0].layers)])}
@@ -110,8 +112,8 @@ class MlpPredictor(Predictor):
 class RidgePredictor(Predictor):
     """Linear level and contrasts, each with its own penalty; sd is that of the posterior of the coefficients.
 
-    coefficients: (D + 1, K), the last row the intercept. level_root, contrast_root: (D + 1, D + 1), square roots of the
-    posterior covariances at unit noise. noise: (K + 1,), residual sd of the level, then of the contrasts.
+    coefficients: (D + 1, H), the last row the intercept. level_root, contrast_root: (D + 1, D + 1), square roots of the
+    posterior covariances at unit noise. noise: (H + 1,), residual sd of the level, then of the contrasts.
     """
 
     kind: ClassVar[str] = "ridge"
@@ -120,12 +122,20 @@ class RidgePredictor(Predictor):
     contrast_root: np.ndarray
     noise: np.ndarray
 
-    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        both = inputs.mean(1)  # linear, so the mean over both orders is that of the mean input
-        both = np.hstack([both, np.ones((len(both), 1))])
-        level = np.linalg.norm(both @ self.level_root, axis=1, keepdims=True) * self.noise[0]
-        contrast = np.linalg.norm(both @ self.contrast_root, axis=1, keepdims=True) * self.noise[1:]
-        return both @ self.coefficients, np.hypot(level, contrast)
+    def predict(self, inputs: np.ndarray, keep: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        utility, sd = self._of_heads(inputs.mean(1))  # linear, so the mean over both orders is that of the mean input
+        if keep:
+            by_order = [self._of_heads(inputs[:, order]) for order in (0, 1)]
+            kept = [np.stack([one[part][:, -1] for one in by_order], axis=1) for part in (0, 1)]
+            utility, sd = (np.hstack([all_heads[:, :-1], k]) for all_heads, k in zip((utility, sd), kept, strict=True))
+        return utility, sd
+
+    def _of_heads(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N, D) -> utility and sd, (N, H)."""
+        design = np.hstack([inputs, np.ones((len(inputs), 1))])
+        level = np.linalg.norm(design @ self.level_root, axis=1, keepdims=True) * self.noise[0]
+        contrast = np.linalg.norm(design @ self.contrast_root, axis=1, keepdims=True) * self.noise[1:]
+        return design @ self.coefficients, np.hypot(level, contrast)
 
     def __post_init__(self) -> None:
         if self.noise.shape != (self.coefficients.shape[1] + 1,):
@@ -136,8 +146,8 @@ class RidgePredictor(Predictor):
 class KnnPredictor(Predictor):
     """Mean of the k nearest training rows; sd is theirs.
 
-    inputs: (M, D), both orders of every training pair. utilities: (M, K), NaN where a later arm was not measured.
-    mean: (K,), for an arm that none of the neighbours has. num_neighbours: (1,), k.
+    inputs: (M, D), both orders of every training pair. utilities: (M, H), NaN where a later arm was not measured.
+    mean: (H,), for an arm that none of the neighbours has. num_neighbours: (1,), k.
     """
 
     kind: ClassVar[str] = "knn"
@@ -146,7 +156,7 @@ class KnnPredictor(Predictor):
     mean: np.ndarray
     num_neighbours: np.ndarray
 
-    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, inputs: np.ndarray, keep: bool = False) -> tuple[np.ndarray, np.ndarray]:
         count = min(int(self.num_neighbours[0]), len(self.inputs))
         flat = inputs.reshape(-1, inputs.shape[-1])
         nearest = np.argsort(squared_distances(flat, self.inputs), axis=1, kind="stable")[:, :count]
@@ -156,7 +166,7 @@ class KnnPredictor(Predictor):
         mean = np.where(known.any(1), np.where(known, found, 0.0).sum(1) / number, self.mean)
         spread = np.where(known, (found - mean[:, None]) ** 2, 0.0).sum(1) / number
         shape = (*inputs.shape[:2], -1)
-        return mean.reshape(shape).mean(1), np.sqrt(spread.reshape(shape).mean(1))
+        return of_arms(mean.reshape(shape), keep), np.sqrt(of_arms(spread.reshape(shape), keep))
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.utilities) or not len(self.inputs):
@@ -167,8 +177,8 @@ class KnnPredictor(Predictor):
 class ForestPredictor(Predictor):
     """A forest for the level, one for the contrasts of the reference arms, one for each later arm; sd over the trees.
 
-    Apart, because the level varies much more than the contrasts and would take every split. order: (K,), the place of
-    each arm among the outputs of the contrast forests.
+    Apart, because the level varies much more than the contrasts and would take every split. order: (H,), the place of
+    each head among the outputs of the contrast forests.
     """
 
     kind: ClassVar[str] = "forest"
@@ -176,15 +186,16 @@ class ForestPredictor(Predictor):
     contrasts: tuple[Trees, ...]
     order: np.ndarray
 
-    def predict(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, inputs: np.ndarray, keep: bool = False) -> tuple[np.ndarray, np.ndarray]:
         flat, shape = inputs.reshape(-1, inputs.shape[-1]), (*inputs.shape[:2], -1)
 
-        def of_both_orders(trees: Trees) -> np.ndarray:
+        def of_each_order(trees: Trees) -> np.ndarray:
             outputs = trees.outputs(flat)
-            return outputs.reshape(len(outputs), *shape).mean(2)
+            return outputs.reshape(len(outputs), *shape)
 
-        level = of_both_orders(self.level)
-        contrast = np.concatenate([of_both_orders(trees) for trees in self.contrasts], axis=2)[:, :, self.order]
+        level = of_each_order(self.level).mean(2)
+        contrasts = np.concatenate([of_each_order(trees) for trees in self.contrasts], axis=3)[..., self.order]
+        contrast = of_arms(contrasts, keep)
         utility = level.mean(0) + contrast.mean(0)
         return utility, np.hypot(level.std(0), contrast.std(0))
 

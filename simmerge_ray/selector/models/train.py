@@ -13,7 +13,9 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import LabelError, SelectorError, unknown_name
 from simmerge_ray.base.storage import digest_bytes
+from simmerge_ray.plans.keeping import KEEP_ARMS, keeps, merge_arms
 from simmerge_ray.selector.data.dataset import SelectionDataset
+from simmerge_ray.selector.data.orders import by_order
 from simmerge_ray.selector.data.rewards import RewardedMerge, rewards_digest, single_arms, without
 from simmerge_ray.selector.data.scoring import Scoring, units_of
 from simmerge_ray.selector.data.splits import Fold, checkpoint_folds, fold_mean, pairs_of
@@ -50,12 +52,13 @@ def train_selector(
     """Fit a model on all contexts, and calibrate it on models that were fitted without some of the checkpoints.
 
     Every context enters with both orders of its pair, so nothing depends on which checkpoint is called left, nor on the
-    order of the contexts. With too few checkpoints to leave some out the selector never leaves the best fixed arm and
-    has no intervals.
+    order of the contexts: keep(left) and keep(right) are one thing learned, seen from either side. With
+    too few checkpoints to leave some out the selector never leaves the best fixed arm and has no intervals.
 
     Args:
-        reference: arms whose contrasts sum to zero; None takes all. Contexts in which one of them was not measured
-            (NaN) are dropped; another arm is a contrast to their mean, learned from the contexts that have it.
+        reference: merge operators whose contrasts sum to zero; None takes all of them. Contexts in which one of them
+            was not measured (NaN) are dropped; another arm, keep of a parent among them, is a contrast to their mean,
+            learned from the contexts that have it: what the level means does not depend on it.
         rewards: single arms of merges, learned along with the contexts; thresholds and intervals are calibrated on the
             contexts alone.
 
@@ -63,9 +66,10 @@ def train_selector(
         LabelError: fewer than `MIN_CONTEXTS` contexts, or fewer than two reference arms.
         SelectorError: the task encoding needs statistics that were not given, or the model cannot learn from rewards.
     """
-    names = tuple(reference) if reference is not None else dataset.arms
-    if unknown := [name for name in names if name not in dataset.arms]:
-        raise LabelError(unknown_name("reference arm", unknown[0], dataset.arms))
+    merges = merge_arms(dataset.arms)
+    names = tuple(reference) if reference is not None else merges
+    if unknown := [name for name in names if name not in merges]:
+        raise LabelError(unknown_name("reference arm", unknown[0], merges))
     columns = tuple(dataset.arms.index(name) for name in names)
     dataset = dataset.subset(np.flatnonzero(~np.isnan(dataset.utilities[:, columns]).any(1)).tolist())
     check_enough(dataset, len(columns))
@@ -127,16 +131,18 @@ def fit_models(
     """One model for each set of rows; scaling and encoding are those of its rows. Networks are trained side by side.
 
     Args:
-        reference: columns of the reference arms; None takes all. rewards: learned along with the rows, except those of
-            merges with a checkpoint that the data set has and the rows leave out.
+        reference: columns of the reference arms; None takes all merge operators. rewards: learned along with the rows,
+            except those of merges with a checkpoint that the data set has and the rows leave out.
 
     Raises:
         SelectorError: there are rewards, and the model is none that can learn from a single arm.
     """
     if rewards and config.model != "mlp":
         raise SelectorError(f"a {config.model} selector cannot learn from rewards of single arms; take the model mlp")
-    columns = tuple(range(len(dataset.arms))) if reference is None else tuple(reference)
+    columns = tuple(range(len(merge_arms(dataset.arms)))) if reference is None else tuple(reference)
     level, contrasts = level_and_contrasts(dataset.utilities, columns)
+    keep = keeps(dataset.arms)
+    targets = by_order(contrasts, keep)
     pairs = pairs_of(dataset.contexts)
     every = {name for pair in pairs for name in pair}
     scalings, sets = [], []
@@ -149,13 +155,14 @@ def fit_models(
         used = without(rewards, every - {name for row in rows for name in pairs[row]})
         told = [scaling.inputs(reward.features, reward.tasks) for reward in used]
         singles = single_arms(used, dataset.arms, told)
-        sets.append(TrainingSet(inputs, level[rows], contrasts[rows], columns, pairs_of(contexts.contexts), singles))
+        of_rows = pairs_of(contexts.contexts)
+        sets.append(TrainingSet(inputs, level[rows], targets[rows], columns, of_rows, singles, keep))
     # Codes of the task are of another width where a part has other tasks; these cannot be trained side by side.
     fitted: dict[int, FittedModel] = {}
     for width in sorted({one.inputs.shape[-1] for one in sets}):
         index = [i for i, one in enumerate(sets) if one.inputs.shape[-1] == width]
         for i, predictor in zip(index, _fitted([sets[i] for i in index], config), strict=True):
-            fitted[i] = FittedModel(**vars(scalings[i]), predictor=predictor)
+            fitted[i] = FittedModel(**vars(scalings[i]), predictor=predictor, keep=keep)
     return [fitted[i] for i in range(len(sets))]
 
 
@@ -189,14 +196,16 @@ def usable_folds(folds: Sequence[Fold]) -> list[Fold]:
 def _calibrated(
     dataset: SelectionDataset, config: TrainConfig, reference: tuple[int, ...], rewards: Sequence[RewardedMerge]
 ) -> tuple[SafeOverride, Intervals | None]:
-    # Labels of later arms are too few for a fixed choice or a threshold: these come from the reference arms.
-    arms = tuple(dataset.arms[k] for k in reference)
-    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, list(reference)])
+    # Labels of later arms are too few for a fixed choice or a threshold: these come from the reference arms, and from
+    # the parents, which every context has.
+    columns = [*reference, *(k for k, arm in enumerate(dataset.arms) if arm in KEEP_ARMS)]
+    arms = tuple(dataset.arms[k] for k in columns)
+    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, columns])
     folds = usable_folds(checkpoint_folds(pairs_of(dataset.contexts), config.num_folds, config.seed))
     if not folds:
         scoring = Scoring.of(known.contexts, arms)
-        return SafeOverride(arms[scoring.best_fixed(len(arms))], math.inf, None, None, 0.0, scoring.unit), None
+        return SafeOverride(arms[scoring.best_fixed()], math.inf, None, None, 0.0, scoring.unit), None
     models = fit_models(dataset, [fold.training for fold in folds], config, reference, rewards)
     predicted = predict_folds(dataset, folds, models)
-    override, _ = calibrate(known, folds, [value[:, list(reference)] for value in predicted])
+    override, _ = calibrate(known, folds, [value[:, columns] for value in predicted])
     return override, _intervals(dataset, folds, predicted)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simmerge_ray.base.storage import Place
+from simmerge_ray.plans.keeping import named_arms
 from simmerge_ray.selector.data.dataset import pair_features
 from simmerge_ray.selector.data.encoding import statistics_of
 from simmerge_ray.selector.models.model import Selector, read_selector
@@ -19,7 +20,8 @@ INTERVAL_LEVEL = 0.95
 
 @dataclass(frozen=True)
 class RankedArm:
-    """One arm for a pair. utility, sd: averaged over the tasks. by_task: the prediction for each.
+    """One arm for a pair, `keep(ID)` where a parent may be kept. utility, sd: averaged over the tasks. by_task: the
+    prediction for each.
 
     interval: utility plus and minus the selector's half-width of one task, within [0, 1]; None where it has none.
     """
@@ -81,17 +83,26 @@ class Recommender:
         told = self.selector.fitted.encoding.kind == "probe_stats"
         statistics = statistics_of(self.table, names) if told else None
         utility, sd = self.selector.predict(features, names, statistics)
-        choice = self.selector.choose(features, names, statistics)
+        choice = self.selector.choose(features, names, statistics, (left, right))
+        arms = named_arms(self.selector.arms, left, right)
         # Ranked by what the network says, which is not bounded; shown as utilities, which are in [0, 1].
         order = np.argsort(-utility.mean(0), kind="stable")
         shown = utility.clip(0.0, 1.0)
-        ranked = tuple(self._ranked(arm, names, shown[:, arm], sd[:, arm]) for arm in order)
+        half_widths = self._half_widths()
+        ranked = tuple(_ranked(arms[k], names, shown[:, k], sd[:, k], half_widths[k]) for k in order)
         return Recommendation(choice, ranked, self.selector.novelty.limit)
 
-    def _ranked(self, arm: int, tasks: Sequence[str], utilities: np.ndarray, sds: np.ndarray) -> RankedArm:
-        by_task = dict(zip(tasks, zip(utilities.tolist(), sds.tolist(), strict=True), strict=True))
-        utility, interval = float(utilities.mean()), None
-        if self.selector.intervals is not None:
-            half_width = float(self.selector.half_widths(INTERVAL_LEVEL)[arm])
-            interval = (max(0.0, utility - half_width), min(1.0, utility + half_width))
-        return RankedArm(self.selector.arms[arm], utility, float(sds.mean()), by_task, interval)
+    def _half_widths(self) -> list[float | None]:
+        """Of the interval of each arm, where the selector has them."""
+        selector = self.selector
+        return list(selector.half_widths(INTERVAL_LEVEL)) if selector.intervals else [None] * len(selector.arms)
+
+
+def _ranked(
+    arm: str, tasks: Sequence[str], utilities: np.ndarray, sds: np.ndarray, half_width: float | None
+) -> RankedArm:
+    by_task = dict(zip(tasks, zip(utilities.tolist(), sds.tolist(), strict=True), strict=True))
+    utility, interval = float(utilities.mean()), None
+    if half_width is not None:
+        interval = (max(0.0, utility - float(half_width)), min(1.0, utility + float(half_width)))
+    return RankedArm(arm, utility, float(sds.mean()), by_task, interval)

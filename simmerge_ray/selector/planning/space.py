@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from simmerge_ray.base.errors import ConfigError, OperatorError, PlanError, SelectorError, unknown_name
+from simmerge_ray.plans.keeping import merge_arms
 from simmerge_ray.plans.operators.specs import Arm, parse_arms
 from simmerge_ray.plans.plan import WEIGHTINGS
 
@@ -94,9 +95,9 @@ def plan_space(
 
 
 def scorable_arms(texts: Sequence[str], trained: Sequence[str], with_base: bool) -> tuple[Arm, ...]:
-    """The arms to choose from: those named, by default all that a selector knows. Raises OperatorError: an arm that no
+    """Operators to choose from: those named, by default all that a selector knows. Raises OperatorError: an arm that no
     two-way step can have, or that needs a base and there is none. SelectorError: the selector does not know it."""
-    arms = parse_arms(tuple(texts) or tuple(trained))
+    arms = parse_arms(tuple(texts) or merge_arms(trained))
     for arm in arms:
         if arm.spec.max_sources == 1:
             raise OperatorError(

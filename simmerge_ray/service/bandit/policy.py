@@ -1,21 +1,24 @@
 """Neural-linear Thompson sampling: which arm for a merge, and learning from its reward.
 
 The context z is the output of the selector's frozen encoder (Riquelme et al. 2018, arXiv:1802.09127), with one Bayesian
-linear model for each arm on it. `suggest` learns nothing, `update` takes what is new; rewards may come late, in any
-order, or never. A decision's draw is a function of its id and of the arm's name alone: it can be replayed from the log.
+linear model for each arm on it. Where there is a posterior of `keep`, the parents of a pair are two choices, each with
+a context of its own (`warm_start`), whose draws are independent. `suggest` learns nothing, `update` takes what is new;
+rewards may come late, in any order, or never. A decision's draw is a function of its id and of the arm's name alone: it
+can be replayed from the log.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtri
 
 from simmerge_ray.base.errors import BanditError, unknown_name
+from simmerge_ray.plans.keeping import KEEP
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.bandit.propensities import Draws, safe_propensities, thompson_propensities, with_floor
 
@@ -64,8 +67,8 @@ class NeuralLinearTS:
             None plays plain Thompson sampling. floor: probability that every arm is played with at least, mixed in
             before the draw. A discount leaves `posteriors` whole.
 
-    Raises BanditError: no arms, dimensions that differ, a fixed arm that is none of them, or a floor that leaves
-    nothing (K floor > 1), or is 0 where the threshold is infinite and exploration would never happen.
+    Raises BanditError: no arms, dimensions that differ, a fixed arm that is none of them or `keep`, or a floor that
+    leaves nothing (K floor > 1), or is 0 where the threshold is infinite and exploration would never happen.
     """
 
     def __init__(
@@ -79,12 +82,10 @@ class NeuralLinearTS:
             raise BanditError("a policy needs an arm at least")
         if len({posterior.num_dimensions for posterior in posteriors.values()}) > 1:
             raise BanditError("the arms' posteriors have different dimensions")
-        if safe is not None and safe.fixed not in posteriors:
-            raise BanditError(unknown_name("fixed arm", safe.fixed, posteriors))
-        if not 0 <= floor * len(posteriors) <= 1:
-            raise BanditError(
-                f"the floor is {floor}; with {len(posteriors)} arms it must be in [0, 1/{len(posteriors)}]"
-            )
+        if safe is not None and safe.fixed not in (merges := [arm for arm in posteriors if arm != KEEP]):
+            raise BanditError(unknown_name("fixed arm", safe.fixed, merges))
+        if not 0 <= floor * (count := num_choices(posteriors)) <= 1:
+            raise BanditError(f"the floor is {floor}; with {count} arms it must be in [0, 1/{count}]")
         if safe is not None and math.isinf(safe.threshold) and floor == 0:
             raise BanditError("a policy that never leaves its fixed arm needs a floor above 0, or it never learns")
         self._posteriors = dict(posteriors)
@@ -108,6 +109,7 @@ class NeuralLinearTS:
         explore: bool = True,
         classes: Iterable[Sequence[str]] = (),
         among: Sequence[str] | None = None,
+        kept: Mapping[str, np.ndarray] | None = None,
     ) -> Suggestion:
         """Choose an arm for a context z (d,). Nothing is learned, and the same call gives the same answer.
 
@@ -116,12 +118,14 @@ class NeuralLinearTS:
                 its propensity is logged as 1, and such decisions are left out of off-policy estimates. classes: arms
                 whose merge is one and the same here; a class is played as one arm, the one that is known best (the
                 fixed arm in its own class), and has one propensity, shown at that arm. among: arms that may be played;
-                None takes all.
+                None takes all. kept: what keeping each parent is called, and its context (d,); None keeps none.
 
         Raises BanditError: an unknown arm, or none that may be played.
         """
-        arms, fixed = self._representatives(z, among, classes)
-        draws = self._draws(arms, z)
+        marginals = self._marginals(z, among, kept or {})
+        arms, fixed = self._representatives({arm: spread for arm, (_, spread) in marginals.items()}, classes)
+        location, spread = np.array([marginals[arm] for arm in arms]).T
+        draws = Draws(location, math.sqrt(self.noise.variance) * spread)
         if explore:
             values = sampled(draws, np.array([keyed_uniform(decision_id, arm) for arm in arms]))
             propensities = with_floor(self._propensities(draws, fixed), min(self.floor, 1 / len(arms)))
@@ -155,29 +159,35 @@ class NeuralLinearTS:
             raise BanditError(f"the prior of {arm!r} has {prior.num_dimensions} dimensions, the others {dimensions}")
         self._posteriors[arm] = self._priors[arm] = prior
 
-    def _representatives(
-        self, z: np.ndarray, among: Sequence[str] | None, classes: Iterable[Sequence[str]]
-    ) -> tuple[list[str], int | None]:
-        """The arms that may be played, of each class of identical ones that with the smallest spread at z, and which of
-        them is the fixed arm or the same merge."""
-        allowed = list(self.arms if among is None else dict.fromkeys(among))
+    def _marginals(
+        self, z: np.ndarray, among: Sequence[str] | None, kept: Mapping[str, np.ndarray]
+    ) -> dict[str, tuple[float, float]]:
+        """Mean and spread of what may be played, each at its context."""
+        contexts = {arm: (arm, z) for arm in self._posteriors if arm != KEEP}
+        if KEEP in self._posteriors:
+            contexts |= {name: (KEEP, own) for name, own in kept.items()}
+        allowed = list(contexts if among is None else dict.fromkeys(among))
         for arm in allowed:
-            self.posterior(arm)
+            if arm not in contexts:
+                raise BanditError(unknown_name("arm", arm, contexts))
         if not allowed:
             raise BanditError("no arm may be played")
-        fixed = self.safe.fixed if self.safe else None
+        return {name: self._posteriors[arm].marginal(at) for name in allowed for arm, at in (contexts[name],)}
+
+    def _representatives(
+        self, spreads: Mapping[str, float], classes: Iterable[Sequence[str]]
+    ) -> tuple[list[str], int | None]:
+        """Of what may be played, of each class of identical arms that with the smallest spread, and which of them is
+        the fixed arm or the same merge."""
+        allowed, fixed = list(spreads), self.safe.fixed if self.safe else None
         for members in classes:
             same = [arm for arm in allowed if arm in members]
             if len(same) > 1:
-                kept = min(same, key=lambda arm: (arm != fixed, self._posteriors[arm].marginal(z)[1], arm))
+                kept = min(same, key=lambda arm: (arm != fixed, spreads[arm], arm))
                 allowed = [arm for arm in allowed if arm not in same or arm == kept]
             if same and fixed in members and fixed not in allowed:
                 fixed = next(arm for arm in same if arm in allowed)
         return allowed, allowed.index(fixed) if fixed in allowed else None
-
-    def _draws(self, arms: Sequence[str], z: np.ndarray) -> Draws:
-        marginals = np.array([self._posteriors[arm].marginal(z) for arm in arms])
-        return Draws(marginals[:, 0], math.sqrt(self.noise.variance) * marginals[:, 1])
 
     def _propensities(self, draws: Draws, fixed: int | None) -> np.ndarray:
         if self.safe is None or fixed is None:
@@ -191,6 +201,11 @@ class NeuralLinearTS:
         others[fixed] = -np.inf
         best = int(others.argmax())
         return best if others[best] - values[fixed] > self.safe.threshold else fixed
+
+
+def num_choices(arms: Collection[str]) -> int:
+    """How many arms a pair has: `keep` stands for both parents."""
+    return len(arms) + (KEEP in arms)
 
 
 def keyed_uniform(decision_id: str, name: str, purpose: str = "draw") -> float:

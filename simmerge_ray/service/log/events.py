@@ -43,7 +43,8 @@ class Event:
 class DecisionMade(Event, kind="decision", about="decision_id"):
     """An answer to a request.
 
-    request: what was asked, any JSON. features: raw, of any shape, from which a later encoder makes its z. z (d,) and
+    request: what was asked, any JSON. features: raw, of any shape, from which a later encoder makes its z; of a kept
+    checkpoint the order of its pair in which it comes first stands first. z (d,) and
     level: by the encoder of `epoch`. arms, propensities: that could be played, and how probably; `arm` was. learns:
     arms that its reward is folded into, the played one and those that are identical there; none for a plan of several
     steps. seq_seen: the last event that the decision knew. expires_at: seconds since 1970, after which a first reward

@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from simmerge_ray.base.errors import StoreError
+from simmerge_ray.plans.keeping import KEEP
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior, RunningPosterior
 from simmerge_ray.service.log import events
@@ -33,8 +34,9 @@ from simmerge_ray.service.log.events import EventRow
 from simmerge_ray.service.schemas import DecisionStatus
 
 EXPIRED = "expired"  # the reason with which decisions are closed whose time is over
-Encoder = Callable[[int, np.ndarray], tuple[np.ndarray, float]]
-"""(epoch, raw features of one decision) -> its z (d,) and level. The same bits on every replica."""
+Encoder = Callable[[int, np.ndarray, bool], tuple[np.ndarray, float]]
+"""(epoch, raw features of one decision, whether it keeps the checkpoint that comes first) -> its z (d,) and level. The
+same bits on every replica."""
 Kept = TypeVar("Kept")
 
 
@@ -304,7 +306,7 @@ class State:
             return
         z, level = decision.z, decision.level
         if decision.features is not None:
-            z, level = self.encode(self.basis.number, decision.features)
+            z, level = self.encode(self.basis.number, decision.features, KEEP in decision.learns)
         reward = events.read_head(row.body)["utility"] - level
         for name in decision.learns:
             arm = self.arms.get(name)

@@ -12,6 +12,7 @@ import numpy as np
 from simmerge_ray.base.config import TrainConfig, check_config
 from simmerge_ray.base.errors import LabelError, SelectorError
 from simmerge_ray.base.storage import digest_bytes, digest_json
+from simmerge_ray.plans.keeping import KEEP, KEEP_ARMS, keeps, merge_arms
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.files import LoadedDataset
 from simmerge_ray.selector.data.rewards import RewardedMerge, rewards_digest
@@ -30,9 +31,9 @@ MIN_REWARDS_OF_ARM = 8  # below that an arm without labels stays with the bandit
 class Material:
     """All that a retraining is made from.
 
-    dataset: labels, with a column for each later arm, in which nothing was measured. labelled: the same without these.
-    training: rewards up to event `last_seq`. rewards: what a selector learns from them. known: those
-    of them that the present selector was trained on.
+    dataset: labels, with a column for each later operator, in which nothing was measured. labelled: the same without
+    these. training: rewards up to event `last_seq`. rewards: what a selector learns from them. known: those of them
+    that the present selector was trained on.
     held_out: the later ones. later: arms of rewards alone. config: of the present selector. identical: arms that
     make the same merge of a pair, by the labels.
     """
@@ -53,8 +54,13 @@ class Material:
 
     @cached_property
     def reference(self) -> tuple[int, ...]:
-        """Columns of the arms that the labels have."""
-        return tuple(range(len(self.labelled.arms)))
+        """Columns of the merge operators that the labels have."""
+        return tuple(range(len(merge_arms(self.labelled.arms))))
+
+    @cached_property
+    def measured(self) -> tuple[int, ...]:
+        """Columns of all that the labels have, kept parents included."""
+        return tuple(k for k, arm in enumerate(self.dataset.arms) if arm in self.labelled.arms)
 
     @cached_property
     def digest(self) -> str:
@@ -109,14 +115,18 @@ def material_of(
     num_held_out = max(1, round(held_out * len(logged.rewarded)))
     training, latest = logged.rewarded[:-num_held_out], logged.rewarded[-num_held_out:]
     counts = Counter(one.arm for one in training)
-    added = tuple(sorted(a for a, n in counts.items() if a not in labelled.arms and n >= MIN_REWARDS_OF_ARM))
-    arms, width = (*labelled.arms, *added), len(labelled.columns)
+    merges, kept = merge_arms(labelled.arms), KEEP_ARMS if keeps(labelled.arms) else ()
+    # A selector that has no `keep` does not get it from rewards: the bandit goes on with it.
+    later = {a for a, n in counts.items() if n >= MIN_REWARDS_OF_ARM} - {*merges, KEEP}
+    added = tuple(sorted(later))
+    arms, width = (*merges, *added, *kept), len(labelled.columns)
     missing = np.full((len(labelled.contexts), len(added)), np.nan)
+    utilities = np.hstack([labelled.utilities[:, : len(merges)], missing, labelled.utilities[:, len(merges) :]])
     before = present.provenance.get("rewards", {})
     known_seq = before.get("last_seq", 0) if before.get("namespace") == namespace else 0
     training_rewards(latest, arms, width)  # they have to fit as well: the new encoder folds them
     return Material(
-        dataset=replace(labelled, arms=arms, utilities=np.hstack([labelled.utilities, missing])),
+        dataset=replace(labelled, arms=arms, utilities=utilities),
         labelled=labelled,
         loaded=loaded,
         logged=logged,

@@ -13,9 +13,10 @@ import numpy as np
 
 from simmerge_ray.base.errors import InputError, LabelError
 from simmerge_ray.base.storage import digest_json
-from simmerge_ray.plans.operators.specs import parse_arm
-from simmerge_ray.plans.plan import MergePlan, pair_plan, plan_from_json
+from simmerge_ray.plans.keeping import KEEP, arm_plan
+from simmerge_ray.plans.plan import MergePlan, plan_from_json
 from simmerge_ray.search.labels import EvaluationSettings, Infeasible, LabeledPlan, Measured
+from simmerge_ray.selector.data.orders import heads_of
 from simmerge_ray.selector.data.rewards import RewardedMerge
 from simmerge_ray.service.log.event_log import EventLog
 from simmerge_ray.service.log.events import DecisionMade, EventRow
@@ -27,7 +28,8 @@ INFEASIBLE = "infeasible"  # how the reason of a close begins when the merge can
 
 @dataclass(frozen=True, eq=False)
 class Rewarded:
-    """seq: of the reward. plan: what was chosen, a pair's merge or several steps. tasks: that `utility` is of."""
+    """seq: of the reward. plan: what was chosen, a pair's merge, one of the pair as it is, or several steps. tasks:
+    that `utility` is of."""
 
     seq: int
     decision: DecisionMade
@@ -37,8 +39,14 @@ class Rewarded:
 
     @property
     def arm(self) -> str:
-        """That of the last step."""
-        return self.plan.steps[-1].arm.label
+        """That of the last step, or `keep`."""
+        return self.plan.steps[-1].arm.label if self.plan.is_merge else KEEP
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The checkpoints of a pair, as the decision's features have them: a kept one first."""
+        left, right = self.decision.request["left"], self.decision.request["right"]
+        return (right, left) if self.plan.source == right else (left, right)
 
     @property
     def drawn(self) -> bool:
@@ -96,7 +104,7 @@ def _asked(decision: DecisionMade) -> tuple[MergePlan, tuple[str, ...]]:
         if request["kind"] == "plan":
             plan = plan_from_json(request["plan"])
         else:
-            plan = pair_plan(request["left"], request["right"], parse_arm(decision.arm))
+            plan = arm_plan(request["left"], request["right"], decision.arm)
         return plan, tuple(request["tasks"])
     except (KeyError, TypeError, InputError) as error:
         raise LabelError(f"decision {decision.decision_id!r} cannot be read for retraining: {error}") from None
@@ -104,15 +112,17 @@ def _asked(decision: DecisionMade) -> tuple[MergePlan, tuple[str, ...]]:
 
 def training_rewards(rewarded: Sequence[Rewarded], arms: Sequence[str], num_features: int) -> list[RewardedMerge]:
     """Rewards that a selector of these arms learns from: the arm is that of the last step, whose features are logged,
-    as the score of a plan is predicted from these. Of plans that were logged with other features only labels are made.
+    as the score of a plan is predicted from these, or `keep` where it has that. Of plans that were logged with other
+    features only labels are made.
     Raises LabelError: a pair's features are of another number, so the new encoder could not fold the log.
     """
-    found = []
+    found, heads = [], heads_of(arms)
     for one in rewarded:
         features, arm, wanted = one.decision.features, one.arm, (len(one.tasks), 2, num_features)
         if features.shape == wanted:
-            if arm in arms:
-                found.append(RewardedMerge(one.plan.members, one.tasks, arm, one.utility, features))
+            if arm in heads:
+                members = one.plan.members if one.plan.is_merge else one.pair
+                found.append(RewardedMerge(members, one.tasks, arm, one.utility, features))
         elif one.decision.learns and one.decision.request["kind"] == "pair":
             raise LabelError(
                 f"decision {one.decision.decision_id!r} was logged with features of the shape {features.shape}; with "
@@ -122,7 +132,8 @@ def training_rewards(rewarded: Sequence[Rewarded], arms: Sequence[str], num_feat
 
 
 def reward_labels(logged: LoggedMerges, namespace: str, digests: Mapping[str, str]) -> list[LabeledPlan]:
-    """A label for each plan and set of tasks; its items are the rewards, in their order.
+    """A label for each plan and set of tasks; its items are the rewards, in their order. A reward of a kept checkpoint
+    is a label of that checkpoint alone.
 
     Their settings say where they are from, so that they are not mixed with labels of known items.
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from simmerge_ray.plans.keeping import named_arms
 from simmerge_ray.selector.assessment.crossval import bench_of
 from simmerge_ray.selector.assessment.folds import CrossValidation
 from simmerge_ray.selector.data.dataset import SelectionDataset
-from simmerge_ray.selector.data.scoring import UTILITY, Scoring, keeping_no_parent, shares_of
+from simmerge_ray.selector.data.scoring import UTILITY, Scoring, option_scores, shares_of
 from simmerge_ray.selector.data.splits import Fold, fold_mean
 from simmerge_ray.selector.models.model import Selector
 from simmerge_ray.selector.models.policy import SafeOverride
@@ -114,9 +115,9 @@ def _choice(selector: Selector, one: Rewarded) -> tuple[int, np.ndarray]:
     """Place of the arm that a selector takes among those of the decision, and (K,) what it predicts of them."""
     arms, features = one.decision.arms, one.decision.features
     utility = selector.predict(features, one.tasks)[0].mean(0)
-    known = dict(zip(selector.arms, utility.tolist(), strict=True))
+    known = dict(zip(named_arms(selector.arms, *one.pair), utility.tolist(), strict=True))
     predicted = np.array([known.get(arm, np.nan) for arm in arms])
-    chosen = selector.choose(features, one.tasks).arm
+    chosen = selector.choose(features, one.tasks, pair=one.pair).arm
     if chosen in arms:
         return arms.index(chosen), predicted
     # The same merge by another arm's name, or an arm that came later: the best of those that it could have taken.
@@ -136,12 +137,14 @@ def override_on_log(selector: Selector, material: Material) -> SafeOverride:
     left_out = [_left_out(material.dataset, fold) for fold in material.folds]
     rows = []
     for one in material.training:
-        pairs = zip(left_out, material.fold_models, strict=True)
-        models = [model for names, model in pairs if names.intersection(one.plan.members)]
-        names = one.decision.arms
-        if not (one.drawn and models and override.best_fixed in names and set(names) <= set(arms)):
+        if not one.drawn:
             continue
-        columns = [arms.index(name) for name in names]
+        pairs, names = zip(left_out, material.fold_models, strict=True), one.decision.arms
+        models = [model for unseen, model in pairs if unseen.intersection(one.pair)]
+        known = named_arms(arms, *one.pair)
+        if not (models and override.best_fixed in names and set(names) <= set(known)):
+            continue
+        columns = [known.index(name) for name in names]
         every = [model.predict(one.decision.features, one.tasks)[0].mean(0) for model in models]
         predicted = np.mean(every, axis=0)[columns]
         pick, fixed, played = int(predicted.argmax()), names.index(override.best_fixed), names.index(one.decision.arm)
@@ -170,30 +173,30 @@ def _left_out(dataset: SelectionDataset, fold: Fold) -> frozenset[str]:
 
 def compare_on_labels(material: Material) -> OnLabels | None:
     """The fold models of both on what their folds left out, one arm per merge; None without folds."""
-    dataset, folds, reference = material.dataset, material.folds, list(material.reference)
+    dataset, folds, measured = material.dataset, material.folds, list(material.measured)
     if not folds:
         return None
-    arms = tuple(dataset.arms[k] for k in reference)
-    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, reference])
+    arms = tuple(dataset.arms[k] for k in measured)
+    known = replace(dataset, arms=arms, utilities=dataset.utilities[:, measured])
     crossval = CrossValidation(known, material.config, folds, Scoring.of(known.contexts, arms))
     bench = bench_of(crossval, True, material.loaded.base_of)
     shares = []
     for models in (material.models_without_groups(material.known), material.fold_models):
-        predicted = [values[:, reference] for values in predict_folds(dataset, folds, models)]
-        scores = keeping_no_parent(fold_mean(folds, predicted, len(dataset.contexts)))
+        predicted = [values[:, measured] for values in predict_folds(dataset, folds, models)]
+        scores = option_scores(fold_mean(folds, predicted, len(dataset.contexts)), arms)
         shares.append(shares_of(scores, bench.units))
     old, new = shares
-    measured = bench.measure(new, old)
-    if measured["gain"] is None:
+    figures = bench.measure(new, old)
+    if figures["gain"] is None:
         return None
-    interval = measured["gain_interval"]
+    interval = figures["gain_interval"]
     num = int((~np.isnan(new).any(1)).sum())
     return OnLabels(
         num,
         crossval.scoring.unit,
-        measured["gap_closed"] - measured["gain"],
-        measured["gap_closed"],
-        measured["gain"],
+        figures["gap_closed"] - figures["gain"],
+        figures["gap_closed"],
+        figures["gain"],
         (interval[0], interval[1]) if interval else None,
     )
 

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.base.storage import new_directory, read_json, write_json
+from simmerge_ray.plans.keeping import merge_arms
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.rewards import RewardedMerge
@@ -73,7 +74,7 @@ def train_candidate(material: Material, present: Selector, out: Path) -> Retrain
 
 
 def _trained(material: Material, dataset: SelectionDataset, rewards: Sequence[RewardedMerge]) -> Selector:
-    selector = train_selector(dataset, material.config, material.labelled.arms, rewards)
+    selector = train_selector(dataset, material.config, merge_arms(material.labelled.arms), rewards)
     about = {"namespace": material.namespace, "num": len(rewards), "last_seq": material.last_seq}
     return replace(selector, provenance={**selector.provenance, "rewards": about})
 

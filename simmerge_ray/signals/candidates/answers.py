@@ -8,13 +8,14 @@ tokens, S positions, V vocabulary, K kept tokens of a position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from simmerge_ray.base.errors import ProbeError
 from simmerge_ray.base.storage import digest_bytes
@@ -91,6 +92,27 @@ class Answers:
             )
         return Answers(tuple(kept))
 
+    def select(self, numbers: Sequence[int]) -> AnswerBatch:
+        """The answers of these numbers as one micro-batch, in this order."""
+        firsts = np.cumsum([0, *(len(batch.input_ids) for batch in self.batches)])
+        ids, columns, tokens = [], [], []
+        for number in map(int, numbers):
+            place = int(np.searchsorted(firsts, number, side="right")) - 1
+            batch, row = self.batches[place], number - int(firsts[place])
+            ids.append(batch.input_ids[row][: int(batch.attention_mask[row].sum())])
+            columns.append(batch.columns[batch.rows == row])
+            tokens.append(batch.tokens[batch.rows == row])
+        counts = torch.tensor([len(one) for one in tokens])
+        masks = [torch.ones_like(one) for one in ids]
+        return AnswerBatch(
+            pad_sequence(ids, batch_first=True),
+            pad_sequence(masks, batch_first=True),
+            torch.repeat_interleave(torch.arange(len(ids)), counts),
+            torch.cat(columns),
+            torch.cat(tokens),
+            torch.repeat_interleave(torch.as_tensor(numbers), counts),
+        )
+
 
 def join_answers(batches: Sequence[TokenBatch], written: Sequence[Sequence[Sequence[int]]], task: str) -> Answers:
     """Probes with their answers.
@@ -99,7 +121,7 @@ def join_answers(batches: Sequence[TokenBatch], written: Sequence[Sequence[Seque
         written: the tokens of each answer, by micro-batch and row.
 
     Raises:
-        ProbeError: an answer without a token, or none with more than the token that ends a text.
+        ProbeError: an answer without a token.
     """
     found, number = [], 0
     for batch, answers in zip(batches, written, strict=True):
@@ -123,6 +145,19 @@ def join_answers(batches: Sequence[TokenBatch], written: Sequence[Sequence[Seque
             number += 1
         found.append(AnswerBatch(ids, mask, *(torch.tensor(one) for one in (rows, columns, tokens, owners))))
     return Answers(tuple(found))
+
+
+def check_answered(checkpoint_id: str, task: str, answers: Iterable[Sequence[int]], max_tokens: int) -> None:
+    """Refuse a checkpoint that ends every text at once. (Where an answer is one token at the most, the token that ends
+    a text is one as well.)
+
+    Raises:
+        ProbeError: with the remedy.
+    """
+    if max(map(len, answers)) <= 1 < max_tokens:
+        raise ProbeError(
+            f"checkpoint {checkpoint_id!r} answers nothing to the probes of {task!r}; give prompts that it continues"
+        )
 
 
 @torch.no_grad()

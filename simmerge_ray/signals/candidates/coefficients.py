@@ -35,20 +35,22 @@ class PlanCoefficients:
     """
 
     def __init__(self, ids: Sequence[str], base: str, weights: Mapping[str, Weights]) -> None:
-        self._index = {name: place for place, name in enumerate(ids)}
-        self._base = base
+        # The base may be a member, too: its task vector is 0, and stands behind the others.
+        self._index = {name: place for place, name in enumerate([*ids, base])}
+        self._count, self._base = len(ids), base
         self._positions = tensor_positions(weights[base])
         self._centre: dict[str, np.ndarray] = {}
         self._vectors: dict[str, np.ndarray] = {}
-        self._energy: dict[str, np.ndarray] = {}  # (M,) by tensor
+        self._energy: dict[str, np.ndarray] = {}  # (M + 1,) by tensor
         for name, of_base in weights[base].items():
             total = float(of_base.sums[0])
             chosen = slice(None, None, max(1, len(of_base.values) // _COORDINATES))
             centre = of_base.values[chosen].astype(np.float64)
             self._centre[name] = centre
-            self._vectors[name] = np.stack([weights[one][name].values[chosen] - centre for one in ids])
-            moved = np.array([weights[one][name].sums[2] for one in ids])
-            self._energy[name] = moved / max(total, _TINY) + _TINY
+            self._vectors[name] = np.stack([weights[one][name].values[chosen] - centre for one in [*ids, base]])
+            moved = np.array([weights[one][name].sums[2] for one in ids] + [0.0])
+            # Beside a tensor of zeros (a bias that was never trained) nothing has a size: it does not count.
+            self._energy[name] = (moved / total if total > 0 else 0.0 * moved) + _TINY
         self._unscaled = lru_cache(_CACHED)(self._projected)
 
     def of(self, plan: MergePlan) -> np.ndarray:
@@ -57,18 +59,16 @@ class PlanCoefficients:
         Raises:
             PlanError: a plan of several steps; a member that has no signature.
         """
-        found = np.zeros(len(self._index))
+        found = np.zeros(self._count + 1)
         for member in plan.members:
-            if member not in self._index and member != self._base:
+            if member not in self._index:
                 raise PlanError(f"checkpoint {member!r} has no signature; add it to the catalogue of the signals")
         if plan.source is not None:
-            if plan.source != self._base:
-                found[self._index[plan.source]] = 1.0
-            return found
-        recipe = plan.recipe or one_step(plan)
-        places = [self._index[member] for member in recipe.members]
-        found[places] = self._of_recipe(recipe)
-        return found
+            found[self._index[plan.source]] = 1.0
+        else:
+            recipe = plan.recipe or one_step(plan)
+            found[[self._index[member] for member in recipe.members]] = self._of_recipe(recipe)
+        return found[: self._count]
 
     def _of_recipe(self, recipe: Recipe) -> np.ndarray:
         arm, params = recipe.arm, recipe.arm.param_dict()

@@ -23,6 +23,7 @@ from simmerge_ray.signals.candidates.answers import (
     Answers,
     AnswerSpec,
     answer_logits,
+    check_answered,
     join_answers,
     kept_log_probabilities,
     kept_tokens,
@@ -124,24 +125,17 @@ def answers_of(
     """A member's own greedy answers to the probes of its task.
 
     Raises:
-        ProbeError: all of them are empty: nothing but the end of the text.
+        ProbeError: see `check_answered`.
     """
     written = _written(runner, member, batches, spec)
-    if all(len(answer) <= 1 for answers in written for answer in answers) and _ends(runner, member):
-        raise ProbeError(
-            f"checkpoint {member.id!r} answers nothing to the probes of {task!r}; give prompts that it continues"
-        )
+    check_answered(member.id, task, [answer for answers in written for answer in answers], spec.max_tokens)
     return join_answers(batches, written, task)
-
-
-def _ends(runner: ProbeModel, ref: CheckpointRef) -> list[int]:
-    return [int(token) for token in end_of_text(ref, runner.load(ref).config)]
 
 
 def _written(
     runner: ProbeModel, ref: CheckpointRef, batches: Sequence[TokenBatch], spec: AnswerSpec
 ) -> list[list[list[int]]]:
-    ends = _ends(runner, ref)
+    ends = [int(token) for token in end_of_text(ref, runner.load(ref).config)]
     return [write_answers(runner.load(ref), batch, ends, spec.max_tokens) for batch in batches]
 
 

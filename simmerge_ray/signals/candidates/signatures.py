@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.errors import ConfigError, ProbeError
+from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import digest_bytes, digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, TokenBatch
-from simmerge_ray.signals.candidates.answers import Answers, AnswerSpec, join_answers
-from simmerge_ray.signals.candidates.units import chosen_tokens
+from simmerge_ray.signals.candidates.answers import Answers, AnswerSpec, check_answered, join_answers
+from simmerge_ray.signals.candidates.retention import check_members
+from simmerge_ray.signals.candidates.units import Likeliest, chosen_tokens
 from simmerge_ray.signals.candidates.virtual import KeptAnswers
 from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, checked_results
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
@@ -104,35 +105,46 @@ class _Collector:
         return [OwnAnswers(owner, answers[owner], self._kept(owner, answers[owner], keys)) for owner in owners]
 
     def _write(self, owners: Sequence[Owner], keys: Mapping[Owner, str]) -> None:
-        """Answers and kept tokens of the owners that have none yet."""
+        """Answers of the owners that have none yet, and the tokens that are kept there."""
         units = [
             (owner.checkpoint, owner, Unit("answers", owner.checkpoint, (batch, self._spec)))
             for owner in owners
+            if not self._store.has("written", keys[owner])
             for batch in self._batches[owner.task]
         ]
-        written: dict[Owner, np.ndarray] = {}
-        likeliest: dict[Owner, list[list[Any]]] = {}
         for (_, owner), parts in self._grouped(units):
-            written[owner] = np.concatenate([tokens for tokens, _ in parts])
-            likeliest[owner] = [[part] for _, part in parts]
-        answers = {owner: self._joined(owner, tokens) for owner, tokens in written.items()}
-        if (base := self._catalogue.base) is not None:
-            looked = [
-                (base.id, owner, Unit("likeliest", base.id, (batch, self._spec.num_kept)))
-                for owner, one in answers.items()
-                if owner.checkpoint != base.id
-                for batch in one.batches
-            ]
-            for (_, owner), parts in self._grouped(looked):
-                for lists, part in zip(likeliest[owner], parts, strict=True):
-                    lists.append(part)
+            tokens = np.concatenate([one for one, _ in parts])
+            arrays = _flat([likely for _, likely in parts]) | {"written": tokens}
+            self._store.write("written", keys[owner], arrays, _of(owner))
+        found = {owner: self._store.read("written", keys[owner]) for owner in owners}
+        answers = {owner: self._joined(owner, one["written"]) for owner, one in found.items()}
+        base = self._catalogue.base
+        looked = [
+            (base.id, owner, Unit("likeliest", base.id, (batch, self._spec.num_kept)))
+            for owner, one in answers.items()
+            if base is not None and owner.checkpoint != base.id
+            for batch in one.batches
+        ]
         for owner, one in answers.items():
-            kept = [
-                chosen_tokens(batch.tokens.numpy(), lists, self._spec.num_kept)
-                for batch, lists in zip(one.batches, likeliest[owner], strict=True)
-            ]
-            arrays = {"written": written[owner], "kept": np.concatenate(kept)}
-            self._store.write("answers", keys[owner], arrays, {"checkpoint": owner.checkpoint, "task": owner.task})
+            if base is None or owner.checkpoint == base.id:
+                self._keep(owner, one, found[owner], [], keys)
+        for (_, owner), parts in self._grouped(looked):
+            self._keep(owner, answers[owner], found[owner], parts, keys)
+
+    def _keep(
+        self,
+        owner: Owner,
+        answers: Answers,
+        own: Mapping[str, np.ndarray],
+        of_base: Sequence[Likeliest],
+        keys: Mapping[Owner, str],
+    ) -> None:
+        lists = [(own["tokens"], own["likely"])]
+        if of_base:
+            both = _flat(of_base)
+            lists.append((both["tokens"], both["likely"]))
+        kept = chosen_tokens(answers.tokens, lists, self._spec.num_kept)
+        self._store.write("answers", keys[owner], {"written": own["written"], "kept": kept}, _of(owner))
 
     def _grouped(self, units: Sequence[tuple[str, Owner, Unit]]) -> Iterator[tuple[tuple[str, Owner], list[Any]]]:
         """Results by checkpoint and owner, in the order of the units, each as soon as it is whole."""
@@ -149,13 +161,9 @@ class _Collector:
                 yield owners[number], [results.pop(place) for place in places[owners[number]]]
 
     def _joined(self, owner: Owner, written: np.ndarray) -> Answers:
-        """Raises ProbeError: all answers are empty, i.e. nothing but the end of the text."""
+        """Raises ProbeError: see `check_answered`."""
         rows = [row[row >= 0].tolist() for row in written]
-        if max(map(len, rows)) <= 1 < self._spec.max_tokens:
-            raise ProbeError(
-                f"checkpoint {owner.checkpoint!r} answers nothing to the probes of {owner.task!r}; give prompts that "
-                "it continues"
-            )
+        check_answered(owner.checkpoint, owner.task, rows, self._spec.max_tokens)
         batches, parts, start = self._batches[owner.task], [], 0
         for batch in batches:
             parts.append(rows[start : start + len(batch.input_ids)])
@@ -189,6 +197,16 @@ class _Collector:
         return digest_json(["kept", _SCHEMA, self._digests[checkpoint_id], keys[owner]])
 
 
+def _flat(parts: Sequence[Likeliest]) -> dict[str, np.ndarray]:
+    """`units.likeliest` of all micro-batches in a row."""
+    tokens, likely = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return {"tokens": tokens, "likely": likely}
+
+
+def _of(owner: Owner) -> dict[str, str]:
+    return {"checkpoint": owner.checkpoint, "task": owner.task}
+
+
 def _split(answers: Answers, kept: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
     """Micro-batches with the kept tokens of their positions."""
     start = 0
@@ -203,8 +221,6 @@ def check_owners(catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet]) -> No
     Raises:
         ConfigError, ProbeError: with the remedy.
     """
-    from simmerge_ray.signals.candidates.retention import check_members
-
     if catalogue.base is None:
         raise ConfigError(
             "what a merge keeps is told from what its members added to a common base: name it under `base` in the "

@@ -22,8 +22,8 @@ class KeptAnswers:
     """What signatures hold of one checkpoint's answers: log-probabilities of all checkpoints at their positions.
 
     ids: of the checkpoints, in order. likely: (M, S, K), rest: (M, S), log-probabilities of the kept tokens, the
-    answer's first, and of all others; `base_likely`, `base_rest` those of the base, None without one. owner: index of
-    the answering checkpoint. answer: (S,) which answer a position belongs to.
+    answer's first, and of all others; `base_likely`, `base_rest` those of the base, None without one. owner: id of the
+    answering checkpoint, the base's where it is not among `ids`. answer: (S,) which answer a position belongs to.
     """
 
     ids: tuple[str, ...]
@@ -33,6 +33,15 @@ class KeptAnswers:
     base_rest: np.ndarray | None
     owner: str
     answer: np.ndarray
+
+    @property
+    def own(self) -> tuple[np.ndarray, np.ndarray]:
+        """(S, K) and (S,) of the answering checkpoint."""
+        if self.owner in self.ids:
+            place = self.ids.index(self.owner)
+            return self.likely[place], self.rest[place]
+        assert self.base_likely is not None and self.base_rest is not None
+        return self.base_likely, self.base_rest
 
     @property
     def starts(self) -> np.ndarray:
@@ -91,8 +100,8 @@ class VirtualAnswers:
             self._parts = np.concatenate([self._parts, residual[None]])
             self._at_average = len(self._pairs) / len(places) ** 2
         self._parts = np.ascontiguousarray(self._parts, dtype=np.float32)
-        place = kept.ids.index(kept.owner)
-        own = _with_rest(kept.likely[place : place + 1], kept.rest[place : place + 1])[0].astype(np.float64)
+        likely, rest = kept.own
+        own = _with_rest(likely[None], rest[None])[0].astype(np.float64)
         self._own = np.ascontiguousarray(np.exp(own), dtype=np.float32)
         self._own_entropy = float(-(np.exp(own) * own).sum())
 

@@ -6,5 +6,6 @@ objective    KL, nll or entropy at the answers' positions
 starts       coefficients to start from: equal, norm-matched, a recipe's
 memory       stated before, and what keeps it small
 tuner        Adam on the coefficients, with a pull to the start, held-out probes and an early stop
+grams        Gram matrices of linear layers' inputs, for the operator regmean
 run          one tuning from its inputs to its recipe, resumable
 """

@@ -17,6 +17,8 @@ from simmerge_ray.checkpoints.size import ModelShape, model_shape
 from simmerge_ray.signals.collect import decoder_layers
 
 LOSS_POSITIONS = 32  # whose logits the objective takes at a time
+_TOKENS = 2048  # of a micro-batch: small models take as many rows as fill a core, large ones fewer
+_LOGITS = 52_000_000  # bytes of a micro-batch
 _MOST_ACTIVATIONS = 256_000_000  # bytes; beyond, layers keep their inputs only
 
 
@@ -31,7 +33,7 @@ def stated_bytes(catalogue: Catalogue, batches: Mapping[str, Sequence[TokenBatch
     sizes = [int(np.prod(spec.shape)) for spec in read_headers(catalogue.base).values()]
     dense = sum(not is_low_rank(ref, catalogue.base) for ref in catalogue.checkpoints)
     shape = model_shape(read_config(catalogue.base))
-    rows, width = _largest(batches, config)
+    rows, width = _largest(catalogue.base, batches, config)
     layers = _layers_bytes(shape, rows, width, recomputed=recomputes(catalogue.base, batches, config))
     activations = layers + _logits_bytes(shape, rows * config.max_tokens)
     return 4 * sum(sizes) * (2 + dense) + 4 * max(sizes) + max(4 * max(sizes), activations)
@@ -39,7 +41,13 @@ def stated_bytes(catalogue: Catalogue, batches: Mapping[str, Sequence[TokenBatch
 
 def recomputes(base: CheckpointRef, batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> bool:
     """Whether the activations of all layers are so large that layers keep their inputs only."""
-    return _layers_bytes(model_shape(read_config(base)), *_largest(batches, config)) > _MOST_ACTIVATIONS
+    return _layers_bytes(model_shape(read_config(base)), *_largest(base, batches, config)) > _MOST_ACTIVATIONS
+
+
+def rows_at_once(base: CheckpointRef, width: int, max_tokens: int) -> int:
+    """Rows of a micro-batch of probes with answers, `width` tokens together."""
+    of_row = 4 * max_tokens * model_shape(read_config(base)).vocab_size
+    return max(1, min(_TOKENS // width, _LOGITS // of_row))
 
 
 def recompute_layers(model: Any) -> None:
@@ -55,11 +63,14 @@ def is_low_rank(ref: CheckpointRef, base: CheckpointRef) -> bool:
     return ref.adapter is not None and str(ref.path) == str(base.path) and base.adapter is None
 
 
-def _largest(batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> tuple[int, int]:
+def _largest(base: CheckpointRef, batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> tuple[int, int]:
     """(rows, tokens of a row with its answer) of the largest micro-batch."""
-    shapes = [batch.input_ids.shape for of_task in batches.values() for batch in of_task]
-    rows, width = max(shapes, key=lambda shape: shape[0] * shape[1])
-    return rows, width + config.max_tokens
+    shapes = []
+    for of_task in batches.values():
+        width = max(batch.input_ids.shape[1] for batch in of_task) + config.max_tokens
+        num_probes = sum(len(batch.input_ids) for batch in of_task)
+        shapes.append((min(num_probes, rows_at_once(base, width, config.max_tokens)), width))
+    return max(shapes, key=lambda shape: shape[0] * shape[1])
 
 
 def _layers_bytes(shape: ModelShape, rows: int, width: int, recomputed: bool = False) -> int:

@@ -26,7 +26,7 @@ from simmerge_ray.signals.candidates.answers import (
 from simmerge_ray.signals.candidates.retention import answers_of
 from simmerge_ray.signals.collect import ProbeModel
 from simmerge_ray.signals.tuning.groups import groups_of, member_weight
-from simmerge_ray.signals.tuning.memory import is_low_rank, recompute_layers, recomputes
+from simmerge_ray.signals.tuning.memory import is_low_rank, recompute_layers, recomputes, rows_at_once
 from simmerge_ray.signals.tuning.starts import norm_matched_weights, recipe_start
 from simmerge_ray.signals.tuning.tuner import CoefficientModel, TuningBatch
 from simmerge_ray.signals.tuning.vectors import DenseVector, LowRankVector, TaskVector
@@ -100,17 +100,23 @@ def tuning_batches_of(
         task = catalogue.own_task[member.id]
         assert task is not None, "checked by the caller"
         answers = answers_of(runner, member, task, batches[task], spec)
+        width = max(batch.input_ids.shape[1] for batch in answers.batches)
+        size = rows_at_once(member, width, config.max_tokens)
         held_out = held_out_answers(answers.num_answers, config.held_out)
-        shares = {out: max(1, int((held_out[answers.answer] == out).sum())) for out in (False, True)}
-        for batch in answers.batches:
-            with torch.no_grad():
-                logits = answer_logits(runner.load(member), batch).cpu()
-            kept = kept_tokens(logits, None, spec.num_kept)
-            own, rest = kept_log_probabilities(logits, kept)
-            out = torch.from_numpy(held_out)[batch.answer]
-            weight = torch.where(out, 1.0 / shares[True], 1.0 / shares[False]) / len(catalogue.checkpoints)
-            on_device = [torch.from_numpy(array).to(device) for array in (kept, own, rest)]
-            found.append(TuningBatch(batch, on_device[0], on_device[1], on_device[2], weight.float().to(device), out))
+        for is_out in (False, True):
+            chosen = np.flatnonzero(held_out == is_out)
+            num_tokens = int(np.isin(answers.answer, chosen).sum())
+            for start in range(0, len(chosen), size):
+                batch = answers.select(chosen[start : start + size].tolist())
+                with torch.no_grad():
+                    logits = answer_logits(runner.load(member), batch).cpu()
+                kept = kept_tokens(logits, None, spec.num_kept)
+                own, rest = kept_log_probabilities(logits, kept)
+                share = 1.0 / num_tokens / len(catalogue.checkpoints)
+                on_device = [torch.from_numpy(array).to(device) for array in (kept, own, rest)]
+                weight = torch.full((len(logits),), share, device=device)
+                out = torch.full((len(logits),), is_out)
+                found.append(TuningBatch(batch, on_device[0], on_device[1], on_device[2], weight, out))
     return found
 
 

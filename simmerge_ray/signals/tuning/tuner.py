@@ -153,10 +153,10 @@ class CoefficientModel:
         self._gradient[:] = 0.0
         tuning, held_out = 0.0, 0.0
         for one in batches:
-            with torch.set_grad_enabled(gradient):
+            with torch.set_grad_enabled(gradient and not bool(one.held_out.all())):
                 weighted = one.weight * _losses(answer_logits(self._model, one.batch), one, objective)
                 of_tuning = weighted[~one.held_out].sum()
-            if gradient and of_tuning.requires_grad and not bool(one.held_out.all()):
+            if of_tuning.requires_grad:
                 of_tuning.backward()
             tuning += float(of_tuning.detach())
             held_out += float(weighted.detach()[one.held_out].sum())

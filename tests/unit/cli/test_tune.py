@@ -82,3 +82,22 @@ def test_without_a_base_there_are_no_task_vectors(catalogue_path, simmerge, tmp_
     )
     result = simmerge("tune", "c.yaml", "--probes", catalogue_path.parent / "probes", "--out", "o", cwd=tmp_path)
     assert result.returncode == 2 and "name the common ancestor under `base`" in result.stderr
+
+
+def test_regmean_is_a_plan_and_a_catalogue_that_other_commands_take(tune, simmerge, tmp_path):
+    result = tune("--method", "regmean", "--alpha", "0.5", "--member", "m0", "--member", "m1")
+    assert result.returncode == 0, result.stderr
+    resolved, _ = read_plan(tmp_path / "tuned" / "recipe.json")
+    assert resolved.plan.recipe.arm.label == "regmean(alpha=0.5)"
+    made = simmerge("merge", "tuned/recipe.json", "merged", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "base_model:\n- m0\n- m1\n" in card
+    assert not (tmp_path / "merged" / "mergekit_config.yml").exists()
+    plan = {"operator": "regmean", "members": [{"checkpoint": "m0"}, {"checkpoint": "m1"}], "checkpoints": {}}
+    plan["checkpoints"] = {ref.id: str(ref.path) for ref in resolved.checkpoints}
+    (tmp_path / "bare.json").write_text(json.dumps(plan))
+    refused = simmerge("merge", "bare.json", "other", cwd=tmp_path)
+    assert refused.returncode == 2 and "--method regmean" in refused.stderr
+    again = simmerge("tune", "tuned/catalogue.yaml", "--probes", "nowhere", "--out", "x", cwd=tmp_path)
+    assert "nowhere" in again.stderr  # the catalogue itself is read

@@ -32,6 +32,25 @@ def test_oracle_chooses_on_one_half_and_is_scored_on_the_other() -> None:
     assert report.per_context.gain == pytest.approx(-0.5, abs=EXACT)
 
 
+def test_parents_have_rows_of_their_own_and_are_no_fixed_arm() -> None:
+    # On its own task a parent is the expert (1), on the other's the auxiliary (0); x closes half of both gaps.
+    math, code = (
+        made_context({"x": (0.5, 0.5)}, left=sides[0], right=sides[1], task=task)
+        for task, sides in (("math", ((0.8, 0.8), (0.2, 0.2))), ("code", ((0.2, 0.2), (0.8, 0.8))))
+    )
+    report = headroom([math, code], num_resamples=10)
+    assert report.per_context.best_fixed_arm == report.per_merge.best_fixed_arm == "x"
+    assert set(report.arm_gap_closed) == set(report.per_merge.arm_win_share) == {"x"}
+    assert report.per_context.keep.better_parent == pytest.approx(1.0, abs=EXACT)  # another parent for each task
+    assert report.per_merge.keep.better_parent == pytest.approx(0.5, abs=EXACT)  # one for both
+    assert report.per_context.keep.gain == pytest.approx(0.5, abs=EXACT) and report.per_context.keep.win_share == 1.0
+    assert report.per_merge.keep.split_half_oracle == pytest.approx(0.5, abs=EXACT)
+    # A parent that is as good on the other's task closes all of it: kept, it is better than every arm.
+    both = headroom([math, replace(code, left_items=math.left_items, right_items=math.right_items)], num_resamples=10)
+    assert both.per_merge.keep.better_parent == pytest.approx(1.0, abs=EXACT)
+    assert both.per_merge.keep.gain == pytest.approx(0.5, abs=EXACT) and both.per_merge.gain == 0.0
+
+
 def test_directions_are_averaged_before_the_ratio() -> None:
     # choose even, score odd: (0.5 - 0.3) / (0.7 - 0.3); choose odd, score even: (0.6 - 0.2) / (0.8 - 0.2)
     report = headroom([made_context({"x": (0.6, 0.5)}, left=(0.8, 0.7), right=(0.2, 0.3))], num_resamples=10)

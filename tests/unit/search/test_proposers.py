@@ -98,7 +98,7 @@ def test_cmaes_starts_around_the_first_given_plan_of_the_space(catalogue, tasks,
     merges = [trial.plan for trial in trials if trial.plan.is_merge]
     assert merges[:3] == start and len(merges) == 12
     others = [trial.plan for trial in run(free, make_proposer(free), value=scored) if trial.plan.is_merge]
-    # The first three: sigma is .08 x 1.5 a weight, so half a weight away in norm is more than 2.4 of it in all three.
+    # Sigma is 0.15 a weight: 0.5 away in norm of the three is more than three of it.
     assert min(map(nearness, merges[4:])) > 0.5 > min(map(nearness, others[1:]))
 
 

@@ -195,6 +195,16 @@ def test_the_best_merge_is_a_plan_file_that_can_be_merged(root, tmp_path):
     assert [len(rows[kind]) for kind in ("merges", "singles")] == [2, 1]
 
 
+def test_labels_of_one_merge_in_several_words_are_together(root):
+    search = prepared(root, budget=9)
+    store = LabelStore(search.labels_uri)
+    recipe = MergePlan(recipe=recipe_of(make_arm("linear"), {"m1": 0.7, "m0": 0.7}))
+    for plan, task in ((pair_plan("m0", "m1", make_arm("linear")), "add"), (recipe, "copy")):
+        store.append([search.label(plan, task, Measured(np.full(4, 0.5)), 1.0)])
+    ((plan, labels),) = search.labels().items()
+    assert plan.id == recipe.id and set(labels) == {"add", "copy"} and len(ranked_results(search)[0]) == 1
+
+
 def test_an_engine_takes_its_weights_twice_and_what_it_holds_besides(catalogue):
     sizes = {dtype: engine_bytes(catalogue.base, "transformers", dtype) for dtype in ("float32", "bfloat16")}
     elements = (sizes["float32"] - sizes["bfloat16"]) / 4

@@ -15,7 +15,7 @@ from simmerge_ray.plans.plan import MergePlan, fold_plan, pair_plan
 from simmerge_ray.plans.recipe import plain_average, recipe_of
 from simmerge_ray.search.space import MAX_SUBSETS, STEP, Range, SearchSpace, free_parameters, make_space
 
-NARY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources is None]
+NARY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources is None and not spec.needs_grams]
 TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources == 2]
 PAIRS = (("a", "b"), ("a", "c"))
 SUBSETS = (*PAIRS, ("a", "b", "c"))

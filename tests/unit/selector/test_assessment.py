@@ -113,7 +113,7 @@ def test_permuted_columns_move_with_their_pair_and_leave_the_rest():
 
 def test_right_predictions_lie_on_the_diagonal():
     values = np.random.default_rng(0).random((30, 4))
-    for bins in calibration(values, values).values():
+    for bins in calibration(values, values, 2).values():
         assert sum(one["count"] for one in bins) == 120
         assert all(one["predicted"] == pytest.approx(one["measured"]) for one in bins)
 

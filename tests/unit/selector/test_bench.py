@@ -18,7 +18,7 @@ def bench_of(num: int, num_tasks: int, seed: int) -> Bench:
     scoring = Scoring(np.arange(num), tasks, generator.normal(size=(num, 3)), generator.random(num) + 0.1, GAP_CLOSED)
     samples = generator.poisson(0.7, size=(40, num)).astype(float)
     samples[0] = 0
-    noise = NoiseSets(generator.random((num, 3)), np.ones((num, 3), bool), 1)
+    noise = NoiseSets(generator.random((num, 3)), np.ones((num, 3), bool), 1, 1)
     return Bench(scoring, [[row] for row in range(num)], noise, samples)
 
 

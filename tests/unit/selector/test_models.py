@@ -10,6 +10,7 @@ import pytest
 from simmerge_ray.base.config import TrainConfig, check_config
 from simmerge_ray.base.errors import ConfigError, LabelError, SelectorError
 from simmerge_ray.selector.data.encoding import TaskEncoding
+from simmerge_ray.selector.data.orders import by_order
 from simmerge_ray.selector.data.targets import TrainingSet, level_and_contrasts
 from simmerge_ray.selector.models.fit_sklearn import fit_forest
 from simmerge_ray.selector.models.model import read_selector
@@ -132,7 +133,7 @@ def test_a_forest_is_evaluated_as_scikit_learn_does(dataset):
 
     level, contrasts = level_and_contrasts(dataset.utilities, (0, 1, 2))
     pairs = tuple((context.left, context.right) for context in dataset.contexts)
-    one = TrainingSet(dataset.features, level, contrasts, (0, 1, 2), pairs)
+    one = TrainingSet(dataset.features, level, by_order(contrasts, False), (0, 1, 2), pairs)
     config = TrainConfig(num_trees=9)
     fitted = fit_forest(one, config)
     flat = dataset.features.reshape(-1, 6)
@@ -159,9 +160,9 @@ def test_the_heads_of_a_network_are_linear_on_its_encoder(dataset):
     selector = train_selector(dataset, TrainConfig(num_members=2, num_epochs=5))
     predictor = selector.fitted.predictor
     encoded = predictor.encode(selector.fitted.inputs(dataset.features))
-    assert encoded.shape == (len(dataset.contexts), 2, 16)
+    assert encoded.shape == (len(dataset.contexts), 2, 2, 16)
     heads = [
-        encoded[:, e] @ (m.level[0] + m.contrast[0]) + m.level[1] + m.contrast[1]
+        encoded.mean(1)[:, e] @ (m.level[0] + m.contrast[0]) + m.level[1] + m.contrast[1]
         for e, m in enumerate(predictor.members)
     ]
     np.testing.assert_allclose(np.mean(heads, axis=0), selector.predict(dataset.features)[0], rtol=1e-9)

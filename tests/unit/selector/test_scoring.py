@@ -48,7 +48,7 @@ def test_headroom_assessment_and_the_definition_agree_on_gap_closed(contexts: li
         for task, of_task in report.per_context.tasks.items():
             assert figures["tasks"][task]["gap_closed"] == pytest.approx(of_task.arm_gap_closed[arm], abs=1e-9)
             assert figures["tasks"][task]["num_contexts"] == of_task.num_contexts
-    best = ARMS[scoring.best_fixed(len(ARMS))]
+    best = ARMS[scoring.best_fixed()]
     assert report.arm_gap_closed[best] == pytest.approx(report.per_merge.best_fixed, abs=1e-9)
     picks = np.random.default_rng(seed).integers(len(ARMS), size=len(contexts))
     taken = scoring.taken(shares_of(keeping_no_parent(np.eye(len(ARMS))[picks]), units))

@@ -18,7 +18,7 @@ DIMENSIONS = {0: 3, 1: 4, 2: 3}
 ARMS = ("linear", "ties", "slerp")
 
 
-def encode(epoch: int, features: np.ndarray) -> tuple[np.ndarray, float]:
+def encode(epoch: int, features: np.ndarray, keep: bool = False) -> tuple[np.ndarray, float]:
     """A made-up encoder for each epoch."""
     weights = np.random.default_rng(epoch).normal(size=(DIMENSIONS[epoch], features.size))
     z = np.tanh(weights @ features.ravel())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simmerge_ray.base.config import ServiceConfig, TrainConfig
-from simmerge_ray.selector.data.dataset import build_dataset
+from simmerge_ray.selector.data.dataset import build_dataset, with_keep
 from simmerge_ray.selector.models.train import train_selector
 from simmerge_ray.selector.planning.files import write_selectors
 from simmerge_ray.service.bandit.artifact import warm_start_of, write_warm_start
@@ -34,11 +34,13 @@ class PublishedFiles:
         )
 
 
-def write_published(root: Path, seed: int = 0, num_checkpoints: int = 6) -> PublishedFiles:
-    """Checkpoints `s1-...` with two arms, linear and ties; another seed is another version of the selector."""
+def write_published(root: Path, seed: int = 0, num_checkpoints: int = 6, keep: bool = False) -> PublishedFiles:
+    """Checkpoints `s1-...` with two arms, linear and ties, and both parents if they may be kept; another seed is
+    another version of the selector."""
     table = made_up_table("s1", num_checkpoints)
     labels = made_up_labels(table)
     dataset = build_dataset(table, labels)
+    dataset = with_keep(dataset) if keep else dataset
     config = CONFIG.model_copy(update={"seed": seed})
     selector = train_selector(dataset, config)
     shortlist = train_selector(dataset.restricted(SecondOrder(table).columns), config)

@@ -45,7 +45,7 @@ class Service:
     tasks: tuple[str, ...] = ("s", "t")
 
     def start(self) -> None:
-        size = contexts_of(self.present.fitted, self.features("p-c00", "p-c01"), self.tasks)[0].shape[1]
+        size = contexts_of(self.present.fitted, self.features("p-c00", "p-c01"), self.tasks).z.shape[1]
         priors = {arm: GaussianPosterior.prior(size, 2.0) for arm in ARMS}
         self.append(WarmStart(priors, Noise(0.01)))
         self.append(Activation(self.present.version))
@@ -60,14 +60,14 @@ class Service:
 
     def decide(self, left: str, right: str, arm: str, explored: bool = True, **changes: Any) -> str:
         features = self.features(left, right)
-        z, level = contexts_of(self.present.fitted, features, self.tasks)
+        encoded = contexts_of(self.present.fitted, features, self.tasks)
         self.num += 1
         event = DecisionMade(
             f"d{self.num}",
             {"kind": "pair", "left": left, "right": right, "tasks": list(self.tasks)},
             features,
-            z.mean(0),
-            float(level.mean()),
+            encoded.z.mean(0),
+            float(encoded.level.mean()),
             0,
             ARMS,
             (0.5, 0.5),
@@ -108,9 +108,9 @@ class Service:
     def posteriors(self, selectors: Sequence[Selector]) -> dict[str, GaussianPosterior]:
         """The fold of the log, by the encoders of the epochs."""
 
-        def encode(epoch: int, features: np.ndarray) -> tuple[np.ndarray, float]:
-            z, level = contexts_of(selectors[epoch].fitted, features, self.tasks)
-            return z.mean(0), float(level.mean())
+        def encode(epoch: int, features: np.ndarray, keep: bool) -> tuple[np.ndarray, float]:
+            encoded = contexts_of(selectors[epoch].fitted, features, self.tasks)
+            return (encoded.z_by_order[:, 0] if keep else encoded.z).mean(0), float(encoded.level.mean())
 
         return dict(fold(all_rows(self.log), encode).view().posteriors)
 

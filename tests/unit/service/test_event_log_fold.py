@@ -232,7 +232,7 @@ def test_a_damaged_log_is_not_folded_over():
 def test_a_state_that_failed_in_the_middle_is_folded_again(database):
     broken = [True]
 
-    def fragile(epoch, features):
+    def fragile(epoch, features, keep):
         if broken[0]:
             raise OSError("the encoder's file is away")
         return encode(epoch, features)

@@ -17,6 +17,7 @@ from simmerge_ray.cli.app import app
 from simmerge_ray.pipelines.stages import train_dataset_stage, train_stage
 from simmerge_ray.plans.plan import read_plan
 from simmerge_ray.search.labels import LabelStore
+from simmerge_ray.selector.data.dataset import with_keep
 from simmerge_ray.selector.data.files import find_dataset, read_dataset
 from simmerge_ray.selector.models.model import read_selector
 from simmerge_ray.selector.models.train import train_selector
@@ -55,7 +56,7 @@ def test_a_selector_is_trained_from_a_store_into_a_store_once(bucket, tmp_path):
     assert ours.base_of == theirs.base_of and len(ours.labels) == len(theirs.labels) > 0
     out = as_place(bucket) / "selector"
     first = said(train_dataset_stage, remote, out, CONFIG)
-    assert read_selector(out).version == train_selector(theirs.dataset, CONFIG).version
+    assert read_selector(out).version == train_selector(with_keep(theirs.dataset), CONFIG).version
     assert read_selector(out / "shortlist").arms == read_selector(out).arms
     assert str(out / "report.md") in first.replace("\n", "")
     assert "GapClosed" in (out / "report.md").read_text() and len(out.glob("figures/*.png")) > 0

@@ -40,6 +40,7 @@ PARAMS: dict[str, list[dict[str, object]]] = {
     "sce": [{}, {"select_topk": 0.3}],
     "multislerp": [{}, {"eps": 1e-3}, {"normalize": False}],
     "scale_matched_linear": [{}],
+    "regmean": [{}, {"alpha": 0.0}],
     "passthrough": [{}, {"scale": 0.5}],
 }
 CASES = [(name, params) for name in OPERATORS for params in PARAMS[name]]
@@ -150,7 +151,8 @@ def test_elementwise_operators_may_be_cut_into_chunks_and_others_may_not(name, c
     ]
     wholes = [apply(name, base, sources, **params) for params in PARAMS[name]]
     same = all(torch.equal(part, whole) for part, whole in zip(parts, wholes, strict=True))
-    assert same == (name in ("linear", "task_arithmetic", "passthrough"))
+    # regmean without Gram matrices is the average
+    assert same == (name in ("linear", "task_arithmetic", "regmean", "passthrough"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -216,7 +218,7 @@ def test_a_wrong_number_of_sources_weights_or_seeds_is_refused(name):
             OPERATORS[name](base, sources[:1], [1.0], seeds=(1, 2, 3))
 
 
-@pytest.mark.parametrize("name", ["linear", "slerp", "nuslerp", "karcher", "multislerp"])
+@pytest.mark.parametrize("name", ["linear", "slerp", "nuslerp", "karcher", "multislerp", "regmean"])
 def test_averages_refuse_weights_that_sum_to_zero(name):
     base, *sources = tensors((7,))
     with pytest.raises(OperatorError, match="sum to 0"):

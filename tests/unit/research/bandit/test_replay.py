@@ -125,8 +125,10 @@ def warm():
 
 def test_context_and_level_make_the_selector_s_prediction():
     dataset, model, merges, _ = warm()
-    z, level = contexts_of(model, dataset.features, [context.task for context in dataset.contexts])
+    encoded = contexts_of(model, dataset.features, [context.task for context in dataset.contexts])
+    z, level = encoded.z, encoded.level
     assert z.shape[1] == CONFIG.num_members * CONFIG.hidden_sizes[-1] + 1 and (z[:, -1] == 1).all()
+    np.testing.assert_allclose(encoded.z_by_order.mean(1), z, rtol=1e-12)
     # Contrasts sum to zero over all arms here, so the mean prediction is the level.
     np.testing.assert_allclose(model.predict(dataset.features)[0].mean(1), level, atol=1e-12)
     assert len(merges.rows) == 45 and all(len(rows) == 2 for rows in merges.rows)

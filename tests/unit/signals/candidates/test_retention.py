@@ -62,6 +62,11 @@ def test_probed_by_an_evaluator_is_the_same_retention(catalogue, batches, tmp_pa
         assert found == pytest.approx(card.scores.nll.tolist(), abs=1e-4)
 
 
+def test_answers_of_one_token_at_the_most_are_answers(catalogue, batches):
+    cards = member_retentions(catalogue.ref("m0"), catalogue, batches, AnswerSpec(max_tokens=1, num_kept=10))
+    assert cards[0].scores.retention == 1.0 and set(map(len, cards[0].own)) == {1}
+
+
 def test_repetition_counts_trigrams_that_came_before():
     assert repetition([[1, 2, 3, 1, 2, 3]]) == 0.25
     assert repetition([[1, 2], []]) == 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmerge_ray.signals.candidates.answers import kept_log_probabilities, kept_tokens
-from simmerge_ray.signals.candidates.scores import AnswerScores, join_scores, score_answers
+from simmerge_ray.signals.candidates.scores import _EXP2, AnswerScores, join_scores, mixed_scores, score_answers
 from simmerge_ray.signals.candidates.virtual import KeptAnswers, VirtualAnswers
 from tests import reference
 
@@ -145,3 +147,123 @@ def test_the_curve_passes_through_the_average_and_the_checkpoints():
         expected = reference.answer_scores(mixed, logits[1], tokens, answer)
         np.testing.assert_allclose(found.nll[number], sum(expected["nll"]) / len(tokens), rtol=1e-4, atol=1e-4)
     assert parts
+
+
+def mixed(own, parts, num_kept, coefficients, lengths):
+    """`mixed_scores` on float32 copies: (N, 4)."""
+    found = np.empty((len(coefficients), 4))
+    starts = np.cumsum([0, *lengths])
+    own, parts = (np.ascontiguousarray(one, dtype=np.float32) for one in (own, parts))
+    mixed_scores(own, parts, num_kept, np.asarray(coefficients, dtype=np.float64), starts, found)
+    return found
+
+
+def slow_mixed(own, parts, num_kept, coefficients, lengths):
+    """The same in float64."""
+    found, starts = [], np.cumsum([0, *lengths])
+    for row in coefficients:
+        scores = np.tensordot(np.asarray(row), parts.astype(np.float64), 1)
+        log_p = reference.log_softmax(scores)
+        best = scores[:, 0] >= scores[:, :num_kept].max(1)
+        kept = sum(bool(best[a:b].all()) for a, b in itertools.pairwise(starts))
+        entropy = -(np.exp(log_p) * log_p).sum()
+        found.append((kept, -log_p[:, 0].sum(), -(own.astype(np.float64) * log_p).sum(), entropy))
+    return np.array(found)
+
+
+def test_the_exponential_s_polynomial_is_numpy_s():
+    f = np.linspace(0, 1, 100_001, dtype=np.float32)[:-1]
+    value = np.float32(0.0)
+    for factor in reversed(_EXP2):
+        value = value * f + factor
+    np.testing.assert_allclose(value.astype(np.float64), np.exp2(f.astype(np.float64)), rtol=3e-7)
+
+
+@given(x=st.floats(0.0, 80.0))
+@settings(max_examples=60)
+def test_the_compiled_exponential_is_numpy_s_to_1e_6(x):
+    """Of two tokens, one x below the other, the entropy is about x e^-x: its size is that of the exponential."""
+    x = float(np.float32(x))
+    found = mixed(np.array([[1.0, 0.0]]), np.array([[[0.0, -x]]]), 2, [[1.0]], [1])[0]
+    log_p = -np.log1p(np.exp(-x)), -x - np.log1p(np.exp(-x))
+    if x < 10:  # e^-x is seen beside 1 in float32
+        assert found[1] == pytest.approx(-log_p[0], rel=1e-6, abs=1.2e-7)
+    below = mixed(np.array([[0.0, 1.0]]), np.array([[[-x, 0.0]]]), 2, [[1.0]], [1])[0]
+    assert below[1] == pytest.approx(-log_p[1], rel=1e-6, abs=1.2e-7)
+
+
+@CASES
+@settings(max_examples=40)
+def test_mixed_scores_are_the_slow_ones(seed, vocabulary, lengths):
+    generator = np.random.default_rng(seed)
+    num_positions = sum(lengths)
+    logits = generator.normal(size=(3, num_positions, vocabulary)) * 4
+    likely = reference.log_softmax(logits).astype(np.float32)
+    parts = np.stack([likely[0], likely[1] - likely[0], likely[2] - likely[0]])
+    own = np.exp(likely[1])
+    num_kept = vocabulary if seed % 2 else max(1, vocabulary - 1)  # the last one may be the sum of all others
+    coefficients = np.column_stack([np.ones(4), generator.uniform(0, 1.5, (4, 2)).astype(np.float32)])
+    found = mixed(own, parts, num_kept, coefficients, lengths)
+    expected = slow_mixed(own, parts, num_kept, coefficients, lengths)
+    # float32 sums of scores up to 40 in magnitude.
+    np.testing.assert_allclose(found[:, 1:], expected[:, 1:], rtol=1e-5, atol=1e-5 * num_positions)
+    scores = np.tensordot(coefficients, parts.astype(np.float64), 1)[..., :num_kept]
+    margins = np.abs(scores[..., :1] - scores[..., 1:])
+    if margins.size == 0 or margins.min() > 1e-4:
+        assert found[:, 0].tolist() == expected[:, 0].tolist()
+
+
+@CASES
+@settings(max_examples=40)
+def test_kl_is_never_negative_and_0_for_the_own_mixture(seed, vocabulary, lengths):
+    logits, _, answer = made_up(seed, vocabulary, lengths)
+    virtual = virtual_of(logits, max(1, vocabulary // 2), answer)
+    coefficients = np.vstack([np.random.default_rng(seed).uniform(0, 1.5, (8, 2)), [[1.0, 0.0]]])
+    found = virtual.scores(coefficients)
+    assert (found.kl >= 0).all() and (found.nll >= 0).all() and (found.entropy >= -1e-6).all()
+    assert (found.retention >= 0).all() and found.retention[-1] == 1.0
+    assert found.kl[-1] == pytest.approx(0.0, abs=2e-6)
+
+
+def test_extreme_logits_give_finite_scores():
+    """A probability below e^-87 counts as e^-87: float32 has no smaller one."""
+    likely = np.array([[-500.0, 0.0, -1000.0], [0.0, -300.0, -np.float32(3e4)]])
+    own = np.array([[1.0, 0.0, 0.0], [0.5, 0.25, 0.25]])
+    found = mixed(own, likely[None], 3, [[1.0], [1.5], [0.0]], [1, 1])
+    assert np.isfinite(found).all()
+    assert found[0].tolist() == pytest.approx([1, 87, 87 + 0.5 * 87, 0], abs=1e-4)
+    assert found[1].tolist() == pytest.approx([1, 87, 87 + 0.5 * 87, 0], abs=1e-4)
+    assert found[2].tolist() == pytest.approx([2, *[2 * np.log(3)] * 3], rel=1e-6)  # all alike: all are the likeliest
+
+
+def test_a_vocabulary_that_is_kept_whole_has_no_rest():
+    logits, tokens, answer = made_up(6, 12, [2, 3])
+    _, parts = kept_of(logits, 12)
+    assert all(np.isneginf(rest).all() for _, rest in parts)
+    found = virtual_of(logits, 12, answer).scores(np.array([[0.7, 0.4]]))
+    assert all(np.isfinite(getattr(found, name)).all() for name in ("retention", "nll", "kl", "entropy"))
+    of_all = scores_of(logits, 2, 12, tokens, answer)
+    assert np.isfinite(of_all.kl).all() and np.isfinite(of_all.entropy).all()
+
+
+def test_a_token_outside_the_kept_ones_is_no_answer_s_rival():
+    """The rest counts in the sums, never as one token that would be likelier."""
+    parts = np.log(np.array([[[0.3, 0.1, 0.6]]]))
+    assert mixed(np.array([[0.3, 0.1, 0.6]]), parts, 2, [[1.0]], [1])[0, 0] == 1.0
+    assert mixed(np.array([[0.3, 0.1, 0.6]]), parts, 3, [[1.0]], [1])[0, 0] == 0.0
+
+
+def test_the_base_s_own_answers_are_looked_at_as_a_member_s():
+    """The base answers the general probes: with all coefficients 0 it keeps all, and the mixtures are the same."""
+    logits, tokens, answer = made_up(10, 30, [2, 4, 1])
+    as_member = np.stack([logits[1], logits[0], logits[2]])  # the answering checkpoint is the base
+    kept = kept_tokens(torch.from_numpy(as_member[0]), None, 8)
+    parts = [kept_log_probabilities(torch.from_numpy(one), kept) for one in as_member]
+    likely, rest = np.stack([p[0] for p in parts[1:]]), np.stack([p[1] for p in parts[1:]])
+    found = VirtualAnswers(KeptAnswers(("m1", "m2"), likely, rest, *parts[0], "base", answer)).scores(
+        np.array([[0.0, 0.0], [1.0, 0.0]])
+    )
+    assert found.retention[0] == 1.0 and found.kl[0] == pytest.approx(0.0, abs=1e-6)
+    expected = score_answers(*parts[1], as_member[1].argmax(-1) == tokens, *parts[0], answer)
+    assert found.nll[1] == pytest.approx(expected.mean_nll, rel=1e-5)
+    assert found.kl[1] == pytest.approx(expected.mean_kl, rel=1e-4)

@@ -29,7 +29,7 @@ from simmerge_ray.signals.signature import DENSITIES, SignatureSpec, SignatureSt
 from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.weights import WeightSums
 
-TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources != 1]
+TWO_WAY = [name for name, spec in OPERATOR_SPECS.items() if spec.max_sources != 1 and not spec.needs_grams]
 ARMS = ["linear", "slerp", "nuslerp", "task_arithmetic(scale=0.5)", "ties(density=0.2)"]
 COUNTED = ("sign_conflict", "trimmed_overlap")  # of an intermediate, over the sample
 FROM_SIGNATURES = ("virtual", "curved")

@@ -8,12 +8,13 @@ import torch
 
 from simmerge_ray.base.config import TuneConfig
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.checkpoints.probes import load_probe_sets
+from simmerge_ray.checkpoints.probes import TokenBatch, load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.model import load_model
+from simmerge_ray.signals.candidates.answers import join_answers
 from simmerge_ray.signals.signature import SignatureSpec
 from simmerge_ray.signals.tokens import tokenize_probes
-from simmerge_ray.signals.tuning.memory import stated_bytes
+from simmerge_ray.signals.tuning.memory import rows_at_once, stated_bytes
 from simmerge_ray.signals.tuning.prepare import prepare_tuning
 from simmerge_ray.signals.tuning.vectors import LowRankVector
 from tests import tiny
@@ -56,3 +57,30 @@ def test_a_lora_member_is_its_checkpoint(tmp_path):
         for row, weight in zip(at, weights, strict=True):
             group = low.model.group_names[[weight.of(name) == value for value in row].index(True)]
             assert not group or group in name
+
+
+def test_answers_are_regrouped_with_their_own_probes():
+    lengths = ((3, 5), (4, 2, 6))
+    batches, written = [], []
+    for of_batch in lengths:
+        mask = torch.tensor([[int(place < length) for place in range(max(of_batch))] for length in of_batch])
+        batches.append(TokenBatch(torch.randint(2, 40, mask.shape) * mask, mask))
+        written.append([list(range(50, 50 + length)) for length in of_batch])
+    answers = join_answers(batches, written, "t")
+    texts = [b.input_ids[row][b.attention_mask[row] == 1] for b in answers.batches for row in range(len(b.input_ids))]
+    chosen = [3, 0, 4]
+    one = answers.select(chosen)
+    for place, number in enumerate(chosen):
+        assert torch.equal(one.input_ids[place][one.attention_mask[place] == 1], texts[number])
+        own = torch.cat([batch.tokens[batch.answer == number] for batch in answers.batches])
+        assert torch.equal(one.tokens[one.answer == number], own) and torch.equal(one.tokens[one.rows == place], own)
+    assert torch.equal(one.input_ids[one.rows, one.columns + 1], one.tokens)
+
+
+def test_a_micro_batch_is_as_large_as_its_tokens_and_logits_allow(tmp_path):
+    base = CheckpointRef("base", tiny.save(tiny.make_model(), tmp_path / "base"))
+    assert rows_at_once(base, 64, 16) == 32 and rows_at_once(base, 5000, 16) == 1
+    (tmp_path / "base" / "config.json").write_text(
+        (tmp_path / "base" / "config.json").read_text().replace('"vocab_size": 52', '"vocab_size": 49152')
+    )
+    assert rows_at_once(base, 48, 16) == 16

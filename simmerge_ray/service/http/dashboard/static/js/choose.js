@@ -2,7 +2,7 @@
 
 import { $, announce, arm, el } from "./dom.js";
 import { Once, post, words } from "./api.js";
-import { armTable, bestFirst, influences, novelty, planTable } from "./ranking.js";
+import { armTable, bestFirst, influences, isKept, novelty, planTable } from "./ranking.js";
 
 const TOP = 10;
 
@@ -180,7 +180,7 @@ export class Choose {
       "Open the decision",
     );
     $("answer").replaceChildren(
-      el("p", { class: "notice good" }, "Decided and recorded: make ", arm(what)),
+      el("p", { class: "notice good" }, `Decided and recorded: ${isKept(decision) ? "" : "make "}`, arm(what)),
       el("p", { class: "dim" }, "Decision ", el("code", { id: "decided" }, decision.decision_id)),
       because(decision),
       el("div", { class: "buttons" }, open),

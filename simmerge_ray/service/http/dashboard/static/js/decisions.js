@@ -2,7 +2,7 @@
 
 import { $, announce, arm, cell, el, short, time, toDate, utility } from "./dom.js";
 import { get, Once, words } from "./api.js";
-import { armTable, novelty, planTable } from "./ranking.js";
+import { armTable, isKept, novelty, planTable } from "./ranking.js";
 
 const LIMIT = 20;
 const STATUS = { open: "open", rewarded: "rewarded", closed: "closed", expired: "expired" };
@@ -174,10 +174,10 @@ export class Detail {
         "Status",
         el("span", { class: STYLE[status] ?? "badge", id: "detail-status" }, STATUS[status] ?? status),
       ],
-      ["Make", arm(what)],
+      isKept(decision) ? ["Keep", arm(decision.plan.plan.source)] : ["Make", arm(what)],
       ["Reward", reward === null || reward === undefined ? null : utility(reward, 4)],
       ["Closed because", closed],
-      ["Checkpoints", decision.plan ? null : `${decision.left} + ${decision.right}`],
+      ["Checkpoints", decision.kind === "plan" ? null : `${decision.left} + ${decision.right}`],
       ["Tasks", (decision.tasks ?? []).join(", ")],
       ["Why", decision.reason],
     ];

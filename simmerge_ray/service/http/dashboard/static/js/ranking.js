@@ -72,6 +72,9 @@ function table(head, rows) {
 // An arm that the selector was not trained on has no prediction, only what rewards have taught.
 const valueOf = (one) => one.utility ?? one.expected ?? -1;
 
+// Whether a checkpoint of a pair stays as it is: the answer has a plan then, and no merge to make.
+export const isKept = (decision) => decision.kind === "pair" && Boolean(decision.plan);
+
 export const bestFirst = (arms) => [...arms].sort((one, other) => valueOf(other) - valueOf(one));
 
 // Arms of a decision or a ranking, best first; `chosen` is marked with a word.

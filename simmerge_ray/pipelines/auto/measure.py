@@ -7,19 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.pipelines.auto import AutoRun, LabelFree
+from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.pipelines.dataset import search_bar
 from simmerge_ray.plans.plan import MergePlan
-from simmerge_ray.search.labels import Infeasible, LabelStore, Measured, Outcome
+from simmerge_ray.search.labels import Infeasible, Measured
 from simmerge_ray.search.objectives import Objective, parse_objective
 from simmerge_ray.search.setup import PreparedSearch, prepare_search
 from simmerge_ray.search.winner import Candidate, Verdict, check_items, choose_winner, objective_estimate
 from simmerge_ray.selector.finding.space import kept_checkpoints
 
 _FEWEST_FOR_RANKS = 5
+_WITH_AVERAGE = 2  # with more measured merges than these the plain average is one of them
+_MOST_MEMBERS = 8  # whose weights are searched together
 
 
 @dataclass(frozen=True)
@@ -51,43 +54,60 @@ def on_same_tasks(catalogue: Catalogue) -> Catalogue:
 
 
 def prepare_measuring(run: AutoRun) -> PreparedSearch:
-    """Raises InputError: tasks that cannot be used, or an objective that they do not have."""
+    """Raises InputError: tasks or an engine's settings that cannot be used, or an objective that tasks do not have."""
     for name, task in run.tasks.items():
         check_items(name, task.num_items)
-    parse_objective(run.request.config.objective, run.tasks)
+    if run.tasks:
+        parse_objective(run.request.config.objective, run.tasks)
     return prepare_search(on_same_tasks(run.request.catalogue), run.tasks, run.engine, run.labels)
 
 
 def measure_stage(run: AutoRun, found: LabelFree, narrator: Narrator) -> Measurement:
-    """Measure what is missing, and decide.
+    """Measure what is missing, and decide: the better half of the budget goes to the merges that were chosen without
+    labels, the rest to proposals of CMA-ES around the first of them.
 
     Raises:
         LabelError: nothing could be measured. EngineError: no evaluator started.
     """
     from simmerge_ray.on_ray.merge_search import run_search
 
-    catalogue, base = run.request.catalogue, run.request.base
-    singles = kept_checkpoints(catalogue.ids, base)
-    merges = list({plan.id: plan for plan in found.ranking}.values())[: run.evaluate]
-    plans = [*singles, *merges, *([found.finding.average] if found.finding.average else [])]
-    plans = list({plan.id: plan for plan in plans}.values())
+    start = list({plan.id: plan for plan in found.ranking}.values())[: (run.evaluate + 1) // 2]
+    if found.finding.average is not None and run.evaluate > _WITH_AVERAGE:
+        start = list({plan.id: plan for plan in (*start, found.finding.average)}.values())
+    members = run.request.catalogue.ids
     with narrator.stage("measure") as stage:
         with search_bar(narrator) as report:
-            result = run_search(on_same_tasks(catalogue), run.tasks, run.engine, run.labels, plans, report)
-        counts = f"{result.num_trials_run} of {len(plans)} measured now"
-        stage.result = f"{counts}, by {run.engine.evaluator} -> {run.labels}"
+            catalogue, config = on_same_tasks(run.request.catalogue), _around(run, start)
+            if config is None:  # nothing to vary: one member
+                plans = [*kept_checkpoints(members, run.request.base), *start]
+                result = run_search(catalogue, run.tasks, run.engine, run.labels, plans, report)
+            else:
+                result = run_search(catalogue, run.tasks, config, run.labels, report=report, start=start)
+        stage.result = f"{result.num_trials_run} measured now, by {run.engine.evaluator} -> {run.labels}"
     scores = {one.plan.id: one.score for one in found.finding.ranked}
     scores |= {one.whole.plan.id: one.whole.score for one in found.tuned}
-    return _decided(result.search, plans, scores, parse_objective(run.request.config.objective, run.tasks))
+    return _decided(result.search, scores, parse_objective(run.request.config.objective, run.tasks))
 
 
-def _decided(
-    search: PreparedSearch, plans: Sequence[MergePlan], scores: Mapping[str, float], objective: Objective
-) -> Measurement:
-    known = {label.key: label.outcome for label in LabelStore(search.labels_uri).read()}
+def _around(run: AutoRun, start: Sequence[MergePlan]) -> SearchConfig | None:
+    """A search of sums of task vectors of all members, or of a large catalogue of the first merge's."""
+    members = run.request.catalogue.ids
+    if len(members) > _MOST_MEMBERS:
+        members = next((plan.members for plan in start if len(plan.members) > 1), members[:2])
+    if len(members) < 2:
+        return None
+    ways = (len(members), len(members))
+    space = {"members": members, "ways": ways, "arms": ("task_arithmetic",), "sampler": "cmaes"}
+    search = {"budget": run.evaluate, "objectives": (run.request.config.objective,), "shards": 1}
+    return run.engine.model_copy(update=space | search)
+
+
+def _decided(search: PreparedSearch, scores: Mapping[str, float], objective: Objective) -> Measurement:
     lines = []
-    for plan in plans:
-        outcomes: dict[str, Outcome] = {task: known[search.key(plan, task)] for task in search.tasks}
+    for plan, labels in search.labels().items():
+        if set(labels) != set(search.tasks):
+            continue
+        outcomes = {task: label.outcome for task, label in labels.items()}
         items = {task: one.items for task, one in outcomes.items() if isinstance(one, Measured)}
         reasons = [one.reason for one in outcomes.values() if isinstance(one, Infeasible)]
         measured = Candidate(plan, items) if len(items) == len(search.tasks) else None

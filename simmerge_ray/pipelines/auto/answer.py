@@ -1,0 +1,126 @@
+"""What is checked before anything runs, and the answer as files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from simmerge_ray.base.errors import ConfigError, OutputError, TaskError
+from simmerge_ray.base.progress import Narrator
+from simmerge_ray.base.storage import Manifest, write_json
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.merging.write.directory import write_merge
+from simmerge_ray.merging.write.output import PLAN_FILE, check_target
+from simmerge_ray.pipelines.auto.measure import prepare_measuring
+from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
+from simmerge_ray.plans.plan import MergePlan, read_plan, resolve_plan, write_plan
+from simmerge_ray.search.evaluation import Task
+from simmerge_ray.selector.finding.probed import ProbedPlan
+
+MERGED, ANSWER, PLAN, MANIFEST = "merged", "auto.json", "plan.json", "manifest.json"
+SIGNATURES = "signatures"
+
+
+def check_auto(run: AutoRun) -> None:
+    """What can be checked before anything is computed; InputError says what cannot be used."""
+    if run.out.exists() and not run.out.is_dir():
+        raise OutputError(f"--out {run.out} is a file; signatures, labels and the merge go into a directory")
+    if run.write:
+        check_target(run.out / MERGED)
+    prepare_measuring(run)
+
+
+def write_stage(
+    run: AutoRun, best: MergePlan, content: Mapping[str, Any], manifest: Manifest, started: float, narrator: Narrator
+) -> None:
+    """Write the answer, and (a merge, `write`) the merged checkpoint; errors as `write_merge`.
+
+    Args:
+        content: of `auto.json`, beside the answer. manifest: of all that the answer depends on. started:
+            `time.monotonic()` of the whole run.
+    """
+    known = {json.dumps(one["plan"]): one["retention"] for one in (content["best"], *content["candidates"])}
+    keeps = {owner: {"retention": share} for owner, share in known.get(json.dumps(best.to_json()), {}).items()}
+    merged = _write_best(run, best, keeps, manifest, narrator)
+    answer = {
+        "answer": "merge" if best.is_merge else "keep",
+        "winner": best.label,
+        "plan": best.to_json(),
+        "merged": str(merged) if merged else None,
+    }
+    write_json(run.out / ANSWER, answer | dict(content))
+    manifest.write(run.out / MANIFEST, time.monotonic() - started, {"answer": best.label})
+
+
+def _write_best(
+    run: AutoRun, best: MergePlan, keeps: Mapping[str, Any], manifest: Manifest, narrator: Narrator
+) -> Path | None:
+    """The plan file of a merge that is the answer, and the merge; the path of the merge if it is there."""
+    target = run.out / MERGED
+    if not best.is_merge:
+        (run.out / PLAN).unlink(missing_ok=True)  # of an earlier answer
+        if target.exists():
+            narrator.console.print(f"{target} is the merge of an earlier answer, not of this one", soft_wrap=True)
+        return None
+    resolved = resolve_plan(best, run.request.catalogue)
+    write_plan(run.out / PLAN, resolved, keeps)
+    if not run.write:
+        narrator.say(f"make it with: simmerge merge {run.out / PLAN} OUT")
+        return None
+    there = manifest.is_current(run.out / MANIFEST) and (target / PLAN_FILE).exists()
+    with narrator.stage("merge") as stage:
+        if there and read_plan(target / PLAN_FILE)[0].plan.id == best.id:
+            stage.result = f"already there -> {target}"
+            return target
+        with narrator.byte_bar("bytes written") as report:
+            merged = write_merge(resolved, target, keeps, report)
+        stage.result = f"{merged.num_bytes / 1e9:.3g} GB -> {target}"
+    return target
+
+
+def label_free_json(run: AutoRun, found: LabelFree) -> dict[str, Any]:
+    """JSON value of everything that was chosen without labels."""
+    owners = [f"{owner.checkpoint} on {owner.task}" for owner in found.finding.aim.owners]
+
+    def row(one: ProbedPlan) -> dict[str, Any]:
+        return {
+            "label": one.plan.label,
+            "plan": one.plan.to_json(),
+            "score": one.score,
+            "num_probes": one.num_probes,
+            "retention": dict(zip(owners, one.retention.tolist(), strict=True)),
+            "nll": dict(zip(owners, one.nll.tolist(), strict=True)),
+        }
+
+    return {
+        "objective": run.request.config.objective,
+        "score": "(retention + exp(-nll)) / 2, by task; nll in nats a token of the members' own answers",
+        "keeps": dict(zip(owners, found.best.retention.tolist(), strict=True)),
+        "num_scored": len(found.finding.virtual.scores),
+        "best": row(found.best),
+        "candidates": [row(one) for one in found.finding.ranked],
+        "tuned": [
+            row(one.whole) | {"held_out": one.held_out.score, "held_out_of_the_best": one.rival.score}
+            for one in found.tuned
+        ],
+    }
+
+
+def check_evaluation(evaluate: int, has_tasks: bool) -> None:
+    """Raises ConfigError: only one of the two is given."""
+    if bool(evaluate) != has_tasks:
+        raise ConfigError("--tasks has the items and --evaluate says how many merges are measured on them: give both")
+
+
+def own_labels(known: Mapping[str, Task], catalogue: Catalogue, where: str) -> dict[str, Task]:
+    """The tasks that the members were made for. Raises TaskError: the directory `where` lacks one."""
+    wanted = sorted({task for task in catalogue.own_task.values() if task})
+    if absent := [name for name in wanted if name not in known]:
+        raise TaskError(
+            f"{where} has no {absent[0]}.jsonl, which says what is measured on {absent[0]!r}; known: "
+            f"{', '.join(sorted(known))}"
+        )
+    return {name: known[name] for name in wanted}
