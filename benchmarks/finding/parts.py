@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.finding.candidates import fixed_grid
 from benchmarks.finding.choices import PROBES, answered_pairs, chosen_pairs
+from benchmarks.finding.controls import control_figures
 from benchmarks.finding.derived import BROKEN, COPY, make_derived
 from benchmarks.finding.grid import GridPair, measured_grid
 from benchmarks.finding.grid_report import grid_figures
@@ -90,6 +91,10 @@ def tuned(campaign: Campaign) -> dict[str, Any]:
     return tuned_pairs(campaign.bench, campaign.tunings)
 
 
+def controls(campaign: Campaign) -> dict[str, Any]:
+    return control_figures(campaign.bench)
+
+
 def same_task(campaign: Campaign) -> dict[str, Any]:
     groups = one_task(campaign.bench)
     found = situation(campaign.bench, groups)
@@ -127,6 +132,7 @@ PARTS: Mapping[str, Callable[[Campaign], dict[str, Any]]] = {
     },
     "samplers": samplers,
     "tuned": tuned,
+    "controls": controls,
     "same task": same_task,
     "odd ones": odd_ones,
     "more members": more_members,

@@ -66,17 +66,22 @@ def probe_rows(figures: Figures) -> list[dict[str, Any]]:
 
 
 def tuned_rows(figures: Figures) -> list[dict[str, Any]]:
-    """Every tuning and control; each on the pairs that it has been run on."""
+    """Every tuning from equal weights, and every control, on the pairs that it was run on; beside it tuning per tensor
+    on the same pairs."""
     rows = []
-    for name, by_pair in figures["tuned"].items():
+    tuned = {**figures["tuned"], **figures.get("controls", {})}
+    per_tensor = figures["tuned"].get("tensor", {})
+    for name, by_pair in tuned.items():
         if not by_pair:
             continue
         mean = _sample(list(by_pair)).mean(_utilities(by_pair))
         asked = name in ("tensor", "layer")
-        rows.append(
-            row(f"tuned, {name}: utility", mean, ">= .875" if asked else "reported",
-                mean["mean"] >= 0.875 if asked else None)
-        )  # fmt: skip
+        met = mean["mean"] >= 0.875 if asked else None
+        rows.append(row(f"tuned, {name}: utility", mean, ">= .875" if asked else "reported", met))
+        both = [pair for pair in by_pair if pair in per_tensor]
+        if name != "tensor" and both:
+            gain = _sample(both).mean([per_tensor[pair]["utility"] - by_pair[pair]["utility"] for pair in both])
+            rows.append(row(f"... per tensor, less {name}", gain, "reported", None))
     return rows
 
 

@@ -20,7 +20,7 @@ from simmerge_ray.signals.tuning.prepare import prepare_tuning
 from simmerge_ray.signals.tuning.tuner import tune_coefficients
 
 # Written out, so that results are those of these settings whatever the defaults become.
-_SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "num_steps": 60,
     "learning_rate": 0.05,
     "pull": 0.05,
@@ -61,7 +61,7 @@ def tuned_pairs(bench: Bench, names: Sequence[str] = tuple(TUNINGS)) -> dict[str
     kept = bench.kept("tuned")
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
     for name in names:
-        settings = {**_SETTINGS, **TUNINGS[name]}
+        settings = {**SETTINGS, **TUNINGS[name]}
         config = TuneConfig(**settings)
         for pair in bench.pairs():
             joined = "+".join(pair)
