@@ -23,10 +23,12 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, help="default: OUT/zoo, made if it is not there")
     parser.add_argument("--only", action="append", default=[], help="a part; repeatable")
     parser.add_argument("--skip", action="append", default=[], help="a part; repeatable")
+    parser.add_argument("--minutes", type=float, help="after which nothing new is measured; 0: only what is kept")
     parser.add_argument("--budget", type=int, default=40, help="most evaluations of a sampler")
     parser.add_argument("--tuning", action="append", default=[], help="a tuning; repeatable; default: all")
     arguments = parser.parse_args()
 
+    from benchmarks.finding.kept import OutOfTimeError
     from benchmarks.finding.parts import PARTS, Campaign
     from benchmarks.finding.report import written_report
     from benchmarks.finding.tuned import TUNINGS
@@ -41,10 +43,14 @@ def main() -> None:
     zoo = arguments.zoo or _made_zoo(out / "zoo")
     chosen = [name for name in (arguments.only or PARTS) if name not in arguments.skip and name != REPORT]
     writer = "-".join(chosen).replace(" ", "_").replace(",", "") if arguments.only else "all"
-    campaign = Campaign(zoo, out, writer[:80], arguments.budget, tuple(arguments.tuning or TUNINGS))
+    until = None if arguments.minutes is None else time.time() + 60 * arguments.minutes
+    campaign = Campaign(zoo, out, writer[:80], until, arguments.budget, tuple(arguments.tuning or TUNINGS))
     for name in chosen:
         began = time.perf_counter()
-        figures = PARTS[name](campaign)
+        try:
+            figures = PARTS[name](campaign)
+        except OutOfTimeError:
+            continue
         write_result(_part_file(out, name), {"figures": figures, "seconds": round(time.perf_counter() - began)})
     figures = {
         name: json.loads(_part_file(out, name).read_text())["figures"]

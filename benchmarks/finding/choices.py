@@ -106,21 +106,22 @@ def chosen_pairs(
     bench: Bench, groups: Sequence[tuple[str, ...]], probes: str = "64 probes"
 ) -> dict[str, dict[str, Any]]:
     """By members (`a+b`): what is chosen, its utility on all items of the members' tasks, and the curve."""
-    kept, found = bench.kept("chosen"), {}
-    for members in groups:
-        joined = "+".join(members)
-        chosen = kept.of(f"{joined} {probes}", lambda members=members: label_free(bench, members, probes))
+    kept = bench.kept("chosen")
+
+    def chosen_of(members: tuple[str, ...]) -> dict[str, Any]:
+        chosen = kept.of(f"{'+'.join(members)} {probes}", lambda: label_free(bench, members, probes))
         plans, tasks = ranked_plans(chosen), bench.tasks_of(members)
-        found[joined] = {
+        return {
             "plan": plans[0].label,
             "weights": member_shares(plans[0], members),
             "utility": bench.utilities.mean(plans[0], tasks),
+            "by_task": [bench.utilities.mean(plans[0], [task]) for task in tasks],
             "curve": with_evaluations(bench, plans, tasks),
             "seconds": chosen["seconds"],
             "num_virtual": chosen["num_virtual"],
         }
-        bench.report(f"chosen from {probes}: {joined} {found[joined]['utility']:.3f} {plans[0].label}")
-    return found
+
+    return bench.each(f"chosen from {probes}", groups, chosen_of)
 
 
 def member_shares(plan: MergePlan, members: Sequence[str]) -> list[float]:
@@ -159,17 +160,18 @@ def tuned_answer(bench: Bench, members: Sequence[str], chosen: Mapping[str, Any]
 
 def answered_pairs(bench: Bench, groups: str) -> dict[str, dict[str, Any]]:
     """By pair: utility of the answer, of the tuned merge whether or not it is the answer, and of the choice."""
-    chosen, kept, found = bench.kept("chosen"), bench.kept("answered"), {}
-    for pair in bench.pairs():
+    chosen, kept = bench.kept("chosen"), bench.kept("answered")
+
+    def answer(pair: tuple[str, str]) -> dict[str, Any]:
         joined, tasks = "+".join(pair), bench.tasks_of(pair)
-        before = chosen.of(f"{joined} 64 probes", lambda pair=pair: label_free(bench, pair))
-        value = kept.of(f"{joined} {groups}", lambda pair=pair, of=before: tuned_answer(bench, pair, of, groups))
-        found[joined] = {
+        before = chosen.of(f"{joined} 64 probes", lambda: label_free(bench, pair))
+        value = kept.of(f"{joined} {groups}", lambda: tuned_answer(bench, pair, before, groups))
+        return {
             "utility": bench.utilities.mean(plan_from_json(value["plan"]), tasks),
             "tuned": bench.utilities.mean(plan_from_json(value["tuned"]), tasks),
             "chosen": bench.utilities.mean(ranked_plans(before)[0], tasks),
             "held_out": value["held_out"],
             "seconds": value["seconds"],
         }
-        bench.report(f"answer, {groups}: {joined} {found[joined]['chosen']:.3f} -> {found[joined]['utility']:.3f}")
-    return found
+
+    return bench.each(f"answer, {groups}", bench.spread_pairs(), answer)

@@ -19,7 +19,7 @@ from simmerge_ray.signals.signature import SignatureSpec
 from simmerge_ray.signals.tokens import tokenize_probes
 from simmerge_ray.signals.tuning.grams import gram_jobs, with_grams, write_grams
 
-EVERY = 3  # of the pairs that are distilled, at three learning rates each
+EVERY = 6  # of the pairs that are distilled, at three learning rates each
 
 
 def regmean_pairs(bench: Bench) -> dict[str, dict[str, float]]:
@@ -28,29 +28,32 @@ def regmean_pairs(bench: Bench) -> dict[str, dict[str, float]]:
     jobs = gram_jobs(bench.catalogue, batches, SETTINGS["max_tokens"], bench.cache / "grams")
     for job in jobs:
         write_grams(job)
-    catalogue, found = with_grams(bench.catalogue, jobs), {}
-    for pair in bench.pairs():
+    catalogue = with_grams(bench.catalogue, jobs)
+
+    def measured(pair: tuple[str, str]) -> dict[str, float]:
         plan = MergePlan(recipe=recipe_of(make_arm("regmean"), dict.fromkeys(pair, 0.5)))
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            return merged_tensors(resolve_plan(plan, catalogue))
+
         key = f"regmean {'+'.join(pair)}"
-        utility = bench.utilities.mean_of_weights(
-            key, lambda plan=plan: merged_tensors(resolve_plan(plan, catalogue)), bench.tasks_of(pair)
-        )
-        found["+".join(pair)] = {"utility": utility}
-    return found
+        return {"utility": bench.utilities.mean_of_weights(key, tensors, bench.tasks_of(pair))}
+
+    return bench.each("regmean", bench.pairs(), measured)
 
 
 def distilled_pairs(bench: Bench) -> dict[str, dict[str, float]]:
-    """By pair, of every third pair: the same objective, probes and steps as a tuning, all weights free."""
-    config, found = TuneConfig(**SETTINGS), {}
-    for pair in bench.pairs()[::EVERY]:
+    """By pair, of every sixth pair: the same objective, probes and steps as a tuning, all weights free."""
+    config = TuneConfig(**SETTINGS)
 
-        def tensors(pair: tuple[str, str] = pair) -> Iterator[tuple[str, Tensor]]:
+    def measured(pair: tuple[str, str]) -> dict[str, float]:
+        def tensors() -> Iterator[tuple[str, Tensor]]:
             yield from distilled(bench.catalogue, pair, bench.probes, config).items()
 
         key = f"distilled {'+'.join(pair)}"
-        found["+".join(pair)] = {"utility": bench.utilities.mean_of_weights(key, tensors, bench.tasks_of(pair))}
-        bench.report(f"{key} {found['+'.join(pair)]['utility']:.3f}")
-    return found
+        return {"utility": bench.utilities.mean_of_weights(key, tensors, bench.tasks_of(pair))}
+
+    return bench.each("distilled", bench.pairs()[::EVERY], measured)
 
 
 def control_figures(bench: Bench) -> dict[str, Any]:

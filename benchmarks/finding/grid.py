@@ -51,9 +51,6 @@ def measured_pair(bench: Bench, probing: Probing, pair: tuple[str, str], num_pro
 
 
 def measured_grid(bench: Bench, pairs: Sequence[tuple[str, str]], general: bool = False) -> list[GridPair]:
-    """All pairs."""
-    probing, found = Probing(bench, general), []
-    for pair in pairs:
-        found.append(measured_pair(bench, probing, pair))
-        bench.report(f"grid: {'+'.join(pair)}")
-    return found
+    """All pairs that time is left for."""
+    probing = Probing(bench, general)
+    return list(bench.each("grid", pairs, lambda pair: measured_pair(bench, probing, pair)).values())

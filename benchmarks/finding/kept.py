@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+class OutOfTimeError(Exception):
+    """A value is not there yet, and no new one may be computed any more."""
 
 
 class Kept:
     """Values by key, of all `<kind>-*.jsonl` in a directory; new ones are appended to `<kind>-<writer>.jsonl`.
 
     Args:
-        writer: name of the only process that appends to that file.
+        writer: name of the only process that appends to that file. until: `time.time()` after which nothing new is
+            computed; None for ever.
     """
 
-    def __init__(self, directory: Path, kind: str, writer: str) -> None:
+    def __init__(self, directory: Path, kind: str, writer: str, until: float | None = None) -> None:
+        self._until = until
         directory.mkdir(parents=True, exist_ok=True)
         self._values: dict[str, Any] = {}
         for file in sorted(directory.glob(f"{kind}-*.jsonl")):
@@ -31,8 +38,14 @@ class Kept:
                 out.write("\n")
 
     def of(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The value of a key, computed and written down where it is not there yet."""
+        """The value of a key, computed and written down where it is not there yet.
+
+        Raises:
+            OutOfTimeError: it is not there, and time is over.
+        """
         if key not in self._values:
+            if self._until is not None and time.time() > self._until:
+                raise OutOfTimeError(key)
             value = compute()
             with self._file.open("a") as out:
                 out.write(json.dumps([key, value]) + "\n")

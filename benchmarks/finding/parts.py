@@ -36,22 +36,25 @@ ANSWERS = ("layer", "tensor")  # granularities of the tuned answer
 class Campaign:
     """A zoo, where its results are, and how far it goes.
 
-    zoo: directory. out: of results. budget: most evaluations of a sampler. tunings: which of `tuned.TUNINGS`.
+    zoo: directory. out: of results. until: `time.time()` after which nothing new is measured. budget: most evaluations
+    of a sampler. tunings: which of `tuned.TUNINGS`.
     """
 
     zoo: Path
     out: Path
     writer: str
+    until: float | None = None
     budget: int = BUDGETS[-1]
     tunings: tuple[str, ...] = tuple(TUNINGS)
 
     @cached_property
     def bench(self) -> Bench:
-        return Bench(self.zoo, self.out, self.writer)
+        return Bench(self.zoo, self.out, self.writer, self.until)
 
     @cached_property
     def derived(self) -> Bench:
-        return Bench(make_derived(self.bench, self.zoo, self.out / "derived"), self.out, self.writer)
+        made = make_derived(self.bench, self.zoo, self.out / "derived")
+        return Bench(made, self.out, self.writer, self.until)
 
     @cached_property
     def grid(self) -> list[GridPair]:
@@ -98,7 +101,8 @@ def controls(campaign: Campaign) -> dict[str, Any]:
 def same_task(campaign: Campaign) -> dict[str, Any]:
     groups = one_task(campaign.bench)
     found = situation(campaign.bench, groups)
-    return found | {"gain": with_intervals([(a, b) for a, b in groups], found["rows"])}
+    pairs = [(one["members"][0], one["members"][1]) for one in found["rows"]]
+    return found | {"gain": with_intervals(pairs, found["rows"])} if pairs else found
 
 
 def odd_ones(campaign: Campaign) -> dict[str, Any]:

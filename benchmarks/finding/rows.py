@@ -33,7 +33,7 @@ def _references(figures: Figures, pairs: Sequence[str]) -> dict[str, list[float]
 
 def choice_rows(figures: Figures) -> list[dict[str, Any]]:
     """The label-free choice against what one would have otherwise."""
-    chosen = figures[MAIN]
+    chosen = {pair: one for pair, one in figures[MAIN].items() if pair in figures["grid"]["pairs"]}
     sample, mine, others = _sample(list(chosen)), _utilities(chosen), _references(figures, list(chosen))
     mean = sample.mean(mine)
     rows = [row("label-free choice, 64 probes: utility", mean, ">= .855", mean["mean"] >= 0.855)]
@@ -144,7 +144,7 @@ def situation_rows(figures: Figures) -> list[dict[str, Any]]:
     named = {"pairs of one task": figures.get("same task"), **figures.get("odd ones", {})}
     named |= {f"{size} members": found for size, found in figures.get("more members", {}).items()}
     for name, found in named.items():
-        if found is None:
+        if not found or not found["mean"]:
             continue
         mean = found["mean"]
         least = min(mean["utility"] - mean[other] for other in ("plain average", "best member, in hindsight"))

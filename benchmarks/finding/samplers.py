@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,12 +93,11 @@ def curve_of_pair(bench: Bench, pair: tuple[str, str], sampler: str, budget: int
 def sampler_curves(bench: Bench, budget: int = BUDGETS[-1]) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Curves by sampler and pair (`a+b`); everything is kept, so a second call only reads."""
     kept = bench.kept("curves")
-    curves: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in SAMPLERS}
-    for pair in bench.pairs():
-        for name in SAMPLERS:
-            key = f"{'+'.join(pair)} {name} {budget}"
-            curves[name]["+".join(pair)] = kept.of(
-                key, lambda pair=pair, name=name: curve_of_pair(bench, pair, name, budget)
-            )
-        bench.report(f"samplers to {budget} evaluations: {'+'.join(pair)}")
-    return curves
+
+    def curve(name: str, pair: tuple[str, str]) -> dict[str, list[float]]:
+        key = f"{'+'.join(pair)} {name} {budget}"
+        return kept.of(key, lambda: curve_of_pair(bench, pair, name, budget))  # type: ignore[no-any-return]
+
+    return {
+        name: bench.each(f"{name} to {budget} evaluations", bench.pairs(), partial(curve, name)) for name in SAMPLERS
+    }

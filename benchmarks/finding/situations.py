@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import qmc
 
 from benchmarks.finding.candidates import BASE_ID
-from benchmarks.finding.choices import chosen_pairs, label_free, ranked_plans
+from benchmarks.finding.choices import chosen_pairs
 from benchmarks.finding.derived import BROKEN, COPY, HALF
 from benchmarks.finding.statistics import PairSample
 from benchmarks.finding.utilities import HALVES, Bench
@@ -77,25 +77,16 @@ def oracle_of_group(bench: Bench, members: Sequence[str]) -> float:
 def situation(bench: Bench, groups: Groups, with_oracle: bool = False) -> dict[str, Any]:
     """Choices in groups of members beside the references."""
     chosen = chosen_pairs(bench, groups)
-    rows: list[dict[str, Any]] = []
-    for members in groups:
-        joined = "+".join(members)
-        row = {"members": list(members), **chosen[joined], **references(bench, members)}
-        if with_oracle:
-            row["split-half oracle"] = oracle_of_group(bench, members)
-        row["utility of each task"] = [
-            bench.utilities.mean(plan_of(bench, members), [bench.task_of(name)]) for name in members
-        ]
-        rows.append(row)
+
+    def row_of(members: tuple[str, ...]) -> dict[str, Any]:
+        row = {"members": list(members), **chosen["+".join(members)], **references(bench, members)}
+        return row | ({"split-half oracle": oracle_of_group(bench, members)} if with_oracle else {})
+
+    done = [members for members in groups if "+".join(members) in chosen]
+    rows = list(bench.each("references", done, row_of).values())
     names = ["utility", "plain average", "best member, in hindsight", "base", *(["split-half oracle"] * with_oracle)]
-    means: Mapping[str, float] = {name: float(np.mean([row[name] for row in rows])) for name in names}
+    means: Mapping[str, float] = {name: float(np.mean([row[name] for row in rows])) for name in names} if rows else {}
     return {"mean": means, "rows": rows}
-
-
-def plan_of(bench: Bench, members: Sequence[str]) -> MergePlan:
-    """What was chosen."""
-    joined = "+".join(members)
-    return ranked_plans(bench.kept("chosen").of(f"{joined} 64 probes", lambda: label_free(bench, members)))[0]
 
 
 def with_intervals(pairs: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

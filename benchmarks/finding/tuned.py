@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from benchmarks.finding.utilities import Bench
@@ -59,15 +60,11 @@ def tuned_plan(bench: Bench, members: tuple[str, ...], config: TuneConfig) -> di
 def tuned_pairs(bench: Bench, names: Sequence[str] = tuple(TUNINGS)) -> dict[str, dict[str, dict[str, Any]]]:
     """By tuning and pair: what `tuned_plan` gives, and the measured utility."""
     kept = bench.kept("tuned")
-    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
-    for name in names:
+
+    def tune(name: str, pair: tuple[str, str]) -> dict[str, Any]:
         settings = {**SETTINGS, **TUNINGS[name]}
-        config = TuneConfig(**settings)
-        for pair in bench.pairs():
-            joined = "+".join(pair)
-            key = f"{joined} {json.dumps(settings)}"
-            tuned = kept.of(key, lambda pair=pair, config=config: tuned_plan(bench, pair, config))
-            utility = bench.utilities.mean(plan_from_json(tuned["plan"]), bench.tasks_of(pair))
-            found[name][joined] = tuned | {"utility": utility}
-            bench.report(f"tuned, {name}: {joined} {utility:.3f} {tuned['seconds']}")
-    return found
+        key = f"{'+'.join(pair)} {json.dumps(settings)}"
+        tuned: dict[str, Any] = kept.of(key, lambda: tuned_plan(bench, pair, TuneConfig(**settings)))
+        return tuned | {"utility": bench.utilities.mean(plan_from_json(tuned["plan"]), bench.tasks_of(pair))}
+
+    return {name: bench.each(f"tuned, {name}", bench.spread_pairs(), partial(tune, name)) for name in names}

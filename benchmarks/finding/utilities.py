@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.finding.kept import Kept
+from benchmarks.finding.kept import Kept, OutOfTimeError
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch, load_probe_sets
@@ -30,6 +30,7 @@ from simmerge_ray.signals.candidates.answers import Answers, answer_logits, join
 
 HALVES = (0, 1)
 _BATCH_SIZE = 50
+T = TypeVar("T")
 Tensors = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
@@ -70,15 +71,10 @@ class LiveModel:
 
 
 class Utilities:
-    """Per-item utilities, kept by (weights, task, half).
+    """Per-item utilities, kept by (weights, task, half)."""
 
-    Args:
-        cache: directory of one zoo's results. writer: see `Kept`.
-    """
-
-    def __init__(self, live: LiveModel, tasks: Mapping[str, Task], tokenizer: Any, cache: Path, writer: str) -> None:
-        self._live = live
-        self._kept = Kept(cache, "utilities", writer)
+    def __init__(self, live: LiveModel, tasks: Mapping[str, Task], tokenizer: Any, kept: Kept) -> None:
+        self._live, self._kept = live, kept
         self.num_items = {name: task.num_items for name, task in tasks.items()}
         self._halves = {
             (name, half): _teacher_forced(task, half, tokenizer, live.ends)
@@ -152,10 +148,10 @@ class Bench:
     """A zoo with everything the parts share.
 
     Args:
-        zoo: directory of `catalogue.yaml`, `probes/`, `tasks/`. out: of results. writer: see `Kept`.
+        zoo: directory of `catalogue.yaml`, `probes/`, `tasks/`. out: of results. writer, until: see `Kept`.
     """
 
-    def __init__(self, zoo: Path, out: Path, writer: str) -> None:
+    def __init__(self, zoo: Path, out: Path, writer: str, until: float | None = None) -> None:
         from transformers import AutoTokenizer
 
         torch.set_num_threads(1)
@@ -165,16 +161,35 @@ class Bench:
         self.probes: dict[str, ProbeSet] = load_probe_sets(zoo / "probes")
         self.tokenizer = AutoTokenizer.from_pretrained(self.catalogue.base.path)
         digest = digest_json([self.catalogue.digests(), {n: task.digest for n, task in self.tasks.items()}])[:12]
-        self.out, self.cache, self.writer = out, out / f"zoo-{digest}", writer
+        self.out, self.cache = out, out / f"zoo-{digest}"
+        self._writer, self._until = writer, until
         self.live = LiveModel(self.catalogue)
-        self.utilities = Utilities(self.live, self.tasks, self.tokenizer, self.cache, writer)
+        self.utilities = Utilities(self.live, self.tasks, self.tokenizer, self.kept("utilities"))
 
     def report(self, text: str) -> None:
         """Say what was done, with the time."""
         print(time.strftime("%H:%M:%S"), text, flush=True)
 
     def kept(self, kind: str) -> Kept:
-        return Kept(self.cache, kind, self.writer)
+        return Kept(self.cache, kind, self._writer, self._until)
+
+    def each(self, what: str, groups: Iterable[tuple[str, ...]], compute: Callable[..., T]) -> dict[str, T]:
+        """By members (`a+b`): what is computed of a group, said as it comes; groups that time is over for are left
+        out."""
+        found: dict[str, T] = {}
+        for members in groups:
+            joined = "+".join(members)
+            try:
+                found[joined] = compute(members)
+            except OutOfTimeError:
+                continue
+            self.report(f"{what}: {joined}")
+        return found
+
+    def spread_pairs(self) -> list[tuple[str, str]]:
+        """The pairs of two tasks, every third first, so that a part of them has all kinds."""
+        pairs = self.pairs()
+        return [*pairs[::3], *pairs[1::3], *pairs[2::3]]
 
     def task_of(self, member: str) -> str:
         task = self.catalogue.own_task[member]

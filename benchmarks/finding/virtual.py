@@ -40,9 +40,15 @@ def virtual_signals(bench: Bench, probing: Probing, one: GridPair) -> Signals:
 def virtual_figures(bench: Bench, grid: Sequence[GridPair]) -> dict[str, Any]:
     """Rank correlation with measured utility, and what a choice by virtual signals alone loses."""
     probing, kept = Probing(bench), bench.kept("virtual")
-    each: list[Signals] = [
-        kept.of("+".join(one.pair), lambda one=one: virtual_signals(bench, probing, one)) for one in grid
-    ]
+    of_pair = {one.pair: one for one in grid}
+
+    def scored(pair: tuple[str, str]) -> Signals:
+        found: Signals = kept.of("+".join(pair), lambda: virtual_signals(bench, probing, of_pair[pair]))
+        return found
+
+    by_pair = bench.each("virtual", list(of_pair), scored)
+    grid = [one for one in grid if "+".join(one.pair) in by_pair]
+    each = list(by_pair.values())
     sample = PairSample(tuple(one.pair for one in grid))
     figures: dict[str, Any] = {}
     for kind in KINDS:
