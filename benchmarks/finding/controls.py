@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.finding.tuned import SETTINGS
@@ -48,7 +49,9 @@ def distilled_pairs(bench: Bench) -> dict[str, dict[str, float]]:
 
     def measured(pair: tuple[str, str]) -> dict[str, float]:
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            yield from distilled(bench.catalogue, pair, bench.probes, config).items()
+            with torch.enable_grad():  # who puts tensors into a model has it off
+                found = distilled(bench.catalogue, pair, bench.probes, config)
+            yield from found.items()
 
         key = f"distilled {'+'.join(pair)}"
         return {"utility": bench.utilities.mean_of_weights(key, tensors, bench.tasks_of(pair))}
