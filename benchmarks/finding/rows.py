@@ -52,9 +52,9 @@ def probe_rows(figures: Figures) -> list[dict[str, Any]]:
     """Fewer probes, general probes."""
     rows, main = [], figures[MAIN]
     for probes in ("16 probes", "4 probes", "general probes"):
-        if (chosen := figures.get(f"chosen, {probes}")) is None:
+        chosen = figures.get(f"chosen, {probes}", {})
+        if not (pairs := [pair for pair in chosen if pair in main]):
             continue
-        pairs = [pair for pair in chosen if pair in main]
         sample = _sample(pairs)
         difference = sample.mean([chosen[pair]["utility"] - main[pair]["utility"] for pair in pairs])
         asked = probes == "16 probes"
@@ -89,7 +89,7 @@ def answer_rows(figures: Figures) -> list[dict[str, Any]]:
     """The choice, tuned from its own weights."""
     rows = []
     for name in ("layer", "tensor"):
-        if (by_pair := figures.get(f"answer, {name}")) is None:
+        if not (by_pair := figures.get(f"answer, {name}")):
             continue
         sample = _sample(list(by_pair))
         mean = sample.mean(_utilities(by_pair))
@@ -126,7 +126,8 @@ def worth_rows(figures: Figures) -> list[dict[str, Any]]:
     """The choice with no evaluation against samplers with 16."""
     rows, main = [], figures[MAIN]
     for name, by_pair in figures["samplers"].items():
-        pairs = [pair for pair in by_pair if pair in main]
+        if not (pairs := [pair for pair in by_pair if pair in main]):
+            continue
         place = by_pair[pairs[0]]["budgets"].index(16.0)
         for kind, text in (("best", ""), ("with_kept", ", parents and base measured too")):
             gain = _sample(pairs).mean([main[pair]["utility"] - by_pair[pair][kind][place] for pair in pairs])
@@ -175,5 +176,7 @@ GROUPS: Mapping[str, tuple[tuple[str, ...], Callable[[Figures], list[dict[str, A
 
 def all_rows(figures: Figures) -> dict[str, list[dict[str, Any]]]:
     """By group; a group whose parts have not been run is left out."""
-    found = {name: make(figures) for name, (needed, make) in GROUPS.items() if all(part in figures for part in needed)}
+    found = {
+        name: make(figures) for name, (needed, make) in GROUPS.items() if all(figures.get(part) for part in needed)
+    }
     return {name: rows for name, rows in found.items() if rows}
