@@ -30,7 +30,7 @@ from simmerge_ray.search.labels import LabelStore, Measured
 from simmerge_ray.signals.table import read_signal_table
 
 # Seconds into the stage after which the signal is sent, at most: about how long the tiny demo's stages take.
-STAGES = {"zoo": 10.0, "signals": 8.0, "search": 12.0, "train": 0.1, "pick": 8.0, "report": 1.0}
+STAGES = {"zoo": 10.0, "signals": 8.0, "search": 12.0, "train": 0.1, "choices": 25.0, "pick": 8.0, "report": 1.0}
 SIGNALS = {"Ctrl-C": (signal.SIGINT, 130), "kill -9": (signal.SIGKILL, -9)}  # and the exit codes
 _TIMED_FILES = {"simmerge_manifest.json"}  # holds seconds
 
@@ -76,6 +76,7 @@ def outcome(layout: RunLayout) -> dict[str, object]:
         ],
         "headroom": read_json(layout.headroom),
         "selector": (layout.selector / "selector.safetensors").read_bytes(),
+        "choices": read_json(layout.choices / "choices.json"),
         "pick": read_json(layout.pick / "pick.json"),
         "merged checkpoint": (layout.pick / "merged" / "model.safetensors").read_bytes(),
     }

@@ -11,5 +11,6 @@ samplers     random, TPE and CMA-ES with 1 to 40 evaluations
 tuned        coefficients by gradient, and controls
 derived      members that are broken, the base, or half as good; situations: choices with them
 statistics   means, intervals over checkpoints, rank correlations
+predictor    utility from candidate signals, one arm family left out (a command of its own)
 parts, rows, report    what is run, what must hold, and the tables
 """

@@ -8,12 +8,14 @@ table: the largest absolute difference of two float32 elements, and the same in 
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from benchmarks.measuring import markdown, script_parser
@@ -73,7 +75,7 @@ def main() -> None:
         for number, (name, recipe) in enumerate(recipes(members, tensors).items()):
             resolved = resolve_plan(MergePlan(recipe=recipe), catalogue)
             file, theirs = Path(scratch) / f"{number}.yml", Path(scratch) / f"{number}"
-            file.write_text(write_mergekit(resolved))
+            file.write_text(json.dumps(yaml.safe_load(write_mergekit(resolved))))  # the worker reads JSON
             peer.run({"config": str(file)}, theirs)
             merged = {key: value for one in weight_files(theirs) for key, value in load_file(one).items()}
             table.append([name, *_distance(dict(merged_tensors(resolved)), merged)])

@@ -86,6 +86,9 @@ class SignalsConfig(FrozenConfig):
     gpus_per_worker: float = option(0.0, "share of a GPU for each actor; 0 runs on CPU cores", ge=0)
     batch_size: int = option(16, "probes per micro-batch, the fixed unit of work", ge=1)
     max_tokens: int = option(256, "longest probe in tokens; a longer one is an error", ge=2)
+    answers: bool = option(
+        True, "also keep the members' own answers to their probes, for choices and rankings without labels"
+    )
 
 
 class EngineConfig(FrozenConfig):
@@ -259,6 +262,13 @@ class TrainConfig(FrozenConfig):
         return values
 
 
+class PredictorConfig(FrozenConfig):
+    """Training of the predictor of utilities."""
+
+    model: Literal["ridge", "forest", "mlp"] = option("ridge", "what predicts utilities from what merges keep")
+    seed: int = option(0, "of the training")
+
+
 class DatasetConfig(FrozenConfig):
     """Dataset of a catalogue: signals of all pairs, then labels. `jobs/build_dataset.py` runs it."""
 
@@ -298,6 +308,9 @@ class ServeConfig(FrozenConfig):
     signals: Place | None = option(None, "table of the pairs that may be asked for; default: RUN's")
     catalogue: Place | None = option(None, "for better plans; default: RUN's")
     signatures: str | None = option(None, "default with a catalogue: `signatures` beside the table")
+    probes: Place | None = option(
+        None, "the probes of the signals, to rank by what a merge keeps; default: RUN's, with a catalogue"
+    )
     database: str | None = option(None, "URL of the event log; default: SQLite in RUN/service")
     registry: Path | None = option(None, "directory of published selectors; default: RUN/service/selectors")
     namespace: str = option("default", "services of one namespace share what they learn", min_length=1, max_length=200)

@@ -35,3 +35,22 @@ class FindConfig(FrozenConfig):
     )
     num_tuned: int = option(1, "merges that are tuned", flag="tuned", ge=1, le=8, panel=_CHOICE)
     seed: int = Field(0, description="of the proposed merges")
+
+
+FACTOR = 3  # of the candidates one in so many is run over the rest of the probes
+_LEAST_PROBES = 16  # of a first round; fewer tell candidates apart too badly
+
+
+def first_part(num_probes: int) -> int:
+    """How many probes candidates are run over first; 0 where there are too few for two rounds."""
+    first = max(_LEAST_PROBES, num_probes // FACTOR)
+    return first if first < num_probes else 0
+
+
+def first_round(num_probes: int, num_candidates: int) -> tuple[int, int]:
+    """Of successive halving over probes: how many all candidates are run over first, and how many candidates then over
+    the rest; (0, all of them) where there is one round only."""
+    first = first_part(num_probes)
+    if not first or num_candidates <= FACTOR:
+        return 0, num_candidates
+    return first, max(2, num_candidates // FACTOR)

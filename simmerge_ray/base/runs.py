@@ -38,5 +38,6 @@ class RunLayout(Generic[AnyPlace]):
     headroom = _Below("labels/_search/headroom.json")
     selector = _Below("selector")
     crossval = _Below("crossval.json")
+    choices = _Below("choices")
     pick = _Below("pick")
     report = _Below("report")

@@ -25,6 +25,7 @@ from simmerge_ray.cli.demo import demo, report, zoo
 from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.cli.merge import merge
 from simmerge_ray.cli.plan import plan
+from simmerge_ray.cli.predictor import predictor_app
 from simmerge_ray.cli.retention import retention
 from simmerge_ray.cli.search import search
 from simmerge_ray.cli.serve import serve
@@ -47,6 +48,7 @@ for command in (demo, zoo, signals, search, train, plan, auto, tune, merge, rete
 app.command("simulate")(simulate_command)
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(labels_app, name="labels")
+app.add_typer(predictor_app, name="predictor")
 app.add_typer(client_app, name="client")
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(db_app, name="db")

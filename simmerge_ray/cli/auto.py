@@ -1,17 +1,21 @@
-"""`simmerge auto`: from a catalogue and probes to the merge that keeps most of its members, or to "keep this one"."""
+"""`simmerge auto`: from a catalogue and probes to the merge that keeps most of its members, or to "keep this one".
+
+`jobs/find_merge.py` is the same command as a job.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simmerge_ray.base.config import EngineConfig, SearchConfig
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.storage import Manifest
+from simmerge_ray.cli.job_line import with_job_line
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, path_option, place_option
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from simmerge_ray.search.winner import ObjectiveEstimate, Verdict
 
 
+@with_job_line("find_merge", "out", "signatures")
 @with_config_options
 def auto(
     catalogue: CatalogueArgument,
@@ -40,7 +45,7 @@ def auto(
     evaluate: Annotated[int, typer.Option(min=0, help="merges to measure on --tasks, which then decide")] = 0,
     write: Annotated[bool, typer.Option(help="write a merge that is the answer to OUT/merged")] = True,
     log: LogOption = DEFAULT_LOG,
-) -> None:
+) -> dict[str, Any]:
     """Find the merge that keeps most of what its members answer to unlabeled probes, and make it; no label is needed.
 
     Example: simmerge auto catalogue.yaml --probes probes --out best --evaluator transformers. With --tasks and
@@ -61,7 +66,17 @@ def auto(
     labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
     where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
     run = AutoRun(request, search, out, where, labels, evaluate, write)
-    check_auto(run)
+    from simmerge_ray.on_ray.resources import only_job
+
+    # Of two submissions of one job the second waits, and then finds everything in place. Checks are in it: they hash.
+    with only_job(str(out.resolve()), typer.echo):
+        check_auto(run)
+        answer = _run(run, log, started)
+    return {"out": str(out), **answer}
+
+
+def _run(run: AutoRun, log: Path | None, started: float) -> dict[str, Any]:
+    """Everything after the checks; returns the answer."""
     from simmerge_ray.base.progress import narrated
 
     with narrated(log) as narrator:
@@ -73,17 +88,22 @@ def auto(
         best, content = found.best.plan, label_free_json(run, found)
         narrator.console.print(retention_table(found))
         narrator.print_lines(retention_lines(found))
-        if evaluate:
+        if run.evaluate:
             from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json
 
             measurement = measure_stage(run, found, narrator)
             narrator.console.print(measured_table(run, measurement))
             narrator.print_lines(measured_lines(measurement))
             best, content = measurement.verdict.winner.plan, content | measured_json(run, measurement)
-        inputs = input_digests(request.catalogue, labels)
+        request = run.request
+        inputs = input_digests(request.catalogue, run.tasks)
         inputs |= {f"probes {task}": one.digest for task, one in request.probe_sets.items()}
-        options = {"find": config.model_dump(mode="json"), "evaluate": evaluate, "search": search.content()}
-        write_stage(run, best, content, Manifest("auto", options, inputs), started, narrator)
+        options = {
+            "find": run.request.config.model_dump(mode="json"),
+            "evaluate": run.evaluate,
+            "search": run.engine.content(),
+        }
+        return write_stage(run, best, content, Manifest("auto", options, inputs), started, narrator)
 
 
 def retention_table(found: LabelFree) -> Table:

@@ -6,11 +6,12 @@ The token comes from the variable SIMMERGE_TOKEN or a file, not from an option: 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -71,7 +72,9 @@ def _command(name: str, show: Callable[[Any], None] | str) -> Callable[[Callable
             else:
                 show(answer)
 
-        _, *parameters = inspect.signature(ask).parameters.values()
+        # Texts of annotations as what they mean, since typer takes a signature as it stands.
+        hints = get_type_hints(ask, localns={"Client": object}, include_extras=True)
+        _, *parameters = (one.replace(annotation=hints[one.name]) for one in inspect.signature(ask).parameters.values())
         keyword = inspect.Parameter.KEYWORD_ONLY
         context = inspect.Parameter("context", keyword, annotation=typer.Context)
         as_json = inspect.Parameter("as_json", keyword, default=False, annotation=AsJson)
@@ -169,6 +172,28 @@ def _show_plans(answer: Any) -> None:
     _table(("plan", "predicted", "95 %", "sd"), rows, left=1)
     how = "all" if answer.exhaustive else "the most promising"
     _say(f"{answer.num_considered} plans considered ({how})")
+
+
+def _show_kept(answer: Any) -> None:
+    members = [one.checkpoint for one in answer.owners]
+    rows = [
+        (one.label, _number(one.score), *(f"{100 * share:.0f} %" for share in one.retention))
+        for one in (*answer.plans, *answer.checkpoints)
+    ]
+    _table(("recipe", "score", *(f"kept of {name}" for name in members)), rows, left=1)
+    _say(f"{answer.num_considered} recipes scored")
+
+
+def _recipes_in(path: Path) -> list[Any]:
+    """Raises ConfigError: no JSON file, or no list of objects."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the recipes {path} cannot be read: {error}") from None
+    recipes = found if isinstance(found, list) else [found]
+    if not all(isinstance(one, dict) for one in recipes):
+        raise ConfigError(f"{path} must hold a recipe, or a list of recipes, as JSON objects")
+    return recipes
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3, whole: int = 0) -> None:
@@ -271,6 +296,30 @@ def policy(client: Client) -> Any:
 def catalogue(client: Client) -> Any:
     """Checkpoints, tasks and arms that may be named."""
     return client.catalogue()
+
+
+@_command("best-recipes", _show_kept)
+def best_recipes(
+    client: Client,
+    checkpoints: Annotated[
+        list[str] | None, typer.Argument(metavar="[CHECKPOINT...]", help="ids to merge; default: all")
+    ] = None,
+    ways: Ways = "2-4",
+    task: Task = None,
+    top: Annotated[int, typer.Option(min=1, help="how many recipes")] = 10,
+) -> Any:
+    """The recipes that keep most of their members' own answers, and the checkpoints as they are."""
+    return client.best_recipes(checkpoints or None, ways, task, top)
+
+
+@_command("score-recipes", _show_kept)
+def score_recipes(
+    client: Client,
+    recipes: Annotated[Path, typer.Argument(metavar="FILE", help="JSON: a recipe, or a list of them")],
+    task: Task = None,
+) -> Any:
+    """What recipes keep of their members' own answers, the best first."""
+    return client.score_recipes(_recipes_in(recipes), task)
 
 
 @_command("plans", _show_plans)

@@ -12,7 +12,7 @@ from simmerge_ray.cli.places import PathOrUri, place_argument
 
 
 def demo(run: Annotated[Path, typer.Argument(help="directory of the run")] = Path("runs/demo")) -> None:
-    """Run the whole chain on a small zoo: train, signals, search, selector, pick, merge, report."""
+    """Run the whole chain on a small zoo: train, signals, search, selector, choices, merge, report."""
     from simmerge_ray.base.progress import narrated
 
     layout = RunLayout(run)

@@ -17,7 +17,7 @@ from simmerge_ray.base.config import LabelsConfig, SearchConfig
 from simmerge_ray.base.errors import LabelError, SimmergeError, unknown_name
 from simmerge_ray.base.storage import as_place, jsonl_bytes, list_objects
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
-from simmerge_ray.cli.places import CatalogueArgument
+from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, place_option
 from simmerge_ray.cli.search import DryRunOption, StoreOption, TasksOption, run_search_command
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ def make_labels(
     out: StoreOption,
     config: LabelsConfig,
     tasks: TasksOption = None,
+    probes: Annotated[
+        PathOrUri | None,
+        place_option(help="directory of <task>.jsonl, a `text` a line: measures what every merge keeps as well"),
+    ] = None,
     dry_run: DryRunOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
@@ -44,7 +48,7 @@ def make_labels(
 
     An interrupted run goes on with the same command. `simmerge search` looks for the best merge instead.
     """
-    run_search_command(catalogue, tasks, out, SearchConfig(**config.model_dump()), dry_run, log)
+    run_search_command(catalogue, tasks, out, SearchConfig(**config.model_dump()), dry_run, log, probes)
 
 
 @labels_app.command("show")

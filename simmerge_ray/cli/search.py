@@ -38,9 +38,18 @@ def search(
 
 
 def run_search_command(
-    catalogue: PathOrUri, tasks: PathOrUri | None, out: PathOrUri, config: SearchConfig, dry_run: bool, log: Path
+    catalogue: PathOrUri,
+    tasks: PathOrUri | None,
+    out: PathOrUri,
+    config: SearchConfig,
+    dry_run: bool,
+    log: Path,
+    probes: PathOrUri | None = None,
 ) -> None:
-    """Check names and files before any library is loaded, then search, or with `dry_run` say what that would take."""
+    """Check names and files before any library is loaded, then search, or with `dry_run` say what that would take.
+
+    probes: for answers that merges are asked for beside the tasks.
+    """
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.plans.operators.specs import parse_arms
     from simmerge_ray.search.evaluation import load_tasks
@@ -65,4 +74,4 @@ def run_search_command(
             estimate = plan_search(catalogue, tasks, out, config)
             narrator.print_lines(estimate.lines())
         else:
-            search_stage(catalogue, tasks, out, config, narrator)
+            search_stage(catalogue, tasks, out, config, narrator, probes)

@@ -49,6 +49,7 @@ def _of_run(layout: RunLayout[Path], config: ServeConfig) -> ServeConfig:
         "selector": layout.selector,
         "signals": layout.signals,
         "catalogue": layout.catalogue if layout.catalogue.exists() else None,
+        "probes": layout.probes if layout.probes.exists() else None,
         "registry": service / "selectors",
         "database": f"sqlite:///{(service / 'service.db').resolve()}",
     }

@@ -1,15 +1,19 @@
-"""`simmerge simulate`: how long a study takes on a cluster, and what it costs, before a node is started."""
+"""`simmerge simulate`: how long a study or a choice takes on a cluster, and what it costs, before a node is started."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simmerge_ray.base.config import FrozenConfig, option
-from simmerge_ray.cli.options import with_config_options
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.cli.options import changed_options, with_config_options
+
+if TYPE_CHECKING:
+    from simmerge_ray.capacity.simulation import Pool, UnitCosts, Workload
 
 
 class SimulationConfig(FrozenConfig):
@@ -38,12 +42,31 @@ class SimulationConfig(FrozenConfig):
     costs: Path | None = option(None, "unit costs and prices of your own")
 
 
+_AUTO = "A choice by `simmerge auto`"
+
+
+class ChoiceConfig(FrozenConfig):
+    """A choice without labels, instead of a study."""
+
+    auto: bool = option(False, "simulate a choice without labels beside measured merges, all on the engines' machine",
+                        panel=_AUTO)  # fmt: skip
+    max_tokens: int = option(16, "longest answer to a probe", ge=1, le=256, panel=_AUTO)
+    recipes: int = option(10_000, "merges scored from signatures", ge=100, panel=_AUTO)
+    shortlist: int = option(24, "of them run over the probes", ge=2, panel=_AUTO)
+    tuned: int = option(1, "merges that are tuned", ge=1, le=8, panel=_AUTO)
+    steps: int = option(60, "of tuning; 0 for none", ge=0, panel=_AUTO)
+    adapters: bool = option(False, "members are LoRA adapters of the base, which tuning keeps small", panel=_AUTO)
+    evaluate: tuple[int, ...] = option((1, 8, 20, 40), "measured merges to compare with; repeatable", panel=_AUTO)
+
+
 @with_config_options
 def simulate_command(
     study: SimulationConfig,
+    choice: ChoiceConfig,
     as_json: Annotated[bool, typer.Option("--json", help="bytes, seconds and dollars")] = False,
 ) -> None:
-    """Simulate a study: signals of all pairs, then labels. Prints the plan, the bottleneck and the cost.
+    """Simulate a study: signals of all pairs, then labels. Prints the plan, the bottleneck and the cost. With --auto, a
+    choice without labels.
 
     The units of work, the stages, the queue and the placement are the real ones; what a unit takes are the figures of
     benchmarks/README.md, and vendors' figures for GPUs, networks and prices.
@@ -53,12 +76,20 @@ def simulate_command(
     from simmerge_ray.capacity.simulation.shapes import cheapest_engine, read_shape
     from simmerge_ray.plans.operators.specs import parse_arms
 
+    if not choice.auto and (given := changed_options(choice)):
+        raise ConfigError(f"{given[0]} is about a choice without labels: give --auto, too")
+    if any(count < 0 for count in choice.evaluate):
+        raise ConfigError(f"--evaluate {min(choice.evaluate)}: numbers of measured merges are 0 or more")
     costs = load_costs(study.costs)
     model = read_shape(study.params, study.config)
     named = {"tasks", "ways", "probes", "probe_tokens", "items", "prompt_tokens", "answer_tokens"}
     sizes = study.model_dump(include=named) | {"num_models": study.models, "max_merges": study.merges}
     workload = Workload(model, arms=parse_arms(study.arms), **sizes)
     engines = study.engine_machine or cheapest_engine(model, costs.machine(study.signal_machine).cloud, costs)
+    if choice.auto:
+        pool = make_pool(engines, study.engine_nodes or study.nodes, costs)
+        typer.echo(_choice_text(workload, choice, pool, costs, study.head_machine, as_json))
+        return
     simulation = simulate(
         workload,
         make_pool(study.signal_machine, study.nodes, costs, spot=True, cache_gb=study.cache_gb),
@@ -71,3 +102,17 @@ def simulate_command(
         return
     for line in lines(workload, simulation):
         typer.echo(line)
+
+
+def _choice_text(
+    workload: Workload, choice: ChoiceConfig, pool: Pool, costs: UnitCosts, head: str | None, as_json: bool
+) -> str:
+    from simmerge_ray.capacity.simulation.choice import ChoiceWork, simulate_choice
+    from simmerge_ray.capacity.simulation.choice_page import choice_json, choice_lines
+
+    named = {"recipes", "shortlist", "tuned", "steps", "adapters"}
+    work = ChoiceWork(choice.max_tokens, **choice.model_dump(include=named))
+    found = simulate_choice(workload, work, pool, costs, head, choice.evaluate)
+    if as_json:
+        return json.dumps(choice_json(workload, work, found), indent=1)
+    return "\n".join(choice_lines(workload, work, found))

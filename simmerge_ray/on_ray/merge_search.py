@@ -27,10 +27,11 @@ from simmerge_ray.on_ray.resources import check_room, ray_session
 from simmerge_ray.on_ray.tune_adapters import NO_UTILITY, EarlyStopping, Proposals, SearchLimits, trial_result
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation import EvaluationTask
+from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.search.labels import Infeasible, LabelStore
 from simmerge_ray.search.proposers import Proposer, make_proposer
 from simmerge_ray.search.runner import EvaluatorStartError, TrialRunner, copy_labels
-from simmerge_ray.search.setup import PreparedSearch, Trial, prepare_search
+from simmerge_ray.search.setup import GivenPlans, PreparedSearch, Trial, prepare_search
 from simmerge_ray.search.status import SearchStatus
 
 _MAX_FAILURES = 3  # actors that one trial may lose before it counts as infeasible
@@ -93,19 +94,21 @@ def run_search(
     tasks: Mapping[str, EvaluationTask],
     config: SearchConfig,
     labels_uri: str | Place,
-    plans: Sequence[MergePlan] | None = None,
+    plans: GivenPlans | None = None,
     report: Callable[[SearchStatus], None] | None = None,
     start: Sequence[MergePlan] = (),
+    answers: Mapping[str, Sequence[AnswersTask]] | None = None,
 ) -> SearchResult:
     """Measure what is missing from the label store. Starts Ray only if something is.
 
     start: with a budget, plans that are measured before any proposal, and that the search goes on from.
+    answers: by owner; what a merge keeps of its members' answers is measured along with its tasks.
 
     Raises:
         InputError: see `prepare_search`. EvaluatorStartError: no engine started. EngineError: the cluster lost actors.
     """
     store = LabelStore(labels_uri)
-    search = prepare_search(catalogue, tasks, config, store.uri, plans is not None)
+    search = prepare_search(catalogue, tasks, config, store.uri, plans is not None, answers)
     proposer = make_proposer(search, plans, start)
     status = SearchStatus(proposer.total)
     if proposer.total:

@@ -95,8 +95,12 @@ class _Holder:
 def only_job(what: str, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the only right to the output `what` for the time of a block; another job that has it is waited for.
 
-    Ray frees it when the job ends, however that happens. A cluster of this process has no other jobs.
+    Ray frees it when the job ends, however that happens. Without `RAY_ADDRESS`, which every submitted job has, no
+    cluster is looked for: one of this process has no other jobs.
     """
+    if "RAY_ADDRESS" not in os.environ:
+        yield
+        return
     import ray
 
     with ray_session():

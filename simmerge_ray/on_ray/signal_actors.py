@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,8 +71,13 @@ def compute_signals_on_ray(
     config: SignalsConfig,
     report: Report | None = None,
     store: SignatureStore | None = None,
+    then: Callable[[SignalTable, Executor], None] | None = None,
 ) -> SignalTable:
-    """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit."""
+    """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit.
+
+    Args:
+        then: called with the table and the same actors before they end.
+    """
     spec = SignatureSpec.of(config)
     tokenize_probes(catalogue, probe_sets, spec)  # a probe that does not fit, before Ray is started
     held = held_bytes(catalogue.checkpoints[0], spec, config.memory_per_worker)
@@ -80,7 +85,10 @@ def compute_signals_on_ray(
     actors = config.num_workers, config.gpus_per_worker
     with ray_session(), ray_executor(catalogue, *actors, report, worker_bytes) as executor:
         memory = config.memory_per_worker
-        return compute_signals(catalogue, probe_sets, spec, config.weights, store, executor, memory_per_worker=memory)
+        table = compute_signals(catalogue, probe_sets, spec, config.weights, store, executor, memory_per_worker=memory)
+        if then is not None:
+            then(table, executor)
+        return table
 
 
 def spread_options(needs: Needs) -> dict[str, Any]:

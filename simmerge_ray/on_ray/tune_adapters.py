@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,7 +117,7 @@ class Proposals(Searcher):
                 return
             outcomes: dict[str, Outcome] = {}
             for task, items in progress.items.items():  # a short task may be through already
-                whole = len(items) == self._search.tasks[task].num_items
+                whole = len(items) == self._search.task(task).num_items
                 outcomes[task] = Measured(items) if whole else Stopped(items)
             share = (time.monotonic() - started) / len(outcomes)
             self._store.append([self._search.label(trial.plan, task, one, share) for task, one in outcomes.items()])
@@ -125,7 +126,7 @@ class Proposals(Searcher):
         self._proposer.finish(trial_id, progress)
         if progress.finished and progress.items and trial.plan.is_merge:
             value = self._search.values(progress.utilities)[0]
-            if self.status.best is None or value > self.status.best[1]:
+            if not math.isnan(value) and (self.status.best is None or value > self.status.best[1]):
                 self.status.best = (trial.plan.label, value)
         kind = "infeasible" if progress.infeasible else "measured" if progress.finished else "stopped"
         self._end(kind, started)
@@ -159,7 +160,8 @@ def trial_result(search: PreparedSearch, progress: TrialProgress) -> dict[str, A
     """What a trial tells Tune after a shard; `_progress_of` reads it."""
     utilities = progress.utilities
     told = {name: getattr(progress, name) for name in ("utilities", "num_new", "finished", "infeasible", "rival")}
-    utility = search.values(utilities)[0] if utilities else NO_UTILITY
+    utility = search.values(utilities)[0]
+    utility = NO_UTILITY if math.isnan(utility) else utility
     items = {} if progress.finished else {task: items.tolist() for task, items in progress.items.items()}
     return told | {"utility": utility, "items": items, "done": progress.finished}
 

@@ -15,6 +15,7 @@ from simmerge_ray.base.errors import ConfigError, InputError, TaskError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import resolve_plan, write_plan
@@ -65,16 +66,30 @@ def load_search_tasks(tasks_dir: Place | None, config: SearchConfig) -> dict[str
 
 
 def search_stage(
-    catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig, narrator: Narrator
+    catalogue_path: Place,
+    tasks_dir: Place | None,
+    labels: Place,
+    config: SearchConfig,
+    narrator: Narrator,
+    probes: Place | None = None,
 ) -> None:
     """Labels that are missing, into the store `labels`, and into its directory `_search` the manifest `search.json`
-    and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file. InputError:
-    whatever cannot be used, before Ray is started. EngineError: the evaluator did not start."""
+    and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file. With `probes`
+    the store gets what every merge keeps of its members' answers as well. InputError: whatever cannot be used, before
+    Ray is started. EngineError: the evaluator did not start."""
     catalogue = load_catalogue(catalogue_path)
     tasks = load_search_tasks(tasks_dir, config)
+    probe_sets, answers = _answered_probes(catalogue, probes), {}
+    if probe_sets:
+        from simmerge_ray.pipelines.predictor import answers_stage
+
+        digest_on_nodes(catalogue)
+        answers = answers_stage(catalogue, probe_sets, labels, config, narrator)
     with narrator.stage("search") as stage:
         digest_on_nodes(catalogue)
-        manifest = Manifest("search", config.content(), input_digests(catalogue, tasks))
+        inputs = input_digests(catalogue, tasks)
+        inputs |= {one.name: one.digest for some in answers.values() for one in some}
+        manifest = Manifest("search", config.content(), inputs)
         results_dir = labels / _RESULTS
         if manifest.is_current(results_dir / "search.json"):
             stage.result = UNCHANGED
@@ -84,7 +99,7 @@ def search_stage(
         started = time.monotonic()
         with search_bar(narrator) as report:
             # Absolute: trial actors write the labels, and may run in another working directory.
-            result = run_search(catalogue, tasks, config, labels.resolve(), report=report)
+            result = run_search(catalogue, tasks, config, labels.resolve(), report=report, answers=answers)
         for name, reason in sorted(result.infeasible.items()):
             narrator.say(f"           infeasible: {name}: {reason}")
         if config.budget is None:
@@ -98,6 +113,17 @@ def search_stage(
             f"{result.num_trials_run} trials run{left}, {result.num_labels} labels "
             f"({len(result.infeasible)} infeasible) by {config.evaluator} -> {labels}"
         )
+
+
+def _answered_probes(catalogue: Catalogue, probes: Place | None) -> dict[str, ProbeSet]:
+    """Probes of the members' own tasks. Raises ConfigError, ProbeError: see `check_owners`."""
+    if probes is None:
+        return {}
+    from simmerge_ray.signals.candidates.signatures import check_owners
+
+    probe_sets = load_probe_sets(probes)
+    check_owners(catalogue, probe_sets)
+    return {task: probe_sets[task] for task in sorted({task for task in catalogue.own_task.values() if task})}
 
 
 def input_digests(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask]) -> dict[str, str]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from simmerge_ray.base.config import DatasetConfig, SignalsConfig, TrainConfig, load_yaml_leniently
-from simmerge_ray.base.errors import ConfigError, InputError, LabelError
+from simmerge_ray.base.errors import ConfigError, InputError, LabelError, ProbeError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, digest_file, filled_in_place, is_complete, name_below, write_json
-from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, general_probe_set, load_probe_sets
+from simmerge_ray.checkpoints.references import read_config
+from simmerge_ray.checkpoints.size import model_shape
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.on_ray.resources import only_job
 from simmerge_ray.pipelines.dataset import UNCHANGED, input_digests, plan_search, search_stage
@@ -22,8 +24,11 @@ from simmerge_ray.pipelines.jobs import output_place
 from simmerge_ray.plans.keeping import KEEP
 from simmerge_ray.search.estimate import SearchEstimate
 from simmerge_ray.search.labels import LabelStore
-from simmerge_ray.signals.bounds import bounds
+from simmerge_ray.signals.bounds import answer_bounds, bounds, stages_for
+from simmerge_ray.signals.candidates.answers import AnswerSpec
+from simmerge_ray.signals.candidates.signatures import Owner, collect_answers, owners_of
 from simmerge_ray.signals.features import FEATURE_SCHEMA
+from simmerge_ray.signals.queue import Executor
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 from simmerge_ray.signals.tokens import tokenize_probes
@@ -47,12 +52,14 @@ def signals_stage(
 ) -> SignalTable:
     """Signals of all pairs of a catalogue into the Parquet file `out`; InputError says whatever cannot be used, before
     Ray is started where headers and files show it. probes: directory of probe files; None takes the general probe set
-    of the package. signatures: where they are kept; None puts them into `signatures` beside `out`."""
+    of the package. signatures: where they are kept; None puts them into `signatures` beside `out`. The members' own
+    answers to the probes of their tasks are put there as well, once the table is written."""
     catalogue = load_catalogue(catalogue_path)
     probe_sets = _probe_sets(probes)
     with narrator.stage("signals") as stage:
         # The table has the same bits for any number of workers, in memory or layer by layer.
-        kept = config.model_dump(exclude={"num_workers", "memory_per_worker"})
+        owners, of_answers = _answering(catalogue, probe_sets, config)
+        kept = config.model_dump(exclude={"num_workers", "memory_per_worker"}) | {"answers": bool(owners)}
         digest_on_nodes(catalogue)
         inputs = input_digests(catalogue, {})
         inputs |= {f"own task {key}": value or "" for key, value in catalogue.own_task.items()}
@@ -66,11 +73,17 @@ def signals_stage(
         started = time.monotonic()
         store = SignatureStore(signatures or str(out.parent / "signatures"))
         num_batches = [-(-len(one.probes) // config.batch_size) for one in probe_sets.values()]
-        for line in bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker):
+        lines = bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker)
+        for line in (*lines, *of_answers):
             narrator.say(f"[dim]{line}[/dim]")
+
+        def write(table: SignalTable, executor: Executor) -> None:
+            table.write(out)
+            if owners:
+                _keep_answers(catalogue, probe_sets, store, executor, config, narrator)
+
         with narrator.bar("units of work") as report:
-            table = compute_signals_on_ray(catalogue, probe_sets, config, report, store)
-        table.write(out)
+            table = compute_signals_on_ray(catalogue, probe_sets, config, report, store, write)
         results = {"num_rows": len(table.rows), "num_features": len(table.columns)}
         manifest.write(out.with_suffix(".json"), time.monotonic() - started, results)
         num = len(catalogue.checkpoints)
@@ -79,6 +92,41 @@ def signals_stage(
             f"{len(table.columns)} features each -> {out}"
         )
         return table
+
+
+def _answering(
+    catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], config: SignalsConfig
+) -> tuple[list[Owner], list[str]]:
+    """Whose answers are kept, and a line for people: how large they are, or why there are none."""
+    if not config.answers:
+        return [], []
+    owners, reason = owners_of(catalogue, tuple(probe_sets)), ""
+    if catalogue.base is None:
+        reason = "the catalogue names no base"
+    elif all(owner.checkpoint == catalogue.base.id for owner in owners):
+        reason = "no checkpoint's own task has probes"
+    elif stages_for(catalogue.checkpoints[0], SignatureSpec.of(config), config.memory_per_worker):
+        reason = "a checkpoint is run in stages of layers; a worker needs memory for all of them to write answers"
+    if reason:
+        return [], [f"answers: none, since {reason}"]
+    vocabulary = model_shape(read_config(catalogue.checkpoints[0])).vocab_size
+    counts = [len(probe_sets[owner.task].probes) for owner in owners]
+    return owners, [answer_bounds(counts, len(catalogue.all_refs), vocabulary, AnswerSpec())]
+
+
+def _keep_answers(
+    catalogue: Catalogue,
+    probe_sets: Mapping[str, ProbeSet],
+    store: SignatureStore,
+    executor: Executor,
+    config: SignalsConfig,
+    narrator: Narrator,
+) -> None:
+    """Into the signatures. Probes that nobody can answer cost the answers, not the signals."""
+    try:
+        collect_answers(catalogue, probe_sets, store, executor, signature=SignatureSpec.of(config))
+    except ProbeError as error:
+        narrator.say(f"[yellow]answers: none, since {escape(str(error))}[/yellow]")
 
 
 def _probe_sets(probes: Place | None) -> dict[str, ProbeSet]:
@@ -261,7 +309,7 @@ def load_dataset_config(path: Place) -> tuple[DatasetConfig, SearchEstimate]:
 def build_dataset_stages(config: DatasetConfig, narrator: Narrator) -> None:
     """Signals, then labels, of one catalogue: the job of `jobs/build_dataset.py`."""
     # Alone in its cluster: another submission of the same job waits, and then finds everything in place.
-    with only_job(str(config.out), narrator.say) if "RAY_ADDRESS" in os.environ else nullcontext():
+    with only_job(str(config.out), narrator.say):
         signals = config.out / "signals" / "pairs.parquet"
         signals_stage(config.catalogue, config.probes, signals, config.signals, narrator)
         search_stage(config.catalogue, config.tasks, config.out / "labels", config.search, narrator)

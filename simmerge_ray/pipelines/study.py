@@ -82,7 +82,8 @@ class _Study:
     def signals(self, variant: str = "") -> None:
         for part in self.all_parts:
             out = self.layout.signals(part.name, variant)
-            signals_stage(self.layout.catalogue(part.name), self.layout.probes(variant), out, SIGNALS, self.narrator)
+            catalogue, probes = self.layout.catalogue(part.name), self.layout.probes(variant)
+            signals_stage(catalogue, probes, out, SIGNALS.model_copy(update={"answers": False}), self.narrator)
 
     def probes(self) -> None:
         """Signals from fewer probes, and from those of another domain: what the final gain owes to them."""

@@ -28,6 +28,7 @@ def make_zoo(
     out: Path,
     recipes: Sequence[ExpertRecipe] = EXPERT_RECIPES,
     num_items: int = NUM_ITEMS,
+    num_probes: int = NUM_PROBES,
     report: Report | None = None,
 ) -> int:
     """Fill `out` with checkpoints, `probes/`, `tasks/` and `catalogue.yaml`; returns how many experts were trained.
@@ -40,7 +41,7 @@ def make_zoo(
         shipped = resources.files("simmerge_ray.research.zoo") / "base"
         with resources.as_file(shipped) as source, new_directory(out / BASE_ID) as target:
             shutil.copytree(source, target, dirs_exist_ok=True)
-    write_questions(out, num_items)
+    write_questions(out, num_items, num_probes)
     num_trained = _train([(recipe, out / BASE_ID, out / recipe.name) for recipe in recipes], [], report)
     _write_catalogue(out, BASE_ID, recipes)
     return num_trained

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.markdown import with_interval
+from simmerge_ray.base.markdown import number, with_interval
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_atomically
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.plans.keeping import keep_label
+from simmerge_ray.reports.choices import choices_part
 from simmerge_ray.reports.figures import grouped_bars, legend_below, new_figure, save_figure, write_overview
 from simmerge_ray.reports.headroom import headroom_part, page, table_block
 from simmerge_ray.search.labels import LabeledPlan, LabelStore, single_items
@@ -37,7 +38,13 @@ def write_report(layout: RunLayout[Any]) -> Place:
     catalogue = load_catalogue(layout.catalogue) if layout.catalogue.exists() else None
     labels = LabelStore(layout.labels).read()
     pick = layout.pick / "pick.json"
-    told = ((pick, _pick_part), (layout.crossval, _selector_part), (layout.headroom, _headroom_part))
+    choices = layout.choices / "choices.json"
+    told = (
+        (choices, choices_part),
+        (pick, _pick_part),
+        (layout.crossval, _selector_part),
+        (layout.headroom, _headroom_part),
+    )
     for path, part in told:
         if path.exists():
             parts += part(read_json(path), layout.report)
@@ -49,7 +56,7 @@ def write_report(layout: RunLayout[Any]) -> Place:
         parts += _signals_part(read_signal_table(layout.signals), layout.report)
     parts += ["## Made with", ", ".join(f"{name} {version}" for name, version in versions().items())]
     write_atomically(layout.report / "report.md", page(parts))
-    read = (layout.signals, layout.headroom, layout.crossval, pick)
+    read = (layout.signals, layout.headroom, layout.crossval, choices, pick)
     inputs = {name_below(path, layout.root): digest_file(path) for path in read if path.exists()}
     Manifest("report", {}, inputs).write(layout.report / "report.json", time.monotonic() - started, {})
     return layout.report / "report.md"
@@ -58,50 +65,60 @@ def write_report(layout: RunLayout[Any]) -> Place:
 def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
     left, right = pick["pair"]
     tasks = sorted(pick["num_items"])
-    predicted, measured, parents = pick["predicted"], pick["measured"]["arms"], pick["measured"]["parents"]
+    predicted, measured, answer = pick["predicted"], pick["measured"], pick["answer"]
     ranked = sorted(predicted, key=lambda arm: -predicted[arm]["utility"])
     items = ", ".join(f"{pick['num_items'][task]} items of {task}" for task in tasks)
 
-    def mean(by_task: Mapping[str, float]) -> float:
-        return float(np.mean([by_task[task] for task in tasks]))
+    def row(name: str, by_task: Mapping[str, float], value: str = "") -> list[Any]:
+        return [name, value, _mean(by_task), *(by_task[task] for task in tasks)]
 
-    rows: list[list[Any]] = []
+    rows = [row(f"**{name}**", by_task) for name, by_task in measured["chosen"].items()]
     for arm in ranked:
-        remarks = [word for word, key in (("picked", "arm"), ("best fixed", "best_fixed")) if arm == pick[key]]
+        remarks = [
+            said for said, key in (("the selector's pick", "arm"), ("best fixed", "best_fixed")) if arm == pick[key]
+        ]
         value = f"{predicted[arm]['utility']:.3f} ± {predicted[arm]['sd']:.3f}"
-        rows.append([", ".join([arm, *remarks]), value, mean(measured[arm]), *(measured[arm][task] for task in tasks)])
-    for parent in (left, right):
-        if keep_label(parent) in predicted:
-            continue
-        by_task = parents[parent]
-        rows.append([f"parent {parent}", "", mean(by_task), *(by_task[task] for task in tasks)])
+        rows.append(row(", ".join([arm, *remarks]), measured["arms"][arm], value))
+    for name, by_task in measured["checkpoints"].items():
+        if keep_label(name) not in predicted:
+            rows.append(row(f"parent {name}" if name in pick["pair"] else name, by_task))
     loaded = "; ".join(
         f"{task} " + ", ".join(f"{value:.3f} ({library})" for library, value in pick["loaded"][task].items())
-        for task in tasks
+        for task in sorted(pick["loaded"])
     )
-    means = {name: mean(by_task) for name, by_task in (measured | parents).items()}
-    _draw_pick(pick, ranked, means, items, directory)
+    _draw_pick(pick, ranked, items, directory)
+    keeps = ", ".join(
+        f"{number(100 * share, digits=0)} % of the answers of {own}" for own, share in pick["keeps"].items()
+    )
+    best = max(measured["checkpoints"], key=lambda name: _mean(measured["checkpoints"][name]))
+    written = f" From disk the written checkpoint scores {loaded}." if loaded else " Nothing was merged."
     return [
-        f"## The pick: {pick['arm']} for {left} + {right}",
-        f"This pair was left out of the search and of the training. The selector chose **{pick['arm']}** from the "
-        f"signals alone; the checkpoint was written, and only then was everything below measured ({items}).",
+        f"## The pick for {left} + {right}: {answer['label']}",
+        "This pair was left out of the search and of the training. **The pick** is what `simmerge auto` answers from "
+        f"checkpoints and probes, without any label; it keeps {keeps}. It was written, and only then was everything "
+        f"below measured ({items}). The paper's selector, trained on the labels of the other pairs, predicts a utility "
+        f"for each arm and picks **{pick['arm']}** ({pick['reason']}).",
         table_block(["", "predicted, both tasks", "measured, both tasks", *tasks], rows),
-        f"Best single checkpoint on both tasks together: {max(parents, key=lambda name: means[name])}. From disk the "
-        f"written checkpoint scores {loaded}.",
+        f"Best single checkpoint on both tasks together: {best}.{written}",
         "![Predicted and measured utility of the pick](pick.png)",
     ]
 
 
-def _draw_pick(
-    pick: Mapping[str, Any], ranked: Sequence[str], means: Mapping[str, float], items: str, directory: Place
-) -> None:
+def _mean(by_task: Mapping[str, float]) -> float:
+    return float(np.mean([by_task[task] for task in sorted(by_task)]))
+
+
+def _draw_pick(pick: Mapping[str, Any], ranked: Sequence[str], items: str, directory: Place) -> None:
+    measured = pick["measured"]
     figure, ((axis,),) = new_figure(6.4, 3.2)
     places = np.arange(len(ranked))
     utilities, sds = ([pick["predicted"][arm][key] for arm in ranked] for key in ("utility", "sd"))
-    axis.errorbar(places - 0.12, utilities, yerr=sds, fmt="o", label="predicted (± sd of the ensemble)")
-    axis.plot(places + 0.12, [means[arm] for arm in ranked], "s", label="measured afterwards")
-    for parent, style in zip(pick["pair"], ("--", ":"), strict=True):
-        axis.axhline(means[parent], ls=style, c="grey", lw=1, label=f"parent {parent}")
+    axis.errorbar(places - 0.12, utilities, yerr=sds, fmt="o", label="predicted by the selector (± sd)")
+    axis.plot(places + 0.12, [_mean(measured["arms"][arm]) for arm in ranked], "s", label="measured afterwards")
+    for (name, by_task), style in zip(measured["checkpoints"].items(), ("--", ":", "-."), strict=False):
+        axis.axhline(_mean(by_task), ls=style, c="grey", lw=1, label=name)
+    for (name, by_task), colour in zip(measured["chosen"].items(), ("C2", "C3"), strict=False):
+        axis.axhline(_mean(by_task), c=colour, lw=1.4, label=name)
     axis.set_xticks(places, ranked, rotation=12)
     axis.set_ylabel("utility, both tasks")
     axis.set_title(items, fontsize=9)

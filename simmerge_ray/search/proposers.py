@@ -11,7 +11,7 @@ from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.labels import Infeasible, LabeledPlan, Stopped
 from simmerge_ray.search.runner import TrialProgress
-from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials
+from simmerge_ray.search.setup import GivenPlans, PreparedSearch, Trial, grid_trials
 from simmerge_ray.search.space import STEP, Parameters, Range
 
 SAMPLERS = ("tpe", "cmaes", "random")
@@ -101,7 +101,7 @@ class OptunaProposer(Proposer):
                 self._known[plan.id] = None
                 self._running[number] = (trial, plan)
                 self._num_left -= 1
-                return Trial(plan, self._search.tasks_of(plan), num_shards=self._search.config.num_shards)
+                return Trial(plan, self._search.asked_of(plan), num_shards=self._search.config.num_shards)
             values = self._known.get(plan.id) if plan is not None else None
             self._optuna.tell(trial, values, state=self._states.COMPLETE if values else self._states.FAIL)
         self.total, self._num_left = self.total - self._num_left, 0  # nothing new is left
@@ -155,9 +155,7 @@ class OptunaProposer(Proposer):
         return True
 
 
-def make_proposer(
-    study: PreparedSearch, plans: Sequence[MergePlan] | None = None, start: Sequence[MergePlan] = ()
-) -> Proposer:
+def make_proposer(study: PreparedSearch, plans: GivenPlans | None = None, start: Sequence[MergePlan] = ()) -> Proposer:
     """All missing trials in order; with a budget, unmerged checkpoints first, then the plans to start from, then
     Optuna's proposals."""
     if study.space is None or plans is not None:

@@ -66,7 +66,7 @@ class TrialRunner:
         self._resolved = resolve_plan(trial.plan, self._search.catalogue)
         self._started = 0.0
         self._loaded, self._failures, self._shard = False, 0, 0
-        sizes = {task: self._search.tasks[task].num_items for task in trial.tasks}
+        sizes = {task: self._search.task(task).num_items for task in trial.tasks}
         self._parts = {task: shards(size, trial.num_shards) for task, size in sizes.items()}
         self._items = {task: np.full(size, np.nan) for task, size in sizes.items()}
 
@@ -120,7 +120,7 @@ class TrialRunner:
         for task in trial.tasks:
             if self._shard < len(self._parts[task]):
                 part = self._parts[task][self._shard]
-                self._items[task][part] = self._search.tasks[task].evaluate(evaluator, part)
+                self._items[task][part] = self._search.task(task).evaluate(evaluator, part)
                 num_new += len(part)
         self._shard += 1
         if self._shard < max(len(parts) for parts in self._parts.values()):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError, InputError, LabelError, TaskError, unknown_name
 from simmerge_ray.base.storage import versions
 from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.digests import cached_digest
 from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files
 from simmerge_ray.merging.engine.fallbacks import all_linear
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan, pair_plans, plan_from_json, resolve_plan
 from simmerge_ray.search.evaluation import EvaluationTask
+from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.search.labels import (
     EvaluationSettings,
     Infeasible,
@@ -31,6 +34,9 @@ from simmerge_ray.search.space import SearchSpace, make_space
 
 _MAX_MODEL_LEN = 4096
 Value = TypeVar("Value")
+
+GivenPlans = Sequence[MergePlan] | Mapping[MergePlan, Sequence[str]]
+"""What a search is told to measure: on the plans' own tasks, or on those that stand beside each."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class PreparedSearch:
-    """What all trials of a search share; small enough to send to every actor."""
+    """What all trials of a search share; small enough to send to every actor.
+
+    answers: of each owner, by its id, asked of a merge beside its tasks: what a merge keeps of its members. They are
+    written like labels, and count for no objective.
+    """
 
     catalogue: Catalogue
     tasks: Mapping[str, EvaluationTask]
@@ -69,6 +79,7 @@ class PreparedSearch:
     labels_uri: str
     objectives: tuple[Objective, ...]
     space: SearchSpace | None = None
+    answers: Mapping[str, Sequence[AnswersTask]] = field(default_factory=dict)
 
     @property
     def template(self) -> CheckpointRef:
@@ -79,9 +90,15 @@ class PreparedSearch:
     def other(self) -> CheckpointRef:
         return self.catalogue.checkpoints[-1]
 
+    def task(self, name: str) -> EvaluationTask:
+        """A task, or answers, by its name."""
+        if name in self.tasks:
+            return self.tasks[name]
+        return next(one for answers in self.answers.values() for one in answers if one.name == name)
+
     def key(self, plan: MergePlan, task: str) -> str:
         """Key of the label of a plan."""
-        return label_key(plan, self.tasks[task].digest, self.settings, self._used(plan))
+        return label_key(plan, self.task(task).digest, self.settings, self._used(plan))
 
     def label(
         self, plan: MergePlan, task: str, outcome: Outcome, seconds: float, same_as: MergePlan | None = None
@@ -90,7 +107,7 @@ class PreparedSearch:
         return LabeledPlan(
             plan=plan,
             task=task,
-            task_digest=self.tasks[task].digest,
+            task_digest=self.task(task).digest,
             outcome=outcome,
             settings=self.settings,
             checkpoints=self._used(plan),
@@ -100,7 +117,11 @@ class PreparedSearch:
         )
 
     def _used(self, plan: MergePlan) -> dict[str, str]:
-        return used_digests(plan, self.digests, self.catalogue.base.id if self.catalogue.base else None)
+        used = used_digests(plan, self.digests, self.catalogue.base.id if self.catalogue.base else None)
+        if not plan.needs_grams:
+            return used
+        grams = [gram for member in plan.members if (gram := self.catalogue.ref(member).gram_ref)]
+        return used | {gram.id: cached_digest(gram) for gram in grams}
 
     def labels(self) -> dict[MergePlan, dict[str, LabeledPlan]]:
         """The labels in the store that this search would make itself (same contents, items and settings), by plan and
@@ -115,7 +136,11 @@ class PreparedSearch:
         return found
 
     def values(self, utilities: Mapping[str, float]) -> tuple[float, ...]:
-        """Values of the objectives; in a grid, where a merge has its members' tasks only, the mean of those."""
+        """Values of the objectives; in a grid, where a merge has its members' tasks only, the mean of those. NaN while
+        none of them is known (answers are no tasks)."""
+        utilities = {name: utility for name, utility in utilities.items() if name in self.tasks}
+        if not utilities:
+            return (math.nan,) * max(1, len(self.objectives))
         if self.space is None:
             return (sum(utilities.values()) / len(utilities),)
         return tuple(objective.value(utilities) for objective in self.objectives)
@@ -129,6 +154,12 @@ class PreparedSearch:
         own = {task for member in plan.members if (task := self.catalogue.own_task.get(member))}
         return tuple(sorted(own)) if own and plan.source is None else every
 
+    def asked_of(self, plan: MergePlan) -> tuple[str, ...]:
+        """Its tasks, then the answers of its members; of a checkpoint as it is the answers of all owners."""
+        owners = self.answers if plan.source is not None else plan.members
+        answers = (one.name for owner in owners for one in self.answers.get(owner, ()))
+        return (*self.tasks_of(plan), *sorted(answers))
+
 
 def prepare_search(
     catalogue: Catalogue,
@@ -136,11 +167,13 @@ def prepare_search(
     config: SearchConfig,
     labels_uri: str,
     plans_given: bool = False,
+    answers: Mapping[str, Sequence[AnswersTask]] | None = None,
 ) -> PreparedSearch:
     """Check everything that can be checked before an engine exists.
 
     Args:
         plans_given: what is measured does not come from the catalogue's pairs, so that it needs none.
+        answers: see `PreparedSearch`.
 
     Raises:
         InputError: an input that cannot be used; several are listed in one `ConfigError`.
@@ -155,13 +188,15 @@ def prepare_search(
     elif not plans_given:
         _collected(problems, lambda: _check_pairs(catalogue, tasks, config))
     if context is not None:
-        _collected(problems, lambda: check_lengths(tasks, catalogue, context))
+        asked = {one.name: one for some in (answers or {}).values() for one in some}
+        _collected(problems, lambda: check_lengths({**tasks, **asked}, catalogue, context))
     if problems:
         raise ConfigError("\n  ".join(problems))
     assert context is not None and objectives is not None
     settings = EvaluationSettings(config.evaluator, config.dtype, context)
+    digests = catalogue.digests()
     return PreparedSearch(
-        catalogue, dict(tasks), config, settings, catalogue.digests(), labels_uri, tuple(objectives), space
+        catalogue, dict(tasks), config, settings, digests, labels_uri, tuple(objectives), space, dict(answers or {})
     )
 
 
@@ -189,7 +224,7 @@ def _pairs(catalogue: Catalogue, config: SearchConfig) -> list[tuple[str, str]]:
     return [pair for pair in catalogue.pairs(config.pairs) if frozenset(pair) not in excluded]
 
 
-def grid_trials(search: PreparedSearch, plans: Sequence[MergePlan] | None = None) -> list[Trial]:
+def grid_trials(search: PreparedSearch, plans: GivenPlans | None = None) -> list[Trial]:
     """The trials whose labels are missing: every checkpoint and the base on every task, then pairs x arms on their
     parents' own tasks. With `plans`: these and their parents, on the plans' tasks.
 
@@ -200,9 +235,10 @@ def grid_trials(search: PreparedSearch, plans: Sequence[MergePlan] | None = None
     if plans is None:
         singles = [MergePlan(source=ref.id) for ref in catalogue.all_refs]
         merges = pair_plans(_pairs(catalogue, config), parse_arms(config.arms))
-        needed = [(plan, search.tasks_of(plan)) for plan in (*singles, *merges)]
+        needed = [(plan, search.asked_of(plan)) for plan in (*singles, *merges)]
     else:
-        needed = [(plan, search.tasks_of(plan)) for plan in plans]
+        names_of = plans if isinstance(plans, Mapping) else {plan: search.asked_of(plan) for plan in plans}
+        needed = [(plan, tuple(names)) for plan, names in names_of.items()]
         parents = dict.fromkeys((member, names) for plan, names in needed for member in plan.members)
         needed += [(MergePlan(source=member), names) for member, names in parents]
         needed = list(dict.fromkeys(needed))

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from simmerge_ray.base.errors import ClientError, RefusedError, UnavailableError
 from simmerge_ray.service import schemas
+from simmerge_ray.service.recipe_schemas import RetentionRanking
 from simmerge_ray.service.schemas import check_utility
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -159,6 +160,23 @@ class Client:
         names = None if checkpoints is None else list(checkpoints)
         body = {"checkpoints": names, "task": task, "ways": ways, "top": top}
         return self._send("POST", "/v1/plans", schemas.PlansAnswer, body)
+
+    def best_recipes(
+        self, checkpoints: Sequence[str] | None = None, ways: str | int = "2-4", task: str | None = None, top: int = 10
+    ) -> RetentionRanking:
+        """The best recipes by what they keep of their members' own answers; nothing is merged. Arguments as `plans`."""
+        names = None if checkpoints is None else list(checkpoints)
+        body = {"checkpoints": names, "task": task, "ways": ways, "top": top, "by": "retention"}
+        return self._send("POST", "/v1/plans", RetentionRanking, body)
+
+    def score_recipes(self, recipes: Sequence[Mapping[str, Any]], task: str | None = None) -> RetentionRanking:
+        """What recipes keep of their members' own answers, the best first.
+
+        Args:
+            recipes: as `plans.recipe.Recipe.to_json` writes them, or `{"source": id}`; at most 1000.
+        """
+        body = {"recipes": [dict(one) for one in recipes], "task": task}
+        return self._send("POST", "/v1/rank", RetentionRanking, body)
 
     def rank(self, left: str, right: str, task: str | None = None) -> schemas.Ranked:
         """Ranked arms for two checkpoints; nothing is decided."""

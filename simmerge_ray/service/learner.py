@@ -21,6 +21,7 @@ from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.base.errors import SimmergeError, StoreError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.selector.data.orders import heads_of
 from simmerge_ray.service import answers, deciding, schemas
 from simmerge_ray.service.context import Contexts
@@ -31,7 +32,9 @@ from simmerge_ray.service.log.ledger import answer_of, decision_record, former_v
 from simmerge_ray.service.log.outcomes import Status
 from simmerge_ray.service.metrics import PrometheusMetrics
 from simmerge_ray.service.planning import PlanRanker, plan_prediction
+from simmerge_ray.service.recipe_schemas import RecipesRequest, RetentionRanking
 from simmerge_ray.service.registry import Published, Registry
+from simmerge_ray.service.retention import RetentionCurve, RetentionRanker
 from simmerge_ray.service.schemas import Refused
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 
@@ -47,7 +50,8 @@ class Learner:
 
     clock: seconds since 1970.
 
-    Raises InputError: the signal table, the catalogue or the selector cannot be read, or do not fit each other.
+    Raises InputError: the signal table, the catalogue, the probes or the selector cannot be read, or do not fit each
+    other.
     """
 
     def __init__(self, settings: ServiceConfig, clock: Callable[[], float] = time.time) -> None:
@@ -64,6 +68,8 @@ class Learner:
         self._follower = Follower(settings, self.registry, self._table, self._given, clock)
         self._policies = deciding.PolicyCache(settings.floor)
         self._rankers: dict[str, PlanRanker] = {}
+        probe_sets = load_probe_sets(settings.probes) if settings.probes else None
+        self._retention = RetentionRanker(self._table, self._catalogue, probe_sets, settings.signature_store)
         self._others = ThreadPoolExecutor(1, "simmerge-read")
         self._background: list[asyncio.Task[None]] = []
         # Seeded by the system once. To ask it for every id gives the interpreter lock away, and waits to have it back.
@@ -248,6 +254,23 @@ class Learner:
         """The best plans, without a decision. Raises InputError, StoreError."""
         published = self._follower.published(await self._follower.view())
         return await self._in_other(lambda: self._rank_plans(published, request))
+
+    async def best_recipes(self, request: schemas.PlansRequest) -> RetentionRanking:
+        """The best recipes by what they keep of their members. Raises Refused (409), InputError, StoreError."""
+        return await self._in_other(lambda: self._retention.best(request))
+
+    async def score_recipes(self, request: RecipesRequest) -> RetentionRanking:
+        """What recipes keep of their members. Raises Refused (409), InputError, StoreError."""
+        return await self._in_other(lambda: self._retention.scored(request))
+
+    async def retention_curve(self, left: str, right: str, scale: float) -> RetentionCurve:
+        """What is kept along the line between two checkpoints. Raises Refused (409), InputError, StoreError."""
+        return await self._in_other(lambda: self._retention.curve(left, right, scale))
+
+    @property
+    def answering(self) -> tuple[str, ...]:
+        """Ids of the checkpoints whose own answers may be asked for."""
+        return self._retention.checkpoints
 
     # Internals.
 

@@ -25,7 +25,9 @@ def check_utility(value: object) -> None:
         raise ValueError(f"the utility is {value!r}; it must be a number in [0, 1]") from None
 
 
-class _Request(BaseModel):
+class RequestModel(BaseModel):
+    """A body: closed, and not changed."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -37,15 +39,15 @@ class Refused(Exception):
         self.status, self.detail = status, detail
 
 
-def _examples(*examples: dict[str, Any]) -> ConfigDict:
+def examples(*shown: dict[str, Any]) -> ConfigDict:
     """For the OpenAPI document; with names of the demo."""
-    return ConfigDict(json_schema_extra={"examples": list(examples)})
+    return ConfigDict(json_schema_extra={"examples": list(shown)})
 
 
-class DecisionRequest(_Request):
+class DecisionRequest(RequestModel):
     """Which merge should be made: which operator for `left` and `right`, or which plan over some of `checkpoints`?"""
 
-    model_config = _examples(
+    model_config = examples(
         {"left": "math-strong", "right": "rag-strong"},
         {"left": "math-strong", "right": "rag-strong", "task": "math", "explore": False, "ttl_seconds": 86400},
         {"checkpoints": ["math-strong", "rag-strong", "code-strong"], "ways": "2-3"},
@@ -72,54 +74,60 @@ class DecisionRequest(_Request):
         return self
 
 
-class RankRequest(_Request):
+class RankRequest(RequestModel):
     """All arms for a pair, without a decision."""
 
-    model_config = _examples({"left": "math-strong", "right": "rag-strong"})
+    model_config = examples({"left": "math-strong", "right": "rag-strong"})
     left: CheckpointId
     right: CheckpointId
     task: CheckpointId | None = None
 
 
-class PlansRequest(_Request):
+class PlansRequest(RequestModel):
     """The best plans over checkpoints, without a decision. checkpoints: None takes the whole catalogue."""
 
-    model_config = _examples({"checkpoints": ["math-strong", "rag-strong"], "ways": 2, "top": 3})
+    model_config = examples(
+        {"checkpoints": ["math-strong", "rag-strong"], "ways": 2, "top": 3},
+        {"checkpoints": ["math-strong", "rag-strong"], "ways": 2, "top": 3, "by": "retention"},
+    )
+    by: Literal["selector", "retention"] = Field(
+        "selector", description="the selector's utility, or what a recipe keeps of its members' own answers"
+    )
     checkpoints: Annotated[list[CheckpointId], Field(min_length=2, max_length=MAX_MEMBERS)] | None = None
     task: CheckpointId | None = None
     ways: Annotated[str, Field(max_length=20)] | Annotated[int, Field(ge=2, le=8)] = "2-4"
     top: int = Field(10, ge=1, le=100)
 
 
-class RewardRequest(_Request):
+class RewardRequest(RequestModel):
     """The measured utility of what was decided."""
 
-    model_config = _examples({"utility": 0.711})
+    model_config = examples({"utility": 0.711})
     utility: Utility
 
 
-class ReasonRequest(_Request):
+class ReasonRequest(RequestModel):
     """Why a reward is voided, or a decision closed."""
 
-    model_config = _examples({"reason": "infeasible: the tokenizers differ"})
+    model_config = examples({"reason": "infeasible: the tokenizers differ"})
     reason: Reason
 
 
-class ArmRequest(_Request):
+class ArmRequest(RequestModel):
     """A new operator, or `keep` for both parents as they are.
 
     sibling: a known arm that it is expected to be like, which counts `power` of what it has seen."""
 
-    model_config = _examples({"arm": "ties(density=0.2)", "sibling": "ties", "power": 0.3})
+    model_config = examples({"arm": "ties(density=0.2)", "sibling": "ties", "power": 0.3})
     arm: ArmLabel
     sibling: ArmLabel | None = None
     power: float = Field(0.3, gt=0.0, le=1.0, allow_inf_nan=False)
 
 
-class DiscountRequest(_Request):
+class DiscountRequest(RequestModel):
     """What was observed so far counts `factor` of what it did."""
 
-    model_config = _examples({"factor": 0.5, "reason": "the tasks were replaced"})
+    model_config = examples({"factor": 0.5, "reason": "the tasks were replaced"})
     factor: float = Field(gt=0.0, le=1.0, allow_inf_nan=False)
     reason: Reason
 

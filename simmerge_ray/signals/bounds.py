@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.headers import read_headers
@@ -18,6 +19,10 @@ from simmerge_ray.signals.signature import (
 )
 from simmerge_ray.signals.stages import LayerRange, activation_bytes, model_bytes, plan_stages
 
+if TYPE_CHECKING:  # it imports torch, which an estimate needs not
+    from simmerge_ray.signals.candidates.answers import AnswerSpec
+
+_HEADER_BYTES = 512  # of a small file of a signature
 BLOCK_VALUES = 1 << 22  # elements of a block of logits over all checkpoints, when pairs are computed
 
 
@@ -56,6 +61,20 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
         f"memory of the driver: at most {_size(driver_bytes(num_checkpoints, one_task + sample))}",
         f"signatures: {_size(signature)} a checkpoint, at most {_size(signature * num_checkpoints)} on disk",
     ]
+
+
+def answer_bounds(num_answers: Sequence[int], num_checkpoints: int, vocabulary: int, spec: AnswerSpec) -> str:
+    """For people: disk for the answers in signatures.
+
+    Args:
+        num_answers: of each owner. num_checkpoints: that are run over them.
+    """
+    kept = min(spec.num_kept, vocabulary)
+    positions = sum(num_answers) * spec.max_tokens
+    # Of a position the kept tokens with their log-probabilities at every checkpoint, and once the owner's own choice.
+    size = positions * (num_checkpoints * 4 * (kept + 1) + 20 * kept + 16)
+    size += _HEADER_BYTES * len(num_answers) * (num_checkpoints + 2)
+    return f"answers: {len(num_answers)} checkpoints' own, at most {_size(size)} on disk"
 
 
 def held_bytes(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from simmerge_ray.base.config import ServiceConfig
 from simmerge_ray.service.http.access import ROLES, Access, Principal, token_digest
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.learner import Learner
@@ -37,7 +39,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedFiles:
 @pytest.fixture(scope="module")
 def service(published: PublishedFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service of the module's own, with its log in SQLite and a token for each role."""
-    settings = published.settings(tmp_path_factory.mktemp("service"))
+    with service_of(published.settings(tmp_path_factory.mktemp("service"))) as one:
+        yield one
+
+
+@contextmanager
+def service_of(settings: ServiceConfig) -> Iterator[Service]:
+    """A service with these settings, until the block ends."""
     upgrade_database(settings.database)
     tokens = {role: f"token-of-{role}-{'x' * 16}" for role in ROLES}
     access = Access([Principal(role, frozenset({role}), token_digest(token)) for role, token in tokens.items()])

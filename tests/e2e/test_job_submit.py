@@ -99,3 +99,19 @@ def test_a_submitted_merge_refuses_ray_s_copy_of_the_directory_and_makes_the_byt
     assert refused["exit_code"] == 2 and "OUT is 'merged'" in refused["error"]
     assert made["exit_code"] == 0 and made["out"] == str(tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
+
+
+@pytest.mark.ray
+def test_two_submissions_of_a_choice_run_one_after_the_other_and_compute_once(catalogue_path, tmp_path, ray_cluster):
+    given = f"--probes {catalogue_path.parent}/probes --out {tmp_path}/best --evaluator transformers"
+    small = "--member m0 --member m1 --recipes 200 --shortlist 2 --tune none --max-tokens 4 --concurrency 1 --no-write"
+    job = f"python jobs/find_merge.py {catalogue_path} {given} {small}"
+    submit = [Path(sys.executable).parent / "ray", "job", "submit", "--address", ray_cluster, "--working-dir", "."]
+    both = ["--", "bash", "-c", f"{job} & {job}; wait"]
+    result = subprocess.run([*submit, *both], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, second = (read_last_line(line) for line in result.stdout.splitlines() if line.startswith(LAST_LINE))
+    assert first == second and first["exit_code"] == 0 and first["answer"] in ("merge", "keep")
+    assert f"another job is at work on {tmp_path}/best; waiting" in result.stdout
+    labels = [label.key for label in LabelStore(tmp_path / "best" / "labels").read()]
+    assert len(labels) == len(set(labels)) > 0

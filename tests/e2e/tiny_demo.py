@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from simmerge_ray.base.config import TrainConfig
+from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.cli.app import run_command
@@ -19,17 +20,11 @@ HELD_OUT = ("math-few", "rag-few")
 
 
 def run_tiny_demo(layout: RunLayout, narrator: Narrator) -> None:
-    from simmerge_ray.pipelines.demo import run_demo
+    from simmerge_ray.pipelines.demo import DemoSize, run_demo
 
-    run_demo(
-        layout,
-        narrator,
-        recipes=RECIPES,
-        held_out=HELD_OUT,
-        num_items=20,
-        train=TrainConfig(num_epochs=20),
-        evaluator="transformers",
-    )
+    find = FindConfig(num_recipes=500, shortlist=4)
+    size = DemoSize(RECIPES, HELD_OUT, 20, 16, TrainConfig(num_epochs=20), find, "transformers")
+    run_demo(layout, narrator, size)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import upgrade_database
 from simmerge_ray.service.metrics import PrometheusMetrics
 from tests.conftest import free_port
-from tests.unit.service.published import write_published
+from tests.unit.service.answering import write_answering
 
 TOKENS = {role: f"a-token-of-{role}-for-tests" for role in ("decide", "reward", "admin")}
 HEAD_SECONDS, BODY_SECONDS = 1.0, 1.0
@@ -107,7 +107,7 @@ class LiveService:
 @contextmanager
 def live_service(root: Path) -> Iterator[LiveService]:
     """A service on made-up checkpoints, until the block ends."""
-    files = write_published(root)
+    files = write_answering(root)
     settings = files.settings(root)
     upgrade_database(settings.database)
     clients = [Principal(role, frozenset({role}), token_digest(token)) for role, token in TOKENS.items()]

@@ -38,6 +38,7 @@ OPERATIONS = [
 ]
 # What a schema cannot say: two different checkpoints, one of two forms, as many as `ways`, operators that exist.
 SEMANTIC = {"/v1/decisions", "/v1/rank", "/v1/plans", "/v1/arms"}
+OPERATORS = ("task_arithmetic", "linear", "ties", "slerp", "regmean", "no such operator")
 ARMS = ("linear", "ties", "slerp", "ties(density=0.2)", "dare_ties", "no such arm", "linear(")
 
 
@@ -68,6 +69,13 @@ def with_known_names(case: Any, service: LiveService, number: int) -> Any:
             body["left"], body["right"] = ids[number % len(ids)], ids[(number // 2 + 1) % len(ids)]
         if isinstance(body.get("checkpoints"), list):
             body["checkpoints"] = [ids[index % len(ids)] for index, _ in enumerate(body["checkpoints"])]
+        for recipe in body["recipes"] if isinstance(body.get("recipes"), list) else ():
+            for place, one in enumerate((recipe, *recipe.get("members", ()), *recipe.get("steps", ()))):
+                for name in {"source", "checkpoint", "left", "right"} & set(one):
+                    one[name] = ids[(place + (name == "right")) % len(ids)]
+                if "operator" in one:
+                    one["operator"] = OPERATORS[number % len(OPERATORS)]
+                    one["parameters"] = one.get("parameters", {}) if number % 2 else {}
         if isinstance(body.get("arm"), str):
             body["arm"] = ARMS[number % len(ARMS)] if number % 2 else f"ties(density={number / 10_000})"
         for name, known in (("task", ("s", "t")), ("sibling", ("linear", "ties"))):

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.base.progress import Narrator
+from simmerge_ray.checkpoints.catalogue import load_catalogue
+from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.on_ray.actor_pool import ActorPool
 from simmerge_ray.on_ray.signal_actors import compute_signals_on_ray, ray_executor
+from simmerge_ray.pipelines.stages import signals_stage
+from simmerge_ray.service.retention import RetentionRanker
+from simmerge_ray.service.schemas import PlansRequest
+from simmerge_ray.signals.bounds import working_bytes
 from simmerge_ray.signals.candidates.answers import AnswerSpec
 from simmerge_ray.signals.candidates.signatures import collect_answers
 from simmerge_ray.signals.compute import compute_signals, local_executor
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+from simmerge_ray.signals.stages import model_bytes
+from simmerge_ray.signals.table import read_signal_table
 from simmerge_ray.signals.worker import SignalWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -86,6 +98,36 @@ def test_answers_have_the_same_bits_as_in_one_process(catalogue, probe_sets, one
         assert one.owner == other.owner and one.answers.digest == other.answers.digest
         for name in ("likely", "rest", "base_likely", "base_rest"):
             assert getattr(one.kept, name).tobytes() == getattr(other.kept, name).tobytes()
+
+
+def stored_answers(directory: Path) -> list[Path]:
+    return [path for kind in ("written", "answers", "kept") for path in directory.glob(f"{kind}-*")]
+
+
+def test_the_signals_of_a_run_bring_the_members_answers_unless_a_checkpoint_runs_in_stages(catalogue_path, tmp_path):
+    out, signatures, printed = tmp_path / "pairs.parquet", tmp_path / "signatures", io.StringIO()
+    narrator = Narrator(Console(file=printed, width=200))
+
+    def make(**changes: object) -> str:
+        printed.truncate(printed.seek(0))
+        config = CONFIG.model_copy(update=changes)
+        signals_stage(catalogue_path, catalogue_path.parent / "probes", out, config, narrator)
+        return printed.getvalue()
+
+    ref = load_catalogue(catalogue_path).checkpoints[0]
+    memory = (working_bytes(ref, SignatureSpec.of(CONFIG)) + 0.8 * model_bytes(read_headers(ref))) / 1e9
+    assert "answers: none, since a checkpoint is run in stages" in make(memory_per_worker=memory)
+    table = out.read_bytes()
+    assert "answers" not in make(answers=False) and not stored_answers(signatures)
+    said = make()
+    stated = float(re.search(r"answers: 3 checkpoints' own, at most (\d+) MB on disk", said)[1]) * 1e6
+    size = sum(path.stat().st_size for path in stored_answers(signatures))
+    assert 0 < size <= stated + 0.5e6 and out.read_bytes() == table
+    # A service computes nothing, and finds all that it needs.
+    probe_sets, catalogue = load_probe_sets(catalogue_path.parent / "probes"), load_catalogue(catalogue_path)
+    ranker = RetentionRanker(read_signal_table(out), catalogue, probe_sets, str(signatures))
+    assert ranker.best(PlansRequest(by="retention")).plans
+    assert "unchanged" in make(num_workers=1)
 
 
 class Square:

@@ -152,6 +152,7 @@ def loaded_modules(code: str) -> set[str]:
         "['simmerge', 'signals', 'c.yaml', '--out', 'o', '--weights', 'all']",
         "['simmerge', 'merge', 'absent.json', 'out']",
         "['simmerge', 'simulate', '--models', '50', '--params', '111e9', '--nodes', '8']",
+        "['simmerge', 'simulate', '--models', '2', '--params', '111e9', '--nodes', '1', '--auto']",
         "['simmerge', 'plan', 'absent.yaml', '--selector', 's', '--signals', 't']",
         "['simmerge', 'plan', 'c.yaml', '--selector', 's', '--signals', 't', '--propagator', 'virtul']",
         "['simmerge', 'client', '--url', 'nowhere', 'policy']",

@@ -35,6 +35,8 @@ class MeasuredCosts(FrozenConfig):
     sums_ns: Figure
     sums_pair_ns: Figure
     pair_s_per_value: Figure
+    mixed_ns: Figure
+    mixed_member_ns: Figure
     linear_ns: Figure
     slerp_ns: Figure
     ties_ns: Figure
@@ -45,10 +47,11 @@ class MeasuredCosts(FrozenConfig):
 
 
 class Gpu(FrozenConfig):
-    """tflops: of bfloat16, without sparsity. tbytes_per_s: of its memory."""
+    """tflops: of bfloat16, without sparsity; tflops32: of float32. tbytes_per_s: of its memory."""
 
     name: str
     tflops: float = Field(gt=0)
+    tflops32: float = Field(gt=0)
     tbytes_per_s: float = Field(gt=0)
 
 

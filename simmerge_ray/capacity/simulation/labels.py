@@ -89,20 +89,40 @@ def make_trials(workload: Workload) -> list[Merge]:
 def simulate_labels(
     workload: Workload, trials: Sequence[Merge], engines: Engines, nodes: Sequence[Node], costs: UnitCosts
 ) -> Phase:
-    """Trials in order, each on the engine that is free first, from the first engine's start to the last label; every
-    engine first copies and loads one checkpoint."""
+    """Trials in order, each on its tasks' items, from the first engine's start to the last label."""
+    seconds = [generation_seconds(workload, engines, trial.tasks * workload.items, costs) for trial in trials]
+    return simulate_trials("labels", workload.model, list(zip(trials, seconds, strict=True)), engines, nodes, costs)
+
+
+def simulate_trials(
+    name: str,
+    model: ModelSize,
+    trials: Sequence[tuple[Merge, float]],
+    engines: Engines,
+    nodes: Sequence[Node],
+    costs: UnitCosts,
+) -> Phase:
+    """Trials in order, each on the engine that is free first; every engine first copies and loads one checkpoint.
+
+    Args:
+        name: of the phase. trials: with the seconds for which an engine evaluates each.
+    """
+    before = sum(node.network_bytes for node in nodes)
     workers = make_workers(min(engines.per_node * len(nodes), len(trials)), nodes)
-    model, ranks = workload.model, max(1, engines.ranks)
+    ranks = max(1, engines.ranks)
     threads = min(MAX_THREADS, max(1, int(engines.cpus)))
     readers = ranks * threads  # every rank reads the whole merge; what one has read, the others find in memory
     swapped = model.num_bytes / ranks / costs.assumed.swap_bytes_per_s if engines.ranks else 0.0
     waiting: list[tuple[float, int]] = []
+    first = trials[0][0].members[:1]
+    for node in nodes:
+        node.begin()
     for worker in workers:
-        read = worker.node.read_all(trials[0].members[:1], model.num_bytes, 0.0, readers=readers)
+        read = worker.node.read_all(first, model.num_bytes, 0.0, readers=readers)
         begun = worker.spend(**read, **{"starting engines": costs.of("engine_start_s")})
         heapq.heappush(waiting, (begun, worker.number))
     end = 0.0
-    for trial in trials:
+    for trial, evaluating in trials:
         now, number = heapq.heappop(waiting)
         worker = workers[number]
         read = worker.node.read_all(trial.members, model.num_bytes, now, readers=readers)
@@ -111,13 +131,14 @@ def simulate_labels(
         own = {
             "merging": model.parameters * merge_ns * 1e-9 / threads,
             "swapping weights": swapped,
-            "evaluating": generation_seconds(workload, engines, trial.tasks * workload.items, costs),
+            "evaluating": evaluating,
             "Ray Tune": costs.of("trial_s"),
         }
         took = worker.spend(**read, **own)
         end = max(end, now + took)
         heapq.heappush(waiting, (now + took, number))
-    return Phase.of("labels", "engines", workers, len(trials), end, sum(node.network_bytes for node in nodes))
+    network = sum(node.network_bytes for node in nodes) - before
+    return Phase.of(name, "engines", workers, len(trials), end, network)
 
 
 def generation_seconds(workload: Workload, engines: Engines, num_items: int, costs: UnitCosts) -> float:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from simmerge_ray.capacity.simulation.labels import Engines
 from simmerge_ray.capacity.simulation.study import Simulated
 from simmerge_ray.capacity.simulation.workers import Phase
 from simmerge_ray.capacity.simulation.workload import Pool, Workload
+from simmerge_ray.capacity.size import ModelSize
 
+SOURCES = (
+    "Times of CPUs, merges and disks are measured (benchmarks/README.md); GPUs, networks and prices are assumed: "
+    "`--costs FILE` takes yours."
+)
 _NAMES = {
     "digests": "digests of the checkpoints",
     "continuations": "the base's continuations",
@@ -49,14 +55,14 @@ def lines(workload: Workload, found: Simulated) -> list[str]:
     ]
     if not found.cache_holds:
         told.append(
-            f"warning     the cache of a {found.engine_pool.machine} ({_size(found.engine_pool.cache_bytes)}) does not "
-            f"hold {workload.ways} checkpoints: every merge reads them from the store again"
+            f"warning     the cache of a {found.engine_pool.machine} ({size_text(found.engine_pool.cache_bytes)}) does "
+            f"not hold {workload.ways} checkpoints: every merge reads them from the store again"
         )
     needed, room = found.signals.driver_bytes, found.head.resources["memory"]
     if needed > room:
         told.append(
-            f"warning     the driver holds {_size(needed)} while it compares signatures; the head has room for "
-            f"{_size(room)}: take a larger one (--head-machine)"
+            f"warning     the driver holds {size_text(needed)} while it compares signatures; the head has room for "
+            f"{size_text(room)}: take a larger one (--head-machine)"
         )
     told.append(
         f"cost        {_pool('signals', found, found.signal_pool)}; {_pool('engines', found, found.engine_pool)}; head "
@@ -64,31 +70,42 @@ def lines(workload: Workload, found: Simulated) -> list[str]:
     )
     if found.gpu_hours:
         told.append(f"GPU hours   {found.gpu_hours:,.0f}")
-    told.append(
-        "Times of CPUs, merges and disks are measured (benchmarks/README.md); GPUs, networks and prices are assumed: "
-        "`--costs FILE` takes yours."
-    )
-    return told
+    return [*told, SOURCES]
 
 
 def _plan_lines(workload: Workload, found: Simulated) -> list[str]:
     model, placed, engines = workload.model, found.placed, found.engines
     cut = "whole" if len(placed.stages) == 1 else f"in {len(placed.stages)} stages of layers"
-    ranks = f"{engines.cpus:g} cores"
-    if engines.ranks:
-        ranks = f"{engines.ranks} GPU{'s' if engines.ranks > 1 else ''} with {ranks} each"
     return [
-        f"model     {model.parameters / 1e9:.4g} B parameters, {model.dtype}, {_size(model.num_bytes)} each; the shape "
-        f"of {model.name}: {model.layers} layers, {model.hidden_size} wide",
+        model_line(model),
         f"catalogue {workload.num_models} checkpoints and their base, "
-        f"{_size((workload.num_models + 1) * model.num_bytes)} in the store; "
+        f"{size_text((workload.num_models + 1) * model.num_bytes)} in the store; "
         f"{workload.tasks} tasks, {len(workload.arms)} arms",
         f"signals   {found.signal_pool.nodes} x {found.signal_pool.machine}, {placed.per_node} workers a node, "
-        f"{_size(placed.worker_bytes)} each, a checkpoint {cut}; "
-        f"signature {_size(found.signals.signature_bytes)}, driver {_size(found.signals.driver_bytes)}",
-        f"engines   {found.engine_pool.nodes} x {found.engine_pool.machine}, {engines.per_node} a node, {ranks}; "
-        f"an engine {_size(engines.engine_bytes)}",
+        f"{size_text(placed.worker_bytes)} each, a checkpoint {cut}; "
+        f"signature {size_text(found.signals.signature_bytes)}, driver {size_text(found.signals.driver_bytes)}",
+        f"engines   {found.engine_pool.nodes} x {found.engine_pool.machine}, {engines.per_node} a node, "
+        f"{engine_text(engines)}; an engine {size_text(engines.engine_bytes)}",
     ]
+
+
+def model_line(model: ModelSize) -> str:
+    """What is simulated."""
+    return (
+        f"model     {model.parameters / 1e9:.4g} B parameters, {model.dtype}, {size_text(model.num_bytes)} each; the "
+        f"shape of {model.name}: {model.layers} layers, {model.hidden_size} wide"
+    )
+
+
+def engine_text(engines: Engines) -> str:
+    """What one engine has."""
+    cores = f"{engines.cpus:g} cores"
+    return f"{engines.ranks} GPU{'s' if engines.ranks > 1 else ''} with {cores} each" if engines.ranks else cores
+
+
+def phase_json(phase: Phase) -> dict[str, Any]:
+    """All that is known of a part."""
+    return {"worker_seconds" if key == "causes" else key: value for key, value in vars(phase).items()}
 
 
 def _phase_lines(found: Simulated) -> list[str]:
@@ -97,10 +114,10 @@ def _phase_lines(found: Simulated) -> list[str]:
         f"{'part':<27}{'where':<9}{'workers':>8}{'units':>9}{'hours':>9}{'network':>10}  most of it",
         *(
             f"{_NAMES[phase.name]:<27}{phase.place:<9}{phase.workers:>8}{phase.units:>9}{_hours(phase.seconds):>9}"
-            f"{_size(phase.network_bytes):>10}  {phase.cause}, {phase.share:.0%}"
+            f"{size_text(phase.network_bytes):>10}  {phase.cause}, {phase.share:.0%}"
             for phase in found.phases
         ),
-        f"{'together':<27}{'':<9}{'':>8}{'':>9}{_hours(found.seconds):>9}{_size(network):>10}",
+        f"{'together':<27}{'':<9}{'':>8}{'':>9}{_hours(found.seconds):>9}{size_text(network):>10}",
     ]
 
 
@@ -128,10 +145,7 @@ def to_json(workload: Workload, found: Simulated) -> dict[str, Any]:
             "gpus": found.engines.ranks,
             "bytes": found.engines.engine_bytes,
         },
-        "phases": [
-            {"worker_seconds" if key == "causes" else key: value for key, value in vars(phase).items()}
-            for phase in found.phases
-        ],
+        "phases": [phase_json(phase) for phase in found.phases],
         "seconds": found.seconds,
         "bottleneck": found.bottleneck.name,
         "cache_holds": found.cache_holds,
@@ -149,7 +163,8 @@ def _hours(seconds: float) -> str:
     return f"{hours:.2f}" if hours < 10 else f"{hours:,.0f}"
 
 
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
+    """Bytes for a person."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"

@@ -57,23 +57,26 @@ class SignalRun:
 
 
 class SignalSimulation:
-    """The units of `signals.compute` on workers. cores: of a node."""
+    """The units of `signals.compute` on workers. cores: of a node.
+
+    names: of the checkpoints, the base first. groups: names of tensors that are sampled together.
+    """
 
     def __init__(self, workload: Workload, placed: Placed, nodes: Sequence[Node], cores: int, costs: UnitCosts) -> None:
         self._workload, self._model, self._placed, self._costs = workload, workload.model, placed, costs
-        self._names = ["base", *(f"m{number}" for number in range(workload.num_models))]
+        self.names = ["base", *(f"m{number}" for number in range(workload.num_models))]
         self._spec = SignatureSpec()
         self._batches = math.ceil(workload.probes / self._spec.batch_size)
         self._nodes, self._cores = nodes, cores
-        self._workers = make_workers(placed.per_node * len(nodes), nodes)
-        self._groups = group_tensors(self._model.tensors)
+        self.workers = make_workers(placed.per_node * len(nodes), nodes)
+        self.groups = group_tensors(self._model.tensors)
         self._shares = self._group_shares()
 
     def run(self) -> SignalRun:
         """All parts, one after the other: each needs the one before."""
         phases: list[Phase] = []
         start = 0.0
-        parts = {"digests": self._digests, "continuations": self._continuations}
+        parts = {"digests": self.digests, "continuations": self._continuations}
         for name, part in (parts | {"signatures": self._signatures, "sums": self._sums}).items():
             before = sum(node.network_bytes for node in self._nodes)
             workers, units, end = part(start)
@@ -85,7 +88,7 @@ class SignalSimulation:
         width = self._spec.max_tokens + NUM_GREEDY_TOKENS
         one_task = outputs_bytes(self._spec, self._model.config, width)
         sample = weights_bytes(self._spec, list(self._model.tensors.values()))
-        count, tasks = len(self._names), self._workload.tasks
+        count, tasks = len(self.names), self._workload.tasks
         signature = tasks * one_task + sample
         pairs = count * (count - 1) // 2 * tasks
         seconds = pairs * one_task / 4 * self._costs.of("pair_s_per_value")
@@ -97,12 +100,12 @@ class SignalSimulation:
         """Hidden states that go from stage to stage through the driver."""
         width = self._spec.max_tokens + NUM_GREEDY_TOKENS
         states = 4 * self._spec.batch_size * width * self._model.hidden_size * (len(self._placed.stages) - 1)
-        return 2 * states * len(self._names) * self._workload.tasks * self._batches
+        return 2 * states * len(self.names) * self._workload.tasks * self._batches
 
     def _forward(self, elements: float, tokens: float) -> float:
         return 2 * elements * tokens * self._costs.of("sampled_share") / self._costs.of("core_flops")
 
-    def _load(self, worker: Worker, name: str, stage: LayerRange, at: float, sharers: int | None = None) -> float:
+    def load(self, worker: Worker, name: str, stage: LayerRange, at: float, sharers: int | None = None) -> float:
         """Read and convert the weights of a stage, unless the worker holds them. sharers: of the node's link, where the
         read is one of many in a unit."""
         if worker.held == (name, stage):
@@ -119,9 +122,9 @@ class SignalSimulation:
         built = share * size / self._costs.of("build_bytes_per_s")
         return worker.spend(**{"reading from the store": link, "building models": max(built, disk)})
 
-    def _digests(self, start: float) -> tuple[Sequence[Worker], int, float]:
+    def digests(self, start: float) -> tuple[Sequence[Worker], int, float]:
         """Before there are actors, so a task on every core."""
-        queue = WorkQueue(Unit("digest", name, ()) for name in self._names)
+        queue = WorkQueue(Unit("digest", name, ()) for name in self.names)
         tasks = make_workers(self._cores * len(self._nodes), self._nodes)
 
         def work(worker: Worker, unit: Unit, at: float) -> float:
@@ -142,57 +145,58 @@ class SignalSimulation:
             # A model that is whole keeps its keys and values; in stages every token runs all of the text.
             for _ in range(NUM_GREEDY_TOKENS if len(self._placed.stages) > 1 else 1):
                 for stage in self._placed.stages:
-                    took += self._load(worker, "base", stage, at, sharers)
+                    took += self.load(worker, "base", stage, at, sharers)
                     took += worker.spend(arithmetic=self._forward(self._model.elements(stage), tokens))
             return took
 
-        return self._workers, batches, drain(queue, self._workers, work, start=start)
+        return self.workers, batches, drain(queue, self.workers, work, start=start)
 
     def _signatures(self, start: float) -> tuple[Sequence[Worker], int, float]:
         stages, queue = self._placed.stages, WorkQueue()
         tokens = self._workload.probes * self._workload.probe_tokens / self._batches
-        for name in self._names:
+        for name in self.names:
             for _ in range(self._workload.tasks * self._batches):
                 queue.add(Unit("stage", name, (stages[0],)))
-            for group in range(len(self._groups)):
+            for group in range(len(self.groups)):
                 queue.add(Unit("sample", name, (group,)))
 
         def work(worker: Worker, unit: Unit, at: float) -> float:
             assert unit.checkpoint is not None
             if unit.kind == "sample":
-                return self._sample(worker, unit.checkpoint, unit.payload[0], at)
+                return self.sample(worker, unit.checkpoint, unit.payload[0], at)
             stage: LayerRange = unit.payload[0]
-            took = self._load(worker, unit.checkpoint, stage, at)
+            took = self.load(worker, unit.checkpoint, stage, at)
             return took + worker.spend(arithmetic=self._forward(self._model.elements(stage), tokens))
 
         def finished(index: int, unit: Unit) -> None:
             if unit.kind == "stage" and not unit.payload[0].is_last:
                 queue.add(Unit("stage", unit.checkpoint, (stages[stages.index(unit.payload[0]) + 1],)))
 
-        end = drain(queue, self._workers, work, finished, start)
-        return self._workers, len(queue), end
+        end = drain(queue, self.workers, work, finished, start)
+        return self.workers, len(queue), end
 
-    def _sample(self, worker: Worker, name: str, group: int, at: float) -> float:
+    def sample(self, worker: Worker, name: str, group: int, at: float) -> float:
+        """Seconds of the sample of weights of one group of a checkpoint's tensors."""
         first, last = self._shares[group]
         read = worker.node.read_all(dict.fromkeys((name, "base")), self._model.num_bytes, at, first, last)
         own = (last - first) * self._model.parameters * self._costs.of("sample_ns") * 1e-9
         return worker.spend(**read, **{"sampling weights": own})
 
     def _sums(self, start: float) -> tuple[Sequence[Worker], int, float]:
-        queue = WorkQueue(Unit("sums", None, (group,)) for group in range(len(self._groups)))
-        count = len(self._names) - 1  # the figures are of so many and their base
+        queue = WorkQueue(Unit("sums", None, (group,)) for group in range(len(self.groups)))
+        count = len(self.names) - 1  # the figures are of so many and their base
         per_element = count * (self._costs.of("sums_ns") + count * self._costs.of("sums_pair_ns")) * 1e-9
 
         def work(worker: Worker, unit: Unit, at: float) -> float:
             first, last = self._shares[unit.payload[0]]
-            read = worker.node.read_all(self._names, self._model.num_bytes, at, first, last)
+            read = worker.node.read_all(self.names, self._model.num_bytes, at, first, last)
             own = (last - first) * self._model.parameters * per_element
             return worker.spend(**read, **{"summing weights": own})
 
-        return self._workers, len(self._groups), drain(queue, self._workers, work, start=start)
+        return self.workers, len(self.groups), drain(queue, self.workers, work, start=start)
 
     def _group_shares(self) -> list[tuple[float, float]]:
         """Where each group of tensors begins and ends, as shares of a checkpoint."""
         sizes = self._model.tensors
-        done = list(accumulate((sum(sizes[name] for name in names) for names in self._groups), initial=0))
+        done = list(accumulate((sum(sizes[name] for name in names) for names in self.groups), initial=0))
         return list(pairwise(elements / done[-1] for elements in done))

@@ -28,6 +28,10 @@ class Node:
         self._kept: OrderedDict[tuple[str, int], float] = OrderedDict()
         self.network_bytes = 0.0
 
+    def begin(self) -> None:
+        """Time begins at 0 again, and link and disk are free; the cache stays."""
+        self._free_at = {"link": 0.0, "disk": 0.0}
+
     def read(
         self, checkpoint: str, size: float, at: float, first: float = 0.0, last: float = 1.0, readers: int = 1
     ) -> tuple[float, float]:

@@ -30,7 +30,7 @@ class Workload:
     probes: int = 48
     probe_tokens: float = 99.0
     items: int = 400
-    prompt_tokens: int = 300
+    prompt_tokens: float = 300
     answer_tokens: int = 100
 
 

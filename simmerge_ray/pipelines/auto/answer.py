@@ -14,6 +14,7 @@ from simmerge_ray.base.storage import Manifest, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.merging.write.directory import write_merge
 from simmerge_ray.merging.write.output import PLAN_FILE, check_target
+from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.pipelines.auto.measure import prepare_measuring
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan, resolve_plan, write_plan
@@ -30,13 +31,15 @@ def check_auto(run: AutoRun) -> None:
         raise OutputError(f"--out {run.out} is a file; signatures, labels and the merge go into a directory")
     if run.write:
         check_target(run.out / MERGED)
+    digest_on_nodes(run.request.catalogue)
     prepare_measuring(run)
 
 
 def write_stage(
     run: AutoRun, best: MergePlan, content: Mapping[str, Any], manifest: Manifest, started: float, narrator: Narrator
-) -> None:
-    """Write the answer, and (a merge, `write`) the merged checkpoint; errors as `write_merge`.
+) -> dict[str, Any]:
+    """Write the answer, and (a merge, `write`) the merged checkpoint; errors as `write_merge`. Returns the answer:
+    `merge` or `keep`, what wins, and where the merge is.
 
     Args:
         content: of `auto.json`, beside the answer. manifest: of all that the answer depends on. started:
@@ -48,11 +51,11 @@ def write_stage(
     answer = {
         "answer": "merge" if best.is_merge else "keep",
         "winner": best.label,
-        "plan": best.to_json(),
         "merged": str(merged) if merged else None,
     }
-    write_json(run.out / ANSWER, answer | dict(content))
+    write_json(run.out / ANSWER, answer | {"plan": best.to_json()} | dict(content))
     manifest.write(run.out / MANIFEST, time.monotonic() - started, {"answer": best.label})
+    return answer
 
 
 def _write_best(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,13 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.plans.recipe import Recipe, recipe_of
 from simmerge_ray.selector.finding.choice import Finding, choose
-from simmerge_ray.selector.finding.probed import Prober
-from simmerge_ray.selector.finding.sources import FindSources, find_sources
+from simmerge_ray.selector.finding.probed import Prober, in_this_process
+from simmerge_ray.selector.finding.sources import FindRequest, FindSources, find_sources
 
 if TYPE_CHECKING:
     from simmerge_ray.on_ray.finding import ClusterOnDemand
+    from simmerge_ray.search.setup import PreparedSearch
+    from simmerge_ray.signals.tuning.run import TuningJob
 
 
 def find_stages(run: AutoRun, narrator: Narrator) -> LabelFree:
@@ -47,6 +49,27 @@ def find_stages(run: AutoRun, narrator: Narrator) -> LabelFree:
         return _tuned(run, sources, finding, prober, cluster, narrator)
 
 
+def find_here(run: AutoRun, start: Callable[[PreparedSearch], object]) -> LabelFree:
+    """`find_stages` in this process, without Ray and in silence: for many choices among small checkpoints at once.
+
+    Args:
+        start: starts the evaluator that runs candidates.
+    """
+    from simmerge_ray.signals.compute import local_executor
+    from simmerge_ray.signals.signature import SignatureStore
+    from simmerge_ray.signals.tuning.run import run_tuning
+
+    request = run.request
+    sources = find_sources(request, SignatureStore(run.signatures), local_executor(request.catalogue))
+    trials = in_this_process(run.engine, run.labels, start)
+    finding = choose(request, sources, trials)
+    if (tune := _tune_config(request)) is None:
+        return LabelFree(finding.best, finding, ())
+    tuned = [run_tuning(job) for job in _tuning_jobs(run, sources, finding, tune)]
+    prober = Prober(request.catalogue, sources.answers, sources.aim, trials)
+    return _beside_tuned(prober, finding, [MergePlan(recipe=one.recipe) for one in tuned], tune)
+
+
 def _tuned(
     run: AutoRun,
     sources: FindSources,
@@ -55,32 +78,50 @@ def _tuned(
     cluster: ClusterOnDemand,
     narrator: Narrator,
 ) -> LabelFree:
-    """The answer with the best few tuned. A merge that is tuned has seen its probes, so it is compared with the best
-    one on those that were held out."""
-    config = run.request.config
-    if config.tune == "none" or len(run.request.catalogue.ids) < 2:
+    """The answer with the best few tuned, on the cluster."""
+    if (tune := _tune_config(run.request)) is None:
         return LabelFree(finding.best, finding, ())
     from simmerge_ray.on_ray.tuning_tasks import run_tunings
-    from simmerge_ray.pipelines.tune import tuning_job
-    from simmerge_ray.signals.tuning.prepare import held_out_answers
 
-    tune = TuneConfig(groups=config.tune, max_tokens=config.max_tokens)
     with narrator.stage("tune") as stage:
-        starts = [_start(sources, one.plan) for one in finding.ranked[: config.num_tuned]]
-        probes = {task: probes for task, probes in run.request.probe_sets.items() if task in sources.aim.tasks}
-        jobs = [tuning_job(run.request.catalogue, probes, tune, run.out / "tuned", start) for start in starts]
+        jobs = _tuning_jobs(run, sources, finding, tune)
         cluster.start()
         plans = [MergePlan(recipe=tuned.recipe) for tuned in run_tunings(jobs, run.engine.gpus_per_trial)]
-        whole = prober.probe(plans, [prober.num_probes])
-        part = prober.only(partial(held_out_answers, share=tune.held_out))
-        compared = {one.plan.id: one for one in part.probe([*plans, finding.best.plan], [part.num_probes])}
-        rival = compared[finding.best.plan.id]
-        found = sorted((Tuned(one, compared[one.plan.id], rival) for one in whole), key=lambda one: -one.held_out.score)
-        best = found[0].whole if found and found[0].is_better else finding.best
-        word = "better" if best is not finding.best else "not better"
-        if found:
-            stage.result = f"{word} on the probes held out: {found[0].held_out.score:.3f} against {rival.score:.3f}"
-    return LabelFree(best, finding, tuple(found))
+        found = _beside_tuned(prober, finding, plans, tune)
+        if found.tuned:
+            first = found.tuned[0]
+            word = "better" if first.is_better else "not better"
+            stage.result = f"{word} on the probes held out: {first.held_out.score:.3f} against {first.rival.score:.3f}"
+    return found
+
+
+def _tune_config(request: FindRequest) -> TuneConfig | None:
+    """How the best few are tuned; None where they are not."""
+    if request.config.tune == "none" or len(request.catalogue.ids) < 2:
+        return None
+    return TuneConfig(groups=request.config.tune, max_tokens=request.config.max_tokens)
+
+
+def _tuning_jobs(run: AutoRun, sources: FindSources, finding: Finding, tune: TuneConfig) -> list[TuningJob]:
+    from simmerge_ray.pipelines.tune import tuning_job
+
+    starts = [_start(sources, one.plan) for one in finding.ranked[: run.request.config.num_tuned]]
+    probes = {task: probes for task, probes in run.request.probe_sets.items() if task in sources.aim.tasks}
+    return [tuning_job(run.request.catalogue, probes, tune, run.out / "tuned", start) for start in starts]
+
+
+def _beside_tuned(prober: Prober, finding: Finding, plans: Sequence[MergePlan], tune: TuneConfig) -> LabelFree:
+    """The answer among what was found and what was tuned from it. A merge that is tuned has seen its probes, so it is
+    compared with the best one on those that were held out."""
+    from simmerge_ray.signals.tuning.prepare import held_out_answers
+
+    whole, held_out = prober.probe(plans, prober.parts), partial(held_out_answers, share=tune.held_out)
+    both = prober.probe([*plans, finding.best.plan], prober.parts, held_out)
+    compared = {one.plan.id: one for one in both}
+    rival = compared[finding.best.plan.id]
+    tuned = sorted((Tuned(one, compared[one.plan.id], rival) for one in whole), key=lambda one: -one.held_out.score)
+    best = tuned[0].whole if tuned and tuned[0].is_better else finding.best
+    return LabelFree(best, finding, tuple(tuned))
 
 
 def _start(sources: FindSources, plan: MergePlan) -> Recipe:

@@ -68,6 +68,11 @@ class AnswersTask:
         What is likelier than all else has p > 0 and what is not has p < 1, so that 1/2 parts the two. Label stores hold
         items as float32: no p is told from its smallest, about 87 nats a token.
         """
-        kept = np.asarray(items) > 0.5
-        probability = np.clip(2.0 * np.asarray(items, dtype=np.float64) - kept, np.finfo(np.float32).tiny, 1.0)
-        return kept, -np.log(probability) * self.num_tokens
+        return kept_and_nll(items, self.num_tokens)
+
+
+def kept_and_nll(items: np.ndarray, num_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`AnswersTask.kept_and_nll` where the task is not at hand but the tokens of its answers are."""
+    kept = np.asarray(items) > 0.5
+    probability = np.clip(2.0 * np.asarray(items, dtype=np.float64) - kept, np.finfo(np.float32).tiny, 1.0)
+    return kept, -np.log(probability) * num_tokens

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from simmerge_ray.search.evaluation.answers import PREFIX
 from simmerge_ray.search.headroom import Context
 from simmerge_ray.search.labels.outcomes import LabeledPlan, Measured, check_comparable
 
@@ -20,8 +21,10 @@ def single_items(labels: Iterable[LabeledPlan]) -> dict[tuple[str, str], np.ndar
 
 
 def measures_arm(label: LabeledPlan) -> bool:
-    """Whether it measures an arm on a pair: by a step, or by the recipe that is the same merge."""
-    return isinstance(label.outcome, Measured) and label.plan.pair_arm is not None
+    """Whether it measures an arm on a pair: by a step, or by the recipe that is the same merge. What a merge keeps of
+    somebody's answers is no utility."""
+    of_answers = label.task.startswith(PREFIX)
+    return isinstance(label.outcome, Measured) and label.plan.pair_arm is not None and not of_answers
 
 
 def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Context]:
@@ -33,6 +36,7 @@ def pair_contexts(labels: Sequence[LabeledPlan], arms: Sequence[str]) -> list[Co
     Raises:
         LabelError: two labels disagree on the items, evaluator or settings, so they must not be compared.
     """
+    labels = [label for label in labels if not label.task.startswith(PREFIX)]
     check_comparable(labels)
     singles = single_items(labels)
     found: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}

@@ -15,6 +15,7 @@ from simmerge_ray.base.errors import LabelError
 from simmerge_ray.search.headroom import Context
 
 Pair = tuple[str, str]
+Group = tuple[str, ...]  # checkpoints of a merge
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,15 @@ def pairs_of(contexts: Iterable[Context]) -> tuple[Pair, ...]:
     return tuple((context.left, context.right) for context in contexts)
 
 
-def rows_by_pair(pairs: Iterable[Pair]) -> dict[Pair, list[int]]:
-    """Rows of each pair in either order, by its sorted names."""
-    found: dict[Pair, list[int]] = {}
-    for row, (left, right) in enumerate(pairs):
-        found.setdefault((min(left, right), max(left, right)), []).append(row)
+def rows_by_pair(pairs: Iterable[Group]) -> dict[Group, list[int]]:
+    """Rows of each pair (or larger group) in either order, by its sorted names."""
+    found: dict[Group, list[int]] = {}
+    for row, names in enumerate(pairs):
+        found.setdefault(tuple(sorted(names)), []).append(row)
     return found
 
 
-def checkpoint_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:
+def checkpoint_folds(pairs: Sequence[Group], max_groups: int, seed: int) -> list[Fold]:
     """Each group of checkpoints left out in turn, with all its pairs: *one model unseen*. At most `max_groups` of about
     one size, drawn at random if there are more checkpoints."""
     names = sorted({name for pair in pairs for name in pair})
@@ -52,7 +53,7 @@ def checkpoint_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[
         names = [names[index] for index in np.random.default_rng([seed, len(names)]).permutation(len(names))]
     num_groups = min(max_groups, len(names))
     groups = [sorted(names[index::num_groups]) for index in range(num_groups)]
-    return [_fold(", ".join(group), [pair[0] in group or pair[1] in group for pair in pairs]) for group in groups]
+    return [_fold(", ".join(group), [any(name in group for name in pair) for pair in pairs]) for group in groups]
 
 
 def random_pair_folds(pairs: Sequence[Pair], max_groups: int, seed: int) -> list[Fold]:

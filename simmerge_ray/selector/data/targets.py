@@ -14,7 +14,8 @@ from simmerge_ray.selector.data.rewards import SingleArms
 class TrainingSet:
     """N contexts as a model sees them.
 
-    inputs: (N, 2, D), standardised, both orders of the pair. level: (N,), mean utility of the reference arms.
+    inputs: (N, 2, D), standardised, both orders of the pair; (N, 1, D) where there is no order, and then 1 stands for
+    2 in all shapes. level: (N,), mean utility of the reference arms.
     contrasts: (N, 2, H), utility minus level for both orders and each head (`orders`); NaN where a later arm was not
     measured. reference: heads whose contrasts sum to zero. pairs: of the contexts. rewards: merges of which one arm was
     observed, beside the contexts. keep: whether the last head is that of keep.
@@ -24,7 +25,7 @@ class TrainingSet:
     level: np.ndarray
     contrasts: np.ndarray
     reference: tuple[int, ...]
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[str, ...], ...]
     rewards: SingleArms | None = None
     keep: bool = False
 
@@ -40,7 +41,7 @@ class TrainingSet:
     @property
     def levels(self) -> np.ndarray:
         """(N, 2, 1): the same for both orders."""
-        return np.repeat(self.level[:, None], 2, axis=1)[..., None]
+        return np.repeat(self.level[:, None], self.inputs.shape[1], axis=1)[..., None]
 
 
 def level_and_contrasts(utilities: np.ndarray, reference: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,13 +7,13 @@ run, on vLLM too, and what a label store holds is never run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.finding import first_part, first_round
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation.answers import AnswersTask
@@ -22,8 +22,7 @@ from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials, prepar
 from simmerge_ray.selector.finding.aim import Aim
 from simmerge_ray.signals.candidates.signatures import OwnAnswers
 
-FACTOR = 3  # of the candidates one in so many is run over the rest of the probes
-_LEAST_PROBES = 16  # of a first round; fewer tell candidates apart too badly
+Chosen = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -55,29 +54,30 @@ class Prober:
 
     def __init__(self, catalogue: Catalogue, answers: Sequence[OwnAnswers], aim: Aim, run: RunTrials) -> None:
         own_answers = {one.owner: one for one in answers}
-        self._pairs = [_token_pairs(own_answers[owner]) for owner in aim.owners]
+        self._pairs = [token_pairs(own_answers[owner]) for owner in aim.owners]
         self._aim, self._run = aim, run
         # Every candidate is asked for all answers, whoever its members are.
         self._catalogue = replace(catalogue, own_task=dict.fromkeys(catalogue.ids))
-
-    def only(self, chosen: Callable[[int], np.ndarray]) -> Prober:
-        """One that runs a part of the probes. chosen: from a number of probes to which of them, (n,) bool."""
-        other = copy(self)
-        other._pairs = [
-            [pair for pair, kept in zip(pairs, chosen(len(pairs)), strict=True) if kept] for pairs in self._pairs
-        ]
-        return other
 
     @property
     def num_probes(self) -> int:
         """The most that an owner has."""
         return max(map(len, self._pairs))
 
-    def probe(self, plans: Sequence[MergePlan], bounds: Sequence[int]) -> list[ProbedPlan]:
+    @property
+    def parts(self) -> list[int]:
+        """Ends of the parts that the probes are run in: of the first round, if it is worth one, and of all."""
+        first = first_part(self.num_probes)
+        return [first, self.num_probes] if first else [self.num_probes]
+
+    def probe(
+        self, plans: Sequence[MergePlan], bounds: Sequence[int], chosen: Chosen | None = None
+    ) -> list[ProbedPlan]:
         """What the plans keep of the first `bounds[-1]` probes; the plans that cannot be measured are left out.
 
         Args:
             bounds: ends of the parts that the probes are run in, so that a later round runs only what is new.
+            chosen: counts a part of the probes only; from their number to which of them, (n,) bool.
         """
         found, tasks = self._tasks(bounds)
         search = self._run(self._catalogue, tasks, plans)
@@ -87,9 +87,7 @@ class Prober:
             outcomes = {name: known.get(search.key(plan, name)) for name in tasks}
             items = {name: one.items for name, one in outcomes.items() if isinstance(one, Measured)}
             if len(items) == len(tasks):
-                values = [
-                    self._joined([tasks[name] for name in names], [items[name] for name in names]) for names in found
-                ]
+                values = [_joined([(tasks[name], items[name]) for name in names], chosen) for names in found]
                 retention, nll = (np.array(column) for column in zip(*values, strict=True))
                 score = float(self._aim.scores(retention[None], nll[None])[0])
                 probed.append(ProbedPlan(plan, retention, nll, bounds[-1], score))
@@ -108,12 +106,13 @@ class Prober:
                     names[-1].append(task.name)
         return names, tasks
 
-    @staticmethod
-    def _joined(tasks: Sequence[AnswersTask], items: Sequence[np.ndarray]) -> tuple[float, float]:
-        """Retention and nats a token."""
-        parts = [task.kept_and_nll(one) for task, one in zip(tasks, items, strict=True)]
-        kept, nll = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return float(kept.mean()), float(nll.sum() / sum(task.num_tokens.sum() for task in tasks))
+
+def _joined(parts: Sequence[tuple[AnswersTask, np.ndarray]], chosen: Chosen | None) -> tuple[float, float]:
+    """Retention and nats a token."""
+    rows = [(*task.kept_and_nll(items), task.num_tokens) for task, items in parts]
+    kept, nll, num_tokens = (np.concatenate(column) for column in zip(*rows, strict=True))
+    counted = np.ones(len(kept), dtype=bool) if chosen is None else chosen(len(kept))
+    return float(kept[counted].mean()), float(nll[counted].sum() / num_tokens[counted].sum())
 
 
 def halve(
@@ -124,20 +123,18 @@ def halve(
     Args:
         always: what is run over all probes in any case (the checkpoints as they are, the plain average).
     """
-    whole = prober.num_probes
-    kept, bounds = list(plans), list[int]()
-    first = max(_LEAST_PROBES, whole // FACTOR)
-    if first < whole and len(kept) > FACTOR:
-        bounds = [first]
+    kept, bounds = list(plans), prober.parts
+    first, survivors = first_round(bounds[-1], len(kept))
+    if first:
         if report:
             report(f"{len(kept)} candidates on {first} probes of each member")
-        ranked = sorted(prober.probe(kept, bounds), key=lambda one: -one.score)
-        kept = [one.plan for one in ranked[: max(2, len(kept) // FACTOR)]]
+        ranked = sorted(prober.probe(kept, bounds[:1]), key=lambda one: -one.score)
+        kept = [one.plan for one in ranked[:survivors]]
     kept = list({plan.id: plan for plan in (*always, *kept)}.values())
     if report:
-        report(f"{len(kept)} candidates and checkpoints on all {whole} probes")
+        report(f"{len(kept)} candidates and checkpoints on all {bounds[-1]} probes")
     # Equally good ones stand in the order in which they came: checkpoints before merges.
-    return sorted(prober.probe(kept, [*bounds, whole]), key=lambda one: -one.score)
+    return sorted(prober.probe(kept, bounds), key=lambda one: -one.score)
 
 
 def in_this_process(config: SearchConfig, labels_uri: str, start: Callable[[PreparedSearch], object]) -> RunTrials:
@@ -170,7 +167,7 @@ def _trials(search: PreparedSearch, plans: Sequence[MergePlan]) -> list[Trial]:
     return [trial for trial in grid_trials(search, plans) if trial.plan.id in wanted]
 
 
-def _token_pairs(own: OwnAnswers) -> list[tuple[list[int], list[int]]]:
+def token_pairs(own: OwnAnswers) -> list[tuple[list[int], list[int]]]:
     """Tokens of each probe and of its answer."""
     pairs = []
     for batch in own.answers.batches:

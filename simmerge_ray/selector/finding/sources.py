@@ -70,17 +70,25 @@ def find_request(catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], confi
 
 
 def find_sources(
-    request: FindRequest, store: SignatureStore, executor: Executor, signature: SignatureSpec | None = None
+    request: FindRequest,
+    store: SignatureStore,
+    executor: Executor,
+    signature: SignatureSpec | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> FindSources:
     """Answers and samples of weights, from the store or computed.
+
+    Args:
+        digests: see `collect_answers`.
 
     Raises:
         ProbeError, CheckpointError: see `collect_answers`.
     """
     catalogue, config = request.catalogue, request.config
     spec = AnswerSpec(config.max_tokens)
-    answers = collect_answers(catalogue, request.probe_sets, store, executor, spec, signature)
-    signatures = Signatures(catalogue, catalogue.digests(), signature or SignatureSpec(), store, executor)
+    digests = digests or catalogue.digests()
+    answers = collect_answers(catalogue, request.probe_sets, store, executor, spec, signature, digests)
+    signatures = Signatures(catalogue, digests, signature or SignatureSpec(), store, executor)
     signatures.complete({})
     weights = {ref.id: signatures.weights(ref.id) for ref in catalogue.all_refs}
     coefficients = PlanCoefficients(catalogue.ids, request.base, weights)

@@ -101,7 +101,8 @@ def _stacked(jobs: Sequence[Job], config: TrainConfig) -> tuple[torch.Tensor, ..
     A row is a context in one order of its pair. Only what was drawn enters; shorter ones are filled with weight 0.
     """
     counts = [_drawn_counts(one, config, member) for one, member in jobs]
-    length = 2 * max(int((count > 0).sum()) for count in counts)
+    orders = jobs[0][0].inputs.shape[1]
+    length = orders * max(int((count > 0).sum()) for count in counts)
     dim, num_heads = jobs[0][0].inputs.shape[-1], jobs[0][0].num_heads
     sizes = (dim, 1, num_heads, num_heads, 1)
     arrays = [np.zeros((len(jobs), length, size), dtype=np.float32) for size in sizes]
@@ -112,13 +113,13 @@ def _stacked(jobs: Sequence[Job], config: TrainConfig) -> tuple[torch.Tensor, ..
         known = ~np.isnan(contrasts)
         values = (
             one.inputs[rows].reshape(-1, dim),
-            np.repeat(one.level[rows], 2)[:, None],
+            np.repeat(one.level[rows], orders)[:, None],
             np.where(known, contrasts, 0.0),
             known,
-            np.repeat(count[rows] / total / 2, 2)[:, None],
+            np.repeat(count[rows] / total / orders, orders)[:, None],
         )
         for array, value in zip(arrays, values, strict=True):
-            array[index, : 2 * len(rows)] = value
+            array[index, : orders * len(rows)] = value
     return tuple(torch.from_numpy(array) for array in arrays)
 
 

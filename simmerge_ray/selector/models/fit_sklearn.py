@@ -46,7 +46,8 @@ def _ridge(inputs: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np.
     fitted = Ridge(alpha=penalty).fit(x, y)
     coefficients = np.vstack([fitted.coef_.reshape(y.shape[1], -1).T, np.atleast_1d(fitted.intercept_)])
     design = np.hstack([x, np.ones((len(x), 1))])
-    precision = design.T @ design / 2 + penalty / 2 * np.diag([*np.ones(x.shape[1]), 1e-6])  # both orders: one unit
+    orders = inputs.shape[1]  # of one unit
+    precision = design.T @ design / orders + penalty / orders * np.diag([*np.ones(x.shape[1]), 1e-6])
     root = np.linalg.inv(np.linalg.cholesky(precision)).T
     return coefficients, root, (y - design @ coefficients).std(0)
 
@@ -78,7 +79,7 @@ def fit_knn(one: TrainingSet, config: TrainConfig) -> KnnPredictor:
         flat = one.inputs[tested].reshape(-1, one.inputs.shape[-1])
         order = np.argsort(squared_distances(flat, rows), axis=1, kind="stable")
         for index, count in enumerate(config.neighbours):
-            predicted = known[order[:, :count]].mean(1).reshape(len(tested), 2, -1).mean(1)
+            predicted = known[order[:, :count]].mean(1).reshape(len(tested), one.inputs.shape[1], -1).mean(1)
             errors[index] += ((predicted - one.contrasts[tested, 0][:, reference]) ** 2).sum()
     best = config.neighbours[len(errors) - 1 - int(errors[::-1].argmin())]
     inputs, values = _both_orders(one.inputs, utilities)

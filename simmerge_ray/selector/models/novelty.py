@@ -16,34 +16,36 @@ NUM_NEIGHBOURS = 5
 class Novelty:
     """Root mean square over the features of the mean Euclidean distance to the 5 nearest training rows.
 
-    rows: (M, F) standardised features of the training pairs, both orders. limit: distance beyond which a pair is not
-    answered: a quantile of the distances of training pairs to those that share no checkpoint with them, as seen by a
-    pair of two new checkpoints of the same kind.
+    rows: (M, F) standardised features of the training pairs, both orders (of one order where there is none).
+    limit: distance beyond which a pair is not answered: a quantile of the distances of training pairs to those that
+    share no checkpoint with them, as seen by a pair of two new checkpoints of the same kind.
     """
 
     rows: np.ndarray
     limit: float
 
     def distances(self, features: np.ndarray) -> np.ndarray:
-        """(N, 2, F) standardised features -> (N,), the mean over both orders. 1 is one standard deviation a feature."""
+        """(N, O, F) standardised features -> (N,), the mean over the orders. 1 is one standard deviation a feature."""
         flat = features.reshape(-1, features.shape[-1])
-        return _mean_of_nearest(squared_distances(flat, self.rows), flat.shape[1]).reshape(-1, 2).mean(1)
+        return _mean_of_nearest(squared_distances(flat, self.rows), flat.shape[1]).reshape(features.shape[:2]).mean(1)
 
 
-def fit_novelty(features: np.ndarray, pairs: Sequence[tuple[str, str]], quantile: float) -> Novelty:
-    """From (N, 2, F) standardised features of N contexts and their pairs.
+def fit_novelty(features: np.ndarray, pairs: Sequence[tuple[str, ...]], quantile: float) -> Novelty:
+    """From (N, O, F) standardised features of N contexts and their pairs.
 
     A pair that shares a checkpoint with (nearly) all others is compared with all pairs but itself.
     """
     rows = features.reshape(-1, features.shape[-1])
-    owners = [pair for pair in pairs for _ in range(2)]
+    owners = [pair for pair in pairs for _ in range(features.shape[1])]
     names = sorted({name for pair in owners for name in pair})
     member = np.array([[name in pair for name in names] for pair in owners], dtype=np.int64)
     shared = member @ member.T
     few = (shared == 0).sum(1) < NUM_NEIGHBOURS
-    excluded = np.where(few[:, None], shared > 1, shared > 0)
+    # Rows of the same group share all of its checkpoints.
+    whole = np.diag(shared)[:, None]
+    excluded = np.where(few[:, None], shared >= whole, shared > 0)
     squared = np.where(excluded, np.inf, squared_distances(rows, rows))
-    distances = _mean_of_nearest(squared, rows.shape[1]).reshape(-1, 2).mean(1)
+    distances = _mean_of_nearest(squared, rows.shape[1]).reshape(features.shape[:2]).mean(1)
     finite = distances[np.isfinite(distances)]
     # "higher": with few pairs the quantile is the largest distance, not something below it.
     limit = float(np.quantile(finite, quantile, method="higher")) if len(finite) else 0.0

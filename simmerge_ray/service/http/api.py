@@ -20,6 +20,7 @@ from simmerge_ray.service.http.hot_path import HotPath
 from simmerge_ray.service.http.routes import changes, looks, probes, role_needed
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.metrics import PrometheusMetrics
+from simmerge_ray.service.recipe_schemas import FORMS
 from simmerge_ray.service.schemas import Refused
 
 _log = logging.getLogger("simmerge.service")
@@ -101,7 +102,10 @@ def _handle_errors(api: FastAPI) -> None:
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # Without the value, which may be long, secret, or no JSON.
-        said = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()[:5]]
+        said = [
+            f"{'.'.join(str(part) for part in one['loc'] if part not in FORMS)}: {one['msg']}"
+            for one in error.errors()[:5]
+        ]
         return refused(422, "; ".join(said))
 
     @api.exception_handler(StarletteHTTPException)

@@ -32,8 +32,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # In the scope: who asks, the whole body, and what the line of the log says of the request.
 CLIENT, BODY, SAID = "simmerge_client", "simmerge_body", "simmerge_said"
+_RECIPES = "/v1/rank"
 _OPEN = ("/healthz", "/readyz")
 _OF_PAGE = ("/", "/login", "/logout")  # the dashboard answers these without a token by itself
+_LOG_IN = ("/retention",)  # pages that ask for a token where they have none, and count as requests where they have
 _SECURITY = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -44,9 +46,11 @@ _SECURITY = {
 
 @dataclass(frozen=True)
 class Limits:
-    """body_bytes: of a request. body_seconds: within which it must have come."""
+    """body_bytes: of a request. recipes_bytes: of one that may hold many recipes. body_seconds: within which it must
+    have come."""
 
     body_bytes: int = 64 * 1024
+    recipes_bytes: int = 512 * 1024
     body_seconds: float = 10.0
 
 
@@ -110,6 +114,8 @@ class Gate:
             wait = self._access.wait_after_failure(address) if token else 0.0
             if wait:
                 return refused(429, "too many wrong tokens from this address", wait=wait)
+            if path in _LOG_IN:
+                return None
             said = "a bearer token is needed" if token is None else "this token is not known"
             return refused(401, said, {"www-authenticate": "Bearer"})
         by_cookie = "authorization" not in connection.headers
@@ -125,7 +131,7 @@ class Gate:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | Response | None:
         """The whole body, a refusal, or None where the client has gone."""
-        limit = self._limits.body_bytes
+        limit = self._limits.recipes_bytes if scope["path"] == _RECIPES else self._limits.body_bytes
         too_large = refused(413, f"the request has more than {limit} bytes", {"connection": "close"})
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > limit:

@@ -15,6 +15,7 @@ from simmerge_ray.service.http.gate import SAID, Scope
 from simmerge_ray.service.http.hot_path import DECIDE, KEY, REWARD, answered
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.metrics import CONTENT_TYPE, PrometheusMetrics
+from simmerge_ray.service.recipe_schemas import RankBody, RecipesRequest, RetentionRanking
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 MAX_LISTED = 200
@@ -63,7 +64,7 @@ _MEANINGS = {
     404: "an unknown decision, checkpoint, task or signal",
     405: "another method is needed",
     408: "the body did not come in time",
-    409: "the key, or what it is about, stands for something else",
+    409: "the key, or what it is about, stands for something else; or the service has not what this needs",
     410: "the decision is closed or its time is over",
     413: "the request is too large",
     422: "a value does not fit",
@@ -165,14 +166,18 @@ def looks(current: Callable[[], Learner]) -> APIRouter:
         """One signal of all pairs."""
         return await current().signals(signal, task or None)
 
-    @routes.post("/v1/rank", operation_id="rank_arms", responses=errors(), openapi_extra={_ROLE: "decide"})
-    async def rank(body: schemas.RankRequest) -> schemas.Ranked:
-        """All arms for a pair, without a decision."""
+    @routes.post("/v1/rank", operation_id="rank", responses=errors(409), openapi_extra={_ROLE: "decide"})
+    async def rank(body: RankBody) -> schemas.Ranked | RetentionRanking:
+        """All arms for a pair, or recipes by what they keep of their members' answers; without a decision."""
+        if isinstance(body, RecipesRequest):
+            return await current().score_recipes(body)
         return await current().rank(body)
 
-    @routes.post("/v1/plans", operation_id="rank_plans", responses=errors(), openapi_extra={_ROLE: "decide"})
-    async def plans(body: schemas.PlansRequest) -> schemas.PlansAnswer:
-        """The best plans over several checkpoints, without a decision."""
+    @routes.post("/v1/plans", operation_id="rank_plans", responses=errors(409), openapi_extra={_ROLE: "decide"})
+    async def plans(body: schemas.PlansRequest) -> schemas.PlansAnswer | RetentionRanking:
+        """The best plans over several checkpoints, by the selector or by what they keep; without a decision."""
+        if body.by == "retention":
+            return await current().best_recipes(body)
         return await current().plans(body)
 
     return routes

@@ -61,9 +61,13 @@ def collect_answers(
     executor: Executor,
     spec: AnswerSpec | None = None,
     signature: SignatureSpec | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> list[OwnAnswers]:
     """Answers of all owners, computed where they are not in the store, by `executor` (`compute.local_executor`): the
     same bits whoever runs the units.
+
+    Args:
+        digests: of the checkpoints by id, where they are known; None takes them from the files.
 
     Raises:
         ProbeError: a probe that cannot be used; an owner all of whose answers are empty. CheckpointError: checkpoints
@@ -73,7 +77,7 @@ def collect_answers(
     owners = owners_of(catalogue, tuple(probe_sets))
     used = {owner.task: probe_sets[owner.task] for owner in owners}
     batches = tokenize_probes(catalogue, used, signature or SignatureSpec(), spec.max_tokens)
-    return _Collector(catalogue, batches, spec, store, executor).collect(owners)
+    return _Collector(catalogue, batches, spec, store, executor, digests or catalogue.digests()).collect(owners)
 
 
 class _Collector:
@@ -84,9 +88,10 @@ class _Collector:
         spec: AnswerSpec,
         store: SignatureStore,
         run: Executor,
+        digests: Mapping[str, str],
     ) -> None:
         self._catalogue, self._batches, self._spec, self._store, self._run = catalogue, batches, spec, store, run
-        self._digests = catalogue.digests()
+        self._digests = digests
 
     def collect(self, owners: Sequence[Owner]) -> list[OwnAnswers]:
         keys = {owner: self._key(owner) for owner in owners}

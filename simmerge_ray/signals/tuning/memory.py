@@ -14,7 +14,6 @@ from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import TokenBatch
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.checkpoints.size import ModelShape, model_shape
-from simmerge_ray.signals.collect import decoder_layers
 
 LOSS_POSITIONS = 32  # whose logits the objective takes at a time
 _TOKENS = 2048  # of a micro-batch: small models take as many rows as fill a core, large ones fewer
@@ -33,26 +32,50 @@ def stated_bytes(catalogue: Catalogue, batches: Mapping[str, Sequence[TokenBatch
     sizes = [int(np.prod(spec.shape)) for spec in read_headers(catalogue.base).values()]
     dense = sum(not is_low_rank(ref, catalogue.base) for ref in catalogue.checkpoints)
     shape = model_shape(read_config(catalogue.base))
-    rows, width = _largest(catalogue.base, batches, config)
-    layers = _layers_bytes(shape, rows, width, recomputed=recomputes(catalogue.base, batches, config))
-    activations = layers + _logits_bytes(shape, rows * config.max_tokens)
-    return 4 * sum(sizes) * (2 + dense) + 4 * max(sizes) + max(4 * max(sizes), activations)
+    largest = _largest(catalogue.base, batches, config)
+    return tuning_bytes(sum(sizes), max(sizes), dense, shape, largest, config.max_tokens)
+
+
+def tuning_bytes(
+    num_elements: float, largest: int, dense: int, shape: ModelShape, batch: tuple[int, int], answer_tokens: int
+) -> int:
+    """`stated_bytes` of a model of a shape.
+
+    Args:
+        num_elements: of the model. largest: of its largest tensor. dense: members that are no adapters of the base.
+        batch: rows and tokens of a row, answer included, of the largest micro-batch.
+    """
+    layers = _layers_bytes(shape, *batch, recomputed=are_recomputed(shape, batch))
+    activations = layers + _logits_bytes(shape, batch[0] * answer_tokens)
+    return int(4 * num_elements * (2 + dense)) + 4 * largest + max(4 * largest, activations)
+
+
+def are_recomputed(shape: ModelShape, batch: tuple[int, int]) -> bool:
+    """Whether the activations of all layers are so large that layers keep their inputs only. batch: its rows and their
+    tokens."""
+    return _layers_bytes(shape, *batch) > _MOST_ACTIVATIONS
 
 
 def recomputes(base: CheckpointRef, batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> bool:
-    """Whether the activations of all layers are so large that layers keep their inputs only."""
-    return _layers_bytes(model_shape(read_config(base)), *_largest(base, batches, config)) > _MOST_ACTIVATIONS
+    """`are_recomputed` of the largest micro-batch."""
+    return are_recomputed(model_shape(read_config(base)), _largest(base, batches, config))
 
 
 def rows_at_once(base: CheckpointRef, width: int, max_tokens: int) -> int:
     """Rows of a micro-batch of probes with answers, `width` tokens together."""
-    of_row = 4 * max_tokens * model_shape(read_config(base)).vocab_size
-    return max(1, min(_TOKENS // width, _LOGITS // of_row))
+    return rows_of(model_shape(read_config(base)), width, max_tokens)
+
+
+def rows_of(shape: ModelShape, width: int, max_tokens: int) -> int:
+    """`rows_at_once` of a model of a shape."""
+    return max(1, min(_TOKENS // width, _LOGITS // (4 * max_tokens * shape.vocab_size)))
 
 
 def recompute_layers(model: Any) -> None:
     """Let every decoder layer keep its inputs only, and run again in the backward pass (gradient checkpointing)."""
     from torch.utils.checkpoint import checkpoint
+
+    from simmerge_ray.signals.collect import decoder_layers
 
     for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

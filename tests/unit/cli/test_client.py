@@ -47,6 +47,15 @@ CATALOGUE = {
     "arms": ["ties"],
     "signals": [],
 }
+KEPT = {
+    "by": "retention",
+    "owners": [{"checkpoint": "a", "task": "code"}, {"checkpoint": "b", "task": "math"}],
+    "plans": [
+        {"id": "p", "label": "linear: 0.5 a + 0.5 b", "score": 0.75, "retention": [0.875, 0.5], "nll": [0.1, 0.2],
+         "kl": [0.1, 0.2], "plan": {}}
+    ],
+    "num_considered": 7,
+}  # fmt: skip
 EVENT = {"seq": 4, "at": 1.0, "kind": "arm_added", "status": "created"}
 
 
@@ -89,10 +98,11 @@ def run(monkeypatch):
         (["policy"], {**POLICY, "safe": {"fixed": "linear", "threshold": None}}, ["never leaves linear"]),
         (["catalogue"], CATALOGUE, ["code", "arms   ties"]),
         (
-            ["plans"],
+            ["plans", "a", "b", "c"],
             {"plans": [PLAN], "num_considered": 7, "exhaustive": True},
             ["ties: a + b + c", "7 plans considered (all)"],
         ),
+        (["best-recipes", "a", "b"], KEPT, ["linear: 0.5 a + 0.5 b", "0.750", "kept of a", "88 %", "7 recipes scored"]),
         (["rank", "a", "b"], RANKED, ["[0.250, 0.750]", "a + b; code: ties"]),
         (["add-arm", "slerp"], EVENT, ["arm slerp: created"]),
     ],
@@ -107,6 +117,24 @@ def test_tables_for_people_and_the_answer_for_scripts(run, arguments, answer, sa
     result, _ = run([*arguments, "--json"], ok(answer))
     told = json.loads(result.output)
     assert all(told[name] == value for name, value in answer.items() if not isinstance(value, list | dict))
+
+
+def test_recipes_come_from_a_file(run, tmp_path):
+    path = tmp_path / "recipes.json"
+    for content, sent in (('{"source": "a"}', [{"source": "a"}]), ('[{"source": "a"}, {"source": "b"}]', None)):
+        path.write_text(content)
+        result, service = run(["score-recipes", str(path), "--task", "code"], ok(KEPT))
+        assert result.exit_code == 0 and "88 %" in result.output, result.output
+        assert service.bodies[0] == {"recipes": sent or json.loads(content), "task": "code"}
+    for content in ("[1]", "{", "7"):
+        path.write_text(content)
+        assert code_of(run, ["score-recipes", str(path)], ok(KEPT))[0] == 2
+    assert code_of(run, ["score-recipes", str(tmp_path / "none.json")], ok(KEPT))[0] == 2
+
+
+def test_help_says_what_arguments_mean(run):
+    result, _ = run(["plans", "--help"])
+    assert "[CHECKPOINT...]" in result.output and "ids to choose from" in result.output, result.output
 
 
 def test_options_reach_the_service(run, tmp_path):

@@ -64,11 +64,22 @@ def test_the_sizing_table_of_the_docs_is_computed(name, params, more):
         (["--models", "4", "--params", "7e9", "--config", "absent.json"], "absent.json"),
         (["--models", "1", "--params", "7e9"], "--models"),
         (["--models", "4", "--params", "inf"], "no number of parameters"),
+        (["--models", "4", "--params", "7e9", "--steps", "0"], "--steps is about a choice without labels: give --auto"),
+        (["--models", "4", "--params", "7e9", "--auto", "--evaluate", "-1"], "--evaluate -1"),
     ],
 )
 def test_what_cannot_be_simulated_is_one_error(arguments, said, simmerge):
     result = simmerge("simulate", *arguments)
     assert result.returncode == 2 and said in result.stderr
+
+
+def test_a_choice_without_labels_is_computed_as_shown():
+    arguments = ["--auto", "--models", "2", "--params", "7.6e9", "--steps", "0", "--evaluate", "3", "--evaluate", "5"]
+    found = json.loads(simulated(*arguments, "--json"))
+    assert list(found["measured"]) == ["3", "5"] and found["tuning"]["fits"] is False
+    page = simulated(*arguments)
+    for row in (found["without_labels"], *found["measured"].values()):
+        assert re.search(rf"{row['seconds']:,.0f} +{row['node_hours']:,.2f} +{row['dollars']:,.2f}", page)
 
 
 SHAPE = {

@@ -26,7 +26,7 @@ UNPACKED = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123
 
 def test_every_job_of_the_readme_is_there():
     names = {path.stem for path in JOBS}
-    assert names >= {"build_dataset", "train_selector", "replay_bandit", "merge_plan", "study", "retrain"}
+    assert names >= {"build_dataset", "find_merge", "train_selector", "replay_bandit", "merge_plan", "study", "retrain"}
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
@@ -139,6 +139,20 @@ def test_a_merge_s_dry_run_and_its_problems(run_job_script, catalogue, tmp_path)
     assert not (tmp_path / "merged").exists()
     code, said, _ = run_job_script("merge_plan", tmp_path / "none.json", tmp_path / "merged")
     assert code == 2 and "none.json" in said["error"]
+
+
+def test_a_choice_without_labels_is_refused_before_anything_is_computed(
+    run_job_script, catalogue_path, tmp_path, monkeypatch
+):
+    given = (catalogue_path, "--probes", catalogue_path.parent / "probes", "--evaluator", "transformers")
+    code, said, _ = run_job_script("find_merge", *given, "--out", tmp_path / "best", "--objective", "ad")
+    assert (code, said["job"]) == (2, "find_merge") and "did you mean 'add'" in said["error"]
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    code, said, _ = run_job_script("find_merge", *given, "--out", "best")
+    assert code == 2 and "--out is" in said["error"] and "absolute path" in said["error"]
+    more = ("--out", tmp_path / "best", "--signatures", "signatures")
+    code, said, _ = run_job_script("find_merge", *given, *more)
+    assert code == 2 and "--signatures is" in said["error"] and not (tmp_path / "best").exists()
 
 
 def test_a_study_with_an_unknown_stage_is_refused(run_job_script, tmp_path):

@@ -28,16 +28,39 @@ CROSSVAL = {
 }
 PICK = {
     "pair": ["m0", "m1"],
+    "answer": {"label": "tuned: m0 + m1", "plan": {}, "is_tuned": True},
+    "keeps": {"m0 on add": 0.9, "m1 on copy": 0.75},
     "arm": "ties",
+    "reason": "it is predicted to gain",
     "best_fixed": "linear",
     "predicted": {"linear": {"utility": 0.5, "sd": 0.02}, "ties": {"utility": 0.6, "sd": 0.03}},
     "measured": {
         "arms": {"linear": {"add": 0.4, "copy": 0.6}, "ties": {"add": 0.7, "copy": 0.5}},
-        "parents": {"m0": {"add": 0.9, "copy": 0.1}, "m1": {"add": 0.2, "copy": 0.6}},
+        "checkpoints": {
+            "m0": {"add": 0.9, "copy": 0.1},
+            "m1": {"add": 0.2, "copy": 0.6},
+            "base": {"add": 0.3, "copy": 0.3},
+        },
+        "chosen": {"chosen without labels": {"add": 0.8, "copy": 0.5}, "chosen and tuned": {"add": 0.8, "copy": 0.6}},
     },
     "loaded": {"add": {"transformers": 0.71}, "copy": {"transformers": 0.5, "vllm": 0.52}},
     "num_items": {"add": 20, "copy": 24},
 }
+CHOICES = {
+    "ways": [
+        {"way": "plain average", "num_pairs": 9, "utility": 0.7, "interval": [0.65, 0.75], "over": {}},
+        {"way": "paper's selector", "num_pairs": 0, "utility": None, "interval": None,
+         "over": {"plain average": {"num_pairs": 0, "value": None, "interval": None}}},
+        {"way": "chosen without labels", "num_pairs": 8, "utility": 0.85, "interval": [0.8, 0.9],
+         "over": {"plain average": {"num_pairs": 8, "value": 0.15, "interval": [0.1, 0.2]}}},
+    ],
+    "pairs": [{"pair": ["m0", "m1"]}] * 9,
+    "num_arms": 4,
+    "num_merges": 7,
+    "num_tuned": 5,
+    "always_tuned": 0.861,
+    "fixed_arms": ["ties"],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -115,12 +138,36 @@ def test_the_pick_is_shown_beside_what_was_measured_later(layout):
     write_headroom(layout)
     write_json(layout.pick / "pick.json", PICK)
     text = told(layout)
-    assert "## The pick: ties for m0 + m1" in text and "20 items of add, 24 items of copy" in text
-    assert "| ties, picked | 0.600 ± 0.030 | 0.600 | 0.700 | 0.500 |" in text
+    assert "## The pick for m0 + m1: tuned: m0 + m1" in text and "20 items of add, 24 items of copy" in text
+    assert "keeps 90 % of the answers of m0 on add, 75 % of the answers of m1 on copy" in text
+    assert "| **chosen and tuned** |  | 0.700 | 0.800 | 0.600 |" in text
+    assert "| ties, the selector's pick | 0.600 ± 0.030 | 0.600 | 0.700 | 0.500 |" in text
     assert "| linear, best fixed | 0.500 ± 0.020 | 0.500 | 0.400 | 0.600 |" in text
-    assert text.index("| ties, picked") < text.index("| linear, best fixed") < text.index("| parent m0 |")
+    assert text.index("| ties, the") < text.index("| linear, best fixed") < text.index("| parent m0 |")
+    assert "| base |  | 0.300 | 0.300 | 0.300 |" in text
     assert "Best single checkpoint on both tasks together: m0" in text
     assert "add 0.710 (transformers); copy 0.500 (transformers), 0.520 (vllm)" in text
+
+
+def test_a_pick_that_keeps_a_checkpoint_says_that_nothing_was_merged(layout):
+    write_headroom(layout)
+    kept = {"label": "m0", "plan": {"source": "m0"}, "is_tuned": False}
+    write_json(layout.pick / "pick.json", PICK | {"answer": kept, "loaded": {}})
+    text = told(layout)
+    assert "## The pick for m0 + m1: m0" in text and "Nothing was merged." in text and "From disk" not in text
+
+
+def test_ways_of_choosing_stand_in_one_table_with_their_pairs_and_gains(layout):
+    write_headroom(layout)
+    write_json(layout.choices / "choices.json", CHOICES)
+    text = told(layout)
+    assert "|  | pairs | utility | minus plain average |" in text
+    assert "| plain average | 9 | 0.700 [0.650, 0.750] |  |" in text
+    assert "| paper's selector | 0 | - | - |" in text
+    assert "| chosen without labels | 8 | 0.850 [0.800, 0.900] | +0.150 [+0.100, +0.200] |" in text
+    assert "taken for 5 of the 9 pairs" in text and "taking them always: 0.861" in text
+    assert (layout.report / "choices.png").read_bytes()[:4] == b"\x89PNG"
+    assert "choices/choices.json" in read_json(layout.report / "report.json")["inputs"]
 
 
 def test_the_zoo_shows_utilities_with_the_own_task_in_bold(layout, catalogue_path):

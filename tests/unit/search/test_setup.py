@@ -147,6 +147,16 @@ def test_infeasible_merges_are_tried_again_on_demand(root):
     assert trial in grid_trials(prepared(root, retry_infeasible=True))
 
 
+def test_given_plans_are_measured_on_the_tasks_beside_them(root):
+    """And so are their parents; a scaled checkpoint names one task itself."""
+    search = prepared(root)
+    scaled = MergePlan(recipe=recipe_of(make_arm("task_arithmetic"), {"m0": 0.5}))
+    assert len(search.tasks_of(scaled)) == 1
+    tasks = tuple(sorted(search.tasks))
+    trials = grid_trials(search, {scaled: tasks})
+    assert [(trial.plan, trial.tasks) for trial in trials] == [(scaled, tasks), (MergePlan(source="m0"), tasks)]
+
+
 def test_shards_add_up_to_the_whole(root):
     search = prepared(root)
     trial = next(trial for trial in grid_trials(search) if trial.plan.steps)

@@ -15,6 +15,7 @@ from simmerge_ray.service.http.gate import Limits
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import upgrade_database
 from simmerge_ray.service.metrics import PrometheusMetrics
+from tests.unit.service.answering import AnsweringFiles
 from tests.unit.service.published import PublishedFiles
 
 TOKENS = {role: f"token-of-{role}-0123456789" for role in ("decide", "reward", "admin")}
@@ -36,9 +37,11 @@ class Service:
         self._client = httpx.AsyncClient(transport=transport, base_url="http://service")
 
     @classmethod
-    def on(cls, files: PublishedFiles, root: Path, upgraded: bool = True) -> Service:
+    def on(
+        cls, files: PublishedFiles | AnsweringFiles, root: Path, upgraded: bool = True, **changes: object
+    ) -> Service:
         """On a learner whose database lies in `root`."""
-        settings = files.settings(root)
+        settings = files.settings(root, **changes)  # type: ignore[arg-type]
         if upgraded:
             upgrade_database(settings.database)
         return cls(lambda: Learner(settings))

@@ -11,6 +11,7 @@ from simmerge_ray.selector.models.train import train_selector
 from simmerge_ray.selector.planning.files import write_selectors
 from simmerge_ray.service.bandit.artifact import warm_start_of, write_warm_start
 from simmerge_ray.signals.propagation.second_order import SecondOrder
+from simmerge_ray.signals.table import SignalTable
 from tests.unit.selector.made_up import made_up_labels, made_up_table
 
 CONFIG = TrainConfig(num_members=2, num_epochs=20, num_folds=3)
@@ -34,10 +35,12 @@ class PublishedFiles:
         )
 
 
-def write_published(root: Path, seed: int = 0, num_checkpoints: int = 6, keep: bool = False) -> PublishedFiles:
-    """Checkpoints `s1-...` with two arms, linear and ties, and both parents if they may be kept; another seed is
-    another version of the selector."""
-    table = made_up_table("s1", num_checkpoints)
+def write_published(
+    root: Path, seed: int = 0, num_checkpoints: int = 6, keep: bool = False, table: SignalTable | None = None
+) -> PublishedFiles:
+    """Checkpoints `s1-...`, or those of a table, with two arms, linear and ties, and both parents if they may be kept;
+    another seed is another version of the selector."""
+    table = table or made_up_table("s1", num_checkpoints)
     labels = made_up_labels(table)
     dataset = build_dataset(table, labels)
     dataset = with_keep(dataset) if keep else dataset

@@ -106,6 +106,18 @@ CALLS: dict[str, tuple[Callable[[Client], Any], str, str, Any]] = {
         "/v1/plans",
         {"checkpoints": None, "task": None, "ways": "2-4", "top": 3},
     ),
+    "best_recipes": (
+        lambda c: c.best_recipes(["a", "b"], ways=2),
+        "POST",
+        "/v1/plans",
+        {"checkpoints": ["a", "b"], "task": None, "ways": 2, "top": 10, "by": "retention"},
+    ),
+    "score_recipes": (
+        lambda c: c.score_recipes([{"source": "a"}], task="math"),
+        "POST",
+        "/v1/rank",
+        {"recipes": [{"source": "a"}], "task": "math"},
+    ),
     "rank": (lambda c: c.rank("a", "b"), "POST", "/v1/rank", {"left": "a", "right": "b", "task": None}),
     "add_arm": (
         lambda c: c.add_arm("slerp", "linear"),

@@ -271,8 +271,8 @@ def test_the_document_names_every_route_and_what_each_answers(shared):
         if method == "post":
             assert {"400", "403", "404"} <= statuses
             for kind in one["requestBody"]["content"].values():
-                schema = document["components"]["schemas"][kind["schema"]["$ref"].split("/")[-1]]
-                assert schema["examples"]
+                for form in kind["schema"].get("oneOf", [kind["schema"]]):
+                    assert document["components"]["schemas"][form["$ref"].split("/")[-1]]["examples"]
         for status, answer in one["responses"].items():
             if int(status) >= 400:
                 (kind, said), *others = answer["content"].items()
@@ -299,5 +299,7 @@ def test_the_examples_of_the_document_are_requests_that_work(shared):
             for theirs, ours in known.items():
                 text = text.replace(theirs, ours)
             payload = json.loads(text.replace('"task": "math"', '"task": "s"'))
+            if payload.get("by") == "retention":
+                continue  # it needs answers: see test_retention.py
             answer = shared.ask("POST", path.replace("ID", shared.decide()), json=payload)
             assert answer.status_code in (200, 201), (name, example, answer.text)

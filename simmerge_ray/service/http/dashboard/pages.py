@@ -5,9 +5,10 @@
 | GET / | the page; 401 and a form that asks for a token |
 | GET /?token=T, POST /login | the token goes into a cookie, then 303 to / |
 | POST /logout | the cookie is taken back |
+| GET /retention | what merges keep of their members, a page without a script; the same login |
 | GET /static/... | files of the page, for whoever may see the page |
 
-All data that changes comes from the JSON API under /v1, which the page asks with the same cookie.
+All data that changes on the first page comes from the JSON API under /v1, which the page asks with the same cookie.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from markupsafe import Markup
 from starlette.staticfiles import StaticFiles
 
 from simmerge_ray.base.errors import StoreError
+from simmerge_ray.service.http.dashboard.retention import retention_view
 from simmerge_ray.service.http.dashboard.session import forget, remember, same_origin, token_of
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.schemas import CatalogueAnswer
@@ -39,6 +41,9 @@ MAX_FORM_BYTES = 8192
 PAGE_POLICY = (
     "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'none'"
+)
+FORM_POLICY = PAGE_POLICY.replace("script-src 'self'", "script-src 'none'").replace(
+    "form-action 'none'", "form-action 'self'"
 )
 
 # Not from the machine's own table, which may have any: a browser runs a module as JavaScript alone.
@@ -67,6 +72,14 @@ def router(source: Callable[[], Learner], roles_of: RolesOf) -> APIRouter:
                 return pages.bounce()
             return pages.login()
         return await _view(pages, source(), roles)
+
+    @routes.get("/retention")
+    async def retention(request: Request) -> Response:
+        roles = roles_of(token_of(request))
+        if roles is None:
+            return pages.login()
+        view = await retention_view(source(), request.query_params, bool(roles & {"decide", "admin"}))
+        return pages.retention(view)
 
     @routes.post("/login")
     async def login(request: Request) -> Response:
@@ -157,6 +170,10 @@ class _Pages:
         """The page."""
         headers = {"Retry-After": "5"} if status == 503 else {}
         return self._html("dashboard.html", view, status, PAGE_POLICY, headers)
+
+    def retention(self, view: Mapping[str, Any]) -> Response:
+        """The page of what merges keep."""
+        return self._html("retention.html", view, 200, FORM_POLICY, {})
 
     def login(self, trouble: str = "", status: int = 401) -> Response:
         """The form that asks for a token."""

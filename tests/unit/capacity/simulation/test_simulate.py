@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from simmerge_ray.base.errors import ConfigError
@@ -188,13 +188,16 @@ def run(workload, signal_nodes=2, engine_nodes=1, **changes):
 
 
 @settings(max_examples=3)
+@example(2, 2)  # five engines on four nodes find less in their neighbours' caches than on two
 @given(st.integers(2, 8), st.integers(1, 4))
 def test_more_nodes_take_no_longer_and_all_bytes_come_at_least_once(num_models, nodes):
     workload = small(num_models=num_models)
     few, many = run(workload, nodes, nodes), run(workload, 2 * nodes, 2 * nodes)
-    # A node whose cache has not what another's has may cost a part a little.
+    # Schedules are greedy, and what an engine's neighbours have fetched is in its node's cache already: with more nodes
+    # a part may take longer, labels by no more than it takes to fetch the members of a merge.
     assert many.seconds <= 1.05 * few.seconds
-    assert many.phases[-1].seconds <= few.phases[-1].seconds
+    link = make_pool("p5.48xlarge", 1, COSTS).link
+    assert many.phases[-1].seconds <= few.phases[-1].seconds + workload.ways * workload.model.num_bytes / link
     assert few.phases[0].network_bytes >= (num_models + 1) * workload.model.num_bytes * 0.999
 
 

@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.finding import FACTOR
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.search.evaluation.evaluator import LogLikelihood
 from simmerge_ray.search.objectives import parse_objective
 from simmerge_ray.selector.finding.aim import Aim, worth
-from simmerge_ray.selector.finding.probed import FACTOR, Prober, halve, in_this_process
+from simmerge_ray.selector.finding.probed import Prober, halve, in_this_process
 from simmerge_ray.selector.finding.space import kept_checkpoints, sum_of
 from simmerge_ray.signals.candidates.signatures import Owner
 from tests.unit.selector.finding.made_up import MadeUpEvaluator, own_answers
@@ -144,12 +145,16 @@ def test_owners_with_fewer_probes_are_run_over_what_they_have(catalogue, tmp_pat
     assert found.retention.shape == (2,) and (found.retention[1] * 6) % 1 == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_part_of_the_probes_is_that_part_of_everybody_s(catalogue, tmp_path):
-    prober = prober_of(catalogue, tmp_path, [], num_probes=(24, 20))
-    even, odd = (prober.only(lambda num, rest=rest: np.arange(num) % 2 == rest) for rest in (0, 1))
-    (whole,), (first,), (second,) = (one.probe(PLANS[:1], [one.num_probes]) for one in (prober, even, odd))
-    assert (first.num_probes, second.num_probes, prober.num_probes) == (12, 12, 24)
-    np.testing.assert_allclose((first.retention + second.retention) / 2, whole.retention, rtol=1e-12)
+def test_a_part_of_the_probes_is_counted_from_what_was_run(catalogue, tmp_path):
+    log: list[tuple[str, int]] = []
+    prober = prober_of(catalogue, tmp_path, log, num_probes=(24, 20))
+    (whole,) = prober.probe(PLANS[:1], prober.parts)
+    run = len(log)
+    even, odd = (
+        prober.probe(PLANS[:1], prober.parts, lambda num, rest=rest: np.arange(num) % 2 == rest)[0] for rest in (0, 1)
+    )
+    assert len(log) == run  # nothing is run again
+    np.testing.assert_allclose((even.retention + odd.retention) / 2, whole.retention, rtol=1e-12)
 
 
 def test_halving_runs_few_candidates_over_all_probes(catalogue, tmp_path):
@@ -172,10 +177,10 @@ def test_halving_runs_few_candidates_over_all_probes(catalogue, tmp_path):
     assert lines == ["9 candidates on 16 probes of each member", "7 candidates and checkpoints on all 24 probes"]
 
 
-def test_few_candidates_are_run_over_all_probes_at_once(catalogue, tmp_path):
+def test_few_candidates_are_not_halved(catalogue, tmp_path):
     log: list[tuple[str, int]] = []
     found = halve(prober_of(catalogue, tmp_path, log), PLANS[:3], [PLANS[0]])
-    assert len(found) == 3 and {count for _, count in log} == {24}
+    assert len(found) == 3 and {count for _, count in log} == {8, 16}
 
 
 def test_of_equally_good_ones_checkpoints_come_first(catalogue, tmp_path):

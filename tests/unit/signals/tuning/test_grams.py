@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import OperatorError, PlanError
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, write_catalogue
 from simmerge_ray.checkpoints.headers import read_headers
@@ -20,6 +21,8 @@ from simmerge_ray.merging.model import load_model
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, fold_plan, read_plan, resolve_plan, write_plan
 from simmerge_ray.plans.recipe import recipe_of
+from simmerge_ray.search.evaluation.answers import AnswersTask
+from simmerge_ray.search.setup import prepare_search
 from simmerge_ray.signals.candidates.answers import AnswerSpec
 from simmerge_ray.signals.candidates.retention import answers_of
 from simmerge_ray.signals.collect import ProbeModel
@@ -169,3 +172,19 @@ def test_without_them_there_is_one_error_with_the_remedy(setting):
         resolve_plan(plan, bare)
     with pytest.raises(PlanError, match="'regmean' takes checkpoints, not the result of a step"):
         fold_plan(("a", "b", "c"), [make_arm("regmean")])
+
+
+@pytest.mark.parametrize("setting", ["tied"], indirect=True)
+def test_labels_of_other_matrices_have_other_keys(setting, tmp_path):
+    catalogue, batches, _ = setting
+    jobs = gram_jobs(catalogue, {task: found[:1] for task, found in batches.items()}, MAX_TOKENS, tmp_path / "grams")
+    for job in jobs:
+        write_grams(job)
+    task = AnswersTask("m0", [([3, 4], [5])])
+    keys = {}
+    for name, known in (("all", catalogue), ("fewer", with_grams(catalogue, jobs))):
+        search = prepare_search(known, {task.name: task}, SearchConfig(pairs="all"), str(tmp_path), plans_given=True)
+        for arm in ("regmean", "linear"):
+            plan = MergePlan(recipe=recipe_of(make_arm(arm), {"m0": 1.0, "m1": 1.0}))
+            keys[name, arm] = search.key(plan, task.name)
+    assert keys["all", "regmean"] != keys["fewer", "regmean"] and keys["all", "linear"] == keys["fewer", "linear"]

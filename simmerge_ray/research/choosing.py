@@ -1,0 +1,77 @@
+"""What ways of choosing a merge are worth: utilities over pairs, with intervals over checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.research.study.gains import NUM_RESAMPLES, percentile_interval
+from simmerge_ray.selector.data.splits import Pair, resampled_weights
+
+_HALVES = (slice(0, None, 2), slice(1, None, 2))
+
+PairItems = Mapping[str, Mapping[str, np.ndarray]]
+"""Of one pair: utilities of the items, by what was measured and by task; all on the same tasks and items."""
+
+
+def utility(items: Mapping[str, np.ndarray]) -> float:
+    """Mean over tasks of the mean over items."""
+    return float(np.mean([values.mean() for values in items.values()]))
+
+
+def split_half_oracle(options: PairItems) -> float:
+    """Utility of the option that is best on one half of the items, on the other half; mean of both directions. Options
+    that are equally good on the choosing half are averaged."""
+    halves = np.array([
+        [utility({task: values[half] for task, values in items.items()}) for half in _HALVES]
+        for items in options.values()
+    ])  # fmt: skip
+    scored = []
+    for choosing, scoring in ((0, 1), (1, 0)):
+        best = halves[:, choosing] >= halves[:, choosing].max() - 1e-12
+        scored.append(halves[best, scoring].mean())
+    return float(np.mean(scored))
+
+
+def best_elsewhere(utilities: np.ndarray) -> np.ndarray:
+    """(P,) column that is best on the mean of all other pairs. utilities: (P, K) with P >= 2; NaN is left out."""
+    known = ~np.isnan(utilities)
+    values = np.where(known, utilities, 0.0)
+    counts = known.sum(0) - known
+    others = np.divide(values.sum(0) - values, counts, out=np.full(values.shape, -np.inf), where=counts > 0)
+    return np.asarray(others.argmax(1))
+
+
+def compare_ways(
+    pairs: Sequence[Pair], ways: Mapping[str, np.ndarray], against: Sequence[str], seed: int = 0
+) -> list[dict[str, Any]]:
+    """A row for each way: mean utility, and how much more that is than by the ways of `against`, paired.
+
+    Args:
+        ways: (P,) utilities by name; NaN where a way says nothing.
+
+    Returns:
+        way, num_pairs, utility, interval, and `over`: gain, interval and number of pairs by name. Intervals are of 95 %
+        when checkpoints are drawn with replacement; None where no sample holds a pair.
+    """
+    samples = resampled_weights(pairs, None, NUM_RESAMPLES, seed)
+
+    def mean(values: np.ndarray) -> dict[str, Any]:
+        known = ~np.isnan(values)
+        weights, kept = samples[:, known], values[known]
+        total = weights.sum(1)
+        drawn = np.divide(weights @ kept, total, out=np.full(len(total), np.nan), where=total > 0)
+        return {
+            "num_pairs": int(known.sum()),
+            "value": float(kept.mean()) if len(kept) else None,
+            "interval": None if np.isnan(drawn).all() else percentile_interval(drawn),
+        }
+
+    rows = []
+    for name, values in ways.items():
+        of_way = mean(values)
+        over = {other: mean(values - ways[other]) for other in against if other != name}
+        rows.append({"way": name, "utility": of_way.pop("value"), **of_way, "over": over})
+    return rows
