@@ -147,8 +147,8 @@ def tuned_answer(bench: Bench, members: Sequence[str], chosen: Mapping[str, Any]
     tuned = MergePlan(recipe=prepared.recipe(state.best))
     with tempfile.TemporaryDirectory() as labels:
         prober = Prober(request.catalogue, sources.answers, sources.aim, in_one_process(labels))
-        part = prober.only(partial(held_out_answers, share=config.held_out))
-        scores = {one.plan.id: one.score for one in part.probe([tuned, best], [part.num_probes])}
+        held_out = partial(held_out_answers, share=config.held_out)
+        scores = {one.plan.id: one.score for one in prober.probe([tuned, best], prober.parts, held_out)}
     is_better = scores[tuned.id] > scores[best.id]
     return {
         "plan": (tuned if is_better else best).to_json(),
