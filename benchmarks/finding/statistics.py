@@ -1,0 +1,62 @@
+"""Means over pairs with intervals that draw checkpoints, and rank correlations: pairs that share one are not
+independent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from simmerge_ray.research.study.gains import percentile_interval
+from simmerge_ray.selector.data.splits import resampled_weights
+
+NUM_RESAMPLES = 2000
+_NUM_RANKINGS = 300  # of a pooled rank correlation, which sorts everything each time
+
+
+@dataclass(frozen=True)
+class PairSample:
+    """Values by pair, in the order of `pairs`."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """(S, N), how often each pair is in a sample of checkpoints; samples without a pair are left out."""
+        drawn = resampled_weights(self.pairs, None, NUM_RESAMPLES, seed=0)
+        return drawn[drawn.sum(1) > 0]
+
+    def mean(self, values: Sequence[float]) -> dict[str, Any]:
+        """Mean, its 95 % interval, and over how many pairs."""
+        given = np.asarray(values, dtype=np.float64)
+        sampled = (self.weights @ given) / self.weights.sum(1)
+        return {"mean": float(given.mean()), "interval": percentile_interval(sampled), "pairs": len(given)}
+
+    def ratio(self, above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
+        """Of sums over pairs."""
+        top, bottom = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
+        sampled = (self.weights @ top) / (self.weights @ bottom)
+        return {"mean": float(top.sum() / bottom.sum()), "interval": percentile_interval(sampled), "pairs": len(top)}
+
+    def pooled_spearman(self, left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Rank correlation over all values of all pairs; left, right: an array of each pair."""
+
+        def of(counts: np.ndarray) -> float:
+            rows = np.flatnonzero(counts)
+            both = [np.concatenate([np.repeat(side[row], int(counts[row])) for row in rows]) for side in (left, right)]
+            return float(spearmanr(*both).statistic)
+
+        sampled = np.array([of(counts) for counts in self.weights[:_NUM_RANKINGS]])
+        whole = of(np.ones(len(self.pairs)))
+        return {"mean": whole, "interval": percentile_interval(sampled), "pairs": len(self.pairs)}
+
+
+def rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
+    """Spearman's, 0 where one side is constant: nothing is said of the order then."""
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
+        return 0.0
+    return float(spearmanr(left, right).statistic)
