@@ -151,7 +151,9 @@ def test_a_job_makes_two_nodes_start_and_they_end_when_it_has(version, catalogue
                 time.sleep(0.2)
         said = (tmp_path / "output").read_text()
         assert process.returncode == 0, said + monitor_log(directory)
-        assert most == 2
+        # Idle nodes end after six seconds, also between two stages: one that ends is known to the GCS for a while after
+        # the next has started.
+        assert most in (2, 3)
         end = time.monotonic() + 120
         while num_nodes(client) > 1:
             assert time.monotonic() < end, monitor_log(directory)
