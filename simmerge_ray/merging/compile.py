@@ -17,7 +17,12 @@ from simmerge_ray.plans.plan import ResolvedPlan
 
 
 def compile_plan(resolved: ResolvedPlan, check: bool = True) -> MergeGraph:
-    """The graph of a plan; `check` refuses checkpoints that do not fit each other (False where the caller has).
+    """The graph of a plan.
+
+    Args:
+        check: refuse checkpoints that do not fit each other, and word the plan for mergekit; False in memory, where the
+            caller has checked and nothing is written beside the weights.
+
     Raises:
         IncompatibleCheckpointsError, CheckpointError: with every problem found, before a weight is read.
     """
@@ -50,7 +55,7 @@ def compile_plan(resolved: ResolvedPlan, check: bool = True) -> MergeGraph:
         members=plan.members,
         title=plan.label if plan.source is None else f"keep {plan.source}",
         description=plan.to_json(),
-        mergekit=_mergekit_text(resolved),
+        mergekit=_mergekit_text(resolved) if check else None,
         seed=plan.seed,
     )
 

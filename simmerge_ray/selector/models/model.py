@@ -17,10 +17,11 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from simmerge_ray.base.errors import SelectorError
-from simmerge_ray.base.storage import Place, digest_json, local_directory, new_directory, versions, write_json
+from simmerge_ray.base.storage import Place, digest_json, local_directory
 from simmerge_ray.plans.keeping import KEEP_ARMS, keeps, merge_arms, named_arms
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.encoding import TaskEncoding
+from simmerge_ray.selector.models.artifact import ModelParts
 from simmerge_ray.selector.models.novelty import Novelty
 from simmerge_ray.selector.models.policy import Choice, Intervals, SafeOverride, safe_choice
 from simmerge_ray.selector.models.predictors import PREDICTORS, Predictor
@@ -181,29 +182,18 @@ class Selector:
 
     def write(self, path: Place) -> None:
         """Write the artifact directory, whole or not at all."""
-        from safetensors.numpy import save_file
-
         fitted = self.fitted
-        tensors = {"centre": fitted.centre, "scale": fitted.scale, "novelty": self.novelty.rows}
-        tensors |= {f"model.{name}": value for name, value in fitted.predictor.tensors().items()}
-        if self.intervals is not None:
-            tensors["half_widths"] = self.intervals.half_widths
         description = {
             "schema": SELECTOR_SCHEMA,
             "feature_schema": FEATURE_SCHEMA,
-            "model": fitted.predictor.kind,
             **{name: getattr(self, name) for name in ("arms", "reference", "columns")},
             "encoding": asdict(fitted.encoding),
             "best_fixed": self.best_fixed,
             "override": asdict(self.override) | {"threshold": None if self.override.never else self.override.threshold},
-            "novelty_limit": self.novelty.limit,
-            "interval_levels": self.intervals.levels if self.intervals else [],
             "provenance": self.provenance,
-            "versions": versions(),
         }
-        with new_directory(path) as target:
-            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, str(target / _WEIGHTS))
-            write_json(target / _DESCRIPTION, description)
+        parts = ModelParts(fitted.centre, fitted.scale, fitted.predictor, self.novelty, self.intervals)
+        parts.write(path, "selector", description)
 
 
 def read_selector(path: Place) -> Selector:
@@ -239,20 +229,18 @@ def _description(file: Path, path: Place) -> dict[str, Any]:
 
 
 def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Selector:
-    of_model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    predictor = PREDICTORS[description["model"]].from_tensors(of_model)
+    parts = ModelParts.of(description, tensors)
     encoding = TypeAdapter(TaskEncoding).validate_python(description["encoding"])
     threshold = description["override"]["threshold"]
-    levels = tuple(description["interval_levels"])
     arms, reference, columns = (tuple(description[name]) for name in ("arms", "reference", "columns"))
     return Selector(
         arms,
         reference,
         columns,
-        fitted=FittedModel(tensors["centre"], tensors["scale"], encoding, predictor, keeps(arms)),
+        fitted=FittedModel(parts.centre, parts.scale, encoding, parts.predictor, keeps(arms)),
         override=SafeOverride(**description["override"] | {"threshold": math.inf if threshold is None else threshold}),
-        novelty=Novelty(tensors["novelty"], float(description["novelty_limit"])),
-        intervals=Intervals(levels, tensors["half_widths"]) if levels else None,
+        novelty=parts.novelty,
+        intervals=parts.intervals,
         provenance=description["provenance"],
     )
 

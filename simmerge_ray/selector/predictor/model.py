@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import SelectorError
-from simmerge_ray.base.storage import Place, local_directory, new_directory, versions, write_json
+from simmerge_ray.base.storage import Place, local_directory
+from simmerge_ray.selector.models.artifact import ModelParts
 from simmerge_ray.selector.models.novelty import Novelty
 from simmerge_ray.selector.models.policy import Intervals
-from simmerge_ray.selector.models.predictors import PREDICTORS, Predictor
+from simmerge_ray.selector.models.predictors import Predictor
 from simmerge_ray.selector.predictor.signals import COLUMNS, SingleValues, candidate_features
 
 PREDICTOR_SCHEMA = 1
@@ -121,24 +122,10 @@ class UtilityPredictor:
 
     def write(self, path: Place) -> None:
         """Write the artifact directory, whole or not at all."""
-        from safetensors.numpy import save_file
-
-        tensors = {"centre": self.fitted.centre, "scale": self.fitted.scale, "novelty": self.novelty.rows}
-        tensors |= {f"model.{name}": value for name, value in self.fitted.predictor.tensors().items()}
-        if self.intervals is not None:
-            tensors["half_widths"] = self.intervals.half_widths
-        description = {
-            "schema": PREDICTOR_SCHEMA,
-            "model": self.fitted.predictor.kind,
-            "columns": self.columns,
-            "novelty_limit": self.novelty.limit,
-            "interval_levels": self.intervals.levels if self.intervals else [],
-            "provenance": self.provenance,
-            "versions": versions(),
-        }
-        with new_directory(path) as target:
-            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, str(target / _WEIGHTS))
-            write_json(target / _DESCRIPTION, description)
+        fitted = self.fitted
+        description = {"schema": PREDICTOR_SCHEMA, "columns": self.columns, "provenance": self.provenance}
+        parts = ModelParts(fitted.centre, fitted.scale, fitted.predictor, self.novelty, self.intervals)
+        parts.write(path, "predictor", description)
 
 
 def read_predictor(path: Place) -> UtilityPredictor:
@@ -165,18 +152,15 @@ def read_predictor(path: Place) -> UtilityPredictor:
 
 def _from_tensors(description: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> UtilityPredictor:
     """Raises ValueError where the parts do not fit each other."""
-    columns, levels = tuple(description["columns"]), tuple(description["interval_levels"])
+    columns, parts = tuple(description["columns"]), ModelParts.of(description, tensors)
     if columns != COLUMNS:
         raise ValueError(f"its inputs are {', '.join(columns)}, this version has {', '.join(COLUMNS)}")
-    of_model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    predictor = PREDICTORS[description["model"]].from_tensors(of_model)
-    fitted = FittedRows(tensors["centre"], tensors["scale"], predictor)
-    if {one.shape for one in (fitted.centre, fitted.scale, tensors["novelty"][0])} != {(len(columns),)}:
+    fitted = FittedRows(parts.centre, parts.scale, parts.predictor)
+    if {one.shape for one in (fitted.centre, fitted.scale, parts.novelty.rows[0])} != {(len(columns),)}:
         raise ValueError("its scaling or its training rows are of other inputs")
-    if predictor.predict(np.zeros((1, 1, len(columns))))[0].shape != (1, 1):
+    if parts.predictor.predict(np.zeros((1, 1, len(columns))))[0].shape != (1, 1):
         raise ValueError("the model predicts more than one number")
-    intervals = Intervals(levels, tensors["half_widths"]) if levels else None
-    if intervals is not None and intervals.half_widths.shape != (len(levels), 1):
+    intervals = parts.intervals
+    if intervals is not None and intervals.half_widths.shape != (len(intervals.levels), 1):
         raise ValueError("its intervals are not of its levels")
-    novelty = Novelty(tensors["novelty"], float(description["novelty_limit"]))
-    return UtilityPredictor(columns, fitted, novelty, intervals, description["provenance"])
+    return UtilityPredictor(columns, fitted, parts.novelty, intervals, description["provenance"])
