@@ -19,7 +19,7 @@ demo: setup
 	@$(BIN)/simmerge demo runs/demo
 
 test: setup
-	@$(BIN)/python -m pytest tests -n 2
+	@$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 unit: setup
 	@$(BIN)/python -m pytest tests/unit -n 2 -m "not slow"

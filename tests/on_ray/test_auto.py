@@ -147,13 +147,46 @@ def test_a_directory_that_is_not_ours_is_refused(request_, tmp_path):
 def test_a_checkpoint_that_keeps_as_much_as_any_merge_is_kept(request_, tmp_path):
     found = planted(request_, {"a": 0.8, "b": 0.7, "m0": 0.9, "m1": 0.5, "base": 0.4})
     assert "answer: keep m0: no merge keeps more" in retention_lines(found)
-    run = run_in(tmp_path, request_)
-    printed = io.StringIO()
-    content = label_free_json(run, found)
-    write_stage(run, found.best.plan, content, Manifest("auto", {}, {}), 0.0, Narrator(Console(file=printed)))
+    written(request_, found, tmp_path)
     answer = read_json(tmp_path / "auto.json")
     assert answer["answer"] == "keep" and answer["winner"] == "m0" and answer["merged"] is None
     assert not (tmp_path / "merged").exists() and not (tmp_path / "plan.json").exists()
+
+
+def written(request, found, out, **options) -> str:
+    """What is printed while the answer of `found` is written."""
+    run, printed = run_in(out, request, **options), io.StringIO()
+    narrator = Narrator(Console(file=printed, width=250))
+    write_stage(run, found.best.plan, label_free_json(run, found), Manifest("auto", {}, {}), 0.0, narrator)
+    return printed.getvalue()
+
+
+def test_a_merge_is_written_once_with_what_it_keeps_and_another_answer_replaces_it(request_, tmp_path):
+    scores = {"a": 0.95, "b": 0.7, "m0": 0.9, "m1": 0.5, "base": 0.4}
+    found = planted(request_, scores)
+    written(request_, found, tmp_path)
+    answer = read_json(tmp_path / "auto.json")
+    assert answer["answer"] == "merge" and answer["merged"] == str(tmp_path / "merged")
+    resolved, keeps = read_plan(tmp_path / "plan.json")
+    assert resolved.plan.id == found.best.plan.id and answer["plan"] == found.best.plan.to_json()
+    assert keeps == {"m0 on add": {"retention": 0.95}, "m1 on copy": {"retention": 0.95}}
+    assert "| m0 on add | 0.950 |" in (tmp_path / "merged" / "README.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()}
+    assert "already there" in written(request_, found, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()} == before
+    other = planted(request_, scores | {"b": 0.99})
+    assert "already there" not in written(request_, other, tmp_path)
+    assert read_plan(tmp_path / "merged" / "simmerge_plan.json")[0].plan.id == other.best.plan.id
+    kept = planted(request_, scores | {"m0": 1.0})
+    assert "the merge of an earlier answer" in written(request_, kept, tmp_path)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_without_write_only_the_plan_is_left(request_, tmp_path):
+    found = planted(request_, {"a": 0.95, "b": 0.7, "m0": 0.9, "m1": 0.5, "base": 0.4})
+    assert "simmerge merge" in written(request_, found, tmp_path, write=False)
+    assert (tmp_path / "plan.json").exists() and not (tmp_path / "merged").exists()
+    assert read_json(tmp_path / "auto.json")["merged"] is None
 
 
 def test_the_table_has_the_answer_every_checkpoint_and_every_member(request_):
@@ -238,7 +271,15 @@ def test_a_whole_run_tunes_and_measures_and_the_next_one_computes_nothing(reques
     measurement = measure_stage(run, found, narrator)
     best = measurement.verdict.winner.plan
     write_stage(run, best, content | measured_json(run, measurement), Manifest("auto", {}, {}), 0.0, narrator)
-    assert (read_json(tmp_path / "auto.json")["answer"] == "merge") == (tmp_path / "merged").exists()
+    answer = read_json(tmp_path / "auto.json")
+    assert (answer["answer"] == "merge") == (tmp_path / "merged").exists()
+    labels = [label for label in LabelStore(tmp_path / "labels").read() if label.task in tasks]
+    for one in answer["measured"]["candidates"]:  # the figures are those of the labels
+        for name in tasks:
+            (label,) = [x for x in labels if x.plan.to_json() == one["plan"] and x.task == name]
+            items = label.outcome.items
+            assert one["reporting"]["by_task"][name]["value"] == pytest.approx(items[1::2].mean())
+            assert one["choosing"]["by_task"][name]["value"] == pytest.approx(items[0::2].mean())
     if best.is_merge:
         assert read_plan(tmp_path / "plan.json")[0].plan.id == best.id
         read_headers(CheckpointRef("merged", tmp_path / "merged"))
