@@ -22,6 +22,8 @@ from simmerge_ray.base.storage import digest_bytes
 from simmerge_ray.checkpoints.probes import TokenBatch
 from simmerge_ray.signals.tokens import left_padded
 
+Likeliest = tuple[np.ndarray, np.ndarray]  # tokens of each position and their log-probabilities
+
 
 @dataclass(frozen=True)
 class AnswerSpec:
@@ -206,18 +208,41 @@ def answer_logits(model: Any, batch: AnswerBatch) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def likeliest_tokens(logits: Tensor, count: int) -> Likeliest:
+    """(S, K) int64: the likeliest tokens of each position of logits (S, V), and (S, K) float32 their
+    log-probabilities."""
+    values, tokens = logits.float().log_softmax(-1).topk(min(count, logits.shape[1]), dim=-1)
+    return tokens.cpu().numpy(), values.cpu().numpy()
+
+
 def kept_tokens(own: Tensor, base: Tensor | None, num_kept: int) -> np.ndarray:
-    """Which tokens of each position are kept, (S, K) int64, the answer's own first: the likeliest for the answering
-    checkpoint or for the base, so that the choice does not depend on the rest of the catalogue.
+    """`chosen_tokens` from logits (S, V) of the answering checkpoint and of the base (None without one)."""
+    parts = [likeliest_tokens(logits, num_kept) for logits in (own, base) if logits is not None]
+    return chosen_tokens(own.argmax(-1).cpu().numpy(), parts, num_kept)
+
+
+def chosen_tokens(answer: np.ndarray, parts: Sequence[Likeliest], num_kept: int) -> np.ndarray:
+    """Which tokens of each position are kept, (S, K) int64: the answer's own first, then those that are likeliest for
+    the answering checkpoint or for the base, so that the choice does not depend on the rest of the catalogue.
+
+    A token that is missing from one of the lists is less likely there than all that stand in it, so that the choice is
+    that of the whole vocabulary.
 
     Args:
-        own, base: logits (S, V) of the answering checkpoint and of the base (None without one).
+        answer: (S,) the answer's tokens. parts: `likeliest` of the answering checkpoint, and of the base if there is
+            one.
     """
-    likely = own.float().log_softmax(-1)
-    if base is not None:
-        likely = torch.maximum(likely, base.float().log_softmax(-1))
-    likely[torch.arange(len(own)), own.argmax(-1)] = 1.0  # the answer's token stands first
-    return likely.topk(min(num_kept, own.shape[1]), dim=-1).indices.numpy()
+    width = min(num_kept, parts[0][0].shape[1])
+    rows = []
+    for position, own in enumerate(answer.tolist()):
+        best: dict[int, float] = {}
+        for tokens, values in parts:
+            for token, value in zip(tokens[position].tolist(), values[position].tolist(), strict=True):
+                best[token] = max(value, best.get(token, -np.inf))
+        best.pop(own, None)
+        ordered = sorted(best, key=lambda token: (-best[token], token))
+        rows.append([own, *ordered[: width - 1]])
+    return np.array(rows, dtype=np.int64)
 
 
 def kept_log_probabilities(logits: Tensor, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

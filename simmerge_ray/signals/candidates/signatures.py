@@ -18,9 +18,15 @@ from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import digest_bytes, digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, TokenBatch
-from simmerge_ray.signals.candidates.answers import Answers, AnswerSpec, check_answered, join_answers
+from simmerge_ray.signals.candidates.answers import (
+    Answers,
+    AnswerSpec,
+    Likeliest,
+    check_answered,
+    chosen_tokens,
+    join_answers,
+)
 from simmerge_ray.signals.candidates.retention import check_members
-from simmerge_ray.signals.candidates.units import Likeliest, chosen_tokens
 from simmerge_ray.signals.candidates.virtual import KeptAnswers
 from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, checked_results
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,14 @@ from simmerge_ray.merging.model import end_of_text
 from simmerge_ray.signals.candidates.answers import (
     AnswerBatch,
     AnswerSpec,
+    Likeliest,
     answer_logits,
     join_answers,
     kept_log_probabilities,
+    likeliest_tokens,
     write_answers,
 )
 from simmerge_ray.signals.collect import ProbeModel, check_logits
-
-Likeliest = tuple[np.ndarray, np.ndarray]
 
 
 def written_answers(
@@ -38,10 +38,8 @@ def written_answers(
 
 
 def likeliest(model: ProbeModel, ref: CheckpointRef, batch: AnswerBatch, count: int) -> Likeliest:
-    """(S, K) int64: the likeliest tokens of each position, and (S, K) float32 their log-probabilities."""
-    found = _logits(model, ref, batch).log_softmax(-1)
-    values, tokens = found.topk(min(count, found.shape[1]), dim=-1)
-    return tokens.cpu().numpy(), values.float().cpu().numpy()
+    """`likeliest_tokens` of a checkpoint at the answers' positions."""
+    return likeliest_tokens(_logits(model, ref, batch), count)
 
 
 def kept(
@@ -56,30 +54,6 @@ def _logits(model: ProbeModel, ref: CheckpointRef, batch: AnswerBatch) -> torch.
     logits = answer_logits(model.load(ref), batch)
     check_logits(ref, logits)
     return logits
-
-
-def chosen_tokens(answer: np.ndarray, parts: Sequence[Likeliest], num_kept: int) -> np.ndarray:
-    """Which tokens of each position are kept, (S, K) int64: the answer's own first, then those that are likeliest for
-    the answering checkpoint or for the base, so that the choice does not depend on the rest of the catalogue.
-
-    A token that is missing from one of the lists is less likely there than all that stand in it, so that the choice is
-    that of the whole vocabulary.
-
-    Args:
-        answer: (S,) the answer's tokens. parts: `likeliest` of the answering checkpoint, and of the base if there is
-            one.
-    """
-    width = min(num_kept, parts[0][0].shape[1])
-    rows = []
-    for position, own in enumerate(answer.tolist()):
-        best: dict[int, float] = {}
-        for tokens, values in parts:
-            for token, value in zip(tokens[position].tolist(), values[position].tolist(), strict=True):
-                best[token] = max(value, best.get(token, -np.inf))
-        best.pop(own, None)
-        ordered = sorted(best, key=lambda token: (-best[token], token))
-        rows.append([own, *ordered[: width - 1]])
-    return np.array(rows, dtype=np.int64)
 
 
 ANSWER_UNITS: dict[str, Callable[..., Any]] = {"answers": written_answers, "likeliest": likeliest, "kept": kept}

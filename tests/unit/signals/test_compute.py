@@ -25,6 +25,7 @@ from simmerge_ray.signals.tokens import tokenize_probes
 from simmerge_ray.signals.weights import tensor_kind, tensor_layer
 from tests import reference, tiny
 from tests.readers import TensorReader
+from tests.unit.signals.executors import counted
 
 SPEC = SignatureSpec(batch_size=8, num_positions=100, num_attention_positions=30, num_coordinates=1000)
 
@@ -186,17 +187,6 @@ def test_the_file_gives_the_table_back_and_names_what_it_was_made_from(table, tm
     assert again == table
     assert again.provenance["checkpoints"] == catalogue.digests()
     assert set(again.provenance["probes"]) == {"add", "copy"}
-
-
-def counted(catalogue, seen):
-    inner = local_executor(catalogue)
-
-    def run(queue):
-        for index, result in inner(queue):
-            seen.append((queue.units[index].kind, queue.units[index].checkpoint))
-            yield index, result
-
-    return run
 
 
 def test_a_new_checkpoint_costs_only_itself(tmp_path, probe_sets):

@@ -19,19 +19,20 @@ from simmerge_ray.merging.model import end_of_text
 from simmerge_ray.signals.candidates.answers import (
     AnswerSpec,
     answer_logits,
+    chosen_tokens,
     join_answers,
     kept_log_probabilities,
     kept_tokens,
     write_answers,
 )
 from simmerge_ray.signals.candidates.signatures import Owner, check_owners, collect_answers, owners_of
-from simmerge_ray.signals.candidates.units import chosen_tokens
 from simmerge_ray.signals.collect import ProbeModel
 from simmerge_ray.signals.compute import local_executor
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.tokens import tokenize_probes
 from simmerge_ray.signals.worker import SignalWorker
 from tests import tiny
+from tests.unit.signals.executors import counted
 
 SPEC = AnswerSpec(max_tokens=4, num_kept=10)
 SIGNATURE = SignatureSpec(batch_size=8)
@@ -64,17 +65,6 @@ def assert_same(found, expected):
         assert one.answers.digest == other.answers.digest
         for name in ("likely", "rest", "base_likely", "base_rest", "answer"):
             np.testing.assert_array_equal(getattr(one.kept, name), getattr(other.kept, name))
-
-
-def counted(catalogue, seen):
-    inner = local_executor(catalogue)
-
-    def run(queue):
-        for index, result in inner(queue):
-            seen.append((queue.units[index].kind, queue.units[index].checkpoint))
-            yield index, result
-
-    return run
 
 
 def no_executor(queue):
