@@ -63,7 +63,7 @@ def test_a_recipe_is_its_operator_on_every_tensor(catalogue, operator):
 @given(arm=ARMS, weights=st.lists(WEIGHTS, min_size=2, max_size=3))
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mergekit_s_yaml_of_a_recipe_compiles_to_the_same_graph(catalogue, tmp_path, arm, weights):
-    graph = compile_plan(resolved(catalogue, arm, weights), check=False)
+    graph = compile_plan(resolved(catalogue, arm, weights))
     assert graph.mergekit is not None
     again = compiled(tmp_path, graph.mergekit)
     paths = {key: ref.path.resolve() for key, ref in again.checkpoints.items()}
