@@ -6,7 +6,6 @@ the rows of a block are multiplied, so no adapted tensor is ever held as a whole
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.storage import read_range
+from simmerge_ray.base.storage import read_json_object, read_range
 from simmerge_ray.checkpoints.headers import TensorSpec, read_header
 from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, ADAPTER_FILE, CheckpointRef
 
@@ -66,12 +65,9 @@ class LoraAdapter:
     def _config(self) -> dict[str, Any]:
         assert self._ref.adapter is not None
         file = self._ref.adapter / ADAPTER_CONFIG
-        try:
-            config = json.loads(file.read_text())
-        except OSError:
-            raise self._ref.error(f"{self._ref.adapter} holds no adapter_config.json") from None
-        except ValueError:
-            raise self._ref.error(f"{file} is not JSON") from None
+        if not file.exists():
+            raise self._ref.error(f"{self._ref.adapter} holds no {ADAPTER_CONFIG}")
+        config = read_json_object(file, self._ref.error)
         if config.get("peft_type") != "LORA":
             raise self._ref.error(f"adapter type {config.get('peft_type')!r} is not supported; known: 'LORA'")
         for key, allowed in _UNSUPPORTED.items():
@@ -80,7 +76,7 @@ class LoraAdapter:
                     f"the adapter has {key}: {config[key]!r}; merge it into its model "
                     "with peft's `merge_and_unload` first"
                 )
-        return dict(config)
+        return config
 
     def _matrices(self) -> dict[str, np.ndarray]:
         assert self._ref.adapter is not None

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simmerge_ray.base.errors import ConfigError, PlanError, unknown_name
+from simmerge_ray.base.json_text import parse_json
 from simmerge_ray.base.storage import Place, read_bytes, write_atomically
 from simmerge_ray.signals.features import FEATURE_SCHEMA, swapped_features
 
@@ -98,7 +99,7 @@ def read_signal_table(uri: str | Place) -> SignalTable:
     """
     try:
         table = pq.read_table(io.BytesIO(read_bytes(uri)))
-        meta = json.loads((table.schema.metadata or {})[b"simmerge_ray"])
+        meta = parse_json((table.schema.metadata or {})[b"simmerge_ray"])
     except FileNotFoundError:
         raise ConfigError(f"no signal table at {uri}; `simmerge signals` makes one") from None
     except (pa.ArrowInvalid, KeyError, ValueError):

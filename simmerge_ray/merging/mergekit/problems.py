@@ -7,22 +7,19 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from simmerge_ray.base.errors import PlanError
+from simmerge_ray.base.errors import PlanError, problem_list
 
 _REMEDIES = {
     "modules": "'modules' is not supported; merge models of one stack of layers with 'models' or 'slices'",
     "chat_template": "'chat_template' is not supported; the template comes with the tokenizer of tokenizer_source",
     "residual_weight": "'residual_weight' has no effect in mergekit either; remove it",
 }
-_SHOWN_PROBLEMS = 40
 
 
 def raise_problems(problems: Iterable[str], title: str) -> None:
     """One PlanError with all problems, one a line; none is no error."""
     if lines := list(dict.fromkeys(problems)):
-        shown = lines[:_SHOWN_PROBLEMS]
-        shown += [f"and {len(lines) - _SHOWN_PROBLEMS} more"] if len(lines) > _SHOWN_PROBLEMS else []
-        raise PlanError("\n  ".join([title, *shown]))
+        raise PlanError(problem_list(title, lines))
 
 
 def shorten(value: object) -> str:
@@ -52,7 +49,7 @@ class Problems:
                 if key in _REMEDIES:
                     self.report(where, _REMEDIES[key])
                 else:
-                    near = difflib.get_close_matches(str(key), known, n=1)
+                    near = difflib.get_close_matches(str(key)[:100], known, n=1)
                     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                     self.report(where, f"unknown key; {hint}")
         return {key: value[key] for key in value if key in known}

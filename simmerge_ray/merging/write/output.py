@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from simmerge_ray.base.errors import CheckpointError, OutputError
-from simmerge_ray.base.storage import Manifest, Place, RemotePath, file_names, write_json
+from simmerge_ray.base.storage import Manifest, Place, RemotePath, file_names, read_bytes, write_json
 from simmerge_ray.checkpoints.digests import checkpoint_fingerprint
 from simmerge_ray.merging.engine.compute import TensorReport
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
@@ -140,7 +140,7 @@ class MergeOutput:
         write_json(directory / "config.json", dict(graph.config))
         origin = graph.checkpoints[graph.tokenizer_from].path
         for name in sorted((file_names(origin) or set()).intersection(_COPIED_FILES)):
-            (directory / name).write_bytes((origin / name).read_bytes())
+            (directory / name).write_bytes(read_bytes(origin / name))
         (directory / "README.md").write_text(model_card(graph, self.options.predicted, result.not_finite))
         if graph.mergekit is not None:
             (directory / "mergekit_config.yml").write_text(graph.mergekit)

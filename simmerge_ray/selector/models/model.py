@@ -6,7 +6,6 @@ leave the best fixed arm, which pairs are too far from the training data to be a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from simmerge_ray.base.errors import SelectorError
-from simmerge_ray.base.storage import Place, digest_json, local_directory
+from simmerge_ray.base.json_text import JsonError
+from simmerge_ray.base.storage import Place, digest_json, local_directory, read_json
 from simmerge_ray.plans.keeping import KEEP_ARMS, keeps, merge_arms, named_arms
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.encoding import TaskEncoding
@@ -215,9 +215,9 @@ def read_selector(path: Place) -> Selector:
 def _description(file: Path, path: Place) -> dict[str, Any]:
     """Of a selector that this version reads; path: what the user calls its directory."""
     try:
-        description = json.loads(file.read_text())
-    except ValueError:
-        raise SelectorError(f"{path / _DESCRIPTION} is not JSON") from None
+        description = read_json(file)
+    except JsonError as error:
+        raise SelectorError(f"{path / _DESCRIPTION} is {error}") from None
     if not isinstance(description, dict):
         raise SelectorError(f"{path / _DESCRIPTION} is not a JSON object")
     for key, expected in (("schema", SELECTOR_SCHEMA), ("feature_schema", FEATURE_SCHEMA)):
