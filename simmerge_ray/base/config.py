@@ -409,8 +409,7 @@ def load_yaml_leniently(path: Place, model: type[ConfigType]) -> tuple[ConfigTyp
 
 
 def _with_text_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """The values, by names: a file may have other keys, which no config knows."""
-    return {key if isinstance(key, str) else str(key): value for key, value in values.items()}
+    return {str(key): value for key, value in values.items()}  # a file may have other keys, which no config knows
 
 
 def _remove(values: Any, where: tuple[int | str, ...]) -> None:
