@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.errors import shown_value
 from simmerge_ray.base.storage import read_json_object, read_range
 from simmerge_ray.checkpoints.headers import TensorSpec, read_header
 from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, ADAPTER_FILE, CheckpointRef
@@ -69,11 +70,13 @@ class LoraAdapter:
             raise self._ref.error(f"{self._ref.adapter} holds no {ADAPTER_CONFIG}")
         config = read_json_object(file, self._ref.error)
         if config.get("peft_type") != "LORA":
-            raise self._ref.error(f"adapter type {config.get('peft_type')!r} is not supported; known: 'LORA'")
+            raise self._ref.error(
+                f"adapter type {shown_value(config.get('peft_type'))} is not supported; known: 'LORA'"
+            )
         for key, allowed in _UNSUPPORTED.items():
             if config.get(key) not in (allowed, None, [], False):
                 raise self._ref.error(
-                    f"the adapter has {key}: {config[key]!r}; merge it into its model "
+                    f"the adapter has {key}: {shown_value(config[key])}; merge it into its model "
                     "with peft's `merge_and_unload` first"
                 )
         return config
@@ -109,8 +112,14 @@ class LoraAdapter:
         tensor = f"{module}.weight"
         if tensor not in specs:
             raise self._ref.error(f"the adapter changes {tensor}, which the model lacks")
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
+            raise self._ref.error(
+                f"the adapter's matrices of {tensor} have the shapes {down.shape} and {up.shape}, whose ranks differ"
+            )
         rank = down.shape[0]
         alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+            raise self._ref.error(f"the adapter's lora_alpha for {module} is {shown_value(alpha)}; it must be a number")
         scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         # (out, in) for a linear layer; an embedding, and a layer with fan_in_fan_out, store the transpose of B A.
         pair = _Pair(down.T, up.T, scale) if embedding or config.get("fan_in_fan_out") else _Pair(up, down, scale)
@@ -123,7 +132,8 @@ class LoraAdapter:
 
 
 def _of_module(pattern: Any, module: str, default: Any) -> Any:
-    return next((v for key, v in (pattern or {}).items() if module == key or module.endswith(f".{key}")), default)
+    patterns = pattern if isinstance(pattern, dict) else {}
+    return next((v for key, v in patterns.items() if module == key or module.endswith(f".{key}")), default)
 
 
 def _read_matrix(spec: TensorSpec, ref: CheckpointRef) -> np.ndarray:

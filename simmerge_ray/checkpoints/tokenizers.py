@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from simmerge_ray.base.storage import Place, digest_bytes, file_names, read_bytes, read_json_object
-from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.checkpoints.references import CheckpointRef, local_files
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
@@ -23,6 +24,18 @@ def tokenizer_digest(ref: CheckpointRef) -> str:
 def same_tokenizer(first: CheckpointRef, other: CheckpointRef) -> bool:
     """Whether two tokenizers have one digest. Equal files are not parsed, which takes 0.3 s each."""
     return _contents(first) == _contents(other) or tokenizer_digest(first) == tokenizer_digest(other)
+
+
+def load_tokenizer(ref: CheckpointRef, **options: Any) -> Any:
+    """The tokenizer as transformers loads it. Raises CheckpointError: it cannot."""
+    from transformers import AutoTokenizer
+
+    with local_files(ref) as directory:
+        try:
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+        except Exception as error:  # the library of tokenizers raises nothing more special
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ref.error(f"transformers cannot load its tokenizer: {reason[:300]}") from error
 
 
 def _contents(ref: CheckpointRef) -> list[bytes]:

@@ -111,9 +111,12 @@ def _from_row(name: str, number: int, row: Mapping[str, Any]) -> LabeledPlan:
         for column in ("task", "task_digest"):
             if not isinstance(row[column], str):
                 raise ValueError(f"{column} is {shown_value(row[column])}; it must be text")
+        for column in ("infeasible", "same_as"):  # older files lack the latter
+            if not isinstance(row.get(column), str | None):
+                raise ValueError(f"{column} is {shown_value(row[column])}; it must be text, or nothing")
         outcome: Outcome
         if row["infeasible"] is not None:
-            outcome = Infeasible(str(row["infeasible"]))
+            outcome = Infeasible(row["infeasible"])
         elif row["items"] is None:
             raise ValueError("neither items nor a reason why there are none")
         else:
@@ -128,7 +131,7 @@ def _from_row(name: str, number: int, row: Mapping[str, Any]) -> LabeledPlan:
             checkpoints=_texts(parse_json(row["checkpoints"])),
             seconds=_seconds(row["seconds"]),
             versions=_texts(parse_json(row["versions"])),
-            same_as=row.get("same_as"),  # older files lack it
+            same_as=row.get("same_as"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LabelError(f"{name}, row {number}: {error}") from None
@@ -190,13 +193,14 @@ def check_rows(name: str) -> tuple[list[LabeledPlan], list[str]]:
 def _row_problems(row: Mapping[str, Any], label: LabeledPlan) -> list[str]:
     """Where a row contradicts itself."""
     problems = []
-    if row["key"] != label.key:
-        problems.append(f"key {row['key']} does not belong to {label.plan.label} on {label.task}")
+    if row.get("key") != label.key:
+        problems.append(f"key {shown_value(row.get('key'))} does not belong to {label.plan.label} on {label.task}")
     if isinstance(label.outcome, Infeasible):
         return problems
     items = label.outcome.items
     if row.get("num_items") not in (None, len(items)):
         problems.append(f"num_items is {row['num_items']}, it has {len(items)}")
-    if row["utility"] is None or not abs(row["utility"] - label.outcome.utility) <= _ROUNDING:
-        problems.append(f"utility is {row['utility']}, the mean of its items is {label.outcome.utility:.6g}")
+    said = row.get("utility")
+    if not isinstance(said, float) or not abs(said - label.outcome.utility) <= _ROUNDING:
+        problems.append(f"utility is {shown_value(said)}, the mean of its items is {label.outcome.utility:.6g}")
     return problems
