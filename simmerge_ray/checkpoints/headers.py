@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from simmerge_ray.base.arrays import MAX_EMPTY
 from simmerge_ray.base.errors import problem_list, shown_value
 from simmerge_ray.base.json_text import JsonError, parse_json
 from simmerge_ray.base.storage import (
@@ -127,7 +128,12 @@ def _checked_specs(file: Place, header: bytes, start: int, size: int) -> dict[st
         num_bits = [_NUM_BITS[dtype] * math.prod(shape) for dtype, shape in zip(dtypes, shapes, strict=True)]
         begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
         sizes = [8 * (end - begin) for begin, end in offsets]
-        is_sound = kinds <= {int} and min(chain(begins, *shapes), default=0) >= 0 and num_bits == sizes
+        is_sound = (
+            kinds <= {int}
+            and not any(0 in shape and _is_endless(shape) for shape in shapes)
+            and min(chain(begins, *shapes), default=0) >= 0
+            and num_bits == sizes
+        )
     except (KeyError, TypeError, ValueError):
         is_sound = False
     if not is_sound:
@@ -143,6 +149,11 @@ def _checked_specs(file: Place, header: bytes, start: int, size: int) -> dict[st
         problem = "is truncated" if size < start + last else "has bytes that belong to no tensor"
         raise _HeaderError(f"it {problem}: {size} bytes, its header asks for {start + last}")
     return specs
+
+
+def _is_endless(shape: Sequence[int]) -> bool:
+    """Whether a shape without elements, which takes no byte, has a side that nobody could go along."""
+    return 0 in shape and max(shape) > MAX_EMPTY
 
 
 def _check_filled(spans: Iterable[tuple[int, int, str]]) -> int:
@@ -164,6 +175,7 @@ def _first_problem(content: Mapping[str, Any]) -> str:
             is_sound = type(shape) is list and len(shape) <= _MAX_DIMENSIONS and type(about[_KEYS[-1]]) is list
             is_sound = is_sound and {type(one) for one in (begin, end, *shape)} == {int} and min((begin, *shape)) >= 0
             num_bits = _NUM_BITS[dtype] * math.prod(shape) if is_sound else 0
+            is_sound = is_sound and not _is_endless(shape)
         except (KeyError, TypeError, ValueError):
             is_sound = False
         if not is_sound:

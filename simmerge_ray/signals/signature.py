@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.arrays import load_arrays
 from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import Place, as_place, digest_json, read_bytes, write_atomically
+from simmerge_ray.base.storage import Place, as_place, digest_json, write_atomically
 from simmerge_ray.checkpoints.size import model_shape
 
 SCHEMA = 1
@@ -128,15 +129,15 @@ class SignatureStore:
 
     def read(self, kind: str, key: str) -> dict[str, np.ndarray]:
         """Arrays by name. Raises ConfigError: there is no such object, or it is damaged."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
         try:
-            return load(read_bytes(self.path(kind, key)))
+            return load_arrays(self.path(kind, key))
         except FileNotFoundError:
             raise ConfigError(f"no {kind} {key} in the signature store {self.uri}") from None
-        except SafetensorError as error:
-            raise ConfigError(f"{self.path(kind, key)} is damaged ({error}); delete it and run again") from None
+        except (OSError, ValueError) as error:
+            raise self._damaged(kind, key, error) from None
+
+    def _damaged(self, kind: str, key: str, error: Exception) -> ConfigError:
+        return ConfigError(f"{self.path(kind, key)} is damaged ({error}); delete it and run again")
 
     def write_parts(self, kind: str, key: str, parts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Write dataclasses of arrays and numbers, by name."""
@@ -147,18 +148,49 @@ class SignatureStore:
         """The fields of what `write_parts` wrote, by name."""
         parts: dict[str, dict[str, np.ndarray]] = {}
         for path, array in sorted(self.read(kind, key).items()):
-            name, field = path.rsplit("/", 1)
+            name, _, field = path.rpartition("/")
             parts.setdefault(name, {})[field] = array
         return parts
 
     def read_outputs(self, key: str, kind: str = "outputs") -> TaskOutputs:
-        return TaskOutputs(**self.read(kind, key))
+        """Raises ConfigError: as `read`, or its arrays do not fit each other."""
+        arrays = self.read(kind, key)
+        try:
+            return _checked_outputs(TaskOutputs(**arrays))
+        except (TypeError, ValueError) as error:
+            raise self._damaged(kind, key, error) from None
 
     def read_weights(self, key: str) -> dict[str, TensorSample]:
-        return {
-            name: TensorSample(int(fields.pop("num_elements")[0]), **fields)
-            for name, fields in self.read_parts("weights", key).items()
-        }
+        """Raises ConfigError: as `read`, or its arrays do not fit each other."""
+        try:
+            return {
+                name: _checked_sample(TensorSample(int(fields.pop("num_elements").item()), **fields))
+                for name, fields in self.read_parts("weights", key).items()
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged("weights", key, error) from None
+
+
+def _checked_outputs(outputs: TaskOutputs) -> TaskOutputs:
+    """Raises ValueError: the arrays have not the shapes that `TaskOutputs` says."""
+    num, num_rows = len(outputs.probe), len(outputs.attention_probe)
+    sides = {"logits": 2, "hidden": 3, "attention": 4, "greedy": 1, "next_token": 1, "probe": 1, "attention_probe": 1}
+    found = {name: getattr(outputs, name).shape for name in sides}
+    fit = all(len(found[name]) == count for name, count in sides.items()) and (
+        found["logits"][0] == found["hidden"][1] == len(outputs.greedy) == len(outputs.next_token) == num
+        and found["attention"][2] == num_rows
+    )
+    if not fit:
+        raise ValueError(f"its arrays have the shapes {found}")
+    return outputs
+
+
+def _checked_sample(sample: TensorSample) -> TensorSample:
+    """Raises ValueError: the arrays have not the shapes that `TensorSample` says."""
+    shapes = sample.values.shape, sample.sums.shape, sample.thresholds.shape
+    if len(shapes[0]) != 1 or shapes[1:] != ((3,), (len(DENSITIES),)) or not len(sample.values) <= sample.num_elements:
+        raise ValueError(f"a sample of {sample.num_elements} elements has arrays of the shapes {shapes}")
+    return sample
 
 
 def outputs_bytes(spec: SignatureSpec, config: Mapping[str, Any], num_tokens: int) -> int:

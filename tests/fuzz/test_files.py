@@ -28,10 +28,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from simmerge_ray.base.errors import StoreError
+from simmerge_ray.base.errors import ConfigError, StoreError
 from simmerge_ray.base.storage import digest_bytes
 from simmerge_ray.service.bandit.policy import NeuralLinearTS
+from simmerge_ray.service.deciding import noise_of
 from simmerge_ray.service.log.replica import Replica
+from simmerge_ray.signals.signature import SignatureStore, TaskOutputs, TensorSample
 from tests.fuzz.files import (
     MERGEKIT,
     changed_bytes,
@@ -294,7 +296,38 @@ def test_a_log_with_a_changed_row_is_sound_or_its_damage_is_told(sound):
                     assert not is_sound and "db restore" in str(error), (is_sound, str(error))
                 else:
                     # Where there is a snapshot, damage before it is told by `check` alone.
-                    policy = NeuralLinearTS(view.posteriors, view.noise)
+                    policy = NeuralLinearTS(view.posteriors, noise_of(view))
                     policy.suggest(np.ones(len(next(iter(view.posteriors.values())).moment)), "d9")
 
     fuzzed(changes(), check)
+
+
+@pytest.mark.parametrize("kind", ["outputs", "weights"])
+def test_a_changed_signature_is_read_whole_or_refused(tmp_path, kind):
+    """By its reader, not a command: sound signatures take a model."""
+    store = SignatureStore(tmp_path)
+    if kind == "outputs":
+        logits, hidden, attention = np.ones((5, 7), "f4"), np.ones((2, 5, 4), "f4"), np.ones((1, 2, 3, 6), "f4")
+        token = np.zeros(5, np.int64)
+        outputs = TaskOutputs(logits, hidden, attention, token > 0, token, token, token[:3])
+        store.write(kind, "key", vars(outputs), {})
+    else:
+        sample = TensorSample(9, np.ones(4, "f4"), np.ones(3), np.ones(3, "f4"))
+        store.write_parts(kind, "key", {"model.x.weight": sample}, {})
+    read = store.read_outputs if kind == "outputs" else store.read_weights
+    file = Path(store.path(kind, "key"))
+    read("key")
+
+    def check(changed: bytes) -> None:
+        file.write_bytes(changed)
+        try:
+            found = read("key")
+        except ConfigError as error:
+            assert "is damaged" in str(error)
+            return
+        if isinstance(found, TaskOutputs):
+            assert len(found.logits) == len(found.probe) == found.hidden.shape[1]
+        else:
+            assert all(len(one.values) <= one.num_elements for one in found.values())
+
+    fuzzed(changed_safetensors(file.read_bytes()), check)

@@ -346,3 +346,17 @@ def test_adapters_whose_matrices_do_not_fit_each_other_are_refused(root):
         }
         save_file(pair, root / "lora" / "adapter_model.safetensors")
         refused(root, "merge", "lora.json", "out", says="shape")
+
+
+def test_a_selector_whose_numbers_would_take_the_whole_memory_is_refused(tmp_path):
+    """Layers are named before they are looked up, and an array without elements takes no byte of its file."""
+    from simmerge_ray.base.arrays import load_arrays
+    from simmerge_ray.selector.models.predictors import PREDICTORS
+
+    with pytest.raises(ValueError, match="are no 1099511627776 layers"):
+        PREDICTORS["mlp"].from_tensors({"shape": np.array([1, 2**40])})
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0, 2**40], "data_offsets": [0, 0]}}).encode()
+    empty = tmp_path / "empty.safetensors"
+    empty.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="has no elements and the shape"):
+        load_arrays(empty)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from simmerge_ray.base.arrays import load_arrays
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.base.json_text import JsonError
 from simmerge_ray.base.storage import Place, digest_json, local_directory, read_json
@@ -128,7 +129,10 @@ class Selector:
         tasks: of each context, unknown to the encoding `onehot` when left out. statistics: (N, S), as there; needed by
         `probe_stats`. Raises SelectorError: other features, missing ones, or a task that cannot be encoded.
         """
-        return self.fitted.predict(features, tasks, statistics)
+        utility, sd = self.fitted.predict(features, tasks, statistics)
+        if not np.isfinite(utility.sum() + sd.sum()):
+            raise SelectorError("the selector predicts what is no finite number: it is damaged; train it again")
+        return utility, sd
 
     def distances(self, features: np.ndarray) -> np.ndarray:
         """(N, 2, F) -> (N,): distance of each context to the training data; beyond `novelty.limit` it is not known."""
@@ -198,15 +202,12 @@ class Selector:
 
 def read_selector(path: Place) -> Selector:
     """Load an artifact. Raises SelectorError: missing, damaged, or of another schema, saying what differs."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
         with local_directory(path) as directory:
             description = _description(directory / _DESCRIPTION, path)
             try:
-                return _checked(_from_artifact(description, load_file(str(directory / _WEIGHTS))))
-            except (OSError, KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
+                return _checked(_from_artifact(description, load_arrays(directory / _WEIGHTS)))
+            except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise SelectorError(f"selector {path} is damaged: {error}; train it again") from None
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise SelectorError(f"no selector at {path}; `simmerge train` makes one") from None
@@ -235,12 +236,16 @@ def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndar
     arms, reference, columns = (tuple(description[name]) for name in ("arms", "reference", "columns"))
     if not all(isinstance(name, str) for name in (*arms, *reference, *columns)):
         raise TypeError("an arm or a column is no text")
+    if not isinstance(description["provenance"], dict):
+        raise TypeError("its provenance is no object")
     return Selector(
         arms,
         reference,
         columns,
         fitted=FittedModel(parts.centre, parts.scale, encoding, parts.predictor, keeps(arms)),
-        override=SafeOverride(**description["override"] | {"threshold": math.inf if threshold is None else threshold}),
+        override=TypeAdapter(SafeOverride).validate_python(
+            description["override"] | {"threshold": math.inf if threshold is None else threshold}
+        ),
         novelty=parts.novelty,
         intervals=parts.intervals,
         provenance=description["provenance"],

@@ -94,6 +94,8 @@ class MlpPredictor(Predictor):
     @classmethod
     def from_tensors(cls, tensors: Tensors) -> Self:
         num_members, num_layers = (int(number) for number in tensors["shape"])
+        if not 0 <= num_layers <= len(tensors):  # before that many names are made
+            raise ValueError(f"{len(tensors)} arrays are no {num_layers} layers")
         members = []
         for index in range(num_members):
             names = [f"member{index}.layer{number}" for number in range(num_layers + 2)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.arrays import load_arrays
 from simmerge_ray.base.errors import SelectorError
 from simmerge_ray.base.storage import Place, local_directory, read_json
 from simmerge_ray.selector.models.artifact import ModelParts
@@ -129,9 +130,6 @@ class UtilityPredictor:
 
 def read_predictor(path: Place) -> UtilityPredictor:
     """Load an artifact. Raises SelectorError: missing, damaged, or of another schema, saying what differs."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
         with local_directory(path) as directory:
             try:
@@ -140,8 +138,8 @@ def read_predictor(path: Place) -> UtilityPredictor:
                     raise SelectorError(
                         f"predictor {path}: schema is {schema}, this version reads {PREDICTOR_SCHEMA}; train it again"
                     )
-                return _from_tensors(description, load_file(str(directory / _WEIGHTS)))
-            except (OSError, KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
+                return _from_tensors(description, load_arrays(directory / _WEIGHTS))
+            except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 if isinstance(error, FileNotFoundError):
                     raise
                 raise SelectorError(f"predictor {path} is damaged: {error}; train it again") from None

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.arrays import load_arrays
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import BanditError, InputError, SelectorError
-from simmerge_ray.base.storage import Place, read_bytes, read_json, write_json
+from simmerge_ray.base.storage import Place, read_json, write_json
 from simmerge_ray.search.labels import LabeledPlan
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.splits import checkpoint_folds, pairs_of
@@ -95,13 +96,10 @@ def write_warm_start(path: Path, warm: WarmStartFile) -> None:
 
 def read_warm_start(path: Place) -> WarmStartFile | None:
     """What `write_warm_start` wrote; None where there is nothing. Raises SelectorError: it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     if not (path / _TEXT).exists():
         return None
     try:
-        content, tensors = read_json(path / _TEXT), load(read_bytes(path / _TENSORS))
+        content, tensors = read_json(path / _TEXT), load_arrays(path / _TENSORS)
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}")
         posteriors = {
@@ -112,5 +110,5 @@ def read_warm_start(path: Place) -> WarmStartFile | None:
         }
         identical = {(left, right): tuple(map(tuple, classes)) for left, right, classes in content["identical"]}
         return WarmStartFile(posteriors, Noise(content["noise"]["variance"]), identical)
-    except (OSError, KeyError, TypeError, ValueError, BanditError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, BanditError, AttributeError) as error:
         raise SelectorError(f"the warm start in {path} is damaged: {error}; train the selector again") from None
