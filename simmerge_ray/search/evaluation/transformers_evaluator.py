@@ -16,6 +16,7 @@ from simmerge_ray.plans.plan import ResolvedPlan
 from simmerge_ray.search.evaluation.evaluator import LogLikelihood, TokenPair, cut
 
 _LOGIT_BYTES = 1 << 28  # of float32 logits held at once
+_CPU_TOKENS = 768  # of a padded batch on a CPU: more leave its caches, and gain nothing for any size of model
 
 
 class TransformersEvaluator:
@@ -88,6 +89,8 @@ class TransformersEvaluator:
         vocabulary = int(self._model.config.vocab_size)
         longest = max((len(whole) for whole in wholes), default=1)
         batch_size = max(1, min(self._batch_size, _LOGIT_BYTES // (4 * vocabulary * longest)))
+        if padded and self._device == "cpu":
+            batch_size = max(1, min(batch_size, _CPU_TOKENS // longest))
         batches = _similar_lengths if padded else _equal_lengths
         for indices in batches(wholes, batch_size):
             # Answers end together, so that the head is run over as many last positions as the longest one has.

@@ -35,7 +35,7 @@ def arithmetic(found, name, cause="arithmetic"):
 
 def test_defaults_are_those_of_auto():
     asked, work = FindConfig(), ChoiceWork()
-    assert (work.answer_tokens, work.recipes, work.shortlist) == (asked.max_tokens, asked.num_recipes, asked.shortlist)
+    assert (work.answer_tokens, work.recipes, work.shortlist) == (asked.max_tokens, asked.num_recipes, asked.num_run(6))
     assert (work.tuned, work.most) == (asked.num_tuned, asked.ways[1])
 
 

@@ -52,6 +52,8 @@ def own_answers(
             tuple(ids), likely[1:, :, :-1], likely[1:, :, -1], likely[0, :, :-1], likely[0, :, -1], owner.checkpoint,
             answers.answer,
         ),
+        np.broadcast_to(np.arange(num_kept), likely.shape[1:2] + (num_kept,)),
+        "",
     )  # fmt: skip
 
 
