@@ -52,7 +52,7 @@ def test_passes_of_every_checkpoint_over_every_members_answers_follow_the_formul
 def test_ranking_follows_the_measured_figures():
     found = choice()
     values = 10_000 * 2 * 64 * 16 * 33
-    assert seconds(found)["ranking"] == pytest.approx(values * (1.91 + 2 * 0.247) * 1e-9 / 2)
+    assert seconds(found)["ranking"] == pytest.approx(values * (0.583 + 2 * 0.0833) * 1e-9 / 2)
 
 
 def test_rounds_over_probes_are_those_of_the_search():
