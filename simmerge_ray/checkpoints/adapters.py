@@ -117,9 +117,10 @@ class LoraAdapter:
             if config[key] not in (None, False, [], {}):
                 self._refuse(f"{key}: {config[key]!r}")
         if config.get("init_lora_weights") not in _PLAIN_INITS:
+            init = config["init_lora_weights"]
             self._refuse(
-                f"init_lora_weights: {config['init_lora_weights']!r}, which also changed the weights of its model; save it "
-                "again with peft's `path_initial_model_for_weight_conversion`, or"
+                f"init_lora_weights: {init!r}, which also changed the weights of its model; save it again with peft's "
+                "`path_initial_model_for_weight_conversion`, or"
             )
         parameters = config.get("target_parameters") or []
         is_plain = all(str(name).endswith(".weight") for name in parameters)

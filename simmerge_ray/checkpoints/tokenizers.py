@@ -7,7 +7,11 @@ import json
 from simmerge_ray.base.storage import Place, digest_bytes, file_names
 from simmerge_ray.checkpoints.references import CheckpointRef
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+_IDENTITY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Everything that belongs to the tokenizer of a checkpoint.
+TOKENIZER_FILES = (*_IDENTITY_FILES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 
 
 def tokenizer_digest(ref: CheckpointRef) -> str:
@@ -34,7 +38,7 @@ def same_tokenizer(first: CheckpointRef, other: CheckpointRef) -> bool:
 def tokenizer_files(ref: CheckpointRef) -> list[Place]:
     """`tokenizer.json`, or else the older files. Raises CheckpointError: there is none."""
     names = file_names(ref.path) or ()
-    found = [ref.path / name for name in _TOKENIZER_FILES if name in names]
+    found = [ref.path / name for name in _IDENTITY_FILES if name in names]
     if not found:
         raise ref.error(f"{ref.path} holds no tokenizer files")
     return found[:1] if found[0].name == "tokenizer.json" else found

@@ -23,7 +23,7 @@ from simmerge_ray.merging.engine.trims import (
     exact_thresholds,
     top_bins,
 )
-from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, applies, reads
+from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, Rows, applies, reads
 from simmerge_ray.plans.operators.shares import (
     SLERP_THRESHOLD,
     cosine_of,
@@ -265,6 +265,8 @@ def is_blockwise(output: OutputTensor, specs: Mapping[str, Mapping[str, TensorSp
     def fits(node: Node) -> bool:
         if isinstance(node, Read):
             return specs[node.checkpoint][node.tensor].dtype in _BLOCKWISE_DTYPES
+        if isinstance(node, Rows):
+            return all(fits(source) for source in node.sources)
         form = FORMS.get(node.operator)
         if form is None or (OPERATOR_SPECS[node.operator].needs_base and node.base is None):
             return False  # without its base: the operator says what is missing

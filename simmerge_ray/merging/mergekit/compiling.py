@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simmerge_ray.base.errors import PlanError
+from simmerge_ray.base.errors import CheckpointError, PlanError
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
+from simmerge_ray.merging.mergekit.document_vocabulary import DocumentVocabulary, made_files, make_vocabulary
 from simmerge_ray.merging.mergekit.documents import (
     DTYPES_BY_NAME,
     MergekitDocument,
@@ -51,16 +52,20 @@ def compile_mergekit(
     target = documents[-1]
     compiler = _Compiler(documents, locate, round_intermediates)
     model = compiler.document(target)
-    problems = [*compiler.problems, *architecture_problems(list(compiler.loaded.values()))]
+    vocabulary = compiler.vocabulary
+    problems = [*compiler.problems, *architecture_problems(list(compiler.loaded.values()), vocabulary is not None)]
     tokenizer_from = compiler.tokenizer_from(target)
     outputs = [_output(name, value, problems, target) for name, value in sorted(model.tensors.items())]
     raise_problems([*problems, *compiler.tensor_problems()], "this merge cannot be computed:")
+    checkpoints = {loaded.ref.id: loaded.ref for loaded in compiler.loaded.values() if loaded.ref}
     text = documents_text(compiler.used_documents(), lambda name: name if name.model in by_name else _absolute(name))
     return MergeGraph(
         outputs=tuple(outputs),
-        checkpoints={loaded.ref.id: loaded.ref for loaded in compiler.loaded.values() if loaded.ref},
-        config=with_dtype(model.config, outputs),
+        checkpoints=checkpoints,
+        config=with_dtype(vocabulary.config(model.config) if vocabulary else model.config, outputs),
         tokenizer_from=tokenizer_from,
+        tokenizer_files=made_files(target, vocabulary, checkpoints, tokenizer_from),
+        layouts=vocabulary.layouts if vocabulary else {},
         members=tuple(dict.fromkeys(compiler.members)),
         title="; ".join(_title(document) for document in compiler.used_documents()),
         description={"mergekit": text},
@@ -145,6 +150,7 @@ class _Compiler:
         self.problems: list[str] = []
         self.loaded: dict[ModelName, LoadedModel] = {}
         self.members: list[str] = []
+        self.vocabulary: DocumentVocabulary | None = None
 
     def used_documents(self) -> list[MergekitDocument]:
         return [document for document in self._order if document.name in self._compiled]
@@ -168,6 +174,15 @@ class _Compiler:
             return self.tokenizer_from(self._documents[name.model])
         loaded = self.model(name)
         return loaded.ref.id if loaded and loaded.ref else name.id
+
+    def _make_vocabulary(self, document: MergekitDocument, pieces: Sequence[_Piece]) -> None:
+        used = dict.fromkeys(one.source.model for piece in pieces for one in piece.inputs)
+        names = dict.fromkeys(name for name in (document.base_model, *used) if name is not None)
+        models = {name: self.model(name) for name in names}
+        source = document.tokenizer_source
+        donor = self.model(source) if isinstance(source, ModelName) else None
+        if not self.problems:
+            self.vocabulary = make_vocabulary(document, models, donor, len(self._order) == 1, self.problems)
 
     def model(self, name: ModelName) -> LoadedModel | None:
         """The checkpoint or the document of that name, or None where it cannot be read (reported)."""
@@ -198,6 +213,7 @@ class _Compiler:
         config: dict[str, Any] = {}
         if len(pieces) == len(slices):
             config = self._config(document, pieces)
+            self._make_vocabulary(document, pieces)
             tensors = self._tensors(document, pieces, bool(config.get("tie_word_embeddings")))
         self._open.pop()
         model = LoadedModel(document.name or "the last document", tensors, config)
@@ -305,6 +321,13 @@ class _Compiler:
                 self._at(own, f"tensors: {one.source.model.id!r} lacks some that other models have")
         if len(values) < len(names):
             return None
+        if self.vocabulary is not None:
+            members = [one.source.model for one in piece.inputs]
+            try:
+                values = self.vocabulary.laid_out(name, members, piece.base, values)
+            except CheckpointError as error:
+                self.problems.append(str(error))
+                return None
         first = values[0]
         for one, value in zip(piece.inputs, values, strict=True):
             if value.shape != first.shape:
@@ -345,7 +368,7 @@ class _Compiler:
                 pass  # what the engine keeps anyway
             elif isinstance(node, Apply):
                 node = replace(node, round_to=rounded)
-            else:
+            elif isinstance(node, Read):
                 node = _rounded_read(node, value, rounded)
         return replace(value, node=node, dtype=dtype or value.dtype)
 

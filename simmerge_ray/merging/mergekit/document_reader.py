@@ -19,14 +19,13 @@ from simmerge_ray.merging.mergekit.documents import (
 from simmerge_ray.merging.mergekit.methods import METHODS, Method
 from simmerge_ray.merging.mergekit.problems import Problems, shorten
 from simmerge_ray.merging.mergekit.settings import SettingsReader
+from simmerge_ray.merging.mergekit.vocabulary_rules import read_template, read_vocabulary
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 
 _DOCUMENT_KEYS = (
     "name", "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer",
+    "tokenizer", "chat_template",
 )  # fmt: skip
-_UNION = "union is not supported; choose models with the same vocabulary, or resize them first"
-
 
 _Report = Callable[[str, str], None]
 
@@ -62,7 +61,9 @@ class DocumentReader:
             parameters=settings.parameters(fields.get("parameters"), "parameters", "document"),
             dtype=self._dtype(fields.get("dtype"), "dtype"),
             out_dtype=self._dtype(fields.get("out_dtype"), "out_dtype"),
-            tokenizer_source=self._tokenizer(fields),
+            tokenizer_source=self._tokenizer_source(fields),
+            vocabulary=read_vocabulary(fields.get("tokenizer"), self._problems, self._model),
+            chat_template=read_template(fields.get("chat_template"), self._directory, self._report),
             name=name,
         )
         if method is not None and len(given) == 1:
@@ -163,24 +164,15 @@ class DocumentReader:
             return None
         return name
 
-    def _tokenizer(self, fields: Mapping[str, Any]) -> str | ModelName | None:
+    def _tokenizer_source(self, fields: Mapping[str, Any]) -> str | ModelName | None:
         place, value = "tokenizer_source", fields.get("tokenizer_source")
         if fields.get("tokenizer") is not None:
             if value is not None:
                 self._report("tokenizer", "give either tokenizer or tokenizer_source")
             inner = fields["tokenizer"]
-            if isinstance(inner, Mapping) and set(inner) - {"source"}:
-                keys = ", ".join(sorted(str(key) for key in set(inner) - {"source"}))
-                self._report("tokenizer", f"only 'source' is supported, got {keys}")
-                return None
             # Without a source it is the union there.
             place, value = "tokenizer.source", inner.get("source", "union") if isinstance(inner, Mapping) else inner
-        if value is None or value == "base":
-            return value
-        if value == "union":
-            self._report(place, _UNION)
-            return None
-        return self._model(value, place)
+        return value if value is None or value in ("base", "union") else self._model(value, place)
 
 
 def _check_structure(document: MergekitDocument, method: Method, report: _Report) -> None:

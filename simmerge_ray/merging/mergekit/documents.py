@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -107,10 +107,32 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class TokenRule:
+    """The row of one token: that of a model (of another token there, by text or number), or zeros (`zero`).
+
+    source: None only says that the token is there. force: for all models, also those that have the token.
+    """
+
+    source: ModelName | Literal["zero"] | None = None
+    token: str | None = None
+    token_id: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class VocabularyRules:
+    """What a `tokenizer` mapping says beside its source: rules of tokens, and a size that the rows are padded to."""
+
+    tokens: tuple[tuple[str, TokenRule], ...] = ()
+    pad_to_multiple_of: int | None = None
+
+
+@dataclass(frozen=True)
 class MergekitDocument:
     """One merge. Either `models` (whole) or `slices`. Parameters carry mergekit's names.
 
-    tokenizer_source: `base`, or a model, or None for the tokenizer of the base (else of the first model).
+    tokenizer_source: `base`, `union`, or a model, or None for the tokenizer of the base (else of the first model).
+    chat_template: `auto`, a name, a file or the text of a template.
     """
 
     method: str
@@ -121,6 +143,8 @@ class MergekitDocument:
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | ModelName | None = None
+    vocabulary: VocabularyRules = VocabularyRules()
+    chat_template: str | None = None
     name: str | None = None
 
     def references(self) -> tuple[ModelName, ...]:
@@ -130,6 +154,7 @@ class MergekitDocument:
         names += [piece.base_model for piece in self.slices if piece.base_model]
         names += [self.base_model] if self.base_model else []
         names += [self.tokenizer_source] if isinstance(self.tokenizer_source, ModelName) else []
+        names += [rule.source for _, rule in self.vocabulary.tokens if isinstance(rule.source, ModelName)]
         return tuple(dict.fromkeys(names))
 
 
@@ -147,7 +172,9 @@ def documents_text(documents: Iterable[MergekitDocument], rename: Rename = lambd
 
 
 def _document_json(document: MergekitDocument, rename: Rename) -> dict[str, Any]:
-    tokenizer = document.tokenizer_source
+    source, rules = document.tokenizer_source, document.vocabulary
+    tokenizer = _model_json(rename(source)) if isinstance(source, ModelName) else source
+    has_rules = rules != VocabularyRules()
     fields = {
         "name": document.name,
         "merge_method": document.method,
@@ -166,9 +193,24 @@ def _document_json(document: MergekitDocument, rename: Rename) -> dict[str, Any]
         "parameters": _parameters_json(document.parameters),
         "dtype": document.dtype,
         "out_dtype": document.out_dtype,
-        "tokenizer_source": _model_json(rename(tokenizer)) if isinstance(tokenizer, ModelName) else tokenizer,
+        "tokenizer_source": None if has_rules else tokenizer,
+        "tokenizer": {"source": tokenizer, **_rules_json(rules, rename)} if has_rules else None,
+        "chat_template": document.chat_template,
     }
     return _kept(fields)
+
+
+def _rules_json(rules: VocabularyRules, rename: Rename) -> dict[str, Any]:
+    tokens = {}
+    for text, rule in rules.tokens:
+        source: Any = {"kind": "zero"} if rule.source == "zero" else None
+        if isinstance(rule.source, ModelName):
+            source = _model_json(rename(rule.source))
+            if rule.token is not None or rule.token_id is not None:
+                source = {"kind": "model_token", "model": source}
+                source |= {"token": rule.token} if rule.token is not None else {"token_id": rule.token_id}
+        tokens[text] = _kept({"source": source, "force": rule.force or None})
+    return _kept({"tokens": tokens, "pad_to_multiple_of": rules.pad_to_multiple_of})
 
 
 def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:

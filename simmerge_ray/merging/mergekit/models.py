@@ -23,7 +23,7 @@ from simmerge_ray.plans.operators.gradients import split_layer
 
 # Models of several depths may be stacked, and another vocabulary has a remedy of its own.
 _ARCHITECTURE_KEYS = [key for key in ARCHITECTURE_KEYS if key not in ("num_hidden_layers", "n_layer", "vocab_size")]
-_VOCABULARY_REMEDY = "resize or choose models with the same vocabulary; tokenizer_source: union is not supported"
+_VOCABULARY_REMEDY = "for different vocabularies give tokenizer_source: union (or base, or one of the models)"
 # Every value of the first is a value of the second.
 _EXACT = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
 
@@ -95,13 +95,18 @@ def read_model(name: ModelName, locate: Callable[[ModelName], CheckpointRef]) ->
     return LoadedModel(name.id, tensors, config, ref, has_tokenizer, tuple(problems))
 
 
-def architecture_problems(models: Sequence[LoadedModel]) -> list[str]:
-    """Differences in config and tokenizer that no merge may have; numbers of layers may differ between slices."""
+def architecture_problems(models: Sequence[LoadedModel], vocabulary_is_made: bool = False) -> list[str]:
+    """Differences in config and tokenizer that no merge may have; numbers of layers may differ between slices.
+
+    vocabulary_is_made: the vocabulary of the merge is made of theirs, so theirs may differ.
+    """
     readable = [model for model in models if model.ref is not None and model.config]
     problems = []
     for model in readable[1:]:
         first = readable[0]
         problems += config_problems((first.id, first.config), (model.id, model.config), _ARCHITECTURE_KEYS)
+        if vocabulary_is_made:
+            continue
         sizes = model.config.get("vocab_size"), first.config.get("vocab_size")
         if sizes[0] != sizes[1]:
             problems.append(

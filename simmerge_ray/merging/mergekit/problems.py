@@ -11,7 +11,6 @@ from simmerge_ray.base.errors import PlanError
 
 _REMEDIES = {
     "modules": "'modules' is not supported; merge models of one stack of layers with 'models' or 'slices'",
-    "chat_template": "'chat_template' is not supported; the template comes with the tokenizer of tokenizer_source",
     "residual_weight": "'residual_weight' has no effect in mergekit either; remove it",
 }
 _SHOWN_PROBLEMS = 40

@@ -40,7 +40,7 @@ def test_every_problem_of_a_file_is_reported_at_its_place():
     dtype: bfloat
     models: [{model: a, parameters: {weigth: 1}}, {modle: b}, {model: a+b+c}, {model: d@}]
     slices: [{sources: [{model: a, layer_range: [3, 1]}]}]
-    tokenizer_source: union
+    tokenizer_source: 3
     """)
     assert [problem.split(": ")[0] for problem in problems] == [
         "merge_metod", "merge_method", "exactly one of models and slices is needed, both given",
@@ -105,8 +105,8 @@ def test_parameters_are_checked_for_the_method():
             "slices[0]: base_model 'a' must be among the sources of the slice, with its layers",
         ),
         (
-            "{merge_method: passthrough, tokenizer: {source: base, tokens: {}}, models: [{model: b}]}",
-            "tokenizer: only 'source' is supported, got tokens",
+            "{merge_method: passthrough, tokenizer: {source: base, token: {}}, base_model: b, models: [{model: b}]}",
+            "tokenizer.token: unknown key; did you mean 'tokens'?",
         ),
         (
             "{merge_method: passthrough, tokenizer_source: base, models: [{model: b}]}",
@@ -165,7 +165,7 @@ def test_everything_headers_show_is_reported_at_once(root, tmp_path):
     text = "\n".join(problems)
     assert "model 'absent': " in text
     assert "checkpoint 'm2' is quantised (tensors of dtype I8); dequantise it first" in text
-    assert "vocab_size: 'm1' has 99, 'm0' has 52; resize or choose models with the same vocabulary" in text
+    assert "vocab_size: 'm1' has 99, 'm0' has 52; for different vocabularies give tokenizer_source: union" in text
     assert "hidden_size: 'm2' has 65, 'm0' has 64" in text
     assert "tokenizer: 'm2' and 'm0' have different vocabularies" in text
     problems = compile_error(

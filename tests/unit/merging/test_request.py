@@ -92,7 +92,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(zoo, tmp_path):
         ({"base_model": None}, ["base"]),
         ({"models": [{"model": "nowhere", "parameters": {"weight": 1}}]}, ["nowhere", "not a directory"]),
         ({"parameters": {"density": 7}, "dtype": "float8"}, ["density", "float8"]),
-        ({"tokenizer_source": "union"}, ["union"]),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, ["pad_to_multiple_of", "above 0"]),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_before_anything_is_written(zoo, tmp_path, changes, messages):
