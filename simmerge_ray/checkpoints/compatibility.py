@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simmerge_ray.base.errors import CheckpointError, IncompatibleCheckpointsError
+from simmerge_ray.checkpoints.formats import quantisation
 from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.checkpoints.tokenizers import same_tokenizer, tokenizer_files
@@ -16,16 +17,14 @@ ARCHITECTURE_KEYS = (
     "intermediate_size", "vocab_size", "tie_word_embeddings", "n_embd", "n_layer", "n_head",
 )  # fmt: skip
 _MERGEABLE_DTYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "BOOL")  # integers are copied
-_VOCABULARY_REMEDY = "resize the embeddings or choose checkpoints with the same vocabulary"
+_VOCABULARY_REMEDY = "choose others, or merge them by a mergekit file with tokenizer_source (union, base, a model)"
 
 
 def unsupported_problems(ref: CheckpointRef, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> list[str]:
     """What keeps a checkpoint from being merged at all, with the remedy: quantised weights, mixtures of experts."""
     problems = []
-    quantised = sorted({spec.dtype for spec in specs.values()} - set(_MERGEABLE_DTYPES))
-    if quantised or config.get("quantization_config"):
-        found = f"tensors of dtype {', '.join(quantised)}" if quantised else "quantization_config"
-        problems.append(f"checkpoint {ref.id!r} is quantised ({found}); dequantise it first")
+    if (found := quantisation(specs, config, _MERGEABLE_DTYPES)) is not None:
+        problems.append(f"checkpoint {ref.id!r} {found}")
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if isinstance(config.get(key), int) and config[key] > 1:
             problems.append(

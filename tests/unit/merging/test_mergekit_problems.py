@@ -164,7 +164,7 @@ def test_everything_headers_show_is_reported_at_once(root, tmp_path):
     """)  # fmt: skip
     text = "\n".join(problems)
     assert "model 'absent': " in text
-    assert "checkpoint 'm2' is quantised (tensors of dtype I8); dequantise it first" in text
+    assert "checkpoint 'm2' is quantised (tensors of dtype I8); merge the checkpoint that it was made of" in text
     assert "vocab_size: 'm1' has 99, 'm0' has 52; for different vocabularies give tokenizer_source: union" in text
     assert "hidden_size: 'm2' has 65, 'm0' has 64" in text
     assert "tokenizer: 'm2' and 'm0' have different vocabularies" in text
