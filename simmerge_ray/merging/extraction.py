@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ _EMBEDDINGS, _HEADS = ("embed_tokens", "wte", "word_embeddings"), ("lm_head", "e
 _EMBEDDING_WEIGHTS = tuple(f"{name}.weight" for name in _EMBEDDINGS)
 _HEAD = "lm_head.weight"
 _TWIN = f"{_PREFIX}{_HEAD}"  # of a saved embedding that is tied to it
+_ELEMENTS, _ROWS = 1 << 20, 1024  # of a block
 _CONV1D_MODELS = ("gpt2", "openai-gpt")
 _REPORT = "extraction.json"
 
@@ -284,27 +286,45 @@ def _made(
 ) -> dict[str, Tensor] | None:
     """The adapter's tensors of one tensor; None where it changed and has no place there."""
     spec = fine.specs[name]
-    whole = flat_tensor(fine.read_whole(name)).reshape(spec.shape)
     if spec.dtype not in FLOAT_DTYPES:
-        return {} if torch.equal(whole, flat_tensor(original.read_whole(name)).reshape(spec.shape)) else None
-    change = whole.float() - flat_tensor(original.read_whole(name)).reshape(spec.shape).float()
-    if not bool(torch.isfinite(change).all()):
+        return {} if np.array_equal(fine.read_whole(name), original.read_whole(name)) else None
+    is_matrix = part is not None and part.kind != "saved"
+    change = torch.empty(spec.shape) if is_matrix else None
+    squared = 0.0
+    for start, block in _changes(name, fine, original):
+        squared += float(block.square().sum(dtype=torch.float64))
+        if change is not None:
+            change.view(-1)[start : start + block.numel()] = block
+    if not math.isfinite(squared):
         raise CheckpointError(f"tensor {name} holds NaN or infinity")
-    squared = float(change.double().square().sum())
     norms.changed += squared
     if part is None:
         norms.missed += squared
         return {} if not squared else None
-    if part.kind == "saved":
-        return {f"{_PREFIX}{name}": whole}
+    if change is None:
+        return {f"{_PREFIX}{name}": flat_tensor(fine.read_whole(name))}
     is_turned = part.kind != "linear"
     matrix = change.T if is_turned else change
     up, down = low_rank(matrix, part.rank, config.oversampling, config.iterations, seed_of(config.seed, 0, (), name))
     scale = (config.alpha or config.rank) / config.rank
     stored = getattr(torch, config.dtype)
     up, down = (up / scale).to(stored), down.to(stored)
-    norms.missed += float((matrix - scale * (up.float() @ down.float())).double().square().sum())
+    for rows in range(0, len(matrix), _ROWS):
+        missed = matrix[rows : rows + _ROWS] - scale * (up[rows : rows + _ROWS].float() @ down.float())
+        norms.missed += float(missed.square().sum(dtype=torch.float64))
     return dict(zip(_names(part), (down, up), strict=True))
+
+
+def _changes(name: str, fine: TensorSource, original: TensorSource) -> Iterator[tuple[int, Tensor]]:
+    """(offset, change) of a tensor, flat float32 blocks."""
+    num = math.prod(fine.specs[name].shape)
+    rooms = [np.empty(min(num, _ELEMENTS), dtype=np.float32) for _ in range(2)]
+    raw = np.empty(8 * min(num, _ELEMENTS), dtype=np.uint8)
+    for start in range(0, num, _ELEMENTS):
+        stop = min(start + _ELEMENTS, num)
+        sides = zip((fine, original), rooms, strict=True)
+        new, old = (source.read_float32(name, start, stop, raw, room) for source, room in sides)
+        yield start, torch.from_numpy(new - old)
 
 
 def _share(norms: _Norms) -> float:
