@@ -4,6 +4,10 @@
 `benchmarks.merge.fixtures`) and its noisy copy `b`, whose tokens get other ids (all of them, drawn from a seed) and
 1,000 new ones with rows of their own. Linear, `tokenizer_source: union`. Peak memory is RssAnon of the process, sampled
 every 5 ms. mergekit numbers new tokens anew in every process, so tensors are compared token by token.
+
+`--kills 20` instead: the writing of that merge is killed (kill -9 of a process that was forked for it) at so many
+random moments, and the same file is read and merged again; the bytes must be those of a merge in peace.
+`python -m benchmarks.soak merge FILE` does the same to the whole command.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -102,12 +107,53 @@ def differences(ours: Path, theirs: Path) -> str:
     return f"{unequal} of {sum(map(torch.numel, first.values())):,} elements differ; {len(tokens):,} tokens in both"
 
 
+def kills(file: Path, root: Path, num_kills: int) -> str:
+    """Kill and go on; how many merges have the bytes of a quiet one."""
+    from simmerge_ray.merging.request import MergeRequest, read_request
+    from simmerge_ray.merging.write.output import WriteOptions
+    from simmerge_ray.merging.write.tensors import read_journals
+
+    graph, options = read_request(file, root / "out").graph, WriteOptions(num_threads=1)
+
+    def contents(out: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "simmerge_manifest.json"}
+
+    for _ in range(2):  # the first compiles the loops
+        shutil.rmtree(root / "whole", ignore_errors=True)
+        started = time.perf_counter()
+        MergeRequest(graph, root / "whole").write(options)
+        seconds = time.perf_counter() - started
+    same, resumed = 0, []
+    for number, moment in enumerate(np.random.default_rng(0).uniform(0.02, seconds, num_kills)):
+        out = root / f"killed-{number}"
+        if not (child := os.fork()):
+            try:
+                MergeRequest(graph, out).write(options)
+            finally:
+                os._exit(0)
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        partial = out.with_name(f".{out.name}.partial")
+        resumed.append(len(read_journals(partial)) if partial.exists() else -1)
+        again = read_request(file, out)  # the vocabulary is made anew, as by another process
+        again.write(options)
+        same += contents(out) == contents(root / "whole")
+        shutil.rmtree(out)
+    inside = sum(count >= 0 for count in resumed)
+    return (
+        f"{same} of {num_kills} have the same bytes; {inside} were killed while writing ({seconds:.2f} s), "
+        f"{sum(count > 0 for count in resumed)} with tensors in the journal"
+    )
+
+
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("fixtures", type=Path)
     parser.add_argument("--venv", type=Path, default=DEFAULT_DIRECTORY, help="mergekit's environment")
     parser.add_argument("--rounds", type=int, default=3, help="rounds counted, each after one that is not")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=0, help="kill the writing so many times instead")
     arguments = parser.parse_args()
     root, venv = arguments.fixtures.absolute(), arguments.venv.absolute()
     checkpoints = make_fixture(root, "134m", venv)
@@ -118,6 +164,9 @@ def main() -> None:
         scratch = Path(name)
         file = scratch / "union.yml"
         file.write_text(json.dumps(config | {"tokenizer_source": "union"}))
+        if arguments.kills:
+            print(kills(file, scratch, arguments.kills))
+            return
         commands = {
             "ours": [str(OUR_PYTHON.with_name("simmerge")), "merge", str(file)],
             "mergekit": [str(mergekit_python(venv).with_name("mergekit-yaml")), str(file)],
