@@ -28,7 +28,8 @@ from simmerge_ray.checkpoints.adapter_changes import (
     same_values,
 )
 from simmerge_ray.checkpoints.headers import TensorSpec, read_header
-from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, ADAPTER_FILE, CheckpointRef, read_config
+from simmerge_ray.checkpoints.pickles import adapter_file
+from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, CheckpointRef, read_config
 
 _PREFIX = "base_model.model."
 _REMEDY = "merge it into its model with peft's `merge_and_unload` first"
@@ -136,13 +137,8 @@ class LoraAdapter:
 
     def _read_header(self) -> dict[str, TensorSpec]:
         """The tensors of the adapter, by their names in the model."""
-        assert self._ref.adapter is not None
-        file = self._ref.adapter / ADAPTER_FILE
-        if not file.exists():
-            hint = "; load and save it with peft" if (self._ref.adapter / "adapter_model.bin").exists() else ""
-            raise self._ref.error(f"{self._ref.adapter} holds no {ADAPTER_FILE}{hint}")
         found = {}
-        for name, spec in read_header(self._ref, file).items():
+        for name, spec in read_header(self._ref, adapter_file(self._ref)).items():
             if not name.startswith(_PREFIX):
                 raise self._ref.error(f"the adapter holds {name}, which is no tensor of a PEFT model; {_REMEDY}")
             if spec.dtype not in WIDTHS:

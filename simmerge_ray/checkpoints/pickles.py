@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.errors import CheckpointError
-from simmerge_ray.base.storage import digest_bytes, file_names, file_version
-from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.base.storage import Place, digest_bytes, file_names, file_version
+from simmerge_ray.checkpoints.references import ADAPTER_FILE, CheckpointRef
 
 DIRECTORY_VARIABLE = "SIMMERGE_CONVERTED_DIR"
 _DEFAULT_DIRECTORY = "~/.cache/simmerge_ray/checkpoints/converted"
-_INDEX, _SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_INDEX, _SINGLE, _ADAPTER = "pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin"
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "cls.predictions.decoder.weight")
 _FREE_BYTES = 16 << 30  # of address space beside the file: libraries
 _CHUNK = 1 << 24
@@ -44,16 +44,34 @@ def converted(ref: CheckpointRef) -> Path:
 
     Raises CheckpointError: a file is damaged or refused, lies in a store, or the cache has no room.
     """
-    if not isinstance(ref.path, Path):
-        raise ref.error(f"{ref.path} holds .bin files; they are converted on a disk: copy the directory to one")
-    files = _files(ref)
+    return _converted(ref, ref.path, _files(ref))
+
+
+def adapter_file(ref: CheckpointRef) -> Place:
+    """The safetensors file of a checkpoint's adapter, converted from its `.bin` file where it has only that.
+
+    Raises CheckpointError: it has neither, or see `converted`.
+    """
+    assert ref.adapter is not None
+    names = file_names(ref.adapter) or set()
+    if ADAPTER_FILE in names:
+        return ref.adapter / ADAPTER_FILE
+    if _ADAPTER in names:
+        return _converted(ref, ref.adapter, [ref.adapter / _ADAPTER]) / "model-00001-of-00001.safetensors"
+    raise ref.error(f"{ref.adapter} holds no {ADAPTER_FILE}")
+
+
+def _converted(ref: CheckpointRef, path: Place, places: Sequence[Place]) -> Path:
+    files = [place for place in places if isinstance(place, Path)]
+    if not files:
+        raise ref.error(f"{path} holds .bin files; they are converted on a disk: copy the directory to one")
     try:
         parts = [f"{file.resolve()}\0{file_version(file)}" for file in files]
         root = Path(os.environ.get(DIRECTORY_VARIABLE) or _DEFAULT_DIRECTORY).expanduser()
         target = root / digest_bytes("\n".join(parts).encode())
         if target.exists():
             return target
-        _log.warning("converting %s to safetensors, once; that is slower than reading safetensors", ref.path)
+        _log.warning("converting %s to safetensors, once; that is slower than reading safetensors", path)
         root.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
     except (OSError, RuntimeError) as error:
@@ -76,16 +94,16 @@ def converted(ref: CheckpointRef) -> Path:
     return target
 
 
-def _files(ref: CheckpointRef) -> list[Path]:
-    assert isinstance(ref.path, Path)
-    if _INDEX not in (file_names(ref.path) or ()):
+def _files(ref: CheckpointRef) -> list[Place]:
+    there = file_names(ref.path) or set()
+    if _INDEX not in there:
         return [ref.path / _SINGLE]
     try:
         names = sorted(set(json.loads((ref.path / _INDEX).read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ref.error(f"{ref.path / _INDEX} is damaged") from None
     for name in names:
-        if not isinstance(name, str) or "/" in name or "\\" in name or not (ref.path / name).is_file():
+        if not isinstance(name, str) or "/" in name or "\\" in name or name not in there:
             raise ref.error(f"the index names {str(name)[:100]!r}, which is no file beside it")
     return [ref.path / name for name in names]
 

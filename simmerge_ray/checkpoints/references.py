@@ -82,7 +82,9 @@ def _locate(name: str, revision: str | None, directory: Place) -> Place:
         small = ["*.json", "*.jinja", "*.txt", "*.model", "*.md"]
         found = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *small]))
         if not any(found.glob("*.safetensors")):  # an older repository: see `pickles`
-            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin", *small])
+            snapshot_download(
+                name, revision=revision, allow_patterns=["pytorch_model*.bin", "adapter_model.bin", *small]
+            )
         return found
     except Exception as error:  # the hub client raises errors of many libraries
         reason = str(error).strip().splitlines()[0]

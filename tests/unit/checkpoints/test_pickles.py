@@ -44,6 +44,19 @@ def test_it_is_converted_once_to_the_same_tensors(pickled, tmp_path):
     assert [path.name for path in (tmp_path / "converted").iterdir()] == [made.name]
 
 
+def test_an_adapter_in_a_bin_file_is_converted_too(pickled, tmp_path):
+    from simmerge_ray.checkpoints.digests import checkpoint_digest
+    from tests.unit.checkpoints.test_catalogue import write_adapter
+
+    adapter = write_adapter(tmp_path / "adapter")
+    ref = CheckpointRef("a", tmp_path / "plain", adapter=adapter)
+    wanted, digest = dict(merged_tensors(unmerged(ref))), checkpoint_digest(ref)
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    found = dict(merged_tensors(unmerged(ref)))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()) and checkpoint_digest(ref) == digest
+
+
 class _Bomb:
     def __reduce__(self):
         return os.system, ("touch /tmp/simmerge-test-was-here",)
