@@ -95,6 +95,7 @@ class MergeGraph:
     checkpoints: every checkpoint that is read, by id. config: content of `config.json`. tokenizer_from: whose
     tokenizer files are copied. description: JSON of the plan, for the model card. mergekit: the same merge as text of
     a `mergekit_config.yml`, or None where mergekit cannot express it. seed: of the random operators.
+    warnings: what of the file has no effect.
     """
 
     outputs: tuple[OutputTensor, ...]
@@ -106,6 +107,7 @@ class MergeGraph:
     description: Mapping[str, Any] = field(default_factory=dict)
     mergekit: str | None = None
     seed: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:

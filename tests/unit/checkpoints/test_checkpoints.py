@@ -132,7 +132,7 @@ def test_malformed_catalogues_are_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_local_experts", 8, "mixture of experts .*merge dense checkpoints"),
+        ("num_local_experts", 8, "num_local_experts: 'copy' has 8, .* has None"),
         ("quantization_config", {"bits": 4}, "is quantised .*dequantise it first"),
     ],
 )
