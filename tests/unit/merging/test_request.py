@@ -110,8 +110,9 @@ def test_keys_without_effect_are_named_and_refused_only_by_strict(zoo, tmp_path)
     shown = run("merge", zoo / "merge.yml", tmp_path / "out", "--dry-run").output
     for key in ("x-anchors: unknown key, ignored", "models[0].wieght: unknown key", "models[0].parameters.t: unknown"):
         assert f"warning: {key}" in shown
-    result = run("merge", zoo / "merge.yml", tmp_path / "out", "--strict")
-    assert result.exit_code == 2 and "(--strict)" in result.output and "x-anchors" in result.output
+    with pytest.raises(InputError, match=r"no effect \(--strict\):\n  x-anchors"):
+        read_request(zoo / "merge.yml", tmp_path / "out", strict=True)
+    assert isinstance(run("merge", zoo / "merge.yml", tmp_path / "out", "--strict").exception, InputError)
     assert not (tmp_path / "out").exists()
     result = run("merge", zoo / "merge.yml", tmp_path / "out")
     assert result.exit_code == 0 and "warning: x-anchors" in result.output
