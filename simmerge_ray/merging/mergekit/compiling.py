@@ -194,7 +194,9 @@ class _Compiler:
         tensors: dict[str, TensorValue] = {}
         config: dict[str, Any] = {}
         if all(len(pieces) == len(part.slices or (part.models,)) for _, part, pieces in parts):
-            donor = (self.model(document.base_model) if document.base_model else None) or parts[0][2][0].inputs[0].model
+            donor = self.model(document.base_model) if document.base_model else None
+            donor = donor or self.model(document.sources()[0].model)
+            assert donor is not None  # each of the pieces has its models
             self._check_modules(names, donor)
             config = copy.deepcopy(dict(donor.config))
             for module, part, pieces in parts:
