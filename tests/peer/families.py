@@ -95,12 +95,14 @@ FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
         },
     ),
     "bert": ("BertConfig", "BertForMaskedLM", _ENCODER),
+    "bert-classifier": ("BertConfig", "BertForSequenceClassification", _ENCODER),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", _ENCODER),
     "t5": (
         "T5Config",
         "T5ForConditionalGeneration",
         {"vocab_size": VOCABULARY, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_decoder_layers": 1}
-        | {"num_heads": 2, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+        | {"num_heads": 2, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+        | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
     "whisper": (
         "WhisperConfig",

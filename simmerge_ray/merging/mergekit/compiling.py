@@ -32,6 +32,7 @@ from simmerge_ray.merging.mergekit.models import (
     is_tied,
     output_tensor,
     read_model,
+    untie,
 )
 from simmerge_ray.merging.mergekit.modules import WHOLE, module_names, set_num_layers
 from simmerge_ray.merging.mergekit.numbers import Numbers
@@ -74,7 +75,7 @@ def compile_mergekit(
         title="; ".join(_title(document) for document in compiler.used_documents()),
         description={"mergekit": text},
         mergekit=None if any(_has_ours(document) for document in compiler.used_documents()) else text,
-        warnings=(*(line for document in documents for line in document.ignored), *dict.fromkeys(compiler.warnings)),
+        warnings=tuple(line for document in documents for line in document.ignored),
     )
 
 
@@ -135,7 +136,6 @@ class _Compiler:
         self._open: list[str | None] = []
         self._tensor_problems: dict[str, list[str]] = {}
         self.problems: list[str] = []
-        self.warnings: list[str] = []
         self.loaded: dict[ModelName, LoadedModel] = {}
         self.members: list[str] = []
 
@@ -199,6 +199,8 @@ class _Compiler:
             assert donor is not None  # each of the pieces has its models
             self._check_modules(names, donor)
             config = copy.deepcopy(dict(donor.config))
+            if not all(is_tied(one.model.config) for _, _, pieces in parts for piece in pieces for one in piece.inputs):
+                untie(config)  # one head is its own, so the merge's is
             for module, part, pieces in parts:
                 if part.slices:
                     _set_layers(config, module or WHOLE, pieces)
@@ -271,7 +273,6 @@ class _Compiler:
                 if len(pieces) > 1 and is_embedding != (number == 0):
                     continue
                 if tied and name.endswith(HEAD) and any(name not in o.model.tensors for o in piece.inputs):
-                    self.warnings.append(f"{name} is left out: the output's config ties it to the embeddings")
                     continue
                 add(name, piece, [name] * len(piece.inputs), OUTSIDE_LAYERS)
         offset = 0

@@ -98,6 +98,13 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return bool(text.get("tie_word_embeddings", own) if isinstance(text, Mapping) else own)
 
 
+def untie(config: dict[str, Any]) -> None:
+    """Say in a config that ties its head to the embeddings that it does not."""
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, dict) and is_tied(holder):
+            holder["tie_word_embeddings"] = False
+
+
 def read_model(name: ModelName, locate: Callable[[ModelName], CheckpointRef]) -> LoadedModel:
     """Headers, config and tokenizer of a checkpoint; what cannot be read is in `problems`."""
     problems: list[str] = []

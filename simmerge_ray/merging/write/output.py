@@ -26,6 +26,7 @@ STATE_FILE = "merge.state.json"
 _COPIED_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "chat_template.jinja",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "normalizer.json",
 )  # fmt: skip
 
 

@@ -263,6 +263,11 @@ DOCUMENTS = st.fixed_dictionaries(
         "slices": st.lists(
             st.fixed_dictionaries({"sources": SOURCES}, optional={"parameters": PARAMETERS}), max_size=2
         ),
+        "modules": st.dictionaries(
+            st.sampled_from(["encoder", "default"]),
+            st.fixed_dictionaries({"models": SOURCES}, optional={"parameters": PARAMETERS}),
+            max_size=2,
+        ),
         "base_model": MODELS,
         "parameters": PARAMETERS,
         "name": st.sampled_from(["other", "m0"]),
