@@ -512,6 +512,13 @@ IGNORED = (
         "slices[0].residual_weight",
     ),
     Case(
+        "a checkpoint without a tokenizer",
+        "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: bare}, {model: b}]",
+        op("linear", "ab"),
+        "warned",
+        "'bare' holds no tokenizer files",
+    ),
+    Case(
         "a misspelt key that is needed",
         "merge_method: linear\nmodels: [{model: a, parameters: {weigth: 1}}, {model: b}]",
         expect="refused",

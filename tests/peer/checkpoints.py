@@ -20,6 +20,7 @@ def make_family(root: Path, family: str) -> Path:
         make_checkpoints(path, family, names)
         if family == "llama":
             shutil.copytree(path / "a", path / "a-again")
+            shutil.copytree(path / "a", path / "bare", ignore=shutil.ignore_patterns("*token*"))
             for name, other, entries in (
                 ("tied", "llama-tied", {}),
                 ("wide", "llama", {"hidden_size": 16}),

@@ -46,7 +46,8 @@ def test_a_case_is_what_is_expected_of_it(family_path, family_tensors, tmp_path,
     (tmp_path / "copy.yaml").write_text(graph.mergekit)
     copy = read_request(tmp_path / "copy.yaml", tmp_path / "out").graph
     assert [(o.name, o.shape, o.dtype) for o in copy.outputs] == [(o.name, o.shape, o.dtype) for o in graph.outputs]
-    assert (copy.config, copy.warnings, copy.mergekit) == (graph.config, (), graph.mergekit)
+    assert (copy.config, copy.mergekit) == (graph.config, graph.mergekit)
+    assert not any("ignored" in line for line in copy.warnings)
     tensors = family_tensors(case.family)
     with open_sources(graph) as sources:
         computer = Computer(graph, sources)

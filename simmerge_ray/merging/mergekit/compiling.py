@@ -75,7 +75,7 @@ def compile_mergekit(
         title="; ".join(_title(document) for document in compiler.used_documents()),
         description={"mergekit": text},
         mergekit=None if any(_has_ours(document) for document in compiler.used_documents()) else text,
-        warnings=tuple(line for document in documents for line in document.ignored),
+        warnings=(*(line for document in documents for line in document.ignored), *compiler.missing(tokenizer_from)),
     )
 
 
@@ -160,6 +160,13 @@ class _Compiler:
             return self.tokenizer_from(self._documents[name.model])
         loaded = self.model(name)
         return loaded.ref.id if loaded and loaded.ref else name.id
+
+    def missing(self, tokenizer_from: str) -> list[str]:
+        """A warning where the checkpoint of that id has no tokenizer."""
+        donors = [one for one in self.loaded.values() if one.ref and one.ref.id == tokenizer_from]
+        return [
+            f"{one.id!r} holds no tokenizer files, so the merge has none" for one in donors if not one.has_tokenizer
+        ]
 
     def model(self, name: ModelName) -> LoadedModel | None:
         """The checkpoint or the document of that name, or None where it cannot be read (reported)."""

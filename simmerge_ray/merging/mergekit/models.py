@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from simmerge_ray.base.errors import InputError
+from simmerge_ray.base.errors import CheckpointError, InputError
 from simmerge_ray.checkpoints.compatibility import (
     ARCHITECTURE_KEYS,
     config_problems,
@@ -124,7 +124,10 @@ def read_model(name: ModelName, locate: Callable[[ModelName], CheckpointRef]) ->
     specs, config = attempt(read_headers, ref, {}), attempt(read_config, ref, {})
     if name.architecture is not None:
         config = {**config, "architectures": [name.architecture]}
-    has_tokenizer = bool(attempt(tokenizer_files, ref, []))
+    try:
+        has_tokenizer = bool(tokenizer_files(ref))
+    except CheckpointError:
+        has_tokenizer = False  # of images or sounds, or to be copied from elsewhere
     problems += unsupported_problems(ref, specs, config)
     tensors = {key: TensorValue(Read(ref.id, key), spec.shape, spec.dtype) for key, spec in specs.items()}
     return LoadedModel(name.id, tensors, config, ref, has_tokenizer, tuple(problems), name.architecture is not None)
