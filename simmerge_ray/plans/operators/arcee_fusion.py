@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,19 +18,18 @@ _GUARD = 1e-8  # added to every probability
 
 def importance(base: Tensor, tensor: Tensor, vector: Tensor) -> Tensor:
     """`|v| KL(softmax(x) || softmax(base))`, the softmax over the last dimension; shape of a tensor."""
-    p, q = (torch.softmax(values, dim=-1) + _GUARD for values in (tensor, base))
-    return vector.abs() * (p * (p / q).log()).sum(dim=-1, keepdim=True)
+    p, q = (torch.softmax(values, dim=-1).add_(_GUARD) for values in (tensor, base))
+    return vector.abs() * (p / q).log_().mul_(p).sum(dim=-1, keepdim=True)
 
 
-def fusion_threshold(scores: Tensor) -> Tensor:
+def fusion_threshold(scores: Tensor) -> float:
     """Median plus 1.5 times the distance of the quartiles, of all scores; entry `int(q (n - 1))` of the sorted ones.
 
     Quantiles are exact; mergekit takes those of a random million where a tensor has more.
     """
-    flat = scores.reshape(-1)
-    last = flat.numel() - 1
-    low, middle, high = (torch.kthvalue(flat, place * last // 4 + 1).values for place in (1, 2, 3))
-    return middle + 1.5 * (high - low)
+    places = [quarter * (scores.numel() - 1) // 4 for quarter in (1, 2, 3)]
+    low, middle, high = np.partition(scores.reshape(-1).cpu().numpy(), places)[places]
+    return float(middle + 1.5 * (high - low))
 
 
 def arcee_fusion(base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
