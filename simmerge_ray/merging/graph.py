@@ -111,6 +111,7 @@ class MergeGraph:
     tokenizer files are copied. description: JSON of the plan, for the model card. mergekit: the same merge as text of
     a `mergekit_config.yml`, or None where mergekit cannot express it. seed: of the random operators. layouts: of its
     `Rows`. tokenizer_files: content of the tokenizer's files by name where they are not those of `tokenizer_from`.
+    warnings: what of the file has no effect.
     """
 
     outputs: tuple[OutputTensor, ...]
@@ -124,6 +125,7 @@ class MergeGraph:
     seed: int = 0
     layouts: Mapping[str, RowLayout] = field(default_factory=dict)
     tokenizer_files: Mapping[str, bytes] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:

@@ -161,6 +161,10 @@ def _arc_kernel(blocks: Blocks, node: Apply) -> StoredKernel:
 # TIES
 
 
+def _ties_fits(node: Apply) -> bool:
+    return len(node.sources) == 2 and not node.param("rescale", False)
+
+
 def _ties(blocks: Blocks, node: Apply, start: int) -> np.ndarray:
     trim = blocks.trims[id(node)]
     base, *vectors = trim.kept.pop(start, None) or blocks.task_vectors(node, start)
@@ -255,7 +259,7 @@ FORMS: Mapping[str, BlockForm] = {
         stored_kernel=_arc_kernel,
     ),
     "nuslerp": BlockForm(_arc, _arc_fits, partial(_prepare_arc, threshold=1.0)),
-    "ties": BlockForm(_ties, lambda n: len(n.sources) == 2, _prepare_ties, lambda n: n.inputs, _ties_kernel),
+    "ties": BlockForm(_ties, _ties_fits, _prepare_ties, lambda n: n.inputs, _ties_kernel),
 }
 
 

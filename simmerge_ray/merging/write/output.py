@@ -24,7 +24,11 @@ from simmerge_ray.plans.plan import ResolvedPlan, write_plan
 PLAN_FILE = "simmerge_plan.json"
 MANIFEST_FILE = "simmerge_manifest.json"
 STATE_FILE = "merge.state.json"
-_OTHER_FILES = ("generation_config.json",)
+# Beside the tokenizer's.
+_OTHER_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "normalizer.json",
+)  # fmt: skip
 
 
 class Runner(Protocol):

@@ -141,7 +141,7 @@ def test_malformed_catalogues_are_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_local_experts", 8, "mixture of experts .*merge dense checkpoints"),
+        ("num_local_experts", 8, "num_local_experts: 'copy' has 8, .* has None"),
         ("quantization_config", {"bits": 4}, "is quantised .*dequantise it first"),
         ("quantization_config", {"quant_method": "gptq"}, r"is quantised \(GPTQ, quantization_config\); merge the"),
         ("quantization_config", {"quant_method": "awq"}, r"quantised \(AWQ, .*base_model"),
