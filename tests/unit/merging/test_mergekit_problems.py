@@ -105,10 +105,6 @@ def test_parameters_are_checked_for_the_method():
             "slices[0]: base_model 'a' must be among the sources of the slice, with its layers",
         ),
         (
-            "{merge_method: passthrough, tokenizer: {source: base, token: {}}, base_model: b, models: [{model: b}]}",
-            "tokenizer.token: unknown key; did you mean 'tokens'?",
-        ),
-        (
             "{merge_method: passthrough, tokenizer_source: base, models: [{model: b}]}",
             "tokenizer_source: 'base' needs base_model",
         ),

@@ -255,7 +255,6 @@ def test_an_adapter_of_one_of_the_models_is_in_its_rows(zoo, tmp_path):
         ({"tokens": {"<x>": {"source": {"kind": "mean"}}}}, "unknown kind 'mean'; known: zero, model_token"),
         ({"tokens": {"<x>": {"force": True}}}, "is missing; force needs it"),
         ({"pad_to_multiple_of": 0}, "a whole number above 0 is needed, got 0"),
-        ({"pad_to": 8}, "unknown key"),
     ],
 )
 def test_wrong_rules_are_refused_before_anything_is_written(zoo, tmp_path, tokenizer, message):
