@@ -302,9 +302,10 @@ class LoraAdapter:
             if isinstance(indices, dict):
                 wanted = next((v for k, v in indices.items() if module == k or module.endswith(f".{k}")), None)
             rows = self._whole(name)
-            is_list = isinstance(wanted, list) and rows.ndim == 2 and len(wanted) == len(rows)
-            if tensor is None or not is_list or len(self._specs[tensor].shape) != 2:
+            if tensor is None or not isinstance(wanted, list) or rows.ndim != 2 or len(wanted) != len(rows):
                 raise self._ref.error(f"the adapter's {name} does not fit trainable_token_indices {wanted!r}")
+            if len(self._specs[tensor].shape) != 2:
+                raise self._ref.error(f"the adapter has trained tokens of {tensor}, which is no matrix")
             num_rows, width = self._specs[tensor].shape
             if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < num_rows for i in wanted):
                 raise self._ref.error(f"trainable_token_indices go beyond the {num_rows} rows of {tensor}")
