@@ -124,7 +124,7 @@ class LoraAdapter:
                 "`path_initial_model_for_weight_conversion`, or"
             )
         parameters = config.get("target_parameters") or []
-        is_plain = all(str(name).endswith(".weight") for name in parameters)
+        is_plain = isinstance(parameters, list) and all(str(name).endswith(".weight") for name in parameters)
         if parameters and (not is_plain or config.get("rank_pattern") or config.get("alpha_pattern")):
             self._refuse(f"target_parameters: {parameters!r}")
         for key in ("rank_pattern", "alpha_pattern"):
@@ -188,7 +188,9 @@ class LoraAdapter:
     def _is_tied(self) -> bool:
         """Whether the model's output layer is its embedding."""
         config = read_config(self._ref)
-        tied = (config.get("text_config") or config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        text = config.get("text_config")
+        tied = config.get("tie_word_embeddings")
+        tied = text.get("tie_word_embeddings", tied) if isinstance(text, dict) else tied
         return bool(tied) if tied is not None else not any(_HEADS.search(name) for name in self._specs)
 
     def _check_tied(self, replaced: Mapping[str, str], heads: list[str]) -> None:
@@ -234,11 +236,13 @@ class LoraAdapter:
         if (_EMBEDDINGS.search(tensor) or _HEADS.search(tensor)) and self._is_tied:
             self._refuse_untying(tensor)
         down, up = (self._whole(f"{module}.{name}") for name in names)
+        if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or not up.shape[1]:
+            raise self._ref.error(f"the adapter's matrices of {module} have shapes {up.shape} and {down.shape}")
         scale = self._scale(module, down.shape[0])
         is_row = not embedding and not self._is_transposed(tensor, up.shape[0], down.shape[-1])
         pair = LowRank(up, down, scale) if is_row else LowRank(down.T, up.T, scale)
         shape = self._specs[tensor].shape
-        if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or pair.shape != shape:
+        if pair.shape != shape:
             raise self._ref.error(f"the adapter's change of {tensor} has shape {pair.shape}, the tensor {shape}")
         self._changes.setdefault(tensor, []).append(pair)
         if dora in self._found:
@@ -298,8 +302,10 @@ class LoraAdapter:
             if isinstance(indices, dict):
                 wanted = next((v for k, v in indices.items() if module == k or module.endswith(f".{k}")), None)
             rows = self._whole(name)
-            if tensor is None or not isinstance(wanted, list) or len(wanted) != len(rows):
+            if tensor is None or not isinstance(wanted, list) or rows.ndim != 2 or len(wanted) != len(rows):
                 raise self._ref.error(f"the adapter's {name} does not fit trainable_token_indices {wanted!r}")
+            if len(self._specs[tensor].shape) != 2:
+                raise self._ref.error(f"the adapter has trained tokens of {tensor}, which is no matrix")
             num_rows, width = self._specs[tensor].shape
             if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < num_rows for i in wanted):
                 raise self._ref.error(f"trainable_token_indices go beyond the {num_rows} rows of {tensor}")

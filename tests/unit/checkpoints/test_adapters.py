@@ -181,6 +181,7 @@ def test_what_does_not_fit_is_refused_by_name(base, tmp_path):
     refuse("target_parameters: .*gate_up_proj", target_parameters=["experts.gate_up_proj"])
     refuse("adapter type 'IA3' is not supported", peft_type="IA3")
     refuse("has rank 4, its adapter_config.json says 8", r=8)
+    refuse("target_parameters: 3", target_parameters=3)
     refuse("use_dora and lacks", use_dora=True)
     refuse("lora_alpha of .* is 'much'", lora_alpha="much")
     refuse("no name of a module", alpha_pattern={"(.*a)*b": 3})
@@ -193,6 +194,9 @@ def test_what_does_not_fit_is_refused_by_name(base, tmp_path):
         ({"base_model.model.nowhere.weight": torch.ones(1)}, "nowhere.weight, which the model lacks"),
         ({"elsewhere": torch.ones(1)}, "no tensor of a PEFT model"),
         ({name: torch.ones(4, 4)}, "change of .* has shape"),
+        ({name: torch.ones(())}, r"matrices of .* have shapes .* and \(\)"),
+        ({name: torch.ones(0, 16)}, r"matrices of .* have shapes"),
+        ({"base_model.model.model.norm.token_adapter.trainable_tokens_delta": torch.ones(())}, "does not fit"),
     ):
         save_file(tensors | change, adapter / "adapter_model.safetensors")
         refuse(message)
