@@ -7,7 +7,6 @@ saved modules, biases, trained tokens) is merged so here; what cannot be merged 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from simmerge_ray.base.errors import shown_value
+from simmerge_ray.base.storage import read_json_object
 from simmerge_ray.checkpoints.adapter_changes import (
     WIDTHS,
     Added,
@@ -103,33 +104,28 @@ class LoraAdapter:
     def _read_config(self) -> dict[str, Any]:
         assert self._ref.adapter is not None
         file = self._ref.adapter / ADAPTER_CONFIG
-        try:
-            config = json.loads(file.read_text())
-        except OSError:
-            raise self._ref.error(f"{self._ref.adapter} holds no adapter_config.json") from None
-        except (ValueError, RecursionError):
-            raise self._ref.error(f"{file} is not JSON") from None
-        if not isinstance(config, dict):
-            raise self._ref.error(f"{file} holds no mapping")
+        if not file.exists():
+            raise self._ref.error(f"{self._ref.adapter} holds no {ADAPTER_CONFIG}")
+        config = read_json_object(file, self._ref.error)
         if config.get("peft_type") != "LORA":
             kind = config.get("peft_type")
-            raise self._ref.error(f"adapter type {kind!r} is not supported; known: 'LORA'; {_REMEDY}")
+            raise self._ref.error(f"adapter type {shown_value(kind)} is not supported; known: 'LORA'; {_REMEDY}")
         for key in sorted(config.keys() - _HARMLESS):
             if config[key] not in (None, False, [], {}):
-                self._refuse(f"{key}: {config[key]!r}")
+                self._refuse(f"{key}: {shown_value(config[key])}")
         if config.get("init_lora_weights") not in _PLAIN_INITS:
             init = config["init_lora_weights"]
             self._refuse(
-                f"init_lora_weights: {init!r}, which also changed the weights of its model; save it again with peft's "
-                "`path_initial_model_for_weight_conversion`, or"
+                f"init_lora_weights: {shown_value(init)}, which also changed the weights of its model; save it "
+                "again with peft's `path_initial_model_for_weight_conversion`, or"
             )
         parameters = config.get("target_parameters") or []
         is_plain = isinstance(parameters, list) and all(str(name).endswith(".weight") for name in parameters)
         if parameters and (not is_plain or config.get("rank_pattern") or config.get("alpha_pattern")):
-            self._refuse(f"target_parameters: {parameters!r}")
+            self._refuse(f"target_parameters: {shown_value(parameters)}")
         for key in ("rank_pattern", "alpha_pattern"):
             if not isinstance(config.get(key) or {}, dict):
-                raise self._ref.error(f"{file}: {key} is a mapping, got {config[key]!r}")
+                raise self._ref.error(f"{file}: {key} is a mapping, got {shown_value(config[key])}")
         return config
 
     def _refuse(self, what: str) -> None:
@@ -265,9 +261,11 @@ class LoraAdapter:
         alpha = self._of_module("alpha_pattern", module, self._config.get("lora_alpha", _DEFAULT_ALPHA))
         asked = self._of_module("rank_pattern", module, self._config.get("r", rank))
         if asked != rank:
-            raise self._ref.error(f"the adapter of {module} has rank {rank}, its adapter_config.json says {asked!r}")
+            raise self._ref.error(
+                f"the adapter of {module} has rank {rank}, its adapter_config.json says {shown_value(asked)}"
+            )
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise self._ref.error(f"lora_alpha of {module} is {alpha!r}; a number is needed")
+            raise self._ref.error(f"lora_alpha of {module} is {shown_value(alpha)}; a number is needed")
         return float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _of_module(self, key: str, module: str, default: Any) -> Any:
@@ -303,7 +301,9 @@ class LoraAdapter:
                 wanted = next((v for k, v in indices.items() if module == k or module.endswith(f".{k}")), None)
             rows = self._whole(name)
             if tensor is None or not isinstance(wanted, list) or rows.ndim != 2 or len(wanted) != len(rows):
-                raise self._ref.error(f"the adapter's {name} does not fit trainable_token_indices {wanted!r}")
+                raise self._ref.error(
+                    f"the adapter's {name} does not fit trainable_token_indices {shown_value(wanted)}"
+                )
             if len(self._specs[tensor].shape) != 2:
                 raise self._ref.error(f"the adapter has trained tokens of {tensor}, which is no matrix")
             num_rows, width = self._specs[tensor].shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simmerge_ray.base.errors import CheckpointError, IncompatibleCheckpointsError
+from simmerge_ray.base.errors import CheckpointError, IncompatibleCheckpointsError, problem_list, shown_value
 from simmerge_ray.checkpoints.formats import quantisation
 from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
@@ -35,7 +35,8 @@ def config_problems(
     """Keys in which two `config.json`, each with the id of its checkpoint, differ."""
     (first_id, first_config), (other_id, other_config) = first, other
     return [
-        f"{key}: {other_id!r} has {other_config.get(key)!r}, {first_id!r} has {first_config.get(key)!r}"
+        f"{key}: {other_id!r} has {shown_value(other_config.get(key))}, "
+        f"{first_id!r} has {shown_value(first_config.get(key))}"
         for key in keys
         if other_config.get(key) != first_config.get(key)
     ]
@@ -96,5 +97,4 @@ def check_compatible(refs: Sequence[CheckpointRef]) -> None:
 def refuse_problems(problems: Sequence[str]) -> None:
     """Raise `IncompatibleCheckpointsError` with the problems, one a line, where there are any."""
     if problems:
-        shown = [*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])]
-        raise IncompatibleCheckpointsError("\n  ".join(["these checkpoints cannot be merged:", *shown]))
+        raise IncompatibleCheckpointsError(problem_list("these checkpoints cannot be merged:", problems))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simmerge_ray.base.errors import PlanError
-from simmerge_ray.base.storage import Place
+from simmerge_ray.base.storage import Place, read_text
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint
@@ -80,7 +80,7 @@ def read_request(file: Place, out: Place, strict: bool = False) -> MergeRequest:
     check_target(out)
     if file.suffix in _YAML_SUFFIXES:
         try:
-            text = file.read_text()
+            text = read_text(file)
         except OSError as error:
             raise PlanError(f"cannot read {file}: {error.strerror}") from None
         except UnicodeDecodeError:

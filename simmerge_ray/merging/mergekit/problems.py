@@ -7,17 +7,13 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from simmerge_ray.base.errors import PlanError
-
-_SHOWN_PROBLEMS = 40
+from simmerge_ray.base.errors import PlanError, problem_list
 
 
 def raise_problems(problems: Iterable[str], title: str) -> None:
     """One PlanError with all problems, one a line; none is no error."""
     if lines := list(dict.fromkeys(problems)):
-        shown = lines[:_SHOWN_PROBLEMS]
-        shown += [f"and {len(lines) - _SHOWN_PROBLEMS} more"] if len(lines) > _SHOWN_PROBLEMS else []
-        raise PlanError("\n  ".join([title, *shown]))
+        raise PlanError(problem_list(title, lines))
 
 
 def shorten(value: object) -> str:
@@ -54,7 +50,7 @@ class Problems:
         for key in value:
             if key not in known:
                 where = f"{place}.{key}" if place else str(key)
-                near = difflib.get_close_matches(str(key), known, n=1)
+                near = difflib.get_close_matches(str(key)[:100], known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 self.ignore(where, f"unknown key, ignored; {hint}")
         return {key: value[key] for key in value if key in known}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from simmerge_ray.base.errors import CheckpointError, OutputError
-from simmerge_ray.base.storage import Manifest, Place, RemotePath, file_names, write_json
+from simmerge_ray.base.storage import Manifest, Place, RemotePath, file_names, read_bytes, write_json
 from simmerge_ray.checkpoints.digests import checkpoint_fingerprint
 from simmerge_ray.checkpoints.tokenizers import TOKENIZER_FILES
 from simmerge_ray.merging.engine.compute import TensorReport
@@ -143,7 +143,7 @@ class MergeOutput:
         origin = graph.checkpoints[graph.tokenizer_from].path
         copied = TOKENIZER_FILES + _OTHER_FILES if graph.tokenizer_files is None else _OTHER_FILES
         for name in sorted((file_names(origin) or set()).intersection(copied)):
-            (directory / name).write_bytes((origin / name).read_bytes())
+            (directory / name).write_bytes(read_bytes(origin / name))
         for name, content in (graph.tokenizer_files or {}).items():
             (directory / name).write_bytes(content)
         (directory / "README.md").write_text(model_card(graph, self.options.predicted, result.not_finite))

@@ -61,7 +61,7 @@ def test_a_truncated_file_is_refused_from_its_header(copy):
 )
 def test_an_index_that_names_other_files_than_its_own_is_refused(copy, weight_map):
     (copy.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match="which is no file beside it|is damaged"):
+    with pytest.raises(CheckpointError, match="which is no safetensors file beside it|has no 'weight_map'"):
         read_headers(copy)
 
 
