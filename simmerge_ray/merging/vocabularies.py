@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError
-from simmerge_ray.checkpoints.references import CheckpointRef, local_files
-from simmerge_ray.checkpoints.tokenizers import same_tokenizer, tokenizer_files
+from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.checkpoints.tokenizers import load_tokenizer, same_tokenizer, tokenizer_files
 from simmerge_ray.merging.row_layouts import AVERAGE, ZERO, RowLayout
 
 
@@ -39,23 +39,11 @@ class ModelTokens:
 
     def __init__(self, ref: CheckpointRef, vocab_size: int | None) -> None:
         """Load its tokenizer. Raises CheckpointError: transformers cannot."""
-        self.ref, self.tokenizer = ref, load_tokenizer(ref)
+        self.ref, self.tokenizer = ref, load_tokenizer(ref, trust_remote_code=False)
         ids = self.tokenizer.get_vocab()
         self.vocab_size = vocab_size or len(ids)
         self.every_id: dict[str, int] = dict(sorted(ids.items(), key=lambda item: (item[1], item[0])))
         self.ids = {token: number for token, number in self.every_id.items() if number < self.vocab_size}
-
-
-def load_tokenizer(ref: CheckpointRef) -> Any:
-    """The tokenizer, by transformers, without code of the checkpoint. Raises CheckpointError: it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    with local_files(ref) as directory:
-        try:
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of the Rust library, too
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ref.error(f"transformers cannot load its tokenizer: {reason[:300]}") from None
 
 
 def are_laid_out_alike(refs: Sequence[CheckpointRef], sizes: Sequence[int | None]) -> bool:

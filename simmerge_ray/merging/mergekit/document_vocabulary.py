@@ -11,7 +11,7 @@ from typing import Any
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.base.storage import file_names
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_FILES
+from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_FILES, load_tokenizer
 from simmerge_ray.merging.graph import Read, Rows, promoted
 from simmerge_ray.merging.mergekit.chat_templates import commonest_template
 from simmerge_ray.merging.mergekit.documents import MergekitDocument, ModelName, VocabularyRules
@@ -23,7 +23,6 @@ from simmerge_ray.merging.vocabularies import (
     RowRule,
     are_laid_out_alike,
     base_tokenizer,
-    load_tokenizer,
     union_tokenizer,
 )
 from simmerge_ray.plans.operators.gradients import split_layer
@@ -53,7 +52,7 @@ class DocumentVocabulary:
         elif document.tokenizer_source == "base":
             tokenizer = base_tokenizer(tokens[0])
         else:
-            tokenizer = load_tokenizer(_ref(donor))
+            tokenizer = load_tokenizer(_ref(donor), trust_remote_code=False)
         rules = {}
         for token, rule in document.vocabulary.tokens:
             if isinstance(rule.source, ModelName) and rule.source not in models:
