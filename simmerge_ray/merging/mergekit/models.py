@@ -74,6 +74,16 @@ class LoadedModel:
                 stacks.setdefault(parts[0], {}).setdefault(parts[1], []).append(parts[2])
         return stacks
 
+    @property
+    def has_own_head(self) -> bool:
+        """Whether it stores a head that is not its embeddings."""
+        return not is_tied(self.config) and any(name.endswith(HEAD) for name in self.tensors)
+
+    def outside_layers(self, tied: bool) -> list[str]:
+        """Tensors of no layer; with them the head of a tied model of text, for an output that is not `tied`."""
+        names = [name for name in self.tensors if split_layer(name) is None]
+        return names if tied or HEAD in names or self.stored(HEAD) is None else [*names, HEAD]
+
     def only(self, module: str) -> LoadedModel:
         """The tensors of one module."""
         which = module_of(self.config, self.tensors)
