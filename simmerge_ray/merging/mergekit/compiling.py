@@ -175,7 +175,8 @@ class _Compiler:
                 raise PlanError(f"document {name.model!r} refers to itself")
             return self.document(self._documents[name.model])
         if name not in self.loaded:
-            loaded = read_model(name, self._locate)
+            first = next((model for model in self.loaded.values() if model.tensors), None)
+            loaded = read_model(name, self._locate).named_like(first)
             self.problems += loaded.problems
             clash = next(
                 (m.ref for m in self.loaded.values() if m.ref and loaded.ref and m.ref.id == loaded.ref.id), None

@@ -19,7 +19,7 @@ from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.checkpoints.tokenizers import tokenizer_files
 from simmerge_ray.merging.graph import Node, OutputTensor, Read
 from simmerge_ray.merging.mergekit.documents import DTYPES_BY_NAME, MergekitDocument, ModelName
-from simmerge_ray.merging.mergekit.modules import module_of
+from simmerge_ray.merging.mergekit.modules import module_of, present_names
 from simmerge_ray.plans.operators.gradients import split_layer
 
 HEAD = "lm_head.weight"
@@ -73,6 +73,15 @@ class LoadedModel:
             if parts := split_layer(name):
                 stacks.setdefault(parts[0], {}).setdefault(parts[1], []).append(parts[2])
         return stacks
+
+    def named_like(self, first: LoadedModel | None) -> LoadedModel:
+        """The model with the names of another's tensors, where only the layout of names is another."""
+        if first is None or first.tensors.keys() == self.tensors.keys() or "vision_config" not in self.config:
+            return self
+        own, theirs = present_names(self.tensors), present_names(first.tensors)
+        if own.keys() != theirs.keys():
+            return self
+        return replace(self, tensors={theirs[present]: self.tensors[name] for present, name in own.items()})
 
     @property
     def has_own_head(self) -> bool:
