@@ -9,7 +9,7 @@ Checkpoints of a family: `base` and `a`, `b`, `c` near it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -44,7 +44,7 @@ class Case:
     why: str = ""
 
 
-def op(operator: str, sources: str, weights: Any = None, base: str | None = "base", **params: Any) -> Truth:
+def op(operator: str, sources: Sequence[str], weights: Any = None, base: str | None = "base", **params: Any) -> Truth:
     """The reference of an operator on single-letter checkpoints; weights by source or by (name, layer)."""
 
     def truth(name: str, tensors: Tensors) -> np.ndarray:
@@ -652,6 +652,12 @@ FAMILIES = (
         "an untied head with a tied one",
         "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: tied}]",
         lambda name, t: 0.5 * (t["a"] + t["tied"]),
+    ),
+    Case(
+        "layers of a tied model on an untied base",
+        "merge_method: linear\nbase_model: a\nparameters: {weight: 1}\n"
+        "slices: [{sources: [{model: tied, layer_range: [0, 2]}]}]",
+        op("linear", ["tied"]),
     ),
     Case(
         "a tied head with an untied one",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from simmerge_ray.merging.request import read_request
 from simmerge_ray.merging.write.output import WriteOptions
-from tests.peer.families import FAMILIES, auto_class, inputs
+from tests.peer.families import FAMILIES, auto_class, inputs, make_checkpoints
 
 TEXT = """
 merge_method: linear
@@ -42,3 +43,33 @@ def test_a_merge_is_loaded_by_transformers_and_computes_what_the_state_dicts_do(
         ours, expected, alone = (model.eval()(**arguments).logits for model in (merged, right, left))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(ours, alone, atol=1e-4)
+
+
+LAYOUTS = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("vision_tower.", "model.vision_tower.vision_model."),
+)
+
+
+@pytest.mark.parametrize("renamed", ["a", "b"])
+def test_one_model_with_names_of_several_releases_is_merged_and_loaded(tmp_path: Path, renamed: str):
+    make_checkpoints(tmp_path, "llava")
+    file = tmp_path / renamed / "model.safetensors"
+    tensors = load_file(file)
+    for old, new in LAYOUTS:
+        assert any(name.startswith(old) for name in tensors)
+        tensors = {name.replace(old, new, 1) if name.startswith(old) else name: t for name, t in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
+    (tmp_path / "merge.yaml").write_text(TEXT)
+    read_request(tmp_path / "merge.yaml", tmp_path / "out").write(WriteOptions(num_threads=1))
+    kind = auto_class(tmp_path / "out")
+    (merged, info), left, right = (
+        kind.from_pretrained(tmp_path / "out", output_loading_info=True),
+        *(kind.from_pretrained(tmp_path / name).state_dict() for name in "ab"),
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, value in merged.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.3 * left[name] + 0.7 * right[name], rtol=1e-6, atol=1e-7)

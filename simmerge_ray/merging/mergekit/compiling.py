@@ -38,7 +38,7 @@ from simmerge_ray.merging.mergekit.models import (
 from simmerge_ray.merging.mergekit.modules import WHOLE, module_names, set_num_layers
 from simmerge_ray.merging.mergekit.numbers import Numbers
 from simmerge_ray.merging.mergekit.problems import raise_problems
-from simmerge_ray.plans.operators.gradients import OUTSIDE_LAYERS, layer_position, split_layer
+from simmerge_ray.plans.operators.gradients import OUTSIDE_LAYERS, layer_position
 
 Locate = Callable[[ModelName], CheckpointRef]
 
@@ -190,7 +190,8 @@ class _Compiler:
                 raise PlanError(f"document {name.model!r} refers to itself")
             return self.document(self._documents[name.model])
         if name not in self.loaded:
-            loaded = read_model(name, self._locate)
+            first = next((model for model in self.loaded.values() if model.tensors), None)
+            loaded = read_model(name, self._locate).named_like(first)
             self.problems += loaded.problems
             clash = next(
                 (m.ref for m in self.loaded.values() if m.ref and loaded.ref and m.ref.id == loaded.ref.id), None
@@ -221,8 +222,8 @@ class _Compiler:
             assert donor is not None  # each of the pieces has its models
             self._check_modules(names, donor)
             config = copy.deepcopy(dict(donor.config))
-            if not all(is_tied(one.model.config) for _, _, pieces in parts for piece in pieces for one in piece.inputs):
-                untie(config)  # one head is its own, so the merge's is
+            if any(one.model.has_own_head for _, _, pieces in parts for one in pieces[-1].inputs):
+                untie(config)
             self._make_vocabulary(document, [piece for _, _, pieces in parts for piece in pieces])
             for module, part, pieces in parts:
                 if part.slices:
@@ -290,7 +291,7 @@ class _Compiler:
                 tensors[name] = value
 
         for number, piece in enumerate({0: pieces[0], len(pieces) - 1: pieces[-1]}.values()):
-            plain = dict.fromkeys(n for one in piece.inputs for n in one.model.tensors if split_layer(n) is None)
+            plain = dict.fromkeys(name for one in piece.inputs for name in one.model.outside_layers(tied))
             for name in plain:
                 is_embedding = any(mark in name for mark in _EMBEDDING_MARKS)
                 if len(pieces) > 1 and is_embedding != (number == 0):

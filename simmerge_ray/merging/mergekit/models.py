@@ -19,7 +19,7 @@ from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.checkpoints.tokenizers import tokenizer_files
 from simmerge_ray.merging.graph import Node, OutputTensor, Read
 from simmerge_ray.merging.mergekit.documents import DTYPES_BY_NAME, MergekitDocument, ModelName
-from simmerge_ray.merging.mergekit.modules import module_of
+from simmerge_ray.merging.mergekit.modules import module_of, present_names
 from simmerge_ray.plans.operators.gradients import split_layer
 
 HEAD = "lm_head.weight"
@@ -73,6 +73,25 @@ class LoadedModel:
             if parts := split_layer(name):
                 stacks.setdefault(parts[0], {}).setdefault(parts[1], []).append(parts[2])
         return stacks
+
+    def named_like(self, first: LoadedModel | None) -> LoadedModel:
+        """The model with the names of another's tensors, where only the layout of names is another."""
+        if first is None or first.tensors.keys() == self.tensors.keys() or "vision_config" not in self.config:
+            return self
+        own, theirs = present_names(self.tensors), present_names(first.tensors)
+        if own.keys() != theirs.keys():
+            return self
+        return replace(self, tensors={theirs[present]: self.tensors[name] for present, name in own.items()})
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether it stores a head that is not its embeddings."""
+        return not is_tied(self.config) and any(name.endswith(HEAD) for name in self.tensors)
+
+    def outside_layers(self, tied: bool) -> list[str]:
+        """Tensors of no layer; with them the head of a tied model of text, for an output that is not `tied`."""
+        names = [name for name in self.tensors if split_layer(name) is None]
+        return names if tied or HEAD in names or self.stored(HEAD) is None else [*names, HEAD]
 
     def only(self, module: str) -> LoadedModel:
         """The tensors of one module."""

@@ -22,6 +22,24 @@ _LAYER_KEYS: Mapping[str, tuple[tuple[str | None, tuple[str, ...]], ...]] = {
     "text_decoder": (("text_config", ("num_hidden_layers",)), (None, ("num_hidden_layers",))),
     WHOLE: ((None, ("num_hidden_layers", "n_layer", "num_layers")), ("text_config", ("num_hidden_layers",))),
 }
+# Names that transformers has given to the same tensors, of before 4.52 and since; it loads each of them.
+_RENAMED = (
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^(vision_tower|multi_modal_projector|visual)\."), r"model.\1."),
+    (re.compile(r"\bvision_tower\.vision_model\."), "vision_tower."),
+)
+
+
+def present_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of tensors by what the present transformers calls them."""
+    found = {}
+    for name in names:
+        present = name
+        for pattern, replacement in _RENAMED:
+            present = pattern.sub(replacement, present)
+        found[present] = name
+    return found
 
 
 def module_of(config: Mapping[str, Any], names: Iterable[str]) -> Callable[[str], str]:
