@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import Place, place_in
+from simmerge_ray.base.errors import ConfigError, problem_list, shown_value
+from simmerge_ray.base.storage import Place, place_in, read_text
+from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
 class FrozenConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def option(
@@ -362,13 +362,13 @@ def _problem_lines(error: ValidationError, model: type[BaseModel], flags: Mappin
                 if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                     owner = annotation
             known = sorted(owner.model_fields)
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            near = difflib.get_close_matches(str(problem["loc"][-1])[:100], known, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             lines.append(f"unknown key {where}{hint}; known: {', '.join(known)}")
         elif problem["type"] == "missing":
             lines.append(f"key {where} is missing")
         else:
-            got = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+            got = "" if problem["type"] == "value_error" else f", got {shown_value(problem['input'])}"
             lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}")
     return lines
 
@@ -381,9 +381,9 @@ def check_config(
     Raises ConfigError: with every problem, one a line.
     """
     try:
-        return model(**values)
+        return model(**_with_text_keys(values))
     except ValidationError as error:
-        raise ConfigError("\n  ".join([f"{source}:", *_problem_lines(error, model, flags or {})])) from None
+        raise ConfigError(problem_list(f"{source}:", _problem_lines(error, model, flags or {}))) from None
 
 
 def load_yaml(path: Place, model: type[ConfigType]) -> ConfigType:
@@ -395,7 +395,7 @@ def load_yaml_leniently(path: Place, model: type[ConfigType]) -> tuple[ConfigTyp
     """`load_yaml`, but what is wrong with single values is returned, and the config goes without these values, so that
     the rest can be checked as well; None where it cannot. Raises ConfigError: the file is no YAML mapping.
     """
-    values = _read_mapping(path, model)
+    values = _with_text_keys(_read_mapping(path, model))
     try:
         return _with_paths_from(model(**values), path.parent), []
     except ValidationError as error:
@@ -406,6 +406,10 @@ def load_yaml_leniently(path: Place, model: type[ConfigType]) -> tuple[ConfigTyp
         return _with_paths_from(model(**values), path.parent), problems
     except ValidationError:
         return None, problems
+
+
+def _with_text_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in values.items()}  # a file may have other keys, which no config knows
 
 
 def _remove(values: Any, where: tuple[int | str, ...]) -> None:
@@ -422,11 +426,13 @@ def _remove(values: Any, where: tuple[int | str, ...]) -> None:
 
 def _read_mapping(path: Place, model: type[BaseModel]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(read_text(path))
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {path} is not UTF-8 text") from None
+    except YamlError as error:
+        raise ConfigError(f"config {path} is {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} must be a mapping with the keys {', '.join(sorted(model.model_fields))}")
     return values

@@ -106,6 +106,23 @@ class AccessError(StorageError):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Message for a name that is not in a table: what, value, nearest choice, all choices."""
     choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=1)
+    near = difflib.get_close_matches(name, choices, n=1) if len(name) <= _MAX_SHOWN else []  # its time is quadratic
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"unknown {kind} {name!r}{hint}; known: {', '.join(choices) if choices else 'none'}"
+    return f"unknown {kind} {shown_value(name)}{hint}; known: {', '.join(choices) if choices else 'none'}"
+
+
+_MAX_SHOWN, _MAX_LINE, _MAX_PROBLEMS = 200, 2000, 20
+
+
+def shown_value(value: object) -> str:
+    """A value that somebody gave, as `repr` writes it; the middle of a long one is left out."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 4 :]}"
+
+
+def problem_list(title: str, problems: Iterable[str]) -> str:
+    """A message of a title and different problems, one a line: the first twenty, and how many more there are."""
+    lines = list(dict.fromkeys(problems))
+    more = len(lines) - _MAX_PROBLEMS
+    shown = [line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}..." for line in lines[:_MAX_PROBLEMS]]
+    return "\n  ".join([*([title] if title else []), *shown, *([f"and {more} more"] if more > 0 else [])])

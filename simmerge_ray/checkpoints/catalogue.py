@@ -23,7 +23,8 @@ from pydantic import Field
 
 from simmerge_ray.base.config import FrozenConfig, check_config, load_yaml
 from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
-from simmerge_ray.base.storage import Place, name_below, place_in, write_atomically
+from simmerge_ray.base.storage import Place, name_below, place_in, read_text, write_atomically
+from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.compatibility import compatibility_problems, refuse_problems
 from simmerge_ray.checkpoints.digests import DEFAULT_CACHE, cached_digest
@@ -176,14 +177,14 @@ def add_checkpoint(path: Place, ref: CheckpointRef, task: str | None = None, as_
     Raises as `check_addition` and `load_catalogue`; OutputError: the file cannot be written.
     """
     check_addition(path, ref.id, as_base)
-    text = path.read_text() if path.exists() else ""
+    text = read_text(path) if path.exists() else ""
     entry = _entry(path, ref, task)
     if as_base and ("adapter" in entry or "task" in entry):
         raise ConfigError(
             f"base {ref.id!r}: a base takes no adapter (merge it into its model first) and no task; leave them out"
         )
     edited = _edited_text(path, text, entry, as_base)
-    catalogue = _resolved(path, check_config(_Draft, yaml.safe_load(edited), f"catalogue {path}"))
+    catalogue = _resolved(path, check_config(_Draft, parse_yaml(edited), f"catalogue {path}"))
     refuse_problems(_problems(catalogue.all_refs))
     try:
         write_atomically(path, edited.encode())
@@ -244,6 +245,6 @@ def _edited_text(path: Place, text: str, entry: Mapping[str, str], as_base: bool
 def _is_plain(value: str) -> bool:
     """Whether YAML 1.1 reads the bare word in a flow mapping as that text (not so `no`, `007`, `1e3`, `:0`)."""
     try:
-        return bool(yaml.safe_load(f"{{key: {value}}}") == {"key": value})
-    except yaml.YAMLError:
+        return bool(parse_yaml(f"{{key: {value}}}") == {"key": value})
+    except YamlError:
         return False

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from simmerge_ray.base.storage import digest_bytes, file_version, open_ranges, write_atomically
+from simmerge_ray.base.storage import digest_bytes, file_version, open_ranges, read_bytes, read_json, write_atomically
 from simmerge_ray.checkpoints.headers import TensorSpec, read_header, read_headers
-from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, ADAPTER_FILE, CheckpointRef
+from simmerge_ray.checkpoints.pickles import adapter_file
+from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, CheckpointRef
 
 DEFAULT_CACHE = Path("~/.cache/simmerge_ray/checkpoints/digests")
 
@@ -31,11 +32,11 @@ def checkpoint_digest(ref: CheckpointRef) -> str:
     _add_tensors(state, read_headers(ref))
     if ref.adapter is not None:
         try:
-            config = (ref.adapter / ADAPTER_CONFIG).read_bytes()
+            config = read_bytes(ref.adapter / ADAPTER_CONFIG)
         except OSError:
             raise ref.error(f"{ref.adapter} holds no {ADAPTER_CONFIG}") from None
         state.update(b"\0adapter\0" + len(config).to_bytes(8, "little") + config)
-        _add_tensors(state, dict(sorted(read_header(ref, ref.adapter / ADAPTER_FILE).items())))
+        _add_tensors(state, dict(sorted(read_header(ref, adapter_file(ref)).items())))
     return state.hexdigest()
 
 
@@ -94,7 +95,7 @@ class DigestEntry:
         if self._file is None:
             return None
         try:
-            digest = json.loads(self._file.read_text())["digest"]
+            digest = read_json(self._file)["digest"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return digest if isinstance(digest, str) and re.fullmatch("[0-9a-f]{32}", digest) else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simmerge_ray.base.errors import ProbeError
+from simmerge_ray.base.errors import ProbeError, shown_value
 from simmerge_ray.base.storage import Place, digest_bytes, list_places, read_jsonl
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def load_probe_set(path: Place) -> ProbeSet:
     for number, row in read_jsonl(path, ProbeError):
         text = row.get("text")
         if not isinstance(text, str) or not text:
-            raise ProbeError(f"{path}, line {number}: a probe needs a non-empty string under 'text', got {text!r}")
+            raise ProbeError(
+                f"{path}, line {number}: a probe needs a non-empty string under 'text', got {shown_value(text)}"
+            )
         probes.append(Probe(text))
     if not probes:
         raise ProbeError(f'{path} holds no probes; write one {{"text": ...}} a line')

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.errors import CheckpointError
-from simmerge_ray.base.storage import Place, RemotePath, as_place, local_directory, place_in
+from simmerge_ray.base.storage import Place, RemotePath, as_place, local_directory, place_in, read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -64,26 +63,31 @@ def locate_checkpoint(
 
 
 def _locate(name: str, revision: str | None, directory: Place) -> Place:
-    place = place_in(directory, as_place(name).expanduser())
+    try:
+        place = place_in(directory, as_place(name).expanduser())
+    except RuntimeError:
+        raise CheckpointError(f"{name!r} begins with a user that has no home directory here") from None
     if place.is_dir():
         if revision is not None:
             raise CheckpointError(f"{name!r} is a directory; the revision {revision!r} has no meaning for it")
         return place.resolve()
     if isinstance(as_place(name), RemotePath):
         raise CheckpointError(f"{place} is not a directory: there is nothing below that name")
+    if name.endswith(".gguf"):
+        raise CheckpointError(f"{name!r} is a quantised GGUF file; merge the checkpoint that it was made of")
     local = directory / name
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{local} is not a directory (and {name!r} is no hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
+        small = ["*.json", "*.jinja", "*.txt", "*.model", "*.md"]
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *small]))
+        if not any(found.glob("*.safetensors")):  # an older repository: see `pickles`
             snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md"],
+                name, revision=revision, allow_patterns=["pytorch_model*.bin", "adapter_model.bin", *small]
             )
-        )
+        return found
     except Exception as error:  # the hub client raises errors of many libraries
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -92,20 +96,15 @@ def _locate(name: str, revision: str | None, directory: Place) -> Place:
 
 
 def read_config(ref: CheckpointRef) -> dict[str, Any]:
-    """`config.json` of a checkpoint. Raises CheckpointError: missing or not JSON."""
-    try:
-        return json.loads((ref.path / "config.json").read_text())
-    except OSError:
-        raise ref.error(f"{ref.path} holds no readable config.json") from None
-    except ValueError:
-        raise ref.error(f"{ref.path / 'config.json'} is not JSON") from None
+    """`config.json` of a checkpoint. Raises CheckpointError: missing, or no JSON object."""
+    return read_json_object(ref.path / "config.json", ref.error)
 
 
 def context_limit(ref: CheckpointRef) -> int | None:
     """The longest sequence, in tokens, that the checkpoint's positions allow; None where `config.json` names none."""
     config = read_config(ref)
     limit = config.get("max_position_embeddings") or config.get("n_positions")  # the latter is GPT-2's name
-    return int(limit) if limit else None
+    return limit if isinstance(limit, int) else None
 
 
 def local_files(ref: CheckpointRef, weights: bool = False) -> AbstractContextManager[Path]:

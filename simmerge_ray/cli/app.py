@@ -22,6 +22,7 @@ from simmerge_ray.cli.client import client_app
 from simmerge_ray.cli.cluster import cluster_app
 from simmerge_ray.cli.db import db_app
 from simmerge_ray.cli.demo import demo, report, zoo
+from simmerge_ray.cli.extract_lora import extract_lora_command
 from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.cli.merge import merge
 from simmerge_ray.cli.plan import plan
@@ -35,6 +36,7 @@ from simmerge_ray.cli.train import train
 from simmerge_ray.cli.tune import tune
 from simmerge_ray.pipelines.jobs import run_job, stop_on_sigterm
 
+_MAX_SAID = 20_000  # characters of an error, which may hold what a file says
 _SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
 
 app = typer.Typer(
@@ -45,6 +47,7 @@ app = typer.Typer(
 )
 for command in (demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve):
     app.command()(command)
+app.command("extract-lora")(extract_lora_command)
 app.command("simulate")(simulate_command)
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(labels_app, name="labels")
@@ -71,7 +74,9 @@ def run_command(command: Callable[[], Any]) -> None:
     try:
         command()
     except SimmergeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        more = f"... and {len(text) - _MAX_SAID} more characters" if len(text) > _MAX_SAID else ""
+        print(f"error: {text[:_MAX_SAID]}{more}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -6,7 +6,6 @@ The token comes from the variable SIMMERGE_TOKEN or a file, not from an option: 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import wraps
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.storage import read_json, read_text
 from simmerge_ray.cli.options import set_parameters
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _client(url: str | None, token_file: Path | None, timeout: float, retries: i
     token = None
     if token_file is not None:
         try:
-            token = token_file.read_text().strip()
+            token = read_text(token_file).strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the token file {token_file} cannot be read: {error}") from None
     return Client(url, token, timeout, retries)
@@ -187,7 +187,7 @@ def _show_kept(answer: Any) -> None:
 def _recipes_in(path: Path) -> list[Any]:
     """Raises ConfigError: no JSON file, or no list of objects."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the recipes {path} cannot be read: {error}") from None
     recipes = found if isinstance(found, list) else [found]

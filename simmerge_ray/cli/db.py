@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.errors import ConfigError, StoreError, problem_list
 
 db_app = typer.Typer(
-    help="The service's database: upgrade its tables, inspect it, back it up, export it, prune it.",
+    help="The service's database: upgrade its tables, inspect and check it, back it up, export it, prune it.",
     no_args_is_help=True,
 )
 
@@ -76,6 +76,22 @@ def status_command(url: Url, as_json: Annotated[bool, typer.Option("--json", hel
             typer.echo(f"  {kind:<16} {count:>10}")
         newest = f", the newest of event {one.snapshots[-1]}" if one.snapshots else ""
         typer.echo(f"  {len(one.snapshots)} snapshots of {_size(one.snapshot_bytes)}{newest}")
+
+
+@db_app.command("check")
+def check_command(url: Url) -> None:
+    """Read and fold every event; exit code 1 with what is damaged and what to do, if a service could not start."""
+    from simmerge_ray.service.log.check import check_database
+
+    problems = []
+    for report in check_database(url):
+        state = f"{len(report.problems)} problems" if report.problems else "sound"
+        typer.echo(f"namespace {report.namespace}: {report.num_events} events, {state}")
+        for note in report.notes:
+            typer.echo(f"  {note}")
+        problems += [f"namespace {report.namespace}: {problem}" for problem in report.problems]
+    if problems:
+        raise StoreError(problem_list("", problems))
 
 
 @db_app.command("backup")

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from simmerge_ray.base.config import ServiceConfig
+from simmerge_ray.base.yaml_text import parse_yaml
 from simmerge_ray.capacity.cluster_files.check import lint
 from simmerge_ray.capacity.cluster_files.reading import LAUNCHER, SERVE, read_documents
 
@@ -35,7 +35,7 @@ def _check(content: Mapping[str, Any]) -> list[str]:
     problems = lint(content)
     served = content.get("spec", {}).get("serveConfigV2") if content["kind"] == "RayService" else None
     if isinstance(served, str):
-        inner = yaml.safe_load(served)
+        inner = parse_yaml(served)
         problems += [f"spec.serveConfigV2: {problem}" for problem in _by_serve(inner) + lint(inner)]
     return problems
 

@@ -9,7 +9,8 @@ from simmerge_ray.base.storage import Place
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.compatibility import check_compatible
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
-from simmerge_ray.checkpoints.references import CheckpointRef, local_files, locate_checkpoint
+from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint
+from simmerge_ray.checkpoints.tokenizers import load_tokenizer
 
 
 def retention_sources(
@@ -43,7 +44,6 @@ def retention_stage(
     num_examples: int,
 ) -> list[dict[str, Any]]:
     """One row a member: retention in [0, 1]; nll, kl and entropy in nats a token; the same of the base; examples."""
-    from transformers import AutoTokenizer
 
     from simmerge_ray.signals.candidates.answers import AnswerSpec
     from simmerge_ray.signals.candidates.retention import member_retentions
@@ -57,8 +57,7 @@ def retention_stage(
             found = member_retentions(ref, catalogue, batches, AnswerSpec(max_tokens), progress=report)
         kept = sum(one.scores.kept.sum() for one in found)
         stage.result = f"{kept} of {sum(len(one.own) for one in found)} answers kept"
-    with local_files(catalogue.checkpoints[0]) as directory:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = load_tokenizer(catalogue.checkpoints[0])
     rows = []
     for one in found:
         scores, base = one.scores, one.base_scores

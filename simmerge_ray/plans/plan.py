@@ -7,13 +7,12 @@ checkpoint (the parents and the base are evaluated by such plans).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simmerge_ray.base.errors import OperatorError, PlanError, unknown_name
-from simmerge_ray.base.storage import Place, digest_json, place_in, versions, write_json
+from simmerge_ray.base.errors import OperatorError, PlanError, shown_value, unknown_name
+from simmerge_ray.base.storage import Place, digest_json, place_in, read_json_object, versions, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.plans.operators.gradients import gradient_value
@@ -390,25 +389,30 @@ def read_plan(path: Place) -> tuple[ResolvedPlan, dict[str, Any] | None]:
 
     Raises PlanError, OperatorError: unreadable, or not a plan.
     """
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise PlanError(f"cannot read plan {path}: {error.strerror}") from None
-    except ValueError:
-        raise PlanError(f"plan {path} is not JSON") from None
-    if not isinstance(value, dict) or not isinstance(value.get("checkpoints"), dict):
+    value = read_json_object(path, lambda problem: PlanError(f"plan: {problem}"))
+    if not isinstance(value.get("checkpoints"), dict):
         raise PlanError(
             f"plan {path}: needs 'steps' and 'checkpoints' ({{id: path}}); `simmerge plan` writes such files"
         )
     value.pop("versions", None)
-    base = value.pop("base", None)
-    paths, predicted = value.pop("checkpoints"), value.pop("predicted", None)
-    adapters = {key: place_in(path.parent, where) for key, where in (value.pop("adapters", None) or {}).items()}
-    grams = {key: place_in(path.parent, where) for key, where in (value.pop("grams", None) or {}).items()}
+    base, predicted = value.pop("base", None), value.pop("predicted", None)
+    if base is not None and not (isinstance(base, dict) and isinstance(base.get("id"), str) and "path" in base):
+        raise PlanError(f"plan {path}: 'base' is an object with 'id' and 'path', got {shown_value(base)}")
+    if predicted is not None and not isinstance(predicted, dict):
+        raise PlanError(f"plan {path}: 'predicted' is an object, got {shown_value(predicted)}")
+    paths, adapters, grams = (_places_in(path, value.pop(key, None), key) for key in _PLACES)
     base_ref = CheckpointRef(base["id"], place_in(path.parent, base["path"])) if base else None
     base_id = base["id"] if base else None
-    refs = tuple(
-        CheckpointRef(i, place_in(path.parent, p), base_id, adapters.get(i), grams.get(i)) for i, p in paths.items()
-    )
+    refs = tuple(CheckpointRef(i, where, base_id, adapters.get(i), grams.get(i)) for i, where in paths.items())
     plan = plan_from_json(value)
     return ResolvedPlan(plan, tuple(ref for ref in refs if ref.id in plan.members), base_ref), predicted
+
+
+_PLACES = ("checkpoints", "adapters", "grams")
+
+
+def _places_in(path: Place, value: Any, key: str) -> dict[str, Place]:
+    """Directories by checkpoint, of a plan file. Raises PlanError: no object; InputError: not a path."""
+    if not isinstance(value or {}, dict):
+        raise PlanError(f"plan {path}: {key!r} is an object {{id: path}}, got {shown_value(value)}")
+    return {name: place_in(path.parent, where) for name, where in (value or {}).items()}

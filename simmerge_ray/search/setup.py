@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from simmerge_ray.base.config import SearchConfig
-from simmerge_ray.base.errors import ConfigError, InputError, LabelError, TaskError, unknown_name
+from simmerge_ray.base.errors import ConfigError, InputError, LabelError, TaskError, problem_list, unknown_name
 from simmerge_ray.base.storage import versions
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.digests import cached_digest
-from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files
+from simmerge_ray.checkpoints.references import CheckpointRef, context_limit
+from simmerge_ray.checkpoints.tokenizers import load_tokenizer
 from simmerge_ray.merging.engine.fallbacks import all_linear
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan, pair_plans, plan_from_json, resolve_plan
@@ -191,7 +192,7 @@ def prepare_search(
         asked = {one.name: one for some in (answers or {}).values() for one in some}
         _collected(problems, lambda: check_lengths({**tasks, **asked}, catalogue, context))
     if problems:
-        raise ConfigError("\n  ".join(problems))
+        raise ConfigError(problem_list("", problems))
     assert context is not None and objectives is not None
     settings = EvaluationSettings(config.evaluator, config.dtype, context)
     digests = catalogue.digests()
@@ -279,10 +280,7 @@ def _context_limit(catalogue: Catalogue, requested: int | None) -> int:
 
 def check_lengths(tasks: Mapping[str, EvaluationTask], catalogue: Catalogue, max_model_len: int) -> None:
     """Refuse tasks with items that do not fit an engine. Raises TaskError: with the longest item of every such task."""
-    from transformers import AutoTokenizer
-
-    with local_files(catalogue.all_refs[0]) as directory:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = load_tokenizer(catalogue.all_refs[0])
     problems = []
     for name, task in tasks.items():
         try:
@@ -296,4 +294,4 @@ def check_lengths(tasks: Mapping[str, EvaluationTask], catalogue: Catalogue, max
                 f"the engine holds {max_model_len} (max_model_len)"
             )
     if problems:
-        raise TaskError("\n  ".join(problems))
+        raise TaskError(problem_list("", problems))

@@ -19,7 +19,7 @@ from simmerge_ray.base.errors import StoreError
 from simmerge_ray.service.context import Contexts
 from simmerge_ray.service.log.database import open_database
 from simmerge_ray.service.log.event_log import EventLog
-from simmerge_ray.service.log.events import Activation, EncoderEpoch, Event, WarmStart
+from simmerge_ray.service.log.events import Activation, EncoderEpoch, Event, WarmStart, damaged
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.log.ledger import Ledger
 from simmerge_ray.service.log.outcomes import Outcome
@@ -114,6 +114,10 @@ class Follower:
             published.selector.check_table(self._table)
             found = Contexts(published, self._table)
             self._contexts = {version: found}
+        for arm, one in view.posteriors.items():
+            if one.num_dimensions != found.num_dimensions:
+                sizes = f"{one.num_dimensions} dimensions, and its selector {version} makes contexts of"
+                raise damaged(f"the arm {arm!r} has {sizes} {found.num_dimensions}")
         return found
 
     def _fold(self) -> View:
@@ -176,7 +180,7 @@ class Follower:
         if epoch not in self._encoders:
             begun = [row for row in self._log.history(str(epoch)) if row.kind == EncoderEpoch.kind]
             if not begun:
-                raise StoreError(f"the log is damaged: it has no encoder epoch {epoch}")
+                raise damaged(f"it has no encoder epoch {epoch}")
             version = begun[0].decoded(EncoderEpoch).model_version
             self._encoders = {epoch: Contexts(self._registry.load(version), self._table)}
         return self._encoders[epoch].encode(features, keep)

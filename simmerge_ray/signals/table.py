@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simmerge_ray.base.errors import ConfigError, PlanError, unknown_name
+from simmerge_ray.base.errors import ConfigError, PlanError, shown_value, unknown_name
+from simmerge_ray.base.json_text import parse_json
 from simmerge_ray.base.storage import Place, read_bytes, write_atomically
 from simmerge_ray.signals.features import FEATURE_SCHEMA, swapped_features
 
@@ -97,19 +100,45 @@ def read_signal_table(uri: str | Place) -> SignalTable:
         ConfigError: no such file, not such a table, or one of another feature schema.
     """
     try:
-        table = pq.read_table(io.BytesIO(read_bytes(uri)))
-        meta = json.loads((table.schema.metadata or {})[b"simmerge_ray"])
+        content = read_bytes(uri)
     except FileNotFoundError:
         raise ConfigError(f"no signal table at {uri}; `simmerge signals` makes one") from None
-    except (pa.ArrowInvalid, KeyError, ValueError):
+    except OSError as error:
+        raise ConfigError(f"cannot read the signal table {uri}: {error.strerror}") from None
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        meta = parse_json((table.schema.metadata or {})[b"simmerge_ray"])
+        schema = meta["schema"]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         raise ConfigError(f"{uri} is not a signal table") from None
-    if meta["schema"] != FEATURE_SCHEMA:
+    if schema != FEATURE_SCHEMA:
         raise ConfigError(
-            f"{uri} has feature schema {meta['schema']}, this version reads {FEATURE_SCHEMA}; compute it again"
+            f"{uri} has feature schema {shown_value(schema)}, this version reads {FEATURE_SCHEMA}; compute it again"
         )
-    columns = tuple(meta["columns"])
+    try:
+        return _table_of(table, meta)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"the signal table {uri} is damaged ({type(error).__name__}: {str(error)[:200]}); compute it again"
+        ) from None
+
+
+def _table_of(table: pa.Table, meta: Mapping[str, Any]) -> SignalTable:
+    """Raises KeyError, TypeError, ValueError, AttributeError: a part is missing, or of another kind."""
+    columns, provenance = tuple(meta["columns"]), meta["provenance"]
+    if not all(isinstance(part, dict) for part in (provenance, provenance["own_task"])):
+        raise TypeError("its provenance is no object")
     rows = {}
     for row in table.to_pylist():
+        key = left, right, task = row["left"], row["right"], row["task"]
         features = {column: row[column] for column in columns if row[column] is not None}
-        rows[row["left"], row["right"], row["task"]] = PairSignals(row["left"], row["right"], row["task"], features)
-    return SignalTable(columns, rows, meta["provenance"])
+        if not all(isinstance(name, str) for name in key):
+            raise TypeError(f"a row is of {shown_value(key)}")
+        if not all(isinstance(value, float) and math.isfinite(value) for value in features.values()):
+            raise TypeError(f"a signal of {left}, {right} on {task} is not a finite number")
+        rows[key] = PairSignals(left, right, task, features)
+    ids = {name for left, right, _ in rows for name in (left, right)}
+    wanted = product(ids, ids, {task for _, _, task in rows})
+    if missing := [key for key in wanted if key[0] != key[1] and key not in rows]:
+        raise ValueError(f"there is no row of {shown_value(missing[0])}")
+    return SignalTable(columns, rows, provenance)

@@ -21,7 +21,8 @@ from simmerge_ray.base.errors import ProbeError
 from simmerge_ray.base.storage import digest_bytes, digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch
-from simmerge_ray.checkpoints.references import context_limit, local_files
+from simmerge_ray.checkpoints.references import context_limit
+from simmerge_ray.checkpoints.tokenizers import load_tokenizer
 from simmerge_ray.signals.signature import GREEDY_SHARE, NUM_GREEDY_TOKENS, SignatureSpec
 
 Place = tuple[int, int, int]  # (micro-batch, row, column)
@@ -81,11 +82,8 @@ def tokenize_probes(
     Raises:
         ProbeError: a probe is too short or too long, also for the context of the checkpoints.
     """
-    from transformers import AutoTokenizer
-
     first = catalogue.checkpoints[0]
-    with local_files(first) as directory:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = load_tokenizer(first)
     batches = {t: probes.token_batches(tokenizer, spec.batch_size, spec.max_tokens) for t, probes in probe_sets.items()}
     added = max(NUM_GREEDY_TOKENS if catalogue.base else 0, num_answer_tokens)
     for ref in catalogue.all_refs:

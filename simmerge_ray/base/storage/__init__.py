@@ -28,9 +28,12 @@ from simmerge_ray.base.storage.objects import (
     jsonl_bytes,
     list_leftovers,
     list_objects,
+    open_file,
     read_bytes,
     read_json,
+    read_json_object,
     read_jsonl,
+    read_text,
     write_atomically,
     write_json,
 )

@@ -21,7 +21,7 @@ from typing import Any
 
 from simmerge_ray.base.errors import StorageError
 from simmerge_ray.base.storage.node_cache import node_cache
-from simmerge_ray.base.storage.objects import digest_bytes, digest_file
+from simmerge_ray.base.storage.objects import digest_bytes, digest_file, read_json
 from simmerge_ray.base.storage.places import Entry, Place, RemotePath
 
 CONTENTS = "simmerge_contents.json"
@@ -133,7 +133,7 @@ def _described(file: Path) -> dict[str, Any]:
 def _read_contents(place: RemotePath) -> dict[str, dict[str, Any]] | None:
     """The list of a directory, file by file; None where there is none."""
     try:
-        found = json.loads((place / CONTENTS).read_bytes())["files"]
+        found = read_json(place / CONTENTS)["files"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

@@ -6,20 +6,24 @@ upload, which is atomic there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from simmerge_ray.base.errors import InputError
+from simmerge_ray.base.json_text import MAX_JSON_BYTES, JsonError, parse_json
 from simmerge_ray.base.storage.places import Place, RemotePath, as_place
 
 _PIECE_BYTES = 1 << 24
+_MAX_JSONL_BYTES = 1 << 30
 
 
 def digest_bytes(*parts: bytes) -> str:
@@ -78,13 +82,59 @@ def write_json(uri: str | Place, value: Any) -> None:
 
 
 def read_bytes(uri: str | Place) -> bytes:
-    """All bytes of a file or object. Raises FileNotFoundError: there is none."""
-    return as_place(uri).read_bytes()
+    """All bytes of a file or object. Raises FileNotFoundError: there is none. OSError: see `open_file`."""
+    place = as_place(uri)
+    if isinstance(place, RemotePath):
+        return place.read_bytes()
+    with open_file(place) as stream:
+        return stream.read()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A local file, to be read. Raises OSError: there is none, or it is a FIFO or a device, which might never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a FIFO this waits for no writer
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_text(uri: str | Place, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """A text file in UTF-8. Raises OSError: as `read_bytes`, or it is too long. UnicodeDecodeError: it is no text."""
+    place = as_place(uri)
+    if not isinstance(place, RemotePath):
+        with open_file(place) as stream:
+            if os.fstat(stream.fileno()).st_size > max_bytes:
+                raise OSError(errno.EFBIG, f"larger than {max_bytes} bytes", str(place))
+            return stream.read().decode()
+    return place.read_bytes().decode()
 
 
 def read_json(uri: str | Place) -> Any:
-    """Parse an object as JSON."""
-    return json.loads(read_bytes(uri))
+    """Parse a file or object as JSON. Raises OSError: as `read_text`. JsonError."""
+    try:
+        return parse_json(read_text(uri))
+    except UnicodeDecodeError as error:
+        raise JsonError(f"byte {error.start} is no UTF-8") from None
+
+
+def read_json_object(place: Place, refuse: Callable[[str], InputError]) -> dict[str, Any]:
+    """The object in a JSON file. Raises what `refuse` makes of the problem: unreadable, not JSON, or no object."""
+    try:
+        value = read_json(place)
+    except OSError as error:
+        raise refuse(f"cannot read {place}: {error.strerror}") from None
+    except JsonError as error:
+        raise refuse(f"{place} is {error}") from None
+    if not isinstance(value, dict):
+        raise refuse(f"{place} holds {type(value).__name__}, a JSON object is needed")
+    return value
 
 
 def file_version(place: Place) -> str:
@@ -110,6 +160,10 @@ def file_names(directory: Place) -> set[str] | None:
         return set(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            return None
+        raise
 
 
 def list_objects(uri: str | Place, suffix: str) -> list[str]:
@@ -164,7 +218,7 @@ def delete_objects(uris: Iterable[str]) -> None:
 def read_jsonl(path: Place, error: type[InputError]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every non-empty line of a JSONL file; raises `error` naming file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, _MAX_JSONL_BYTES).split("\n")  # JSON has other ends of lines inside its strings
     except OSError as problem:
         raise error(f"cannot read {path}: {problem.strerror}") from None
     except UnicodeDecodeError:
@@ -173,9 +227,9 @@ def read_jsonl(path: Place, error: type[InputError]) -> Iterator[tuple[int, dict
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
-            raise error(f"{path}, line {number}: not JSON") from None
+            row = parse_json(line)
+        except JsonError as problem:
+            raise error(f"{path}, line {number}: {problem}") from None
         if not isinstance(row, dict):
             raise error(f"{path}, line {number}: expected an object, got {type(row).__name__}")
         yield number, row

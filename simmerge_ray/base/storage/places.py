@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import os
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,12 +19,13 @@ from typing import Any, TypeAlias, TypeVar
 
 from pydantic_core import core_schema
 
-from simmerge_ray.base.errors import InputError, StorageError
+from simmerge_ray.base.errors import InputError, StorageError, shown_value
 from simmerge_ray.base.storage.stores import IncompleteUploadError, error_text, filesystem, retried
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://(.*)$", re.DOTALL)
 _ALIASES = {"gcs": "gs", "s3a": "s3"}
 _RANGE_BYTES, _PART_BYTES = 1 << 26, 1 << 24
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4096 - 1
 # What a store calls the version of an object; the first that it tells counts.
 _VERSION_MARKS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "updated", "mtime", "created", "mode")
 
@@ -259,9 +261,12 @@ def _checked_remote(value: Any) -> RemotePath:
 
 
 def as_place(name: str | Place) -> Place:
-    """The place that a path or a URI names; `file://` is a local path. Raises InputError: a URI without a bucket."""
+    """The place that a path or a URI names; `file://` is a local path.
+    Raises InputError: a URI without a bucket, or what no file can be called.
+    """
     if not isinstance(name, str):
         return name
+    _check_name(name)
     match = _SCHEME.match(name)
     if match is None:
         return Path(name)
@@ -272,6 +277,20 @@ def as_place(name: str | Place) -> Place:
     if not key or key.startswith(".."):
         raise InputError(f"{name!r} names no bucket; expected {scheme}://BUCKET/NAME")
     return RemotePath(_ALIASES.get(scheme, scheme), key)
+
+
+def _check_name(name: str) -> None:
+    """Raises InputError: no file system takes such a name."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:
+        raise InputError(f"{shown_value(name)} has half a surrogate pair in it, which is no character") from None
+    if "\0" in name:
+        raise InputError(f"{shown_value(name)} has a NUL in it, which no name of a file has")
+    if max(map(len, parts)) > _MAX_NAME_BYTES or len(name) > _MAX_PATH_BYTES:
+        raise InputError(
+            f"{shown_value(name)} is too long for a path ({_MAX_PATH_BYTES} bytes, {_MAX_NAME_BYTES} for each part)"
+        )
 
 
 def list_places(directory: Place, pattern: str) -> list[Place]:
@@ -287,10 +306,16 @@ def name_below(place: Place, root: Place) -> str:
 
 
 def place_in(directory: Place, name: str | Place) -> Place:
-    """The place that `name` means in a file that lies in `directory`: a URI and an absolute path mean themselves."""
-    place = as_place(name)
+    """The place that `name` means in a file that lies in `directory`: a URI and an absolute path mean themselves.
+    Raises InputError: as `as_place`, or a loop of symbolic links."""
+    if not isinstance(name, str | Path | RemotePath):  # of a file that was not checked
+        raise InputError(f"a path is text, got {shown_value(name)}")
+    place = as_place(name if isinstance(name, RemotePath) else str(name))
     if isinstance(place, RemotePath):
         return place
     if isinstance(directory, RemotePath):
         return place if place.is_absolute() else directory / place
-    return (directory / place).resolve()
+    try:
+        return (directory / place).resolve()
+    except (OSError, RuntimeError):  # Python 3.13 leaves it to whoever opens it
+        raise InputError(f"{place} is a symbolic link that leads back to itself") from None

@@ -3,15 +3,15 @@ Ray."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from simmerge_ray.base.errors import ConfigError, unknown_name
+from simmerge_ray.base.errors import ConfigError, shown_value, unknown_name
+from simmerge_ray.base.json_text import parse_json
+from simmerge_ray.base.yaml_text import parse_yaml
 from simmerge_ray.capacity import placement
 from simmerge_ray.capacity.cluster_files import manifests
 from simmerge_ray.capacity.machines import MACHINES
@@ -179,7 +179,12 @@ def _manifest(resource: manifests.Resource[Any]) -> Iterator[str]:
         yield from _cluster(spec.rayClusterConfig, "spec.rayClusterConfig", [])
     else:
         annotations = resource.metadata.annotations or {}
-        yield from _cluster(spec, "spec", yaml.safe_load(annotations.get(MODELS_ANNOTATION, "[]")))
+        yield from _cluster(spec, "spec", _models_in(annotations.get(MODELS_ANNOTATION, "[]")))
+
+
+def _models_in(text: str) -> list[Any]:
+    found = parse_yaml(text)
+    return found if isinstance(found, list) else []
 
 
 def _cluster(spec: manifests.RayClusterSpec, where: str, models: Sequence[Any]) -> Iterator[str]:
@@ -241,8 +246,10 @@ def _container(one: manifests.Container, where: str) -> Iterator[str]:
 
 def _custom(parameters: Mapping[str, str]) -> dict[str, float]:
     """`resources` of `ray start`, which KubeRay takes as JSON in quotes."""
-    value = json.loads(parameters.get("resources", "{}"))
-    value = json.loads(value) if isinstance(value, str) else value
+    value = parse_json(parameters.get("resources", "{}"))
+    value = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise ValueError(f"an object is needed, got {shown_value(value)}")
     return {str(name): float(amount) for name, amount in value.items()}
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.storage import read_json
 from simmerge_ray.capacity.machines import MACHINES
 from simmerge_ray.capacity.simulation.costs import UnitCosts
 from simmerge_ray.capacity.simulation.labels import place_engines
@@ -25,7 +25,7 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
     try:
         if config is None:
             return size_of(parameters)
-        content = json.loads(config.read_text())
+        content = read_json(config)
         if not isinstance(content, dict):
             raise ValueError("no config.json: it holds no object")
         text = content.get("text_config") or content

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import yaml
 
 from simmerge_ray.base.errors import PlanError
 from simmerge_ray.base.storage import Place
+from simmerge_ray.base.yaml_text import YamlError, parse_yaml_documents
 from simmerge_ray.merging.mergekit.document_reader import DocumentReader
 from simmerge_ray.merging.mergekit.documents import MergekitDocument
 from simmerge_ray.merging.mergekit.problems import Problems, raise_problems
@@ -23,32 +21,22 @@ def read_mergekit(text: str, directory: Place) -> tuple[MergekitDocument, ...]:
         PlanError: with every problem, one a line, each with its place, e.g. `models[1].parameters.weigth`.
     """
     try:
-        values = [value for value in yaml.load_all(text, _StrictLoader) if value is not None]
-    except yaml.YAMLError as error:
-        raise PlanError(f"not YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise PlanError(f"YAML with a value that cannot be read: {str(error) or type(error).__name__}") from None
+        values = [value for value in parse_yaml_documents(text) if value is not None]
+    except YamlError as error:
+        raise PlanError(str(error)) from None
     if not values:
         raise PlanError("the file holds no document; it needs merge_method and models or slices")
     problems: list[str] = []
+    ignored: list[str] = []
     documents = []
     for index, value in enumerate(values):
         root = f"documents[{index}]" if len(values) > 1 else ""
         documents.append(DocumentReader(directory, Problems(problems, root)).document(value))
+        ignored += documents[-1].ignored
     ordered = () if problems else _ordered(documents, problems)
-    raise_problems(problems, "this mergekit file cannot be used:")
+    # An ignored key may be the misspelt one that is missing.
+    raise_problems([*problems, *ignored] if problems else (), "this mergekit file cannot be used:")
     return ordered
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML whose mappings have no key twice (of which only the last would count)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _ordered(documents: Sequence[MergekitDocument], problems: list[str]) -> tuple[MergekitDocument, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.errors import InputError, OutputError
-from simmerge_ray.base.storage import Place, RemotePath, digest_json, publish_directory, write_json
+from simmerge_ray.base.storage import Place, RemotePath, digest_json, publish_directory, read_json, write_json
 from simmerge_ray.merging.compile import compile_plan
 from simmerge_ray.merging.engine.global_trims import global_steps
 from simmerge_ray.merging.graph import MergeGraph
@@ -123,7 +122,7 @@ def _locked_directory(partial: Path, out: Path) -> Iterator[None]:
 
 def _is_state(partial: Path, state: Mapping[str, Any]) -> bool:
     try:
-        found = json.loads((partial / STATE_FILE).read_text())
+        found = read_json(partial / STATE_FILE)
     except (OSError, ValueError):
         return False
     sizes = state["files"]

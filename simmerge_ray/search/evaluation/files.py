@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from simmerge_ray.base.config import check_config
-from simmerge_ray.base.errors import ConfigError, TaskError, unknown_name
+from simmerge_ray.base.errors import ConfigError, TaskError, problem_list, shown_value, unknown_name
 from simmerge_ray.base.storage import Place, list_places, read_jsonl
 from simmerge_ray.search.evaluation.metrics import CHOICE_METRICS, METRICS
 from simmerge_ray.search.evaluation.tasks import Item, Task
@@ -62,7 +62,7 @@ def load_task(path: Place) -> Task:
         problems.append('holds no items; write one {"prompt": ..., "target": ...} a line')
     task = _settled(path.stem, items, settings, problems)
     if problems or task is None:
-        raise TaskError("\n  ".join([f"task file {path}:", *problems]))
+        raise TaskError(problem_list(f"task file {path}:", problems))
     return task
 
 
@@ -86,17 +86,17 @@ def _item_problems(row: Mapping[str, Any], settings: dict[str, Any]) -> list[str
     problems = []
     for key in ("prompt", "target"):
         if not isinstance(row.get(key), str) or not row[key]:
-            problems.append(f"an item needs a non-empty string under {key!r}, got {row.get(key)!r}")
+            problems.append(f"an item needs a non-empty string under {key!r}, got {shown_value(row.get(key))}")
     for key in row:
         if key not in _ITEM_KEYS:
             problems.append(unknown_name("key", key, _ITEM_KEYS))
         elif key in ("metric", "max_new_tokens") and settings.setdefault(key, row[key]) != row[key]:
-            problems.append(f"{key!r} is {row[key]!r}, earlier lines say {settings[key]!r}")
+            problems.append(f"{key!r} is {shown_value(row[key])}, earlier lines say {shown_value(settings[key])}")
     choices = row.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        problems.append(f"'choices' must be a list of non-empty strings, got {choices!r}")
-    elif settings.get("metric") in CHOICE_METRICS and (len(choices) < 2 or row.get("target") not in choices):
-        problems.append(f"'choices' needs two texts or more, the target among them, got {choices!r}")
+        problems.append(f"'choices' must be a list of non-empty strings, got {shown_value(choices)}")
+    elif str(settings.get("metric")) in CHOICE_METRICS and (len(choices) < 2 or row.get("target") not in choices):
+        problems.append(f"'choices' needs two texts or more, the target among them, got {shown_value(choices)}")
     return problems
 
 
@@ -113,5 +113,5 @@ def load_tasks(directory: Place) -> dict[str, Task]:
         except TaskError as error:
             problems.append(str(error))
     if problems or not tasks:
-        raise TaskError("\n".join(problems) or f"{directory} holds no <task>.jsonl task files")
+        raise TaskError(problem_list("", problems) or f"{directory} holds no <task>.jsonl task files")
     return tasks

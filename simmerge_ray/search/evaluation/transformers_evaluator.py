@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from simmerge_ray.base.errors import EngineError
-from simmerge_ray.checkpoints.references import CheckpointRef, context_limit, local_files
+from simmerge_ray.checkpoints.references import CheckpointRef, context_limit
+from simmerge_ray.checkpoints.tokenizers import load_tokenizer
 from simmerge_ray.merging.in_memory import FiniteStream
 from simmerge_ray.merging.model import load_model
 from simmerge_ray.plans.plan import ResolvedPlan
@@ -37,12 +38,9 @@ class TransformersEvaluator:
         max_model_len: int | None = None,
         merge_threads: int = 1,
     ) -> None:
-        from transformers import AutoTokenizer
-
         self._model: Any = load_model(template, getattr(torch, dtype)).to(device)
         self._device, self._batch_size, self._merge_threads = device, batch_size, merge_threads
-        with local_files(template) as directory:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="left")
+        self.tokenizer: Any = load_tokenizer(template, padding_side="left")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.max_model_len = max_model_len or context_limit(template) or 4096

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simmerge_ray.base.errors import LabelError, StorageError
+from simmerge_ray.base.errors import LabelError, StorageError, shown_value
+from simmerge_ray.base.json_text import parse_json
 from simmerge_ray.base.storage import digest_bytes, read_bytes
 from simmerge_ray.plans.plan import plan_from_json
 from simmerge_ray.search.labels.outcomes import (
@@ -104,7 +106,14 @@ def _read_rows(name: str) -> list[dict[str, Any]]:
 
 
 def _from_row(name: str, number: int, row: Mapping[str, Any]) -> LabeledPlan:
+    """A row as a label. Raises LabelError: it is none for anybody: a text is missing, or items are no utilities."""
     try:
+        for column in ("task", "task_digest"):
+            if not isinstance(row[column], str):
+                raise ValueError(f"{column} is {shown_value(row[column])}; it must be text")
+        for column in ("infeasible", "same_as"):  # older files lack the latter
+            if not isinstance(row.get(column), str | None):
+                raise ValueError(f"{column} is {shown_value(row[column])}; it must be text, or nothing")
         outcome: Outcome
         if row["infeasible"] is not None:
             outcome = Infeasible(row["infeasible"])
@@ -112,20 +121,51 @@ def _from_row(name: str, number: int, row: Mapping[str, Any]) -> LabeledPlan:
             raise ValueError("neither items nor a reason why there are none")
         else:
             kind = Stopped if row.get("stopped") else Measured
-            outcome = kind(np.array(row["items"], dtype=np.float64))
+            outcome = kind(_items(row["items"]))
         return LabeledPlan(
-            plan=plan_from_json(json.loads(row["plan"])),
+            plan=plan_from_json(parse_json(row["plan"])),
             task=row["task"],
             task_digest=row["task_digest"],
             outcome=outcome,
-            settings=EvaluationSettings(**json.loads(row["settings"])),
-            checkpoints=json.loads(row["checkpoints"]),
-            seconds=row["seconds"],
-            versions=json.loads(row["versions"]),
-            same_as=row.get("same_as"),  # older files lack it
+            settings=_settings(parse_json(row["settings"])),
+            checkpoints=_texts(parse_json(row["checkpoints"])),
+            seconds=_seconds(row["seconds"]),
+            versions=_texts(parse_json(row["versions"])),
+            same_as=row.get("same_as"),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LabelError(f"{name}, row {number}: {error}") from None
+
+
+def _items(found: Sequence[Any]) -> np.ndarray:
+    """Raises ValueError: there are none, or one is no utility."""
+    items = np.array(found, dtype=np.float64)
+    if items.ndim != 1 or not items.size:
+        raise ValueError("has no items")
+    outside = items[~((items >= 0) & (items <= 1))]
+    if len(outside):
+        raise ValueError(f"items outside [0, 1]: {', '.join(f'{item:.6g}' for item in outside[:3])}")
+    return items
+
+
+def _settings(found: Any) -> EvaluationSettings:
+    settings = EvaluationSettings(**found)
+    kinds = [type(value) for value in vars(settings).values()]
+    if kinds != [str, str, int]:
+        raise ValueError(f"settings are {shown_value(found)}; needed are two texts and an integer")
+    return settings
+
+
+def _texts(found: Any) -> dict[str, str]:
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"an object of texts is needed, got {shown_value(found)}")
+    return found
+
+
+def _seconds(found: Any) -> float:
+    if not isinstance(found, float) or not 0 <= found < math.inf:
+        raise ValueError(f"seconds is {found!r}; it must be a number from 0 on")
+    return found
 
 
 def read_labels(name: str) -> list[LabeledPlan]:
@@ -133,33 +173,34 @@ def read_labels(name: str) -> list[LabeledPlan]:
 
 
 def check_rows(name: str) -> tuple[list[LabeledPlan], list[str]]:
-    """Labels of a file up to the first that cannot be read, and its problems."""
+    """The labels of a file that can be read, and its problems."""
     labels: list[LabeledPlan] = []
     problems: list[str] = []
     try:
-        for number, row in enumerate(_read_rows(name), 1):
-            labels.append(_from_row(name, number, row))
-            problems += [f"{name}, row {number}: {problem}" for problem in _row_problems(row, labels[-1])]
+        rows = _read_rows(name)
     except LabelError as error:
-        problems.append(str(error))
+        return [], [str(error)]
+    for number, row in enumerate(rows, 1):
+        try:
+            labels.append(_from_row(name, number, row))
+        except LabelError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"{name}, row {number}: {problem}" for problem in _row_problems(row, labels[-1])]
     return labels, problems
 
 
 def _row_problems(row: Mapping[str, Any], label: LabeledPlan) -> list[str]:
     """Where a row contradicts itself."""
     problems = []
-    if row["key"] != label.key:
-        problems.append(f"key {row['key']} does not belong to {label.plan.label} on {label.task}")
+    if row.get("key") != label.key:
+        problems.append(f"key {shown_value(row.get('key'))} does not belong to {label.plan.label} on {label.task}")
     if isinstance(label.outcome, Infeasible):
         return problems
     items = label.outcome.items
-    if not len(items):
-        return [*problems, "has no items"]
     if row.get("num_items") not in (None, len(items)):
         problems.append(f"num_items is {row['num_items']}, it has {len(items)}")
-    outside = items[~((items >= 0) & (items <= 1))]
-    if len(outside):
-        problems.append(f"items outside [0, 1]: {', '.join(f'{item:.6g}' for item in outside[:3])}")
-    elif row["utility"] is None or abs(row["utility"] - label.outcome.utility) > _ROUNDING:
-        problems.append(f"utility is {row['utility']}, the mean of its items is {label.outcome.utility:.6g}")
+    said = row.get("utility")
+    if not isinstance(said, float) or not abs(said - label.outcome.utility) <= _ROUNDING:
+        problems.append(f"utility is {shown_value(said)}, the mean of its items is {label.outcome.utility:.6g}")
     return problems

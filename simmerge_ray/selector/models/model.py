@@ -6,7 +6,6 @@ leave the best fixed arm, which pairs are too far from the training data to be a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from simmerge_ray.base.errors import SelectorError
-from simmerge_ray.base.storage import Place, digest_json, local_directory
+from simmerge_ray.base.json_text import JsonError
+from simmerge_ray.base.storage import Place, digest_json, local_directory, read_json
 from simmerge_ray.plans.keeping import KEEP_ARMS, keeps, merge_arms, named_arms
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.encoding import TaskEncoding
@@ -163,9 +163,9 @@ class Selector:
         """Refuse a table of other features than this selector was trained with; and see `check_weights`. Raises
         SelectorError: saying what differs."""
         if self.columns != table.columns:
-            missing = sorted(set(self.columns) - set(table.columns)) or sorted(set(table.columns) - set(self.columns))
+            differing = sorted(set(self.columns) ^ set(table.columns)) or ["their order"]
             raise SelectorError(
-                f"the signal table and the selector have different features, e.g. {missing[0]!r}; "
+                f"the signal table and the selector have different features, e.g. {differing[0]!r}; "
                 "compute the signals as for training (with or without a base)"
             )
         self.check_weights(table)
@@ -215,9 +215,9 @@ def read_selector(path: Place) -> Selector:
 def _description(file: Path, path: Place) -> dict[str, Any]:
     """Of a selector that this version reads; path: what the user calls its directory."""
     try:
-        description = json.loads(file.read_text())
-    except ValueError:
-        raise SelectorError(f"{path / _DESCRIPTION} is not JSON") from None
+        description = read_json(file)
+    except JsonError as error:
+        raise SelectorError(f"{path / _DESCRIPTION} is {error}") from None
     if not isinstance(description, dict):
         raise SelectorError(f"{path / _DESCRIPTION} is not a JSON object")
     for key, expected in (("schema", SELECTOR_SCHEMA), ("feature_schema", FEATURE_SCHEMA)):
@@ -233,6 +233,8 @@ def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndar
     encoding = TypeAdapter(TaskEncoding).validate_python(description["encoding"])
     threshold = description["override"]["threshold"]
     arms, reference, columns = (tuple(description[name]) for name in ("arms", "reference", "columns"))
+    if not all(isinstance(name, str) for name in (*arms, *reference, *columns)):
+        raise TypeError("an arm or a column is no text")
     return Selector(
         arms,
         reference,
@@ -253,6 +255,8 @@ def _checked(selector: Selector) -> Selector:
         raise ValueError(f"it scales {len(fitted.centre)} features, {num_features} are named")
     if selector.novelty.rows.shape[1:] != (num_features,):
         raise ValueError(f"its training rows are not of {num_features} features")
+    if not (np.isfinite(fitted.centre).all() and np.isfinite(fitted.scale).all() and (fitted.scale > 0).all()):
+        raise ValueError("its scaling is not of finite numbers, those it divides by above 0")
     merges = set(merge_arms(selector.arms))
     if selector.best_fixed not in merges or not set(selector.reference) <= merges:
         raise ValueError("the best fixed arm or a reference arm is not among the merge operators")
@@ -264,4 +268,6 @@ def _checked(selector: Selector) -> Selector:
     utility, _ = fitted.predictor.predict(np.zeros((1, 2, width)), fitted.keep)
     if utility.shape != (1, num_arms):
         raise ValueError(f"the model predicts {utility.shape[1]} arms, {num_arms} are named")
+    if not np.isfinite(utility).all():
+        raise ValueError("the model predicts what is no finite number")
     return selector

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import SelectorError
-from simmerge_ray.base.storage import Place, local_directory
+from simmerge_ray.base.storage import Place, local_directory, read_json
 from simmerge_ray.selector.models.artifact import ModelParts
 from simmerge_ray.selector.models.novelty import Novelty
 from simmerge_ray.selector.models.policy import Intervals
@@ -136,7 +135,7 @@ def read_predictor(path: Place) -> UtilityPredictor:
     try:
         with local_directory(path) as directory:
             try:
-                description = json.loads((directory / _DESCRIPTION).read_text())
+                description = read_json(directory / _DESCRIPTION)
                 if (schema := description["schema"]) != PREDICTOR_SCHEMA:
                     raise SelectorError(
                         f"predictor {path}: schema is {schema}, this version reads {PREDICTOR_SCHEMA}; train it again"

@@ -6,7 +6,6 @@ same merge of a pair (labels say so with `same_as`): such arms are one class, of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.base.errors import BanditError, InputError, SelectorError
-from simmerge_ray.base.storage import Place, write_json
+from simmerge_ray.base.storage import Place, read_bytes, read_json, write_json
 from simmerge_ray.search.labels import LabeledPlan
 from simmerge_ray.selector.data.dataset import SelectionDataset
 from simmerge_ray.selector.data.splits import checkpoint_folds, pairs_of
@@ -102,7 +101,7 @@ def read_warm_start(path: Place) -> WarmStartFile | None:
     if not (path / _TEXT).exists():
         return None
     try:
-        content, tensors = json.loads((path / _TEXT).read_text()), load((path / _TENSORS).read_bytes())
+        content, tensors = read_json(path / _TEXT), load(read_bytes(path / _TENSORS))
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}")
         posteriors = {

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from simmerge_ray.base.errors import ConfigError, unknown_name
+from simmerge_ray.base.storage import read_text
+from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 
 ROLES = ("decide", "reward", "admin")
 TOKENS_VARIABLE, TOKEN_VARIABLE = "SIMMERGE_TOKENS", "SIMMERGE_TOKEN"
@@ -143,7 +143,7 @@ def read_access(path: Path | None, environment: Mapping[str, str] = os.environ) 
     """
     if path is not None:
         try:
-            text = path.read_text()
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the tokens {path} cannot be read: {error}") from None
         return _parsed(text, str(path))
@@ -154,8 +154,8 @@ def read_access(path: Path | None, environment: Mapping[str, str] = os.environ) 
 
 def _parsed(text: str, where: str) -> Access:
     try:
-        entries = yaml.safe_load(text)
-    except yaml.YAMLError:
+        entries = parse_yaml(text)
+    except YamlError:
         raise ConfigError(f"{where} is not YAML") from None  # the text is secret: nothing of it is shown
     if isinstance(entries, dict):
         entries = entries.get("tokens")

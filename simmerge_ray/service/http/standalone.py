@@ -15,7 +15,8 @@ from sqlalchemy.engine import make_url
 
 from simmerge_ray.base.config import ServeConfig, ServiceConfig
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import write_atomically
+from simmerge_ray.base.storage import read_text, write_atomically
+from simmerge_ray.base.yaml_text import parse_yaml
 from simmerge_ray.service.http.access import new_token, read_access
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.slow_clients import impatient
@@ -74,8 +75,8 @@ def _own_token(path: Path) -> tuple[Path, str]:
         write_atomically(path, yaml.safe_dump(entry).encode())
         path.chmod(0o600)
     try:
-        return path, str(yaml.safe_load(path.read_text())[0]["token"])
-    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        return path, str(parse_yaml(read_text(path))[0]["token"])
+    except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"{path} is damaged; delete it, and a new token is made") from None
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from sqlalchemy import BigInteger, Connection, Float, Integer, LargeBinary, select
 
 from simmerge_ray.base.errors import ConfigError, OutputError, StoreError
+from simmerge_ray.base.json_text import parse_json
 from simmerge_ray.service.log.database import SCHEMA_VERSION, events, log_head
 
 FORMAT = "1"  # of the Parquet files
@@ -77,7 +78,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, A
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(f"the backup {path} is damaged: {_first_line(error)}") from None
 
-    return json.loads(about["simmerge_heads"]), batches()
+    return parse_json(about["simmerge_heads"]), batches()
 
 
 def _read_sqlite(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, Any]]]]:

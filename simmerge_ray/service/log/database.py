@@ -25,6 +25,10 @@ from simmerge_ray.base.errors import ConfigError, StoreError
 from simmerge_ray.base.extras import require
 
 SCHEMA_VERSION = "0001"  # of the newest migration
+RESTORE = (  # what to do about damage
+    "fill a new database from the last backup, e.g. `simmerge db restore sqlite:////data/new.db backup.parquet`, and "
+    "serve that"
+)
 BUSY_TIMEOUT_S = 10.0
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _UPGRADE_LOCK = 7_330_001  # any number that nobody else takes
@@ -233,7 +237,9 @@ def store_errors(doing: str) -> Iterator[None]:
 def store_error(doing: str, error: Exception) -> StoreError:
     """StoreError with what the driver says, without the statement and its parameters."""
     reason = str(getattr(error, "orig", None) or error).strip().splitlines()
-    return StoreError(f"{doing} failed: {reason[0] if reason else type(error).__name__}")
+    said = reason[0] if reason else type(error).__name__
+    damage = "malformed" in said or "not a database" in said
+    return StoreError(f"{doing} failed: {said}" + (f"; {RESTORE}" if damage else ""))
 
 
 def schema_version(connection: Connection) -> str | None:

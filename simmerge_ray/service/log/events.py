@@ -15,13 +15,29 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from simmerge_ray.base.errors import BanditError, StoreError
+from simmerge_ray.base.errors import BanditError, StoreError, shown_value
 from simmerge_ray.base.storage import canonical_json, digest_bytes
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior
+from simmerge_ray.service.log.database import RESTORE
 
 OneEvent = TypeVar("OneEvent")
+# What reading a damaged event ends in.
+DAMAGES = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, AssertionError)
+_REMEDY = f"`simmerge db check DATABASE_URL` looks at all events; {RESTORE}"
 VERSION = 1  # of the body's fields, the same for all kinds
+
+
+def damaged(problem: str) -> StoreError:
+    """The error for a log that cannot be folded: what is wrong, and what to do."""
+    return StoreError(f"the log is damaged: {problem}; {_REMEDY}")
+
+
+def unreadable(row: EventRow, error: Exception) -> StoreError:
+    """The error for one event that cannot be read."""
+    reason = str(error).strip().splitlines()
+    said = f"{type(error).__name__}{f': {reason[0][:200]}' if reason else ''}"
+    return damaged(f"event {row.seq} ({row.kind!r:.40}) cannot be read ({said})")
 
 
 class Event:
@@ -113,6 +129,9 @@ class Activation(Event, kind="activation"):
     model_version: str
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _text(self.model_version, "the selector's version")
+
 
 @dataclass(frozen=True, eq=False)
 class ArmAdded(Event, kind="arm_added", about="arm"):
@@ -151,6 +170,7 @@ class EncoderEpoch(Event, kind="encoder_epoch", about="epoch"):
     model_version: str
 
     def __post_init__(self) -> None:
+        _text(self.model_version, "the selector's version")
         if self.epoch < 1:
             raise BanditError(f"the epoch is {self.epoch}; a log starts in 0, so it must be 1 or more")
         _one_size([*self.priors.values(), GaussianPosterior.prior(self.num_dimensions, self.ridge)])
@@ -214,8 +234,11 @@ class EventRow(NamedTuple):
 
     @property
     def event(self) -> Event:
-        """What happened."""
-        return decode(self.kind, self.version, self.body, self.data)
+        """What happened. Raises StoreError: the row is damaged, or another version wrote it."""
+        try:
+            return decode(self.kind, self.version, self.body, self.data)
+        except DAMAGES as error:
+            raise unreadable(self, error) from error
 
     def decoded(self, kind: type[OneEvent]) -> OneEvent:
         """What happened, for whoever knows its kind."""
@@ -232,10 +255,14 @@ def read_head(body: str) -> dict[str, Any]:
     return head
 
 
-def check_readable(kind: str, version: int) -> None:
+def check_readable(kind: str, version: int, seq: int | None = None) -> None:
     """Raises StoreError for a kind or version that this program does not know: folding on would lose it."""
     if kind not in _CLASSES or version != VERSION:
-        raise StoreError(f"the log has an event {kind!r} of version {version}, which another version of simmerge wrote")
+        which = "an event" if seq is None else f"event {seq},"
+        raise StoreError(
+            f"the log has {which} {kind!r:.40} of version {version!r:.40}, which another version of simmerge wrote: "
+            f"start that one; or the event is damaged, and then {_REMEDY}"
+        )
 
 
 def request_digest(event: Event, encoded: tuple[str, bytes], payload: Any = None) -> str:
@@ -249,13 +276,16 @@ def request_digest(event: Event, encoded: tuple[str, bytes], payload: Any = None
 
 
 def voided_seq(row: EventRow) -> int:
-    """Number of the reward that a `reward_voided` event takes back."""
-    seq: int = read_head(row.body)["reward_seq"]
+    """Number of the reward that a `reward_voided` event takes back. Raises StoreError: the row is damaged."""
+    try:
+        seq: int = read_head(row.body)["reward_seq"] + 0
+    except DAMAGES as error:
+        raise unreadable(row, error) from error
     return seq
 
 
 def read_array(slot: Mapping[str, Any], data: bytes) -> np.ndarray:
-    """The array that a slot of the body names."""
+    """The array that a slot of the body names. Raises ValueError: the data is too short for it."""
     shape = slot["shape"]
     return np.frombuffer(data, "<f8", math.prod(shape), slot["at"]).reshape(shape)
 
@@ -274,9 +304,17 @@ def write_posterior(one: GaussianPosterior, data: bytearray) -> dict[str, Any]:
 
 
 def read_posterior(body: Mapping[str, Any], data: bytes) -> GaussianPosterior:
-    """The posterior that `write_posterior` wrote."""
+    """The posterior that `write_posterior` wrote. Raises ValueError: it is none."""
     precision, moment = read_array(body["precision"], data), read_array(body["moment"], data)
-    return GaussianPosterior(precision, moment, body["count"], body["sum_squares"], body["weight"])
+    one = GaussianPosterior(precision, moment, body["count"], body["sum_squares"], body["weight"])
+    size = one.num_dimensions
+    if precision.shape != (size, size) or moment.shape != (size,):
+        raise BanditError(f"a posterior has arrays of the shapes {precision.shape} and {moment.shape}")
+    if not (np.isfinite(precision).all() and np.isfinite(moment).all() and math.isfinite(one.sum_squares + one.weight)):
+        raise BanditError("a posterior has an entry that is not a finite number")
+    if size and not np.isfinite(one.mean).all():  # its factor, which is kept: it raises where there is none
+        raise BanditError("a posterior has no finite mean")
+    return one
 
 
 def write_noise(noise: Noise | None) -> dict[str, Any] | None:
@@ -320,6 +358,11 @@ def _finite(values: Any, what: str) -> np.ndarray:
         raise BanditError(f"{what} has an entry that is not a finite number")
     array.flags.writeable = False
     return array
+
+
+def _text(value: Any, what: str) -> None:
+    if not isinstance(value, str):
+        raise BanditError(f"{what} is {shown_value(value)}; it must be text")
 
 
 def _one_size(posteriors: list[GaussianPosterior]) -> None:

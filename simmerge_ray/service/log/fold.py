@@ -19,13 +19,13 @@ of each decision, and `setups_of`, which selectors answered. `EFFECTS` says for 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from simmerge_ray.base.errors import StoreError
 from simmerge_ray.plans.keeping import KEEP
 from simmerge_ray.service.bandit.policy import Noise
 from simmerge_ray.service.bandit.posterior import GaussianPosterior, RunningPosterior
@@ -115,10 +115,17 @@ class Decisions(Generic[Kept]):
         """The next event, of any kind."""
         take, course = EFFECTS.get(row.kind, _NOTHING).course, self.courses.get(row.subject or "")
         if row.kind == events.DecisionMade.kind:
-            if row.subject is not None and (kept := self._keep(row)) is not None:
+            try:
+                kept = None if row.subject is None else self._keep(row)
+            except events.DAMAGES as error:
+                raise events.unreadable(row, error) from error
+            if row.subject is not None and kept is not None:
                 self.courses[row.subject] = Course(kept)
         elif take is not None and course is not None:
-            take(course, row)
+            try:
+                take(course, row)
+            except events.DAMAGES as error:
+                raise events.unreadable(row, error) from error
         self.seq = row.seq
 
 
@@ -269,13 +276,16 @@ class State:
         Raises StoreError: an event was skipped, this program cannot read it, or it does not fit what came before.
         """
         if row.seq != self.seq + 1:
-            raise StoreError(f"the log is damaged: event {row.seq} follows event {self.seq}")
-        events.check_readable(row.kind, row.version)
+            raise events.damaged(f"event {row.seq} follows event {self.seq}")
+        events.check_readable(row.kind, row.version, row.seq)
         effect = EFFECTS[row.kind]
         if effect.basis is not None and effect.basis(self.basis, row) is not self.basis:
             return False
         if effect.state is not None:
-            effect.state(self, row)
+            try:
+                effect.state(self, row)
+            except events.DAMAGES as error:
+                raise events.unreadable(row, error) from error
         self.seq = row.seq
         return True
 
@@ -292,7 +302,7 @@ class State:
             head["level"],
             events.read_array(head["z"], row.data),
             None if current else events.read_array(head["features"], row.data),
-            head["expires_at"],
+            None if head["expires_at"] is None else head["expires_at"] + 0.0,  # it raises for what is no number
         )
         self.num_decisions += 1
 
@@ -311,9 +321,12 @@ class State:
         for name in decision.learns:
             arm = self.arms.get(name)
             if arm is None:
-                raise StoreError(f"the log is damaged: event {row.seq} rewards the arm {name!r}, which was not added")
+                raise events.damaged(f"event {row.seq} rewards the arm {name!r}, which was not added")
             if z.shape != arm.shape:
-                raise StoreError(f"the log is damaged: a context of {len(z)} dimensions for an arm of {arm.shape[0]}")
+                dimensions = f"a context of {len(z)} dimensions for an arm of {arm.shape[0]}"
+                raise events.damaged(f"event {row.seq} rewards {dimensions}")
+            if not math.isfinite(z @ z + reward):
+                raise events.damaged(f"event {row.seq} has a reward or a context that is not finite")
             arm.add(z, reward)
 
     def close_decision(self, row: EventRow) -> None:
@@ -354,7 +367,7 @@ class State:
         """The decision that an event is about, which is open no more."""
         decision = self.open.pop(row.subject or "", None)
         if decision is None:
-            raise StoreError(f"the log is damaged: event {row.seq} is about {row.subject!r}, which is not open")
+            raise events.damaged(f"event {row.seq} is about {row.subject!r}, which is not open")
         return decision
 
     def _start(self, priors: Mapping[str, GaussianPosterior], epoch: int, anew: bool) -> None:
@@ -367,7 +380,7 @@ class State:
         """Of an arm whose own prior is of another epoch."""
         current = self.basis.epoch
         if current is None:
-            raise StoreError(f"the log is damaged: it has a prior of epoch {epoch}, which never began")
+            raise events.damaged(f"it has a prior of epoch {epoch}, which never began")
         return current.priors.get(name) or GaussianPosterior.prior(current.num_dimensions, current.ridge)
 
 

@@ -17,7 +17,14 @@ from simmerge_ray.service import schemas
 from simmerge_ray.service.bandit.alarm import regret_slope
 from simmerge_ray.service.log.database import events, store_errors
 from simmerge_ray.service.log.event_log import ROWS, EventLog
-from simmerge_ray.service.log.events import DecisionMade, EventRow, is_about_decision, read_array
+from simmerge_ray.service.log.events import (
+    DAMAGES,
+    DecisionMade,
+    EventRow,
+    is_about_decision,
+    read_array,
+    unreadable,
+)
 from simmerge_ray.service.log.fold import Course, Decisions, setups_of
 from simmerge_ray.service.schemas import DecisionStatus, Refused
 
@@ -170,17 +177,29 @@ def decision_record(log: EventLog, decision_id: str, now: float) -> schemas.Deci
 
 
 def answer_of(row: EventRow) -> schemas.Decision:
-    """What was told when the decision was made."""
-    return schemas.Decision.model_validate(json.loads(row.body)["answer"])
+    """What was told when the decision was made. Raises StoreError: the row is damaged."""
+    try:
+        return schemas.Decision.model_validate(json.loads(row.body)["answer"])
+    except DAMAGES as error:
+        raise unreadable(row, error) from error
 
 
 def status_of(course: Course[EventRow], now: float) -> DecisionStatus:
-    """As the API calls it."""
-    return course.status(json.loads(course.decision.body)["expires_at"], now)
+    """As the API calls it. Raises StoreError: the row is damaged."""
+    try:
+        return course.status(json.loads(course.decision.body)["expires_at"], now)
+    except DAMAGES as error:
+        raise unreadable(course.decision, error) from error
 
 
 def _row_of(course: Course[EventRow], now: float) -> schemas.DecisionRow:
     row = course.decision
-    answer = json.loads(row.body)["answer"]
-    kept = {name: answer.get(name) for name in ("decision_id", "kind", "left", "right", "tasks", "arm", "explored")}
-    return schemas.DecisionRow(**kept, seq=row.seq, at=row.at, status=status_of(course, now), utility=course.utility)
+    told = ("decision_id", "kind", "left", "right", "tasks", "arm", "explored")
+    try:
+        answer = json.loads(row.body)["answer"]
+        kept = {name: answer.get(name) for name in told}
+        return schemas.DecisionRow(
+            **kept, seq=row.seq, at=row.at, status=status_of(course, now), utility=course.utility
+        )
+    except DAMAGES as error:
+        raise unreadable(row, error) from error

@@ -71,9 +71,9 @@ def status(url: str) -> DatabaseStatus:
     """What is in a database, whatever the version of its schema.
     Raises ConfigError: a URL that names no database. StoreError: it cannot be read.
     """
-    with _opened(url, make_engine) as engine, _reading(engine) as connection:
+    with opened_database(url, make_engine) as engine, reading(engine) as connection:
         schema = schema_version(connection)
-        names = _namespaces(connection) if schema == SCHEMA_VERSION else []
+        names = namespaces_of(connection) if schema == SCHEMA_VERSION else []
         found = tuple(_namespace(connection, name) for name in names)
         return DatabaseStatus(shown(engine), schema, _size(connection), found)
 
@@ -109,9 +109,9 @@ def backup(url: str, target: Path) -> dict[str, int]:
 
     Raises ConfigError: PostgreSQL and another name. OutputError: the file exists, or cannot be written. StoreError.
     """
-    with _opened(url) as engine:
+    with opened_database(url) as engine:
         if target.suffix == ".parquet":
-            with _reading(engine) as connection, new_file(target) as partial:
+            with reading(engine) as connection, new_file(target) as partial:
                 return write_rows(connection, partial, None)
         if engine.dialect.name != "sqlite":
             raise ConfigError(f"a backup of PostgreSQL is a Parquet file; call it {target.name}.parquet")
@@ -126,7 +126,7 @@ def restore(url: str, source: Path) -> dict[str, int]:
     """
     heads, rows = read_backup(source)
     upgrade_database(url)
-    with _opened(url) as engine, store_errors("restoring the event log"), writing(engine) as connection:
+    with opened_database(url) as engine, store_errors("restoring the event log"), writing(engine) as connection:
         for name in heads:
             connection.execute(FIRST_HEAD, {"namespace": name})
             held = select(log_head.c.seq).where(log_head.c.namespace == name).with_for_update()
@@ -151,7 +151,7 @@ def export_events(url: str, namespace: str, target: Path) -> int:
     """Write the events of a namespace as they are; how many. The file is a backup of this namespace as well.
     Raises ConfigError: no such namespace. OutputError, StoreError: as `backup`.
     """
-    with _opened(url) as engine, _reading(engine) as connection, new_file(target) as partial:
+    with opened_database(url) as engine, reading(engine) as connection, new_file(target) as partial:
         _check_namespace(connection, namespace)
         return sum(write_rows(connection, partial, namespace).values())
 
@@ -190,7 +190,7 @@ def export_decisions(url: str, namespace: str, target: Path, now: float) -> int:
     Raises as `export_events`.
     """
     count = 0
-    with _opened(url) as engine, _reading(engine) as connection, new_file(target) as partial:
+    with opened_database(url) as engine, reading(engine) as connection, new_file(target) as partial:
         _check_namespace(connection, namespace)
         with pq.ParquetWriter(partial, _DECISIONS, compression="zstd") as writer:
             for names in _decisions(connection, namespace):
@@ -245,8 +245,8 @@ def prune(url: str, namespace: str, before: float, keep_snapshots: int, dry_run:
     """
     own = (events.c.namespace == namespace, events.c.kind == DecisionClosed.kind, events.c.at < before)
     changed, freed = 0, 0
-    with _opened(url) as engine:
-        with _reading(engine) as connection:
+    with opened_database(url) as engine:
+        with reading(engine) as connection:
             _check_namespace(connection, namespace)
             closed = list(connection.execute(select(events.c.subject).where(*own).order_by(events.c.seq)).scalars())
         for start in range(0, len(closed), _PAGE):
@@ -282,7 +282,7 @@ def _without_arrays(course: Course[EventRow], now: float) -> tuple[EventRow, int
 
 
 @contextmanager
-def _opened(url: str, open_engine: Callable[[str, bool], Engine] = open_database) -> Iterator[Engine]:
+def opened_database(url: str, open_engine: Callable[[str, bool], Engine] = open_database) -> Iterator[Engine]:
     """An engine for work that may take minutes. Raises ConfigError, StoreError."""
     make_engine(url).dispose()
     parsed = make_url(url)
@@ -296,7 +296,7 @@ def _opened(url: str, open_engine: Callable[[str, bool], Engine] = open_database
 
 
 @contextmanager
-def _reading(engine: Engine) -> Iterator[Connection]:
+def reading(engine: Engine) -> Iterator[Connection]:
     """A transaction that sees one state of the database from its first query on."""
     with store_errors("reading the event log"), engine.connect() as connection:
         if engine.dialect.name == "postgresql":
@@ -305,12 +305,13 @@ def _reading(engine: Engine) -> Iterator[Connection]:
             yield connection
 
 
-def _namespaces(connection: Connection) -> list[str]:
+def namespaces_of(connection: Connection) -> list[str]:
+    """All that a database has a log of."""
     return list(connection.execute(select(log_head.c.namespace).order_by(log_head.c.namespace)).scalars())
 
 
 def _check_namespace(connection: Connection, namespace: str) -> None:
-    if namespace not in (known := _namespaces(connection)):
+    if namespace not in (known := namespaces_of(connection)):
         raise ConfigError(f"no namespace {namespace!r} in the database; known: {', '.join(known) or 'none'}")
 
 

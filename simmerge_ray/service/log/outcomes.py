@@ -146,7 +146,7 @@ class Known:
             return again(event.kind, f"decision {subject!r} has another reward; void it first")
         if course.closed is not None:
             return Outcome(Status.GONE, reason=f"decision {subject!r} is closed")
-        if course.is_late(json.loads(course.decision.body)["expires_at"], proposal.at):
+        if course.is_late(_expires_at(course.decision), proposal.at):
             return Outcome(Status.GONE, reason=f"decision {subject!r} has expired")
         return event, course.num_voids
 
@@ -154,3 +154,11 @@ class Known:
 def _replayed(proposal: Proposal, first: EventRow, otherwise: str) -> Outcome:
     same = first.kind == proposal.event.kind and first.digest == proposal.digest
     return Outcome(Status.REPLAYED, first) if same else Outcome(Status.CONFLICT, reason=otherwise)
+
+
+def _expires_at(decision: EventRow) -> float | None:
+    try:
+        found: float | None = json.loads(decision.body)["expires_at"]
+        return None if found is None else found + 0.0
+    except events.DAMAGES as error:
+        raise events.unreadable(decision, error) from error

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from sqlalchemy import Engine, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
@@ -58,12 +59,31 @@ def dump(state: State) -> bytes:
 
 def load(content: bytes, basis: Basis, encode: Encoder) -> State:
     """The dumped state, to continue with a basis that does not change its past.
-    Raises StoreError: a snapshot of another format.
+    Raises StoreError: a snapshot of another format, or one that says what no state can be.
     """
+    try:
+        state = _loaded(content, basis, encode)
+    except events.DAMAGES as error:
+        raise StoreError(f"the snapshot cannot be read ({type(error).__name__}: {error})") from error
+    sizes = {arm.shape for arm in state.arms.values()}
+    if len(sizes) > 1 or not all(one.z.shape in sizes and np.isfinite(one.z).all() for one in _current(state)):
+        raise StoreError("the snapshot has arms and contexts of different dimensions")
+    return state
+
+
+def _current(state: State) -> list[OpenDecision]:
+    """Open decisions whose contexts are of the current epoch, and are learned from."""
+    return [one for one in state.open.values() if one.features is None and one.learns]
+
+
+def _loaded(content: bytes, basis: Basis, encode: Encoder) -> State:
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     if header["format"] != FORMAT:
         raise StoreError(f"the snapshot has the format {header['format']}; this program reads {FORMAT}")
+    kinds = {name: type(header[name]) for name in _COUNTERS}
+    if kinds.pop("model_version") not in (str, type(None)) or set(kinds.values()) != {int}:
+        raise ValueError(f"its numbers are {kinds}")
     state = State(basis, encode, noise=events.read_noise(header["noise"]), **{name: header[name] for name in _COUNTERS})
     for one in header["arms"]:
         state.arms[one["arm"]] = RunningPosterior(
@@ -128,7 +148,9 @@ def newest_snapshot(
             row = connection.execute(stored).one_or_none()
             if row is not None and digest_bytes(row.data) == row.checksum:
                 try:
-                    return load(row.data, basis, encode)
+                    state = load(row.data, basis, encode)
                 except StoreError:
                     continue
+                if state.seq == seq:
+                    return state
     return State(basis, encode)

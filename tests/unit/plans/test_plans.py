@@ -137,7 +137,7 @@ def test_plan_files_are_read_back_with_relative_paths(catalogue, tmp_path):
     again, predicted = read_plan(tmp_path / "plan.json")
     assert again.plan == resolved.plan and {r.path for r in again.checkpoints} == {r.path for r in resolved.checkpoints}
     assert again.base == resolved.base and predicted == {"add": {"utility": 0.5, "sd": 0.1}}
-    for content, message in (("{", "not JSON"), ("{}", "simmerge plan"), ("[]", "simmerge plan")):
+    for content, message in (("{", "not JSON"), ("{}", "simmerge plan"), ("[]", "JSON object")):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(PlanError, match=message):
             read_plan(tmp_path / "bad.json")
