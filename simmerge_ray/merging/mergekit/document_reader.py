@@ -89,7 +89,7 @@ class DocumentReader:
             return ()
         modules = []
         for name, inner in value.items():
-            place = f"modules.{name}"
+            place = f"modules.{str(name)[:100]}"
             fields = self._problems.mapping(inner, place, ("models", "slices", "parameters"))
             if fields is None:
                 continue

@@ -49,8 +49,9 @@ class Problems:
         known = tuple(known)
         for key in value:
             if key not in known:
-                where = f"{place}.{key}" if place else str(key)
-                near = difflib.get_close_matches(str(key)[:100], known, n=1)
+                shown = str(key)[:100]
+                where = f"{place}.{shown}" if place else shown
+                near = difflib.get_close_matches(shown, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 self.ignore(where, f"unknown key, ignored; {hint}")
         return {key: value[key] for key in value if key in known}
