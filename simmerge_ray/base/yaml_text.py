@@ -14,7 +14,7 @@ import yaml
 _MAX_BYTES = 1 << 23
 _MAX_NODES, _MAX_CHARACTERS = 100_000, 1 << 23  # a weight for each of 10,000 tensors and four members takes 80,000
 _MAX_DEPTH = 64
-_MAX_DIGITS = 40
+_MAX_DIGITS = 100  # a digest may be of decimal digits alone
 
 
 class YamlError(ValueError):

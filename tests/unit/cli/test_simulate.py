@@ -63,7 +63,7 @@ def test_the_sizing_table_of_the_docs_is_computed(name, params, more):
         (["--models", "4", "--params", "7e9", "--costs", "absent.yaml"], "absent.yaml"),
         (["--models", "4", "--params", "7e9", "--config", "absent.json"], "absent.json"),
         (["--models", "1", "--params", "7e9"], "--models"),
-        (["--models", "4", "--params", "inf"], "no number of parameters"),
+        (["--models", "4", "--params", "inf"], "finite number"),
         (["--models", "4", "--params", "7e9", "--steps", "0"], "--steps is about a choice without labels: give --auto"),
         (["--models", "4", "--params", "7e9", "--auto", "--evaluate", "-1"], "--evaluate -1"),
     ],

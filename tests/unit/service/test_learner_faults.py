@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,3 +131,21 @@ def test_the_mean_context_is_of_the_present_encoder(files, others, tmp_path):
 
 def first_mean(policy: Any) -> float:
     return next(one.mean for one in policy.arms if one.arm == "linear")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("UPDATE events SET body = '{}' WHERE seq = 1", r"event 1 \('activation'\) cannot be read"),
+        ("UPDATE events SET body = '{\"model_version\": 5}' WHERE seq = 1", "version is 5; it must be text"),
+        ("UPDATE events SET data = x'00' WHERE seq = 2", r"event 2 \('warm_start'\) cannot be read"),
+        ("UPDATE events SET kind = 'x' WHERE seq = 3", "event 3, 'x' of version 1"),
+    ],
+)
+def test_a_damaged_log_is_told_with_its_event_and_the_remedy(files, tmp_path, change, says):
+    run(files, tmp_path, lambda learner: learner.decide(PAIR))
+    with closing(sqlite3.connect(tmp_path / "service.db")) as database, database:
+        database.execute("DELETE FROM snapshots")
+        database.execute(change)
+    with pytest.raises(StoreError, match=rf"{says}.*simmerge db restore"):
+        run(files, tmp_path, lambda learner: learner.decide(PAIR))
