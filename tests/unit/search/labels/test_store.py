@@ -209,7 +209,7 @@ def test_check_counts_a_sound_store(store):
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"key": ["0" * 32]}, "key 00000000000000000000000000000000 does not belong to"),
+        ({"key": ["0" * 32]}, "key '00000000000000000000000000000000' does not belong to"),
         ({"utility": [0.5]}, "utility is 0.5, the mean of its items is 0.75"),
         ({"utility": [None]}, "utility is None"),
         ({"items": [[1.0, 2.0, 0.0, 0.0]]}, "items outside [0, 1]: 2"),
