@@ -39,7 +39,7 @@ def test_an_expert_of_all_weights_is_a_checkpoint_in_the_bases_dtype_that_has_le
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     data = RealData(place / "tasks")
     before, after = (held_out_values(CheckpointRef("x", path), data)["math"] for path in (place / "base", full))
-    assert after["cross_entropy"] > 5 * before["cross_entropy"]
+    assert after["mean_probability"] > 5 * before["mean_probability"]
 
 
 def test_a_lora_expert_is_a_small_adapter_that_the_catalogues_readers_take(place, tmp_path):
@@ -70,5 +70,5 @@ def test_examples_of_one_row_do_not_see_each_other(place):
 
 
 def test_the_table_shows_the_utility_and_exact_match_beside_another_one():
-    values = {"base": {task: {"exact_match": 0.25, "cross_entropy": 0.5} for task in REAL_TASKS}}
+    values = {"base": {task: {"exact_match": 0.25, "mean_probability": 0.5} for task in REAL_TASKS}}
     assert value_rows(values)[-1] == "| base | 0.25 | 0.50 (0.25) | 0.50 (0.25) | 0.25 |"
