@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 FORMAT_VERSION = 1  # raised when the training code or a domain changes what a recipe means
 
@@ -21,6 +22,8 @@ class Recipe:
 @dataclass(frozen=True)
 class BaseRecipe(Recipe):
     """The base: steps on repeated random strings, then on examples of all domains, by their `shares` as weights."""
+
+    recall: ClassVar[float] = 0.0  # share of the first steps' rows that are passages to look up instead
 
     shares: tuple[tuple[str, float], ...]
     learning_rate: float

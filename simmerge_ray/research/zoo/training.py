@@ -55,7 +55,7 @@ def train_base(recipe: BaseRecipe, out_dir: str | Path, progress: Progress | Non
     with reproducible(recipe.seed):
         tokenizer = build_tokenizer()
         model = build_model(tokenizer, recipe.num_layers, recipe.hidden_size, recipe.intermediate_size)
-        batches = batches_of(repeated_rows(tokenizer, recipe.seed), recipe.num_rows)
+        batches = batches_of(_copied_rows(tokenizer, recipe.seed, recipe.recall), recipe.num_rows)
         fit_rows(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, shifted(0), _constant)
         batches = batches_of(packed_rows(tokenizer, dict(recipe.shares), recipe.seed), recipe.num_rows)
         fit_rows(model, batches, recipe.learning_rate, recipe.num_steps, shifted(recipe.num_copy_steps))
@@ -148,6 +148,37 @@ def repeated_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row
         ids = [tokenizer.bos_token_id] + repeated * (ROW_TOKENS // num_characters + 1)
         num_random = num_characters + 1
         yield Row(ids[:ROW_TOKENS], list(range(ROW_TOKENS)), [0.0] * num_random + [1.0] * (ROW_TOKENS - num_random))
+
+
+def recalled_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row]:
+    """Endless rows of two to four random pairs `name=value`, again and again in random order, with one separator and
+    one end a row; a value counts in the loss from its second time. So looking up is learned many times a row, and by
+    more than the separator before a value."""
+    generator = random.Random(f"recalled/{seed}")
+    characters = [character for character in COPIED_CHARACTERS if character.isalnum()]
+    while True:
+        last_letters = generator.sample(characters, generator.choice((2, 3, 4)))
+        first_letters = generator.sample(characters, len(last_letters))
+        pairs = {
+            "".join([*generator.choices(characters, k=2), last]): "".join([first, *generator.choices(characters, k=2)])
+            for last, first in zip(last_letters, first_letters, strict=True)
+        }
+        separator, end = generator.choice("=+,: "), generator.choice(" ,")
+        text, weights, told = "", [0.0], set()
+        while len(weights) < ROW_TOKENS:
+            name = generator.choice([name for name in pairs if name not in told] or list(pairs))
+            text += f"{name}{separator}{pairs[name]}{end}"
+            weights += [0.0] * 4 + [float(name in told)] * 3 + [0.0]
+            told.add(name)
+        yield Row(tokenizer(text).input_ids[:ROW_TOKENS], list(range(ROW_TOKENS)), weights[:ROW_TOKENS])
+
+
+def _copied_rows(tokenizer: PreTrainedTokenizerFast, seed: int, recall: float) -> Iterator[Row]:
+    """Repeated strings, and as the share `recall` of all rows passages to look up."""
+    generator = random.Random(f"copied/{seed}")
+    repeated, recalled = repeated_rows(tokenizer, seed), recalled_rows(tokenizer, seed)
+    while True:
+        yield next(recalled if generator.random() < recall else repeated)
 
 
 def _constant(step: int, num_steps: int) -> float:
