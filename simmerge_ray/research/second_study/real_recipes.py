@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from simmerge_ray.research.second_study.real_tasks import GENERAL, REAL_TASKS
 from simmerge_ray.research.study.zoo import log_uniform
-from simmerge_ray.research.zoo.recipe import Recipe
+from simmerge_ray.research.zoo.recipe import TrainingRecipe
 
 FULL_RATES = (3e-5, 3e-4)
 LORA_RATES = (1.5e-4, 1.5e-3)  # factors need larger steps than weights
@@ -19,7 +19,7 @@ NUM_PER_TASK = 3
 
 
 @dataclass(frozen=True)
-class RealRecipe(Recipe):
+class RealRecipe(TrainingRecipe):
     """A fine-tune of the pretrained base.
 
     mixed: another task, or `GENERAL`, of which `mixed_share` of the examples are. data: digest of what is trained on.

@@ -22,7 +22,7 @@ from simmerge_ray.base.storage import new_directory
 from simmerge_ray.research.zoo.domains import Example
 from simmerge_ray.research.zoo.forms import training_stream
 from simmerge_ray.research.zoo.model import build_model, build_tokenizer
-from simmerge_ray.research.zoo.recipe import BaseRecipe, ExpertRecipe, Recipe
+from simmerge_ray.research.zoo.recipe import BaseRecipe, ExpertRecipe, TrainingRecipe
 
 ROW_TOKENS = 64
 PROMPT_WEIGHT = 0.1  # of a prompt's tokens in the loss: most are random, but probes read the model's view of them
@@ -56,9 +56,9 @@ def train_base(recipe: BaseRecipe, out_dir: str | Path, progress: Progress | Non
         tokenizer = build_tokenizer()
         model = build_model(tokenizer, recipe.num_layers, recipe.hidden_size, recipe.intermediate_size)
         batches = batches_of(_copied_rows(tokenizer, recipe.seed, recipe.recall), recipe.num_rows)
-        fit_rows(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, shifted(0), _constant)
+        fit_model(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, shifted(0), _constant)
         batches = batches_of(packed_rows(tokenizer, dict(recipe.shares), recipe.seed), recipe.num_rows)
-        fit_rows(model, batches, recipe.learning_rate, recipe.num_steps, shifted(recipe.num_copy_steps))
+        fit_model(model, batches, recipe.learning_rate, recipe.num_steps, shifted(recipe.num_copy_steps))
     return _save(model, tokenizer, recipe, Path(out_dir))
 
 
@@ -71,14 +71,14 @@ def train_expert(
         model = LlamaForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
         batches = batches_of(packed_rows(tokenizer, recipe.shares(), recipe.seed), recipe.num_rows)
         if recipe.lora_rank is None:
-            fit_rows(model, batches, recipe.learning_rate, recipe.num_steps, progress)
+            fit_model(model, batches, recipe.learning_rate, recipe.num_steps, progress)
         else:
             require("peft", "demo")
             from peft import LoraConfig, get_peft_model
 
             lora = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear")
             adapted = get_peft_model(model, lora)
-            fit_rows(adapted, batches, recipe.learning_rate, recipe.num_steps, progress)
+            fit_model(adapted, batches, recipe.learning_rate, recipe.num_steps, progress)
             model = adapted.merge_and_unload()
     return _save(model, tokenizer, recipe, Path(out_dir))
 
@@ -192,7 +192,7 @@ def _cosine(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
 
 
-def fit_rows(
+def fit_model(
     model: torch.nn.Module,
     batches: Iterator[list[Row]],
     learning_rate: float,
@@ -254,7 +254,7 @@ def _save(
     return out_dir
 
 
-def write_recipe(directory: Path, recipe: Recipe) -> None:
+def write_recipe(directory: Path, recipe: TrainingRecipe) -> None:
     """`recipe.json`: what made the checkpoint, with the digest that says whether it is still current."""
     content = {"digest": recipe.digest(), "kind": type(recipe).__name__, **asdict(recipe)}
     (directory / "recipe.json").write_text(json.dumps(content, indent=2) + "\n")

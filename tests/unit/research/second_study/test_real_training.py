@@ -11,7 +11,7 @@ from simmerge_ray.merging.model import load_model
 from simmerge_ray.research.second_study.held_out import held_out_values, value_rows
 from simmerge_ray.research.second_study.real_recipes import RealRecipe
 from simmerge_ray.research.second_study.real_tasks import GENERAL, REAL_TASKS, RealData
-from simmerge_ray.research.second_study.real_training import answer_loss, train_real_expert
+from simmerge_ray.research.second_study.real_training import packed_answer_loss, train_real_expert
 from simmerge_ray.research.zoo.training import Row, row_loss
 from tests import tiny
 from tests.unit.research.second_study.made_up import write_real_tasks
@@ -62,8 +62,8 @@ def test_examples_of_one_row_do_not_see_each_other(place):
     other = Row([9, 10, 11], [0, 1, 2], [0.0, 0.0, 1.0])
     packed = Row(one.ids + other.ids, one.positions + other.positions, one.weights + other.weights)
     with torch.no_grad():
-        alone = [float(answer_loss(model, [row])) for row in (one, other)]
-        together = float(answer_loss(model, [packed]))
+        alone = [float(packed_answer_loss(model, [row])) for row in (one, other)]
+        together = float(packed_answer_loss(model, [packed]))
         exact = float(row_loss(model, [one]))  # in float32
     assert together == pytest.approx((2 * alone[0] + alone[1]) / 3, abs=2e-2)  # products in bfloat16
     assert alone[0] == pytest.approx(exact, abs=2e-2)
