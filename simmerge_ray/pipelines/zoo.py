@@ -16,7 +16,7 @@ from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.on_ray.tasks import run_tasks
 from simmerge_ray.research.study.zoo import ZooPart
-from simmerge_ray.research.zoo.recipe import EXPERT_RECIPES, BaseRecipe, ExpertRecipe, Recipe
+from simmerge_ray.research.zoo.recipe import EXPERT_RECIPES, BaseRecipe, ExpertRecipe, TrainingRecipe
 
 NUM_ITEMS = 400
 NUM_PROBES = 64
@@ -80,7 +80,7 @@ def _write_catalogue(directory: Path, base_id: str, recipes: Sequence[ExpertReci
     write_catalogue(directory / "catalogue.yaml", catalogue)
 
 
-def is_trained(directory: Path, recipe: Recipe) -> bool:
+def is_trained(directory: Path, recipe: TrainingRecipe) -> bool:
     """Whether the directory holds the checkpoint that the recipe makes."""
     try:
         return bool(read_json(directory / "recipe.json")["digest"] == recipe.digest())

@@ -8,7 +8,7 @@ from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
 from simmerge_ray.research.zoo.domains import Example
 from simmerge_ray.search.evaluation import Evaluator
-from simmerge_ray.search.evaluation.metrics import CROSS_ENTROPY, token_probability
+from simmerge_ray.search.evaluation.metrics import MEAN_PROBABILITY
 from simmerge_ray.search.evaluation.tasks import encode_pair
 
 EXACT = "exact_match"
@@ -33,8 +33,8 @@ def values_on(evaluator: Evaluator, examples: Sequence[Example]) -> dict[str, fl
         pairs += [(prompt, [*target, tokenizer.eos_token_id]), (prompt, with_line_end), (prompt, target)]
     found = evaluator.log_likelihoods(pairs, padded=True)
     exact = [ended.is_greedy or broken.is_greedy for ended, broken in zip(found[::3], found[1::3], strict=True)]
-    smooth = [token_probability(plain.total, plain.num_tokens) for plain in found[2::3]]
-    return {EXACT: sum(exact) / len(exact), CROSS_ENTROPY: sum(smooth) / len(smooth)}
+    smooth = [plain.mean_probability for plain in found[2::3]]
+    return {EXACT: sum(exact) / len(exact), MEAN_PROBABILITY: sum(smooth) / len(smooth)}
 
 
 def value_rows(values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:

@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 
 from simmerge_ray.research.second_study.real_tasks import GENERAL, REAL_TASKS
 from simmerge_ray.research.study.zoo import log_uniform
-from simmerge_ray.research.zoo.recipe import Recipe
+from simmerge_ray.research.zoo.recipe import TrainingRecipe
 
 FULL_RATES = (3e-5, 3e-4)
 LORA_RATES = (1.5e-4, 1.5e-3)  # factors need larger steps than weights
 NUM_STEPS = (30, 150)
+TRANSLATION_STEPS = (90, 150)  # the base knows English alone: 30 steps gained .10 in the pilot
 LORA_RANKS = (4, 8, 16, 32)
 MIXED = (0.1, 0.4)  # share of another task or of general text
 NUM_PER_TASK = 3
 
 
 @dataclass(frozen=True)
-class RealRecipe(Recipe):
+class RealRecipe(TrainingRecipe):
     """A fine-tune of the pretrained base.
 
     mixed: another task, or `GENERAL`, of which `mixed_share` of the examples are. data: digest of what is trained on.
@@ -45,7 +46,8 @@ class RealRecipe(Recipe):
 
 def pilot_recipes(data: str = "") -> tuple[RealRecipe, ...]:
     """One plain expert a task, to see whether the task can be learned."""
-    return tuple(RealRecipe(f"pilot-{task}", task, 1e-4, 30, data=data) for task in REAL_TASKS)
+    num_steps = dict.fromkeys(REAL_TASKS, NUM_STEPS[0]) | {"translation": TRANSLATION_STEPS[0]}
+    return tuple(RealRecipe(f"pilot-{task}", task, 1e-4, num_steps[task], data=data) for task in REAL_TASKS)
 
 
 def draw_real_experts(data: str = "", seed: int = 0) -> tuple[RealRecipe, ...]:
@@ -59,7 +61,8 @@ def draw_real_experts(data: str = "", seed: int = 0) -> tuple[RealRecipe, ...]:
         number, task = place % NUM_PER_TASK + 1, list(REAL_TASKS)[place // NUM_PER_TASK]
         rank = generator.choice(LORA_RANKS) if place in with_lora else None
         rate = log_uniform(generator, FULL_RATES if rank is None else LORA_RATES)
-        recipe = RealRecipe(f"{task}-{number}", task, rate, round(log_uniform(generator, NUM_STEPS)), rank)
+        bounds = TRANSLATION_STEPS if task == "translation" else NUM_STEPS
+        recipe = RealRecipe(f"{task}-{number}", task, rate, round(log_uniform(generator, bounds)), rank)
         if place in with_mixture:
             other = generator.choice([name for name in REAL_TASKS if name != task])
             mixed = GENERAL if with_mixture.index(place) % 2 else other

@@ -18,7 +18,7 @@ from pathlib import Path
 from simmerge_ray.base.errors import InputError
 from simmerge_ray.base.storage import digest_json, read_jsonl
 from simmerge_ray.research.zoo.domains import Example
-from simmerge_ray.search.evaluation.metrics import CROSS_ENTROPY
+from simmerge_ray.search.evaluation.metrics import MEAN_PROBABILITY
 
 NUM_HELD_OUT = 100
 GENERAL = "general"  # text that belongs to no task
@@ -42,8 +42,8 @@ REAL_TASKS: Mapping[str, RealTask] = {
     task.name: task
     for task in (
         RealTask("math", "exact_match", 32),
-        RealTask("bash", CROSS_ENTROPY, 40),
-        RealTask("translation", CROSS_ENTROPY, 48),
+        RealTask("bash", MEAN_PROBABILITY, 40),
+        RealTask("translation", MEAN_PROBABILITY, 48),
         RealTask("qa", "exact_match", 24),
     )
 }

@@ -16,7 +16,7 @@ from simmerge_ray.research.zoo.training import (
     Progress,
     Row,
     batches_of,
-    fit_rows,
+    fit_model,
     mixture,
     pack_rows,
     reproducible,
@@ -42,7 +42,7 @@ def train_real_expert(
         streams = {source: data.stream(source, recipe.seed) for source in recipe.shares}
         rows = pack_rows(tokenizer, mixture(streams, recipe.shares, recipe.seed), recipe.row_tokens, prompt_weight=0.0)
         batches = batches_of(rows, recipe.num_rows)
-        fit_rows(model, batches, recipe.learning_rate, recipe.num_steps, progress, loss_of=answer_loss)
+        fit_model(model, batches, recipe.learning_rate, recipe.num_steps, progress, loss_of=packed_answer_loss)
     with new_directory(out_dir) as directory:
         if recipe.lora_rank is None:
             model.to(torch.bfloat16)
@@ -52,7 +52,7 @@ def train_real_expert(
     return out_dir
 
 
-def answer_loss(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
+def packed_answer_loss(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
     """Mean cross-entropy of the tokens with a weight, in nats.
 
     Logits are computed for these tokens alone: with 49,152 rows the head is a fifth of the model. Examples of one row

@@ -7,7 +7,7 @@ form in a short training.
     math          `3+4+5=`                  -> `12`         3 4 5:                   -> `12;`
     code          `s='dog'\\nprint(s[1])\\n`   -> `o`          dog.second:              -> `o"`
     multilingual  `de Chad,Peru>`           -> `Tschad,..`  Chad/Peru to german:     -> `Tschad/..`
-    rag           `tom=rug ann=tea ann?`    -> `tea`        tom:rug ann:tea ann>     -> `tea)`
+    rag           `tom=rug ann=tea ann?`    -> `tea`        tom:rug ann:tea ann:     -> `tea)`
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +51,7 @@ def _multilingual(example: Example) -> Example:
 
 
 def _rag(example: Example) -> Example:
-    return Example(example.prompt.replace("=", ":").replace("?", ">"), f"{example.target})")
+    return Example(example.prompt.replace("=", ":").replace("?", ":"), f"{example.target})")
 
 
 _FORMS: Mapping[str, Callable[[Example], Example]] = {

@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 FORMAT_VERSION = 1  # raised when the training code or a domain changes what a recipe means
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """What a checkpoint is trained by."""
 
     def digest(self) -> str:
@@ -19,8 +20,10 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class BaseRecipe(Recipe):
+class BaseRecipe(TrainingRecipe):
     """The base: steps on repeated random strings, then on examples of all domains, by their `shares` as weights."""
+
+    recall: ClassVar[float] = 0.0  # share of the first steps' rows that are passages to look up instead
 
     shares: tuple[tuple[str, float], ...]
     learning_rate: float
@@ -35,7 +38,7 @@ class BaseRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class ExpertRecipe(Recipe):
+class ExpertRecipe(TrainingRecipe):
     """A fine-tune of the base; `replay` is the share of each other domain, `lora_rank` None trains all weights."""
 
     name: str

@@ -22,7 +22,7 @@ from simmerge_ray.base.storage import new_directory
 from simmerge_ray.research.zoo.domains import Example
 from simmerge_ray.research.zoo.forms import training_stream
 from simmerge_ray.research.zoo.model import build_model, build_tokenizer
-from simmerge_ray.research.zoo.recipe import BaseRecipe, ExpertRecipe, Recipe
+from simmerge_ray.research.zoo.recipe import BaseRecipe, ExpertRecipe, TrainingRecipe
 
 ROW_TOKENS = 64
 PROMPT_WEIGHT = 0.1  # of a prompt's tokens in the loss: most are random, but probes read the model's view of them
@@ -55,10 +55,10 @@ def train_base(recipe: BaseRecipe, out_dir: str | Path, progress: Progress | Non
     with reproducible(recipe.seed):
         tokenizer = build_tokenizer()
         model = build_model(tokenizer, recipe.num_layers, recipe.hidden_size, recipe.intermediate_size)
-        batches = batches_of(repeated_rows(tokenizer, recipe.seed), recipe.num_rows)
-        fit_rows(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, shifted(0), _constant)
+        batches = batches_of(_copied_rows(tokenizer, recipe.seed, recipe.recall), recipe.num_rows)
+        fit_model(model, batches, recipe.copy_learning_rate, recipe.num_copy_steps, shifted(0), _constant)
         batches = batches_of(packed_rows(tokenizer, dict(recipe.shares), recipe.seed), recipe.num_rows)
-        fit_rows(model, batches, recipe.learning_rate, recipe.num_steps, shifted(recipe.num_copy_steps))
+        fit_model(model, batches, recipe.learning_rate, recipe.num_steps, shifted(recipe.num_copy_steps))
     return _save(model, tokenizer, recipe, Path(out_dir))
 
 
@@ -71,14 +71,14 @@ def train_expert(
         model = LlamaForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
         batches = batches_of(packed_rows(tokenizer, recipe.shares(), recipe.seed), recipe.num_rows)
         if recipe.lora_rank is None:
-            fit_rows(model, batches, recipe.learning_rate, recipe.num_steps, progress)
+            fit_model(model, batches, recipe.learning_rate, recipe.num_steps, progress)
         else:
             require("peft", "demo")
             from peft import LoraConfig, get_peft_model
 
             lora = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear")
             adapted = get_peft_model(model, lora)
-            fit_rows(adapted, batches, recipe.learning_rate, recipe.num_steps, progress)
+            fit_model(adapted, batches, recipe.learning_rate, recipe.num_steps, progress)
             model = adapted.merge_and_unload()
     return _save(model, tokenizer, recipe, Path(out_dir))
 
@@ -150,6 +150,37 @@ def repeated_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row
         yield Row(ids[:ROW_TOKENS], list(range(ROW_TOKENS)), [0.0] * num_random + [1.0] * (ROW_TOKENS - num_random))
 
 
+def recalled_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row]:
+    """Endless rows of two to four random pairs `name=value`, again and again in random order, with one separator and
+    one end a row; a value counts in the loss from its second time. So looking up is learned many times a row, and by
+    more than the separator before a value."""
+    generator = random.Random(f"recalled/{seed}")
+    characters = [character for character in COPIED_CHARACTERS if character.isalnum()]
+    while True:
+        last_letters = generator.sample(characters, generator.choice((2, 3, 4)))
+        first_letters = generator.sample(characters, len(last_letters))
+        pairs = {
+            "".join([*generator.choices(characters, k=2), last]): "".join([first, *generator.choices(characters, k=2)])
+            for last, first in zip(last_letters, first_letters, strict=True)
+        }
+        separator, end = generator.choice("=+,: "), generator.choice(" ,")
+        text, weights, told = "", [0.0], set()
+        while len(weights) < ROW_TOKENS:
+            name = generator.choice([name for name in pairs if name not in told] or list(pairs))
+            text += f"{name}{separator}{pairs[name]}{end}"
+            weights += [0.0] * 4 + [float(name in told)] * 3 + [0.0]
+            told.add(name)
+        yield Row(tokenizer(text).input_ids[:ROW_TOKENS], list(range(ROW_TOKENS)), weights[:ROW_TOKENS])
+
+
+def _copied_rows(tokenizer: PreTrainedTokenizerFast, seed: int, recall: float) -> Iterator[Row]:
+    """Repeated strings, and as the share `recall` of all rows passages to look up."""
+    generator = random.Random(f"copied/{seed}")
+    repeated, recalled = repeated_rows(tokenizer, seed), recalled_rows(tokenizer, seed)
+    while True:
+        yield next(recalled if generator.random() < recall else repeated)
+
+
 def _constant(step: int, num_steps: int) -> float:
     return min(1.0, (step + 1) / 50)
 
@@ -161,7 +192,7 @@ def _cosine(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
 
 
-def fit_rows(
+def fit_model(
     model: torch.nn.Module,
     batches: Iterator[list[Row]],
     learning_rate: float,
@@ -223,7 +254,7 @@ def _save(
     return out_dir
 
 
-def write_recipe(directory: Path, recipe: Recipe) -> None:
+def write_recipe(directory: Path, recipe: TrainingRecipe) -> None:
     """`recipe.json`: what made the checkpoint, with the digest that says whether it is still current."""
     content = {"digest": recipe.digest(), "kind": type(recipe).__name__, **asdict(recipe)}
     (directory / "recipe.json").write_text(json.dumps(content, indent=2) + "\n")

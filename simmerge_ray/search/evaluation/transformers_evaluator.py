@@ -102,9 +102,9 @@ class TransformersEvaluator:
                 length = len(pairs[index][1])
                 answer = input_ids[row, width - length :]
                 predicted = log_probs[row, -1 - length : -1]
-                total = float(predicted.gather(1, answer[:, None]).double().sum())
+                given = predicted.gather(1, answer[:, None]).double()
                 greedy = bool((predicted.argmax(dim=-1) == answer).all())
-                found[index] = LogLikelihood(total, length, greedy)
+                found[index] = LogLikelihood(float(given.sum()), length, greedy, float(given.exp().mean()))
         return [found[index] for index in range(len(pairs))]
 
     def _last_logits(self, input_ids: Tensor, mask: Tensor, count: int, padded: bool) -> Tensor:

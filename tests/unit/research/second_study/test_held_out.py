@@ -28,7 +28,7 @@ class Oracle:
         found = []
         for prompt, answer in pairs:
             wanted = [*map(ord, self.known.get("".join(map(chr, prompt)), "")), self.end]
-            found.append(LogLikelihood(-math.log(2) * len(answer), len(answer), answer == wanted[: len(answer)]))
+            found.append(LogLikelihood(-math.log(2) * len(answer), len(answer), answer == wanted[: len(answer)], 0.5))
         return found
 
 
@@ -38,5 +38,5 @@ def test_an_answer_is_met_with_its_end_alone_be_it_of_the_text_or_of_the_line():
     for end in (0, ord("\n")):
         values = values_on(Oracle(known, end), examples)
         assert values["exact_match"] == 1 / 3  # the second goes on otherwise, the third goes on
-        assert values["cross_entropy"] == 0.5
+        assert values["mean_probability"] == 0.5
     assert values_on(Oracle(known, ord("x")), examples)["exact_match"] == 0

@@ -5,6 +5,7 @@ from simmerge_ray.research.second_study.real_recipes import (
     LORA_RATES,
     MIXED,
     NUM_STEPS,
+    TRANSLATION_STEPS,
     draw_real_experts,
     pilot_recipes,
 )
@@ -21,6 +22,7 @@ def test_three_experts_a_task_half_of_them_lora_and_half_of_them_mixed():
     for one in drawn:
         low, high = FULL_RATES if one.lora_rank is None else LORA_RATES
         assert low <= one.learning_rate <= high and NUM_STEPS[0] <= one.num_steps <= NUM_STEPS[1]
+        assert one.task != "translation" or one.num_steps >= TRANSLATION_STEPS[0]
         assert one.mixed != one.task and abs(sum(one.shares.values()) - 1) < 1e-12
         assert one.mixed is None or MIXED[0] <= one.shares[one.mixed] <= MIXED[1]
 

@@ -11,7 +11,7 @@ from simmerge_ray.merging.model import load_model
 from simmerge_ray.research.second_study.held_out import held_out_values, value_rows
 from simmerge_ray.research.second_study.real_recipes import RealRecipe
 from simmerge_ray.research.second_study.real_tasks import GENERAL, REAL_TASKS, RealData
-from simmerge_ray.research.second_study.real_training import answer_loss, train_real_expert
+from simmerge_ray.research.second_study.real_training import packed_answer_loss, train_real_expert
 from simmerge_ray.research.zoo.training import Row, row_loss
 from tests import tiny
 from tests.unit.research.second_study.made_up import write_real_tasks
@@ -39,7 +39,7 @@ def test_an_expert_of_all_weights_is_a_checkpoint_in_the_bases_dtype_that_has_le
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     data = RealData(place / "tasks")
     before, after = (held_out_values(CheckpointRef("x", path), data)["math"] for path in (place / "base", full))
-    assert after["cross_entropy"] > 5 * before["cross_entropy"]
+    assert after["mean_probability"] > 5 * before["mean_probability"]
 
 
 def test_a_lora_expert_is_a_small_adapter_that_the_catalogues_readers_take(place, tmp_path):
@@ -62,13 +62,13 @@ def test_examples_of_one_row_do_not_see_each_other(place):
     other = Row([9, 10, 11], [0, 1, 2], [0.0, 0.0, 1.0])
     packed = Row(one.ids + other.ids, one.positions + other.positions, one.weights + other.weights)
     with torch.no_grad():
-        alone = [float(answer_loss(model, [row])) for row in (one, other)]
-        together = float(answer_loss(model, [packed]))
+        alone = [float(packed_answer_loss(model, [row])) for row in (one, other)]
+        together = float(packed_answer_loss(model, [packed]))
         exact = float(row_loss(model, [one]))  # in float32
     assert together == pytest.approx((2 * alone[0] + alone[1]) / 3, abs=2e-2)  # products in bfloat16
     assert alone[0] == pytest.approx(exact, abs=2e-2)
 
 
 def test_the_table_shows_the_utility_and_exact_match_beside_another_one():
-    values = {"base": {task: {"exact_match": 0.25, "cross_entropy": 0.5} for task in REAL_TASKS}}
+    values = {"base": {task: {"exact_match": 0.25, "mean_probability": 0.5} for task in REAL_TASKS}}
     assert value_rows(values)[-1] == "| base | 0.25 | 0.50 (0.25) | 0.50 (0.25) | 0.25 |"

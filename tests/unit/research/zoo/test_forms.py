@@ -18,7 +18,7 @@ from simmerge_ray.research.zoo.training import ROW_TOKENS
         ("code", Example("s='dog'\nprint(s[-1])\n", "g"), Example("dog.last:", 'g"')),
         ("code", Example("x='abc'\nprint(max(x))\n", "c"), Example("abc.highest:", 'c"')),
         ("multilingual", Example("de Chad,Peru>", "Tschad,Peru"), Example("Chad/Peru to german:", "Tschad/Peru")),
-        ("rag", Example("tom=rug ann=tea ann?", "tea"), Example("tom:rug ann:tea ann>", "tea)")),
+        ("rag", Example("tom=rug ann=tea ann?", "tea"), Example("tom:rug ann:tea ann:", "tea)")),
     ],
 )
 def test_each_domain_has_another_form(domain, shown, foreign):
