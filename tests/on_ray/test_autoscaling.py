@@ -167,7 +167,8 @@ def test_a_job_makes_two_nodes_start_and_they_end_when_it_has(version, catalogue
                 time.sleep(0.5)
         said = (tmp_path / "output").read_text()
         assert process.returncode == 0, said + monitor_log(directory)
-        assert most == 2, monitor_log(directory)
+        # A node that ends may still run when its successor starts: the autoscaler's limit does not count it any more.
+        assert most in (2, 3), monitor_log(directory)
         end = time.monotonic() + 120
         while num_nodes(client) > 1:
             assert time.monotonic() < end, monitor_log(directory)
