@@ -22,7 +22,7 @@ test: setup
 	@$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 unit: setup
-	@$(BIN)/python -m pytest tests/unit -n 2 -m "not slow"
+	@$(BIN)/python -m pytest tests/unit tests/peer -n 2 -m "not slow"
 
 # The study of docs/study-plan.md: hours on two cores; the same command goes on where it stopped.
 study: setup

@@ -124,13 +124,16 @@ def trimmed_together(vectors: list[np.ndarray], density: float) -> list[np.ndarr
 
 
 def ties(
-    base, tensors, weights, density=0.5, scale=1.0, normalize=True, thresholds=None, trim_scope="tensor", budgets=None
-):
+    base, tensors, weights, density=0.5, scale=1.0, normalize=True, rescale=False, thresholds=None,
+    trim_scope="tensor", budgets=None,
+):  # fmt: skip
     vectors = [x - base for x in tensors]
     if thresholds is None:
         kept = [trimmed(v, d) for v, d in zip(vectors, per_source(density, tensors), strict=True)]
     else:
         kept = [np.where(abs(v) >= low, v, 0.0) for v, low in zip(vectors, thresholds, strict=True)]
+    if rescale:
+        kept = [l1_restored(left, v) for left, v in zip(kept, vectors, strict=True)]
     return base + scale * elected_sum(kept, weights, normalize)
 
 
@@ -262,6 +265,47 @@ def sce(base, tensors, weights, select_topk=1.0):
     return base + majority_sum(vectors, weights, [1.0] * len(vectors), normalize=True)
 
 
+def arcee_fusion(base, tensors, weights):
+    """Row by row, entry by entry: |x - base| KL of the row's softmaxes, against median + 1.5 (q3 - q1) of all."""
+    x = tensors[0]
+    rows = [np.atleast_1d(a).reshape(-1, np.atleast_1d(a).shape[-1]) for a in (x, base)]
+    scores = []
+    for row, origin in zip(*rows, strict=True):
+        p, q = (np.exp(log_softmax(a)) + 1e-8 for a in (row, origin))
+        divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        scores += [abs(a - b) * divergence for a, b in zip(row, origin, strict=True)]
+    ordered = sorted(scores)
+    low, middle, high = (ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75))
+    taken = np.array([score >= middle + 1.5 * (high - low) for score in scores]).reshape(base.shape)
+    return np.where(taken, x, base)
+
+
+def nearswap(base, tensors, weights, t=1e-4):
+    moved = [min(1.0, t / max(abs(x - b), 1e-6)) * (x - b) for b, x in zip(base.flat, tensors[0].flat, strict=True)]
+    return base + np.array(moved).reshape(base.shape)
+
+
+def ram(base, tensors, weights, epsilon=1e-5):
+    return ramplus_tl(base, tensors, weights, r=0.0, epsilon=epsilon)
+
+
+def ramplus_tl(base, tensors, weights, r=0.1, alpha=0.2, epsilon=1e-5):
+    vectors = [(x - base).ravel() for x in tensors]
+    who = [[i for i, v in enumerate(vectors) if abs(v[entry]) > epsilon] for entry in range(base.size)]
+    boosts = []
+    for i in range(len(vectors)):
+        own, shared = (sum(i in one and (len(one) > 1) == many for one in who) for many in (False, True))
+        rho = shared / own if own else (math.inf if shared else 0.0)
+        boosts.append(1 + r * min(alpha, rho))
+    change = np.zeros(base.size)
+    for entry, one in enumerate(who):
+        if len(one) == 1:
+            change[entry] = boosts[one[0]] * vectors[one[0]][entry]
+        elif one:
+            change[entry] = sum(vectors[i][entry] for i in one) / len(one)
+    return base + change.reshape(base.shape)
+
+
 def scale_matched_linear(base, tensors, weights):
     vectors, weights = [x - base for x in tensors], shares(weights)
     norms = [np.linalg.norm(v) for v in vectors]
@@ -319,6 +363,10 @@ OPERATORS = {
         karcher,
         sce,
         multislerp,
+        arcee_fusion,
+        nearswap,
+        ram,
+        ramplus_tl,
         scale_matched_linear,
         regmean,
         passthrough,

@@ -25,6 +25,7 @@ from simmerge_ray.plans.recipe import recipe_of
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.search.setup import PreparedSearch
 from simmerge_ray.selector.finding.choice import choose
+from simmerge_ray.selector.finding.curve import curved_sources
 from simmerge_ray.selector.finding.probed import Prober, RunTrials, in_this_process
 from simmerge_ray.selector.finding.sources import FindSources, find_request, find_sources
 from simmerge_ray.signals.compute import local_executor
@@ -38,9 +39,14 @@ EVALUATIONS = (0, 1, 2, 4, 8)
 
 
 def sources_of(
-    bench: Bench, members: Sequence[str], probes: str = "64 probes", config: FindConfig | None = None
+    bench: Bench,
+    members: Sequence[str],
+    probes: str = "64 probes",
+    config: FindConfig | None = None,
+    average: SignatureStore | None = None,
 ) -> tuple[Any, FindSources]:
-    """Request and sources of a choice, signatures kept in the cache."""
+    """Request and sources of a choice, signatures kept in the cache; what the average answers in `average`, if that is
+    given."""
     catalogue, count = bench.catalogue, PROBES[probes]
     sets = {task: ProbeSet(task, one.probes[:count]) for task, one in bench.probes.items()}
     if probes == "general probes":
@@ -49,7 +55,8 @@ def sources_of(
     given = config or FindConfig()
     request = find_request(catalogue, sets, given.model_copy(update={"members": tuple(members)}))
     store = SignatureStore(str(bench.cache / "signatures"))
-    return request, find_sources(request, store, local_executor(request.catalogue))
+    executor = local_executor(request.catalogue)
+    return request, curved_sources(request, find_sources(request, store, executor), average or store, executor)
 
 
 def in_one_process(labels: str) -> RunTrials:

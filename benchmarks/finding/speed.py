@@ -14,6 +14,7 @@ from simmerge_ray.plans.plan import MergePlan, resolve_plan
 from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.selector.finding.choice import choose
+from simmerge_ray.signals.signature import SignatureStore
 
 _ROUNDS = 3
 
@@ -30,8 +31,8 @@ def seconds_of_choices(bench: Bench, pairs: Sequence[tuple[str, str]]) -> dict[s
 
         def choice(pair: tuple[str, str] = pair) -> Seconds:
             with tempfile.TemporaryDirectory() as labels:
-                run = in_one_process(labels)
-                return timed(lambda: choose(*sources_of(bench, pair), run))[1]
+                run, average = in_one_process(labels), SignatureStore(f"{labels}/average")
+                return timed(lambda: choose(*sources_of(bench, pair, average=average), run))[1]
 
         def evaluation(pair: tuple[str, str] = pair) -> Seconds:
             def evaluate() -> None:

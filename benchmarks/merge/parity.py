@@ -77,6 +77,10 @@ CASES: Mapping[str, Case] = {
     "sce": Case("sce", parameters={"select_topk": 0.5}, base="base"),
     "multislerp": Case("multislerp", _each()),
     "multislerp, base": Case("multislerp", _each(), base="base"),
+    "arcee_fusion": Case("arcee_fusion", ({},), base="base"),
+    "nearswap": Case("nearswap", ({},), {"t": 1e-3}, "base"),
+    "ram": Case("ram", parameters={"epsilon": 1e-4}, base="base"),
+    "ramplus_tl": Case("ramplus_tl", parameters={"epsilon": 1e-4}, base="base"),
     "passthrough": Case("passthrough", ({"scale": 0.9},)),
 }
 RANDOM_CASES: Mapping[str, Case] = {

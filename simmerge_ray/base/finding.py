@@ -28,13 +28,25 @@ class FindConfig(FrozenConfig):
         None, "share of the base's answers to the general probes that may be lost, e.g. 0.02", ge=0, le=1, panel=_CHOICE
     )
     num_recipes: int = option(10_000, "merges scored from signatures", flag="recipes", ge=100, panel=_CHOICE)
-    shortlist: int = option(24, "of them run over the probes", ge=2, panel=_CHOICE)
+    shortlist: int | None = option(
+        None, "of them run over the probes; default: 4 for each member, 8 to 24", ge=2, panel=_CHOICE
+    )
     max_tokens: int = option(16, "longest answer in tokens", ge=1, le=256, panel=_CHOICE)
     tune: Literal["none", "global", "layer", "block", "tensor"] = option(
         "layer", "what shares a coefficient of a member when the best few are tuned by gradient", panel=_CHOICE
     )
     num_tuned: int = option(1, "merges that are tuned", flag="tuned", ge=1, le=8, panel=_CHOICE)
     seed: int = Field(0, description="of the proposed merges")
+
+    def num_run(self, num_members: int) -> int:
+        """Merges that are run over the probes."""
+        return self.shortlist or shortlist_of(num_members)
+
+
+def shortlist_of(num_members: int) -> int:
+    """How many merges of these members are run over the probes where nobody says it. On the demo's pairs 8 that are
+    scored with a look at the average find what 24 straight mixtures find (probed score -0.0002; 12: +0.0007)."""
+    return min(24, max(8, 4 * num_members))
 
 
 FACTOR = 3  # of the candidates one in so many is run over the rest of the probes

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simmerge_ray.base.errors import CheckpointError, IncompatibleCheckpointsError, problem_list, shown_value
+from simmerge_ray.checkpoints.formats import quantisation
 from simmerge_ray.checkpoints.headers import TensorSpec, read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.checkpoints.tokenizers import same_tokenizer, tokenizer_files
@@ -14,24 +15,17 @@ from simmerge_ray.checkpoints.tokenizers import same_tokenizer, tokenizer_files
 ARCHITECTURE_KEYS = (
     "model_type", "architectures", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size", "tie_word_embeddings", "n_embd", "n_layer", "n_head",
+    "num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok",
 )  # fmt: skip
 _MERGEABLE_DTYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "BOOL")  # integers are copied
-_VOCABULARY_REMEDY = "resize the embeddings or choose checkpoints with the same vocabulary"
+_VOCABULARY_REMEDY = "choose others, or merge them by a mergekit file with tokenizer_source (union, base, a model)"
 
 
 def unsupported_problems(ref: CheckpointRef, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> list[str]:
-    """What keeps a checkpoint from being merged at all, with the remedy: quantised weights, mixtures of experts."""
+    """What keeps a checkpoint from being merged at all, with the remedy: quantised weights."""
     problems = []
-    quantised = sorted({spec.dtype for spec in specs.values()} - set(_MERGEABLE_DTYPES))
-    if quantised or config.get("quantization_config"):
-        found = f"tensors of dtype {', '.join(quantised)}" if quantised else "quantization_config"
-        problems.append(f"checkpoint {ref.id!r} is quantised ({found}); dequantise it first")
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if isinstance(config.get(key), int) and config[key] > 1:
-            problems.append(
-                f"checkpoint {ref.id!r} is a mixture of experts ({key}: {config[key]}), which is not supported: "
-                "experts of one number need not have one role; merge dense checkpoints"
-            )
+    if (found := quantisation(specs, config, _MERGEABLE_DTYPES)) is not None:
+        problems.append(f"checkpoint {ref.id!r} {found}")
     return problems
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from simmerge_ray.base.storage import digest_bytes, file_version, open_ranges, read_bytes, read_json, write_atomically
 from simmerge_ray.checkpoints.headers import TensorSpec, read_header, read_headers
-from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, ADAPTER_FILE, CheckpointRef
+from simmerge_ray.checkpoints.pickles import adapter_file
+from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, CheckpointRef
 
 DEFAULT_CACHE = Path("~/.cache/simmerge_ray/checkpoints/digests")
 
@@ -35,7 +36,7 @@ def checkpoint_digest(ref: CheckpointRef) -> str:
         except OSError:
             raise ref.error(f"{ref.adapter} holds no {ADAPTER_CONFIG}") from None
         state.update(b"\0adapter\0" + len(config).to_bytes(8, "little") + config)
-        _add_tensors(state, dict(sorted(read_header(ref, ref.adapter / ADAPTER_FILE).items())))
+        _add_tensors(state, dict(sorted(read_header(ref, adapter_file(ref)).items())))
     return state.hexdigest()
 
 

@@ -28,6 +28,8 @@ from simmerge_ray.base.storage import (
     read_json_object,
     read_range,
 )
+from simmerge_ray.checkpoints.formats import is_pickled, what_is_there
+from simmerge_ray.checkpoints.pickles import converted
 from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, CheckpointRef
 
 _SINGLE_FILE = "model.safetensors"
@@ -215,8 +217,10 @@ def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
         files = [ref.path / shard for shard in shards]
     elif _SINGLE_FILE in names:
         weight_map, files = None, [ref.path / _SINGLE_FILE]
+    elif is_pickled(names):
+        return read_headers(CheckpointRef(ref.id, converted(ref)))
     else:
-        hint = "; convert its .bin files first" if any(name.endswith(".bin") for name in names) else ""
+        hint = what_is_there(names)
         raise ref.error(f"{ref.path} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; only safetensors are read{hint}")
     specs: dict[str, TensorSpec] = {}
     for file in files:

@@ -73,19 +73,21 @@ def _locate(name: str, revision: str | None, directory: Place) -> Place:
         return place.resolve()
     if isinstance(as_place(name), RemotePath):
         raise CheckpointError(f"{place} is not a directory: there is nothing below that name")
+    if name.endswith(".gguf"):
+        raise CheckpointError(f"{name!r} is a quantised GGUF file; merge the checkpoint that it was made of")
     local = directory / name
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{local} is not a directory (and {name!r} is no hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
+        small = ["*.json", "*.jinja", "*.txt", "*.model", "*.md"]
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *small]))
+        if not any(found.glob("*.safetensors")):  # an older repository: see `pickles`
             snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md"],
+                name, revision=revision, allow_patterns=["pytorch_model*.bin", "adapter_model.bin", *small]
             )
-        )
+        return found
     except Exception as error:  # the hub client raises errors of many libraries
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

@@ -8,7 +8,11 @@ from typing import Any
 from simmerge_ray.base.storage import Place, digest_bytes, file_names, read_bytes, read_json_object
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+_IDENTITY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Everything that belongs to the tokenizer of a checkpoint.
+TOKENIZER_FILES = (*_IDENTITY_FILES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 
 
 def tokenizer_digest(ref: CheckpointRef) -> str:
@@ -48,7 +52,7 @@ def _contents(ref: CheckpointRef) -> list[bytes]:
 def tokenizer_files(ref: CheckpointRef) -> list[Place]:
     """`tokenizer.json`, or else the older files. Raises CheckpointError: there is none."""
     names = file_names(ref.path) or ()
-    found = [ref.path / name for name in _TOKENIZER_FILES if name in names]
+    found = [ref.path / name for name in _IDENTITY_FILES if name in names]
     if not found:
         raise ref.error(f"{ref.path} holds no tokenizer files")
     return found[:1] if found[0].name == "tokenizer.json" else found

@@ -18,7 +18,7 @@ def merge(
     ],
     out: Annotated[PathOrUri, place_argument(help="checkpoint directory to write")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and every problem")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="refuse a merge that holds NaN or infinity")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="refuse keys without effect, and NaN or infinity")] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="of each worker; default: as many as cores, at most 4")
     ] = None,
@@ -33,10 +33,11 @@ def merge(
     from simmerge_ray.merging.write.output import WriteOptions
 
     with narrated(None) as narrator:
-        request, max_bytes = read_request(plan_file, out), int(shard_size * 1e9)
+        request, max_bytes = read_request(plan_file, out, strict), int(shard_size * 1e9)
         if dry_run:
             narrator.print_lines(request.lines(max_bytes, threads))
             return {"status": "unchanged", "out": str(out)}
+        narrator.print_lines(request.warnings())
         runner = None
         if workers is not None:
             from simmerge_ray.on_ray.merge_tasks import RayRunner

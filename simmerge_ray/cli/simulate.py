@@ -10,6 +10,7 @@ import typer
 
 from simmerge_ray.base.config import FrozenConfig, option
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.finding import shortlist_of
 from simmerge_ray.cli.options import changed_options, with_config_options
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class ChoiceConfig(FrozenConfig):
                         panel=_AUTO)  # fmt: skip
     max_tokens: int = option(16, "longest answer to a probe", ge=1, le=256, panel=_AUTO)
     recipes: int = option(10_000, "merges scored from signatures", ge=100, panel=_AUTO)
-    shortlist: int = option(24, "of them run over the probes", ge=2, panel=_AUTO)
+    shortlist: int | None = option(
+        None, "of them run over the probes; default: 4 for each member, 8 to 24", ge=2, panel=_AUTO
+    )
     tuned: int = option(1, "merges that are tuned", ge=1, le=8, panel=_AUTO)
     steps: int = option(60, "of tuning; 0 for none", ge=0, panel=_AUTO)
     adapters: bool = option(False, "members are LoRA adapters of the base, which tuning keeps small", panel=_AUTO)
@@ -110,8 +113,9 @@ def _choice_text(
     from simmerge_ray.capacity.simulation.choice import ChoiceWork, simulate_choice
     from simmerge_ray.capacity.simulation.choice_page import choice_json, choice_lines
 
-    named = {"recipes", "shortlist", "tuned", "steps", "adapters"}
-    work = ChoiceWork(choice.max_tokens, **choice.model_dump(include=named))
+    named = {"recipes", "tuned", "steps", "adapters"}
+    shortlist = choice.shortlist or shortlist_of(workload.num_models)
+    work = ChoiceWork(choice.max_tokens, shortlist=shortlist, **choice.model_dump(include=named))
     found = simulate_choice(workload, work, pool, costs, head, choice.evaluate)
     if as_json:
         return json.dumps(choice_json(workload, work, found), indent=1)

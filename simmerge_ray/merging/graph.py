@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
-from simmerge_ray.base.storage import digest_json
+from simmerge_ray.base.storage import digest_bytes, digest_json
 from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.merging.row_layouts import RowLayout
 
 # As safetensors names them, in the order in which mixed inputs are promoted.
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
@@ -63,7 +64,21 @@ class Apply:
         return dict(self.params).get(name, default)
 
 
-Node = Read | Apply
+@dataclass(frozen=True)
+class Rows:
+    """A tensor whose rows (entries of its first axis) are rows of tensors of one width, or made of them.
+
+    layout: key of the `RowLayout` in `MergeGraph.layouts`, its digest. num_rows: of the result. dtype: to which what is
+    computed of several rows is rounded, as safetensors names it.
+    """
+
+    sources: tuple[Read, ...]
+    layout: str
+    num_rows: int
+    dtype: str
+
+
+Node = Read | Apply | Rows
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,9 @@ class MergeGraph:
 
     checkpoints: every checkpoint that is read, by id. config: content of `config.json`. tokenizer_from: whose
     tokenizer files are copied. description: JSON of the plan, for the model card. mergekit: the same merge as text of
-    a `mergekit_config.yml`, or None where mergekit cannot express it. seed: of the random operators.
+    a `mergekit_config.yml`, or None where mergekit cannot express it. seed: of the random operators. layouts: of its
+    `Rows`. tokenizer_files: content of the tokenizer's files by name where they are not those of `tokenizer_from`.
+    warnings: what of the file has no effect.
     """
 
     outputs: tuple[OutputTensor, ...]
@@ -106,6 +123,9 @@ class MergeGraph:
     description: Mapping[str, Any] = field(default_factory=dict)
     mergekit: str | None = None
     seed: int = 0
+    layouts: Mapping[str, RowLayout] = field(default_factory=dict)
+    tokenizer_files: Mapping[str, bytes] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -116,7 +136,8 @@ class MergeGraph:
         """Identity of the computation, without the bytes of its inputs."""
         outputs = [[o.name, list(o.shape), o.dtype, o.input_dtype, astuple(o.node)] for o in self.outputs]
         paths = {key: [str(ref.path), str(ref.adapter)] for key, ref in self.checkpoints.items()}
-        return digest_json([outputs, paths, self.seed])
+        files = {name: digest_bytes(content) for name, content in (self.tokenizer_files or {}).items()}
+        return digest_json([outputs, paths, self.seed, files])
 
 
 def reads(node: Node) -> Iterator[Read]:
@@ -130,8 +151,9 @@ def applies(node: Node) -> Iterator[Apply]:
 
 
 def _tree(node: Node) -> Iterator[Node]:
-    for inner in (*node.inputs, *node.grams) if isinstance(node, Apply) else ():
-        yield from _tree(inner)
+    inner = (*node.inputs, *node.grams) if isinstance(node, Apply) else node.sources if isinstance(node, Rows) else ()
+    for one in inner:
+        yield from _tree(one)
     yield node
 
 

@@ -16,6 +16,7 @@ from simmerge_ray.merging.engine.forms import is_blockwise, memory_per_thread
 from simmerge_ray.merging.engine.global_trims import global_steps
 from simmerge_ray.merging.graph import MergeGraph, reads
 from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_mergekit
+from simmerge_ray.merging.mergekit.problems import raise_problems
 from simmerge_ray.merging.write.directory import write_graph
 from simmerge_ray.merging.write.layout import plan_layout
 from simmerge_ray.merging.write.output import MergeResult, WriteOptions, check_target
@@ -38,6 +39,11 @@ class MergeRequest:
         """Make it; see `write_graph`."""
         return write_graph(self.graph, self.out, replace(options, predicted=self.predicted, plan=self.resolved))
 
+    def warnings(self) -> list[str]:
+        """What of the file has no effect, one a line; the first 20."""
+        lines = [f"warning: {line}" for line in self.graph.warnings]
+        return lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
+
     def lines(self, max_shard_bytes: int, num_threads: int | None) -> list[str]:
         """The merge in words and numbers, from headers alone."""
         graph, layout = self.graph, plan_layout(self.graph.outputs, max_shard_bytes)
@@ -50,6 +56,7 @@ class MergeRequest:
         checkpoints = graph.checkpoints.items()
         return [
             graph.title,
+            *self.warnings(),
             *(f"  {key}: {ref.path}" + (f" + {ref.adapter}" if ref.adapter else "") for key, ref in checkpoints),
             f"tensors  {len(graph.outputs)}, of which {whole} are held in memory as a whole",
             f"read     {read_bytes / 1e9:.3f} GB",
@@ -65,10 +72,10 @@ class MergeRequest:
         ]
 
 
-def read_request(file: Place, out: Place) -> MergeRequest:
+def read_request(file: Place, out: Place, strict: bool = False) -> MergeRequest:
     """Read a plan file and check everything that headers show, before a weight is read.
 
-    Raises InputError: with every problem found.
+    Raises InputError: with every problem found; with `strict` also what of the file would have no effect.
     """
     check_target(out)
     if file.suffix in _YAML_SUFFIXES:
@@ -80,6 +87,8 @@ def read_request(file: Place, out: Place) -> MergeRequest:
             raise PlanError(f"{file} is not text") from None
         graph = compile_mergekit(read_mergekit(text, file.parent), _locate)
         request = MergeRequest(graph, out)
+        if strict:
+            raise_problems(graph.warnings, "this mergekit file holds what has no effect (--strict):")
     else:
         resolved, predicted = read_plan(file)
         request = MergeRequest(compile_plan(resolved), out, resolved, predicted)

@@ -28,29 +28,36 @@ class ClusterOnDemand:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
+        self._workers = ExitStack()  # of units, kept from one round of them to the next
         self._started = False
 
     def __enter__(self) -> ClusterOnDemand:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._workers.close()
         self._stack.__exit__(*error)
 
     def start(self) -> None:
-        """Start it, if it is not there."""
+        """Start it, if it is not there. Actors that run units end: what follows needs their place."""
+        self._workers.close()
         if not self._started:
             self._stack.enter_context(ray_session())
             self._started = True
 
     def executor(self, catalogue: Catalogue, num_workers: int, gpus: float, report: Report | None = None) -> Executor:
-        """Runs units of signatures on actors. gpus: share of a GPU for each."""
+        """Runs units of signatures on actors, which stay until `start`. gpus: share of a GPU for each."""
         held = held_bytes(catalogue.checkpoints[0], SignatureSpec(), None)
         worker_bytes = held + (0 if gpus else PROCESS_BYTES["transformers"])
+        kept: list[Executor] = []
 
         def run(queue: WorkQueue) -> Iterator[tuple[int, Any]]:
-            self.start()
-            with ray_executor(catalogue, num_workers, gpus, report, worker_bytes) as executor:
-                yield from executor(queue)
+            if not kept:
+                self.start()
+                actors = ray_executor(catalogue, num_workers, gpus, report, worker_bytes)
+                kept.append(self._workers.enter_context(actors))
+                self._workers.callback(kept.clear)
+            yield from kept[0](queue)
 
         return run
 

@@ -188,8 +188,9 @@ class VllmEvaluator:
         for (before, after), output in zip(pairs, outputs, strict=True):
             flat = output.prompt_logprobs
             places = flat.start_indices[len(before) :]  # the given token stands first at each place
-            total = float(np.sum([flat.logprobs[place] for place in places], dtype=np.float64))
-            found.append(LogLikelihood(total, len(after), all(flat.ranks[place] == 1 for place in places)))
+            given = np.array([flat.logprobs[place] for place in places], dtype=np.float64)
+            greedy = all(flat.ranks[place] == 1 for place in places)
+            found.append(LogLikelihood(float(given.sum()), len(after), greedy, float(np.exp(given).mean())))
         return found
 
     def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int, num_top: int = 1) -> list[Greedy]:

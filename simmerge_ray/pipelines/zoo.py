@@ -16,7 +16,7 @@ from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.on_ray.resources import ray_session
 from simmerge_ray.on_ray.tasks import run_tasks
 from simmerge_ray.research.study.zoo import ZooPart
-from simmerge_ray.research.zoo.recipe import EXPERT_RECIPES, BaseRecipe, ExpertRecipe
+from simmerge_ray.research.zoo.recipe import EXPERT_RECIPES, BaseRecipe, ExpertRecipe, TrainingRecipe
 
 NUM_ITEMS = 400
 NUM_PROBES = 64
@@ -80,7 +80,8 @@ def _write_catalogue(directory: Path, base_id: str, recipes: Sequence[ExpertReci
     write_catalogue(directory / "catalogue.yaml", catalogue)
 
 
-def _is_trained(directory: Path, recipe: BaseRecipe | ExpertRecipe) -> bool:
+def is_trained(directory: Path, recipe: TrainingRecipe) -> bool:
+    """Whether the directory holds the checkpoint that the recipe makes."""
     try:
         return bool(read_json(directory / "recipe.json")["digest"] == recipe.digest())
     except (OSError, ValueError, KeyError):
@@ -91,9 +92,9 @@ def _train(
     experts: Sequence[tuple[ExpertRecipe, Path, Path]], bases: Sequence[tuple[BaseRecipe, Path]], report: Report | None
 ) -> int:
     """Train what is missing, an expert (recipe, base, directory) as soon as its base (recipe, directory) is there."""
-    missing_bases = [(recipe, path) for recipe, path in bases if not _is_trained(path, recipe)]
+    missing_bases = [(recipe, path) for recipe, path in bases if not is_trained(path, recipe)]
     anew = {path for _, path in missing_bases}
-    missing = [(recipe, base, path) for recipe, base, path in experts if base in anew or not _is_trained(path, recipe)]
+    missing = [(recipe, base, path) for recipe, base, path in experts if base in anew or not is_trained(path, recipe)]
     total = len(missing_bases) + len(missing)
     if not total:
         return 0

@@ -156,9 +156,8 @@ class RetentionRanker:
             raise StoreError(f"the signature store cannot be read: {error}") from None
 
     def _rank(self, members: tuple[str, ...], ways: tuple[int, int], task: str | None, top: int) -> RetentionRanking:
-        from simmerge_ray.selector.finding.choice import virtual_ranking
         from simmerge_ray.selector.finding.space import kept_checkpoints
-        from simmerge_ray.selector.finding.virtual import shortlist
+        from simmerge_ray.selector.finding.virtual import shortlist, virtual_ranking
 
         low, high = ways
         if not 1 <= low <= min(high, len(members)):

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.probes import TokenBatch
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.merging.model import check_finite, config_key, end_of_text, load_model, put_weights
+from simmerge_ray.merging.in_memory import FiniteStream
+from simmerge_ray.merging.model import check_finite, config_key, end_of_text, load_model, put_tensors, put_weights
+from simmerge_ray.plans.plan import ResolvedPlan
 from simmerge_ray.signals.tokens import ProbeBatch, left_padded
 
 
@@ -131,28 +133,37 @@ class ProbeModel:
     def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self._dtype, self._device = dtype, device
         self._model: Any = None
-        self._ref: CheckpointRef | None = None
+        self._source: CheckpointRef | ResolvedPlan | None = None
         self._config_key = ""
 
-    def load(self, ref: CheckpointRef) -> Any:
-        """The model with the weights of `ref`; the one before is overwritten where that is possible.
+    def load(self, source: CheckpointRef | ResolvedPlan) -> Any:
+        """The model with the weights of a checkpoint or a merge; the one before is overwritten where that is possible.
 
         Raises:
-            CheckpointError: it cannot be loaded, or holds NaN or infinity.
+            CheckpointError: it cannot be loaded or made, or holds NaN or infinity.
         """
-        if ref == self._ref:
+        if source == self._source:
             return self._model
+        ref = source if isinstance(source, CheckpointRef) else source.checkpoints[0]
         key = config_key(ref)
         reusable = self._model is not None and key == self._config_key
-        self._ref = None  # an error must not leave the old name on new weights
-        if not (reusable and put_weights(self._model, ref)):
+        self._source = None  # an error must not leave the old name on new weights
+        if source is ref and reusable and put_weights(self._model, ref):
+            check_finite(self._model, ref)
+        elif source is ref or not reusable:
             self._model = None
             self._model = load_model(ref, self._dtype, self._device)
             self._config_key = key
-        else:
-            check_finite(self._model, ref)
-        self._ref = ref
+        if isinstance(source, ResolvedPlan):
+            self._put_merge(source)
+        self._source = source
         return self._model
+
+    def _put_merge(self, merge: ResolvedPlan) -> None:
+        stream = FiniteStream(merge)
+        if not put_tensors(self._model, stream):
+            raise unusable(merge, "its tensors do not cover the model's parameters")
+        stream.check()
 
     def outputs(self, ref: CheckpointRef, batch: ProbeBatch) -> BatchOutputs:
         """Run a checkpoint over a micro-batch. Raises CheckpointError: see `load`; or its logits are not finite."""
@@ -176,7 +187,14 @@ class ProbeModel:
         return written[:, ids.shape[1] :].cpu()
 
 
-def check_logits(ref: CheckpointRef, logits: Tensor) -> None:
+def check_logits(source: CheckpointRef | ResolvedPlan, logits: Tensor) -> None:
     """Raises CheckpointError where they are not finite."""
     if not bool(torch.isfinite(logits).all()):
-        raise ref.error("its logits on the probes are not finite")
+        raise unusable(source, "its logits on the probes are not finite")
+
+
+def unusable(source: CheckpointRef | ResolvedPlan, what: str) -> CheckpointError:
+    """The error of a checkpoint, or of a merge by its label."""
+    if isinstance(source, CheckpointRef):
+        return source.error(what)
+    return CheckpointError(f"merge {source.plan.label!r}: {what}")

@@ -20,8 +20,8 @@ class Unit:
 
     kind: `continuation` (TokenBatch, number of tokens, stages or None), `outputs` (ProbeBatch), `stage` (LayerRange,
     ProbeBatch, hidden states of the stage before or None), `answers` (TokenBatch, AnswerSpec), `likeliest`
-    (AnswerBatch, K), `kept` (AnswerBatch, (S, K) tokens), `sample` (names, coordinates), or `sums` ({name: (M,)
-    thresholds}, elements of a block) over all checkpoints.
+    (AnswerBatch, K), `kept` (AnswerBatch, (S, K) tokens), `kept of merge` (the same, and a ResolvedPlan), `sample`
+    (names, coordinates), or `sums` ({name: (M,) thresholds}, elements of a block) over all checkpoints.
     """
 
     kind: str

@@ -20,24 +20,13 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from simmerge_ray.checkpoints.kinds import TENSOR_KINDS, tensor_kind
 from simmerge_ray.signals.features import layer_thirds
 
 BLOCK_ELEMENTS = 1 << 16
 TRIM_DENSITY = 0.2  # of `trimmed_overlap`
-TENSOR_KINDS = ("attention", "mlp", "embedding", "norm", "other")
-_KIND_PATTERNS = (
-    ("embedding", r"embed|wte|wpe|lm_head"),
-    ("norm", r"norm|ln_|layernorm"),
-    ("attention", r"attn|attention"),
-    ("mlp", r"mlp|feed_forward|ffn|fc"),
-)
 NORM_FLOOR = 1e-6  # of the centre's norm: task vectors below count as not moved in the log ratio
 _TINY = float(np.finfo(np.float64).tiny)
-
-
-def tensor_kind(name: str) -> str:
-    """attention, mlp, embedding, norm or other, from a Hugging Face tensor name."""
-    return next((kind for kind, pattern in _KIND_PATTERNS if re.search(pattern, name)), "other")
 
 
 def tensor_layer(name: str) -> int | None:

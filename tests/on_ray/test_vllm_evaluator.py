@@ -179,6 +179,8 @@ def test_both_evaluators_give_the_same_utilities(engine, reference):
         entropy = Task("entropy", items, "cross_entropy")
         ours, theirs = -np.log(entropy.evaluate(evaluator)), -np.log(entropy.evaluate(reference))
         assert np.abs(ours - theirs).max() <= 1e-4
+        mean = Task("mean", items, "mean_probability")
+        assert np.abs(mean.evaluate(evaluator) - mean.evaluate(reference)).max() <= 1e-4
         choices = tuple(Item(item.prompt, "ab", ("ab", "7", "c+1")) for item in items)
         choice = Task("choice", choices, "multiple_choice")
         assert np.array_equal(choice.evaluate(evaluator), choice.evaluate(reference))

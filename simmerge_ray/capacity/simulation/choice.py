@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.finding import first_round
+from simmerge_ray.base.finding import first_round, shortlist_of
 from simmerge_ray.capacity.placement import USABLE, how_many_fit, signal_worker_needs
 from simmerge_ray.capacity.simulation.costs import Gpu, UnitCosts
 from simmerge_ray.capacity.simulation.labels import Engines, Merge, generation_seconds, place_engines, simulate_trials
@@ -56,7 +56,7 @@ class ChoiceWork:
 
     answer_tokens: int = 16
     recipes: int = 10_000
-    shortlist: int = 24
+    shortlist: int = shortlist_of(1000)
     tuned: int = 1
     steps: int = 60
     adapters: bool = False
@@ -164,6 +164,7 @@ class ChoiceSimulation:
             digests,
             self._on_workers("answers", self._answers),
             self._on_workers("passes", self._passes),
+            self._on_workers("average", self._average),
             self._on_workers("weight samples", self._samples),
             self._ranking(),
             *self._probing(),
@@ -229,6 +230,19 @@ class ChoiceSimulation:
             for batch in range(self._batches)
         )
         return self._signals.workers, len(queue), self._drained(queue, {"kept": _FORWARD}, start)
+
+    def _average(self, start: float) -> Ran:
+        """The plain average of some members, made by one worker and run over all answers."""
+        tokens = self._workload.probes * self._width * len(self._members)
+
+        def work(worker: Worker, unit: Unit, at: float) -> float:
+            took = 0.0
+            for name in self._sum:
+                took += self._signals.load(worker, name, self._whole, at + took)
+            return took + worker.spend(arithmetic=self._holders.seconds(self._model, _FORWARD * tokens, self._costs))
+
+        queue = WorkQueue([Unit("kept of merge", self._members[0], ())])
+        return self._signals.workers, 1, drain(queue, self._signals.workers, work, start=start)
 
     def _samples(self, start: float) -> Ran:
         groups = range(len(self._signals.groups))

@@ -14,9 +14,11 @@ import numpy as np
 
 from simmerge_ray.merging.engine import kernels
 from simmerge_ray.merging.engine.raw_blocks import RawBlocks
+from simmerge_ray.merging.engine.rows import RowBlocks
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.merging.engine.trims import Trim
-from simmerge_ray.merging.graph import Apply, Node, OutputTensor, Read
+from simmerge_ray.merging.graph import Apply, Node, OutputTensor, Read, Rows
+from simmerge_ray.merging.row_layouts import RowLayout
 
 # Inputs as bits -> the output's bits, put into the second argument; returns whether one is NaN or infinite.
 StoredKernel = Callable[[list[np.ndarray], np.ndarray], bool]
@@ -52,8 +54,14 @@ class Blocks:
     arcs: by node, the weights of left and right on the arc between them. trims: by node.
     """
 
-    def __init__(self, sources: Mapping[str, TensorSource], forms: Mapping[str, BlockForm]) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, TensorSource],
+        forms: Mapping[str, BlockForm],
+        layouts: Mapping[str, RowLayout] | None = None,
+    ) -> None:
         self.sources = sources
+        self._rows = RowBlocks(sources, layouts or {}, self._round)
         self.raw = np.empty(kernels.BLOCK * 8, dtype=np.uint8)
         self.out = np.empty(kernels.BLOCK * 8, dtype=np.uint8)
         self._forms = forms
@@ -93,6 +101,8 @@ class Blocks:
             return values
         stop = min(start + kernels.BLOCK, self.output.num_elements)
         room = self._free.pop() if self._free else np.empty(kernels.BLOCK, dtype=np.float32)
+        if isinstance(node, Rows):
+            return self._rows.read(node, start, stop, self.output.input_dtype, room)
         values = self.sources[node.checkpoint].read_float32(node.tensor, start, stop, self.raw, room)
         self._round(values, self.output.input_dtype)
         return values

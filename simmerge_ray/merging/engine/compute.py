@@ -42,14 +42,15 @@ class Computer:
     def __init__(self, graph: MergeGraph, sources: Mapping[str, TensorSource], seeds: Seeds | None = None) -> None:
         self._sources = sources
         self._seeds = seeds or Seeds(graph)
-        self._blocks = Blocks(sources, FORMS)
+        self._blocks = Blocks(sources, FORMS, graph.layouts)
+        self._layouts = graph.layouts
         self._stored_out = np.empty(kernels.PAIR_BLOCK, dtype=np.uint16)
 
     @cached_property
     def _whole(self) -> WholeTensors:
         from simmerge_ray.merging.engine.whole import WholeTensors  # a merge in blocks needs no torch
 
-        return WholeTensors(self._sources, self._seeds)
+        return WholeTensors(self._sources, self._seeds, self._layouts)
 
     def compute(self, output: OutputTensor, emit: Emit) -> TensorReport:
         """Make one tensor; `emit(element offset, flat block in the output's dtype)` takes its parts in order.

@@ -23,7 +23,7 @@ from simmerge_ray.merging.engine.trims import (
     exact_thresholds,
     top_bins,
 )
-from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, applies, reads
+from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, Rows, applies, reads
 from simmerge_ray.plans.operators.shares import (
     SLERP_THRESHOLD,
     cosine_of,
@@ -161,6 +161,10 @@ def _arc_kernel(blocks: Blocks, node: Apply) -> StoredKernel:
 # TIES
 
 
+def _ties_fits(node: Apply) -> bool:
+    return len(node.sources) == 2 and not node.param("rescale", False)
+
+
 def _ties(blocks: Blocks, node: Apply, start: int) -> np.ndarray:
     trim = blocks.trims[id(node)]
     base, *vectors = trim.kept.pop(start, None) or blocks.task_vectors(node, start)
@@ -255,7 +259,7 @@ FORMS: Mapping[str, BlockForm] = {
         stored_kernel=_arc_kernel,
     ),
     "nuslerp": BlockForm(_arc, _arc_fits, partial(_prepare_arc, threshold=1.0)),
-    "ties": BlockForm(_ties, lambda n: len(n.sources) == 2, _prepare_ties, lambda n: n.inputs, _ties_kernel),
+    "ties": BlockForm(_ties, _ties_fits, _prepare_ties, lambda n: n.inputs, _ties_kernel),
 }
 
 
@@ -265,6 +269,8 @@ def is_blockwise(output: OutputTensor, specs: Mapping[str, Mapping[str, TensorSp
     def fits(node: Node) -> bool:
         if isinstance(node, Read):
             return specs[node.checkpoint][node.tensor].dtype in _BLOCKWISE_DTYPES
+        if isinstance(node, Rows):
+            return all(fits(source) for source in node.sources)
         form = FORMS.get(node.operator)
         if form is None or (OPERATOR_SPECS[node.operator].needs_base and node.base is None):
             return False  # without its base: the operator says what is missing

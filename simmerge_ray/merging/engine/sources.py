@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,13 @@ class TensorSource:
 
     def read_float32(self, name: str, start: int, stop: int, raw: np.ndarray, out: np.ndarray) -> np.ndarray:
         """The same as float32, in `out`; `raw` is room for the stored bytes."""
+        values = self._stored_float32(name, start, stop, raw, out)
+        if self.is_adapted(name):
+            assert self._adapter is not None
+            self._adapter.apply(name, start, values, partial(self._fresh_float32, name))
+        return values
+
+    def _stored_float32(self, name: str, start: int, stop: int, raw: np.ndarray, out: np.ndarray) -> np.ndarray:
         dtype = self.specs[name].dtype
         values = out[: stop - start]
         if dtype == "F32":
@@ -70,10 +78,12 @@ class TensorSource:
             kernels.widen_bf16(self.read_raw(name, start, stop, raw), values)
         else:
             values[:] = self.read_raw(name, start, stop, raw)
-        if self.is_adapted(name):
-            assert self._adapter is not None
-            self._adapter.add_to(name, start, values)
         return values
+
+    def _fresh_float32(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Stored values in a room of their own, for an adapter that must know more of a tensor than one block."""
+        raw = np.empty((stop - start) * DTYPE_BYTES[self.specs[name].dtype], dtype=np.uint8)
+        return self._stored_float32(name, start, stop, raw, np.empty(stop - start, dtype=np.float32))
 
     def is_adapted(self, name: str) -> bool:
         """Whether a LoRA adapter changes this tensor, so that its stored bytes are not its value."""

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from simmerge_ray.merging.engine.blocks import Notes
+from simmerge_ray.merging.engine.rows import RowBlocks
 from simmerge_ray.merging.engine.seeds import Seeds
 from simmerge_ray.merging.engine.sources import NUMPY_DTYPES, TensorSource
-from simmerge_ray.merging.graph import DTYPE_NAMES, Apply, Node, OutputTensor, Read
+from simmerge_ray.merging.graph import DTYPE_NAMES, Apply, Node, OutputTensor, Read, Rows
+from simmerge_ray.merging.row_layouts import RowLayout
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 from simmerge_ray.plans.operators.table import OPERATORS, fell_back
 from simmerge_ray.plans.operators.task_vectors import task_vectors
@@ -21,8 +23,11 @@ from simmerge_ray.plans.operators.task_vectors import task_vectors
 class WholeTensors:
     """Makes the tensors of one graph."""
 
-    def __init__(self, sources: Mapping[str, TensorSource], seeds: Seeds) -> None:
+    def __init__(
+        self, sources: Mapping[str, TensorSource], seeds: Seeds, layouts: Mapping[str, RowLayout] | None = None
+    ) -> None:
         self._sources, self._seeds = sources, seeds
+        self._rows = RowBlocks(sources, layouts or {}, _cast)
 
     def array(self, output: OutputTensor, notes: Notes) -> tuple[np.ndarray, bool]:
         """(flat array in the output's dtype, whether it holds NaN or infinity)."""
@@ -46,6 +51,8 @@ class WholeTensors:
             tensor = flat_tensor(source.read_whole(node.tensor)).reshape(source.specs[node.tensor].shape)
             notes.bad_input |= not bool(torch.isfinite(tensor).all())
             return tensor.to(_torch_dtype(output.input_dtype)) if output.input_dtype else tensor
+        if isinstance(node, Rows):
+            return self._laid_out(node, output, notes)
         base, tensors = self._inputs(node, output, notes)
         params: dict[str, Any] = dict(node.params)
         if fell_back(node.operator, base, tensors, **params):
@@ -56,6 +63,19 @@ class WholeTensors:
             params["grams"] = [self._make(gram, output, notes) for gram in node.grams]
         result = OPERATORS[node.operator](base, tensors, list(node.weights), **params)
         return result.to(_torch_dtype(node.round_to)).to(result.dtype) if node.round_to else result
+
+    def _laid_out(self, node: Rows, output: OutputTensor, notes: Notes) -> Tensor:
+        """float32, or float64 where that is the dtype of its sources."""
+        wide = output.input_dtype or node.dtype
+        values = np.empty(output.num_elements, dtype=np.float64 if "F64" in (wide, node.dtype) else np.float32)
+        tensor = flat_tensor(self._rows.read(node, 0, values.size, output.input_dtype, values))
+        notes.bad_input |= not bool(torch.isfinite(tensor).all())
+        return tensor.reshape(output.shape)
+
+
+def _cast(values: np.ndarray, dtype: str | None) -> None:
+    if dtype in ("BF16", "F16"):
+        values[:] = torch.from_numpy(values).to(_torch_dtype(dtype)).to(torch.float32).numpy()
 
 
 def flat_tensor(array: np.ndarray) -> Tensor:

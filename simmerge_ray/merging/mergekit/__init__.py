@@ -1,7 +1,7 @@
 """mergekit's YAML files, read and written: documents, their compilation to a merge graph, and plans as documents.
 
-The meaning of a file follows mergekit 0.1.5, whose results users compare with; what it accepts in silence and ignores
-(unknown keys, parameters at a level where they have no effect) is an error here. No torch.
+The meaning of a file follows mergekit 0.1.5, whose results users compare with; what it ignores in silence (unknown
+keys, parameters at a level where they have no effect) is named in a warning here. No torch.
 """
 
 from simmerge_ray.merging.mergekit.compiling import compile_mergekit

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simmerge_ray.base.errors import PlanError
+from simmerge_ray.base.errors import CheckpointError, PlanError
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, OutputTensor, Read, promoted, with_dtype
+from simmerge_ray.merging.graph import FLOAT_DTYPES, Apply, MergeGraph, Node, Read, promoted, with_dtype
+from simmerge_ray.merging.mergekit.document_vocabulary import DocumentVocabulary, made_files, make_vocabulary
 from simmerge_ray.merging.mergekit.documents import (
     DTYPES_BY_NAME,
     MergekitDocument,
@@ -23,15 +24,25 @@ from simmerge_ray.merging.mergekit.documents import (
     documents_text,
 )
 from simmerge_ray.merging.mergekit.methods import METHODS
-from simmerge_ray.merging.mergekit.models import LoadedModel, TensorValue, architecture_problems, exact_in, read_model
+from simmerge_ray.merging.mergekit.models import (
+    HEAD,
+    LoadedModel,
+    TensorValue,
+    architecture_problems,
+    exact_in,
+    is_tied,
+    output_tensor,
+    read_model,
+    untie,
+)
+from simmerge_ray.merging.mergekit.modules import WHOLE, module_names, set_num_layers
 from simmerge_ray.merging.mergekit.numbers import Numbers
 from simmerge_ray.merging.mergekit.problems import raise_problems
-from simmerge_ray.plans.operators.gradients import OUTSIDE_LAYERS, layer_position, split_layer
+from simmerge_ray.plans.operators.gradients import OUTSIDE_LAYERS, layer_position
 
 Locate = Callable[[ModelName], CheckpointRef]
 
 _EMBEDDING_MARKS = ("embed", "wte", "wpe")
-_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def compile_mergekit(
@@ -51,20 +62,25 @@ def compile_mergekit(
     target = documents[-1]
     compiler = _Compiler(documents, locate, round_intermediates)
     model = compiler.document(target)
-    problems = [*compiler.problems, *architecture_problems(list(compiler.loaded.values()))]
+    vocabulary = compiler.vocabulary
+    problems = [*compiler.problems, *architecture_problems(list(compiler.loaded.values()), vocabulary is not None)]
     tokenizer_from = compiler.tokenizer_from(target)
-    outputs = [_output(name, value, problems, target) for name, value in sorted(model.tensors.items())]
+    outputs = [output_tensor(name, value, problems, target) for name, value in sorted(model.tensors.items())]
     raise_problems([*problems, *compiler.tensor_problems()], "this merge cannot be computed:")
+    checkpoints = {loaded.ref.id: loaded.ref for loaded in compiler.loaded.values() if loaded.ref}
     text = documents_text(compiler.used_documents(), lambda name: name if name.model in by_name else _absolute(name))
     return MergeGraph(
         outputs=tuple(outputs),
-        checkpoints={loaded.ref.id: loaded.ref for loaded in compiler.loaded.values() if loaded.ref},
-        config=with_dtype(model.config, outputs),
+        checkpoints=checkpoints,
+        config=with_dtype(vocabulary.config(model.config) if vocabulary else model.config, outputs),
         tokenizer_from=tokenizer_from,
+        tokenizer_files=made_files(target, vocabulary, checkpoints, tokenizer_from),
+        layouts=vocabulary.layouts if vocabulary else {},
         members=tuple(dict.fromkeys(compiler.members)),
         title="; ".join(_title(document) for document in compiler.used_documents()),
         description={"mergekit": text},
         mergekit=None if any(_has_ours(document) for document in compiler.used_documents()) else text,
+        warnings=(*(line for document in documents for line in document.ignored), *compiler.missing(tokenizer_from)),
     )
 
 
@@ -72,7 +88,9 @@ def _has_ours(document: MergekitDocument) -> bool:
     """Whether it sets a parameter that mergekit does not have."""
     ours = {name for name, parameter in METHODS[document.method].parameters.items() if parameter.is_ours}
     return any(
-        ours & parameters.keys() for parameters in (document.parameters, *(p.parameters for p in document.slices))
+        ours & parameters.keys()
+        for _, part in document.parts()
+        for parameters in (part.parameters, *(piece.parameters for piece in part.slices))
     )
 
 
@@ -87,29 +105,8 @@ def _absolute(name: ModelName) -> ModelName:
 
 
 def _title(document: MergekitDocument) -> str:
-    sources = document.models or tuple(source for piece in document.slices for source in piece.sources)
-    names = " + ".join(dict.fromkeys(source.model.id for source in sources))
+    names = " + ".join(dict.fromkeys(source.model.id for source in document.sources()))
     return f"{f'{document.name} = ' if document.name else ''}{document.method}: {names}"
-
-
-def _output(name: str, value: TensorValue, problems: list[str], document: MergekitDocument) -> OutputTensor:
-    """The tensor with the one dtype to which all its inputs are cast first.
-
-    Documents may ask for different ones; that is fine as long as one cast gives every input the value it should have.
-    """
-    asked = [document.dtype and DTYPES_BY_NAME[document.dtype], *sorted({cast or "" for _, cast in value.casts})]
-
-    def same(stored: str, cast: str | None, candidate: str | None) -> bool:
-        exact = cast is None or exact_in(stored, cast)
-        return candidate == cast or (exact and (candidate is None or exact_in(stored, candidate)))
-
-    for candidate in (*(dtype or None for dtype in asked), None):
-        if all(same(stored, cast, candidate) for stored, cast in value.casts):
-            # The engine widens to float32 anyway; to say so would only keep it from its faster ways.
-            is_idle = candidate != "F64" and all(exact_in(stored, candidate or stored) for stored, _ in value.casts)
-            return OutputTensor(name, value.shape, value.dtype, value.node, None if is_idle else candidate)
-    problems.append("dtype: the documents cast their inputs to different dtypes, which one merge cannot; use one dtype")
-    return OutputTensor(name, value.shape, value.dtype, value.node)
 
 
 @dataclass(frozen=True)
@@ -124,11 +121,12 @@ class _Input:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A slice with its models; `base` is the one of the inputs that is the base, if any."""
+    """A slice with its models; `base` is the one of the inputs that is the base, if any. step: of the document."""
 
     slice: Slice
     inputs: tuple[_Input, ...]
     base: ModelName | None
+    step: int
 
 
 class _Compiler:
@@ -145,6 +143,7 @@ class _Compiler:
         self.problems: list[str] = []
         self.loaded: dict[ModelName, LoadedModel] = {}
         self.members: list[str] = []
+        self.vocabulary: DocumentVocabulary | None = None
 
     def used_documents(self) -> list[MergekitDocument]:
         return [document for document in self._order if document.name in self._compiled]
@@ -162,12 +161,27 @@ class _Compiler:
     def tokenizer_from(self, document: MergekitDocument) -> str:
         """Id of the checkpoint whose tokenizer is copied: the one asked for, or the base's, or the first model's."""
         source = document.tokenizer_source
-        first = document.models[0] if document.models else document.slices[0].sources[0]
-        name = source if isinstance(source, ModelName) else document.base_model or first.model
+        name = source if isinstance(source, ModelName) else document.base_model or document.sources()[0].model
         if name.model in self._documents:
             return self.tokenizer_from(self._documents[name.model])
         loaded = self.model(name)
         return loaded.ref.id if loaded and loaded.ref else name.id
+
+    def _make_vocabulary(self, document: MergekitDocument, pieces: Sequence[_Piece]) -> None:
+        used = dict.fromkeys(one.source.model for piece in pieces for one in piece.inputs)
+        names = dict.fromkeys(name for name in (document.base_model, *used) if name is not None)
+        models = {name: self.model(name) for name in names}
+        source = document.tokenizer_source
+        donor = self.model(source) if isinstance(source, ModelName) else None
+        if not self.problems:
+            self.vocabulary = make_vocabulary(document, models, donor, len(self._order) == 1, self.problems)
+
+    def missing(self, tokenizer_from: str) -> list[str]:
+        """A warning where the checkpoint of that id has no tokenizer."""
+        donors = [one for one in self.loaded.values() if one.ref and one.ref.id == tokenizer_from]
+        return [
+            f"{one.id!r} holds no tokenizer files, so the merge has none" for one in donors if not one.has_tokenizer
+        ]
 
     def model(self, name: ModelName) -> LoadedModel | None:
         """The checkpoint or the document of that name, or None where it cannot be read (reported)."""
@@ -176,7 +190,8 @@ class _Compiler:
                 raise PlanError(f"document {name.model!r} refers to itself")
             return self.document(self._documents[name.model])
         if name not in self.loaded:
-            loaded = read_model(name, self._locate)
+            first = next((model for model in self.loaded.values() if model.tensors), None)
+            loaded = read_model(name, self._locate).named_like(first)
             self.problems += loaded.problems
             clash = next(
                 (m.ref for m in self.loaded.values() if m.ref and loaded.ref and m.ref.id == loaded.ref.id), None
@@ -192,19 +207,42 @@ class _Compiler:
         if document.name in self._compiled:
             return self._compiled[document.name]
         self._open.append(document.name)
-        slices = document.slices or (Slice(document.models),)
-        pieces = [piece for piece in (self._piece(document, one, i) for i, one in enumerate(slices)) if piece]
+        step = self._order.index(document) + 1
+        names = [module.name for module in document.modules] or [""]
+        parts: list[tuple[str, MergekitDocument, list[_Piece]]] = []
+        for module, (place, part) in zip(names, document.parts(), strict=True):
+            slices = part.slices or (Slice(part.models),)
+            found = [self._piece(part, one, f"{place}slices[{i}]", step, module) for i, one in enumerate(slices)]
+            parts.append((module, part, [piece for piece in found if piece]))
         tensors: dict[str, TensorValue] = {}
         config: dict[str, Any] = {}
-        if len(pieces) == len(slices):
-            config = self._config(document, pieces)
-            tensors = self._tensors(document, pieces, bool(config.get("tie_word_embeddings")))
+        if all(len(pieces) == len(part.slices or (part.models,)) for _, part, pieces in parts):
+            donor = self.model(document.base_model) if document.base_model else None
+            donor = donor or self.model(document.sources()[0].model)
+            assert donor is not None  # each of the pieces has its models
+            self._check_modules(names, donor)
+            config = copy.deepcopy(dict(donor.config))
+            if any(one.model.has_own_head for _, _, pieces in parts for one in pieces[-1].inputs):
+                untie(config)
+            self._make_vocabulary(document, [piece for _, _, pieces in parts for piece in pieces])
+            for module, part, pieces in parts:
+                if part.slices:
+                    _set_layers(config, module or WHOLE, pieces)
+                tensors |= self._tensors(part, pieces, is_tied(config))
         self._open.pop()
         model = LoadedModel(document.name or "the last document", tensors, config)
         self._compiled[document.name] = model
         return model
 
-    def _piece(self, document: MergekitDocument, piece: Slice, index: int) -> _Piece | None:
+    def _check_modules(self, names: Sequence[str], donor: LoadedModel) -> None:
+        known = module_names(donor.config, donor.tensors) if any(names) else names
+        for kind, wrong in (("are not merged", set(known) - {*names}), ("are unknown", {*names} - {*known})):
+            if wrong:
+                self.problems.append(
+                    f"modules: {', '.join(sorted(wrong))} {kind}; this architecture has {', '.join(known)}"
+                )
+
+    def _piece(self, document: MergekitDocument, piece: Slice, where: str, step: int, module: str) -> _Piece | None:
         """The slice with its models read, a base that is not listed added to whole models, as mergekit does."""
         method = METHODS[document.method]
         base = piece.base_model or document.base_model
@@ -212,7 +250,9 @@ class _Compiler:
         if base is not None and not document.slices and base not in [source.model for source in sources]:
             sources = (*sources, Source(base))
         models = [self.model(source.model) for source in sources]
-        place = f"slices[{index}]" if document.slices else "models"
+        if module:
+            models = [model and model.only(module) for model in models]
+        place = where if document.slices else where.replace("slices[0]", "models")
         inputs = []
         for number, (source, model) in enumerate(zip(sources, models, strict=True)):
             if model is None:
@@ -221,14 +261,13 @@ class _Compiler:
                 self.members.append(model.ref.id)
             begin, end = source.layer_range or (0, model.num_layers)
             if end > model.num_layers:
-                where = f"{place}.sources[{number}].layer_range"
-                self.problems.append(
-                    f"{where}: [{begin}, {end}] goes beyond the {model.num_layers} layers of {source.model.id!r}"
-                )
+                rule = f"goes beyond the {model.num_layers} layers of {source.model.id!r}"
+                self.problems.append(f"{place}.sources[{number}].layer_range: [{begin}, {end}] {rule}")
                 continue
             if document.slices and len(model.stacks) > 1:
                 stacks = ", ".join(model.stacks)
-                self.problems.append(f"{place}: {source.model.id!r} has several stacks of layers ({stacks})")
+                remedy = "merge each under 'modules'"
+                self.problems.append(f"{place}: {source.model.id!r} has several stacks of layers ({stacks}); {remedy}")
                 continue
             inputs.append(_Input(source, model, begin, end - begin))
         if len(inputs) < len(sources):
@@ -238,25 +277,7 @@ class _Compiler:
             shown = ", ".join(f"{name!r} {count}" for name, count in counts.items())
             self.problems.append(f"{place}: all models must give the same number of layers; {shown}")
             return None
-        return _Piece(piece, tuple(inputs), base)
-
-    def _config(self, document: MergekitDocument, pieces: Sequence[_Piece]) -> dict[str, Any]:
-        """`config.json`: that of the base or of the first model, with the number of layers of the output."""
-        first = pieces[0].inputs[0].model
-        donor = (self.model(document.base_model) if document.base_model else None) or first
-        config = copy.deepcopy(dict(donor.config))
-        if document.slices:
-            count = sum(piece.inputs[0].num_layers for piece in pieces)
-            config.update({key: count for key in _LAYER_COUNT_KEYS if key in config})
-            if "layer_types" in config:
-                config["layer_types"] = [
-                    kind
-                    for piece in pieces
-                    for kind in piece.inputs[0].model.config.get("layer_types", ())[
-                        piece.inputs[0].begin : piece.inputs[0].begin + piece.inputs[0].num_layers
-                    ]
-                ]
-        return config
+        return _Piece(piece, tuple(inputs), base, step)
 
     def _tensors(self, document: MergekitDocument, pieces: Sequence[_Piece], tied: bool) -> dict[str, TensorValue]:
         """Every tensor of the output: layers in the order of the slices, embeddings as the first, the rest as the last.
@@ -270,12 +291,12 @@ class _Compiler:
                 tensors[name] = value
 
         for number, piece in enumerate({0: pieces[0], len(pieces) - 1: pieces[-1]}.values()):
-            plain = dict.fromkeys(n for one in piece.inputs for n in one.model.tensors if split_layer(n) is None)
+            plain = dict.fromkeys(name for one in piece.inputs for name in one.model.outside_layers(tied))
             for name in plain:
                 is_embedding = any(mark in name for mark in _EMBEDDING_MARKS)
                 if len(pieces) > 1 and is_embedding != (number == 0):
                     continue
-                if tied and name.endswith("lm_head.weight") and any(name not in o.model.tensors for o in piece.inputs):
+                if tied and name.endswith(HEAD) and any(name not in o.model.tensors for o in piece.inputs):
                     continue
                 add(name, piece, [name] * len(piece.inputs), OUTSIDE_LAYERS)
         offset = 0
@@ -299,12 +320,19 @@ class _Compiler:
         dtype = document.dtype and DTYPES_BY_NAME[document.dtype]
         values = []
         for one, own in zip(piece.inputs, names, strict=True):
-            if own in one.model.tensors:
-                values.append(self._value(one.model, one.model.tensors[own], dtype))
+            if stored := one.model.stored(own):
+                values.append(self._value(one.model, stored, dtype))
             else:
                 self._at(own, f"tensors: {one.source.model.id!r} lacks some that other models have")
         if len(values) < len(names):
             return None
+        if self.vocabulary is not None:
+            members = [one.source.model for one in piece.inputs]
+            try:
+                values = self.vocabulary.laid_out(name, members, piece.base, values)
+            except CheckpointError as error:
+                self.problems.append(str(error))
+                return None
         first = values[0]
         for one, value in zip(piece.inputs, values, strict=True):
             if value.shape != first.shape:
@@ -345,7 +373,7 @@ class _Compiler:
                 pass  # what the engine keeps anyway
             elif isinstance(node, Apply):
                 node = replace(node, round_to=rounded)
-            else:
+            elif isinstance(node, Read):
                 node = _rounded_read(node, value, rounded)
         return replace(value, node=node, dtype=dtype or value.dtype)
 
@@ -378,10 +406,24 @@ class _Compiler:
         )
         sources = tuple(nodes[i] for i in order)
         params = numbers.params()
-        if method.max_sources == 1 and not params:
+        if document.method == "passthrough" and not params:
             return sources[0]
-        step = self._order.index(document) + 1
-        return Apply(document.method, sources, numbers.weights(params), params, base, step)
+        return Apply(document.method, sources, numbers.weights(params), params, base, piece.step)
+
+
+def _set_layers(config: dict[str, Any], module: str, pieces: Sequence[_Piece]) -> None:
+    """Write what the layers of the pieces come to into the config of the output."""
+
+    def layers(key: str) -> list[Any]:
+        kinds: list[Any] = []
+        for first in (piece.inputs[0] for piece in pieces):
+            holder: Any = first.model.config
+            for part in key.split("."):
+                holder = holder.get(part, {})
+            kinds += list(holder)[first.begin : first.begin + first.num_layers]
+        return kinds
+
+    set_num_layers(config, module, sum(piece.inputs[0].num_layers for piece in pieces), layers)
 
 
 def _rounded_read(read: Read, value: TensorValue, dtype: str) -> Node:

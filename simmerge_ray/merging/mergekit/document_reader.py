@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from simmerge_ray.base.errors import unknown_name
@@ -12,6 +13,7 @@ from simmerge_ray.merging.mergekit.documents import (
     DTYPES_BY_NAME,
     MergekitDocument,
     ModelName,
+    Module,
     Slice,
     Source,
     parse_model_name,
@@ -19,14 +21,13 @@ from simmerge_ray.merging.mergekit.documents import (
 from simmerge_ray.merging.mergekit.methods import METHODS, Method
 from simmerge_ray.merging.mergekit.problems import Problems, shorten
 from simmerge_ray.merging.mergekit.settings import SettingsReader
+from simmerge_ray.merging.mergekit.vocabulary_rules import read_template, read_vocabulary
 from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 
 _DOCUMENT_KEYS = (
     "name", "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer",
+    "tokenizer", "chat_template", "modules",
 )  # fmt: skip
-_UNION = "union is not supported; choose models with the same vocabulary, or resize them first"
-
 
 _Report = Callable[[str, str], None]
 
@@ -48,26 +49,56 @@ class DocumentReader:
             name = None
         method = self._method(fields)
         settings = SettingsReader(self._problems, fields["merge_method"] if method else None)
-        given = [key for key in ("models", "slices") if fields.get(key) not in (None, [])]
+        given = [key for key in ("models", "slices", "modules") if fields.get(key) not in (None, [], {})]
         if len(given) != 1:
-            self._report("", f"exactly one of models and slices is needed, {'both' if given else 'none'} given")
-        models = self._sources(fields.get("models"), "models", settings, with_range=False)
-        pieces = self._problems.list_of(fields.get("slices"), "slices")
-        slices = tuple(self._slice(piece, f"slices[{index}]", settings) for index, piece in enumerate(pieces))
+            found = " and ".join(given) or "none"
+            self._report("", f"exactly one of models, slices and modules is needed, {found} given")
+        models, slices = self._inputs(fields, "", settings)
         document = MergekitDocument(
             method=str(fields.get("merge_method")),
             models=models,
             slices=slices,
+            modules=self._modules(fields.get("modules"), settings),
             base_model=self._model(fields["base_model"], "base_model") if fields.get("base_model") else None,
             parameters=settings.parameters(fields.get("parameters"), "parameters", "document"),
             dtype=self._dtype(fields.get("dtype"), "dtype"),
             out_dtype=self._dtype(fields.get("out_dtype"), "out_dtype"),
-            tokenizer_source=self._tokenizer(fields),
+            tokenizer_source=self._tokenizer_source(fields),
+            vocabulary=read_vocabulary(fields.get("tokenizer"), self._problems, self._model),
+            chat_template=read_template(fields.get("chat_template"), self._directory, self._report),
             name=name,
         )
         if method is not None and len(given) == 1:
-            _check_structure(document, method, self._report)
-        return document
+            for place, part in document.parts():
+                _check_structure(part, method, place, self._report)
+        return replace(document, ignored=tuple(self._problems.ignored))
+
+    def _inputs(
+        self, fields: Mapping[str, Any], root: str, settings: SettingsReader
+    ) -> tuple[tuple[Source, ...], tuple[Slice, ...]]:
+        models = self._sources(fields.get("models"), f"{root}models", settings, with_range=False)
+        place = f"{root}slices"
+        pieces = self._problems.list_of(fields.get("slices"), place)
+        return models, tuple(self._slice(piece, f"{place}[{i}]", settings) for i, piece in enumerate(pieces))
+
+    def _modules(self, value: object, settings: SettingsReader) -> tuple[Module, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, Mapping):
+            self._report("modules", f"a mapping is needed, got {shorten(value)}")
+            return ()
+        modules = []
+        for name, inner in value.items():
+            place = f"modules.{str(name)[:100]}"
+            fields = self._problems.mapping(inner, place, ("models", "slices", "parameters"))
+            if fields is None:
+                continue
+            if bool(fields.get("models")) == bool(fields.get("slices")):
+                self._report(place, "either models or slices are needed")
+            models, slices = self._inputs(fields, f"{place}.", settings)
+            parameters = settings.parameters(fields.get("parameters"), f"{place}.parameters", "slice")
+            modules.append(Module(str(name), models, slices, parameters))
+        return tuple(modules)
 
     def _method(self, fields: Mapping[str, Any]) -> Method | None:
         name = fields.get("merge_method")
@@ -134,7 +165,10 @@ class DocumentReader:
 
     def _model_mapping(self, value: Mapping[Any, Any], place: str) -> ModelName:
         """The long form, `{model: {path, revision}, lora: {path, revision}}`, where text would be ambiguous."""
-        fields = self._problems.mapping(value, place, ("model", "lora")) or {}
+        fields = self._problems.mapping(value, place, ("model", "lora", "override_architecture")) or {}
+        architecture = fields.get("override_architecture")
+        if not isinstance(architecture, str | None):
+            raise ValueError(f"override_architecture is the name of a class, got {shorten(architecture)}")
         names: list[tuple[str | None, str | None]] = []
         for key in ("model", "lora"):
             part = fields.get(key)
@@ -152,7 +186,7 @@ class DocumentReader:
                     raise ValueError(f"path and revision are texts, got {shorten(part)}")
                 names.append((path, revision or None))
         (model, revision), (adapter, adapter_revision) = names
-        return ModelName(str(model), revision, adapter, adapter_revision, self._directory)
+        return ModelName(str(model), revision, adapter, adapter_revision, architecture, self._directory)
 
     def _dtype(self, value: object, place: str) -> str | None:
         if value is None:
@@ -163,33 +197,24 @@ class DocumentReader:
             return None
         return name
 
-    def _tokenizer(self, fields: Mapping[str, Any]) -> str | ModelName | None:
+    def _tokenizer_source(self, fields: Mapping[str, Any]) -> str | ModelName | None:
         place, value = "tokenizer_source", fields.get("tokenizer_source")
         if fields.get("tokenizer") is not None:
             if value is not None:
                 self._report("tokenizer", "give either tokenizer or tokenizer_source")
             inner = fields["tokenizer"]
-            if isinstance(inner, Mapping) and set(inner) - {"source"}:
-                keys = ", ".join(sorted(str(key) for key in set(inner) - {"source"}))
-                self._report("tokenizer", f"only 'source' is supported, got {keys}")
-                return None
             # Without a source it is the union there.
             place, value = "tokenizer.source", inner.get("source", "union") if isinstance(inner, Mapping) else inner
-        if value is None or value == "base":
-            return value
-        if value == "union":
-            self._report(place, _UNION)
-            return None
-        return self._model(value, place)
+        return value if value is None or value in ("base", "union") else self._model(value, place)
 
 
-def _check_structure(document: MergekitDocument, method: Method, report: _Report) -> None:
+def _check_structure(document: MergekitDocument, method: Method, root: str, report: _Report) -> None:
     """Report what does not fit."""
     pieces = document.slices or (Slice(document.models),)
     if document.tokenizer_source == "base" and document.base_model is None:
         report("tokenizer_source", "'base' needs base_model")
     for index, piece in enumerate(pieces):
-        place = f"slices[{index}]" if document.slices else "models"
+        place = root + (f"slices[{index}]" if document.slices else "models")
         sources = [source.model for source in piece.sources]
         base = piece.base_model or document.base_model
         if base is None and method.base in ("required", "first"):

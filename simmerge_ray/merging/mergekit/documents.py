@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -21,13 +21,15 @@ DTYPES_BY_NAME: Mapping[str, str] = {name: dtype for dtype, name in DTYPE_NAMES.
 class ModelName:
     """A model as a file names it: `model`, `model@revision`, `model+adapter`, `model+adapter@revision`.
 
-    directory: that of the file; relative paths start there. It is no part of the identity.
+    architecture: a class that stands in for the one of its `config.json`. directory: that of the file; relative paths
+    start there. It is no part of the identity.
     """
 
     model: str
     revision: str | None = None
     adapter: str | None = None
     adapter_revision: str | None = None
+    architecture: str | None = None
     directory: Place = field(default=Path(), compare=False)
 
     @property
@@ -61,7 +63,7 @@ def parse_model_name(text: str, directory: Place = Path()) -> ModelName:
             raise ValueError(f"{text!r} is not of the form model[@revision][+adapter[@revision]]")
         names += [name, revision[0] if revision else None]
     model, revision_, adapter, adapter_revision = (*names, None, None)[:4]
-    return ModelName(str(model), revision_, adapter, adapter_revision, directory)
+    return ModelName(str(model), revision_, adapter, adapter_revision, None, directory)
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,42 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class MergekitDocument:
-    """One merge. Either `models` (whole) or `slices`. Parameters carry mergekit's names.
+class TokenRule:
+    """The row of one token: that of a model (of another token there, by text or number), or zeros (`zero`).
 
-    tokenizer_source: `base`, or a model, or None for the tokenizer of the base (else of the first model).
+    source: None only says that the token is there. force: for all models, also those that have the token.
+    """
+
+    source: ModelName | Literal["zero"] | None = None
+    token: str | None = None
+    token_id: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class VocabularyRules:
+    """What a `tokenizer` mapping says beside its source: rules of tokens, and a size that the rows are padded to."""
+
+    tokens: tuple[tuple[str, TokenRule], ...] = ()
+    pad_to_multiple_of: int | None = None
+
+
+@dataclass(frozen=True)
+class Module:
+    """One tower of a model of several, merged for itself; its parameters stand between those of slice and document."""
+
+    name: str
+    models: tuple[Source, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergekitDocument:
+    """One merge. Either `models` (whole) or `slices` or `modules`. Parameters carry mergekit's names.
+
+    tokenizer_source: `base`, `union`, or a model, or None for the tokenizer of the base (else of the first model).
+    chat_template: `auto`, a name, a file or the text of a template.
     """
 
     method: str
@@ -121,15 +155,43 @@ class MergekitDocument:
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | ModelName | None = None
+    vocabulary: VocabularyRules = VocabularyRules()
+    chat_template: str | None = None
     name: str | None = None
+    modules: tuple[Module, ...] = ()
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+    def parts(self) -> tuple[tuple[str, MergekitDocument], ...]:
+        """The document for each of its modules, as if it had no other, with the module's place; else itself.
+
+        Rules of the document follow those of the module: the first that matches counts.
+        """
+        if not self.modules:
+            return (("", self),)
+        parts = []
+        for module in self.modules:
+            names = dict.fromkeys((*module.parameters, *self.parameters))
+            parameters = {n: (*module.parameters.get(n, ()), *self.parameters.get(n, ())) for n in names}
+            part = replace(self, models=module.models, slices=module.slices, parameters=parameters, modules=())
+            parts.append((f"modules.{module.name}.", part))
+        return tuple(parts)
+
+    def sources(self) -> tuple[Source, ...]:
+        """Every model that is merged, in the order of the file."""
+        wholes, pieces = list(self.models), list(self.slices)
+        for module in self.modules:
+            wholes += module.models
+            pieces += module.slices
+        return (*wholes, *(source for piece in pieces for source in piece.sources))
 
     def references(self) -> tuple[ModelName, ...]:
         """Every model named, in the order of the file, each once."""
-        names = [source.model for source in self.models]
-        names += [source.model for piece in self.slices for source in piece.sources]
-        names += [piece.base_model for piece in self.slices if piece.base_model]
+        names = [source.model for source in self.sources()]
+        pieces = [*self.slices, *(piece for module in self.modules for piece in module.slices)]
+        names += [piece.base_model for piece in pieces if piece.base_model]
         names += [self.base_model] if self.base_model else []
         names += [self.tokenizer_source] if isinstance(self.tokenizer_source, ModelName) else []
+        names += [rule.source for _, rule in self.vocabulary.tokens if isinstance(rule.source, ModelName)]
         return tuple(dict.fromkeys(names))
 
 
@@ -147,28 +209,57 @@ def documents_text(documents: Iterable[MergekitDocument], rename: Rename = lambd
 
 
 def _document_json(document: MergekitDocument, rename: Rename) -> dict[str, Any]:
-    tokenizer = document.tokenizer_source
+    source, rules = document.tokenizer_source, document.vocabulary
+    tokenizer = _model_json(rename(source)) if isinstance(source, ModelName) else source
+    has_rules = rules != VocabularyRules()
+    modules = {
+        module.name: _kept(
+            {
+                "models": [_source_json(source, rename) for source in module.models],
+                "slices": [_slice_json(piece, rename) for piece in module.slices],
+                "parameters": _parameters_json(module.parameters),
+            }
+        )
+        for module in document.modules
+    }
     fields = {
         "name": document.name,
         "merge_method": document.method,
         "base_model": document.base_model and _model_json(rename(document.base_model)),
         "models": [_source_json(source, rename) for source in document.models],
-        "slices": [
-            _kept(
-                {
-                    "sources": [_source_json(source, rename) for source in piece.sources],
-                    "base_model": piece.base_model and _model_json(rename(piece.base_model)),
-                    "parameters": _parameters_json(piece.parameters),
-                }
-            )
-            for piece in document.slices
-        ],
+        "slices": [_slice_json(piece, rename) for piece in document.slices],
+        "modules": modules,
         "parameters": _parameters_json(document.parameters),
         "dtype": document.dtype,
         "out_dtype": document.out_dtype,
-        "tokenizer_source": _model_json(rename(tokenizer)) if isinstance(tokenizer, ModelName) else tokenizer,
+        "tokenizer_source": None if has_rules else tokenizer,
+        "tokenizer": {"source": tokenizer, **_rules_json(rules, rename)} if has_rules else None,
+        "chat_template": document.chat_template,
     }
     return _kept(fields)
+
+
+def _rules_json(rules: VocabularyRules, rename: Rename) -> dict[str, Any]:
+    tokens = {}
+    for text, rule in rules.tokens:
+        source: Any = {"kind": "zero"} if rule.source == "zero" else None
+        if isinstance(rule.source, ModelName):
+            source = _model_json(rename(rule.source))
+            if rule.token is not None or rule.token_id is not None:
+                source = {"kind": "model_token", "model": source}
+                source |= {"token": rule.token} if rule.token is not None else {"token_id": rule.token_id}
+        tokens[text] = _kept({"source": source, "force": rule.force or None})
+    return _kept({"tokens": tokens, "pad_to_multiple_of": rules.pad_to_multiple_of})
+
+
+def _slice_json(piece: Slice, rename: Rename) -> dict[str, Any]:
+    return _kept(
+        {
+            "sources": [_source_json(source, rename) for source in piece.sources],
+            "base_model": piece.base_model and _model_json(rename(piece.base_model)),
+            "parameters": _parameters_json(piece.parameters),
+        }
+    )
 
 
 def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,10 +279,11 @@ def _source_json(source: Source, rename: Rename) -> dict[str, Any]:
 def _model_json(name: ModelName) -> Any:
     """Text, or, where it could not be read back (a path with `+` or `@`), the mapping that mergekit also takes."""
     parts = [part for part in (name.model, name.revision, name.adapter, name.adapter_revision) if part is not None]
-    if not any(sign in part for part in parts for sign in "+@"):
+    if name.architecture is None and not any(sign in part for part in parts for sign in "+@"):
         return name.id
     lora = _kept({"path": name.adapter, "revision": name.adapter_revision})
-    return _kept({"model": _kept({"path": name.model, "revision": name.revision}), "lora": lora})
+    model = _kept({"path": name.model, "revision": name.revision})
+    return _kept({"model": model, "lora": lora, "override_architecture": name.architecture})
 
 
 def _parameters_json(parameters: Parameters) -> dict[str, Any]:

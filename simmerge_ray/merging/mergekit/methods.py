@@ -40,6 +40,7 @@ class Method:
     base: "required" and "optional" leave the base out of the sources; "first" makes it the first of two; "none" ignores
     it, except that mergekit adds a base that is not among `models` to them.
     min_sources, max_sources: without the base, where it is left out.
+    elects: entries whose sign is in the minority are left out, so what is divided by differs between entries.
     zero_sum: what weights that add up to 0 mean: an undivided sum, an error unless `normalize` is off, or 0.5 each
         (where the weights only say a share).
     """
@@ -48,6 +49,7 @@ class Method:
     parameters: Mapping[str, MethodParameter] = field(default_factory=dict)
     min_sources: int = 1
     max_sources: int | None = None
+    elects: bool = False
     zero_sum: Literal["undivided", "error", "halves"] = "undivided"
 
     @property
@@ -58,7 +60,9 @@ class Method:
 _WEIGHT = MethodParameter(per_source=True, required=True)
 
 
-def _task_vectors(normalize: bool, rescale: bool, sparse: bool = True, **more: MethodParameter) -> Method:
+def _task_vectors(
+    normalize: bool, rescale: bool, sparse: bool = True, elects: bool = False, **more: MethodParameter
+) -> Method:
     """A method that adds task vectors, made sparse first unless `sparse` is False."""
     return Method(
         "required",
@@ -70,11 +74,13 @@ def _task_vectors(normalize: bool, rescale: bool, sparse: bool = True, **more: M
             "rescale": MethodParameter("bool", "rescale" if sparse else None, default=rescale),
             **more,
         },
+        elects=elects,
     )
 
 
 _GAMMA = MethodParameter("float", "gamma", per_source=True, default=0.01)
 _EPSILON = MethodParameter("float", "epsilon", per_source=True, default=0.15)
+_RAM_EPSILON = MethodParameter("float", "epsilon", default=1e-5)
 _TRIM_SCOPE = MethodParameter("choice", "trim_scope", default="tensor", is_ours=True)
 
 METHODS: Mapping[str, Method] = {
@@ -94,12 +100,12 @@ METHODS: Mapping[str, Method] = {
         zero_sum="halves",
     ),
     "task_arithmetic": _task_vectors(normalize=False, rescale=False, sparse=False),
-    "ties": _task_vectors(normalize=True, rescale=False, trim_scope=_TRIM_SCOPE),
+    "ties": _task_vectors(normalize=True, rescale=False, elects=True, trim_scope=_TRIM_SCOPE),
     "dare_linear": _task_vectors(normalize=False, rescale=True),
-    "dare_ties": _task_vectors(normalize=False, rescale=True),
+    "dare_ties": _task_vectors(normalize=False, rescale=True, elects=True),
     "breadcrumbs": _task_vectors(normalize=False, rescale=False, gamma=_GAMMA),
-    "breadcrumbs_ties": _task_vectors(normalize=False, rescale=False, gamma=_GAMMA),
-    "della": _task_vectors(normalize=True, rescale=True, epsilon=_EPSILON),
+    "breadcrumbs_ties": _task_vectors(normalize=False, rescale=False, elects=True, gamma=_GAMMA),
+    "della": _task_vectors(normalize=True, rescale=True, elects=True, epsilon=_EPSILON),
     "della_linear": _task_vectors(normalize=False, rescale=True, epsilon=_EPSILON),
     "model_stock": Method(
         "required", {"filter_wise": MethodParameter("bool", "filter_wise", default=False)}, min_sources=2
@@ -109,6 +115,17 @@ METHODS: Mapping[str, Method] = {
         {
             "max_iter": MethodParameter("int", "max_iter", default=10),
             "tol": MethodParameter("float", "tol", default=1e-5),
+        },
+    ),
+    "arcee_fusion": Method("required", max_sources=1),
+    "nearswap": Method("required", {"t": MethodParameter("float", "t", required=True)}, max_sources=1),
+    "ram": Method("required", {"epsilon": _RAM_EPSILON}),
+    "ramplus_tl": Method(
+        "required",
+        {
+            "r": MethodParameter("float", "r", default=0.1),
+            "alpha": MethodParameter("float", "alpha", default=0.2),
+            "epsilon": _RAM_EPSILON,
         },
     ),
     "sce": Method("required", {"select_topk": MethodParameter("float", "select_topk", default=1.0)}),

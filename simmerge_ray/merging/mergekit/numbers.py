@@ -34,13 +34,18 @@ class Numbers:
     def weights(self, params: Params) -> tuple[float, ...]:
         """One weight for each source, as our operator takes them; 1 where the method has none."""
         method = METHODS[self.document.method]
-        if "t" in method.parameters:
+        if method.base == "first":
             t = float(self._shared("t", method.parameters["t"]) or 0.0)
             return 1.0 - t, t
         if "weight" not in method.parameters:
             return (1.0,) * len(self.sources)
         weights = tuple(float(value or 0.0) for value in self._per_source("weight", method.parameters["weight"]))
         total = sum(weights)
+        if 0.0 in (densities := self._densities()):
+            # A divisor counts all models, at each entry (in an election) those that are left.
+            normalize = self._shared("normalize", method.parameters["normalize"]) and not method.elects
+            divisor = total if normalize and abs(total) > _MIN_SUM else 1.0
+            return tuple(0.0 if not d else w / divisor for w, d in zip(weights, densities, strict=True))
         if method.zero_sum == "halves":
             t = 0.5 if abs(total) < 1e-6 else weights[1] / total
             return 1.0 - t, t
@@ -66,13 +71,23 @@ class Numbers:
                     self.report(self.tensor, f"{name}: {kept[0]!r} is not supported by {operator!r} here")
                 continue
             params[parameter.operator_name] = kept[0] if len(set(kept)) == 1 else tuple(float(v) for v in kept)
+        if 0.0 in (densities := self._densities()):
+            params["density"] = tuple(density or 1.0 for density in densities)
+            params["normalize"] = bool(params["normalize"]) and METHODS[operator].elects
         own = {parameter.operator_name for parameter in METHODS[operator].parameters.values()}
         params |= {name: one.default for name, one in spec.parameters.items() if name not in own}
         self._check_della(params)
         return tuple(sorted(params.items()))
 
+    def _densities(self) -> tuple[float, ...]:
+        """Where 0 the model takes no part: weight 0 says so, with a density that keeps everything."""
+        parameter = METHODS[self.document.method].parameters.get("density")
+        if parameter is None or parameter.operator_name is None:
+            return ()
+        return tuple(float(value or 0.0) for value in self._per_source("density", parameter))
+
     def _check_della(self, params: dict[str, Number | tuple[float, ...]]) -> None:
-        if "epsilon" not in params:
+        if "epsilon" not in params or "density" not in params:
             return
         for density, epsilon in zip(self._spread(params["density"]), self._spread(params["epsilon"]), strict=True):
             if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):

@@ -9,12 +9,6 @@ from typing import Any
 
 from simmerge_ray.base.errors import PlanError, problem_list
 
-_REMEDIES = {
-    "modules": "'modules' is not supported; merge models of one stack of layers with 'models' or 'slices'",
-    "chat_template": "'chat_template' is not supported; the template comes with the tokenizer of tokenizer_source",
-    "residual_weight": "'residual_weight' has no effect in mergekit either; remove it",
-}
-
 
 def raise_problems(problems: Iterable[str], title: str) -> None:
     """One PlanError with all problems, one a line; none is no error."""
@@ -28,30 +22,38 @@ def shorten(value: object) -> str:
 
 
 class Problems:
-    """The problems of one document, each with its place; `root` is the place of the document itself."""
+    """The problems of one document, each with its place; `root` is the place of the document itself.
+
+    ignored: what has no effect, as in mergekit; it may be a slip.
+    """
 
     def __init__(self, lines: list[str], root: str) -> None:
         self._lines, self._root = lines, root
+        self.ignored: list[str] = []
 
     def report(self, place: str, message: str) -> None:
+        self._lines.append(self._line(place, message))
+
+    def ignore(self, place: str, message: str) -> None:
+        self.ignored.append(self._line(place, message))
+
+    def _line(self, place: str, message: str) -> str:
         place = ".".join(filter(None, (self._root, place)))
-        self._lines.append(f"{place}: {message}" if place else message)
+        return f"{place}: {message}" if place else message
 
     def mapping(self, value: object, place: str, known: Iterable[str]) -> dict[str, Any] | None:
-        """`value` with its known keys, the others reported; None if it is no mapping."""
+        """`value` with its known keys, the others ignored by name; None if it is no mapping."""
         if not isinstance(value, Mapping):
             self.report(place, f"a mapping is needed, got {shorten(value)}")
             return None
         known = tuple(known)
         for key in value:
             if key not in known:
-                where = f"{place}.{key}" if place else str(key)
-                if key in _REMEDIES:
-                    self.report(where, _REMEDIES[key])
-                else:
-                    near = difflib.get_close_matches(str(key)[:100], known, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                    self.report(where, f"unknown key; {hint}")
+                shown = str(key)[:100]
+                where = f"{place}.{shown}" if place else shown
+                near = difflib.get_close_matches(shown, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                self.ignore(where, f"unknown key, ignored; {hint}")
         return {key: value[key] for key in value if key in known}
 
     def list_of(self, value: object, place: str) -> list[Any]:

@@ -27,12 +27,15 @@ def read_mergekit(text: str, directory: Place) -> tuple[MergekitDocument, ...]:
     if not values:
         raise PlanError("the file holds no document; it needs merge_method and models or slices")
     problems: list[str] = []
+    ignored: list[str] = []
     documents = []
     for index, value in enumerate(values):
         root = f"documents[{index}]" if len(values) > 1 else ""
         documents.append(DocumentReader(directory, Problems(problems, root)).document(value))
+        ignored += documents[-1].ignored
     ordered = () if problems else _ordered(documents, problems)
-    raise_problems(problems, "this mergekit file cannot be used:")
+    # An ignored key may be the misspelt one that is missing.
+    raise_problems([*problems, *ignored] if problems else (), "this mergekit file cannot be used:")
     return ordered
 
 

@@ -32,7 +32,8 @@ class SettingsReader:
             where = f"{place}.{name}"
             parameter = method.parameters[name] if method else None
             if parameter and level == "source" and not parameter.per_source:
-                self._report(where, "is one value for all models; it stands under the parameters of the slice or file")
+                rule = "is one value for all models, ignored here; it stands under the parameters of the slice or file"
+                self._problems.ignore(where, rule)
                 continue
             settings[name] = self._setting(setting, where, parameter.kind if parameter else None)
             if self._operator and parameter and parameter.operator_name:
@@ -44,6 +45,8 @@ class SettingsReader:
         spec = OPERATOR_SPECS[operator].parameters.get(parameter)
         for rule in setting if spec else ():
             for value in rule.values:
+                if parameter == "density" and value == 0:
+                    continue  # the model takes no part; see `numbers`
                 if spec and (problem := spec.problem(value)):
                     self._report(place, problem)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from simmerge_ray.base.errors import CheckpointError, OutputError
 from simmerge_ray.base.storage import Manifest, Place, RemotePath, file_names, read_bytes, write_json
 from simmerge_ray.checkpoints.digests import checkpoint_fingerprint
+from simmerge_ray.checkpoints.tokenizers import TOKENIZER_FILES
 from simmerge_ray.merging.engine.compute import TensorReport
 from simmerge_ray.merging.engine.global_trims import resolve_global_trims
 from simmerge_ray.merging.graph import MergeGraph
@@ -23,9 +24,10 @@ from simmerge_ray.plans.plan import ResolvedPlan, write_plan
 PLAN_FILE = "simmerge_plan.json"
 MANIFEST_FILE = "simmerge_manifest.json"
 STATE_FILE = "merge.state.json"
-_COPIED_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "chat_template.jinja",
+# Beside the tokenizer's.
+_OTHER_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "normalizer.json",
 )  # fmt: skip
 
 
@@ -139,8 +141,11 @@ class MergeOutput:
             (directory / "model.safetensors.index.json").write_text(index)
         write_json(directory / "config.json", dict(graph.config))
         origin = graph.checkpoints[graph.tokenizer_from].path
-        for name in sorted((file_names(origin) or set()).intersection(_COPIED_FILES)):
+        copied = TOKENIZER_FILES + _OTHER_FILES if graph.tokenizer_files is None else _OTHER_FILES
+        for name in sorted((file_names(origin) or set()).intersection(copied)):
             (directory / name).write_bytes(read_bytes(origin / name))
+        for name, content in (graph.tokenizer_files or {}).items():
+            (directory / name).write_bytes(content)
         (directory / "README.md").write_text(model_card(graph, self.options.predicted, result.not_finite))
         if graph.mergekit is not None:
             (directory / "mergekit_config.yml").write_text(graph.mergekit)

@@ -14,6 +14,7 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.plans.recipe import Recipe, recipe_of
 from simmerge_ray.selector.finding.choice import Finding, choose
+from simmerge_ray.selector.finding.curve import curved_sources
 from simmerge_ray.selector.finding.probed import Prober, in_this_process
 from simmerge_ray.selector.finding.sources import FindRequest, FindSources, find_sources
 
@@ -38,7 +39,8 @@ def find_stages(run: AutoRun, narrator: Narrator) -> LabelFree:
         with narrator.stage("answers") as stage, narrator.bar("units of work") as report:
             workers = (run.engine.concurrency or 2, run.engine.gpus_per_trial)
             executor = cluster.executor(request.catalogue, *workers, report)
-            sources = find_sources(request, SignatureStore(run.signatures), executor)
+            store = SignatureStore(run.signatures)
+            sources = curved_sources(request, find_sources(request, store, executor), store, executor)
             count = sum(one.answers.num_answers for one in sources.answers)
             stage.result = f"{count} answers of {', '.join(request.catalogue.ids)} -> {run.signatures}"
         trials = cluster.trials(run.engine, run.labels, partial(_bar, narrator))
@@ -60,7 +62,8 @@ def find_here(run: AutoRun, start: Callable[[PreparedSearch], object]) -> LabelF
     from simmerge_ray.signals.tuning.run import run_tuning
 
     request = run.request
-    sources = find_sources(request, SignatureStore(run.signatures), local_executor(request.catalogue))
+    store, executor = SignatureStore(run.signatures), local_executor(request.catalogue)
+    sources = curved_sources(request, find_sources(request, store, executor), store, executor)
     trials = in_this_process(run.engine, run.labels, start)
     finding = choose(request, sources, trials)
     if (tune := _tune_config(request)) is None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 
 Scalar = float | int | bool | str
 
-_LAYER = re.compile(r"^(.*\b(?:layers|h|blocks)\.)(\d+)(\..*)$")
+# The first number is the layer's: T5 has layers inside its blocks, mixtures of experts have experts.
+_LAYER = re.compile(r"^(.*?\b(?:layers|h|blocks|layer|block)\.)(\d+)(\..*)$")
 OUTSIDE_LAYERS = 0.0  # embeddings, final norm and head take the first anchor
 
 

@@ -122,6 +122,16 @@ def _random(name: str, parameters: Mapping[str, ParameterSpec]) -> OperatorSpec:
     return _on_task_vectors(name, parameters, symmetric=False, random=True, stand_in="task_arithmetic")
 
 
+def _on_base(name: str, parameters: Mapping[str, ParameterSpec]) -> OperatorSpec:
+    """A row for a change of the base by one other checkpoint, which no step of two can be."""
+    return _on_task_vectors(name, parameters, symmetric=False, max_sources=1, uses_weights=False)
+
+
+def _ram(name: str, parameters: dict[str, ParameterSpec]) -> OperatorSpec:
+    row = parameters | {"epsilon": ParameterSpec(default=1e-5)}
+    return _on_task_vectors(name, row, uses_weights=False, per_source=frozenset())
+
+
 def _dare(normalize: ParameterSpec) -> dict[str, ParameterSpec]:
     return {"density": _DENSITY, "rescale": _ON, "scale": _SCALE, "normalize": normalize}
 
@@ -149,6 +159,7 @@ OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
                 "density": _DENSITY,
                 "scale": _SCALE,
                 "normalize": _ON,
+                "rescale": _OFF,
                 "trim_scope": ParameterSpec(default="tensor", kind="choice", choices=("tensor", "global")),
             },
             trims=True,
@@ -170,12 +181,17 @@ OPERATOR_SPECS: Mapping[str, OperatorSpec] = {
         ),
         _on_task_vectors(
             "sce",
-            {"select_topk": ParameterSpec(default=1.0, open_low=True, searched=(0.05, 1.0))},
-            min_sources=2,
+            {"select_topk": ParameterSpec(default=1.0, searched=(0.05, 1.0))},
             uses_weights=False,
             stand_in="nuslerp",
         ),
         _free("multislerp", {"normalize": _ON, "eps": _GUARD}, uses_base=True, stand_in="nuslerp"),
+        _on_base("arcee_fusion", {}),
+        _on_base("nearswap", {"t": ParameterSpec(default=1e-4, high=1e3, searched=(1e-6, 1e-2))}),
+        _ram("ram", {}),
+        _ram(
+            "ramplus_tl", {"r": ParameterSpec(default=0.1, high=10.0), "alpha": ParameterSpec(default=0.2, high=10.0)}
+        ),
         _on_task_vectors("scale_matched_linear", {}),
         _free("regmean", {"alpha": ParameterSpec(default=0.9)}, needs_grams=True),
         _free(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from simmerge_ray.plans.operators.arcee_fusion import arcee_fusion
 from simmerge_ray.plans.operators.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from simmerge_ray.plans.operators.dare import dare_linear, dare_ties
 from simmerge_ray.plans.operators.della import della, della_linear
@@ -14,8 +15,10 @@ from simmerge_ray.plans.operators.karcher import karcher
 from simmerge_ray.plans.operators.linear import linear
 from simmerge_ray.plans.operators.model_stock import model_stock
 from simmerge_ray.plans.operators.multislerp import multislerp
+from simmerge_ray.plans.operators.nearswap import nearswap
 from simmerge_ray.plans.operators.nuslerp import nuslerp, nuslerp_fell_back
 from simmerge_ray.plans.operators.passthrough import passthrough
+from simmerge_ray.plans.operators.ram import ram, ramplus_tl
 from simmerge_ray.plans.operators.regmean import regmean
 from simmerge_ray.plans.operators.scale_matched_linear import scale_matched_linear
 from simmerge_ray.plans.operators.sce import sce
@@ -43,6 +46,10 @@ OPERATORS: Mapping[str, MergeOperator] = {
     "karcher": karcher,
     "sce": sce,
     "multislerp": multislerp,
+    "arcee_fusion": arcee_fusion,
+    "nearswap": nearswap,
+    "ram": ram,
+    "ramplus_tl": ramplus_tl,
     "scale_matched_linear": scale_matched_linear,
     "regmean": regmean,
     "passthrough": passthrough,

@@ -14,10 +14,10 @@ from simmerge_ray.plans.operators.specs import OPERATOR_SPECS
 from simmerge_ray.plans.operators.task_vectors import check_count, per_source
 
 
-def trim(vector: Tensor, density: float) -> Tensor:
+def trim(vector: Tensor, density: float, rescale: bool = False) -> Tensor:
     """`vector` with all but its `kept_count` largest magnitudes set to zero; the first of equal ones are kept."""
     keep = kept_count(density, vector.numel())
-    return vector if keep == vector.numel() else masked(vector, largest(vector.abs(), keep))
+    return vector if keep == vector.numel() else masked(vector, largest(vector.abs(), keep), rescale)
 
 
 def _trimmed(
@@ -26,6 +26,7 @@ def _trimmed(
     *,
     density: float | Sequence[float],
     trim_scope: str,
+    rescale: bool,
     thresholds: Sequence[float] | None = None,
     budgets: Sequence[int] | None = None,
 ) -> list[Tensor]:
@@ -34,6 +35,7 @@ def _trimmed(
     One tensor cannot know the thresholds of that: without `thresholds` it is taken as the whole model.
 
     Args:
+        rescale: restore the l1 norm of each, where anything is left.
         thresholds: one for each source; entries with `|task vector| >= threshold` are kept instead of the
             `kept_count` largest.
         budgets: one for each source; how many entries equal to the threshold are kept, the first in flat order.
@@ -42,7 +44,7 @@ def _trimmed(
         raise OperatorError(f"operator {operator!r}: parameter 'trim_scope': {problem}")
     if thresholds is None:
         densities = per_source(operator, "density", density, len(vectors))
-        return [trim(vector, single) for vector, single in zip(vectors, densities, strict=True)]
+        return [trim(vector, single, rescale) for vector, single in zip(vectors, densities, strict=True)]
     check_count(operator, "thresholds", thresholds, len(vectors))
     masks = [vector.abs() >= low for vector, low in zip(vectors, thresholds, strict=True)]
     if budgets is not None:
@@ -50,7 +52,7 @@ def _trimmed(
         for vector, mask, low, budget in zip(vectors, masks, thresholds, budgets, strict=True):
             equal = vector.abs() == low
             mask &= ~equal | (equal.reshape(-1).cumsum(0).reshape(equal.shape) <= budget)
-    return [masked(vector, mask) for vector, mask in zip(vectors, masks, strict=True)]
+    return [masked(vector, mask, rescale) for vector, mask in zip(vectors, masks, strict=True)]
 
 
 ties = sparse_sum("ties", _trimmed, election=True)

@@ -56,14 +56,15 @@ def draw_experts(prefix: str, seed: int, num_per_domain: int) -> tuple[ExpertRec
         for number in range(1, num_per_domain + 1):
             generator = random.Random(f"expert/{seed}/{domain}/{number}")
             rank = generator.choice(LORA_RANKS) if generator.random() < LORA_SHARE else None
-            replay = _log_uniform(generator, REPLAY) if generator.random() < REPLAY_SHARE else 0.0
-            rate = _log_uniform(generator, FULL_RATES if rank is None else LORA_RATES)
-            num_steps, own_seed = round(_log_uniform(generator, NUM_STEPS)), 1000 * seed + 10 * number + place
+            replay = log_uniform(generator, REPLAY) if generator.random() < REPLAY_SHARE else 0.0
+            rate = log_uniform(generator, FULL_RATES if rank is None else LORA_RATES)
+            num_steps, own_seed = round(log_uniform(generator, NUM_STEPS)), 1000 * seed + 10 * number + place
             name = f"{prefix}-{domain}-{number}"
             drawn.append(ExpertRecipe(name, domain, rate, num_steps, replay, rank, seed=own_seed))
     return tuple(drawn)
 
 
-def _log_uniform(generator: random.Random, bounds: tuple[float, float]) -> float:
+def log_uniform(generator: random.Random, bounds: tuple[float, float]) -> float:
+    """Drawn so that every factor is as likely, to three digits."""
     low, high = bounds
     return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.3g}")

@@ -4,12 +4,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 FORMAT_VERSION = 1  # raised when the training code or a domain changes what a recipe means
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class TrainingRecipe:
+    """What a checkpoint is trained by."""
+
     def digest(self) -> str:
         """Stable over processes and machines: a digest of the recipe's fields, its kind and the format version."""
         content = {"kind": type(self).__name__, "version": FORMAT_VERSION, **asdict(self)}
@@ -17,8 +20,10 @@ class _Recipe:
 
 
 @dataclass(frozen=True)
-class BaseRecipe(_Recipe):
+class BaseRecipe(TrainingRecipe):
     """The base: steps on repeated random strings, then on examples of all domains, by their `shares` as weights."""
+
+    recall: ClassVar[float] = 0.0  # share of the first steps' rows that are passages to look up instead
 
     shares: tuple[tuple[str, float], ...]
     learning_rate: float
@@ -33,7 +38,7 @@ class BaseRecipe(_Recipe):
 
 
 @dataclass(frozen=True)
-class ExpertRecipe(_Recipe):
+class ExpertRecipe(TrainingRecipe):
     """A fine-tune of the base; `replay` is the share of each other domain, `lora_rank` None trains all weights."""
 
     name: str
@@ -44,6 +49,12 @@ class ExpertRecipe(_Recipe):
     lora_rank: int | None = None
     num_rows: int = 32
     seed: int = 0
+
+    def shares(self) -> dict[str, float]:
+        """Of what it is trained on, by name of the stream of examples."""
+        others = [domain for domain, _ in BASE_RECIPE.shares if domain != self.domain]
+        shares = dict.fromkeys(others if self.replay > 0 else (), self.replay)
+        return shares | {self.domain: 1 - sum(shares.values())}
 
 
 BASE_RECIPE = BaseRecipe(

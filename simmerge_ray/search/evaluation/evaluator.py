@@ -15,12 +15,13 @@ TokenPair = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """Of an answer after its context: sum over its tokens in nats, how many they are, and whether greedy decoding
-    would have given them."""
+    """Of an answer after its context: sum over its tokens in nats, how many they are, whether greedy decoding would
+    have given them, and the mean of their probabilities."""
 
     total: float
     num_tokens: int
     is_greedy: bool
+    mean_probability: float
 
 
 class Evaluator(Protocol):

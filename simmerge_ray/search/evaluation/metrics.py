@@ -52,5 +52,6 @@ TEXT_METRICS: Mapping[str, Callable[[str, str], float]] = {
 }
 # From the log-likelihood of choices; the number says whether it is divided by the choice's length in bytes.
 CHOICE_METRICS: Mapping[str, bool] = {"multiple_choice": False, "multiple_choice_normalized": True}
-CROSS_ENTROPY = "cross_entropy"
-METRICS: tuple[str, ...] = (*TEXT_METRICS, *CHOICE_METRICS, CROSS_ENTROPY)
+# From the log-likelihood of the target: geometric and arithmetic mean of its tokens' probabilities.
+CROSS_ENTROPY, MEAN_PROBABILITY = "cross_entropy", "mean_probability"
+METRICS: tuple[str, ...] = (*TEXT_METRICS, *CHOICE_METRICS, CROSS_ENTROPY, MEAN_PROBABILITY)

@@ -11,7 +11,14 @@ import numpy as np
 from simmerge_ray.base.errors import TaskError, unknown_name
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.search.evaluation.evaluator import Evaluator, TokenPair
-from simmerge_ray.search.evaluation.metrics import CHOICE_METRICS, METRICS, TEXT_METRICS, best_choice, token_probability
+from simmerge_ray.search.evaluation.metrics import (
+    CHOICE_METRICS,
+    MEAN_PROBABILITY,
+    METRICS,
+    TEXT_METRICS,
+    best_choice,
+    token_probability,
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,8 @@ class Task:
                 lengths = [len(choice.encode()) if CHOICE_METRICS[self.metric] else 1 for choice in item.choices]
                 totals = [one.total for one in results]
                 utilities.append(best_choice(totals, lengths, item.choices.index(item.target)))
+            elif self.metric == MEAN_PROBABILITY:
+                utilities.append(min(results[0].mean_probability, 1.0))
             else:
                 utilities.append(token_probability(results[0].total, results[0].num_tokens))
         return utilities

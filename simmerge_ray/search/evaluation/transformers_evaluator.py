@@ -17,6 +17,7 @@ from simmerge_ray.plans.plan import ResolvedPlan
 from simmerge_ray.search.evaluation.evaluator import LogLikelihood, TokenPair, cut
 
 _LOGIT_BYTES = 1 << 28  # of float32 logits held at once
+_CPU_TOKENS = 768  # of a padded batch on a CPU: more leave its caches, and gain nothing for any size of model
 
 
 class TransformersEvaluator:
@@ -86,6 +87,8 @@ class TransformersEvaluator:
         vocabulary = int(self._model.config.vocab_size)
         longest = max((len(whole) for whole in wholes), default=1)
         batch_size = max(1, min(self._batch_size, _LOGIT_BYTES // (4 * vocabulary * longest)))
+        if padded and self._device == "cpu":
+            batch_size = max(1, min(batch_size, _CPU_TOKENS // longest))
         batches = _similar_lengths if padded else _equal_lengths
         for indices in batches(wholes, batch_size):
             # Answers end together, so that the head is run over as many last positions as the longest one has.
@@ -99,9 +102,9 @@ class TransformersEvaluator:
                 length = len(pairs[index][1])
                 answer = input_ids[row, width - length :]
                 predicted = log_probs[row, -1 - length : -1]
-                total = float(predicted.gather(1, answer[:, None]).double().sum())
+                given = predicted.gather(1, answer[:, None]).double()
                 greedy = bool((predicted.argmax(dim=-1) == answer).all())
-                found[index] = LogLikelihood(total, length, greedy)
+                found[index] = LogLikelihood(float(given.sum()), length, greedy, float(given.exp().mean()))
         return [found[index] for index in range(len(pairs))]
 
     def _last_logits(self, input_ids: Tensor, mask: Tensor, count: int, padded: bool) -> Tensor:

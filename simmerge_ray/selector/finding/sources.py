@@ -37,11 +37,13 @@ class FindRequest:
 
 @dataclass(frozen=True)
 class FindSources:
-    """answers: of all owners. aim: what is wanted. scorer: of any candidate, from signatures."""
+    """answers: of all owners. aim: what is wanted. scorer: of any candidate, from signatures. digests: of the
+    checkpoints by id."""
 
     answers: tuple[OwnAnswers, ...]
     aim: Aim
     scorer: VirtualScorer
+    digests: Mapping[str, str]
 
 
 def find_request(catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet], config: FindConfig) -> FindRequest:
@@ -96,4 +98,4 @@ def find_sources(
     aim = Aim(
         tuple(one.owner for one in answers), request.base, parse_objective(config.objective, tasks), config.forget
     )
-    return FindSources(tuple(answers), aim, VirtualScorer(catalogue.ids, answers, coefficients, aim))
+    return FindSources(tuple(answers), aim, VirtualScorer(catalogue.ids, answers, coefficients, aim), digests)

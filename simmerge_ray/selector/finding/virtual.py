@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 
+from simmerge_ray.base.finding import FindConfig
+from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.selector.finding.aim import Aim
-from simmerge_ray.selector.finding.space import sum_of
+from simmerge_ray.selector.finding.space import Subset, by_operators, spread_sums, sum_of, sums_around
 from simmerge_ray.signals.candidates.coefficients import PlanCoefficients
-from simmerge_ray.signals.candidates.signatures import OwnAnswers
-from simmerge_ray.signals.candidates.virtual import VirtualAnswers
+from simmerge_ray.signals.candidates.signatures import OwnAnswers, Owner
+from simmerge_ray.signals.candidates.virtual import LogProbs, VirtualAnswers
 
+_REFINED = 16  # of the best sums whose neighbours are looked at
+_SUBSETS = 4  # of the best subsets that other operators are tried on
 # Of a shortlist: the distance that its candidates keep, and its share that is filled then.
 _TURNS = ((0.2, 0.5), (0.1, 0.75), (0.05, 1.0), (0.01, 1.0))
 
@@ -66,9 +71,21 @@ class VirtualScorer:
     def __init__(
         self, ids: Sequence[str], answers: Sequence[OwnAnswers], coefficients: PlanCoefficients, aim: Aim
     ) -> None:
-        of_owner = {one.owner: VirtualAnswers(one.kept) for one in answers}
-        self._mixtures = [of_owner[owner] for owner in aim.owners]
+        of_owner = {one.owner: one.kept for one in answers}
+        self._kept = [of_owner[owner] for owner in aim.owners]
+        self._mixtures = [VirtualAnswers(kept) for kept in self._kept]
         self._ids, self._coefficients, self._aim = tuple(ids), coefficients, aim
+
+    def curved(self, averaged: Sequence[str], average: Mapping[Owner, LogProbs]) -> VirtualScorer:
+        """The scorer that knows what the plain average of some checkpoints does as well.
+
+        Args:
+            average: of every owner's answers (`signatures.answers_of_merge`).
+        """
+        found = copy(self)
+        owners = zip(self._aim.owners, self._kept, strict=True)
+        found._mixtures = [VirtualAnswers(kept, averaged, average[owner]) for owner, kept in owners]
+        return found
 
     def coefficients_of(self, plan: MergePlan) -> dict[str, float]:
         """How much of each checkpoint's task vector a plan holds. Raises PlanError: see `PlanCoefficients.of`."""
@@ -88,6 +105,23 @@ class VirtualScorer:
             found = list(threads.map(lambda mixture: mixture.scores(rows), self._mixtures))
         retention, nll, kl = (np.stack([getattr(one, name) for one in found], 1) for name in ("retention", "nll", "kl"))
         return VirtualScores(self._ids, rows, plans, retention, nll, kl, self._aim.scores(retention, nll))
+
+
+def virtual_ranking(scorer: VirtualScorer, members: Sequence[str], config: FindConfig) -> VirtualScores:
+    """Scores of at least `config.num_recipes` recipes over all subsets of the scorer's checkpoints."""
+    found = scorer.of_sums(spread_sums(members, config.ways, config.num_recipes // 2, config.seed))
+    best = found.order
+    subsets: dict[Subset, None] = {}
+    for index in best.tolist():
+        subsets.setdefault(tuple(name for name, w in zip(members, found.coefficients[index], strict=True) if w > 0))
+        if len(subsets) == 4 * _SUBSETS:
+            break
+    large = [subset for subset in subsets if len(subset) > 1][:_SUBSETS]
+    if others := by_operators(large, parse_arms(config.arms)):
+        found = found.joined(scorer.of_plans(others))
+    left = max(len(members), config.num_recipes - len(found.scores))
+    near = sums_around(found.coefficients[best[:_REFINED]], config.ways, left, config.seed)
+    return found.joined(scorer.of_sums(near))
 
 
 def shortlist(found: VirtualScores, count: int) -> list[MergePlan]:

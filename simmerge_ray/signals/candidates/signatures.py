@@ -18,6 +18,7 @@ from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import digest_bytes, digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, TokenBatch
+from simmerge_ray.plans.plan import ResolvedPlan
 from simmerge_ray.signals.candidates.answers import (
     Answers,
     AnswerSpec,
@@ -27,7 +28,7 @@ from simmerge_ray.signals.candidates.answers import (
     join_answers,
 )
 from simmerge_ray.signals.candidates.retention import check_members
-from simmerge_ray.signals.candidates.virtual import KeptAnswers
+from simmerge_ray.signals.candidates.virtual import KeptAnswers, LogProbs
 from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, checked_results
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.tokens import tokenize_probes
@@ -45,11 +46,16 @@ class Owner:
 
 @dataclass(frozen=True)
 class OwnAnswers:
-    """One owner's answers with what all checkpoints of the catalogue think of them."""
+    """One owner's answers with what all checkpoints of the catalogue think of them.
+
+    tokens: (S, K) int64, whose log-probabilities are kept. key: digest of all that they were computed from.
+    """
 
     owner: Owner
     answers: Answers
     kept: KeptAnswers
+    tokens: np.ndarray
+    key: str
 
 
 def owners_of(catalogue: Catalogue, tasks: Sequence[str]) -> list[Owner]:
@@ -109,11 +115,13 @@ class _Collector:
         missing = [pair for pair in wanted if not self._store.has("kept", self._kept_key(*pair, keys))]
         units = [(name, owner, Unit("kept", name, (batch, tokens))) for name, owner in missing
                  for batch, tokens in _split(answers[owner], written[owner]["kept"])]  # fmt: skip
-        for (name, owner), parts in self._grouped(units):
-            likely, rest = (np.concatenate(part) for part in zip(*parts, strict=True))
+        for (name, owner), parts in _grouped(self._run, units):
             about = {"checkpoint": name, "owner": owner.checkpoint, "task": owner.task}
-            self._store.write("kept", self._kept_key(name, owner, keys), {"likely": likely, "rest": rest}, about)
-        return [OwnAnswers(owner, answers[owner], self._kept(owner, answers[owner], keys)) for owner in owners]
+            self._store.write("kept", self._kept_key(name, owner, keys), _kept_arrays(parts), about)
+        return [
+            OwnAnswers(owner, one, self._kept(owner, one, keys), written[owner]["kept"], keys[owner])
+            for owner, one in answers.items()
+        ]
 
     def _write(self, owners: Sequence[Owner], keys: Mapping[Owner, str]) -> None:
         """Answers of the owners that have none yet, and the tokens that are kept there."""
@@ -123,7 +131,7 @@ class _Collector:
             if not self._store.has("written", keys[owner])
             for batch in self._batches[owner.task]
         ]
-        for (_, owner), parts in self._grouped(units):
+        for (_, owner), parts in _grouped(self._run, units):
             tokens = np.concatenate([one for one, _ in parts])
             arrays = _flat([likely for _, likely in parts]) | {"written": tokens}
             self._store.write("written", keys[owner], arrays, _of(owner))
@@ -139,7 +147,7 @@ class _Collector:
         for owner, one in answers.items():
             if base is None or owner.checkpoint == base.id:
                 self._keep(owner, one, found[owner], [], keys)
-        for (_, owner), parts in self._grouped(looked):
+        for (_, owner), parts in _grouped(self._run, looked):
             self._keep(owner, answers[owner], found[owner], parts, keys)
 
     def _keep(
@@ -156,20 +164,6 @@ class _Collector:
             lists.append((both["tokens"], both["likely"]))
         kept = chosen_tokens(answers.tokens, lists, self._spec.num_kept)
         self._store.write("answers", keys[owner], {"written": own["written"], "kept": kept}, _of(owner))
-
-    def _grouped(self, units: Sequence[tuple[str, Owner, Unit]]) -> Iterator[tuple[tuple[str, Owner], list[Any]]]:
-        """Results by checkpoint and owner, in the order of the units, each as soon as it is whole."""
-        owners = [(name, owner) for name, owner, _ in units]
-        places: dict[tuple[str, Owner], list[int]] = {}
-        for number, group in enumerate(owners):
-            places.setdefault(group, []).append(number)
-        results: dict[int, Any] = {}
-        left = {group: len(numbers) for group, numbers in places.items()}
-        for number, result in checked_results(self._run, WorkQueue(unit for _, _, unit in units)):
-            results[number] = result
-            left[owners[number]] -= 1
-            if not left[owners[number]]:
-                yield owners[number], [results.pop(place) for place in places[owners[number]]]
 
     def _joined(self, owner: Owner, written: np.ndarray) -> Answers:
         """Raises ProbeError: see `check_answered`."""
@@ -206,6 +200,55 @@ class _Collector:
 
     def _kept_key(self, checkpoint_id: str, owner: Owner, keys: Mapping[Owner, str]) -> str:
         return digest_json(["kept", _SCHEMA, self._digests[checkpoint_id], keys[owner]])
+
+
+def answers_of_merge(
+    merge: ResolvedPlan,
+    answers: Sequence[OwnAnswers],
+    store: SignatureStore,
+    executor: Executor,
+    digests: Mapping[str, str],
+) -> dict[Owner, LogProbs]:
+    """A merge's log-probabilities at every owner's answers, computed where they are not in the store.
+
+    Args:
+        digests: of the merge's checkpoints by id.
+
+    Raises:
+        CheckpointError: the merge, or what it answers, is not finite.
+    """
+    name = merge.plan.label
+    made_of = [merge.plan.id, *(digests[ref.id] for ref in merge.used_refs)]
+    keys = {one.owner: digest_json(["kept of merge", _SCHEMA, made_of, one.key]) for one in answers}
+    units = [(name, one.owner, Unit("kept of merge", merge.checkpoints[0].id, (batch, tokens, merge)))
+             for one in answers if not store.has("kept", keys[one.owner])
+             for batch, tokens in _split(one.answers, one.tokens)]  # fmt: skip
+    for (_, owner), parts in _grouped(executor, units):
+        about = {"merge": name, "owner": owner.checkpoint, "task": owner.task}
+        store.write("kept", keys[owner], _kept_arrays(parts), about)
+    found = {owner: store.read("kept", key) for owner, key in keys.items()}
+    return {owner: (one["likely"], one["rest"]) for owner, one in found.items()}
+
+
+def _grouped(run: Executor, units: Sequence[tuple[str, Owner, Unit]]) -> Iterator[tuple[tuple[str, Owner], list[Any]]]:
+    """Results by checkpoint and owner, in the order of the units, each as soon as it is whole."""
+    owners = [(name, owner) for name, owner, _ in units]
+    places: dict[tuple[str, Owner], list[int]] = {}
+    for number, group in enumerate(owners):
+        places.setdefault(group, []).append(number)
+    results: dict[int, Any] = {}
+    left = {group: len(numbers) for group, numbers in places.items()}
+    for number, result in checked_results(run, WorkQueue(unit for _, _, unit in units)):
+        results[number] = result
+        left[owners[number]] -= 1
+        if not left[owners[number]]:
+            yield owners[number], [results.pop(place) for place in places[owners[number]]]
+
+
+def _kept_arrays(parts: Sequence[LogProbs]) -> dict[str, np.ndarray]:
+    """`units.kept` of all micro-batches in a row."""
+    likely, rest = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return {"likely": likely, "rest": rest}
 
 
 def _flat(parts: Sequence[Likeliest]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import torch
 from simmerge_ray.checkpoints.probes import TokenBatch
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.model import end_of_text
+from simmerge_ray.plans.plan import ResolvedPlan
 from simmerge_ray.signals.candidates.answers import (
     AnswerBatch,
     AnswerSpec,
@@ -43,17 +44,30 @@ def likeliest(model: ProbeModel, ref: CheckpointRef, batch: AnswerBatch, count: 
 
 
 def kept(
-    model: ProbeModel, ref: CheckpointRef, batch: AnswerBatch, tokens: np.ndarray
+    model: ProbeModel, source: CheckpointRef | ResolvedPlan, batch: AnswerBatch, tokens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of the kept tokens (S, K), and of all others together (S,), float32."""
-    return kept_log_probabilities(_logits(model, ref, batch).cpu(), tokens)
+    return kept_log_probabilities(_logits(model, source, batch).cpu(), tokens)
+
+
+def kept_of_merge(
+    model: ProbeModel, first: CheckpointRef, batch: AnswerBatch, tokens: np.ndarray, merge: ResolvedPlan
+) -> tuple[np.ndarray, np.ndarray]:
+    """`kept` of a merge, which is made in memory. first: a member of it."""
+    del first
+    return kept(model, merge, batch, tokens)
 
 
 @torch.no_grad()
-def _logits(model: ProbeModel, ref: CheckpointRef, batch: AnswerBatch) -> torch.Tensor:
-    logits = answer_logits(model.load(ref), batch)
-    check_logits(ref, logits)
+def _logits(model: ProbeModel, source: CheckpointRef | ResolvedPlan, batch: AnswerBatch) -> torch.Tensor:
+    logits = answer_logits(model.load(source), batch)
+    check_logits(source, logits)
     return logits
 
 
-ANSWER_UNITS: dict[str, Callable[..., Any]] = {"answers": written_answers, "likeliest": likeliest, "kept": kept}
+ANSWER_UNITS: dict[str, Callable[..., Any]] = {
+    "answers": written_answers,
+    "likeliest": likeliest,
+    "kept": kept,
+    "kept of merge": kept_of_merge,
+}

@@ -16,6 +16,8 @@ import numpy as np
 
 from simmerge_ray.signals.candidates.scores import mixed_scores
 
+LogProbs = tuple[np.ndarray, np.ndarray]  # (S, K) of kept tokens, and (S,) of all others together
+
 
 @dataclass(frozen=True)
 class KeptAnswers:
@@ -35,7 +37,7 @@ class KeptAnswers:
     answer: np.ndarray
 
     @property
-    def own(self) -> tuple[np.ndarray, np.ndarray]:
+    def own(self) -> LogProbs:
         """(S, K) and (S,) of the answering checkpoint."""
         if self.owner in self.ids:
             place = self.ids.index(self.owner)
@@ -76,7 +78,7 @@ class VirtualAnswers:
         self,
         kept: KeptAnswers,
         averaged: Sequence[str] = (),
-        average: tuple[np.ndarray, np.ndarray] | None = None,
+        average: LogProbs | None = None,
     ) -> None:
         self._kept = kept
         all_likely = _with_rest(kept.likely, kept.rest)

@@ -61,14 +61,16 @@ def kth_largest(vector: np.ndarray, density: float) -> float:
     return float(np.partition(magnitudes, place)[place])
 
 
-def trimmed(vector: np.ndarray, threshold: float, density: float) -> np.ndarray:
+def trimmed(vector: np.ndarray, threshold: float, density: float, rescale: bool = False) -> np.ndarray:
     """A sampled task vector (S,) with what trimming the whole of it to `density` drops set to zero.
 
     Entries equal to the threshold, many where weights are stored in few bits, are kept, the first of them first, as far
-    as `density` leaves room in the sample.
+    as `density` leaves room in the sample. `rescale` restores the l1 norm.
     """
     magnitudes = np.abs(vector)
     kept = magnitudes > threshold
     room = kept_count(density, len(vector)) - int(kept.sum())
     kept[np.flatnonzero(magnitudes == threshold)[: max(0, room)]] = True
+    if rescale and (left := float(magnitudes[kept].sum())) > 0:
+        vector = vector * (float(magnitudes.sum()) / left)
     return np.where(kept, vector, 0.0)

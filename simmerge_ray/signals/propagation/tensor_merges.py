@@ -91,7 +91,7 @@ class TensorMerges:
         if source.arm.spec.trims:  # by the checkpoints' own thresholds, which their sample does not know
             density = float(params["density"])
             left, right = (
-                trimmed(vector, self._threshold(part, vector, density), density)
+                trimmed(vector, self._threshold(part, vector, density), density, bool(params["rescale"]))
                 for part, vector in zip(parts, (left, right), strict=True)
             )
             params["density"] = 1.0

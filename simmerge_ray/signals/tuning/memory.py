@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.config import TuneConfig
+from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import TokenBatch
@@ -83,7 +84,9 @@ def recompute_layers(model: Any) -> None:
 
 def is_low_rank(ref: CheckpointRef, base: CheckpointRef) -> bool:
     """Whether a member is an adapter of the base, whose task vectors are kept as factors."""
-    return ref.adapter is not None and str(ref.path) == str(base.path) and base.adapter is None
+    if ref.adapter is None or str(ref.path) != str(base.path) or base.adapter is not None:
+        return False
+    return LoraAdapter(ref, read_headers(ref)).is_low_rank
 
 
 def _largest(base: CheckpointRef, batches: Mapping[str, Sequence[TokenBatch]], config: TuneConfig) -> tuple[int, int]:

@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, IncompatibleCheckpointsError, PlanError
 from simmerge_ray.checkpoints.catalogue import load_catalogue, write_catalogue
 from simmerge_ray.checkpoints.compatibility import check_compatible
 from simmerge_ray.checkpoints.digests import checkpoint_digest
 from simmerge_ray.checkpoints.headers import read_headers
-from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint
 from tests import tiny
 from tests.readers import TensorReader
 
@@ -79,9 +80,17 @@ def test_missing_directories_shards_and_other_formats_are_named(copy, tmp_path):
         read_headers(copy)
     for name in ("model.safetensors.index.json", "model.safetensors"):
         (copy.path / name).unlink()
-    (copy.path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="convert its .bin"):
-        read_headers(copy)
+    for name, hint in (
+        ("x.gguf", "quantised GGUF file: merge the checkpoint that it was made of .*gguf_file='x.gguf'"),
+        ("consolidated.pth", "consolidated.pth is a pickle under a name"),
+        ("model.msgpack", "weights are Flax's"),
+    ):
+        (copy.path / name).write_bytes(b"x")
+        with pytest.raises(CheckpointError, match=hint):
+            read_headers(copy)
+        (copy.path / name).unlink()
+    with pytest.raises(CheckpointError, match="is a quantised GGUF file"):
+        locate_checkpoint("a/model.gguf")
 
 
 def test_every_incompatibility_is_in_one_message(catalogue, tmp_path):
@@ -132,12 +141,34 @@ def test_malformed_catalogues_are_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_local_experts", 8, "mixture of experts .*merge dense checkpoints"),
+        ("num_local_experts", 8, "num_local_experts: 'copy' has 8, .* has None"),
         ("quantization_config", {"bits": 4}, "is quantised .*dequantise it first"),
+        ("quantization_config", {"quant_method": "gptq"}, r"is quantised \(GPTQ, quantization_config\); merge the"),
+        ("quantization_config", {"quant_method": "awq"}, r"quantised \(AWQ, .*base_model"),
+        ("quantization_config", {"load_in_4bit": True}, r"quantised \(bitsandbytes, .*`model.dequantize\(\)`"),
+        ("quantization_config", {"quant_method": "fp8"}, r"quantised \(FP8, .*FineGrainedFP8Config"),
+        ("quantization_config", {"quant_method": "new"}, r"quantised \(new, .*dequantise it first"),
     ],
 )
 def test_what_cannot_be_merged_at_all_is_refused_with_the_remedy(copy, catalogue, key, value, message):
     config = json.loads((copy.path / "config.json").read_text())
     (copy.path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(IncompatibleCheckpointsError, match=message):
+        check_compatible([catalogue.checkpoints[1], copy])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("layer.qweight", torch.int32, "AWQ, its tensors"),
+        ("layer.g_idx", torch.int32, "GPTQ, its tensors"),
+        ("layer.weight.absmax", torch.float32, "bitsandbytes, its tensors"),
+        ("layer.weight", torch.float8_e4m3fn, "FP8, tensors of dtype F8_E4M3"),
+        ("layer.weight_scale_inv", torch.float32, "FP8, its tensors"),
+    ],
+)
+def test_quantised_tensors_are_known_without_a_config(copy, catalogue, name, dtype, message):
+    tensors = load_file(copy.path / "model.safetensors")
+    save_file(tensors | {name: torch.ones(4).to(dtype)}, copy.path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IncompatibleCheckpointsError, match=rf"is quantised \({message}\); merge the checkpoint"):
         check_compatible([catalogue.checkpoints[1], copy])

@@ -43,7 +43,7 @@ def search(simmerge, zoo) -> Run:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget", "5", "--arm", "tise"], "unknown operator 'tise' (did you mean 'ties'?); known: breadcrumbs"),
+        (["--budget", "5", "--arm", "tise"], "unknown operator 'tise' (did you mean 'ties'?); known: arcee_fusion"),
         (["--budget", "5", "--arm", "ties(density=2)"], "'density': 2.0 is outside (0, 1]"),
         (["--budget", "5", "--arm", "linear", "--arm", "linear"], "'linear' is given twice"),
         (["--evaluator", "vlm"], "'vlm' is not one of 'vllm', 'transformers'"),

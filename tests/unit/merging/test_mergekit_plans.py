@@ -138,7 +138,7 @@ def arms(draw) -> Arm:
             "float": st.floats(spec.low, spec.high, exclude_min=spec.open_low),
         }[spec.kind]
         params[name] = draw(values)
-    if "epsilon" in params:  # density - epsilon and density + epsilon stay within (0, 1)
+    if {"epsilon", "density"} <= params.keys():  # density - epsilon and density + epsilon stay within (0, 1)
         params |= {"density": draw(st.floats(0.3, 0.7)), "epsilon": draw(st.floats(0.0, 0.25))}
     return make_arm(operator, params)
 

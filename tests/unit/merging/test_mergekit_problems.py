@@ -40,17 +40,18 @@ def test_every_problem_of_a_file_is_reported_at_its_place():
     dtype: bfloat
     models: [{model: a, parameters: {weigth: 1}}, {modle: b}, {model: a+b+c}, {model: d@}]
     slices: [{sources: [{model: a, layer_range: [3, 1]}]}]
-    tokenizer_source: union
+    tokenizer_source: 3
     """)
     assert [problem.split(": ")[0] for problem in problems] == [
-        "merge_metod", "merge_method", "exactly one of models and slices is needed, both given",
-        "models[0].parameters.weigth", "models[1].modle", "models[1].model", "models[2].model", "models[3].model",
+        "merge_method", "exactly one of models, slices and modules is needed, models and slices given",
+        "models[1].model", "models[2].model", "models[3].model",
         "slices[0].sources[0].layer_range", "dtype", "tokenizer_source",
+        "merge_metod", "models[0].parameters.weigth", "models[1].modle",
     ]  # fmt: skip
-    assert "unknown key; did you mean 'merge_method'?" in problems[0]
-    assert "did you mean 'ties'?" in problems[1]
-    assert "unknown key; did you mean 'weight'?" in problems[3]
-    assert "[3, 1] is empty" in problems[8]
+    assert "unknown key, ignored; did you mean 'merge_method'?" in problems[8]
+    assert "did you mean 'ties'?" in problems[0]
+    assert "unknown key, ignored; did you mean 'weight'?" in problems[9]
+    assert "[3, 1] is empty" in problems[5]
 
 
 def test_parameters_are_checked_for_the_method():
@@ -65,17 +66,17 @@ def test_parameters_are_checked_for_the_method():
     """)
     assert problems == [
         "models[0].parameters.weight: a finite number is needed, got 'high'",
-        "models[0].parameters.normalize: is one value for all models; "
-        "it stands under the parameters of the slice or file",
         "models[1].parameters.density: 1.5 is outside (0, 1]",
-        "models[2].parameters.gamma: unknown key; "
-        "known: density, int8_mask, lambda, normalize, rescale, trim_scope, weight",
         "models[2].parameters.weight: a finite number is needed, got nan",
         "models[2].model: 'b' is given twice",
         "parameters.rescale: true or false is needed, got 'maybe'",
         "parameters.lambda[0].filter: part of a tensor's name is needed, got 3",
         "parameters.lambda[1]: 'value' is missing",
         "models[1].parameters.weight: is missing; ties needs it",
+        "models[0].parameters.normalize: is one value for all models, ignored here; "
+        "it stands under the parameters of the slice or file",
+        "models[2].parameters.gamma: unknown key, ignored; "
+        "known: density, int8_mask, lambda, normalize, rescale, trim_scope, weight",
     ]
 
 
@@ -105,17 +106,18 @@ def test_parameters_are_checked_for_the_method():
             "slices[0]: base_model 'a' must be among the sources of the slice, with its layers",
         ),
         (
-            "{merge_method: passthrough, tokenizer: {source: base, tokens: {}}, models: [{model: b}]}",
-            "tokenizer: only 'source' is supported, got tokens",
-        ),
-        (
             "{merge_method: passthrough, tokenizer_source: base, models: [{model: b}]}",
             "tokenizer_source: 'base' needs base_model",
         ),
-        ("{merge_method: passthrough, models: [], modules: {}}", "modules: 'modules' is not supported;"),
+        ("{merge_method: passthrough, modules: [a]}", "modules: a mapping is needed, got ['a']"),
+        ("{merge_method: passthrough, modules: {encoder: {}}}", "modules.encoder: either models or slices are needed"),
         (
-            "{merge_method: sce, base_model: a, models: [{model: b}]}",
-            "models: sce needs at least 2 models besides the base, got 1",
+            "{merge_method: linear, modules: {encoder: {models: [{model: a}]}}}",
+            "modules.encoder.models[0].parameters.weight: is missing; linear needs it",
+        ),
+        (
+            "{merge_method: nearswap, base_model: a, models: [{model: b}, {model: c}], parameters: {t: 1}}",
+            "models: nearswap takes at most 1 models besides the base, got 2",
         ),
         ("3", "a mapping is needed, got 3"),
     ],
@@ -164,8 +166,8 @@ def test_everything_headers_show_is_reported_at_once(root, tmp_path):
     """)  # fmt: skip
     text = "\n".join(problems)
     assert "model 'absent': " in text
-    assert "checkpoint 'm2' is quantised (tensors of dtype I8); dequantise it first" in text
-    assert "vocab_size: 'm1' has 99, 'm0' has 52; resize or choose models with the same vocabulary" in text
+    assert "checkpoint 'm2' is quantised (tensors of dtype I8); merge the checkpoint that it was made of" in text
+    assert "vocab_size: 'm1' has 99, 'm0' has 52; for different vocabularies give tokenizer_source: union" in text
     assert "hidden_size: 'm2' has 65, 'm0' has 64" in text
     assert "tokenizer: 'm2' and 'm0' have different vocabularies" in text
     problems = compile_error(
@@ -256,6 +258,11 @@ DOCUMENTS = st.fixed_dictionaries(
         "models": SOURCES,
         "slices": st.lists(
             st.fixed_dictionaries({"sources": SOURCES}, optional={"parameters": PARAMETERS}), max_size=2
+        ),
+        "modules": st.dictionaries(
+            st.sampled_from(["encoder", "default"]),
+            st.fixed_dictionaries({"models": SOURCES}, optional={"parameters": PARAMETERS}),
+            max_size=2,
         ),
         "base_model": MODELS,
         "parameters": PARAMETERS,

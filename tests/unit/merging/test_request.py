@@ -88,11 +88,11 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(zoo, tmp_path):
     ("changes", "messages"),
     [
         ({"merge_method": "tise"}, ["tise", "ties"]),
-        ({"paramters": {}}, ["paramters", "parameters"]),
+        ({"parameters": {}, "paramters": {"density": 0.3}, "dtype": "f"}, ["paramters", "did you mean 'parameters'"]),
         ({"base_model": None}, ["base"]),
         ({"models": [{"model": "nowhere", "parameters": {"weight": 1}}]}, ["nowhere", "not a directory"]),
         ({"parameters": {"density": 7}, "dtype": "float8"}, ["density", "float8"]),
-        ({"tokenizer_source": "union"}, ["union"]),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, ["pad_to_multiple_of", "above 0"]),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_before_anything_is_written(zoo, tmp_path, changes, messages):
@@ -102,6 +102,21 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_is_written(zoo, tmp_p
     for message in messages:
         assert message in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+def test_keys_without_effect_are_named_and_refused_only_by_strict(zoo, tmp_path):
+    changes = {"x-anchors": {"low": 0.1}, "models": [{"model": "m0", "wieght": 1, "parameters": {"weight": 1, "t": 2}}]}
+    (zoo / "merge.yml").write_text(yaml.safe_dump(config(**changes)))
+    shown = run("merge", zoo / "merge.yml", tmp_path / "out", "--dry-run").output
+    for key in ("x-anchors: unknown key, ignored", "models[0].wieght: unknown key", "models[0].parameters.t: unknown"):
+        assert f"warning: {key}" in shown
+    with pytest.raises(InputError, match=r"no effect \(--strict\):\n  x-anchors"):
+        read_request(zoo / "merge.yml", tmp_path / "out", strict=True)
+    assert isinstance(run("merge", zoo / "merge.yml", tmp_path / "out", "--strict").exception, InputError)
+    assert not (tmp_path / "out").exists()
+    result = run("merge", zoo / "merge.yml", tmp_path / "out")
+    assert result.exit_code == 0 and "warning: x-anchors" in result.output
+    assert "x-anchors" not in (tmp_path / "out" / "mergekit_config.yml").read_text()
 
 
 def test_different_vocabularies_are_refused_with_what_to_do(zoo, tmp_path):

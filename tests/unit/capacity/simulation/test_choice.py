@@ -35,7 +35,7 @@ def arithmetic(found, name, cause="arithmetic"):
 
 def test_defaults_are_those_of_auto():
     asked, work = FindConfig(), ChoiceWork()
-    assert (work.answer_tokens, work.recipes, work.shortlist) == (asked.max_tokens, asked.num_recipes, asked.shortlist)
+    assert (work.answer_tokens, work.recipes, work.shortlist) == (asked.max_tokens, asked.num_recipes, asked.num_run(6))
     assert (work.tuned, work.most) == (asked.num_tuned, asked.ways[1])
 
 
@@ -52,7 +52,7 @@ def test_passes_of_every_checkpoint_over_every_members_answers_follow_the_formul
 def test_ranking_follows_the_measured_figures():
     found = choice()
     values = 10_000 * 2 * 64 * 16 * 33
-    assert seconds(found)["ranking"] == pytest.approx(values * (1.91 + 2 * 0.247) * 1e-9 / 2)
+    assert seconds(found)["ranking"] == pytest.approx(values * (0.583 + 2 * 0.0833) * 1e-9 / 2)
 
 
 def test_rounds_over_probes_are_those_of_the_search():

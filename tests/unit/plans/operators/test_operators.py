@@ -28,7 +28,14 @@ PARAMS: dict[str, list[dict[str, object]]] = {
     "slerp": [{}, {"threshold": 0.5}],
     "nuslerp": [{}, {"flatten": False}, {"flatten": False, "row_wise": True}],
     "task_arithmetic": [{}, {"scale": 0.3}, {"scale": 0.0}, {"normalize": True}],
-    "ties": [{}, {"density": 0.2}, {"density": 1.0}, {"density": 0.01, "scale": 0.7}, {"normalize": False}],
+    "ties": [
+        {},
+        {"density": 0.2},
+        {"density": 1.0},
+        {"density": 0.01, "scale": 0.7},
+        {"normalize": False},
+        {"density": 0.3, "rescale": True},
+    ],
     "dare_linear": DARE,
     "dare_ties": DARE,
     "della": DELLA,
@@ -37,14 +44,18 @@ PARAMS: dict[str, list[dict[str, object]]] = {
     "breadcrumbs_ties": BREADCRUMBS,
     "model_stock": [{}, {"filter_wise": True}],
     "karcher": [{}, {"max_iter": 1}, {"tol": 0.3}],
-    "sce": [{}, {"select_topk": 0.3}],
+    "sce": [{}, {"select_topk": 0.3}, {"select_topk": 0.0}],
     "multislerp": [{}, {"eps": 1e-3}, {"normalize": False}],
+    "arcee_fusion": [{}],
+    "nearswap": [{}, {"t": 0.2}, {"t": 0.0}],
+    "ram": [{}, {"epsilon": 0.3}],
+    "ramplus_tl": [{}, {"epsilon": 0.3}, {"epsilon": 0.3, "r": 0.9, "alpha": 5.0}],
     "scale_matched_linear": [{}],
     "regmean": [{}, {"alpha": 0.0}],
     "passthrough": [{}, {"scale": 0.5}],
 }
 CASES = [(name, params) for name in OPERATORS for params in PARAMS[name]]
-TWO_WAY = [(name, params) for name, params in CASES if name != "passthrough"]
+TWO_WAY = [(name, params) for name, params in CASES if OPERATOR_SPECS[name].max_sources != 1]
 ON_ARCS = ("linear", "slerp", "nuslerp", "karcher", "multislerp")
 
 
@@ -152,7 +163,7 @@ def test_elementwise_operators_may_be_cut_into_chunks_and_others_may_not(name, c
     wholes = [apply(name, base, sources, **params) for params in PARAMS[name]]
     same = all(torch.equal(part, whole) for part, whole in zip(parts, wholes, strict=True))
     # regmean without Gram matrices is the average
-    assert same == (name in ("linear", "task_arithmetic", "regmean", "passthrough"))
+    assert same == (name in ("linear", "task_arithmetic", "nearswap", "ram", "regmean", "passthrough"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -138,8 +138,14 @@ def test_model_stock_goes_all_the_way_for_equal_models_and_nowhere_for_orthogona
     assert torch.equal(apply("model_stock", zero, [torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 0.0])]), zero)
 
 
+# Their rule is absolute: a distance, or a softmax of the weights.
+NOT_HOMOGENEOUS = ("nearswap", "ram", "ramplus_tl", "arcee_fusion")
+
+
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("name", [name for name, spec in OPERATOR_SPECS.items() if spec.needs_base])
+@pytest.mark.parametrize(
+    "name", [name for name, spec in OPERATOR_SPECS.items() if spec.needs_base and name not in NOT_HOMOGENEOUS]
+)
 def test_scaling_all_task_vectors_scales_the_result(name, size):
     # No absolute threshold on task vectors: small fine-tunes merge as large ones do.
     _, *sources = tensors((64, 33))
@@ -200,3 +206,51 @@ def test_della_refuses_probabilities_outside_zero_and_one(name):
         with pytest.raises(OperatorError, match=r"outside \(0, 1\)"):
             apply(name, base, sources, density=density)
     assert math.isfinite(float(apply(name, base, sources, density=0.9, epsilon=0.05).sum()))
+
+
+def test_nearswap_takes_what_is_near_and_moves_the_rest_by_t():
+    base, x = torch.zeros(4, dtype=torch.float64), torch.tensor([0.05, -0.2, 3.0, 0.0], dtype=torch.float64)
+    assert_same(apply("nearswap", base, [x], t=0.1), [0.05, -0.1, 0.1, 0.0])
+    assert torch.equal(apply("nearswap", base, [x], t=0.0), base)
+    assert_same(apply("nearswap", base, [x], t=10.0), x)
+
+
+def test_arcee_fusion_takes_whole_entries_and_the_outliers_of_importance_first():
+    base, x, _ = tensors((64, 33))
+    merged = apply("arcee_fusion", base, [x])
+    taken = merged != base
+    assert_same(merged, torch.where(taken, x, base))
+    assert 0 < int(taken.sum()) < 0.5 * taken.numel()  # those above median + 1.5 interquartile distances
+    row = torch.argmax((x - base).abs().sum(1))
+    assert taken[row].any() and not taken[row].all()
+    one = torch.zeros(64, 33, dtype=torch.float64)
+    one[5, 7] = 2.0
+    assert torch.equal(apply("arcee_fusion", base, [base + one]), base + one)  # all that there is
+    empty = torch.zeros(0, 3)
+    assert apply("arcee_fusion", empty, [empty]).shape == (0, 3)
+
+
+def test_ram_averages_what_is_shared_and_keeps_what_is_one_source_s():
+    base = torch.zeros(4, dtype=torch.float64)
+    left, right = (torch.tensor(v, dtype=torch.float64) for v in ([2.0, 4.0, 0.0, 1e-6], [6.0, 0.0, 0.0, 0.0]))
+    assert_same(apply("ram", base, [left, right]), [4.0, 4.0, 0.0, 0.0])
+    # left: one shared entry by one of its own, rho 1; right has none of its own
+    assert_same(apply("ramplus_tl", base, [left, right], r=0.5, alpha=10.0), [4.0, 6.0, 0.0, 0.0])
+    assert_same(apply("ramplus_tl", base, [left, right], r=0.5), [4.0, 4.0 * 1.1, 0.0, 0.0])
+    for name in ("ram", "ramplus_tl"):
+        assert_same(apply(name, base, [left], epsilon=0.0), left)
+        assert_same(apply(name, base, [left, left, left], epsilon=0.0), left)
+
+
+def test_sce_of_one_source_is_it_or_with_a_selection_the_base():
+    base, x, _ = tensors((7,))
+    assert_same(apply("sce", base, [x]), x)
+    assert torch.equal(apply("sce", base, [x], select_topk=0.5), base)  # one source varies nowhere
+
+
+def test_ties_rescaled_keeps_the_l1_norm_of_every_task_vector():
+    base, x, _ = tensors((64, 33))
+    for density in (0.1, 0.5, 1.0):
+        merged = apply("ties", base, [x], density=density, rescale=True)
+        assert math.isclose((merged - base).abs().sum(), (x - base).abs().sum(), rel_tol=1e-9)
+    assert torch.equal(apply("ties", base, [base], rescale=True), base)  # nothing to restore

@@ -38,8 +38,8 @@ def test_defaults_are_left_out_so_that_one_arm_has_one_label():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tise", r"unknown operator 'tise' \(did you mean 'ties'\?\); known: breadcrumbs, .*linear"),
-        ("ties(dens=0.2)", r"unknown parameter 'dens' .*known: density, normalize, scale, trim_scope"),
+        ("tise", r"unknown operator 'tise' \(did you mean 'ties'\?\); known: arcee_fusion, breadcrumbs, .*linear"),
+        ("ties(dens=0.2)", r"unknown parameter 'dens' .*known: density, normalize, rescale, scale, trim_scope"),
         ("ties(trim_scope=model)", "'trim_scope': 'model' is not one of tensor, global"),
         ("ties(trim_scope=1)", "'trim_scope': '1' is not one of tensor, global"),
         ("ties(density=global)", "not of the form name=number"),

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from simmerge_ray.research.zoo.domains import DOMAINS, evaluation_items
 from simmerge_ray.research.zoo.model import MAX_POSITIONS, build_tokenizer
 from simmerge_ray.research.zoo.recipe import BASE_RECIPE, ExpertRecipe
-from simmerge_ray.research.zoo.training import ROW_TOKENS, packed_rows, repeated_rows, train_base, train_expert
+from simmerge_ray.research.zoo.training import (
+    ROW_TOKENS,
+    packed_rows,
+    recalled_rows,
+    repeated_rows,
+    train_base,
+    train_expert,
+)
 
 TINY_BASE = replace(
     BASE_RECIPE, num_copy_steps=1, num_steps=2, num_rows=2, num_layers=1, hidden_size=32, intermediate_size=32
@@ -122,3 +129,14 @@ def test_shipped_base_loads_and_was_made_by_the_recipe() -> None:
         for item in evaluation_items(domain, 20):
             assert tokenizer(item.prompt).input_ids == built(item.prompt).input_ids
             assert tokenizer.decode(tokenizer(item.prompt).input_ids, skip_special_tokens=True) == item.prompt
+
+
+def test_recalled_rows_count_a_value_from_its_second_time_alone() -> None:
+    tokenizer = build_tokenizer()
+    for row in islice(recalled_rows(tokenizer, seed=0), 20):
+        assert len(row.ids) == len(row.positions) == len(row.weights) == ROW_TOKENS
+        passages = [tokenizer.decode(row.ids[start : start + 8]) for start in range(1, ROW_TOKENS - 8, 8)]
+        for number, (passage, start) in enumerate(zip(passages, range(1, ROW_TOKENS, 8), strict=False)):
+            known = passage in passages[:number]
+            assert row.weights[start : start + 8] == [0.0] * 4 + [float(known)] * 3 + [0.0]
+            assert known or passage[:3] not in {one[:3] for one in passages[:number]}  # a name has one value

@@ -29,7 +29,7 @@ def test_metrics():
     assert token_probability(-2.0, 2) == pytest.approx(math.exp(-1)) and token_probability(1e-9, 3) == 1.0
     assert best_choice([-2.0, -3.0], [1, 1], 0) == 1.0 and best_choice([-2.0, -3.0], [1, 2], 0) == 0.0
     assert best_choice([-2.0, -2.0], [1, 1], 1) == 0.0  # the first of equals counts
-    assert len(METRICS) == 6
+    assert len(METRICS) == 7
     assert cut("one\ntwo;three", (";", "\n")) == "one" and cut("one", ("\n",)) == "one"
 
 
@@ -150,13 +150,15 @@ def test_likelihoods_are_those_of_a_forward_pass(catalogue):
     evaluator = TransformersEvaluator(catalogue.base)
     pairs = [([5, 6, 7], [8, 9]), ([5], [10, 11, 12]), ([5, 6, 7], [8])]
     for (before, after), found in zip(pairs, evaluator.log_likelihoods(pairs), strict=True):
-        expected, greedy = 0.0, True
+        expected, greedy, probabilities = 0.0, True, []
         for place, token in enumerate(after):
             log_probs = evaluator.log_probs([*before, *after[:place]])[-1]
             expected += float(log_probs[token])
+            probabilities.append(math.exp(float(log_probs[token])))
             greedy &= int(log_probs.argmax()) == token
         assert found.total == pytest.approx(expected, abs=1e-5) and found.num_tokens == len(after)
         assert found.is_greedy == greedy
+        assert found.mean_probability == pytest.approx(sum(probabilities) / len(after), rel=1e-5)
 
 
 def test_likelihood_tasks_give_utilities(catalogue):
@@ -171,6 +173,15 @@ def test_likelihood_tasks_give_utilities(catalogue):
     choices = [float(log_probs[evaluator.tokenizer(text)["input_ids"][0]]) for text in "cde"]
     assert choice[0] == float(int(np.argmax(choices)) == 0)
     assert Task("t", items, "cross_entropy").longest(evaluator.tokenizer) == (6, 1)
+
+
+def test_one_unlikely_token_lowers_the_arithmetic_mean_less_than_the_geometric(catalogue):
+    evaluator = TransformersEvaluator(catalogue.base)
+    items = (Item("a+b=", "cab"), Item("a+b=", "c"))
+    geometric, arithmetic = (
+        Task("t", items, name).evaluate(evaluator) for name in ("cross_entropy", "mean_probability")
+    )
+    assert 0 < geometric[0] < arithmetic[0] < 1 and geometric[1] == pytest.approx(arithmetic[1])
 
 
 def test_the_evaluator_holds_the_weights_it_was_given_last(catalogue, catalogue_path):

@@ -52,6 +52,8 @@ def own_answers(
             tuple(ids), likely[1:, :, :-1], likely[1:, :, -1], likely[0, :, :-1], likely[0, :, -1], owner.checkpoint,
             answers.answer,
         ),
+        np.broadcast_to(np.arange(num_kept), likely.shape[1:2] + (num_kept,)),
+        "",
     )  # fmt: skip
 
 
@@ -97,5 +99,5 @@ class MadeUpEvaluator:
             draw = np.random.default_rng(int.from_bytes(seed, "little")).random(2)
             greedy = bool(draw[0] < 0.6)
             each = np.log(0.5 + 0.5 * draw[1]) if greedy else np.log(0.5 * draw[1] + 1e-6)
-            found.append(LogLikelihood(float(each * len(after)), len(after), greedy))
+            found.append(LogLikelihood(float(each * len(after)), len(after), greedy, float(np.exp(each))))
         return found

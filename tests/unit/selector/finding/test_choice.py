@@ -16,6 +16,7 @@ from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.selector.finding.choice import choose
+from simmerge_ray.selector.finding.curve import curved_sources
 from simmerge_ray.selector.finding.probed import in_this_process
 from simmerge_ray.selector.finding.sources import find_request, find_sources
 from simmerge_ray.signals.compute import local_executor
@@ -44,7 +45,9 @@ def room(catalogue, catalogue_path, tmp_path_factory):
 def chosen(room, labels, **changes):
     catalogue, probe_sets, store = room
     request = find_request(catalogue, probe_sets, CONFIG.model_copy(update=changes))
-    sources = find_sources(request, store, local_executor(request.catalogue), SIGNATURE)
+    executor = local_executor(request.catalogue)
+    straight = find_sources(request, store, executor, SIGNATURE)
+    sources = curved_sources(request, straight, store, executor)
     config = SearchConfig(evaluator="transformers", pairs="all")
     started = []
 

@@ -57,7 +57,7 @@ ITEMS = st.lists(
 
 @given(ITEMS)
 def test_kept_and_nll_take_apart_what_evaluate_put_together(items):
-    found = [LogLikelihood(float(np.log(p) * length), length, greedy) for greedy, p, length in items]
+    found = [LogLikelihood(float(np.log(p) * length), length, greedy, p) for greedy, p, length in items]
     task = AnswersTask("x", [([1], [2] * length) for _, _, length in items])
     utilities = task.evaluate(Fixed(found))
     assert ((utilities >= 0) & (utilities <= 1)).all()
@@ -69,7 +69,7 @@ def test_kept_and_nll_take_apart_what_evaluate_put_together(items):
 @given(ITEMS)
 def test_nor_does_a_label_store_lose_them(items):
     """It holds float32."""
-    found = [LogLikelihood(float(np.log(max(p, 1e-3)) * length), length, greedy) for greedy, p, length in items]
+    found = [LogLikelihood(float(np.log(max(p, 1e-3)) * length), length, greedy, p) for greedy, p, length in items]
     task = AnswersTask("x", [([1], [2] * length) for _, _, length in items])
     utilities = task.evaluate(Fixed(found))
     stored = utilities.astype(np.float32).astype(np.float64)
@@ -80,7 +80,7 @@ def test_nor_does_a_label_store_lose_them(items):
 
 def test_what_is_impossible_is_87_nats_a_token_stored_or_not():
     task = AnswersTask("x", [([1], [2, 3])])
-    utilities = task.evaluate(Fixed([LogLikelihood(-1e5, 2, False)]))
+    utilities = task.evaluate(Fixed([LogLikelihood(-1e5, 2, False, 0.0)]))
     for items in (utilities, utilities.astype(np.float32)):
         kept, nll = task.kept_and_nll(items)
         assert not kept[0] and nll[0] == pytest.approx(2 * 87.3, rel=1e-3)
@@ -186,7 +186,7 @@ def test_few_candidates_are_not_halved(catalogue, tmp_path):
 def test_of_equally_good_ones_checkpoints_come_first(catalogue, tmp_path):
     class Alike(MadeUpEvaluator):
         def log_likelihoods(self, pairs, padded=False):
-            return [LogLikelihood(-0.1 * len(after), len(after), True) for _, after in pairs]
+            return [LogLikelihood(-0.1 * len(after), len(after), True, float(np.exp(-0.1))) for _, after in pairs]
 
     prober = prober_of(catalogue, tmp_path, [])
     prober._run = in_this_process(CONFIG, str(tmp_path), lambda search: Alike([]))

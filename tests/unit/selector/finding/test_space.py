@@ -15,7 +15,6 @@ from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan, resolve_plan
 from simmerge_ray.search.objectives import parse_objective
 from simmerge_ray.selector.finding.aim import Aim
-from simmerge_ray.selector.finding.choice import virtual_ranking
 from simmerge_ray.selector.finding.space import (
     MAX_WEIGHT,
     by_operators,
@@ -25,6 +24,7 @@ from simmerge_ray.selector.finding.space import (
     sum_of,
     sums_around,
 )
+from simmerge_ray.selector.finding.virtual import virtual_ranking
 from simmerge_ray.signals.candidates.signatures import Owner
 from tests.unit.selector.finding.made_up import own_answers, scorer_of
 

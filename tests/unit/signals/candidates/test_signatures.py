@@ -16,6 +16,9 @@ from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.model import end_of_text
+from simmerge_ray.merging.write.directory import write_merge
+from simmerge_ray.plans.plan import MergePlan, resolve_plan
+from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.signals.candidates.answers import (
     AnswerSpec,
     answer_logits,
@@ -25,9 +28,16 @@ from simmerge_ray.signals.candidates.answers import (
     kept_tokens,
     write_answers,
 )
-from simmerge_ray.signals.candidates.signatures import Owner, check_owners, collect_answers, owners_of
+from simmerge_ray.signals.candidates.signatures import (
+    Owner,
+    answers_of_merge,
+    check_owners,
+    collect_answers,
+    owners_of,
+)
 from simmerge_ray.signals.collect import ProbeModel
 from simmerge_ray.signals.compute import local_executor
+from simmerge_ray.signals.queue import Unit
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.tokens import tokenize_probes
 from simmerge_ray.signals.worker import SignalWorker
@@ -260,6 +270,48 @@ def test_an_owner_that_answers_nothing_is_named_each_time(tmp_path, probe_sets):
     spec = AnswerSpec(max_tokens=1, num_kept=10)
     found = collect_answers(catalogue, one, store, local_executor(catalogue), spec, SIGNATURE)
     assert set(found[0].answers.tokens.tolist()) == {1}
+
+
+def averaged(catalogue, members=("m0", "m1")):
+    return resolve_plan(MergePlan(recipe=plain_average(members)), catalogue)
+
+
+def test_a_merge_answers_as_the_merged_checkpoint_does(catalogue, probe_sets, store, answers, tmp_path):
+    merge, digests = averaged(catalogue), catalogue.digests()
+    found = answers_of_merge(merge, answers, store, local_executor(catalogue), digests)
+    write_merge(merge, tmp_path / "merged")
+    with_it = replace(catalogue, checkpoints=(*catalogue.checkpoints, CheckpointRef("merged", tmp_path / "merged")),
+                      own_task=dict(catalogue.own_task) | {"merged": None})  # fmt: skip
+    assert [owner for owner in found] == [one.owner for one in answers]
+    for one in collected(with_it, probe_sets, store):
+        place = one.kept.ids.index("merged")
+        for own, expected in zip(found[one.owner], (one.kept.likely[place], one.kept.rest[place]), strict=True):
+            np.testing.assert_allclose(own, expected, atol=2e-6)
+    again = answers_of_merge(merge, answers, store, no_executor, digests)
+    for owner in found:
+        np.testing.assert_array_equal(found[owner][0], again[owner][0])
+
+
+def test_a_worker_that_made_a_merge_gives_a_checkpoint_s_own_numbers_again(catalogue, probe_sets, answers, tmp_path):
+    """One model is held in memory, and its weights are overwritten."""
+    worker = SignalWorker(catalogue.all_refs, catalogue.base)
+    batch, tokens = answers[0].answers.batches[0], answers[0].tokens[: len(answers[0].answers.batches[0].tokens)]
+    before = worker.run_unit(Unit("kept", "m0", (batch, tokens)))
+    merged = worker.run_unit(Unit("kept of merge", "m0", (batch, tokens, averaged(catalogue))))
+    after = worker.run_unit(Unit("kept", "m0", (batch, tokens)))
+    np.testing.assert_array_equal(before[0], after[0])
+    assert not np.allclose(before[0], merged[0])
+
+
+def test_a_merge_that_is_not_finite_is_named(catalogue, probe_sets, answers, tmp_path):
+    broken = tiny.make_model(seed=5)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    ref = CheckpointRef("m1", tiny.save(broken, tmp_path / "broken"))
+    other = replace(catalogue, checkpoints=(catalogue.ref("m0"), ref))
+    with pytest.raises(CheckpointError, match="merge .*0.5 m0.*holds NaN"):
+        answers_of_merge(averaged(other), answers, SignatureStore(tmp_path / "s"), local_executor(other),
+                         catalogue.digests())  # fmt: skip
 
 
 def test_without_a_base_the_owner_alone_chooses_the_kept_tokens(catalogue, probe_sets, tmp_path):

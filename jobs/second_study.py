@@ -1,0 +1,47 @@
+"""Zoos of the second study (docs/study-2-plan.md): experts on real tasks, and small bases with experts. Takes hours.
+
+    python jobs/second_study.py --out runs/second --tasks DIRECTORY --base CHECKPOINT --only real-zoo
+    python jobs/second_study.py --out runs/second --only small-zoos
+
+What is there is not made again, so an interrupted run goes on with the same command. `python -m
+benchmarks.finding.real_tasks` makes the directory of tasks, `python -m benchmarks.merge.fixtures` the checkpoint
+(`134m/base`). OUT is a directory that every node sees. The last line is JSON that reports what happened
+(`simmerge_ray.pipelines.jobs`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from simmerge_ray.cli.app import run_as_job
+from simmerge_ray.cli.job_line import with_job_line
+from simmerge_ray.cli.places import path_option
+
+
+@with_job_line("second_study", "out")
+def second_study(
+    out: Annotated[Path, path_option(help="directory of the study")],
+    tasks: Annotated[Path | None, path_option(help="directory of the real tasks")] = None,
+    base: Annotated[Path | None, path_option(help="the pretrained checkpoint")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="real-pilot, real-zoo, real-held-out or small-zoos; repeatable")
+    ] = None,
+) -> dict[str, Any]:
+    from simmerge_ray.base.errors import ConfigError, unknown_name
+    from simmerge_ray.base.progress import narrated
+    from simmerge_ray.pipelines.second_study import STAGES, SecondStudy
+
+    for name in only or ():
+        if name not in STAGES:
+            raise ConfigError(unknown_name("stage", name, STAGES))
+    with narrated(out / "simmerge.log") as narrator:
+        SecondStudy(out, tasks, base, narrator).run(only or STAGES)
+    print(f"zoos in {out}")
+    return {"out": str(out), "stages": only or list(STAGES)}
+
+
+if __name__ == "__main__":
+    run_as_job(second_study, __doc__)

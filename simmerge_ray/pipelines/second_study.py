@@ -1,0 +1,149 @@
+"""The zoos of the second study: experts of a pretrained model on real tasks, and small bases with experts.
+
+Every stage keeps what is there, so an interrupted one goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.progress import Narrator
+from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, write_atomically, write_json
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, write_catalogue
+from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.pipelines.zoo import BASE_ID, is_trained, make_zoo_parts, write_questions
+from simmerge_ray.research.second_study.held_out import EXACT, held_out_values, value_rows
+from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_real_experts, pilot_recipes
+from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
+from simmerge_ray.research.second_study.small import FIRST_SMALL_SEED, NUM_SMALL_BASES, foreign_part
+
+STAGES = ("real-pilot", "real-zoo", "real-held-out", "small-zoos")
+NUM_REAL_PROBES = 64
+
+
+@dataclass(frozen=True)
+class SecondStudy:
+    """A method for each of `STAGES`.
+
+    root: `real/` and `small/` lie in it. tasks: directory of the real tasks. base: the pretrained checkpoint.
+    """
+
+    root: Path
+    tasks: Path | None
+    base: Path | None
+    narrator: Narrator
+
+    def run(self, stages: Sequence[str]) -> None:
+        """Run those of `STAGES`, in their order. ConfigError: a real one, without tasks or base."""
+        if any(stage.startswith("real") for stage in stages) and not (self.tasks and self.base):
+            raise ConfigError(
+                "the real zoo needs --tasks, a directory of real tasks, and --base, a pretrained checkpoint"
+            )
+        for stage in STAGES:
+            if stage in stages:
+                getattr(self, stage.replace("-", "_"))()
+
+    def real_pilot(self) -> None:
+        """One expert a task by a plain recipe, and what it is worth on held-out training examples, beside the base."""
+        recipes = pilot_recipes(self._data_digest())
+        self._train("real-pilot", recipes, "pilot")
+        self._assess("pilot", [self._ref(recipe, "pilot") for recipe in recipes])
+
+    def real_zoo(self) -> None:
+        """The experts, one at a time, with their catalogue, probes and tasks."""
+        data, recipes = self._data, draw_real_experts(self._data_digest())
+        zoo = self._directory("zoo")
+        for name, task in REAL_TASKS.items():
+            probes = [{"text": text} for text in data.probes(name, NUM_REAL_PROBES)]
+            write_atomically(zoo / "probes" / f"{name}.jsonl", jsonl_bytes(probes))
+            items = [one._asdict() for one in data.items(name)]
+            for metric, directory in {EXACT: "tasks-exact", task.metric: "tasks"}.items():
+                rows = [task.settings(metric), *items]
+                write_atomically(zoo / directory / f"{name}.jsonl", jsonl_bytes(rows))
+        self._train("real-zoo", recipes, "zoo")
+        refs = tuple(self._ref(recipe, "zoo") for recipe in recipes)
+        own_task = {recipe.name: recipe.task for recipe in recipes}
+        write_catalogue(zoo / "catalogue.yaml", Catalogue(refs, own_task, CheckpointRef(BASE_ID, self._base_path())))
+        load_catalogue(zoo / "catalogue.yaml")
+
+    def real_held_out(self) -> None:
+        """What the base and every expert are worth on held-out training examples."""
+        self._assess("zoo", list(load_catalogue(self._directory("zoo") / "catalogue.yaml").checkpoints))
+
+    def small_zoos(self) -> None:
+        """The small bases and their experts, on Ray."""
+        parts = [foreign_part(seed) for seed in range(FIRST_SMALL_SEED, FIRST_SMALL_SEED + NUM_SMALL_BASES)]
+        zoo = self.root / "small" / "zoo"
+        with self.narrator.stage("small-zoos") as stage, self.narrator.status_bar("checkpoints trained") as report:
+            write_questions(zoo)
+            num_trained = make_zoo_parts(zoo, parts, lambda done, total: report(done, total, ""))
+            stage.result = f"{num_trained} checkpoints trained -> {zoo}"
+
+    @property
+    def _data(self) -> RealData:
+        assert self.tasks is not None, "checked before the first stage"
+        return RealData(self.tasks)
+
+    def _data_digest(self) -> str:
+        return self._data.digest()
+
+    def _directory(self, kind: str) -> Path:
+        return (self.root / "real" / kind).resolve()
+
+    def _base_path(self) -> Path:
+        """The base as a checkpoint of the zoo's directory, copied once."""
+        assert self.base is not None, "checked before the first stage"
+        path = self._directory("zoo") / BASE_ID
+        if not path.exists():
+            with new_directory(path) as directory:
+                shutil.copytree(self.base, directory, dirs_exist_ok=True)
+        return path
+
+    def _ref(self, recipe: RealRecipe, kind: str) -> CheckpointRef:
+        path = self._directory(kind) / recipe.name
+        if recipe.lora_rank is None:
+            return CheckpointRef(recipe.name, path, BASE_ID)
+        return CheckpointRef(recipe.name, self._base_path(), BASE_ID, adapter=path)
+
+    def _train(self, name: str, recipes: Sequence[RealRecipe], kind: str) -> None:
+        from simmerge_ray.research.second_study.real_training import train_real_expert
+
+        missing = [recipe for recipe in recipes if not is_trained(self._directory(kind) / recipe.name, recipe)]
+        with self.narrator.stage(name) as stage, self.narrator.status_bar("training steps") as report:
+            total = sum(recipe.num_steps for recipe in missing)
+            done = 0
+            for recipe in missing:
+
+                def said(step: int, _: int, recipe: RealRecipe = recipe, before: int = done) -> None:
+                    report(before + step, total, recipe.name)
+
+                out = self._directory(kind) / recipe.name
+                train_real_expert(recipe, self._base_path(), self._data, out, said)
+                done += recipe.num_steps
+            stage.result = f"{len(missing)} experts trained, {len(recipes)} in all -> {self._directory(kind)}"
+
+    def _assess(self, kind: str, refs: Sequence[CheckpointRef]) -> None:
+        """Values of the base and the checkpoints, a file each, and a table of them."""
+        values, digest = {}, self._data_digest()
+        with self.narrator.stage(f"{kind} held out") as stage, self.narrator.status_bar("checkpoints") as report:
+            for number, ref in enumerate(every := [CheckpointRef(BASE_ID, self._base_path()), *refs]):
+                report(number, len(every), ref.id)
+                path = self._directory("held-out") / f"{ref.id}.json"
+                made_by = self._made_by(ref)
+                kept = read_json(path) if path.exists() else {}
+                if (kept.get("data"), kept.get("recipe")) != (digest, made_by):
+                    kept = {"data": digest, "recipe": made_by, "values": held_out_values(ref, self._data)}
+                    write_json(path, kept)
+                values[ref.id] = kept["values"]
+            rows = value_rows(values)
+            write_atomically(self._directory("held-out") / f"{kind}.md", ("\n".join(rows) + "\n").encode())
+            stage.result = f"{len(values)} checkpoints -> {self._directory('held-out')}"
+        self.narrator.print_lines(rows)
+
+    def _made_by(self, ref: CheckpointRef) -> str | None:
+        recipe = (ref.adapter or ref.path) / "recipe.json"
+        return read_json(recipe)["digest"] if recipe.exists() else None
