@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +31,7 @@ from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.cli.app import app
 from simmerge_ray.cli.auto import measured_lines, measured_table, retention_lines, retention_table
+from simmerge_ray.on_ray import finding
 from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.pipelines.auto.answer import check_auto, label_free_json, write_stage
 from simmerge_ray.pipelines.auto.find import find_here, find_stages
@@ -46,6 +48,7 @@ from simmerge_ray.selector.finding.sources import find_request
 from simmerge_ray.selector.finding.space import kept_checkpoints, sum_of
 from simmerge_ray.selector.finding.virtual import VirtualScores
 from simmerge_ray.signals.candidates.signatures import Owner
+from simmerge_ray.signals.queue import Unit, WorkQueue
 
 ENGINE = SearchConfig(pairs="all", evaluator="transformers", concurrency=1)
 FIND = FindConfig(members=("m0", "m1"), num_recipes=200, shortlist=4, tune="none", max_tokens=4)
@@ -303,3 +306,32 @@ def test_a_whole_run_tunes_and_measures_and_the_next_one_computes_nothing(reques
     assert here["keeps"] == pytest.approx(content["keeps"]) and here["best"]["score"] == pytest.approx(
         content["best"]["score"], abs=1e-3
     )
+
+
+def test_actors_of_units_stay_for_all_rounds_and_end_before_what_follows(catalogue, monkeypatch):
+    said: list[str] = []
+
+    @contextmanager
+    def session():
+        said.append("cluster")
+        yield
+        said.append("no cluster")
+
+    @contextmanager
+    def actors(*_):
+        said.append("actors")
+        yield lambda queue: iter([(index, unit.kind) for index, unit in enumerate(queue.units)])
+        said.append("no actors")
+
+    monkeypatch.setattr(finding, "ray_session", session)
+    monkeypatch.setattr(finding, "ray_executor", actors)
+    with finding.ClusterOnDemand() as cluster:
+        run = cluster.executor(catalogue, 2, 0.0)
+        assert not said  # nothing was missing yet
+        for kind in ("answers", "kept"):
+            assert list(run(WorkQueue([Unit(kind, "m0", ())]))) == [(0, kind)]
+        assert said == ["cluster", "actors"]
+        cluster.start()  # trials, or tuning
+        assert said == ["cluster", "actors", "no actors"]
+        list(run(WorkQueue([Unit("kept", "m0", ())])))
+    assert said == ["cluster", "actors", "no actors", "actors", "no actors", "no cluster"]

@@ -49,6 +49,12 @@ def test_passes_of_every_checkpoint_over_every_members_answers_follow_the_formul
     assert arithmetic(found, "answers") == pytest.approx(generated)
 
 
+def test_the_average_is_one_worker_s_pass_over_all_answers():
+    found = choice()
+    assert arithmetic(found, "average") == pytest.approx(2 * 7.6e9 * 64 * (99 + 16) * 2 / (67e12 * 0.4))
+    assert next(phase for phase in found.phases if phase.name == "average").units == 1
+
+
 def test_ranking_follows_the_measured_figures():
     found = choice()
     values = 10_000 * 2 * 64 * 16 * 33

@@ -192,6 +192,22 @@ def test_the_compiled_exponential_is_numpy_s_to_1e_6(x):
     assert below[1] == pytest.approx(-log_p[1], rel=1e-6, abs=1.2e-7)
 
 
+@pytest.mark.parametrize("num_candidates", [1, 63, 64, 65, 130])
+def test_candidates_go_through_many_positions_side_by_side(num_candidates):
+    """In blocks, the normalising sums of many positions multiplied before a logarithm is taken."""
+    generator = np.random.default_rng(num_candidates)
+    lengths, vocabulary = [3] * 70, 9
+    likely = reference.log_softmax(generator.normal(size=(3, sum(lengths), vocabulary)) * 3).astype(np.float32)
+    parts = np.stack([likely[0], likely[1] - likely[0], likely[2] - likely[0]])
+    weights = generator.uniform(0, 1.5, (num_candidates, 2)).astype(np.float32)
+    coefficients = np.column_stack([np.ones(num_candidates), weights])
+    given = np.exp(likely[1]), parts, vocabulary - 1
+    found = mixed(*given, coefficients, lengths)
+    np.testing.assert_allclose(found, slow_mixed(*given, coefficients, lengths), rtol=1e-5, atol=2e-3)
+    for place in {0, num_candidates // 2, num_candidates - 1}:  # to the bit, whoever stands beside it
+        np.testing.assert_array_equal(found[place], mixed(*given, coefficients[[place]], lengths)[0])
+
+
 @CASES
 @settings(max_examples=40)
 def test_mixed_scores_are_the_slow_ones(seed, vocabulary, lengths):
