@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.base.errors import CheckpointError
-from simmerge_ray.base.storage import Place, digest_bytes, file_names, file_version
+from simmerge_ray.base.errors import CheckpointError, shown_value
+from simmerge_ray.base.storage import Place, digest_bytes, file_names, file_version, read_json_object
 from simmerge_ray.checkpoints.references import ADAPTER_FILE, CheckpointRef
 
 DIRECTORY_VARIABLE = "SIMMERGE_CONVERTED_DIR"
@@ -98,14 +98,13 @@ def _files(ref: CheckpointRef) -> list[Place]:
     there = file_names(ref.path) or set()
     if _INDEX not in there:
         return [ref.path / _SINGLE]
-    try:
-        names = sorted(set(json.loads((ref.path / _INDEX).read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ref.error(f"{ref.path / _INDEX} is damaged") from None
-    for name in names:
-        if not isinstance(name, str) or "/" in name or "\\" in name or name not in there:
-            raise ref.error(f"the index names {str(name)[:100]!r}, which is no file beside it")
-    return [ref.path / name for name in names]
+    weight_map = read_json_object(ref.path / _INDEX, ref.error).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ref.error(f"{ref.path / _INDEX} has no 'weight_map', the shard of every tensor")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name not in there:  # a name with a slash is no file of this directory
+            raise ref.error(f"{ref.path / _INDEX} names {shown_value(name)}, which is no file beside it")
+    return [ref.path / name for name in sorted(set(weight_map.values()))]
 
 
 def _run(ref: CheckpointRef, files: Sequence[Path], target: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.base.storage import read_json
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.checkpoints.tokenizers import load_tokenizer, same_tokenizer, tokenizer_files
 from simmerge_ray.merging.row_layouts import AVERAGE, ZERO, RowLayout
@@ -54,11 +55,11 @@ def are_laid_out_alike(refs: Sequence[CheckpointRef], sizes: Sequence[int | None
     if files[0].name != "tokenizer.json":
         return False
     try:
-        content = json.loads(files[0].read_bytes())
+        content = read_json(files[0])
         vocabulary = content["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         known = set(ids) | {one["id"] for one in content.get("added_tokens") or ()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return known == set(range(sizes[0] or 0))
 

@@ -6,11 +6,10 @@ line break after every turn of `llama3`, and indents the turns of `exaone`.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from simmerge_ray.base.storage import file_names
+from simmerge_ray.base.storage import file_names, read_json_object, read_text
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG
 
@@ -70,14 +69,15 @@ def template_of(ref: CheckpointRef) -> str | None:
     """The chat template of a checkpoint's tokenizer: its file, or the (default) one in `tokenizer_config.json`."""
     names = file_names(ref.path) or ()
     if CHAT_TEMPLATE in names:
-        text: str = (ref.path / CHAT_TEMPLATE).read_text()
-        return text
+        try:
+            return read_text(ref.path / CHAT_TEMPLATE)
+        except OSError as error:
+            raise ref.error(f"cannot read {ref.path / CHAT_TEMPLATE}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ref.error(f"{ref.path / CHAT_TEMPLATE} is not UTF-8 text") from None
     if TOKENIZER_CONFIG not in names:
         return None
-    try:
-        found = json.loads((ref.path / TOKENIZER_CONFIG).read_text()).get("chat_template")
-    except (ValueError, AttributeError, RecursionError):
-        raise ref.error(f"{ref.path / TOKENIZER_CONFIG} is damaged") from None
+    found = read_json_object(ref.path / TOKENIZER_CONFIG, ref.error).get("chat_template")
     if isinstance(found, list):
         found = next(
             (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from simmerge_ray.base.errors import CheckpointError
-from simmerge_ray.base.storage import file_names
+from simmerge_ray.base.storage import file_names, read_json_object
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_FILES, load_tokenizer
 from simmerge_ray.merging.graph import Read, Rows, promoted
@@ -172,11 +172,8 @@ def files_with_template(ref: CheckpointRef, template: str) -> dict[str, bytes]:
     names = file_names(ref.path) or set()
     files = {name: (ref.path / name).read_bytes() for name in sorted(names.intersection(TOKENIZER_FILES))}
     if TOKENIZER_CONFIG in files:
-        try:
-            config = json.loads(files[TOKENIZER_CONFIG])
-            config.pop("chat_template", None)
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            raise ref.error(f"{ref.path / TOKENIZER_CONFIG} is damaged") from None
+        config = read_json_object(ref.path / TOKENIZER_CONFIG, ref.error)
+        config.pop("chat_template", None)
         files[TOKENIZER_CONFIG] = json.dumps(config, indent=2, ensure_ascii=False).encode()
     return files | {CHAT_TEMPLATE: template.encode()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from simmerge_ray.base.storage import Place, place_in
+from simmerge_ray.base.storage import Place, place_in, read_text
 from simmerge_ray.merging.mergekit.chat_templates import TEMPLATES
 from simmerge_ray.merging.mergekit.documents import ModelName, TokenRule, VocabularyRules
 from simmerge_ray.merging.mergekit.problems import Problems, shorten
@@ -84,7 +84,7 @@ def read_template(value: object, directory: Place, report: Callable[[str, str], 
     if "{" in value or "\n" in value:
         return value
     try:
-        text: str = place_in(directory, value).read_text()
+        text = read_text(place_in(directory, value))
     except (OSError, ValueError):
         known = ", ".join(("auto", *TEMPLATES))
         report(place, f"{shorten(value)} is no file, no text of a template (it has no '{{'), and none of: {known}")

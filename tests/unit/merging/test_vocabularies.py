@@ -296,6 +296,24 @@ def test_chat_templates_by_name_file_text_and_commonest(zoo, tmp_path):
         request(zoo, tmp_path, {"base": 1, "code": 1}, chat_template="chatlm")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja is not UTF-8 text"),
+        ("tokenizer_config.json", b"[" * 5000, "tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", b"[]", "holds list, a JSON object is needed"),
+    ],
+)
+def test_a_damaged_template_is_named(zoo, tmp_path, file, content, message):
+    copy = tmp_path / "zoo"
+    for name in ("base", "twin"):
+        shutil.copytree(zoo / "base", copy / name)
+        (copy / name / "chat_template.jinja").unlink(missing_ok=True)
+    (copy / "twin" / file).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        request(copy, tmp_path, {"base": 1, "twin": 1}, chat_template="auto")
+
+
 def test_a_template_for_a_tokenizer_that_is_copied(catalogue_path, tmp_path):
     models = [{"model": str(catalogue_path.parent / name), "parameters": {"weight": 1}} for name in ("m0", "m1")]
     document = {"merge_method": "linear", "models": models, "chat_template": "chatml"}
