@@ -31,6 +31,7 @@ study: setup
 # Campaigns that take long and are not part of the tests: kills in every stage, drivers, actors and nodes killed in
 # a search, the service killed under load. Figures: benchmarks/README.md
 soak: setup
+	@SIMMERGE_FUZZ_FILES=20000 $(BIN)/python -m pytest -q tests/fuzz/test_files.py
 	@$(BIN)/python -m benchmarks.soak demo
 	@$(BIN)/simmerge demo runs/demo
 	@$(BIN)/python -m benchmarks.search.soak_search --run runs/demo --out runs/soak

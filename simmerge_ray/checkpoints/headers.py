@@ -132,7 +132,7 @@ def _checked_specs(file: Place, header: bytes, start: int, size: int) -> dict[st
         sizes = [8 * (end - begin) for begin, end in offsets]
         is_sound = (
             kinds <= {int}
-            and not any(0 in shape and _is_endless(shape) for shape in shapes)
+            and not any(map(_is_endless, shapes))
             and min(chain(begins, *shapes), default=0) >= 0
             and num_bits == sizes
         )

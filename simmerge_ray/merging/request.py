@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simmerge_ray.base.errors import PlanError
+from simmerge_ray.base.errors import PlanError, problem_list
 from simmerge_ray.base.storage import Place, read_text
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.headers import read_headers
@@ -41,8 +41,7 @@ class MergeRequest:
 
     def warnings(self) -> list[str]:
         """What of the file has no effect, one a line; the first 20."""
-        lines = [f"warning: {line}" for line in self.graph.warnings]
-        return lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
+        return problem_list("", (f"warning: {line}" for line in self.graph.warnings)).splitlines()
 
     def lines(self, max_shard_bytes: int, num_threads: int | None) -> list[str]:
         """The merge in words and numbers, from headers alone."""

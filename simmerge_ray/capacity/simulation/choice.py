@@ -56,7 +56,7 @@ class ChoiceWork:
 
     answer_tokens: int = 16
     recipes: int = 10_000
-    shortlist: int = shortlist_of(1000)
+    shortlist: int = shortlist_of(6)  # of six members or more
     tuned: int = 1
     steps: int = 60
     adapters: bool = False

@@ -40,12 +40,12 @@ def curved_sources(
 
 
 def _averaged(request: FindRequest, sources: FindSources) -> tuple[str, ...]:
+    """Members of the average that is looked at; none where nothing of several members is asked for."""
     members, config = request.catalogue.ids, request.config
-    if config.ways[1] < 2 or len(members) <= _FEW:
-        return members if config.ways[1] > 1 else ()
+    if config.ways[1] < 2:
+        return ()
+    if len(members) <= _FEW:
+        return members
     found = virtual_ranking(sources.scorer, members, config)
-    for index in found.order.tolist():
-        plan = found.plan(index)
-        if plan is not None and len(plan.members) > 1:
-            return plan.members
-    return ()
+    best = map(found.plan, found.order.tolist())
+    return next((plan.members for plan in best if plan is not None and len(plan.members) > 1), ())
