@@ -217,11 +217,10 @@ class TuneConfig(FrozenConfig):
     alpha: float = option(0.9, "regmean: what off-diagonals of Gram matrices are scaled by", ge=0, le=1)
     groups: Literal["global", "layer", "block", "tensor"] = option("layer", "what shares a coefficient of a member")
     objective: Literal["kl", "nll", "entropy"] = option("kl", "entropy never looks at the members: a control")
-    num_steps: int = option(60, "of Adam, at most", flag="steps", ge=1)
-    learning_rate: float = option(0.05, "of Adam", gt=0)
+    num_steps: int = option(30, "gradients, at most", flag="steps", ge=1)
     pull: float = option(0.05, "weight of the mean squared distance from the start", ge=0)
     held_out: float = option(0.25, "share of the probes that only decide when to stop", ge=0, lt=1)
-    patience: int = option(20, "steps without a better held-out objective before the stop", ge=1)
+    patience: int = option(4, "steps in which the held-out objective falls by less than 1 % before the stop", ge=1)
     start: float | None = option(None, "mean coefficient at the start; default: one over the members' number", ge=0)
     start_from: Literal["equal", "norm-matched"] = option(
         "equal", "shares at the start: the same, or by the inverse of the task vectors' norms (NAN)"
