@@ -30,16 +30,21 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from simmerge_ray.base.tables import TextTable
+
 Report = Callable[[int, int], None]
 StatusReport = Callable[[int, int, str], None]
 _SECONDS_BETWEEN_LINES = 60.0
 
 
 class Narrator:
-    """Prints stages to a console. `silent()` makes one that prints nothing, for library use and tests."""
+    """Prints stages to a console. `silent()` makes one that prints nothing, for library use and tests.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    wide: tables have all their columns, however long the lines are.
+    """
+
+    def __init__(self, console: Console, wide: bool = False) -> None:
+        self.console, self._wide = console, wide
 
     @staticmethod
     def silent() -> Narrator:
@@ -53,6 +58,10 @@ class Narrator:
         """Lines that may hold anything: no markup."""
         for line in lines:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def table(self, table: TextTable) -> None:
+        """A table as the lines have room for it."""
+        table.print(self.console, self._wide)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -125,17 +134,17 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def narrated(log: Path | None, to_stderr: bool = False) -> Iterator[Narrator]:
+def narrated(log: Path | None, to_stderr: bool = False, wide: bool = False) -> Iterator[Narrator]:
     """A narrator on the terminal; what libraries print goes to the log file, or with None to the terminal as well.
 
     Args:
-        to_stderr: leave standard output to the result, for programs.
+        to_stderr: leave standard output to the result, for programs. wide: see `Narrator`.
     """
     if log is None:
-        yield Narrator(Console(stderr=to_stderr))
+        yield Narrator(Console(stderr=to_stderr), wide)
         return
     with redirected_output(log, to_stderr) as console:
-        narrator = Narrator(console)
+        narrator = Narrator(console, wide)
         narrator.say(f"[dim]log of libraries: {log}[/dim]")
         yield narrator
 

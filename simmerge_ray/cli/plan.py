@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -60,47 +60,36 @@ def plan(
     from simmerge_ray.checkpoints.catalogue import load_catalogue
 
     checkpoints = load_catalogue(catalogue)
-    with narrated(None, as_json) as narrator:
+    with narrated(None, as_json, wide) as narrator:
         if pair:
-            result = _plan_pair(checkpoints, files, pair, config.tasks, out, _Shown(narrator, wide))
+            result = _plan_pair(checkpoints, files, pair, config.tasks, out, narrator)
         else:
-            result = _plan_catalogue(checkpoints, files, config, top, out, _Shown(narrator, wide))
+            result = _plan_catalogue(checkpoints, files, config, top, out, narrator)
     if as_json:
         echo_json(result)
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """Where an answer is shown, and how wide."""
-
-    narrator: Narrator
-    wide: bool
-
-    def table(self, table: TextTable) -> None:
-        table.print(self.narrator.console, self.wide)
-
-
 def _plan_catalogue(
-    checkpoints: Catalogue, files: RankingFiles, config: RankingConfig, top: int, out: Place | None, shown: _Shown
+    checkpoints: Catalogue, files: RankingFiles, config: RankingConfig, top: int, out: Place | None, narrator: Narrator
 ) -> dict[str, Any]:
     from simmerge_ray.selector.planning.files import default_selector, ranking_json, read_parents, write_plans
     from simmerge_ray.selector.planning.request import read_sources
 
     request = read_sources(files, checkpoints, config.propagator).request(config)
     warnings = trust_lines(request, files.selector)
-    shown.narrator.print_lines(warnings)
-    with shown.narrator.bar("steps of merges looked at") as report:
+    narrator.print_lines(warnings)
+    with narrator.bar("steps of merges looked at") as report:
         ranking = request.rank(top, report)
-    _print_ranking(ranking, request, read_parents(files.selector or default_selector()), shown)
+    _print_ranking(ranking, request, read_parents(files.selector or default_selector()), narrator)
     if out is not None:
         paths = write_plans(out, ranking, checkpoints)
         told = f"{len(paths)} plans written to {out}; make the first with: simmerge merge {paths[0]} OUT"
-        shown.narrator.print_lines([told])
+        narrator.print_lines([told])
     return {"selector": warnings[0], "warnings": warnings[1:]} | ranking_json(ranking)
 
 
 def _print_ranking(
-    ranking: Ranking, request: PlanRequest, parents: Mapping[str, Mapping[str, float]], shown: _Shown
+    ranking: Ranking, request: PlanRequest, parents: Mapping[str, Mapping[str, float]], narrator: Narrator
 ) -> None:
     pool, num_plans = request.pool, request.space.num_plans()
     rows = [(str(number), *_row(one)) for number, one in enumerate(ranking.plans, 1)]
@@ -110,7 +99,7 @@ def _print_ranking(
         Column(""), Column("plan"), Column("predicted", right=True), Column("interval", right=True),
         Column("why", optional=True),
     ]  # fmt: skip
-    shown.table(TextTable(f"predicted utility, {tasks_text(pool)}", columns, rows))
+    narrator.table(TextTable(f"predicted utility, {tasks_text(pool)}", columns, rows))
     searched = "all" if ranking.width is None else f"of {num_plans} plans, a beam of width {ranking.width}:"
     lines = [
         f"{searched} {ranking.num_scored} scored by second_order, the first {ranking.num_reranked} ranked by "
@@ -123,7 +112,7 @@ def _print_ranking(
         lines.append("the first plan is that of the best fixed arm")
     lines += [f"approximate in the first plan: {line}" for line in ranking.plans[0].approximate]
     lines.append(best_singles(pool, request.sources.table, parents))
-    shown.narrator.print_lines(lines)
+    narrator.print_lines(lines)
 
 
 def trust_lines(request: PlanRequest, path: Place | None = None) -> list[str]:
@@ -226,7 +215,7 @@ def _plan_pair(
     pair: tuple[str, str],
     tasks: Sequence[str],
     out: Place | None,
-    shown: _Shown,
+    narrator: Narrator,
 ) -> dict[str, Any]:
     """Rank the arms for one pair, say which to take and why, and write the plan of that one."""
     from simmerge_ray.plans.keeping import arm_plan
@@ -240,15 +229,15 @@ def _plan_pair(
     check_catalogue(checkpoints, recommender.table)
     answer = recommender.recommend(left, right, tasks)
     said = speaker(files.selector, recommender.selector)
-    shown.narrator.print_lines([said, f"* take {answer.choice.arm}: {answer.choice.reason}"])
+    narrator.print_lines([said, f"* take {answer.choice.arm}: {answer.choice.reason}"])
     if answer.known:
-        shown.table(_pair_table(answer, recommender.selector.best_fixed, f"{left} + {right}"))
-        shown.narrator.print_lines(_pair_lines(answer))
+        narrator.table(_pair_table(answer, recommender.selector.best_fixed, f"{left} + {right}"))
+        narrator.print_lines(_pair_lines(answer))
     if out is not None:
         resolved = resolve_plan(arm_plan(left, right, answer.choice.arm), checkpoints)
         write_plan(out, resolved, answer.predicted)
         what = "make it" if resolved.plan.is_merge else "no merge is needed; copy the checkpoint"
-        shown.narrator.print_lines([f"plan written to {out}; {what} with: simmerge merge {out} OUT"])
+        narrator.print_lines([f"plan written to {out}; {what} with: simmerge merge {out} OUT"])
     told = ("arm", "utility", "sd", "interval", "by_task")
     arms = [{name: getattr(one, name) for name in told} for one in answer.ranked] if answer.known else []
     return {"selector": said, "pair": pair, "choice": asdict(answer.choice), "limit": answer.limit, "arms": arms}
