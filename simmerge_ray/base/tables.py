@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _GAP = "  "
 _INDENT = "    "
@@ -42,11 +42,12 @@ class TextTable:
 
     def print(self, console: Console, wide: bool = False) -> None:
         """As wide as the console at most; wide: every column, however long the lines are."""
-        console.print(Text(self.title, "italic"), soft_wrap=True)
-        for text in self._lines(10**9 if wide else console.width):
-            console.print(text, soft_wrap=True, highlight=False)
+        lines = list(self._lines(10**9 if wide else console.width))
+        for style, text in [("italic", self.title), *lines] if self.title else lines:
+            console.print(text, style=style or None, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
-    def _lines(self, width: int) -> Iterator[Text]:
+    def _lines(self, width: int) -> Iterator[tuple[str, str]]:
+        """Style and text of each line."""
         left_out: list[str] = []
         # A column that says nothing about any row is no loss.
         shown = [place for place in range(len(self.columns)) if not self.rows or any(row[place] for row in self.rows)]
@@ -56,44 +57,48 @@ class TextTable:
         if self._width(shown) > width:
             yield from self._blocks(width)
             return
-        widths = [self._column_width(place) for place in shown]
-        yield _line([self.columns[place].name for place in shown], widths, self._right(shown), "bold")
+        yield "bold", self._line([column.name for column in self.columns], shown)
         for row in self.rows:
-            style = "bold" if row and row[0] == "*" else ""
-            yield _line([row[place] for place in shown], widths, self._right(shown), style)
+            yield _style(row), self._line(row, shown)
         if left_out:
-            yield Text(f"(not shown for lack of room: {', '.join(left_out)}; --wide shows all)", "dim")
+            yield "dim", f"(not shown for lack of room: {', '.join(left_out)}; --wide shows all)"
 
-    def _blocks(self, width: int) -> Iterator[Text]:
+    def _blocks(self, width: int) -> Iterator[tuple[str, str]]:
         """Each row as its first texts on a line of their own, and the rest below it, by name."""
-        head = next((place for place, column in enumerate(self.columns) if column.name and not column.right), 0)
+        head = 1 + next((place for place, column in enumerate(self.columns) if column.name and not column.right), 0)
         for row in self.rows:
-            yield Text(_GAP.join(filter(None, row[: head + 1])), "bold")
+            yield "bold", _GAP.join(filter(None, row[:head]))
             line = ""
-            for column, cell in zip(self.columns[head + 1 :], row[head + 1 :], strict=True):
+            for column, cell in zip(self.columns[head:], row[head:], strict=True):
                 told = f"{column.name} {cell}"
-                if not cell:
-                    continue
-                if line and cell_len(_INDENT + line + "; " + told) > width:
-                    yield Text(f"{_INDENT}{line};")
-                    line = ""
-                line = f"{line}; {told}" if line else told
+                if cell and line and _width(f"{_INDENT}{line}; {told}") > width:
+                    yield "", f"{_INDENT}{line};"
+                    line = told
+                elif cell:
+                    line = f"{line}; {told}" if line else told
             if line:
-                yield Text(_INDENT + line)
+                yield "", _INDENT + line
+
+    def _line(self, cells: Sequence[str], shown: Sequence[int]) -> str:
+        padded = []
+        for place in shown:
+            room = " " * (self._column_width(place) - _width(cells[place]))
+            padded.append(room + cells[place] if self.columns[place].right else cells[place] + room)
+        return _GAP.join(padded).rstrip()
 
     def _column_width(self, place: int) -> int:
-        return max(cell_len(text) for text in (self.columns[place].name, *(row[place] for row in self.rows)))
+        return max(_width(text) for text in (self.columns[place].name, *(row[place] for row in self.rows)))
 
     def _width(self, shown: Sequence[int]) -> int:
         return sum(map(self._column_width, shown)) + len(_GAP) * (len(shown) - 1)
 
-    def _right(self, shown: Sequence[int]) -> list[bool]:
-        return [self.columns[place].right for place in shown]
+
+def _style(row: Sequence[str]) -> str:
+    return "bold" if row and row[0] == "*" else ""
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], style: str) -> Text:
-    padded = []
-    for cell, width, is_right in zip(cells, widths, right, strict=True):
-        room = " " * (width - cell_len(cell))
-        padded.append(room + cell if is_right else cell + room)
-    return Text(_GAP.join(padded).rstrip(), style)
+def _width(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    from rich.cells import cell_len
+
+    return cell_len(text)

@@ -15,12 +15,12 @@ import typer
 
 from simmerge_ray.base.config import EngineConfig, SearchConfig
 from simmerge_ray.base.finding import FindConfig
-from simmerge_ray.base.storage import Manifest, read_text
+from simmerge_ray.base.storage import Manifest, read_json
 from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.cli.job_line import with_job_line
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, path_option, place_option
-from simmerge_ray.cli.shown import JsonOption, WideOption
+from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
 
 if TYPE_CHECKING:
     from simmerge_ray.base.progress import Narrator
@@ -55,7 +55,6 @@ def auto(
     --evaluate the best few are measured, and that is the last word. An interrupted run goes on with the same command.
     """
     started = time.monotonic()
-    from simmerge_ray.base.progress import narrated
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
     from simmerge_ray.pipelines.auto.answer import ANSWER, SIGNATURES, check_auto, check_evaluation, own_labels
@@ -69,16 +68,16 @@ def auto(
     labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
     labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
     where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
+    shown = Shown(log, wide, as_json)
     run = AutoRun(request, search, out, where, labels, evaluate, write)
     from simmerge_ray.on_ray.resources import only_job
 
     # Of two submissions of one job the second waits, and then finds everything in place. Checks are in it: they hash.
     with only_job(str(out.resolve()), partial(typer.echo, err=as_json)):
         check_auto(run)
-        with narrated(log, as_json, wide) as narrator:
+        with shown.narrated() as narrator:
             answer = _run(run, narrator, started)
-    if as_json:
-        typer.echo(read_text(out / ANSWER))
+    shown.result(read_json(out / ANSWER))
     return {"out": str(out), **answer}
 
 

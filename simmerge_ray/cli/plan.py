@@ -14,7 +14,7 @@ from simmerge_ray.base.storage import Place
 from simmerge_ray.base.tables import Column, TextTable
 from simmerge_ray.cli.options import changed_options, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
-from simmerge_ray.cli.shown import JsonOption, WideOption, echo_json
+from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
 
 if TYPE_CHECKING:
     from simmerge_ray.base.progress import Narrator
@@ -56,17 +56,15 @@ def plan(
         raise ConfigError(f"{', '.join(ignored)}: not for one pair; leave out --left and --right, or these options")
     if not pair and out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; plans go into a directory")
-    from simmerge_ray.base.progress import narrated
     from simmerge_ray.checkpoints.catalogue import load_catalogue
 
-    checkpoints = load_catalogue(catalogue)
-    with narrated(None, as_json, wide) as narrator:
+    checkpoints, shown = load_catalogue(catalogue), Shown(None, wide, as_json)
+    with shown.narrated() as narrator:
         if pair:
             result = _plan_pair(checkpoints, files, pair, config.tasks, out, narrator)
         else:
             result = _plan_catalogue(checkpoints, files, config, top, out, narrator)
-    if as_json:
-        echo_json(result)
+    shown.result(result)
 
 
 def _plan_catalogue(
