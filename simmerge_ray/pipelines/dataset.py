@@ -14,6 +14,7 @@ from simmerge_ray.base.errors import ConfigError, InputError, TaskError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, read_json, write_json
 from simmerge_ray.base.tables import TextTable, columns_of
+from simmerge_ray.capacity.engines import engines_that_fit, waiting_lines
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.on_ray.digests import digest_on_nodes
@@ -98,6 +99,8 @@ def search_stage(
         from simmerge_ray.on_ray.merge_search import run_search
 
         started = time.monotonic()
+        if config.evaluator == "transformers":
+            narrator.print_lines(waiting_lines(prepare_search(catalogue, tasks, config, str(labels.resolve()))))
         with search_bar(narrator) as report:
             # Absolute: trial actors write the labels, and may run in another working directory.
             result = run_search(catalogue, tasks, config, labels.resolve(), report=report, answers=answers)
@@ -219,7 +222,6 @@ def plan_search(catalogue_path: Place, tasks_dir: Place | None, labels: Place, c
         problems.append(str(error))
     if catalogue is None or tasks is None:
         raise ConfigError("\n".join(problems))
-    from simmerge_ray.capacity.engines import engines_that_fit
     from simmerge_ray.search.proposers import make_proposer
 
     study = prepare_search(catalogue, tasks, config, str(labels.resolve()))

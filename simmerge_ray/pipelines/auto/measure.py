@@ -11,6 +11,7 @@ from typing import Any
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.base.progress import Narrator
+from simmerge_ray.capacity.engines import waiting_lines
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.pipelines.dataset import search_bar
@@ -76,6 +77,7 @@ def measure_stage(run: AutoRun, found: LabelFree, narrator: Narrator) -> Measure
 
     start = first_measured(found, run.request.catalogue.ids, run.evaluate)
     members = run.request.catalogue.ids
+    narrator.print_lines(waiting_lines(prepare_measuring(run)))
     with narrator.stage("measure") as stage:
         with search_bar(narrator) as report:
             catalogue, config = on_same_tasks(run.request.catalogue), _around(run, start)
