@@ -66,11 +66,12 @@ class PlanRequest:
     space: PlanSpace
     pool: TaskPool
 
-    def rank(self, top: int) -> Ranking:
-        """The best plans. Raises InputError: the propagator lacks something, or does not deliver what the selector was
-        trained with."""
-        return self.sources.scorer.rank(self.space, self.pool, top, self.config)
+    def rank(self, top: int, report: Callable[[int, int], None] = lambda done, total: None) -> Ranking:
+        """The best plans; those of checkpoints that the selector does not know come last. Raises InputError: the
+        propagator lacks something, or does not deliver what the selector was trained with."""
+        return self.sources.scorer.rank(self.space, self.pool, top, self.config, self.unlike_pairs, report)
 
+    @cached_property
     def unlike_pairs(self) -> list[tuple[str, str]]:
         """Pairs of checkpoints that are unlike the training data of the selector on a task that counts for them."""
         selector, table = self.sources.selector, self.sources.table
@@ -97,7 +98,7 @@ def read_sources(files: RankingFiles, catalogue: Catalogue, propagator: str) -> 
     shortlist = read_selector(directory / SHORTLIST)
     table = read_signal_table(files.signals)
     selector.check_weights(table)
-    _check_catalogue(catalogue, table)
+    check_catalogue(catalogue, table)
     return RankingSources(
         shortlist if propagator == SecondOrder.name else selector, shortlist, table, catalogue.ids, catalogue.own_task,
         partial(_propagator, propagator, table, catalogue, files),
@@ -119,7 +120,7 @@ def _propagator(name: str, table: SignalTable, catalogue: Catalogue, files: Rank
     return PROPAGATORS[name](read_evidence(table, catalogue, load_probe_sets(files.probes), store))
 
 
-def _check_catalogue(catalogue: Catalogue, table: SignalTable) -> None:
+def check_catalogue(catalogue: Catalogue, table: SignalTable) -> None:
     """Refuse a table of other checkpoints, or of other contents under their names. Raises PlanError: naming a
     checkpoint."""
     known = table.provenance["checkpoints"]
