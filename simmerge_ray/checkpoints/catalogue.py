@@ -23,7 +23,7 @@ from pydantic import Field
 
 from simmerge_ray.base.config import FrozenConfig, check_config, load_yaml
 from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
-from simmerge_ray.base.storage import Place, name_below, place_in, read_text, write_atomically
+from simmerge_ray.base.storage import Place, as_place, name_below, place_in, read_text, write_atomically
 from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.compatibility import compatibility_problems, refuse_problems
@@ -61,6 +61,11 @@ class Catalogue:
     checkpoints: tuple[CheckpointRef, ...]
     own_task: Mapping[str, str | None]
     base: CheckpointRef | None = None
+
+    @staticmethod
+    def load(path: str | Place) -> Catalogue:
+        """`load_catalogue`: read the YAML file, and check from headers that its checkpoints can be merged."""
+        return load_catalogue(as_place(path))
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from simmerge_ray import __version__
 from simmerge_ray.base.errors import ConfigError, InputError, SimmergeError
+from simmerge_ray.base.version import __version__
 from simmerge_ray.cli.auto import auto
 from simmerge_ray.cli.catalogue import catalogue_app
 from simmerge_ray.cli.client import client_app

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simmerge_ray.base.config import EngineConfig, SearchConfig
+from simmerge_ray.base.config import EngineConfig
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.storage import Manifest
 from simmerge_ray.cli.job_line import with_job_line
@@ -54,18 +54,12 @@ def auto(
     started = time.monotonic()
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
-    from simmerge_ray.pipelines.auto.answer import SIGNATURES, check_auto, check_evaluation, own_labels
-    from simmerge_ray.pipelines.auto.request import AutoRun
-    from simmerge_ray.search.evaluation import load_tasks
+    from simmerge_ray.pipelines.auto.answer import auto_run, check_auto, check_evaluation
     from simmerge_ray.selector.finding.sources import find_request
 
     check_evaluation(evaluate, tasks is not None)
     request = find_request(load_catalogue(catalogue), load_probe_sets(probes), config)
-    search = SearchConfig(**engine.model_dump(), pairs="all")
-    labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
-    labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
-    where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
-    run = AutoRun(request, search, out, where, labels, evaluate, write)
+    run = auto_run(request, engine, out, signatures, tasks, evaluate, write)
     from simmerge_ray.on_ray.resources import only_job
 
     # Of two submissions of one job the second waits, and then finds everything in place. Checks are in it: they hash.
