@@ -157,6 +157,18 @@ def write_catalogue(path: Place, catalogue: Catalogue) -> None:
     write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
 
 
+def new_catalogue_text(path: Place, catalogue: Catalogue, head: str) -> str:
+    """A catalogue file for `path` with a comment at its head, a checkpoint a line. Raises IncompatibleCheckpointsError:
+    they cannot be merged with each other."""
+    refuse_problems(_problems(catalogue.all_refs))
+    text = ""
+    if catalogue.base is not None:
+        text = _edited_text(path, text, _entry(path, catalogue.base), as_base=True)
+    for ref in catalogue.checkpoints:
+        text = _edited_text(path, text, _entry(path, ref, catalogue.own_task[ref.id]), as_base=False)
+    return head + text
+
+
 def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> None:
     """Refuse what no checkpoint could be added as; reads the catalogue file alone, if it exists.
 
