@@ -65,11 +65,11 @@ def auto(
     # Of two submissions of one job the second waits, and then finds everything in place. Checks are in it: they hash.
     with only_job(str(out.resolve()), typer.echo):
         check_auto(run)
-        answer = _run(run, log, started)
+        answer = answer_run(run, log, started)
     return {"out": str(out), **answer}
 
 
-def _run(run: AutoRun, log: Path | None, started: float) -> dict[str, Any]:
+def answer_run(run: AutoRun, log: Path | None, started: float) -> dict[str, Any]:
     """Everything after the checks; returns the answer."""
     from simmerge_ray.base.progress import narrated
 

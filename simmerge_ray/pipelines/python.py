@@ -13,12 +13,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from simmerge_ray.base.config import EngineConfig, RankingConfig, RankingFiles, SignalsConfig
-from simmerge_ray.base.errors import PlanError
+from simmerge_ray.base.errors import ConfigError, PlanError
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Place, as_place
@@ -28,7 +28,6 @@ from simmerge_ray.plans.plan import MergePlan, resolve_plan
 
 if TYPE_CHECKING:
     from simmerge_ray.merging.write.output import MergeResult
-    from simmerge_ray.pipelines.auto.request import AutoRun
     from simmerge_ray.selector.planning.scorer import Ranking
     from simmerge_ray.signals.table import SignalTable
 
@@ -110,37 +109,25 @@ def find_merge(
         InputError: what does not fit, before anything runs. EngineError: no evaluator started.
     """
     from simmerge_ray.pipelines.auto.answer import auto_run, check_auto, label_free_json
+    from simmerge_ray.pipelines.auto.find import find_stages
     from simmerge_ray.selector.finding.sources import find_request
 
-    request = find_request(catalogue, _probe_sets(probes), config or FindConfig())
+    if evaluate and not on_ray:
+        raise ConfigError("measuring on labels runs on actors: give on_ray=True with tasks and evaluate")
+    request, narrator = find_request(catalogue, _probe_sets(probes), config or FindConfig()), Narrator.silent()
     with _directory(out) as directory:
         labels = None if tasks is None else as_place(tasks)
         run = auto_run(request, engine or _TRANSFORMERS, directory, None, labels, evaluate, write=False)
+        run = replace(run, here=not on_ray)
         check_auto(run)
-        if evaluate and not on_ray:
-            raise PlanError("measuring on labels runs on actors: give on_ray=True with tasks and evaluate")
-        if not on_ray:
-            from simmerge_ray.on_ray.engines import start_evaluator
-            from simmerge_ray.pipelines.auto.find import find_here
+        found = find_stages(run, narrator)
+        plan, content = found.best.plan, label_free_json(run, found)
+        if evaluate:
+            from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json
 
-            found = find_here(run, start_evaluator)
-            return Best(request.catalogue, found.best.plan, label_free_json(run, found))
-        return _on_ray(run)
-
-
-def _on_ray(run: AutoRun) -> Best:
-    from simmerge_ray.pipelines.auto.answer import label_free_json
-    from simmerge_ray.pipelines.auto.find import find_stages
-
-    narrator = Narrator.silent()
-    found = find_stages(run, narrator)
-    plan, content = found.best.plan, label_free_json(run, found)
-    if run.evaluate:
-        from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json
-
-        measurement = measure_stage(run, found, narrator)
-        plan, content = measurement.verdict.winner.plan, content | measured_json(run, measurement)
-    return Best(run.request.catalogue, plan, content)
+            measurement = measure_stage(run, found, narrator)
+            plan, content = measurement.verdict.winner.plan, content | measured_json(run, measurement)
+    return Best(request.catalogue, plan, content)
 
 
 def make_merge(

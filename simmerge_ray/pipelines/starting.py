@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, ProbeError, unknown_name
+from simmerge_ray.base.program import program
 from simmerge_ray.base.storage import Place, RemotePath, as_place, jsonl_bytes, read_json_object, write_atomically
 from simmerge_ray.checkpoints.cards import card_matter
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, new_catalogue_text
@@ -255,8 +256,10 @@ def _next_lines(
     lines = []
     if missing:
         more = " ".join(f"--probes {task}=FILE" for task in missing)
-        lines.append(f"no probes yet of {', '.join(missing)}: simmerge init {directory} {more}")
+        lines.append(f"no probes yet of {', '.join(missing)}: {program()} init {directory} {more}")
     engine = "" if find_spec("vllm") else " --evaluator transformers"
-    command = f"simmerge auto {directory / CATALOGUE} --probes {directory / PROBES} --out {directory / 'best'}{engine}"
+    command = (
+        f"{program()} auto {directory / CATALOGUE} --probes {directory / PROBES} --out {directory / 'best'}{engine}"
+    )
     first = [word for word, is_missing in (("a base", catalogue.base is None), ("probes", bool(missing))) if is_missing]
     return [*lines, f"next{', with ' + ' and '.join(first) if first else ''}: {command}"]

@@ -42,11 +42,10 @@ def test_every_name_is_there_documented_and_typed():
 def _later() -> dict[str, object]:
     """Names that are imported for type checkers only."""
     from simmerge_ray.merging.write.output import MergeResult
-    from simmerge_ray.pipelines.auto.request import AutoRun
     from simmerge_ray.selector.planning.scorer import Ranking
     from simmerge_ray.signals.table import SignalTable
 
-    return {"MergeResult": MergeResult, "AutoRun": AutoRun, "Ranking": Ranking, "SignalTable": SignalTable}
+    return {"MergeResult": MergeResult, "Ranking": Ranking, "SignalTable": SignalTable}
 
 
 def test_the_names_for_type_checkers_are_those_at_run_time():
