@@ -23,7 +23,7 @@ from pydantic import Field
 
 from simmerge_ray.base.config import FrozenConfig, check_config, load_yaml
 from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
-from simmerge_ray.base.storage import Place, name_below, place_in, read_text, write_atomically
+from simmerge_ray.base.storage import Place, as_place, name_below, place_in, read_text, write_atomically
 from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.compatibility import compatibility_problems, refuse_problems
@@ -61,6 +61,11 @@ class Catalogue:
     checkpoints: tuple[CheckpointRef, ...]
     own_task: Mapping[str, str | None]
     base: CheckpointRef | None = None
+
+    @staticmethod
+    def load(path: str | Place) -> Catalogue:
+        """`load_catalogue`: read the YAML file, and check from headers that its checkpoints can be merged."""
+        return load_catalogue(as_place(path))
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -150,6 +155,18 @@ def write_catalogue(path: Place, catalogue: Catalogue) -> None:
     content: dict[str, object] = {"base": _entry(path, catalogue.base)} if catalogue.base else {}
     content["checkpoints"] = [_entry(path, ref, catalogue.own_task[ref.id]) for ref in catalogue.checkpoints]
     write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def new_catalogue_text(path: Place, catalogue: Catalogue, head: str) -> str:
+    """A catalogue file for `path` with a comment at its head, a checkpoint a line. Raises IncompatibleCheckpointsError:
+    they cannot be merged with each other."""
+    refuse_problems(_problems(catalogue.all_refs))
+    text = ""
+    if catalogue.base is not None:
+        text = _edited_text(path, text, _entry(path, catalogue.base), as_base=True)
+    for ref in catalogue.checkpoints:
+        text = _edited_text(path, text, _entry(path, ref, catalogue.own_task[ref.id]), as_base=False)
+    return head + text
 
 
 def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> None:

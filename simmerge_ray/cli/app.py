@@ -14,8 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from simmerge_ray import __version__
 from simmerge_ray.base.errors import ConfigError, InputError, SimmergeError
+from simmerge_ray.base.version import __version__
 from simmerge_ray.cli.auto import auto
 from simmerge_ray.cli.catalogue import catalogue_app
 from simmerge_ray.cli.client import client_app
@@ -23,6 +23,7 @@ from simmerge_ray.cli.cluster import cluster_app
 from simmerge_ray.cli.db import db_app
 from simmerge_ray.cli.demo import demo, report, zoo
 from simmerge_ray.cli.extract_lora import extract_lora_command
+from simmerge_ray.cli.init import init
 from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.cli.merge import merge
 from simmerge_ray.cli.plan import plan
@@ -45,7 +46,7 @@ app = typer.Typer(
     no_args_is_help=True,
     **_SETTINGS,
 )
-for command in (demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve):
+for command in (init, demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve):
     app.command()(command)
 app.command("extract-lora")(extract_lora_command)
 app.command("simulate")(simulate_command)

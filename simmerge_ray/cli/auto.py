@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simmerge_ray.base.config import EngineConfig, SearchConfig
+from simmerge_ray.base.config import EngineConfig
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.storage import Manifest, read_json
 from simmerge_ray.base.tables import TextTable, columns_of
@@ -57,31 +57,25 @@ def auto(
     started = time.monotonic()
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
-    from simmerge_ray.pipelines.auto.answer import ANSWER, SIGNATURES, check_auto, check_evaluation, own_labels
-    from simmerge_ray.pipelines.auto.request import AutoRun
-    from simmerge_ray.search.evaluation import load_tasks
+    from simmerge_ray.pipelines.auto.answer import ANSWER, auto_run, check_auto, check_evaluation
     from simmerge_ray.selector.finding.sources import find_request
 
     check_evaluation(evaluate, tasks is not None)
     request = find_request(load_catalogue(catalogue), load_probe_sets(probes), config)
-    search = SearchConfig(**engine.model_dump(), pairs="all")
-    labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
-    labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
-    where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
+    run = auto_run(request, engine, out, signatures, tasks, evaluate, write)
     shown = Shown(log, wide, as_json)
-    run = AutoRun(request, search, out, where, labels, evaluate, write)
     from simmerge_ray.on_ray.resources import only_job
 
     # Of two submissions of one job the second waits, and then finds everything in place. Checks are in it: they hash.
     with only_job(str(out.resolve()), partial(typer.echo, err=as_json)):
         check_auto(run)
         with shown.narrated() as narrator:
-            answer = _run(run, narrator, started)
+            answer = answer_run(run, narrator, started)
     shown.result(read_json(out / ANSWER))
     return {"out": str(out), **answer}
 
 
-def _run(run: AutoRun, narrator: Narrator, started: float) -> dict[str, Any]:
+def answer_run(run: AutoRun, narrator: Narrator, started: float) -> dict[str, Any]:
     """Everything after the checks; returns the answer."""
     from simmerge_ray.pipelines.auto.answer import label_free_json, write_stage
     from simmerge_ray.pipelines.auto.find import find_stages

@@ -24,9 +24,15 @@ def retention_sources(
     Raises:
         ProbeError: see `check_members`. IncompatibleCheckpointsError: the model does not fit the catalogue.
     """
+    return checked_sources(model, load_catalogue(catalogue_path), load_probe_sets(probes))
+
+
+def checked_sources(
+    model: str, catalogue: Catalogue, probe_sets: dict[str, ProbeSet]
+) -> tuple[CheckpointRef, Catalogue, dict[str, ProbeSet]]:
+    """`retention_sources` of a catalogue and probes that are read."""
     from simmerge_ray.signals.candidates.retention import check_members
 
-    catalogue, probe_sets = load_catalogue(catalogue_path), load_probe_sets(probes)
     check_members(catalogue, probe_sets)
     known = {ref.id: ref for ref in catalogue.all_refs}
     ref = known[model] if model in known else locate_checkpoint(model)

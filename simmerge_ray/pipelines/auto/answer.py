@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from simmerge_ray.base.config import EngineConfig, SearchConfig
 from simmerge_ray.base.errors import ConfigError, OutputError, TaskError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Manifest, write_json
+from simmerge_ray.base.storage import Manifest, Place, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.merging.write.directory import write_merge
 from simmerge_ray.merging.write.output import PLAN_FILE, check_target
@@ -18,11 +19,35 @@ from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.pipelines.auto.measure import prepare_measuring
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan, resolve_plan, write_plan
-from simmerge_ray.search.evaluation import Task
+from simmerge_ray.search.evaluation import Task, load_tasks
 from simmerge_ray.selector.finding.probed import ProbedPlan
+from simmerge_ray.selector.finding.sources import FindRequest
 
 MERGED, ANSWER, PLAN, MANIFEST = "merged", "auto.json", "plan.json", "manifest.json"
 SIGNATURES = "signatures"
+
+
+def auto_run(
+    request: FindRequest,
+    engine: EngineConfig,
+    out: Path,
+    signatures: Place | None,
+    tasks: Place | None,
+    evaluate: int,
+    write: bool = True,
+) -> AutoRun:
+    """What is asked. signatures: None puts them into `out`. tasks: directory of labels, of which `evaluate` merges are
+    measured.
+
+    Raises:
+        ConfigError: one of `tasks` and `evaluate` without the other. TaskError: a task that cannot be used or lacks.
+    """
+    check_evaluation(evaluate, tasks is not None)
+    search = SearchConfig(**engine.model_dump(), pairs="all")
+    labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
+    labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
+    where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
+    return AutoRun(request, search, out, where, labels, evaluate, write)
 
 
 def check_auto(run: AutoRun) -> None:
@@ -45,8 +70,7 @@ def write_stage(
         content: of `auto.json`, beside the answer. manifest: of all that the answer depends on. started:
             `time.monotonic()` of the whole run.
     """
-    known = {json.dumps(one["plan"]): one["retention"] for one in (content["best"], *content["candidates"])}
-    keeps = {owner: {"retention": share} for owner, share in known.get(json.dumps(best.to_json()), {}).items()}
+    keeps = {owner: {"retention": share} for owner, share in kept_by(best, content).items()}
     merged = _write_best(run, best, keeps, manifest, narrator)
     answer = {
         "answer": "merge" if best.is_merge else "keep",
@@ -56,6 +80,12 @@ def write_stage(
     write_json(run.out / ANSWER, answer | {"plan": best.to_json()} | dict(content))
     manifest.write(run.out / MANIFEST, time.monotonic() - started, {"answer": best.label})
     return answer
+
+
+def kept_by(plan: MergePlan, content: Mapping[str, Any]) -> dict[str, float]:
+    """Retention by owner of a plan in the content of `auto.json`; empty where it was not run over the probes."""
+    known = {json.dumps(one["plan"]): one["retention"] for one in (content["best"], *content["candidates"])}
+    return dict(known.get(json.dumps(plan.to_json()), {}))
 
 
 def _write_best(

@@ -31,6 +31,13 @@ def find_stages(run: AutoRun, narrator: Narrator) -> LabelFree:
         ProbeError, CheckpointError: checkpoints or probes that cannot be used. ConfigError: nothing could be run.
         EngineError: no evaluator started.
     """
+    if run.here:
+        from simmerge_ray.on_ray.engines import start_evaluator
+
+        with narrator.stage("choose") as stage:
+            found = find_here(run, start_evaluator)
+            stage.result = f"{len(found.finding.virtual.scores)} merges scored, best: {found.best.plan.label}"
+        return found
     from simmerge_ray.on_ray.finding import ClusterOnDemand
     from simmerge_ray.signals.signature import SignatureStore
 

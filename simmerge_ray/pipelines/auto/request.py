@@ -21,7 +21,7 @@ class AutoRun:
     """What is asked, and where the answer goes.
 
     engine: what runs candidates. tasks, evaluate: labels, and how many merges are measured by them; 0 for none.
-    signatures: URI of their store. write: whether a merge that is the answer is made.
+    signatures: URI of their store. write: whether a merge that is the answer is made. here: without Ray.
     """
 
     request: FindRequest
@@ -31,6 +31,7 @@ class AutoRun:
     tasks: Mapping[str, EvaluationTask]
     evaluate: int = 0
     write: bool = True
+    here: bool = False
 
     @property
     def labels(self) -> str:
