@@ -9,6 +9,7 @@ import typer
 
 from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.errors import PlanError, unknown_name
+from simmerge_ray.base.storage import Output, as_place, check_outputs
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, place_option
 
@@ -43,6 +44,7 @@ def signals(
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
 
+    check_outputs(_outputs(out, signatures, figures), {"CATALOGUE": catalogue, "--probes": probes})
     ids = load_catalogue(catalogue).ids
     for name in explain or ():
         if name not in ids:
@@ -59,6 +61,17 @@ def signals(
             figures_stage(table, out, narrator)
         if explain:
             _print_explanation(narrator.console, table, *explain)
+
+
+def _outputs(out: PathOrUri, signatures: str | None, figures: bool) -> list[Output]:
+    """The table and what is written beside it."""
+    kept = out.parent / "signatures" if signatures is None else as_place(signatures)
+    return [
+        Output(out, is_file=True, starts=b"PAR1", kind="a table of signals"),
+        Output(out.parent / f"{out.stem}.json", "what it was made of", is_file=True),
+        Output(kept, "--signatures"),
+        *([Output(out.parent / f"{out.stem}_figures", "the heat maps")] if figures else []),
+    ]
 
 
 def _print_explanation(console: Console, table: SignalTable, left: str, right: str) -> None:

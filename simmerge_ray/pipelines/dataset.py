@@ -24,7 +24,7 @@ from simmerge_ray.search.evaluation import EvaluationTask, load_tasks
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.search.labels import LabelStore, pair_contexts
 from simmerge_ray.search.setup import PreparedSearch, prepare_search
-from simmerge_ray.search.status import SearchStatus
+from simmerge_ray.search.status import SearchStatus, cause
 from simmerge_ray.search.summary import PlanResult, ranked_results
 
 UNCHANGED = "unchanged since the last run"
@@ -134,9 +134,19 @@ def input_digests(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask]) -> 
 
 @contextmanager
 def search_bar(narrator: Narrator) -> Iterator[Callable[[SearchStatus], None]]:
-    """A progress bar for a search."""
+    """A progress bar for a search; the first trial that fails for a reason is said at once, and why."""
+    said: set[str] = set()
     with narrator.status_bar("merges evaluated") as report:
-        yield lambda status: report(status.done, status.total, status.line)
+
+        def tell(status: SearchStatus) -> None:
+            for how, some in (("failed", status.failures), ("trying again", status.setbacks)):
+                for label, reason in some:
+                    if (line := f"{how}: {cause(label, reason)}") not in said:
+                        said.add(line)
+                        narrator.print_lines([f"           {how}: {label}: {reason}"])
+            report(status.done, status.total, status.line)
+
+        yield tell
 
 
 def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
