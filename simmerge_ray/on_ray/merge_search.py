@@ -24,13 +24,14 @@ from simmerge_ray.capacity.engines import max_seconds, num_engines, rank_needs
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.on_ray.resources import check_room, ray_session
+from simmerge_ray.on_ray.tasks import is_short_of_memory
 from simmerge_ray.on_ray.tune_adapters import (
     NO_UTILITY,
     EarlyStopping,
     Failures,
     Proposals,
     SearchLimits,
-    last_line,
+    failure_text,
     trial_result,
 )
 from simmerge_ray.plans.plan import MergePlan
@@ -195,11 +196,15 @@ def _label_failures(search: PreparedSearch, results: Any) -> None:
     for result in results:
         if result.error is None:
             continue
-        if any(fault in f"{type(result.error).__name__} {result.error}" for fault in _CLUSTER_FAULTS):
-            faults.append(last_line(result.error))
+        told = f"{type(result.error).__name__} {result.error}"
+        if is_short_of_memory(result.error) or any(fault in told for fault in _CLUSTER_FAULTS):
+            faults.append(failure_text(result.error))
             continue
         trial = Trial.from_text(result.config["trial"])
-        reason = f"the trial's actor failed {_MAX_FAILURES + 1} times: {last_line(result.error)}"
+        reason = f"the trial's actor failed {_MAX_FAILURES + 1} times: {failure_text(result.error)}"
         store.append([search.label(trial.plan, task, Infeasible(reason), 0.0) for task in trial.tasks])
     if faults:
-        raise EngineError(f"the cluster lost {len(faults)} trials, which have no label: {faults[0]}")
+        raise EngineError(
+            f"the cluster lost {len(faults)} trials, which have no label: {faults[0]}; the others are kept: run the "
+            "same command again (--concurrency 1 if memory is short)"
+        )

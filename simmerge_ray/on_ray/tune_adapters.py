@@ -15,6 +15,7 @@ from ray.tune.search import Searcher
 from ray.tune.utils.util import unflatten_dict
 from ray.util import metrics
 
+from simmerge_ray.on_ray.tasks import is_short_of_memory, last_line, loss_text
 from simmerge_ray.search.labels import LabelStore, Measured, Outcome, Stopped
 from simmerge_ray.search.proposers import Proposer
 from simmerge_ray.search.runner import TrialProgress
@@ -183,6 +184,11 @@ def _progress_of(result: Mapping[str, Any]) -> TrialProgress:
     return TrialProgress(items, result["finished"], 0, result.get("infeasible"), result.get("rival"))
 
 
+def failure_text(error: BaseException | None) -> str:
+    """Why a trial's actor failed, in one line."""
+    return loss_text(error) if error is not None and is_short_of_memory(error) else last_line(error)
+
+
 class Failures(tune.Callback):
     """Why trials have lost their actors, which Tune does not tell a searcher."""
 
@@ -190,16 +196,10 @@ class Failures(tune.Callback):
         self._proposals = proposals
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._proposals.lost(trial.trial_id, last_line(trial.get_pickled_error()), is_last=True)
+        self._proposals.lost(trial.trial_id, failure_text(trial.get_pickled_error()), is_last=True)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._proposals.lost(trial.trial_id, last_line(trial.get_pickled_error()), is_last=False)
-
-
-def last_line(error: BaseException | None) -> str:
-    """Of a trace on another node, which ends with the error itself."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+        self._proposals.lost(trial.trial_id, failure_text(trial.get_pickled_error()), is_last=False)
 
 
 class EarlyStopping(ASHAScheduler):

@@ -17,6 +17,7 @@ from simmerge_ray.base.storage import Manifest, Place, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.on_ray.digests import digest_on_nodes
+from simmerge_ray.on_ray.resources import memory_for_workers
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import resolve_plan, write_plan
 from simmerge_ray.search.estimate import SearchEstimate, estimate_search
@@ -227,5 +228,5 @@ def local_resources() -> dict[str, float]:
     """What Ray would count on this machine."""
     import torch
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": 0.7 * memory}
+    memory = float(memory_for_workers())
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": memory}
