@@ -15,7 +15,7 @@ import typer
 
 from simmerge_ray.base.config import EngineConfig
 from simmerge_ray.base.finding import FindConfig
-from simmerge_ray.base.storage import Manifest, read_json
+from simmerge_ray.base.storage import Manifest, Output, check_outputs, read_json
 from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.cli.job_line import with_job_line
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
@@ -57,10 +57,19 @@ def auto(
     started = time.monotonic()
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
-    from simmerge_ray.pipelines.auto.answer import ANSWER, auto_run, check_auto, check_evaluation
+    from simmerge_ray.merging.write.output import merge_output
+    from simmerge_ray.pipelines.auto.answer import ANSWER, MERGED, SIGNATURES, auto_run, check_auto, check_evaluation
     from simmerge_ray.selector.finding.sources import find_request
 
     check_evaluation(evaluate, tasks is not None)
+    check_outputs(
+        [
+            Output(out),
+            Output(out / SIGNATURES if signatures is None else signatures, "--signatures"),
+            *([merge_output(out / MERGED, "the merge")] if write else []),
+        ],
+        {"CATALOGUE": catalogue, "--probes": probes, "--tasks": tasks},
+    )
     request = find_request(load_catalogue(catalogue), load_probe_sets(probes), config)
     run = auto_run(request, engine, out, signatures, tasks, evaluate, write)
     shown = Shown(log, wide, as_json)

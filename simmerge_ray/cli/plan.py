@@ -10,7 +10,7 @@ import typer
 
 from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import Place
+from simmerge_ray.base.storage import Output, Place, check_outputs
 from simmerge_ray.base.tables import Column, TextTable
 from simmerge_ray.cli.options import changed_options, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
@@ -54,8 +54,8 @@ def plan(
     given = [*changed_options(files), *changed_options(config), *(["--top"] if top != _TOP else [])]
     if pair and (ignored := [flag for flag in given if flag not in _OF_A_PAIR]):
         raise ConfigError(f"{', '.join(ignored)}: not for one pair; leave out --left and --right, or these options")
-    if not pair and out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; plans go into a directory")
+    if out is not None:
+        check_outputs([Output(out, is_file=bool(pair))], {"CATALOGUE": catalogue})
     from simmerge_ray.checkpoints.catalogue import load_catalogue
 
     checkpoints, shown = load_catalogue(catalogue), Shown(None, wide, as_json)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from simmerge_ray.base.storage import Output, check_outputs, write_json
 from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption
 from simmerge_ray.cli.places import PathOrUri, place_option
@@ -30,10 +31,11 @@ def retention(
 
     Example: simmerge retention merged --catalogue catalogue.yaml --probes probes
     """
+    if out is not None:
+        check_outputs([Output(out, is_file=True)], {"--catalogue": catalogue, "--probes": probes})
     from simmerge_ray.pipelines.retention import retention_sources
 
     sources = retention_sources(model, catalogue, probes)
-    from simmerge_ray.base.storage import write_json
     from simmerge_ray.pipelines.retention import retention_stage
 
     shown = Shown(log, wide, as_json)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simmerge_ray.base.errors import PlanError, problem_list
-from simmerge_ray.base.storage import Place, read_text
+from simmerge_ray.base.storage import Place, check_outputs, read_text
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint
@@ -19,7 +19,7 @@ from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_merg
 from simmerge_ray.merging.mergekit.problems import raise_problems
 from simmerge_ray.merging.write.directory import write_graph
 from simmerge_ray.merging.write.layout import plan_layout
-from simmerge_ray.merging.write.output import MergeResult, WriteOptions, check_target
+from simmerge_ray.merging.write.output import MergeResult, WriteOptions, check_target, merge_output
 from simmerge_ray.merging.write.tensors import default_threads
 from simmerge_ray.plans.plan import ResolvedPlan, read_plan
 
@@ -76,7 +76,7 @@ def read_request(file: Place, out: Place, strict: bool = False) -> MergeRequest:
 
     Raises InputError: with every problem found; with `strict` also what of the file would have no effect.
     """
-    check_target(out)
+    check_outputs([merge_output(out)], {"PLAN": file})
     if file.suffix in _YAML_SUFFIXES:
         try:
             text = read_text(file)
@@ -91,6 +91,7 @@ def read_request(file: Place, out: Place, strict: bool = False) -> MergeRequest:
     else:
         resolved, predicted = read_plan(file)
         request = MergeRequest(compile_plan(resolved), out, resolved, predicted)
+    check_target(request.graph, out)
     global_steps(request.graph)  # it raises what cannot be trimmed so
     for ref in request.graph.checkpoints.values():
         if ref.adapter is not None:

@@ -18,6 +18,7 @@ from simmerge_ray.capacity.engines import engines_that_fit, waiting_lines
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.on_ray.digests import digest_on_nodes
+from simmerge_ray.on_ray.resources import memory_for_workers
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import resolve_plan, write_plan
 from simmerge_ray.search.estimate import SearchEstimate, estimate_search
@@ -25,7 +26,7 @@ from simmerge_ray.search.evaluation import EvaluationTask, load_tasks
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.search.labels import LabelStore, pair_contexts
 from simmerge_ray.search.setup import PreparedSearch, prepare_search
-from simmerge_ray.search.status import SearchStatus
+from simmerge_ray.search.status import SearchStatus, cause
 from simmerge_ray.search.summary import Comparison, PlanResult, comparisons, ranked_results
 
 UNCHANGED = "unchanged since the last run"
@@ -139,9 +140,19 @@ def input_digests(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask]) -> 
 
 @contextmanager
 def search_bar(narrator: Narrator) -> Iterator[Callable[[SearchStatus], None]]:
-    """A progress bar for a search."""
+    """A progress bar for a search; the first trial that fails for a reason is said at once, and why."""
+    said: set[str] = set()
     with narrator.status_bar("merges evaluated") as report:
-        yield lambda status: report(status.done, status.total, status.line)
+
+        def tell(status: SearchStatus) -> None:
+            for how, some in (("failed", status.failures), ("trying again", status.setbacks)):
+                for label, reason in some:
+                    if (line := f"{how}: {cause(label, reason)}") not in said:
+                        said.add(line)
+                        narrator.print_lines([f"           {how}: {label}: {reason}"])
+            report(status.done, status.total, status.line)
+
+        yield tell
 
 
 def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
@@ -232,5 +243,5 @@ def local_resources() -> dict[str, float]:
     """What Ray would count on this machine."""
     import torch
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": 0.7 * memory}
+    memory = float(memory_for_workers())
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": memory}
