@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,3 +79,25 @@ def test_the_lock_holds_what_is_declared():
     for name in names(CORE).union(*(names(EXTRAS[extra]) for extra in ("cpu", "demo", "postgres"))):
         assert f"\n{name}==" in lock, name
     assert "version" in PROJECT["dynamic"]
+
+
+LISTING = """\
+global.extra-index-url='file:///a/simple file:///b/simple'
+global.index-url='https://one.example/simple'
+install.find-links='/wheels'
+download.no-index='true'
+:env:.index-url='https://two.example/simple'
+:env:.default-timeout='60'
+"""
+
+
+def test_uv_gets_the_settings_of_pip_install_with_variables_first():
+    script = runpy.run_path(str(ROOT / "requirements" / "uv_install.py"))
+    settings = script["pip_settings"](LISTING)
+    assert settings["default-timeout"] == "60" and "no-index" not in settings  # `pip download` only
+    assert script["uv_options"](settings)[2:] == [
+        *("--default-index", "https://two.example/simple", "--index", "file:///a/simple", "--index"),
+        *("file:///b/simple", "--find-links", "/wheels"),
+    ]
+    assert script["pip_settings"](":env:.index-url='a'\nglobal.index-url='b'") == {"index-url": "a"}
+    assert "--no-index" in script["uv_options"](script["pip_settings"]("global.no-index='1'"))
