@@ -27,8 +27,7 @@ def train_predictor_command(
 ) -> None:
     """Train a predictor of utilities; the operator of a merge is no input.
 
-    Example: simmerge labels make catalogue.yaml --tasks tasks --probes probes --out labels, and then
-    simmerge predictor train labels --out predictor
+    Labels for it are made with `simmerge labels make CATALOGUE --tasks TASKS --probes PROBES --out LABELS`.
     """
     from simmerge_ray.base.progress import narrated
 

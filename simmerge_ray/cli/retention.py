@@ -22,10 +22,7 @@ def retention(
     out: Annotated[PathOrUri | None, place_option(help="JSON file for all of it")] = None,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
-    """Report what a model keeps of every member: the share of the member's own answers that it gives as well.
-
-    Example: simmerge retention merged --catalogue catalogue.yaml --probes probes
-    """
+    """Report what a model keeps of every member: the share of the member's own answers that it gives as well."""
     from simmerge_ray.pipelines.retention import retention_sources
 
     sources = retention_sources(model, catalogue, probes)
