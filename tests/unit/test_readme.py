@@ -147,3 +147,24 @@ def test_its_commands_run_in_their_order(place, simmerge):
     assert snippet.endswith('best.write("merged")\n')
     exec(snippet.replace('best.write("merged")', ""), names)
     assert set(names["best"].retention) == {"math on math", "code on code"}
+
+
+def told_commands(page: Path) -> Iterator[str]:
+    """`simmerge` command lines in the code of a page, without what only a shell understands."""
+    for block in re.findall(r"```(?:bash|console)?\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = re.sub(r"\s+#.*|^\$ ", "", line.strip())
+            words = re.sub(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?simmerge ", "simmerge ", words)
+            if words.startswith("simmerge ") and "..." not in words:
+                yield from (one.strip() for one in words.split(" && "))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "cluster" / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_the_pages_can_be_typed(page, monkeypatch):
+    """Their names, options and values are those of the program."""
+    monkeypatch.setenv("SIMMERGE_DATABASE", "sqlite:///service.db")  # as docs/event-log.md says
+    for command in told_commands(page):
+        try:
+            parsed(command)
+        except Exception as error:
+            pytest.fail(f"{page.name}: {command}: {error}")
