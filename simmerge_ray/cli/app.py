@@ -23,6 +23,7 @@ from simmerge_ray.cli.cluster import cluster_app
 from simmerge_ray.cli.db import db_app
 from simmerge_ray.cli.demo import demo, report, zoo
 from simmerge_ray.cli.extract_lora import extract_lora_command
+from simmerge_ray.cli.helps import WELCOME, add_helps
 from simmerge_ray.cli.init import init
 from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.cli.merge import merge
@@ -38,12 +39,11 @@ from simmerge_ray.cli.tune import tune
 from simmerge_ray.pipelines.jobs import run_job, stop_on_sigterm
 
 _MAX_SAID = 20_000  # characters of an error, which may hold what a file says
-_SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
+_SETTINGS: dict[str, Any] = {"pretty_exceptions_enable": False}
 
 app = typer.Typer(
     name="simmerge",
     help="Predict which merge of checkpoints will work, from similarity signals, and make it.",
-    no_args_is_help=True,
     **_SETTINGS,
 )
 for command in (init, demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve):
@@ -56,6 +56,7 @@ app.add_typer(predictor_app, name="predictor")
 app.add_typer(client_app, name="client")
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(db_app, name="db")
+add_helps(app)
 
 
 def _version(value: bool) -> None:
@@ -64,9 +65,13 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    pass
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(WELCOME.format(version=__version__))
 
 
 def run_command(command: Callable[[], Any]) -> None:
@@ -87,7 +92,7 @@ def run_command(command: Callable[[], Any]) -> None:
 def run_as_job(command: Callable[..., Any], usage: str, *defaults: str) -> None:
     """Run a command that has `--job-line` as the script in `jobs/` that is called, and exit. usage: its docstring, for
     `--help`. defaults: options of the job where the command has others."""
-    job = typer.Typer(**_SETTINGS)
+    job = typer.Typer(add_completion=False, **_SETTINGS)
     text = re.sub(r"(?<=\S)\n(?=\S)", " ", usage).replace("\n\n    ", "\n\n\b\n    ")  # keeps what is indented
     job.command(help=text)(command)
     try:

@@ -51,8 +51,8 @@ def auto(
 ) -> dict[str, Any]:
     """Find the merge that keeps most of what its members answer to unlabeled probes, and make it; no label is needed.
 
-    Example: simmerge auto catalogue.yaml --probes probes --out best --evaluator transformers. With --tasks and
-    --evaluate the best few are measured, and that is the last word. An interrupted run goes on with the same command.
+    With --tasks and --evaluate the best few are measured, and that is the last word. An interrupted run goes on with
+    the same command.
     """
     started = time.monotonic()
     from simmerge_ray.checkpoints.catalogue import load_catalogue

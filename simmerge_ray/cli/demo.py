@@ -19,7 +19,7 @@ def demo(
 ) -> None:
     """Run the whole chain on a small zoo: train, signals, search, selector, choices, merge, report.
 
-    Example: simmerge demo --quick. The full demo takes about ten minutes on two cores; a second run computes nothing.
+    The full demo takes about ten minutes on two cores; a second run computes nothing.
     """
     from simmerge_ray.base.progress import narrated
 

@@ -31,8 +31,7 @@ def init(
 ) -> None:
     """Start a directory: catalogue, probes and templates with comments, from a list of checkpoints.
 
-    Example: simmerge init work math=/models/math code=/models/code --probes math=math.csv --probes code=code.jsonl
-    --field prompt. Later, `simmerge init work --probes TASK=FILE` adds probes. No file that exists is overwritten.
+    Later, `simmerge init work --probes TASK=FILE` adds probes. No file that exists is overwritten.
     """
     from simmerge_ray.pipelines.starting import plan_start
 

@@ -27,8 +27,7 @@ def train_predictor_command(
 ) -> None:
     """Train a predictor of utilities; the operator of a merge is no input.
 
-    Example: simmerge labels make catalogue.yaml --tasks tasks --probes probes --out labels, and then
-    simmerge predictor train labels --out predictor
+    Labels for it are made with `simmerge labels make CATALOGUE --tasks TASKS --probes PROBES --out LABELS`.
     """
     stores = [as_place(one) for one in labels]
     predictor = Output(out, marks=("predictor.json",), kind="a predictor made by `simmerge predictor train`")

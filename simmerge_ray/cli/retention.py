@@ -27,10 +27,7 @@ def retention(
     as_json: JsonOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
-    """Report what a model keeps of every member: the share of the member's own answers that it gives as well.
-
-    Example: simmerge retention merged --catalogue catalogue.yaml --probes probes
-    """
+    """Report what a model keeps of every member: the share of the member's own answers that it gives as well."""
     if out is not None:
         check_outputs([Output(out, is_file=True)], {"--catalogue": catalogue, "--probes": probes})
     from simmerge_ray.pipelines.retention import retention_sources

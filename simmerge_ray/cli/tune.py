@@ -24,8 +24,7 @@ def tune(
 ) -> None:
     """Find a weight for every member and layer, so that the merge answers the probes as its members do; no labels.
 
-    Example: simmerge tune catalogue.yaml --probes probes --member math-a --member code-b --out tuned. An interrupted
-    run goes on with the same command. `--method regmean` merges linear layers in closed form instead.
+    An interrupted run goes on with the same command. `--method regmean` merges linear layers in closed form instead.
     """
     check_outputs([Output(out)], {"CATALOGUE": catalogue, "--probes": probes})
     from simmerge_ray.pipelines.tune import regmean_stage, tune_stage, tuning_sources
