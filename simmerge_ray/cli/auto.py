@@ -91,8 +91,9 @@ def _run(run: AutoRun, log: Path | None, started: float) -> dict[str, Any]:
     with narrated(log) as narrator:
         from simmerge_ray.pipelines.auto.answer import label_free_json, write_stage
         from simmerge_ray.pipelines.auto.find import find_stages
-        from simmerge_ray.pipelines.dataset import input_digests
+        from simmerge_ray.pipelines.dataset import input_digests, say_twins
 
+        say_twins(run.request.catalogue, narrator)
         found = find_stages(run, narrator)
         best, content = found.best.plan, label_free_json(run, found)
         narrator.console.print(retention_table(found))

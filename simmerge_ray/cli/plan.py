@@ -172,9 +172,11 @@ def _plan_pair(
     from simmerge_ray.plans.plan import resolve_plan, write_plan
     from simmerge_ray.selector.planning.files import default_selector
     from simmerge_ray.selector.planning.recommender import Recommender
+    from simmerge_ray.selector.planning.request import check_unchanged
 
     left, right = pair
     recommender = Recommender.load(files.selector or default_selector(), files.signals)
+    check_unchanged(checkpoints, recommender.table, pair)
     answer = recommender.recommend(left, right, tasks)
     console = Console(markup=False, highlight=False, emoji=False)
     console.print(_pair_table(answer, recommender.selector.best_fixed, f"{left} + {right}"))
