@@ -5,6 +5,7 @@ Paths in a YAML file are relative to that file; `Place`s may be URIs (`s3://`, `
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -13,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from simmerge_ray.base.config_problems import problem_lines
 from simmerge_ray.base.errors import ConfigError, problem_list
-from simmerge_ray.base.storage import Place, place_in, read_text
+from simmerge_ray.base.storage import Place, file_names, place_in, read_text
 from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
@@ -404,8 +405,8 @@ def _read_mapping(path: Place, model: type[BaseModel]) -> dict[str, Any]:
     try:
         values = parse_yaml(read_text(path))
     except OSError as error:
-        where = f" (there is no directory {path.parent})" if not path.parent.exists() else ""
-        raise ConfigError(f"config {path}: {error.strerror}{where}") from None
+        instead = _what_is_there(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"config {path}: {error.strerror}{instead}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"config {path} is not UTF-8 text") from None
     except YamlError as error:
@@ -413,6 +414,15 @@ def _read_mapping(path: Place, model: type[BaseModel]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} must be a mapping with the keys {', '.join(sorted(model.model_fields))}")
     return values
+
+
+def _what_is_there(path: Place) -> str:
+    """In the place of a file that is not there: no directory, or a file of nearly the same name."""
+    there = file_names(path.parent)
+    if there is None:
+        return f" (there is no directory {path.parent})"
+    near = difflib.get_close_matches(path.name, sorted(there - {path.name}), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _with_paths_from(config: ConfigType, directory: Place) -> ConfigType:

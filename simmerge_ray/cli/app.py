@@ -69,7 +69,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 
 def run_command(command: Callable[[], Any]) -> None:
-    """Run and exit: code 2 for bad input, 1 for a failure, 130 when interrupted."""
+    """Run and exit: code 2 for bad input, 1 for a failure, 130 when interrupted; each with one message."""
     stop_on_sigterm()
     try:
         command()
@@ -79,8 +79,17 @@ def run_command(command: Callable[[], Any]) -> None:
         print(f"error: {text[:_MAX_SAID]}{more}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        _say_interrupted()
         sys.exit(130)
+    except SystemExit as end:
+        ended = end.__context__
+        if end.code == 130 and ended is not None and isinstance(ended.__cause__, KeyboardInterrupt):
+            _say_interrupted()  # typer has made an exit of Ctrl-C, in silence
+        raise
+
+
+def _say_interrupted() -> None:
+    print("interrupted; run the same command again to go on", file=sys.stderr)
 
 
 def run_as_job(command: Callable[..., Any], usage: str, *defaults: str) -> None:

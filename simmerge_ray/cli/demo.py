@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.base.storage import Output, check_outputs
 from simmerge_ray.cli.places import PathOrUri, place_argument
 
 
@@ -15,6 +16,7 @@ def demo(run: Annotated[Path, typer.Argument(help="directory of the run")] = Pat
     """Run the whole chain on a small zoo: train, signals, search, selector, choices, merge, report."""
     from simmerge_ray.base.progress import narrated
 
+    check_outputs([Output(run, "RUN")])
     layout = RunLayout(run)
     with narrated(layout.log) as narrator:
         from simmerge_ray.pipelines.demo import closing_lines, run_demo
@@ -27,6 +29,7 @@ def zoo(run: Annotated[Path, typer.Argument(help="directory of the run; the zoo 
     """Train the demo's fine-tuned checkpoints, with probes and tasks."""
     from simmerge_ray.base.progress import narrated
 
+    check_outputs([Output(run, "RUN")])
     layout = RunLayout(run)
     with narrated(layout.log) as narrator:
         from simmerge_ray.pipelines.demo import zoo_stage
