@@ -25,7 +25,7 @@ from pydantic import Field
 
 from simmerge_ray.base.config import FrozenConfig, check_config, load_yaml
 from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
-from simmerge_ray.base.storage import Place, name_below, place_in, read_text, write_atomically
+from simmerge_ray.base.storage import Output, Place, check_outputs, name_below, place_in, read_text, write_atomically
 from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.compatibility import compatibility_problems, refuse_problems
@@ -174,11 +174,13 @@ def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> No
 
     Raises:
         ConfigError: the file or the id is malformed, the id is used already, or there is a base already.
+        OutputError: the file cannot be written.
     """
     check_config(_BaseEntry, {"id": checkpoint_id, "path": "."}, f"checkpoint {checkpoint_id!r}")
+    if isinstance(path, Path) and not path.parent.exists():
+        raise ConfigError(f"catalogue {path}: there is no directory {path.parent}; make it first")
+    check_outputs([Output(path, "CATALOGUE", is_file=True)])  # before anything is fetched
     if not path.exists():
-        if isinstance(path, Path) and not path.parent.is_dir():
-            raise ConfigError(f"catalogue {path}: there is no directory {path.parent}; make it first")
         return
     file = load_yaml(path, _Draft)
     if checkpoint_id in {entry.id for entry in (*file.checkpoints, *((file.base,) if file.base else ()))}:

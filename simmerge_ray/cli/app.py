@@ -22,6 +22,7 @@ from simmerge_ray.cli.client import client_app
 from simmerge_ray.cli.cluster import cluster_app
 from simmerge_ray.cli.db import db_app
 from simmerge_ray.cli.demo import demo, report, zoo
+from simmerge_ray.cli.doctor import doctor
 from simmerge_ray.cli.extract_lora import extract_lora_command
 from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.cli.merge import merge
@@ -45,7 +46,7 @@ app = typer.Typer(
     no_args_is_help=True,
     **_SETTINGS,
 )
-for command in (demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve):
+for command in (demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve, doctor):
     app.command()(command)
 app.command("extract-lora")(extract_lora_command)
 app.command("simulate")(simulate_command)

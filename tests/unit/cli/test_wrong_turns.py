@@ -204,3 +204,18 @@ def test_ctrl_c_ends_every_command_with_130_and_what_to_do(simmerge, zoo, monkey
     monkeypatch.setattr(seam, interrupt)
     monkeypatch.setenv("SIMMERGE_TOKEN", "a-token-of-some-length")
     check_refusal(simmerge(*command, cwd=zoo), "interrupted; run the same command again to go on", 130)
+
+
+def test_tasks_without_probes_and_copies_are_said_before_the_work(simmerge, zoo, tmp_path, monkeypatch):
+    shutil.copytree(zoo, tmp_path / "zoo")
+    (tmp_path / "zoo" / "probes" / "copy.jsonl").unlink()
+    shutil.rmtree(tmp_path / "zoo" / "m2")
+    shutil.copytree(zoo / "base", tmp_path / "zoo" / "m2")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simmerge_ray.on_ray.signal_actors.compute_signals_on_ray", interrupt)
+    said = " ".join(simmerge(*SIGNALS, "--out", "s.parquet", cwd=tmp_path / "zoo").stdout.split())
+    assert "no probes of 'copy', the own task of m1: no signals and no answers on it; write copy.jsonl" in said
+    assert "'m2' holds the same weights as the base, so a merge gains nothing from it: leave it out" in said
