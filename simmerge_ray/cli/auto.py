@@ -88,8 +88,9 @@ def answer_run(run: AutoRun, narrator: Narrator, started: float) -> dict[str, An
     """Everything after the checks; returns the answer."""
     from simmerge_ray.pipelines.auto.answer import label_free_json, write_stage
     from simmerge_ray.pipelines.auto.find import find_stages
-    from simmerge_ray.pipelines.dataset import input_digests
+    from simmerge_ray.pipelines.dataset import input_digests, say_twins
 
+    say_twins(run.request.catalogue, narrator)
     found = find_stages(run, narrator)
     best, content = found.best.plan, label_free_json(run, found)
     narrator.print_lines(retention_lines(found))

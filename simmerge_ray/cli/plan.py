@@ -220,11 +220,11 @@ def _plan_pair(
     from simmerge_ray.plans.plan import resolve_plan, write_plan
     from simmerge_ray.selector.planning.files import default_selector, speaker
     from simmerge_ray.selector.planning.recommender import Recommender
-    from simmerge_ray.selector.planning.request import check_catalogue
+    from simmerge_ray.selector.planning.request import check_unchanged
 
     left, right = pair
     recommender = Recommender.load(files.selector or default_selector(), files.signals)
-    check_catalogue(checkpoints, recommender.table)
+    check_unchanged(checkpoints, recommender.table, pair)
     answer = recommender.recommend(left, right, tasks)
     said = speaker(files.selector, recommender.selector)
     narrator.print_lines([said, f"* take {answer.choice.arm}: {answer.choice.reason}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,7 +85,16 @@ def read_request(file: Place, out: Place, strict: bool = False) -> MergeRequest:
             raise PlanError(f"cannot read {file}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise PlanError(f"{file} is not text") from None
-        graph = compile_mergekit(read_mergekit(text, file.parent), _locate)
+        if re.search(r"^checkpoints *:", text, re.MULTILINE):
+            raise PlanError(
+                f"{file} is a catalogue, which says what may be merged, not how: `simmerge auto` finds a merge of it, "
+                "`simmerge plan --out` writes plans"
+            )
+        try:
+            read = read_mergekit(text, file.parent)
+        except PlanError as error:
+            raise PlanError(f"{file}: {error}") from None
+        graph = compile_mergekit(read, _locate)
         request = MergeRequest(graph, out)
         if strict:
             raise_problems(graph.warnings, "this mergekit file holds what has no effect (--strict):")

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from rich.markup import escape
+
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError, InputError, TaskError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, read_json, write_json
 from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.capacity.engines import engines_that_fit, waiting_lines
-from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, twins
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.on_ray.resources import memory_for_workers
@@ -89,6 +91,7 @@ def search_stage(
         answers = answers_stage(catalogue, probe_sets, labels, config, narrator)
     with narrator.stage("search") as stage:
         digest_on_nodes(catalogue)
+        say_twins(catalogue, narrator)
         inputs = input_digests(catalogue, tasks)
         inputs |= {one.name: one.digest for some in answers.values() for one in some}
         manifest = Manifest("search", config.content(), inputs)
@@ -130,6 +133,12 @@ def _answered_probes(catalogue: Catalogue, probes: Place | None) -> dict[str, Pr
     probe_sets = load_probe_sets(probes)
     check_owners(catalogue, probe_sets)
     return {task: probe_sets[task] for task in sorted({task for task in catalogue.own_task.values() if task})}
+
+
+def say_twins(catalogue: Catalogue, narrator: Narrator) -> None:
+    """A warning for each checkpoint that is a copy of another one."""
+    for line in twins(catalogue):
+        narrator.say(f"[yellow]{escape(line)}[/yellow]")
 
 
 def input_digests(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask]) -> dict[str, str]:
