@@ -172,7 +172,8 @@ def write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> dict[st
     if study.space is not None:
         for number, best in enumerate([one for one in merges if one.best], 1):
             name = "best.plan.json" if len(study.objectives) == 1 else f"front-{number}.plan.json"
-            write_plan(out / name, resolve_plan(best.plan, study.catalogue))  # nothing is predicted: it was measured
+            measured = {task: {"measured": utility, "se": se} for task, (utility, se) in best.utilities.items()}
+            write_plan(out / name, resolve_plan(best.plan, study.catalogue), measured)
             if number == 1:
                 narrator.print_lines([f"make the best merge with: simmerge merge {out / name} OUT"])
     return content

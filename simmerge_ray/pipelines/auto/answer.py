@@ -47,7 +47,7 @@ def write_stage(
     """
     known = {json.dumps(one["plan"]): one["retention"] for one in (content["best"], *content["candidates"])}
     keeps = {owner: {"retention": share} for owner, share in known.get(json.dumps(best.to_json()), {}).items()}
-    merged = _write_best(run, best, keeps, manifest, narrator)
+    merged = _write_best(run, best, keeps | _measured(best, content), manifest, narrator)
     answer = {
         "answer": "merge" if best.is_merge else "keep",
         "winner": best.label,
@@ -56,6 +56,13 @@ def write_stage(
     write_json(run.out / ANSWER, answer | {"plan": best.to_json()} | dict(content))
     manifest.write(run.out / MANIFEST, time.monotonic() - started, {"answer": best.label})
     return answer
+
+
+def _measured(best: MergePlan, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of the answer on the items that had no part in the choice, by task, for its card."""
+    rows = content.get("measured", {}).get("candidates", ())
+    by_task: dict[str, Any] = next((row["reporting"]["by_task"] for row in rows if row["plan"] == best.to_json()), {})
+    return {task: {"measured": one["value"], "se": one["se"]} for task, one in by_task.items()}
 
 
 def _write_best(
