@@ -18,6 +18,7 @@ from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.pipelines.auto.measure import prepare_measuring
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan, resolve_plan, write_plan
+from simmerge_ray.reports.found import write_auto_report
 from simmerge_ray.search.evaluation import Task
 from simmerge_ray.selector.finding.probed import ProbedPlan
 
@@ -53,7 +54,10 @@ def write_stage(
         "winner": best.label,
         "merged": str(merged) if merged else None,
     }
-    write_json(run.out / ANSWER, answer | {"plan": best.to_json()} | dict(content))
+    whole = answer | {"plan": best.to_json()} | dict(content)
+    write_json(run.out / ANSWER, whole)
+    report = write_auto_report(whole, run.out)
+    narrator.print_lines([f"report: {report.with_suffix('.html')}"])
     manifest.write(run.out / MANIFEST, time.monotonic() - started, {"answer": best.label})
     return answer
 
