@@ -19,6 +19,7 @@ from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.pipelines.auto.measure import prepare_measuring
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan, resolve_plan, write_plan
+from simmerge_ray.reports.found import write_auto_report
 from simmerge_ray.search.evaluation import Task, load_tasks
 from simmerge_ray.selector.finding.probed import ProbedPlan
 from simmerge_ray.selector.finding.sources import FindRequest
@@ -67,13 +68,16 @@ def write_stage(
             `time.monotonic()` of the whole run.
     """
     keeps = {owner: {"retention": share} for owner, share in kept_by(best, content).items()}
-    merged = _write_best(run, best, keeps, manifest, narrator)
+    merged = _write_best(run, best, keeps | _measured(best, content), manifest, narrator)
     answer = {
         "answer": "merge" if best.is_merge else "keep",
         "winner": best.label,
         "merged": str(merged) if merged else None,
     }
-    write_json(run.out / ANSWER, answer | {"plan": best.to_json()} | dict(content))
+    whole = answer | {"plan": best.to_json()} | dict(content)
+    write_json(run.out / ANSWER, whole)
+    report = write_auto_report(whole, run.out)
+    narrator.print_lines([f"report: {report.with_suffix('.html')}"])
     manifest.write(run.out / MANIFEST, time.monotonic() - started, {"answer": best.label})
     return answer
 
@@ -82,6 +86,13 @@ def kept_by(plan: MergePlan, content: Mapping[str, Any]) -> dict[str, float]:
     """Retention by owner of a plan in the content of `auto.json`; empty where it was not run over the probes."""
     known = {json.dumps(one["plan"]): one["retention"] for one in (content["best"], *content["candidates"])}
     return dict(known.get(json.dumps(plan.to_json()), {}))
+
+
+def _measured(best: MergePlan, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of the answer on the items that had no part in the choice, by task, for its card."""
+    rows = content.get("measured", {}).get("candidates", ())
+    by_task: dict[str, Any] = next((row["reporting"]["by_task"] for row in rows if row["plan"] == best.to_json()), {})
+    return {task: {"measured": one["value"], "se": one["se"]} for task, one in by_task.items()}
 
 
 def _write_best(
