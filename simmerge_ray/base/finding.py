@@ -49,6 +49,7 @@ def shortlist_of(num_members: int) -> int:
     return min(24, max(8, 4 * num_members))
 
 
+FEW_MEMBERS = 3  # the average of so many is looked at as a whole, before candidates are scored
 FACTOR = 3  # of the candidates one in so many is run over the rest of the probes
 _LEAST_PROBES = 16  # of a first round; fewer tell candidates apart too badly
 
