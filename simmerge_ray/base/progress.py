@@ -30,16 +30,22 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from simmerge_ray.base.errors import OutputError
+from simmerge_ray.base.tables import TextTable
+
 Report = Callable[[int, int], None]
 StatusReport = Callable[[int, int, str], None]
 _SECONDS_BETWEEN_LINES = 60.0
 
 
 class Narrator:
-    """Prints stages to a console. `silent()` makes one that prints nothing, for library use and tests."""
+    """Prints stages to a console. `silent()` makes one that prints nothing, for library use and tests.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    wide: tables have all their columns, however long the lines are.
+    """
+
+    def __init__(self, console: Console, wide: bool = False) -> None:
+        self.console, self._wide = console, wide
 
     @staticmethod
     def silent() -> Narrator:
@@ -53,6 +59,10 @@ class Narrator:
         """Lines that may hold anything: no markup."""
         for line in lines:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def table(self, table: TextTable) -> None:
+        """A table as the lines have room for it."""
+        table.print(self.console, self._wide)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -82,17 +92,23 @@ class Narrator:
 
     @contextmanager
     def status_bar(self, what: str) -> Iterator[StatusReport]:
-        """`bar` with a line about how it goes. Away from a terminal that line is printed once a minute."""
-        said = time.monotonic()
+        """`bar` with a line about how it goes. Away from a terminal that line is printed once a minute, with what is
+        left of the time, as far as what has been done says it."""
+        said = started = time.monotonic()
+        first: int | None = None  # done when this began: found in place, so it says nothing of the time
         columns = MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[line]}")
         with self._bar(what, *columns) as (progress, task):
 
             def report(done: int, total: int, line: str) -> None:
-                nonlocal said
+                nonlocal said, first
+                first = done if first is None else first
                 progress.update(task, completed=done, total=total, line=line)
                 if not self.console.is_terminal and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
-                    self.console.print(f"           {what}: {done}/{total}, {line}", markup=False, highlight=False)
+                    eta = eta_text(said - started, done - first, total - done)
+                    self.console.print(
+                        f"           {what}: {done}/{total}, {eta}{line}", markup=False, highlight=False, soft_wrap=True
+                    )
 
             yield report
 
@@ -106,14 +122,30 @@ class Narrator:
             yield progress, progress.add_task(what, total=None, line="")
 
 
+def eta_text(seconds: float, done: int, left: int) -> str:
+    """How long it will still take when so many took so many seconds; empty where nothing is known or left."""
+    return f"eta {duration(seconds / done * left)}, " if done > 0 and left > 0 else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that people read."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
-def narrated(log: Path | None) -> Iterator[Narrator]:
-    """A narrator on the terminal; what libraries print goes to the log file, or with None to the terminal as well."""
+def narrated(log: Path | None, to_stderr: bool = False, wide: bool = False) -> Iterator[Narrator]:
+    """A narrator on the terminal; what libraries print goes to the log file, or with None to the terminal as well.
+
+    Args:
+        to_stderr: leave standard output to the result, for programs. wide: see `Narrator`.
+    """
     if log is None:
-        yield Narrator(Console())
+        yield Narrator(Console(stderr=to_stderr), wide)
         return
-    with redirected_output(log) as console:
-        narrator = Narrator(console)
+    with redirected_output(log, to_stderr) as console:
+        narrator = Narrator(console, wide)
         narrator.say(f"[dim]log of libraries: {log}[/dim]")
         yield narrator
 
@@ -127,14 +159,18 @@ class Stage:
 
 
 @contextmanager
-def redirected_output(log: Path) -> Iterator[Console]:
-    """Send everything that libraries print to the end of `log`; yields a console on the original standard output."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+def redirected_output(log: Path, to_stderr: bool = False) -> Iterator[Console]:
+    """Send everything that libraries print to the end of `log`; yields a console on the original standard output, or
+    on the original standard error. Raises OutputError: the file cannot be written."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise OutputError(f"the log {log} cannot be written: {error.strerror}; name another file with --log") from None
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    original = os.fdopen(os.dup(saved[0]), "w")
+    original = os.fdopen(os.dup(saved[to_stderr]), "w")
     try:
         os.dup2(target, 1)
         os.dup2(target, 2)

@@ -22,6 +22,7 @@ from simmerge_ray.cli.client import client_app
 from simmerge_ray.cli.cluster import cluster_app
 from simmerge_ray.cli.db import db_app
 from simmerge_ray.cli.demo import demo, report, zoo
+from simmerge_ray.cli.doctor import doctor
 from simmerge_ray.cli.extract_lora import extract_lora_command
 from simmerge_ray.cli.helps import WELCOME, add_helps
 from simmerge_ray.cli.init import init
@@ -46,7 +47,7 @@ app = typer.Typer(
     help="Predict which merge of checkpoints will work, from similarity signals, and make it.",
     **_SETTINGS,
 )
-for command in (init, demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve):
+for command in (init, demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve, doctor):
     app.command()(command)
 app.command("extract-lora")(extract_lora_command)
 app.command("simulate")(simulate_command)
@@ -75,7 +76,7 @@ def _main(
 
 
 def run_command(command: Callable[[], Any]) -> None:
-    """Run and exit: code 2 for bad input, 1 for a failure, 130 when interrupted."""
+    """Run and exit: code 2 for bad input, 1 for a failure, 130 when interrupted; each with one message."""
     stop_on_sigterm()
     try:
         command()
@@ -85,8 +86,17 @@ def run_command(command: Callable[[], Any]) -> None:
         print(f"error: {text[:_MAX_SAID]}{more}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        _say_interrupted()
         sys.exit(130)
+    except SystemExit as end:
+        ended = end.__context__
+        if end.code == 130 and ended is not None and isinstance(ended.__cause__, KeyboardInterrupt):
+            _say_interrupted()  # typer has made an exit of Ctrl-C, in silence
+        raise
+
+
+def _say_interrupted() -> None:
+    print("interrupted; run the same command again to go on", file=sys.stderr)
 
 
 def run_as_job(command: Callable[..., Any], usage: str, *defaults: str) -> None:

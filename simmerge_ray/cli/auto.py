@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,18 +15,18 @@ import typer
 
 from simmerge_ray.base.config import EngineConfig
 from simmerge_ray.base.finding import FindConfig
-from simmerge_ray.base.storage import Manifest
+from simmerge_ray.base.storage import Manifest, Output, check_outputs, read_json
+from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.cli.job_line import with_job_line
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, path_option, place_option
+from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from simmerge_ray.base.progress import Narrator
     from simmerge_ray.pipelines.auto.measure import Measurement
     from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
     from simmerge_ray.plans.plan import MergePlan
-    from simmerge_ray.search.winner import ObjectiveEstimate, Verdict
 
 
 @with_job_line("find_merge", "out", "signatures")
@@ -44,6 +45,8 @@ def auto(
     ] = None,
     evaluate: Annotated[int, typer.Option(min=0, help="merges to measure on --tasks, which then decide")] = 0,
     write: Annotated[bool, typer.Option(help="write a merge that is the answer to OUT/merged")] = True,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> dict[str, Any]:
     """Find the merge that keeps most of what its members answer to unlabeled probes, and make it; no label is needed.
@@ -54,67 +57,73 @@ def auto(
     started = time.monotonic()
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
-    from simmerge_ray.pipelines.auto.answer import auto_run, check_auto, check_evaluation
+    from simmerge_ray.merging.write.output import merge_output
+    from simmerge_ray.pipelines.auto.answer import ANSWER, MERGED, SIGNATURES, auto_run, check_auto, check_evaluation
     from simmerge_ray.selector.finding.sources import find_request
 
     check_evaluation(evaluate, tasks is not None)
+    check_outputs(
+        [
+            Output(out),
+            Output(out / SIGNATURES if signatures is None else signatures, "--signatures"),
+            *([merge_output(out / MERGED, "the merge")] if write else []),
+        ],
+        {"CATALOGUE": catalogue, "--probes": probes, "--tasks": tasks},
+    )
     request = find_request(load_catalogue(catalogue), load_probe_sets(probes), config)
     run = auto_run(request, engine, out, signatures, tasks, evaluate, write)
+    shown = Shown(log, wide, as_json)
     from simmerge_ray.on_ray.resources import only_job
 
     # Of two submissions of one job the second waits, and then finds everything in place. Checks are in it: they hash.
-    with only_job(str(out.resolve()), typer.echo):
+    with only_job(str(out.resolve()), partial(typer.echo, err=as_json)):
         check_auto(run)
-        answer = answer_run(run, log, started)
+        with shown.narrated() as narrator:
+            answer = answer_run(run, narrator, started)
+    shown.result(read_json(out / ANSWER))
     return {"out": str(out), **answer}
 
 
-def answer_run(run: AutoRun, log: Path | None, started: float) -> dict[str, Any]:
+def answer_run(run: AutoRun, narrator: Narrator, started: float) -> dict[str, Any]:
     """Everything after the checks; returns the answer."""
-    from simmerge_ray.base.progress import narrated
+    from simmerge_ray.pipelines.auto.answer import label_free_json, write_stage
+    from simmerge_ray.pipelines.auto.find import find_stages
+    from simmerge_ray.pipelines.dataset import input_digests, say_twins
 
-    with narrated(log) as narrator:
-        from simmerge_ray.pipelines.auto.answer import label_free_json, write_stage
-        from simmerge_ray.pipelines.auto.find import find_stages
-        from simmerge_ray.pipelines.dataset import input_digests
+    say_twins(run.request.catalogue, narrator)
+    found = find_stages(run, narrator)
+    best, content = found.best.plan, label_free_json(run, found)
+    narrator.print_lines(retention_lines(found))
+    narrator.table(retention_table(found))
+    if run.evaluate:
+        from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json
 
-        found = find_stages(run, narrator)
-        best, content = found.best.plan, label_free_json(run, found)
-        narrator.console.print(retention_table(found))
-        narrator.print_lines(retention_lines(found))
-        if run.evaluate:
-            from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json
-
-            measurement = measure_stage(run, found, narrator)
-            narrator.console.print(measured_table(run, measurement))
-            narrator.print_lines(measured_lines(measurement))
-            best, content = measurement.verdict.winner.plan, content | measured_json(run, measurement)
-        request = run.request
-        inputs = input_digests(request.catalogue, run.tasks)
-        inputs |= {f"probes {task}": one.digest for task, one in request.probe_sets.items()}
-        options = {
-            "find": run.request.config.model_dump(mode="json"),
-            "evaluate": run.evaluate,
-            "search": run.engine.content(),
-        }
-        return write_stage(run, best, content, Manifest("auto", options, inputs), started, narrator)
+        measurement = measure_stage(run, found, narrator)
+        narrator.print_lines(measurement.verdict.lines())
+        narrator.table(measured_table(run, measurement))
+        narrator.print_lines(measured_lines(measurement))
+        best, content = measurement.verdict.winner.plan, content | measured_json(run, measurement)
+    request = run.request
+    inputs = input_digests(request.catalogue, run.tasks)
+    inputs |= {f"probes {task}": one.digest for task, one in request.probe_sets.items()}
+    options = {
+        "find": run.request.config.model_dump(mode="json"),
+        "evaluate": run.evaluate,
+        "search": run.engine.content(),
+    }
+    return write_stage(run, best, content, Manifest("auto", options, inputs), started, narrator)
 
 
-def retention_table(found: LabelFree) -> Table:
+def retention_table(found: LabelFree) -> TextTable:
     """What the answer keeps of every owner's answers, beside the plain average and each checkpoint as it is."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="kept of the members' own answers", title_justify="left")
-    for column in ("", "merge or checkpoint", "score"):
-        table.add_column(column, overflow="fold", justify="right" if column == "score" else "left")
-    for owner in found.finding.aim.owners:
-        table.add_column(f"{owner.checkpoint} on {owner.task}", justify="right", overflow="fold")
+    owners = [f"{owner.checkpoint} on {owner.task}" for owner in found.finding.aim.owners]
+    columns = columns_of(["", "merge or checkpoint"], ["score", *owners])
+    rows = []
     for one in found.lines:
         mark = "*" if one.plan.id == found.best.plan.id else ""
         kept = [f"{100 * share:.0f} %" for share in one.retention]
-        table.add_row(mark, escape(_text(one.plan, found)), f"{one.score:.3f}", *kept)
-    return table
+        rows.append([mark, _text(one.plan, found), f"{one.score:.3f}", *kept])
+    return TextTable("kept of the members' own answers", columns, rows)
 
 
 def _text(plan: MergePlan, found: LabelFree) -> str:
@@ -125,63 +134,55 @@ def _text(plan: MergePlan, found: LabelFree) -> str:
 
 
 def retention_lines(found: LabelFree) -> list[str]:
-    """The answer without labels, in words."""
+    """The answer without labels, in words, the answer first."""
     best, single = found.best, found.finding.checkpoints[0]
-    said = ["score: (share of answers kept + probability of an answer's token) / 2, by the objective over tasks"]
+    base = found.finding.aim.base
     if not best.plan.is_merge:
-        return [*said, f"answer: keep {best.plan.label}: no merge keeps more"]
-    said.append(f"answer: merge {_text(best.plan, found)}")
-    said.append(f"its score is {best.score:.3f}, that of the best checkpoint, {single.plan.label}, {single.score:.3f}")
-    for one in found.tuned[:1]:
-        word = "the tuned merge is taken" if one.is_better else "tuning does not help"
-        said.append(f"{word}: {one.held_out.score:.3f} against {one.rival.score:.3f} on probes held out")
+        what = (
+            f"do not merge: keep the base, {base}, as it is" if best.plan.label == base else f"keep {best.plan.label}"
+        )
+        said = [f"answer: {what}: no merge keeps more"]
+    else:
+        said = [f"answer: merge {_text(best.plan, found)}"]
+        said.append(
+            f"its score is {best.score:.3f}, that of the best checkpoint, {single.plan.label}, {single.score:.3f}"
+        )
+        for one in found.tuned[:1]:
+            word = "the tuned merge is taken" if one.is_better else "tuning does not help"
+            said.append(f"{word}: {one.held_out.score:.3f} against {one.rival.score:.3f} on probes held out")
+    for owner, share in zip(found.finding.aim.owners, best.retention.tolist(), strict=True):
+        if share == 0:
+            said.append(f"warning: the answer keeps none of the answers of {owner.checkpoint} on {owner.task}")
+    said.append("score: (share of answers kept + probability of an answer's token) / 2, by the objective over tasks")
     return said
 
 
-def measured_table(run: AutoRun, found: Measurement) -> Table:
+def measured_table(run: AutoRun, found: Measurement) -> TextTable:
     """Merges and checkpoints, the best of the choosing half first; `*` marks the answer."""
-    from rich.markup import escape
-    from rich.table import Table
-
     from simmerge_ray.search.winner import objective_estimate
 
-    table = Table(title=f"utility, {found.objective.name} of {', '.join(run.tasks)}", title_justify="left")
-    table.add_column("")
-    table.add_column("merge or checkpoint", overflow="fold", min_width=16)
-    for column in ("score", "chosen by", "measured", "se", *run.tasks):
-        table.add_column(column, justify="right")
+    columns = columns_of(
+        ["", "merge or checkpoint"], ["measured", "se", *run.tasks, "chosen by", "score"], ["chosen by", "score", "se"]
+    )
+    rows = []
     for line in found.lines:
         mark = "*" if line.plan.id == found.verdict.winner.plan.id else ""
-        score = "" if line.score is None else f"{line.score:.3f}"
-        row, measured = [mark, escape(line.plan.label), score], line.measured
+        score, measured = "" if line.score is None else f"{line.score:.3f}", line.measured
         if measured is None:
-            table.add_row(*row, "", "failed", "", *[""] * len(run.tasks))
+            rows.append([mark, line.plan.label, "failed", "", *[""] * len(run.tasks), "", score])
             continue
         utility = objective_estimate(measured.reporting, found.objective)
         chosen_by = objective_estimate(measured.choosing, found.objective)
         by_task = [f"{measured.reporting[task].mean():.3f}" for task in run.tasks]
-        table.add_row(*row, f"{chosen_by.value:.3f}", f"{utility.value:.3f}", f"{utility.se:.3f}", *by_task)
-    return table
+        told = [f"{utility.value:.3f}", f"{utility.se:.3f}", *by_task, f"{chosen_by.value:.3f}", score]
+        rows.append([mark, line.plan.label, *told])
+    return TextTable(f"utility, {found.objective.name} of {', '.join(run.tasks)}", columns, rows)
 
 
 def measured_lines(found: Measurement) -> list[str]:
-    """The measured answer in words, by how much, and what it says of the score."""
-    verdict = found.verdict
-    winner, sizes = verdict.winner.plan.label, [len(items) for items in verdict.winner.reporting.values()]
+    """Beside the measured answer: what was measured how, and what it says of the score."""
     said = ["chosen by: half of the items; measured, se and tasks: the other half, which had no part in the choice"]
     said += [f"not measured: {line.plan.label}: {line.reason}" for line in found.lines if line.measured is None]
-    on = "-".join(map(str, sorted({min(sizes), max(sizes)})))
-    utility = f"{verdict.utility.value:.3f} ± {verdict.utility.se:.3f} on {on} items of each task"
-    if verdict.best_merge is None:
-        said.append(f"answer: keep {winner}, {utility}: no merge could be measured")
-    elif verdict.best_single is None:
-        said.append(f"answer: merge {winner}, {utility}; no checkpoint could be measured beside it")
-    elif verdict.keeps_checkpoint:
-        said.append(f"answer: keep {winner}, {utility}: no measured merge beats it")
-        said.append(f"the best merge, {verdict.best_merge.plan.label}, against it: {_advantage_text(verdict)}")
-    else:
-        said.append(f"answer: merge {winner}, {utility}")
-        said.append(f"against the best checkpoint, {verdict.best_single.plan.label}: {_advantage_text(verdict)}")
     return said + list(_proxy_lines(found))
 
 
@@ -192,16 +193,3 @@ def _proxy_lines(found: Measurement) -> Sequence[str]:
     if found.agreement <= 0:
         return [f"{text}: on this base the score misleads; do not choose by it without labels"]
     return [text]
-
-
-def _advantage_text(verdict: Verdict) -> str:
-    assert verdict.advantage is not None and verdict.chosen_by is not None
-    text = f"{_signed(verdict.advantage)} ({_signed(verdict.chosen_by)} on the half that chose), "
-    within = "within two paired standard errors: these items do not tell the two apart"
-    text += "more than two paired standard errors" if verdict.advantage.is_clear else within
-    disagree = verdict.advantage.value * verdict.chosen_by.value < 0
-    return text + ("; the halves disagree which is better, so take more items" if disagree else "")
-
-
-def _signed(difference: ObjectiveEstimate) -> str:
-    return f"{difference.value:+.3f} ± {difference.se:.3f}"

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simmerge_ray.base.storage import file_size
+from simmerge_ray.base.tables import Column, TextTable
 from simmerge_ray.checkpoints.size import num_elements
 from simmerge_ray.cli.places import CatalogueArgument
+from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
 
 if TYPE_CHECKING:
+    from simmerge_ray.checkpoints.catalogue import Catalogue
     from simmerge_ray.checkpoints.headers import TensorSpec
     from simmerge_ray.checkpoints.references import CheckpointRef
 
@@ -51,39 +54,52 @@ def add_to_catalogue(
     check_addition(catalogue, checkpoint_id, as_base=base)  # before anything is fetched
     ref = replace(locate_checkpoint(path, adapter=adapter), id=checkpoint_id)
     extended = add_checkpoint(catalogue, ref, task, as_base=base)
-    count = len(extended.checkpoints)
-    holds = f"{count} checkpoint{'s' if count != 1 else ''}{' and a base' if extended.base else ''}"
-    typer.echo(f"{checkpoint_id} added; {catalogue} holds {holds}")
+    typer.echo(f"{checkpoint_id} added; {catalogue} holds {_contents(extended)}")
+
+
+@catalogue_app.command("remove")
+def remove_from_catalogue(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -> None:
+    """Take a checkpoint, or the base, out of a catalogue; its files stay.
+
+    Example: simmerge catalogue remove catalogue.yaml math-a
+    """
+    from simmerge_ray.checkpoints.catalogue import remove_checkpoint
+
+    left = remove_checkpoint(catalogue, checkpoint_id)
+    typer.echo(f"{checkpoint_id} removed; {catalogue} holds {_contents(left)}")
 
 
 @catalogue_app.command("list")
-def list_checkpoints(catalogue: CatalogueArgument) -> None:
+def list_checkpoints(catalogue: CatalogueArgument, wide: WideOption = False, as_json: JsonOption = False) -> None:
     """List the checkpoints of a catalogue, the base first."""
-    from rich.console import Console
-    from rich.table import Table
-
     from simmerge_ray.checkpoints.catalogue import load_catalogue, shown_path
     from simmerge_ray.checkpoints.headers import read_headers
 
     found = load_catalogue(catalogue, draft=True)
-    table = Table(title=str(catalogue), title_justify="left")
-    for column in ("id", "task", "parameters", "dtype", "size", "adapter", "path"):
-        right = column in ("parameters", "size")
-        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    told, rows = [], []
     for ref in found.all_refs:
         specs = read_headers(ref)
-        task = "(base)" if ref == found.base else found.own_task[ref.id] or _NONE
-        sizes = _in_units(num_elements(specs)), _dtypes(specs), _in_units(_num_bytes(ref, specs)) + "B"
-        adapter = shown_path(ref.adapter, catalogue.parent) if ref.adapter else _NONE
-        table.add_row(ref.id, task, *sizes, adapter, shown_path(ref.path, catalogue.parent))
-    Console(markup=False, highlight=False, emoji=False).print(table)
+        task = "(base)" if ref == found.base else found.own_task[ref.id]
+        count, size, dtype = num_elements(specs), _num_bytes(ref, specs), _dtypes(specs)
+        adapter = shown_path(ref.adapter, catalogue.parent) if ref.adapter else None
+        path = shown_path(ref.path, catalogue.parent)
+        told.append([ref.id, task, count, dtype, size, adapter, path])
+        units = _in_units(count), dtype, _in_units(size) + "B"
+        rows.append([ref.id, task or _NONE, *units, adapter or _NONE, path])
+    columns = [
+        Column("id"), Column("task"), Column("parameters", right=True), Column("dtype", optional=True),
+        Column("size", right=True), Column("adapter", optional=True), Column("path"),
+    ]  # fmt: skip
+    shown = Shown(None, wide, as_json)
+    with shown.narrated() as narrator:
+        narrator.table(TextTable(str(catalogue), columns, rows))
+    shown.result([dict(zip((column.name for column in columns), row, strict=True)) for row in told])
 
 
 @catalogue_app.command("show")
-def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -> None:
+def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId, as_json: JsonOption = False) -> None:
     """Show a checkpoint: architecture, weights, identity. The first time, its digest reads all weights."""
     from rich.console import Console
-    from rich.table import Table
 
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.digests import cached_digest
@@ -94,7 +110,7 @@ def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -
     found = load_catalogue(catalogue, draft=True)
     ref = found.ref(checkpoint_id)
     specs = read_headers(ref)
-    console = Console(markup=False, highlight=False, emoji=False)
+    console = Console(markup=False, highlight=False, emoji=False, stderr=as_json)
     with console.status(f"digest of {checkpoint_id}"):
         digest = cached_digest(ref)
     rows = {"id": ref.id, "path": str(ref.path), "adapter": str(ref.adapter or _NONE)}
@@ -113,12 +129,17 @@ def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -
         "digest": digest,
         "tokenizer digest": tokenizer_digest(ref),
     }
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    if as_json:
+        Shown(as_json=True).result(rows)
+        return
+    width = max(map(len, rows))
     for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
+        console.print(f"{name:<{width}}  {value}", soft_wrap=True)
+
+
+def _contents(catalogue: Catalogue) -> str:
+    count = len(catalogue.checkpoints)
+    return f"{count} checkpoint{'s' if count != 1 else ''}{' and a base' if catalogue.base else ''}"
 
 
 def _dtypes(specs: Mapping[str, TensorSpec]) -> str:

@@ -16,6 +16,7 @@ import typer
 
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import read_json, read_text
+from simmerge_ray.base.tables import Column, TextTable
 from simmerge_ray.cli.options import set_parameters
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _show_list(answer: Any) -> None:
         merge = f"{one.left} + {one.right}" if one.kind == "pair" else one.kind
         how = "drawn" if one.explored else "best known"
         rows.append((one.decision_id, _time(one.at), merge, one.arm, how, one.status, _number(one.utility)))
-    _table(("decision", "at", "merge", "arm", "how", "status", "utility"), rows, left=6, whole=1)
+    _table(("decision", "at", "merge", "arm", "how", "status", "utility"), rows, left=6)
     if answer.next_before is not None:
         _say(f"more: --before {answer.next_before}")
 
@@ -196,18 +197,13 @@ def _recipes_in(path: Path) -> list[Any]:
     return recipes
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3, whole: int = 0) -> None:
-    """The first `left` columns to the left, numbers to the right; the first `whole` are never broken, to be copied."""
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 3) -> None:
+    """The first `left` columns to the left, numbers to the right. The service's text is never markup."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table()
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", overflow="fold", no_wrap=number < whole)
-    for row in rows:  # the service's text is never markup
-        table.add_row(*(Text(_printable(cell)) for cell in row))
-    Console().print(table)
+    every = [Column(name, right=number >= left) for number, name in enumerate(columns)]
+    shown = [[_printable(cell) for cell in row] for row in rows]
+    TextTable("", every, shown).print(Console(markup=False, highlight=False, emoji=False))
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.base.storage import Output, check_outputs
 from simmerge_ray.cli.places import PathOrUri, place_argument
 
 
@@ -23,7 +24,9 @@ def demo(
     """
     from simmerge_ray.base.progress import narrated
 
-    layout = RunLayout(run or Path("runs/quick" if quick else "runs/demo"))
+    root = run or Path("runs/quick" if quick else "runs/demo")
+    check_outputs([Output(root, "RUN")])
+    layout = RunLayout(root)
     if quick:
         _demo_quickly(layout)
         return
@@ -44,7 +47,7 @@ def _demo_quickly(layout: RunLayout[Path]) -> None:
     started = time.monotonic()
     with narrated(layout.log) as narrator:
         quick_zoo(layout, narrator)
-    answer_run(quick_run(layout), layout.log, started)
+        answer_run(quick_run(layout), narrator, started)
     for line in quick_lines(layout):
         typer.echo(line)
 
@@ -53,6 +56,7 @@ def zoo(run: Annotated[Path, typer.Argument(help="directory of the run; the zoo 
     """Train the demo's fine-tuned checkpoints, with probes and tasks."""
     from simmerge_ray.base.progress import narrated
 
+    check_outputs([Output(run, "RUN")])
     layout = RunLayout(run)
     with narrated(layout.log) as narrator:
         from simmerge_ray.pipelines.demo import zoo_stage

@@ -15,10 +15,12 @@ import typer
 
 from simmerge_ray.base.config import LabelsConfig, SearchConfig
 from simmerge_ray.base.errors import LabelError, SimmergeError, unknown_name
-from simmerge_ray.base.storage import as_place, jsonl_bytes, list_objects
+from simmerge_ray.base.storage import Output, as_place, check_outputs, jsonl_bytes, list_objects
+from simmerge_ray.base.tables import Column, TextTable
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, place_option
 from simmerge_ray.cli.search import DryRunOption, StoreOption, TasksOption, run_search_command
+from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
 
 if TYPE_CHECKING:
     from simmerge_ray.search.labels import LabeledPlan, LabelStore
@@ -42,13 +44,16 @@ def make_labels(
         place_option(help="directory of <task>.jsonl, a `text` a line: measures what every merge keeps as well"),
     ] = None,
     dry_run: DryRunOption = False,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
     """Merge and evaluate every pair with every arm; existing labels are kept.
 
     An interrupted run goes on with the same command. `simmerge search` looks for the best merge instead.
     """
-    run_search_command(catalogue, tasks, out, SearchConfig(**config.model_dump()), dry_run, log, probes)
+    shown = Shown(log, wide, as_json)
+    run_search_command(catalogue, tasks, out, SearchConfig(**config.model_dump()), dry_run, shown, probes)
 
 
 @labels_app.command("show")
@@ -59,6 +64,8 @@ def show_labels(
     format_: Annotated[
         Literal["table", "csv", "jsonl"], typer.Option("--format", help="csv and jsonl: data alone on stdout")
     ] = "table",
+    wide: WideOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the labels, the highest utility first; then the stopped ones, then those without a utility."""
     labels = _existing(store).read()
@@ -68,8 +75,11 @@ def show_labels(
         labels = [label for label in labels if label.task == task]
     rows = sorted(map(_row, labels), key=_place)
     shown = rows[:best]
-    if format_ == "table":
-        _print_table(shown, title=store)
+    if as_json:
+        Shown(as_json=True).result(shown)
+    elif format_ == "table":
+        with Shown(wide=wide).narrated() as narrator:
+            narrator.table(_table(shown, title=store))
     elif format_ == "csv":
         writer = csv.DictWriter(sys.stdout, fieldnames=list(shown[0]), lineterminator="\n")
         writer.writeheader()
@@ -80,7 +90,7 @@ def show_labels(
     num_tasks = len({row["task"] for row in rows})
     counts = _counts(len(rows), *(kinds[kind] for kind in ("measured", "stopped", "infeasible")))
     first = f", the first {len(shown)} shown" if len(shown) < len(rows) else ""
-    typer.echo(f"{counts}; {_num(num_tasks, 'task')}{first}", err=format_ != "table")
+    typer.echo(f"{counts}; {_num(num_tasks, 'task')}{first}", err=as_json or format_ != "table")
 
 
 @labels_app.command("check")
@@ -103,6 +113,7 @@ def merge_labels(
     """Copy labels into a store; refused, and nothing written, if they were not made in the same way."""
     from simmerge_ray.search.labels import LabelStore
 
+    check_outputs([Output(as_place(into), "INTO")], {f"FROM {one}": as_place(one) for one in sources})
     others, target = [_existing(source) for source in sources], LabelStore(into)
     _label_files(into)
     for source, num_new in zip(sources, target.merge(others), strict=True):
@@ -113,7 +124,9 @@ def merge_labels(
 @labels_app.command("compact")
 def compact_labels(store: StoreUri) -> None:
     """Fold the files of a store into one. Safe while a search writes to it; of conflicting rows one is kept."""
-    num_folded = _existing(store).compact()
+    existing = _existing(store)
+    check_outputs([Output(as_place(store), "STORE")])
+    num_folded = existing.compact()
     typer.echo(f"{_num(num_folded, 'file')} folded into one" if num_folded else "nothing to fold: one file already")
 
 
@@ -164,20 +177,18 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return rank, -(row["utility"] or 0.0), row["task"], row["plan"], row["key"]
 
 
-def _print_table(rows: Iterable[dict[str, Any]], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in ("plan", "task", "utility", "items", "seconds", "evaluator", "outcome"):
-        right = column in ("utility", "items", "seconds")
-        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
+def _table(rows: Iterable[dict[str, Any]], title: str) -> TextTable:
+    columns = [
+        Column("plan"), Column("task"), Column("utility", right=True), Column("items", right=True, optional=True),
+        Column("outcome"), Column("evaluator", optional=True), Column("seconds", right=True, optional=True),
+    ]  # fmt: skip
+    shown = []
     for row in rows:
         utility = "-" if row["utility"] is None else f"{row['utility']:.3f} ± {row['se']:.3f}"
         outcome = f"infeasible: {row['reason']}" if row["outcome"] == "infeasible" else row["outcome"]
         items, seconds = str(row["num_items"]), f"{row['seconds']:.1f}"
-        table.add_row(row["plan"], row["task"], utility, items, seconds, row["evaluator"], outcome)
-    Console(markup=False, highlight=False, emoji=False).print(table)
+        shown.append([row["plan"], row["task"], utility, items, outcome, row["evaluator"], seconds])
+    return TextTable(title, columns, shown)
 
 
 def _counts(num_labels: int, num_measured: int, num_stopped: int, num_infeasible: int) -> str:

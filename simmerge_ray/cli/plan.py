@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import Place
+from simmerge_ray.base.storage import Output, Place, check_outputs
+from simmerge_ray.base.tables import Column, TextTable
 from simmerge_ray.cli.options import changed_options, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
+from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
 
 if TYPE_CHECKING:
+    from simmerge_ray.base.progress import Narrator
     from simmerge_ray.checkpoints.catalogue import Catalogue
     from simmerge_ray.selector.planning.recommender import Recommendation
     from simmerge_ray.selector.planning.request import PlanRequest
@@ -37,91 +41,104 @@ def plan(
     top: Annotated[int, typer.Option(min=1, help="plans to show and to write")] = _TOP,
     left: Annotated[str | None, typer.Option(help="checkpoint id", rich_help_panel=_PAIR)] = None,
     right: Annotated[str | None, typer.Option(help="checkpoint id", rich_help_panel=_PAIR)] = None,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Rank the merges of a catalogue, or (--left, --right) the arms for one pair, without merging anything."""
+    """Rank the merges of a catalogue, or (--left, --right) the arms for one pair, without merging anything.
+
+    Example: simmerge plan catalogue.yaml --signals pairs.parquet --ways 2-3 --out plans
+    """
     if (left is None) != (right is None):
         raise ConfigError("--left and --right name a pair: give both, or neither to rank the plans of the catalogue")
     pair = (left, right) if left is not None and right is not None else None
     given = [*changed_options(files), *changed_options(config), *(["--top"] if top != _TOP else [])]
     if pair and (ignored := [flag for flag in given if flag not in _OF_A_PAIR]):
         raise ConfigError(f"{', '.join(ignored)}: not for one pair; leave out --left and --right, or these options")
-    if not pair and out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; plans go into a directory")
+    if out is not None:
+        check_outputs([Output(out, is_file=bool(pair))], {"CATALOGUE": catalogue})
     from simmerge_ray.checkpoints.catalogue import load_catalogue
 
-    checkpoints = load_catalogue(catalogue)
-    if pair:
-        _plan_pair(checkpoints, files, pair, config.tasks, out)
-    else:
-        _plan_catalogue(checkpoints, files, config, top, out)
+    checkpoints, shown = load_catalogue(catalogue), Shown(None, wide, as_json)
+    with shown.narrated() as narrator:
+        if pair:
+            result = _plan_pair(checkpoints, files, pair, config.tasks, out, narrator)
+        else:
+            result = _plan_catalogue(checkpoints, files, config, top, out, narrator)
+    shown.result(result)
 
 
 def _plan_catalogue(
-    checkpoints: Catalogue, files: RankingFiles, config: RankingConfig, top: int, out: Place | None
-) -> None:
-    from simmerge_ray.selector.planning.files import default_selector, read_parents, write_plans
+    checkpoints: Catalogue, files: RankingFiles, config: RankingConfig, top: int, out: Place | None, narrator: Narrator
+) -> dict[str, Any]:
+    from simmerge_ray.selector.planning.files import default_selector, ranking_json, read_parents, write_plans
     from simmerge_ray.selector.planning.request import read_sources
 
     request = read_sources(files, checkpoints, config.propagator).request(config)
-    ranking = request.rank(top)
-    _print_ranking(ranking, request, read_parents(files.selector or default_selector()))
+    warnings = trust_lines(request, files.selector)
+    narrator.print_lines(warnings)
+    with narrator.bar("steps of merges looked at") as report:
+        ranking = request.rank(top, report)
+    _print_ranking(ranking, request, read_parents(files.selector or default_selector()), narrator)
     if out is not None:
         paths = write_plans(out, ranking, checkpoints)
-        typer.echo(f"{len(paths)} plans written to {out}; make the first with: simmerge merge {paths[0]} OUT")
+        told = f"{len(paths)} plans written to {out}; make the first with: simmerge merge {paths[0]} OUT"
+        narrator.print_lines([told])
+    return {"selector": warnings[0], "warnings": warnings[1:]} | ranking_json(ranking)
 
 
-def _print_ranking(ranking: Ranking, request: PlanRequest, parents: Mapping[str, Mapping[str, float]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _print_ranking(
+    ranking: Ranking, request: PlanRequest, parents: Mapping[str, Mapping[str, float]], narrator: Narrator
+) -> None:
     pool, num_plans = request.pool, request.space.num_plans()
-    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
-    shown = Table(title=f"predicted utility, {tasks_text(pool)}", title_justify="left")
-    for column in ("", "plan", "predicted", "interval", "why"):
-        numeric = column in ("", "predicted", "interval")
-        shown.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
-    for number, one in enumerate(ranking.plans, 1):
-        shown.add_row(str(number), *_row(one))
+    rows = [(str(number), *_row(one)) for number, one in enumerate(ranking.plans, 1)]
     if ranking.best_fixed.plan.id != ranking.plans[0].plan.id:
-        shown.add_section()
-        shown.add_row("", *_row(ranking.best_fixed, "best fixed arm: "))
-    console.print(shown)
+        rows.append(("", *_row(ranking.best_fixed, "best fixed arm: ")))
+    columns = [
+        Column(""), Column("plan"), Column("predicted", right=True), Column("interval", right=True),
+        Column("why", optional=True),
+    ]  # fmt: skip
+    narrator.table(TextTable(f"predicted utility, {tasks_text(pool)}", columns, rows))
     searched = "all" if ranking.width is None else f"of {num_plans} plans, a beam of width {ranking.width}:"
     lines = [
         f"{searched} {ranking.num_scored} scored by second_order, the first {ranking.num_reranked} ranked by "
-        f"{ranking.plans[0].propagator}; interval: 95 % of the spread of the selector's ensemble; "
-        f"ranked by the prediction less {request.config.caution:g} x the spread"
+        f"{ranking.plans[0].propagator}; interval: 95 % of the spread of the selector's ensemble and of the labels' "
+        f"error; ranked by the prediction less {request.config.caution:g} x the spread"
     ]
-    if ranking.best_fixed.plan.id == ranking.plans[0].plan.id:
+    if all(one.unlike for one in ranking.plans):
+        lines = []
+    elif ranking.best_fixed.plan.id == ranking.plans[0].plan.id:
         lines.append("the first plan is that of the best fixed arm")
     lines += [f"approximate in the first plan: {line}" for line in ranking.plans[0].approximate]
-    if len(pool.tasks) == 1:
-        lines.append(best_single(pool.tasks[0], request.sources.table, parents))
-    lines += trust_lines(request)
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    lines.append(best_singles(pool, request.sources.table, parents))
+    narrator.print_lines(lines)
 
 
-def trust_lines(request: PlanRequest) -> list[str]:
-    """How far the predictions can be relied on: has choosing paid, and does the selector know such checkpoints?"""
+def trust_lines(request: PlanRequest, path: Place | None = None) -> list[str]:
+    """What comes before any number: which selector speaks, does it know such checkpoints, and has choosing paid?
+
+    Args:
+        path: of the selector; None for the packaged one.
+    """
     from simmerge_ray.plans.keeping import keeps
+    from simmerge_ray.selector.planning.files import speaker
 
     selector, ids = request.sources.selector, request.space.ids
-    fixed, lines = selector.best_fixed, []
+    fixed, lines = selector.best_fixed, [speaker(path, selector)]
+    unlike, num = len(request.unlike_pairs), len(ids) * (len(ids) - 1) // 2
+    if unlike:
+        lines.append(
+            f"warning: {unlike} of {num} pairs are unlike the checkpoints that the selector was trained on: for merges "
+            f"with them no number is shown and their order says nothing; the best fixed arm, {fixed}, is the safe "
+            "choice, and `simmerge auto` chooses without a selector"
+        )
     if selector.override.never:
         lines.append(
-            f"to leave the best fixed arm, {fixed}, has not paid on checkpoints that were left out: where the first "
-            "plan has other arms, measure it beside that of the best fixed arm (`simmerge auto` does)"
+            f"best fixed arm {fixed}: {selector.override.why_never}; where the first plan has other arms, measure it "
+            "beside that of the best fixed arm"
         )
     if keeps(selector.arms):
         lines.append(
             "these are merges; of a pair (--left, --right) the selector also says whether to keep one of them instead"
-        )
-    unlike, num = len(request.unlike_pairs()), len(ids) * (len(ids) - 1) // 2
-    if unlike:
-        lines.append(
-            f"{unlike} of {num} pairs are unlike the checkpoints that the selector was trained on: of merges with them "
-            f"it knows little; the best fixed arm, {fixed}, is the safe choice"
         )
     return lines
 
@@ -137,9 +154,37 @@ def tasks_text(pool: TaskPool) -> str:
 def _row(one: RankedPlan, prefix: str = "") -> tuple[str, str, str, str]:
     from simmerge_ray.plans.plan import fold_text
 
+    if one.unlike:
+        return prefix + fold_text(one.plan), "not known", "", ""
     low, high = one.interval
     why = ", ".join(f"{group} {change:+.3f}" for group, change in one.why)
     return prefix + fold_text(one.plan), f"{one.utility:.3f}", f"{low:.3f}-{high:.3f}", why
+
+
+def best_singles(pool: TaskPool, table: SignalTable, parents: Mapping[str, Mapping[str, float]]) -> str:
+    """The best checkpoint as it is on the tasks that a plan's prediction is about, as far as it was measured."""
+    if len(pool.tasks) == 1:
+        return best_single(pool.tasks[0], table, parents)
+    measured = {
+        name: [parents[task][name] for task in pool.tasks]
+        for name in table.checkpoint_ids
+        if all(name in parents.get(task, {}) for task in pool.tasks)
+    }
+    if pool.own is not None or not measured:
+        return (
+            "what a checkpoint as it is reaches on these tasks, the base too, is not known here, and it is often more "
+            "than a merge: `simmerge auto --tasks DIR --evaluate N` measures both on the same items"
+        )
+    worth = {name: _pooled(pool, values) for name, values in measured.items()}
+    best = max(sorted(worth), key=lambda name: worth[name])
+    return f"best single checkpoint, {tasks_text(pool)}: {best}, measured {worth[best]:.3f}"
+
+
+def _pooled(pool: TaskPool, values: Sequence[float]) -> float:
+    import numpy as np
+
+    utilities = np.array(values)
+    return float(pool.pooled(utilities, np.zeros_like(utilities), np.ones(len(values), bool))[0])
 
 
 def best_single(task: str, table: SignalTable, parents: Mapping[str, Mapping[str, float]]) -> str:
@@ -163,54 +208,58 @@ def best_single(task: str, table: SignalTable, parents: Mapping[str, Mapping[str
 
 
 def _plan_pair(
-    checkpoints: Catalogue, files: RankingFiles, pair: tuple[str, str], tasks: Sequence[str], out: Place | None
-) -> None:
+    checkpoints: Catalogue,
+    files: RankingFiles,
+    pair: tuple[str, str],
+    tasks: Sequence[str],
+    out: Place | None,
+    narrator: Narrator,
+) -> dict[str, Any]:
     """Rank the arms for one pair, say which to take and why, and write the plan of that one."""
-    from rich.console import Console
-
     from simmerge_ray.plans.keeping import arm_plan
     from simmerge_ray.plans.plan import resolve_plan, write_plan
-    from simmerge_ray.selector.planning.files import default_selector
+    from simmerge_ray.selector.planning.files import default_selector, speaker
     from simmerge_ray.selector.planning.recommender import Recommender
+    from simmerge_ray.selector.planning.request import check_unchanged
 
     left, right = pair
     recommender = Recommender.load(files.selector or default_selector(), files.signals)
+    check_unchanged(checkpoints, recommender.table, pair)
     answer = recommender.recommend(left, right, tasks)
-    console = Console(markup=False, highlight=False, emoji=False)
-    console.print(_pair_table(answer, recommender.selector.best_fixed, f"{left} + {right}"))
-    for line in _pair_lines(answer):
-        console.print(line, soft_wrap=True)
+    said = speaker(files.selector, recommender.selector)
+    narrator.print_lines([said, f"* take {answer.choice.arm}: {answer.choice.reason}"])
+    if answer.known:
+        narrator.table(_pair_table(answer, recommender.selector.best_fixed, f"{left} + {right}"))
+        narrator.print_lines(_pair_lines(answer))
     if out is not None:
         resolved = resolve_plan(arm_plan(left, right, answer.choice.arm), checkpoints)
-        write_plan(out, resolved, answer.chosen.predicted)
+        write_plan(out, resolved, answer.predicted)
         what = "make it" if resolved.plan.is_merge else "no merge is needed; copy the checkpoint"
-        typer.echo(f"plan written to {out}; {what} with: simmerge merge {out} OUT")
+        narrator.print_lines([f"plan written to {out}; {what} with: simmerge merge {out} OUT"])
+    told = ("arm", "utility", "sd", "interval", "by_task")
+    arms = [{name: getattr(one, name) for name in told} for one in answer.ranked] if answer.known else []
+    return {"selector": said, "pair": pair, "choice": asdict(answer.choice), "limit": answer.limit, "arms": arms}
 
 
-def _pair_table(answer: Recommendation, best_fixed: str, title: str) -> Any:
+def _pair_table(answer: Recommendation, best_fixed: str, title: str) -> TextTable:
     """Predictions, best first; `*` marks the safe choice, which need not be the first."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    intervals = any(row.interval for row in answer.ranked)
-    columns = ("", "arm", "predicted utility", "sd", *(["interval"] if intervals else []), *answer.ranked[0].by_task)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("", "arm") else "right")
+    by_task = tuple(answer.ranked[0].by_task)
+    columns = [Column(""), Column("arm"), *(Column(name, right=True) for name in ("predicted utility", "interval"))]
+    columns += [Column(name, right=True, optional=True) for name in ("sd", *by_task)]
+    rows = []
     for row in answer.ranked:
         name = f"{row.arm} (best fixed)" if row.arm == best_fixed else row.arm
-        interval = ["{:.3f}-{:.3f}".format(*row.interval)] if row.interval else []
-        by_task = [f"{u:.3f}" for u, _ in row.by_task.values()]
+        interval = "{:.3f}-{:.3f}".format(*row.interval) if row.interval else ""
+        values = [f"{u:.3f}" for u, _ in row.by_task.values()]
         mark = "*" if row.arm == answer.choice.arm else ""
-        table.add_row(mark, name, f"{row.utility:.3f}", f"{row.sd:.3f}", *interval, *by_task)
-    return table
+        rows.append([mark, name, f"{row.utility:.3f}", interval, f"{row.sd:.3f}", *values])
+    return TextTable(title, columns, rows)
 
 
 def _pair_lines(answer: Recommendation) -> list[str]:
-    lines = [f"* take {answer.choice.arm}: {answer.choice.reason}"]
-    if answer.ranked[0].interval:
-        known = answer.choice.distance <= answer.limit
-        lines.append(
-            f"interval: {100 * answer.level:g} % of the merges of checkpoints that were left out of the training "
-            f"measured within it{'' if known else '; that says nothing of checkpoints unlike those'}"
-        )
-    return lines
+    if not answer.ranked[0].interval:
+        return []
+    return [
+        f"interval: {100 * answer.level:g} % of the merges of checkpoints that were left out of the training "
+        "measured within it; never narrower than the labels' own error"
+    ]

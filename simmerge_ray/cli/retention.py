@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from simmerge_ray.base.storage import Output, check_outputs, write_json
+from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption
 from simmerge_ray.cli.places import PathOrUri, place_option
+from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
 
 
 def retention(
@@ -20,39 +23,42 @@ def retention(
     max_tokens: Annotated[int, typer.Option(min=1, max=256, help="longest answer in tokens")] = 16,
     examples: Annotated[int, typer.Option(min=0, help="probes to show of each member, most different first")] = 3,
     out: Annotated[PathOrUri | None, place_option(help="JSON file for all of it")] = None,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
     """Report what a model keeps of every member: the share of the member's own answers that it gives as well."""
+    if out is not None:
+        check_outputs([Output(out, is_file=True)], {"--catalogue": catalogue, "--probes": probes})
     from simmerge_ray.pipelines.retention import retention_sources
 
     sources = retention_sources(model, catalogue, probes)
-    from simmerge_ray.base.progress import narrated
-    from simmerge_ray.base.storage import write_json
     from simmerge_ray.pipelines.retention import retention_stage
 
-    with narrated(log) as narrator:
+    shown = Shown(log, wide, as_json)
+    with shown.narrated() as narrator:
         rows = retention_stage(*sources, narrator, max_tokens, examples)
+        content = {"model": model, "max_tokens": max_tokens, "members": rows}
         if out is not None:
-            write_json(out, {"model": model, "max_tokens": max_tokens, "members": rows})
-        narrator.console.print(_table(model, rows))
+            write_json(out, content)
+        narrator.table(_table(model, rows))
         narrator.print_lines(_example_lines(rows))
+    shown.result(content)
 
 
-def _table(model: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"what {model} keeps", title_justify="left")
-    for name in ("member", "task"):
-        table.add_column(name, overflow="fold")
-    for name in ("answers", "kept", "base keeps", "KL", "nll", "repeats"):
-        table.add_column(name, justify="right")
+def _table(model: str, rows: Sequence[Mapping[str, Any]]) -> TextTable:
+    columns = columns_of(
+        ["member", "task"],
+        ["kept", "base keeps", "answers", "KL", "nll", "repeats"],
+        optional=["answers", "KL", "nll", "repeats"],
+    )
+    shown = []
     for row in rows:
         base = "" if row["base_retention"] is None else f"{100 * row['base_retention']:.0f} %"
-        table.add_row(
-            row["member"], row["task"], str(row["num_answers"]), f"{100 * row['retention']:.0f} %", base,
-            f"{row['kl']:.3f}", f"{row['nll']:.3f}", f"{100 * row['repetition']:.0f} %",
-        )  # fmt: skip
-    return table
+        kept, repeats = f"{100 * row['retention']:.0f} %", f"{100 * row['repetition']:.0f} %"
+        numbers = [str(row["num_answers"]), f"{row['kl']:.3f}", f"{row['nll']:.3f}", repeats]
+        shown.append([row["member"], row["task"], kept, base, *numbers])
+    return TextTable(f"what {model} keeps", columns, shown)
 
 
 def _example_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
 from simmerge_ray.base.config import BestMergeConfig, SearchConfig
 from simmerge_ray.base.errors import ConfigError, TaskError
+from simmerge_ray.base.storage import Output, check_outputs
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, place_option
+from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
 
 StoreOption = Annotated[PathOrUri, place_option(help="directory of the label store")]
 TasksOption = Annotated[
@@ -26,6 +28,8 @@ def search(
     config: BestMergeConfig,
     tasks: TasksOption = None,
     dry_run: DryRunOption = False,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
     """Search for the best merge: propose merges, evaluate them, stop bad ones early. Existing labels are kept.
@@ -34,7 +38,8 @@ def search(
     """
     if config.budget is None:
         raise ConfigError("name --budget N, the merges to try; `simmerge labels make` labels every pair and arm")
-    run_search_command(catalogue, tasks, out, SearchConfig(**config.model_dump()), dry_run, log)
+    shown = Shown(log, wide, as_json)
+    run_search_command(catalogue, tasks, out, SearchConfig(**config.model_dump()), dry_run, shown)
 
 
 def run_search_command(
@@ -43,7 +48,7 @@ def run_search_command(
     out: PathOrUri,
     config: SearchConfig,
     dry_run: bool,
-    log: Path,
+    shown: Shown,
     probes: PathOrUri | None = None,
 ) -> None:
     """Check names and files before any library is loaded, then search, or with `dry_run` say what that would take.
@@ -57,6 +62,7 @@ def run_search_command(
     from simmerge_ray.search.space import make_space
 
     parse_arms(config.arms)
+    check_outputs([Output(out)], {"CATALOGUE": catalogue, "--tasks": tasks, "--probes": probes})
     checkpoints = load_catalogue(catalogue)
     files = load_tasks(tasks) if tasks is not None else {}
     if not files and not config.lm_eval:
@@ -65,13 +71,14 @@ def run_search_command(
         make_space(checkpoints, config)
         for text in () if config.lm_eval else config.objectives:  # a group of lm-eval is several tasks: checked later
             parse_objective(text, files)
-    from simmerge_ray.base.progress import narrated
-
-    with narrated(log) as narrator:
+    with shown.narrated() as narrator:
         from simmerge_ray.pipelines.dataset import plan_search, search_stage
 
+        result: dict[str, Any]
         if dry_run:
             estimate = plan_search(catalogue, tasks, out, config)
             narrator.print_lines(estimate.lines())
+            result = asdict(estimate)
         else:
-            search_stage(catalogue, tasks, out, config, narrator, probes)
+            result = search_stage(catalogue, tasks, out, config, narrator, probes)
+    shown.result(result)

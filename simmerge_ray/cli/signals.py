@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.errors import PlanError, unknown_name
+from simmerge_ray.base.storage import Output, Place, as_place, check_outputs
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, place_option
+from simmerge_ray.cli.shown import JsonOption, Shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +38,7 @@ def signals(
         typer.Option(metavar="LEFT RIGHT", help="then explain the signals of this pair, in numbers and words"),
     ] = None,
     figures: Annotated[bool, typer.Option(help="heat maps of every signal into OUT's name + _figures")] = True,
+    as_json: JsonOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
     """Compute the similarity signals of all pairs of a catalogue; only what is missing is computed."""
@@ -43,15 +47,15 @@ def signals(
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
 
+    check_outputs(_outputs(out, signatures, figures), {"CATALOGUE": catalogue, "--probes": probes})
     ids = load_catalogue(catalogue).ids
     for name in explain or ():
         if name not in ids:
             raise PlanError(unknown_name("checkpoint", name, ids))
     if probes is not None:
         load_probe_sets(probes)
-    from simmerge_ray.base.progress import narrated
-
-    with narrated(log) as narrator:
+    shown = Shown(log, as_json=as_json)
+    with shown.narrated() as narrator:
         from simmerge_ray.pipelines.stages import figures_stage, signals_stage
 
         table = signals_stage(catalogue, probes, out, config, narrator, signatures)
@@ -59,6 +63,29 @@ def signals(
             figures_stage(table, out, narrator)
         if explain:
             _print_explanation(narrator.console, table, *explain)
+    if as_json:
+        shown.result(_as_json(table, out, explain))
+
+
+def _as_json(table: SignalTable, out: Place, pair: tuple[str, str] | None) -> dict[str, Any]:
+    from simmerge_ray.signals.explain import explain
+
+    told = [] if pair is None else [asdict(one) for one in explain(table, *pair)]
+    names = {"checkpoints": list(table.checkpoint_ids), "tasks": list(table.tasks), "features": list(table.columns)}
+    return (
+        {"out": str(out), "num_rows": len(table.rows)} | names | ({"pair": pair, "explanation": told} if pair else {})
+    )
+
+
+def _outputs(out: PathOrUri, signatures: str | None, figures: bool) -> list[Output]:
+    """The table and what is written beside it."""
+    kept = out.parent / "signatures" if signatures is None else as_place(signatures)
+    return [
+        Output(out, is_file=True, starts=b"PAR1", kind="a table of signals"),
+        Output(out.parent / f"{out.stem}.json", "what it was made of", is_file=True),
+        Output(kept, "--signatures"),
+        *([Output(out.parent / f"{out.stem}_figures", "the heat maps")] if figures else []),
+    ]
 
 
 def _print_explanation(console: Console, table: SignalTable, left: str, right: str) -> None:

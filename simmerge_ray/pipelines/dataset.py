@@ -6,17 +6,21 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
-from rich.table import Table
+from rich.markup import escape
 
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError, InputError, TaskError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Manifest, Place, write_json
-from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.base.storage import Manifest, Place, read_json, write_json
+from simmerge_ray.base.tables import TextTable, columns_of
+from simmerge_ray.capacity.engines import engines_that_fit, waiting_lines
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, twins
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.on_ray.digests import digest_on_nodes
+from simmerge_ray.on_ray.resources import memory_for_workers
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import resolve_plan, write_plan
 from simmerge_ray.search.estimate import SearchEstimate, estimate_search
@@ -24,8 +28,8 @@ from simmerge_ray.search.evaluation import EvaluationTask, load_tasks
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.search.labels import LabelStore, pair_contexts
 from simmerge_ray.search.setup import PreparedSearch, prepare_search
-from simmerge_ray.search.status import SearchStatus
-from simmerge_ray.search.summary import PlanResult, ranked_results
+from simmerge_ray.search.status import SearchStatus, cause
+from simmerge_ray.search.summary import Comparison, PlanResult, comparisons, ranked_results
 
 UNCHANGED = "unchanged since the last run"
 _RESULTS = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
@@ -72,11 +76,11 @@ def search_stage(
     config: SearchConfig,
     narrator: Narrator,
     probes: Place | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Labels that are missing, into the store `labels`, and into its directory `_search` the manifest `search.json`
-    and what was found: `headroom.json` of pairs x arms, or `best.json` and the best merge as a plan file. With `probes`
-    the store gets what every merge keeps of its members' answers as well. InputError: whatever cannot be used, before
-    Ray is started. EngineError: the evaluator did not start."""
+    and what was found: `best.json`, the best merge as a plan file, and of pairs x arms `headroom.json`. With `probes`
+    the store gets what every merge keeps of its members' answers as well. Returns what `best.json` holds. InputError:
+    whatever cannot be used, before Ray is started. EngineError: the evaluator did not start."""
     catalogue = load_catalogue(catalogue_path)
     tasks = load_search_tasks(tasks_dir, config)
     probe_sets, answers = _answered_probes(catalogue, probes), {}
@@ -87,24 +91,28 @@ def search_stage(
         answers = answers_stage(catalogue, probe_sets, labels, config, narrator)
     with narrator.stage("search") as stage:
         digest_on_nodes(catalogue)
+        say_twins(catalogue, narrator)
         inputs = input_digests(catalogue, tasks)
         inputs |= {one.name: one.digest for some in answers.values() for one in some}
         manifest = Manifest("search", config.content(), inputs)
         results_dir = labels / _RESULTS
         if manifest.is_current(results_dir / "search.json"):
             stage.result = UNCHANGED
-            return
+            found: dict[str, Any] = read_json(results_dir / "best.json")
+            return found
         from simmerge_ray.on_ray.merge_search import run_search
 
         started = time.monotonic()
+        if config.evaluator == "transformers":
+            narrator.print_lines(waiting_lines(prepare_search(catalogue, tasks, config, str(labels.resolve()))))
         with search_bar(narrator) as report:
             # Absolute: trial actors write the labels, and may run in another working directory.
             result = run_search(catalogue, tasks, config, labels.resolve(), report=report, answers=answers)
         for name, reason in sorted(result.infeasible.items()):
-            narrator.say(f"           infeasible: {name}: {reason}")
+            narrator.print_lines([f"           infeasible: {name}: {reason}"])
         if config.budget is None:
             write_headroom(labels, [arm.label for arm in parse_arms(config.arms)], results_dir / "headroom.json")
-        write_best(result.search, results_dir, narrator)
+        found = write_best(result.search, results_dir, narrator)
         left = f", {result.num_left} not run (limit reached; run the same command again to go on)"
         if not result.num_left:
             left, counts = "", {"num_labels": result.num_labels, "num_infeasible": len(result.infeasible)}
@@ -113,6 +121,7 @@ def search_stage(
             f"{result.num_trials_run} trials run{left}, {result.num_labels} labels "
             f"({len(result.infeasible)} infeasible) by {config.evaluator} -> {labels}"
         )
+        return found
 
 
 def _answered_probes(catalogue: Catalogue, probes: Place | None) -> dict[str, ProbeSet]:
@@ -126,6 +135,12 @@ def _answered_probes(catalogue: Catalogue, probes: Place | None) -> dict[str, Pr
     return {task: probe_sets[task] for task in sorted({task for task in catalogue.own_task.values() if task})}
 
 
+def say_twins(catalogue: Catalogue, narrator: Narrator) -> None:
+    """A warning for each checkpoint that is a copy of another one."""
+    for line in twins(catalogue):
+        narrator.say(f"[yellow]{escape(line)}[/yellow]")
+
+
 def input_digests(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask]) -> dict[str, str]:
     """Digests of all checkpoints and tasks, by what a manifest calls them."""
     inputs = {f"checkpoint {name}": digest for name, digest in catalogue.digests().items()}
@@ -134,9 +149,19 @@ def input_digests(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask]) -> 
 
 @contextmanager
 def search_bar(narrator: Narrator) -> Iterator[Callable[[SearchStatus], None]]:
-    """A progress bar for a search."""
+    """A progress bar for a search; the first trial that fails for a reason is said at once, and why."""
+    said: set[str] = set()
     with narrator.status_bar("merges evaluated") as report:
-        yield lambda status: report(status.done, status.total, status.line)
+
+        def tell(status: SearchStatus) -> None:
+            for how, some in (("failed", status.failures), ("trying again", status.setbacks)):
+                for label, reason in some:
+                    if (line := f"{how}: {cause(label, reason)}") not in said:
+                        said.add(line)
+                        narrator.print_lines([f"           {how}: {label}: {reason}"])
+            report(status.done, status.total, status.line)
+
+        yield tell
 
 
 def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
@@ -149,27 +174,35 @@ def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
     write_json(out, content)
 
 
-def write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> None:
-    """`best.json`, the best merge's plan file, and a table of the best merges and checkpoints."""
+def write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> dict[str, Any]:
+    """What to do, `best.json`, the best merge's plan file, and a table of the best merges and checkpoints; the content
+    of `best.json`. Merges, checkpoints and the base are compared on the same tasks."""
     merges, singles = ranked_results(study)
+    compared = comparisons(study, merges, singles)
+    content = {
+        "verdicts": [_verdict_json(one) for one in compared],
+        "merges": [_row(one) for one in merges],
+        "singles": [_row(one) for one in singles],
+    }
+    write_json(out / "best.json", content)
+    for one in compared:
+        if one.verdict is not None:
+            narrator.print_lines([f"{one.objective.name} of {', '.join(one.tasks)}:", *one.verdict.lines()])
+            narrator.table(_table(one, merges, singles))
     if study.space is not None:
-        write_json(out / "best.json", {"merges": [_row(one) for one in merges], "singles": [_row(o) for o in singles]})
-        for number, one in enumerate([one for one in merges if one.best], 1):
+        for number, best in enumerate([one for one in merges if one.best], 1):
             name = "best.plan.json" if len(study.objectives) == 1 else f"front-{number}.plan.json"
-            write_plan(out / name, resolve_plan(one.plan, study.catalogue))  # nothing is predicted: it was measured
+            write_plan(out / name, resolve_plan(best.plan, study.catalogue))  # nothing is predicted: it was measured
             if number == 1:
-                narrator.say(f"           make it with: simmerge merge {out / name} OUT")
-    if merges and not narrator.console.is_terminal:
-        for one in (merges[0], *singles[:1]):
-            kind = "merge" if one.plan.is_merge else "checkpoint"
-            values = ", ".join(f"{value:.3f}" for value in one.values)
-            narrator.say(f"           best {kind}: {values} {one.plan.label} ({_by_task(one)})")
-    elif merges:
-        narrator.console.print(_table(study, merges, singles))
+                narrator.print_lines([f"make the best merge with: simmerge merge {out / name} OUT"])
+    return content
 
 
-def _by_task(one: PlanResult) -> str:
-    return ", ".join(f"{task} {utility:.3f}±{se:.3f}" for task, (utility, se) in one.utilities.items())
+def _verdict_json(one: Comparison) -> dict[str, Any]:
+    told = {"tasks": list(one.tasks), "objective": one.objective.name}
+    if one.verdict is None:
+        return told | {"answer": None}
+    return told | {"answer": one.verdict.answer, "lines": one.verdict.lines(), "utility": asdict(one.verdict.utility)}
 
 
 def _row(one: PlanResult) -> dict[str, Any]:
@@ -178,17 +211,20 @@ def _row(one: PlanResult) -> dict[str, Any]:
     return plan | {"objectives": list(one.values), "utilities": utilities, "best": one.best}
 
 
-def _table(study: PreparedSearch, merges: Sequence[PlanResult], singles: Sequence[PlanResult]) -> Table:
-    names = [objective.name for objective in study.objectives] if study.space is not None else ["mean of own tasks"]
-    title = "Best merges" if len(names) == 1 else "Merges; * is the Pareto front"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "merge", *names, "by task"):
-        table.add_column(column, justify="right" if column in names else "left")
-    shown = merges[:_NUM_SHOWN] if len(names) == 1 else [one for one in merges if one.best]
-    for one in [*shown, *singles[:3]]:
-        values = (f"{value:.3f}" for value in one.values)
-        table.add_row("*" if one.best and one.plan.is_merge else "", one.plan.label, *values, _by_task(one))
-    return table
+def _table(compared: Comparison, merges: Sequence[PlanResult], singles: Sequence[PlanResult]) -> TextTable:
+    """The best merges, and below them the checkpoints as they are, the base among them, all on the same tasks; `*` is
+    the answer."""
+    tasks, objective = compared.tasks, compared.objective
+    rows = []
+    for kind, most in ((merges, _NUM_SHOWN), (singles, None)):
+        same = [one for one in kind if set(tasks) <= set(one.utilities)]
+        values = {one.plan.id: objective.value({task: one.utilities[task][0] for task in tasks}) for one in same}
+        for one in sorted(same, key=lambda one: -values[one.plan.id])[:most]:
+            mark = "*" if compared.verdict and one.plan.id == compared.verdict.winner.plan.id else ""
+            by_task = ["{:.3f} ± {:.3f}".format(*one.utilities[task]) for task in tasks]
+            rows.append([mark, one.plan.label, f"{values[one.plan.id]:.3f}", *by_task])
+    columns = columns_of(["", "merge or checkpoint"], [objective.name, *tasks])
+    return TextTable("measured on all items, merges, then checkpoints as they are", columns, rows)
 
 
 def plan_search(catalogue_path: Place, tasks_dir: Place | None, labels: Place, config: SearchConfig) -> SearchEstimate:
@@ -206,7 +242,6 @@ def plan_search(catalogue_path: Place, tasks_dir: Place | None, labels: Place, c
         problems.append(str(error))
     if catalogue is None or tasks is None:
         raise ConfigError("\n".join(problems))
-    from simmerge_ray.capacity.engines import engines_that_fit
     from simmerge_ray.search.proposers import make_proposer
 
     study = prepare_search(catalogue, tasks, config, str(labels.resolve()))
@@ -217,5 +252,5 @@ def local_resources() -> dict[str, float]:
     """What Ray would count on this machine."""
     import torch
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": 0.7 * memory}
+    memory = float(memory_for_workers())
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": memory}

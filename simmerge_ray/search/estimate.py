@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simmerge_ray.base.progress import duration
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.checkpoints.size import COMPUTE_BYTES, num_elements
@@ -37,7 +38,7 @@ class SearchEstimate:
         """For people."""
         hours = "unknown until the first labels are there (run with --max-trials 20 to learn it)"
         if self.seconds is not None:
-            hours = f"about {_duration(self.seconds)}, from what the labels in the store took"
+            hours = f"about {duration(self.seconds)}, from what the labels in the store took"
         return [
             f"trials   {self.trials} to run, {self.labels} labels in the store",
             f"engines  {self.engines} at the same time, {self.engine_bytes / 1e9:.1f} GB each, "
@@ -72,9 +73,3 @@ def estimate_search(search: PreparedSearch, num_trials: int, engines: int) -> Se
         seconds = _START_SECONDS[search.settings.evaluator] + typical * num_trials / engines
     size = engine_bytes(search.template, search.settings.evaluator, search.settings.dtype)
     return SearchEstimate(num_trials, len(labels), engines, size, seconds)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.labels import Measured
-from simmerge_ray.search.objectives import pareto_front
+from simmerge_ray.search.objectives import MEAN, Objective, pareto_front
 from simmerge_ray.search.setup import PreparedSearch
+from simmerge_ray.search.winner import MIN_ITEMS, Candidate, Items, Verdict, choose_winner
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Merges and checkpoints on the same tasks, and what to do. verdict: None where a task has too few items for one,
+    or nothing was measured of one kind."""
+
+    tasks: tuple[str, ...]
+    objective: Objective
+    verdict: Verdict | None
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,7 @@ class PlanResult:
     plan: MergePlan
     utilities: Mapping[str, tuple[float, float]]
     values: tuple[float, ...]
+    items: Items
     best: bool = False
 
 
@@ -36,9 +48,40 @@ def ranked_results(search: PreparedSearch) -> tuple[list[PlanResult], list[PlanR
         if len(measured) == len(search.tasks_of(plan)):
             utilities = {task: (one.utility, one.standard_error) for task, one in measured.items()}
             values = search.values({task: one.utility for task, one in measured.items()})
-            kinds[plan.source is not None].append(PlanResult(plan, utilities, values))
+            items = {task: one.items for task, one in measured.items()}
+            kinds[plan.source is not None].append(PlanResult(plan, utilities, values, items))
     merges, singles = (_ranked(kind) for kind in kinds)
     return merges, singles
+
+
+def comparisons(
+    search: PreparedSearch, merges: Sequence[PlanResult], singles: Sequence[PlanResult]
+) -> list[Comparison]:
+    """Of merges with the checkpoints as they are, the base among them, on the same tasks: one for each objective of a
+    search, and for each set of tasks that merges of a grid were measured on."""
+    base = search.catalogue.base.id if search.catalogue.base else None
+    if search.space is not None:
+        asked = [(objective.tasks or tuple(sorted(search.tasks)), objective) for objective in search.objectives]
+    else:
+        asked = [(tasks, Objective(MEAN)) for tasks in dict.fromkeys(tuple(sorted(one.utilities)) for one in merges)]
+    return [
+        Comparison(tasks, objective, _verdict((*merges, *singles), tasks, objective, base))
+        for tasks, objective in asked
+    ]
+
+
+def _verdict(
+    results: Iterable[PlanResult], tasks: tuple[str, ...], objective: Objective, base: str | None
+) -> Verdict | None:
+    # A merge of a grid that was measured on more tasks than these is compared there.
+    same = [
+        Candidate(one.plan, {task: one.items[task] for task in tasks})
+        for one in results
+        if set(tasks) <= set(one.items) and (not one.plan.is_merge or set(tasks) == set(one.items) or objective.tasks)
+    ]
+    if not same or min(len(items) for one in same for items in one.items.values()) < MIN_ITEMS:
+        return None
+    return choose_winner(same, objective, base)
 
 
 def _ranked(kind: list[PlanResult]) -> list[PlanResult]:

@@ -1,4 +1,4 @@
-"""Which of the measured merges is the best, and is it better than the best checkpoint as it is?
+"""Which of the measured merges is the best, and is it better than the best checkpoint as it is, the base among them?
 
 The first half of the items (the even ones) chooses, the other half says what the choice is worth: the best of several
 measured values is too high on the items that it was the best on.
@@ -6,7 +6,7 @@ measured values is too high on the items that it was the best on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from simmerge_ray.base.errors import LabelError, TaskError
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.headroom import NUM_STANDARD_ERRORS
-from simmerge_ray.search.objectives import Objective
+from simmerge_ray.search.objectives import MEAN, Objective
 
 MIN_ITEMS = 4  # two in each half, or there is no standard error
 _CHOOSING, _REPORTING = slice(0, None, 2), slice(1, None, 2)
@@ -58,8 +58,10 @@ class Verdict:
     winner: the best merge if it beats the best single checkpoint on the choosing half, else that checkpoint.
     best_merge, best_single: of their kind on the choosing half; None where none was measured. utility: of the winner,
     on the reporting half. advantage: the merge minus the checkpoint, paired by item, on the reporting half;
-    chosen_by: on the choosing half. Both are None without one of the two.
+    chosen_by: on the choosing half. Both are None without one of the two. base: as it is, where it was measured.
     """
+
+    objective: Objective
 
     winner: Candidate
     best_merge: Candidate | None
@@ -67,10 +69,69 @@ class Verdict:
     utility: ObjectiveEstimate
     advantage: ObjectiveEstimate | None
     chosen_by: ObjectiveEstimate | None
+    base: Candidate | None = None
 
     @property
     def keeps_checkpoint(self) -> bool:
         return self.winner.plan.source is not None
+
+    @property
+    def answer(self) -> str:
+        """`merge X`, `keep Y`, or `do not merge` where the base as it is is the best."""
+        label = self.winner.plan.label
+        if not self.keeps_checkpoint:
+            return f"merge {label}"
+        if self.base is not None and self.winner.plan.id == self.base.plan.id:
+            return f"do not merge: keep the base, {label}, as it is"
+        return f"keep {label}"
+
+    def lines(self) -> list[str]:
+        """In words: the answer first, then against what, and where it is bad. All on the same items."""
+        sizes = [len(items) for items in self.winner.reporting.values()]
+        on = "-".join(map(str, sorted({min(sizes), max(sizes)})))
+        answer = f"answer: {self.answer}, {_with_error(self.utility)} on {on} items of each task"
+        if self.best_merge is None:
+            lines = [f"{answer}: no merge could be measured"]
+        elif self.best_single is None:
+            lines = [f"{answer}; no checkpoint could be measured beside it"]
+        elif self.keeps_checkpoint:
+            lines = [f"{answer}: no measured merge beats it"]
+            lines.append(f"the best merge, {self.best_merge.plan.label}, against it: {self._advantage_text}")
+        else:
+            lines = [answer]
+            lines.append(f"against the best checkpoint, {self.best_single.plan.label}: {self._advantage_text}")
+        said = [one.plan.id for one in (self.winner, None if self.keeps_checkpoint else self.best_single) if one]
+        if self.base is not None and self.base.plan.id not in said:
+            utility = objective_estimate(self.base.reporting, self.objective)
+            lines.append(f"the base, {self.base.plan.label}, on the same items: {_with_error(utility)}")
+        return lines + list(self._weak_tasks())
+
+    @property
+    def _advantage_text(self) -> str:
+        assert self.advantage is not None and self.chosen_by is not None
+        text = f"{_signed(self.advantage)} ({_signed(self.chosen_by)} on the half that chose), "
+        within = "within two paired standard errors: these items do not tell the two apart"
+        text += "more than two paired standard errors" if self.advantage.is_clear else within
+        disagree = self.advantage.value * self.chosen_by.value < 0
+        return text + ("; the halves disagree which is better, so take more items" if disagree else "")
+
+    def _weak_tasks(self) -> Iterator[str]:
+        """Tasks that a mean hides: the answer has 0 there, or clearly less than the base."""
+        for task, items in self.winner.items.items():
+            if not items.any():
+                yield f"warning: the answer has 0 on {task}: it solves none of its {len(items)} items"
+            elif self.base is not None:
+                lost = difference({task: items}, {task: self.base.items[task]}, Objective(MEAN))
+                if lost.value < 0 and lost.is_clear:
+                    yield f"warning: on {task} the answer is worse than the base: {_signed(lost)}"
+
+
+def _with_error(one: ObjectiveEstimate) -> str:
+    return f"{one.value:.3f} ± {one.se:.3f}"
+
+
+def _signed(one: ObjectiveEstimate) -> str:
+    return f"{one.value:+.3f} ± {one.se:.3f}"
 
 
 def check_items(task: str, num_items: int) -> None:
@@ -82,8 +143,11 @@ def check_items(task: str, num_items: int) -> None:
         )
 
 
-def choose_winner(candidates: Sequence[Candidate], objective: Objective) -> Verdict:
+def choose_winner(candidates: Sequence[Candidate], objective: Objective, base: str | None = None) -> Verdict:
     """The verdict; among equally good merges (checkpoints) the first, and a checkpoint before an equally good merge.
+
+    Args:
+        candidates: the base as it is among them, where it was measured. base: its id.
 
     Raises:
         LabelError: there is no candidate.
@@ -99,7 +163,8 @@ def choose_winner(candidates: Sequence[Candidate], objective: Objective) -> Verd
         advantage = difference(best_merge.reporting, best_single.reporting, objective)
     assert winner is not None
     utility = objective_estimate(winner.reporting, objective)
-    return Verdict(winner, best_merge, best_single, utility, advantage, chosen_by)
+    of_base = next((one for one in candidates if base is not None and one.plan.source == base), None)
+    return Verdict(objective, winner, best_merge, best_single, utility, advantage, chosen_by, of_base)
 
 
 def _best(candidates: Sequence[Candidate], objective: Objective) -> Candidate | None:

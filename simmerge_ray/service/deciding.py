@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ def pair_decision(
         **told,
         arm=suggestion.arm,
         plan=_keep_plan(context, suggestion.arm, predictions),
-        reason=_reason(context, suggestion, best_fixed, propensities),
+        reason=_reason(context, suggestion, best_fixed, predictions),
         overrode=suggestion.arm != best_fixed,
         propensities=propensities,
         arms=predictions,
@@ -112,7 +112,7 @@ def plan_decision(
         tasks=tasks,
         arm=plan.label,
         plan=plan_prediction(chosen, probabilities[drawn.chosen]),
-        reason=f"drawn among the {len(ids)} plans that are predicted best" if asked.explore else "predicted best",
+        reason=_plan_reason(drawn, asked.explore),
         overrode={step.arm.label for step in plan.steps} != {contexts.published.selector.best_fixed},
         propensities=dict(zip(ids, probabilities, strict=True)),
         plans=[plan_prediction(one, p) for one, p in zip(drawn.plans, probabilities, strict=True)],
@@ -120,6 +120,12 @@ def plan_decision(
     )
     told = {"kind": "plan", "tasks": tasks, "checkpoints": request.checkpoints, "plan": plan.to_json()}
     return _event(answer, told, plan.id, context, learns), answer
+
+
+def _plan_reason(drawn: DrawnPlan, explores: bool) -> str:
+    if drawn.plans[drawn.chosen].unlike:
+        return "not trained for such checkpoints: no prediction tells these plans apart"
+    return f"drawn among the {len(drawn.plans)} plans that are predicted best" if explores else "predicted best"
 
 
 def _of_any_decision(view: View, contexts: Contexts, asked: Asked) -> dict[str, Any]:
@@ -221,7 +227,11 @@ def _class_of(arm: str, context: PairContext, view: View) -> tuple[str, ...]:
 
 def _predictions(context: PairContext, view: View, noise: Noise, propensities: dict[str, float]) -> list[ArmPrediction]:
     """From best to worst by what the selector says; arms that it does not know come last."""
-    known = {one.arm: {"utility": one.utility, "sd": one.sd, "interval": one.interval} for one in context.answer.ranked}
+    known: dict[str, dict[str, Any]] = {
+        # What the selector says of checkpoints unlike those of its training is no prediction.
+        one.arm: {} if context.novel else {"utility": one.utility, "sd": one.sd, "interval": one.interval}
+        for one in context.answer.ranked
+    }
     playable = {arm: (one, context.z) for arm, one in view.posteriors.items() if arm != KEEP}
     if KEEP in view.posteriors:
         playable |= {name: (view.posteriors[KEEP], z) for name, z in context.kept.items()}
@@ -251,18 +261,26 @@ def _keep_plan(context: PairContext, arm: str, predictions: list[ArmPrediction])
     return PlanPrediction(
         id=plan.id,
         label=arm,
-        utility=utility or 0.0,
-        sd=sd or 0.0,
+        utility=utility,
+        sd=sd,
         interval=told.interval,
         propensity=told.propensity,
         plan=plan.to_json(),
     )
 
 
-def _reason(context: PairContext, suggestion: Suggestion, best_fixed: str, propensities: dict[str, float]) -> str:
-    how = f"drawn with probability {propensities[suggestion.arm]:.2f}" if suggestion.explored else "not explored"
+def _reason(context: PairContext, suggestion: Suggestion, best_fixed: str, predictions: Sequence[ArmPrediction]) -> str:
+    """Why the arm was played, true of a random draw as well: what is expected of it may be less than of others."""
+    played = next(one for one in predictions if one.arm == suggestion.arm)
+    how = f"drawn with probability {played.propensity:.2f}" if suggestion.explored else "not explored"
     if context.novel:
         return f"{context.answer.choice.reason}; {how}"
     if suggestion.arm == best_fixed:
         return f"best fixed arm {best_fixed}: no other is good enough to leave it; {how}"
-    return f"better than the best fixed arm {best_fixed} by what is known so far; {how}"
+    expected = {one.arm: one.expected or 0.0 for one in predictions}
+    advantage = expected[suggestion.arm] - expected.get(best_fixed, 0.0)
+    if best_fixed not in expected:
+        return f"the best fixed arm {best_fixed} is not played here; {how}"
+    if advantage > 0:
+        return f"expected {advantage:+.3f} over the best fixed arm {best_fixed} by what is known so far; {how}"
+    return f"a try: expected {advantage:+.3f} beside the best fixed arm {best_fixed}, and drawn to learn more; {how}"

@@ -97,11 +97,11 @@ def plan_prediction(one: RankedPlan, propensity: float | None = None) -> PlanPre
     return PlanPrediction(
         id=one.plan.id,
         label=one.plan.label,
-        utility=one.utility,
-        sd=one.sd,
-        interval=one.interval,
+        utility=None if one.unlike else one.utility,
+        sd=None if one.unlike else one.sd,
+        interval=None if one.unlike else one.interval,
         propensity=propensity,
-        why=[Influence(signal=name, effect=effect) for name, effect in one.why],
+        why=[] if one.unlike else [Influence(signal=name, effect=effect) for name, effect in one.why],
         plan=one.plan.to_json(),
     )
 

@@ -157,12 +157,13 @@ class ArmPrediction(BaseModel):
 
 
 class PlanPrediction(BaseModel):
-    """A plan over several checkpoints. plan: as `simmerge merge` reads it."""
+    """A plan over several checkpoints. plan: as `simmerge merge` reads it. utility, sd, interval: null for checkpoints
+    unlike those that the selector was trained on."""
 
     id: str
     label: str
-    utility: float
-    sd: float
+    utility: float | None = None
+    sd: float | None = None
     interval: tuple[float, float] | None = None
     propensity: float | None = None
     why: list[Influence] = []

@@ -35,7 +35,13 @@ from simmerge_ray.on_ray import finding
 from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.pipelines.auto.answer import check_auto, label_free_json, write_stage
 from simmerge_ray.pipelines.auto.find import find_here, find_stages
-from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json, prepare_measuring
+from simmerge_ray.pipelines.auto.measure import (
+    first_measured,
+    measure_stage,
+    measured_json,
+    prepare_measuring,
+    simple_merges,
+)
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan
 from simmerge_ray.search.evaluation import load_tasks
@@ -194,12 +200,24 @@ def test_without_write_only_the_plan_is_left(request_, tmp_path):
 
 def test_the_table_has_the_answer_every_checkpoint_and_every_member(request_):
     found = planted(request_, {"a": 0.95, "b": 0.7, "m0": 0.9, "m1": 0.5, "base": 0.4})
-    printed = io.StringIO()
-    Console(file=printed, width=200).print(retention_table(found))
+    retention_table(found).print(Console(file=(printed := io.StringIO()), width=200))
     text = printed.getvalue()
     assert "m0 on add" in text and "m1 on copy" in text and "95 %" in text
-    assert all(f" {name} " in text for name in ("m0", "m1", "base")) and text.count("*") == 1
-    assert "answer: merge task_arithmetic: 0.7 m0 + 0.4 m1" in retention_lines(found)
+    assert all(f"\n   {name} " in text for name in ("m0", "m1", "base")) and text.count("*") == 1
+    assert retention_lines(found)[0] == "answer: merge task_arithmetic: 0.7 m0 + 0.4 m1"
+    nothing = replace(found, best=replace(found.best, retention=np.array([0.8, 0.0])))
+    assert "warning: the answer keeps none of the answers of m1 on copy" in retention_lines(nothing)
+
+
+def test_simple_merges_are_among_what_is_measured(request_):
+    found = planted(request_, {"a": 0.95, "b": 0.7, "m0": 0.9, "m1": 0.5, "base": 0.4})
+    assert [plan.label for plan in first_measured(found, ("m0", "m1"), 8)][-2:] == [
+        "linear: 0.5 m0 + 0.5 m1", "scale_matched_linear: 1 m0 + 1 m1",
+    ]  # fmt: skip
+    assert len(first_measured(found, ("m0", "m1"), 1)) == 1 and len(first_measured(found, ("m0", "m1"), 2)) == 2
+    simple = simple_merges(("m0", "m1", "m2"), found.ranking, 2)
+    assert [plan.members for plan in simple] == [("m0", "m1", "m2")] * 2 + [("m0", "m1"), ("m0", "m2")]
+    assert simple[2] == found.ranking[0] and simple[3].recipe.arm.label == "linear"
 
 
 def measured(run: AutoRun, found: LabelFree, levels: dict[str, float], feasible: bool = True):
@@ -224,13 +242,12 @@ def test_labels_have_the_last_word_and_say_whether_the_score_was_right(request_,
     run, found = run_in(tmp_path, request_, tasks), planted(request_, SCORES)
     right = measured(run, found, SCORES)
     assert right.verdict.winner.plan == found.best.plan and right.agreement == pytest.approx(1.0)
-    text = "\n".join(measured_lines(right))
+    text = "\n".join([*right.verdict.lines(), *measured_lines(right)])
     assert "answer: merge task_arithmetic" in text and "rank correlation of score and labels: +1.00 over 5" in text
     content = measured_json(run, right)["measured"]
     assert content["utility"]["value"] == pytest.approx(0.805, abs=0.005) and content["num_ranked"] == 5
     assert {"choosing", "reporting", "score"} <= set(content["candidates"][0])
-    printed = io.StringIO()
-    Console(file=printed, width=200).print(measured_table(run, right))
+    measured_table(run, right).print(Console(file=(printed := io.StringIO()), width=200))
     assert "0.80" in printed.getvalue()
 
 
@@ -238,13 +255,14 @@ def test_a_score_that_misleads_is_said(request_, tasks, tmp_path):
     run, found = run_in(tmp_path, request_, tasks), planted(request_, SCORES)
     wrong = measured(run, found, {name: 1.0 - score for name, score in SCORES.items()})
     assert wrong.verdict.winner.plan.label == "base" and wrong.agreement == pytest.approx(-1.0)
-    text = "\n".join(measured_lines(wrong))
-    assert "answer: keep base" in text and "the score misleads" in text
+    text = "\n".join([*wrong.verdict.lines(), *measured_lines(wrong)])
+    assert "answer: do not merge: keep the base, base, as it is" in text and "the score misleads" in text
 
 
 def test_merges_that_cannot_be_measured_leave_the_checkpoint(request_, tasks, tmp_path):
     run, found = run_in(tmp_path, request_, tasks), planted(request_, SCORES)
-    text = "\n".join(measured_lines(measured(run, found, SCORES, feasible=False)))
+    failed = measured(run, found, SCORES, feasible=False)
+    text = "\n".join([*failed.verdict.lines(), *measured_lines(failed)])
     assert "a tensor holds NaN" in text and "no merge could be measured" in text and "too few candidates (3)" in text
 
 

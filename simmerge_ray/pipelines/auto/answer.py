@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from simmerge_ray.base.config import EngineConfig, SearchConfig
-from simmerge_ray.base.errors import ConfigError, OutputError, TaskError
+from simmerge_ray.base.errors import ConfigError, TaskError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.merging.write.directory import write_merge
-from simmerge_ray.merging.write.output import PLAN_FILE, check_target
+from simmerge_ray.merging.write.output import PLAN_FILE
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.pipelines.auto.measure import prepare_measuring
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
@@ -52,10 +52,6 @@ def auto_run(
 
 def check_auto(run: AutoRun) -> None:
     """What can be checked before anything is computed; InputError says what cannot be used."""
-    if run.out.exists() and not run.out.is_dir():
-        raise OutputError(f"--out {run.out} is a file; signatures, labels and the merge go into a directory")
-    if run.write:
-        check_target(run.out / MERGED)
     digest_on_nodes(run.request.catalogue)
     prepare_measuring(run)
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any
 
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.base.progress import Narrator
+from simmerge_ray.capacity.engines import waiting_lines
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.pipelines.dataset import search_bar
+from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.plans.recipe import Recipe, plain_average
 from simmerge_ray.search.labels import Infeasible, Measured
 from simmerge_ray.search.objectives import Objective, parse_objective
 from simmerge_ray.search.setup import PreparedSearch, prepare_search
@@ -21,7 +25,7 @@ from simmerge_ray.search.winner import Candidate, Verdict, check_items, choose_w
 from simmerge_ray.selector.finding.space import kept_checkpoints
 
 _FEWEST_FOR_RANKS = 5
-_WITH_AVERAGE = 2  # with more measured merges than these the plain average is one of them
+_PAIRS_SHARE = 4  # of the measured merges one in so many is a merge of two members, where there are more
 _MOST_MEMBERS = 8  # whose weights are searched together
 
 
@@ -64,17 +68,16 @@ def prepare_measuring(run: AutoRun) -> PreparedSearch:
 
 def measure_stage(run: AutoRun, found: LabelFree, narrator: Narrator) -> Measurement:
     """Measure what is missing, and decide: the better half of the budget goes to the merges that were chosen without
-    labels, the rest to proposals of CMA-ES around the first of them.
+    labels, then come the simple ones (`simple_merges`), and the rest are proposals of CMA-ES around the first of them.
 
     Raises:
         LabelError: nothing could be measured. EngineError: no evaluator started.
     """
     from simmerge_ray.on_ray.merge_search import run_search
 
-    start = list({plan.id: plan for plan in found.ranking}.values())[: (run.evaluate + 1) // 2]
-    if found.finding.average is not None and run.evaluate > _WITH_AVERAGE:
-        start = list({plan.id: plan for plan in (*start, found.finding.average)}.values())
+    start = first_measured(found, run.request.catalogue.ids, run.evaluate)
     members = run.request.catalogue.ids
+    narrator.print_lines(waiting_lines(prepare_measuring(run)))
     with narrator.stage("measure") as stage:
         with search_bar(narrator) as report:
             catalogue, config = on_same_tasks(run.request.catalogue), _around(run, start)
@@ -86,7 +89,34 @@ def measure_stage(run: AutoRun, found: LabelFree, narrator: Narrator) -> Measure
         stage.result = f"{result.num_trials_run} measured now, by {run.engine.evaluator} -> {run.labels}"
     scores = {one.plan.id: one.score for one in found.finding.ranked}
     scores |= {one.whole.plan.id: one.whole.score for one in found.tuned}
-    return _decided(result.search, scores, parse_objective(run.request.config.objective, run.tasks))
+    return _decided(result.search, scores, parse_objective(run.request.config.objective, run.tasks), run.request.base)
+
+
+def first_measured(found: LabelFree, members: Sequence[str], count: int) -> list[MergePlan]:
+    """The merges that are measured before any proposal, at most `count` of them."""
+    chosen = {plan.id: plan for plan in found.ranking[: (count + 1) // 2]}
+    simple = simple_merges(members, [plan for plan in found.ranking if len(plan.members) == 2], count // _PAIRS_SHARE)
+    return list((chosen | {plan.id: plan for plan in simple if plan.id not in chosen}).values())[:count]
+
+
+def simple_merges(members: Sequence[str], of_pairs: Sequence[MergePlan], num_pairs: int) -> list[MergePlan]:
+    """What whoever measures wants to see beside a clever choice: the plain average, the average of task vectors of one
+    length, and of more than two members the merges of two of them that look best, else their averages.
+
+    Args:
+        of_pairs: merges of two members, the best first. num_pairs: of different pairs, to be taken.
+    """
+    if len(members) < 2:
+        return []
+    scale_matched = Recipe(make_arm("scale_matched_linear"), tuple(members), (1.0,) * len(members))
+    simple = [MergePlan(recipe=plain_average(members)), MergePlan(recipe=scale_matched)]
+    if len(members) == 2:
+        return simple
+    best: dict[frozenset[str], MergePlan] = {}
+    averages = (MergePlan(recipe=plain_average(pair)) for pair in combinations(members, 2))
+    for plan in (*of_pairs, *averages):
+        best.setdefault(frozenset(plan.members), plan)
+    return [*simple, *list(best.values())[:num_pairs]]
 
 
 def _around(run: AutoRun, start: Sequence[MergePlan]) -> SearchConfig | None:
@@ -102,7 +132,7 @@ def _around(run: AutoRun, start: Sequence[MergePlan]) -> SearchConfig | None:
     return run.engine.model_copy(update=space | search)
 
 
-def _decided(search: PreparedSearch, scores: Mapping[str, float], objective: Objective) -> Measurement:
+def _decided(search: PreparedSearch, scores: Mapping[str, float], objective: Objective, base: str) -> Measurement:
     lines = []
     for plan, labels in search.labels().items():
         if set(labels) != set(search.tasks):
@@ -121,7 +151,7 @@ def _decided(search: PreparedSearch, scores: Mapping[str, float], objective: Obj
 
     agreement, count = _agreement(lines, objective)
     return Measurement(
-        tuple(sorted(lines, key=place)), choose_winner(candidates, objective), objective, agreement, count
+        tuple(sorted(lines, key=place)), choose_winner(candidates, objective, base), objective, agreement, count
     )
 
 
@@ -145,7 +175,10 @@ def measured_json(run: AutoRun, found: Measurement) -> dict[str, Any]:
         "measured": {
             "num_items": {name: task.num_items for name, task in run.tasks.items()},
             "halves": "chosen on the even items (0, 2, ...), reported from the odd ones",
+            "answer": verdict.answer,
+            "lines": verdict.lines(),
             "utility": asdict(verdict.utility),
+            "base": asdict(objective_estimate(verdict.base.reporting, found.objective)) if verdict.base else None,
             "best_single": verdict.best_single.plan.label if verdict.best_single else None,
             "best_merge": verdict.best_merge.plan.label if verdict.best_merge else None,
             "merge_minus_single": {

@@ -35,6 +35,7 @@ class UnseenBaseModel:
     columns: tuple[str, ...]
     best_fixed: str
     fitted: FittedModel
+    label_error: float = 0.0  # its intervals are not shown
 
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.fitted.predict(features)

@@ -40,6 +40,12 @@ class SelectionDataset:
         """(N,): of the contexts."""
         return [context.task for context in self.contexts]
 
+    @property
+    def label_error(self) -> float:
+        """Standard error of a label, root mean square over arms and contexts: what no prediction can be surer than."""
+        every = [items for context in self.contexts for items in context.arms.values() if len(items) > 1]
+        return float(np.sqrt(np.mean([items.var(ddof=1) / len(items) for items in every]))) if every else 0.0
+
     def subset(self, rows: Sequence[int]) -> SelectionDataset:
         """The contexts at the given rows."""
         index = np.asarray(rows, dtype=np.int64)

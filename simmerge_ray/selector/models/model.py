@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,11 @@ class Selector:
         return self.override.best_fixed
 
     @property
+    def label_error(self) -> float:
+        """Standard error of the labels that it was trained on; 0 where it does not say."""
+        return float(self.provenance.get("label_error", 0.0))
+
+    @property
     def version(self) -> str:
         """Identity of what it was trained from and how: data, config, arms and features; 12 hexadecimal digits."""
         trained = [self.provenance.get(name) for name in ("data_digest", "config")]
@@ -139,13 +145,15 @@ class Selector:
         return self.novelty.distances(self.fitted.standardised(features))
 
     def half_widths(self, level: float) -> np.ndarray:
-        """(K,): utility plus and minus this covers the measured one with probability `level`, for unseen checkpoints.
+        """(K,): utility plus and minus this covers the measured one with probability `level`, for unseen checkpoints;
+        never narrower than a label's own error allows, however few errors it was taken from.
         Raises SelectorError: the artifact has no interval of this level."""
         if self.intervals is None:
             raise SelectorError("this selector has no intervals: there were too few checkpoints to leave some out")
         if level not in self.intervals.levels:
             raise SelectorError(f"no interval of level {level}; known: {', '.join(map(str, self.intervals.levels))}")
-        return self.intervals.half_widths[self.intervals.levels.index(level)]
+        least = NormalDist().inv_cdf((1 + level) / 2) * self.label_error
+        return np.maximum(self.intervals.half_widths[self.intervals.levels.index(level)], least)
 
     def choose(
         self,

@@ -35,6 +35,13 @@ class SafeOverride:
         """Whether the best fixed arm is never left."""
         return math.isinf(self.threshold)
 
+    @property
+    def why_never(self) -> str:
+        """Why it is never left: measured on checkpoints that were left out, or nothing could be left out."""
+        if self.gain is None:
+            return "there were too few checkpoints to leave some out, so whether leaving it pays is not known"
+        return "leaving it has not paid on checkpoints that were left out"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -153,7 +160,7 @@ def safe_choice(
     elif looks_best == fixed:
         reason = f"the best fixed arm {fixed} is predicted to be the best here too"
     elif override.never:
-        reason = f"best fixed arm {fixed}: leaving it has not paid on checkpoints that were left out"
+        reason = f"best fixed arm {fixed}: {override.why_never}"
     else:
         reason = (
             f"best fixed arm {fixed}: {looks_best} is predicted {advantage:+.3f} over it, not more than "

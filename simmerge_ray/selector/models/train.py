@@ -86,6 +86,7 @@ def train_selector(
         "checkpoints": sorted({name for pair in pairs for name in pair}),
         "pairs": [list(pair) for pair in unique],
         "weights": dataset.weights,
+        "label_error": dataset.label_error,
         "data_digest": digest_bytes(dataset.features[order].tobytes(), dataset.utilities[order].tobytes()),
     }
     novelty = fit_novelty(

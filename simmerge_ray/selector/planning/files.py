@@ -24,6 +24,15 @@ def default_selector() -> Path:
     return Path(str(files("simmerge_ray.selector"))) / "default"
 
 
+def speaker(path: Place | None, selector: Selector) -> str:
+    """Which selector speaks, and from how much. path: of one's own; None for the packaged one."""
+    about = selector.provenance
+    name = "the packaged selector" if path is None else f"the selector {path}"
+    count, checkpoints = about.get("num_contexts", "an unknown number of"), len(about.get("checkpoints", ()))
+    text = f"{name} speaks, trained on {count} contexts (a pair of checkpoints on a task) of {checkpoints} checkpoints"
+    return text + (", none of them of this catalogue" if path is None else "")
+
+
 def write_selectors(out: Place, selector: Selector, shortlist: Selector, dataset: SelectionDataset) -> None:
     """What `simmerge plan` and the service read: a selector, and beside it the shortlist's and the parents."""
     from simmerge_ray.selector.data.dataset import parent_utilities
@@ -44,20 +53,27 @@ def write_plans(directory: Place, ranking: Ranking, catalogue: Catalogue) -> lis
     paths = [directory / f"plan-{number}.json" for number in range(1, len(ranking.plans) + 1)]
     for path, one in zip(paths, ranking.plans, strict=True):
         write_plan(path, resolve_plan(one.plan, catalogue), one.predicted)
-    counts = {"num_scored": ranking.num_scored, "beam_width": ranking.width, "num_reranked": ranking.num_reranked}
-    plans, fixed = [ranked_json(one) for one in ranking.plans], ranked_json(ranking.best_fixed)
-    write_json(directory / "ranking.json", {"plans": plans, "best_fixed": fixed, **counts})
+    write_json(directory / "ranking.json", ranking_json(ranking))
     return paths
 
 
+def ranking_json(ranking: Ranking) -> dict[str, Any]:
+    """JSON value of a ranking."""
+    counts = {"num_scored": ranking.num_scored, "beam_width": ranking.width, "num_reranked": ranking.num_reranked}
+    plans, fixed = [ranked_json(one) for one in ranking.plans], ranked_json(ranking.best_fixed)
+    return {"plans": plans, "best_fixed": fixed, **counts}
+
+
 def ranked_json(one: RankedPlan) -> dict[str, Any]:
-    """JSON value of a ranked plan."""
+    """JSON value of a ranked plan; without numbers where its checkpoints are unlike those of the training."""
     return {
         "plan": one.plan.to_json(),
         "label": one.plan.label,
-        **{name: getattr(one, name) for name in ("utility", "sd", "score", "propagator")},
-        "interval": list(one.interval),
+        "unlike": one.unlike,
+        "propagator": one.propagator,
+        **{name: None if one.unlike else getattr(one, name) for name in ("utility", "sd", "score")},
+        "interval": None if one.unlike else list(one.interval),
         "by_task": one.predicted,
-        "why": dict(one.why),
+        "why": {} if one.unlike else dict(one.why),
         "approximate": list(one.approximate),
     }

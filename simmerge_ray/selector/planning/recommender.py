@@ -53,6 +53,16 @@ class Recommendation:
     level: float = INTERVAL_LEVEL
 
     @property
+    def known(self) -> bool:
+        """Whether the selector knows such checkpoints; where it does not, its numbers say nothing and are not shown."""
+        return self.choice.distance <= self.limit
+
+    @property
+    def predicted(self) -> dict[str, dict[str, float]]:
+        """Of the arm to take, as plan files have it; nothing where it would say nothing."""
+        return self.chosen.predicted if self.known else {}
+
+    @property
     def chosen(self) -> RankedArm:
         """The prediction for the arm to take."""
         return next(one for one in self.ranked if one.arm == self.choice.arm)

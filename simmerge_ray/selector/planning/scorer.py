@@ -16,9 +16,11 @@ for more checkpoints, are extrapolated, and `RankedPlan.approximate` says so.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
@@ -32,12 +34,14 @@ from simmerge_ray.selector.planning.space import PlanSpace, scorable_arms
 from simmerge_ray.selector.planning.tasks import TaskPool
 from simmerge_ray.signals.features import both_orders
 from simmerge_ray.signals.propagation.batch import SecondOrderBatch
-from simmerge_ray.signals.propagation.interface import PlanStep, Propagator, Source, plan_sources
+from simmerge_ray.signals.propagation.interface import PlanStep, Propagator, Source, fold_path, plan_sources
 from simmerge_ray.signals.propagation.second_order import blend_like
 from simmerge_ray.signals.table import SignalTable
 
 _DEFAULTS = RankingConfig()
 _Z95 = 1.96
+_NUM_REPORTS = 20  # of progress, while features of steps are computed
+_LEAST_STEPS = 8  # at a time
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class RankedPlan:
     utility, sd: pooled over the tasks. score: what it is ranked by. by_task: (utility, sd) for each task that counts.
     why: groups of signals and how far each moves the prediction from the average plan's (see `influences`).
     propagator: the one that computed the features. approximate: what features and prediction rest on beyond measured
-    signals.
+    signals. label_error: standard error of the labels of the training. unlike: its checkpoints are unlike those of the
+    training, so the prediction says nothing and nobody is shown it.
     """
 
     plan: MergePlan
@@ -58,17 +63,22 @@ class RankedPlan:
     propagator: str
     approximate: tuple[str, ...] = ()
     why: tuple[tuple[str, float], ...] = ()
+    label_error: float = 0.0
+    unlike: bool = False
 
     @property
     def predicted(self) -> dict[str, dict[str, float]]:
-        """By task, as plan files and model cards have it."""
+        """By task, as plan files and model cards have it; nothing where it would say nothing."""
+        if self.unlike:
+            return {}
         return {task: {"utility": utility, "sd": sd} for task, (utility, sd) in self.by_task.items()}
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % of the spread of the ensemble, within [0, 1]: how far its members disagree, not how far they err."""
-        low, high = np.clip((self.utility - _Z95 * self.sd, self.utility + _Z95 * self.sd), 0.0, 1.0)
-        return float(low), float(high)
+        """95 % of the spread of the ensemble and of the labels' own errors, within [0, 1]: how far its members disagree
+        on what a measurement will say, not how far they err."""
+        half = _Z95 * math.hypot(self.sd, self.label_error)
+        return max(0.0, self.utility - half), min(1.0, self.utility + half)
 
 
 @dataclass(frozen=True)
@@ -125,22 +135,42 @@ class PlanScorer:
             if shortlist.arms != selector.arms:
                 raise SelectorError("the selector and its shortlist know different arms; run `simmerge train` again")
 
-    def rank(self, space: PlanSpace, pool: TaskPool, top: int = 10, config: RankingConfig = _DEFAULTS) -> Ranking:
-        """The best plans of a space: all are scored if that fits the budget, else a beam of about so many. config:
-        budget, shortlist, aggregate and caution count; the space and the pool were made from the others. Raises
-        SelectorError: no shortlist selector, or an arm it does not know."""
+    def rank(
+        self,
+        space: PlanSpace,
+        pool: TaskPool,
+        top: int = 10,
+        config: RankingConfig = _DEFAULTS,
+        unlike: Collection[tuple[str, str]] = (),
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Ranking:
+        """The best plans of a space: all are scored if that fits the budget, else a beam of about so many.
+
+        Args:
+            config: budget, shortlist, aggregate and caution count; the space and the pool were made from the others.
+            unlike: pairs of checkpoints that the selector does not know; plans with one come after all others.
+            report: called with (done, total) plans of the shortlist, which take most of the time.
+
+        Raises:
+            SelectorError: no shortlist selector, or an arm it does not know.
+        """
         if self._shortlist is None:
             raise SelectorError("ranking needs the selector of the shortlist, too; `simmerge train` writes both")
         aggregate, caution = config.aggregate, config.caution
         scorable_arms([arm.label for arm in space.arms], self._shortlist.arms, self._with_base)
         search = PlanSearch(self._batch, self._shortlist, space, pool, aggregate, caution, self._num_threads)
         found = search.run(space.beam_width(config.budget), max(config.shortlist, top))
-        steps = self._steps(found.plans, pool, aggregate)
-        scored = self._scored(found.plans, pool, steps, aggregate, caution)
-        order = best_first(np.array([one.score for one in scored]))[:top]
-        plans = [replace(scored[i], why=self._why(scored[i].plan, pool, steps)) for i in order]
+        steps = self._steps(found.plans, pool, aggregate, report)
+        far = {frozenset(pair) for pair in unlike}
+
+        def told(one: RankedPlan) -> RankedPlan:
+            return replace(one, unlike=any(frozenset(pair) in far for pair in combinations(one.plan.members, 2)))
+
+        scored = [told(one) for one in self._scored(found.plans, pool, steps, aggregate, caution)]
+        order = sorted(best_first(np.array([one.score for one in scored])), key=lambda place: scored[place].unlike)
+        plans = [replace(scored[i], why=self._why(scored[i].plan, pool, steps)) for i in order[:top]]
         fixed = with_arm(plans[0].plan, self._selector.best_fixed)
-        (best_fixed,) = self.score([fixed], pool, config)
+        best_fixed = told(self.score([fixed], pool, config)[0])
         return Ranking(tuple(plans), best_fixed, found.num_scored, found.width, len(scored))
 
     def score(self, plans: Sequence[MergePlan], pool: TaskPool, config: RankingConfig = _DEFAULTS) -> list[RankedPlan]:
@@ -189,7 +219,13 @@ class PlanScorer:
         members = np.array([self._batch.ids.index(member) for member in plan.members])
         return np.flatnonzero(pool.counted(members)).tolist()
 
-    def _steps(self, plans: Sequence[MergePlan], pool: TaskPool, aggregate: str) -> _Steps:
+    def _steps(
+        self,
+        plans: Sequence[MergePlan],
+        pool: TaskPool,
+        aggregate: str,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> _Steps:
         """Features of the steps that count, each computed once however many plans share it."""
         wanted: dict[tuple[Source, Source, str], PlanStep] = {}
         for plan in plans:
@@ -197,7 +233,13 @@ class PlanScorer:
             for number, sources in _counting(plan, aggregate):
                 for task in tasks:
                     wanted.setdefault((*sources, task), PlanStep(plan, number, task))
-        values = self._propagator.batch(list(wanted.values()), self._selector.columns, self._num_threads)
+        every, values, done = list(wanted.values()), np.empty((len(self._selector.columns), len(wanted))), 0
+        report(0, len(every))
+        for rows in _parts(list(wanted), max(_LEAST_STEPS, len(every) // _NUM_REPORTS)):
+            some = [every[row] for row in rows]
+            values[:, rows] = self._propagator.batch(some, self._selector.columns, self._num_threads)
+            done += len(rows)
+            report(done, len(every))
         place = {key: row for row, key in enumerate(wanted)}
         of_rows = np.array([pool.tasks.index(task) for *_, task in wanted])
         return _Steps(place, both_orders(values, self._selector.columns), of_rows)
@@ -218,8 +260,22 @@ class PlanScorer:
             pooled, pooled_sd = map(float, pool.pooled(mean, spread, counted))
             by_task = {pool.tasks[task]: (float(mean[task]), float(spread[task])) for task in tasks}
             score, notes = pooled - caution * pooled_sd, approximations(plan, name)
-            ranked.append(RankedPlan(plan, pooled, pooled_sd, score, by_task, name, notes))
+            error = self._selector.label_error
+            ranked.append(RankedPlan(plan, pooled, pooled_sd, score, by_task, name, notes, label_error=error))
         return ranked
+
+
+def _parts(steps: Sequence[tuple[Source, Source, str]], size: int) -> list[list[int]]:
+    """Places of steps in parts of about `size`; those with the same left side, which they share, are in one part."""
+    of_left: dict[Source, list[int]] = {}
+    for place in sorted(range(len(steps)), key=lambda one: fold_path(steps[one][0])):
+        of_left.setdefault(steps[place][0], []).append(place)
+    parts: list[list[int]] = []
+    for places in of_left.values():
+        if not parts or len(parts[-1]) >= size:
+            parts.append([])
+        parts[-1] += places
+    return parts
 
 
 def _counting(plan: MergePlan, aggregate: str) -> list[tuple[int, tuple[Source, Source]]]:

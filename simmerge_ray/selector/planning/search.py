@@ -38,6 +38,9 @@ class Model(Protocol):
     @property
     def best_fixed(self) -> str: ...
 
+    @property
+    def label_error(self) -> float: ...
+
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N, 2, F) scaled features of both orders -> utility (N, K), sd (N, K)."""
         ...

@@ -41,3 +41,18 @@ print("afterwards")
     assert result.stdout.split("\n") == ["one line", "afterwards", ""] and result.stderr == ""
     log = (tmp_path / "x.log").read_text()
     assert all(noise in log for noise in ("python noise", "more noise", "noise of C++"))
+
+
+def test_log_lines_say_how_long_it_will_still_take(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("simmerge_ray.base.progress.time.monotonic", lambda: now)
+    console = Console(file=(out := io.StringIO()), width=200)
+    with Narrator(console).status_bar("merges evaluated") as report:
+        report(5, 25, "")  # found in place
+        for done in (10, 15, 25):
+            now += 90.0
+            report(done, 25, f"best 0.{done}")
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert lines[0] == "merges evaluated: 10/25, eta 4 min, best 0.10"  # 18 s each, 15 left
+    assert lines[1] == "merges evaluated: 15/25, eta 3 min, best 0.15"
+    assert lines[2] == "merges evaluated: 25/25, best 0.25"

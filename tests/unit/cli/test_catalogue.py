@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -31,11 +33,11 @@ def call(*arguments: str | Path) -> str:
     """The output of a command that succeeds."""
     result = CliRunner(env={"COLUMNS": "300"}).invoke(catalogue_app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("│\n").split("│")]
+    return re.split(r" {2,}", line.strip())
 
 
 def test_a_catalogue_from_nothing_to_list_and_show(zoo, tmp_path):
@@ -53,12 +55,15 @@ def test_a_catalogue_from_nothing_to_list_and_show(zoo, tmp_path):
             {"id": "far", "path": str(tmp_path / "elsewhere")},
         ],
     }
-    rows = [cells(line) for line in call("list", file).splitlines() if line.startswith("│")]
+    rows = [cells(line) for line in call("list", file).splitlines()[2:]]
     assert [row[0] for row in rows] == ["base", "m0", "tuned", "far"]
     assert [row[1] for row in rows] == ["(base)", "add", "-", "-"]
     assert {row[3] for row in rows} == {"F32"}
     assert [row[5] for row in rows] == ["-", "-", "lora", "-"]
     assert [row[6] for row in rows] == ["base", "m0", "base", str(tmp_path / "elsewhere")]
+    told = json.loads(call("list", file, "--json"))
+    assert [row["id"] for row in told] == ["base", "m0", "tuned", "far"] and told[3]["adapter"] is None
+    assert json.loads(call("show", file, "m0", "--json"))["task"] == "add"
 
 
 def test_show_says_what_headers_config_and_digests_say(zoo):
@@ -83,7 +88,7 @@ def test_several_dtypes_are_named_that_of_most_bytes_first(zoo):
         tensors = load_file(zoo / name / "model.safetensors")
         halved = {key: t.to(torch.bfloat16) if "mlp" in key else t for key, t in tensors.items()}
         save_file(halved, zoo / name / "model.safetensors", {"format": "pt"})
-    rows = [cells(line) for line in call("list", zoo / "catalogue.yaml").splitlines() if line.startswith("│")]
+    rows = [cells(line) for line in call("list", zoo / "catalogue.yaml").splitlines()[2:]]
     assert [row[3] for row in rows] == ["F32, BF16", "F32, BF16", "F32", "F32"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,17 +44,18 @@ def call(*arguments: str | Path) -> tuple[str, str]:
 
 
 def table_rows(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[:1] == "│"]
+    """Of the table: below its title and header, above the counts."""
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines()[2:-1]]
 
 
 def test_show_sorts_by_utility_and_counts_at_the_end(store):
     text, _ = call("show", store)
     rows = table_rows(text)
     assert [row[0] for row in rows] == ["ties: a + b", "a", "linear: a + b", "slerp: a + b", "nuslerp: a + b"]
-    assert rows[0] == ["ties: a + b", "t", "0.750 ± 0.250", "4", "0.5", "fake", "measured"]
+    assert rows[0] == ["ties: a + b", "t", "0.750 ± 0.250", "4", "measured", "fake", "0.5"]
     assert rows[2][2:4] == ["0.500 ± 0.500", "2"]
-    assert rows[3][2:4] == ["1.000 ± 0.000", "1"] and rows[3][6] == "stopped"
-    assert rows[4][2:4] == ["-", "0"] and rows[4][6] == "infeasible: model.norm.weight holds NaN [at 3]"
+    assert rows[3][2:4] == ["1.000 ± 0.000", "1"] and rows[3][4] == "stopped"
+    assert rows[4][2:4] == ["-", "0"] and rows[4][4] == "infeasible: model.norm.weight holds NaN [at 3]"
     assert text.splitlines()[-1] == "5 labels: 3 measured, 1 stopped, 1 infeasible; 2 tasks"
 
 
@@ -70,6 +72,8 @@ def test_formats_for_programs_hold_the_same_rows_and_nothing_else(store):
     assert rows[0]["utility"] == 0.75 and rows[0]["num_items"] == 4
     assert {row["key"] for row in rows} == {label.key for label in LabelStore(store).read()}
     assert "5 labels" in counts
+    text, counts = call("show", store, "--json")
+    assert json.loads(text) == rows and "5 labels" in counts
     text, _ = call("show", store, "--format", "csv")
     found = list(csv.DictReader(io.StringIO(text)))
     assert found == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -16,6 +20,7 @@ from simmerge_ray.cli.app import app
 from simmerge_ray.cli.plan import best_single
 from simmerge_ray.plans.plan import WEIGHTINGS, fold_plan, fold_text, read_plan
 from simmerge_ray.selector.models.model import read_selector
+from simmerge_ray.selector.models.policy import INTERVAL_LEVELS, Intervals
 from simmerge_ray.selector.planning.files import SHORTLIST, default_selector, ranked_json
 from simmerge_ray.selector.planning.recommender import Recommender
 from simmerge_ray.selector.planning.request import PlanRequest, read_sources
@@ -25,6 +30,7 @@ from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import PlansRequest
 from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.table import read_signal_table
+from tests import tiny
 from tests.artifacts import write_artifacts
 from tests.tables import synthetic_table
 
@@ -85,6 +91,16 @@ def test_a_pair_refuses_the_options_that_it_would_ignore(run, catalogue_path):
     assert invoke(run, catalogue_path, *for_pair, "--task", "add", "--ways", "2-3").exit_code == 0
 
 
+def test_a_pair_with_a_checkpoint_that_has_changed_since_its_signals_is_refused(run, catalogue_path, tmp_path):
+    shutil.copytree(catalogue_path.parent, tmp_path / "zoo")
+    tiny.save(tiny.make_model(seed=5), tmp_path / "zoo" / "m1")
+    changed = tmp_path / "zoo" / "catalogue.yaml"
+    result = invoke(run, changed, "--left", "m0", "--right", "m1")
+    assert isinstance(result.exception, PlanError)
+    assert str(result.exception) == "checkpoint 'm1' has changed since its signals; run `simmerge signals` again"
+    assert invoke(run, changed, "--left", "m0", "--right", "m2").exit_code == 0  # the others are not looked at
+
+
 def test_the_service_ranks_plans_as_the_command_does(run, catalogue_path, catalogue, tmp_path):
     table = read_signal_table(run / "pairs.parquet")
     selector, shortlist = read_selector(run / "selector"), read_selector(run / "selector" / SHORTLIST)
@@ -136,9 +152,9 @@ def test_for_a_pair_the_plan_of_the_safe_choice_is_written_with_its_reason(run, 
     assert result.exit_code == 0, result.output
     answer = Recommender.load(run / "selector", run / "pairs.parquet").recommend("m0", "m1")
     resolved, predicted = read_plan(tmp_path / "plan.json")
-    assert resolved.plan.steps[0].arm.label == answer.choice.arm and predicted == answer.chosen.predicted
-    assert f"* take {answer.choice.arm}: {answer.choice.reason}" in result.output
-    (marked,) = [line for line in result.output.splitlines() if line.startswith("│ *")]
+    assert resolved.plan.steps[0].arm.label == answer.choice.arm and predicted == answer.predicted
+    said, marked = [line for line in result.output.splitlines() if line.startswith("*")]
+    assert said == f"* take {answer.choice.arm}: {answer.choice.reason}"
     assert answer.choice.arm in marked and all(one.arm in result.output for one in answer.ranked)
 
 
@@ -148,7 +164,9 @@ def test_a_pair_unlike_those_of_the_training_gets_the_best_fixed_arm(run, catalo
     replace(selector, override=eager, novelty=replace(selector.novelty, limit=0.0)).write(tmp_path / "selector")
     result = pair(run, catalogue_path, tmp_path / "selector", tmp_path / "plan.json")
     assert "not trained for such checkpoints" in result.output
-    assert read_plan(tmp_path / "plan.json")[0].plan.steps[0].arm.label == selector.best_fixed
+    resolved, predicted = read_plan(tmp_path / "plan.json")
+    assert resolved.plan.steps[0].arm.label == selector.best_fixed and not predicted
+    assert "predicted utility" not in result.output and "interval" not in result.output  # it knows nothing of them
 
 
 def test_missing_artifacts_say_which_command_makes_them(run, catalogue_path, tmp_path):
@@ -166,7 +184,12 @@ def test_without_a_selector_the_one_in_the_package_ranks_and_says_that_it_knows_
     result = CliRunner().invoke(app, [*fixed, "--ways", "2", "--out", str(tmp_path)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     shipped = read_selector(default_selector())
-    assert "3 of 3 pairs are unlike" in result.output and f"arm, {shipped.best_fixed}, is the safe" in result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith("the packaged selector speaks, trained on 1296 contexts")
+    assert lines[1].startswith("warning: 3 of 3 pairs are unlike") and f"{shipped.best_fixed}, is the safe" in lines[1]
+    assert "not known" in result.output and not re.search(r"\d\.\d{3}", result.output), "a number that says nothing"
+    ranking = read_json(tmp_path / "ranking.json")
+    assert all(one["unlike"] and one["utility"] is None and not one["by_task"] for one in ranking["plans"])
     made = [read_plan(path)[0].plan for path in tmp_path.glob("plan-*.json")]
     assert {step.arm.label for plan in made for step in plan.steps} <= set(shipped.arms)
     one = CliRunner().invoke(app, [*fixed, "--left", "m0", "--right", "m1"], env={"COLUMNS": "200"})
@@ -175,16 +198,24 @@ def test_without_a_selector_the_one_in_the_package_ranks_and_says_that_it_knows_
 
 def test_a_ranking_says_when_leaving_the_best_fixed_arm_has_not_paid(run, catalogue_path, tmp_path):
     selector = read_selector(run / "selector")
-    for threshold, said in ((math.inf, True), (0.02, False)):
-        changed = tmp_path / str(threshold)
-        replace(selector, override=replace(selector.override, threshold=threshold)).write(changed)
+    known = replace(selector.override, gain=0.0)
+    for number, (override, said) in enumerate(
+        (
+            (replace(known, threshold=math.inf), "leaving it has not paid on checkpoints that were left out"),
+            (replace(known, threshold=math.inf, gain=None), "too few checkpoints to leave some out"),
+            (replace(known, threshold=0.02), None),
+        )
+    ):
+        changed = tmp_path / str(number)
+        replace(selector, override=override).write(changed)
         read_selector(run / "selector" / SHORTLIST).write(changed / SHORTLIST)
         result = CliRunner().invoke(
             app,
             ["plan", str(catalogue_path), "--selector", str(changed), "--signals", str(run / "pairs.parquet")],
             env={"COLUMNS": "400"},
         )
-        assert ("has not paid" in result.output) == said, result.output
+        for text in ("has not paid", "too few checkpoints to leave some out"):
+            assert (text in result.output) == (said is not None and text in said), result.output
 
 
 def request_of(run, catalogue, **options) -> PlanRequest:
@@ -198,7 +229,55 @@ def test_pairs_like_the_training_are_not_called_unlike(run, catalogue):
     for limit, unlike in ((1e9, []), (-1.0, [("m0", "m1"), ("m0", "m2"), ("m1", "m2")])):
         selector = request.sources.selector
         changed = replace(selector, novelty=replace(selector.novelty, limit=limit))
-        assert replace(request, sources=replace(request.sources, selector=changed)).unlike_pairs() == unlike
+        assert replace(request, sources=replace(request.sources, selector=changed)).unlike_pairs == unlike
+
+
+def test_plans_that_the_selector_does_not_know_come_last_and_without_numbers(run, catalogue):
+    request = request_of(run, catalogue, ways="2")
+    whole = request.rank(top=6)
+    assert not any(one.unlike for one in whole.plans)
+    best = whole.plans[0].plan
+    ranking = request.sources.scorer.rank(request.space, request.pool, 6, request.config, [best.members[::-1]])
+    assert [one.unlike for one in ranking.plans] == [False] * 4 + [True] * 2
+    assert {one.plan.members for one in ranking.plans if one.unlike} == {best.members}
+    assert ranked_json(ranking.plans[-1])["interval"] is None and ranking.plans[-1].predicted == {}
+
+
+def test_no_interval_is_narrower_than_the_error_of_the_labels(run, catalogue):
+    request = request_of(run, catalogue, ways="2")
+    error = request.sources.selector.label_error
+    assert 0.04 < error < 0.08  # 20 items of a uniform utility: sqrt(1 / 12 / 20) = 0.065
+    for one in request.rank(top=6).plans:
+        low, high = replace(one, sd=0.0, utility=0.5).interval
+        assert (high - low) / 2 == pytest.approx(1.96 * error)
+        assert replace(one, sd=error, utility=0.5).interval[1] - 0.5 == pytest.approx(1.96 * error * 2**0.5)
+    narrow = Intervals(INTERVAL_LEVELS, np.full((4, 2), 0.001))  # of ten contexts
+    selector = replace(request.sources.selector, intervals=narrow)
+    assert selector.half_widths(0.95) == pytest.approx(1.96 * error, rel=1e-3)
+    assert selector.half_widths(0.5) == pytest.approx(0.6745 * error, rel=1e-3)
+
+
+def test_the_ranking_reports_how_far_it_is(run, catalogue):
+    request, seen = request_of(run, catalogue, ways="2-3"), []
+    request.rank(3, lambda done, total: seen.append((done, total)))
+    assert len(seen) > 2 and seen[0][0] == 0 and seen[-1][0] == seen[-1][1] and seen == sorted(seen)
+
+
+def test_json_is_all_that_stands_on_stdout(run, catalogue_path):
+    for options in ((), ("--left", "m0", "--right", "m1")):
+        result = invoke(run, catalogue_path, "--json", *options)
+        told = json.loads(result.stdout)
+        assert told["selector"].startswith(f"the selector {run / 'selector'} speaks")
+        assert told.get("plans") or told["arms"]
+
+
+def test_a_pair_whose_checkpoint_has_changed_since_its_signals_is_refused(run, catalogue_path, tmp_path):
+    table = read_signal_table(run / "pairs.parquet")
+    changed = dict(table.provenance["checkpoints"]) | {"m0": "another"}
+    replace(table, provenance={**table.provenance, "checkpoints": changed}).write(tmp_path / "pairs.parquet")
+    fixed = ["plan", str(catalogue_path), "--selector", str(run / "selector"), "--left", "m0", "--right", "m1"]
+    result = CliRunner().invoke(app, [*fixed, "--signals", str(tmp_path / "pairs.parquet")])
+    assert isinstance(result.exception, PlanError) and "'m0' has changed since its signals" in str(result.exception)
 
 
 def test_what_is_measured_has_the_best_fixed_arm_in_it(run, catalogue):

@@ -27,7 +27,7 @@ from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
 from simmerge_ray.search.runner import TrialRunner
 from simmerge_ray.search.setup import grid_trials, prepare_search
-from simmerge_ray.search.summary import ranked_results
+from simmerge_ray.search.summary import comparisons, ranked_results
 from tests import tiny
 
 CONFIG = SearchConfig(arms=("linear", "ties"), evaluator="transformers")
@@ -196,13 +196,37 @@ def test_the_best_merge_is_a_plan_file_that_can_be_merged(root, tmp_path):
     for number, plan in enumerate(plans):
         store.append([search.label(plan, "add", Measured(np.full(4, number / 10)), 1.0)])
     write_best(search, tmp_path / "found", Narrator(Console(file=said, width=200)))
-    assert f"best merge: 0.200 {recipe.label} (add 0.200" in said.getvalue()
-    assert "best checkpoint: 0.000 m0" in said.getvalue()
+    first, second, third = said.getvalue().splitlines()[:3]
+    assert first == "add of add:"  # the verdict comes before any table
+    assert second.startswith(f"answer: merge {recipe.label}, 0.200 ± 0.000 on 2 items of each task")
+    assert third.startswith("against the best checkpoint, m0: +0.200")
     resolved, predicted = read_plan(tmp_path / "found" / "best.plan.json")
     assert resolved.plan == recipe
     assert recipe.label in model_card(compile_plan(resolved), predicted)
     rows = json.loads((tmp_path / "found" / "best.json").read_text())
     assert [len(rows[kind]) for kind in ("merges", "singles")] == [2, 1]
+
+
+def test_merges_and_checkpoints_of_a_grid_are_compared_on_the_same_tasks(root, tmp_path):
+    """A merge on one task beside a checkpoint on two says nothing: what is compared is on the merge's own tasks."""
+    search, said = prepared(root, pairs="all"), StringIO()
+    store, merge = LabelStore(search.labels_uri), pair_plan("m0", "m2", make_arm("linear"))
+    utilities = {"m0": (0.55, 0.0), "m2": (0.3, 0.9), "base": (0.6, 0.0)}
+    for name, values in utilities.items():
+        for task, value in zip(("add", "copy"), values, strict=True):
+            store.append([search.label(MergePlan(source=name), task, Measured(np.full(4, value)), 1.0)])
+    for task in search.tasks_of(merge):
+        store.append([search.label(merge, task, Measured(np.full(4, 0.5)), 1.0)])
+    content = write_best(search, tmp_path, Narrator(Console(file=said, width=200)))
+    (verdict,) = content["verdicts"]
+    assert verdict["tasks"] == list(search.tasks_of(merge)) == ["add"]
+    assert verdict["answer"] == "do not merge: keep the base, base, as it is"  # over both tasks m2 and m0 would lead
+    assert verdict["utility"]["value"] == pytest.approx(0.6)
+    assert "the best merge, linear: m0 + m2, against it: -0.100" in said.getvalue()
+    only_add = prepared(root, budget=9, objectives=("add",))
+    merges, singles = ranked_results(only_add)
+    (compared,) = comparisons(only_add, merges, singles)
+    assert compared.tasks == ("add",) and compared.verdict.answer == "do not merge: keep the base, base, as it is"
 
 
 def test_labels_of_one_merge_in_several_words_are_together(root):

@@ -129,3 +129,25 @@ def test_a_task_that_cannot_be_split_is_refused():
     check_items("r", 4)
     with pytest.raises(TaskError, match="'r' has 3 items"):
         check_items("r", 3)
+
+
+def test_the_base_is_compared_and_where_it_is_the_best_nothing_is_merged():
+    base, parent = single("base", halves(0.9, 0.9)), single("a", halves(0.5, 0.5))
+    verdict = choose_winner([parent, merge(halves(0.7, 0.7)), base], MEAN, "base")
+    first, second = verdict.lines()
+    assert first.startswith("answer: do not merge: keep the base, base, as it is, 0.900 ± 0.000 on 20 items of each")
+    assert second.startswith("the best merge, linear: a + b, against it: -0.200")
+    better = choose_winner([parent, merge(halves(0.95, 0.95)), base], MEAN, "base")
+    assert better.answer == "merge linear: a + b" and "against the best checkpoint, base" in better.lines()[1]
+    kept = choose_winner([single("a", halves(0.97, 0.97)), merge(halves(0.95, 0.95)), base], MEAN, "base")
+    assert kept.answer == "keep a" and kept.lines()[-1] == "the base, base, on the same items: 0.900 ± 0.000"
+
+
+def test_an_answer_says_that_it_has_nothing_on_a_task_or_less_than_the_base():
+    good, noise = np.full(40, 0.9), np.random.default_rng(0).random(40) / 10
+    base = single("base", {"r": np.full(40, 0.2), "s": np.full(40, 0.3), "t": 0.5 + noise})
+    best = merge({"r": good, "s": np.zeros(40), "t": 0.2 + noise})
+    lines = choose_winner([best, base], MEAN, "base").lines()
+    assert "warning: the answer has 0 on s: it solves none of its 40 items" in lines
+    assert "warning: on t the answer is worse than the base: -0.300 ± 0.000" in lines
+    assert not any("on r" in line for line in lines)

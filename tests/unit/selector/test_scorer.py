@@ -36,6 +36,7 @@ class FakeSelector:
     columns: tuple[str, ...]
     arms: tuple[str, ...] = ARMS
     best_fixed: str = "linear"
+    label_error: float = 0.0
 
     def predict(self, features):
         generator = np.random.default_rng(len(self.columns))

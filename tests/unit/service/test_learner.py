@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 from simmerge_ray.base.errors import BanditError, PlanError, StoreError
+from simmerge_ray.selector.models.model import read_selector
+from simmerge_ray.selector.planning.files import SHORTLIST
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import upgrade_database
 from simmerge_ray.service.schemas import (
@@ -279,3 +283,38 @@ def test_what_is_shown_of_a_pair_and_of_the_signals(files, tmp_path):
         assert matrix.checkpoints == await ids(learner)
 
     run(files, tmp_path, use)
+
+
+def test_a_drawn_arm_is_called_better_only_where_more_is_expected_of_it(files, tmp_path):
+    async def use(learner: Learner) -> None:
+        seen = set()
+        for _ in range(60):
+            _, decision = await learner.decide(await a_pair(learner, explore=True))
+            expected = {one.arm: one.expected for one in decision.arms}
+            advantage = expected[decision.arm] - expected[decision.best_fixed]
+            start = decision.reason.split(" ")[0]
+            seen.add(start)
+            if decision.arm != decision.best_fixed:
+                assert start == ("expected" if advantage > 0 else "a") and f"{advantage:+.3f}" in decision.reason
+        assert len(seen) == 2, seen  # the best fixed arm, and one other
+
+    run(files, tmp_path, use, floor=0.4)
+
+
+def test_of_checkpoints_unlike_those_of_the_training_the_service_gives_no_number(files, tmp_path):
+    selector = read_selector(files.selector)
+    far = PublishedFiles(tmp_path / "far", files.signals)
+    shutil.copytree(files.selector, far.selector)
+    for place, one in ((far.selector, selector), (far.selector / SHORTLIST, read_selector(files.selector / SHORTLIST))):
+        replace(one, novelty=replace(one.novelty, limit=-1.0)).write(tmp_path / "changed" / place.name)
+        for name in ("selector.json", "selector.safetensors"):
+            shutil.copy(tmp_path / "changed" / place.name / name, place / name)
+
+    async def use(learner: Learner) -> None:
+        _, decision = await learner.decide(await a_pair(learner))
+        assert "not trained for such checkpoints" in decision.reason
+        assert all(one.utility is None and one.interval is None for one in decision.arms)
+        plans = (await learner.plans(PlansRequest(ways=2))).plans
+        assert plans and all(one.utility is None and one.interval is None and not one.why for one in plans)
+
+    run(far, tmp_path, use)
