@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
+# Where it is set, every process of Ray and of pytest would compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test unit study soak docs lint clean
 

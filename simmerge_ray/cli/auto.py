@@ -15,7 +15,7 @@ import typer
 
 from simmerge_ray.base.config import EngineConfig
 from simmerge_ray.base.finding import FindConfig
-from simmerge_ray.base.storage import Manifest, Output, check_outputs, read_json
+from simmerge_ray.base.storage import Manifest, check_outputs, read_json
 from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.cli.job_line import with_job_line
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
@@ -43,6 +43,10 @@ def auto(
     tasks: Annotated[
         PathOrUri | None, place_option(help="directory of <task>.jsonl with prompt and target: labels, for --evaluate")
     ] = None,
+    predictor: Annotated[
+        PathOrUri | None,
+        place_option(help="says what utility to expect, made by `simmerge predictor train`; default: the package's"),
+    ] = None,
     evaluate: Annotated[int, typer.Option(min=0, help="merges to measure on --tasks, which then decide")] = 0,
     write: Annotated[bool, typer.Option(help="write a merge that is the answer to OUT/merged")] = True,
     wide: WideOption = False,
@@ -57,21 +61,14 @@ def auto(
     started = time.monotonic()
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
-    from simmerge_ray.merging.write.output import merge_output
-    from simmerge_ray.pipelines.auto.answer import ANSWER, MERGED, SIGNATURES, auto_run, check_auto, check_evaluation
+    from simmerge_ray.pipelines.auto.answer import ANSWER, auto_outputs, auto_run, check_auto, check_evaluation
     from simmerge_ray.selector.finding.sources import find_request
 
     check_evaluation(evaluate, tasks is not None)
-    check_outputs(
-        [
-            Output(out),
-            Output(out / SIGNATURES if signatures is None else signatures, "--signatures"),
-            *([merge_output(out / MERGED, "the merge")] if write else []),
-        ],
-        {"CATALOGUE": catalogue, "--probes": probes, "--tasks": tasks},
-    )
+    given = {"CATALOGUE": catalogue, "--probes": probes, "--tasks": tasks}
+    check_outputs(auto_outputs(out, signatures, write), given)
     request = find_request(load_catalogue(catalogue), load_probe_sets(probes), config)
-    run = auto_run(request, engine, out, signatures, tasks, evaluate, write)
+    run = auto_run(request, engine, out, signatures, tasks, evaluate, write, predictor)
     shown = Shown(log, wide, as_json)
     from simmerge_ray.on_ray.resources import only_job
 
@@ -87,6 +84,7 @@ def auto(
 def answer_run(run: AutoRun, narrator: Narrator, started: float) -> dict[str, Any]:
     """Everything after the checks; returns the answer."""
     from simmerge_ray.pipelines.auto.answer import label_free_json, write_stage
+    from simmerge_ray.pipelines.auto.expected import expect
     from simmerge_ray.pipelines.auto.find import find_stages
     from simmerge_ray.pipelines.dataset import input_digests, say_twins
 
@@ -95,6 +93,8 @@ def answer_run(run: AutoRun, narrator: Narrator, started: float) -> dict[str, An
     best, content = found.best.plan, label_free_json(run, found)
     narrator.print_lines(retention_lines(found))
     narrator.table(retention_table(found))
+    if expected := expect(run, found):
+        narrator.print_lines(expected.lines(best))
     if run.evaluate:
         from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json
 

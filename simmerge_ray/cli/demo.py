@@ -65,7 +65,7 @@ def zoo(run: Annotated[Path, typer.Argument(help="directory of the run; the zoo 
 
 
 def report(run: Annotated[PathOrUri, place_argument(help="directory of the run")]) -> None:
-    """Write report.md and its figures from the files of a run."""
+    """Write report.html, report.md and their figures from the files of a run: the demo's, your own, or that of auto."""
     from simmerge_ray.reports.run import write_report
 
-    typer.echo(f"report written to {write_report(RunLayout(run))}")
+    typer.echo(f"report written to {write_report(RunLayout(run)).with_suffix('.html')}, and beside it report.md")

@@ -23,6 +23,7 @@ from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.on_ray.resources import memory_for_workers
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import resolve_plan, write_plan
+from simmerge_ray.reports.found import write_search_report
 from simmerge_ray.search.estimate import SearchEstimate, estimate_search
 from simmerge_ray.search.evaluation import EvaluationTask, load_tasks
 from simmerge_ray.search.headroom import headroom
@@ -96,7 +97,7 @@ def search_stage(
         inputs |= {one.name: one.digest for some in answers.values() for one in some}
         manifest = Manifest("search", config.content(), inputs)
         results_dir = labels / _RESULTS
-        if manifest.is_current(results_dir / "search.json"):
+        if manifest.is_current(results_dir / "search.json") and (results_dir / "best.json").exists():
             stage.result = UNCHANGED
             found: dict[str, Any] = read_json(results_dir / "best.json")
             return found
@@ -185,6 +186,7 @@ def write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> dict[st
         "singles": [_row(one) for one in singles],
     }
     write_json(out / "best.json", content)
+    report = write_search_report(content, out)
     for one in compared:
         if one.verdict is not None:
             narrator.print_lines([f"{one.objective.name} of {', '.join(one.tasks)}:", *one.verdict.lines()])
@@ -192,9 +194,11 @@ def write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> dict[st
     if study.space is not None:
         for number, best in enumerate([one for one in merges if one.best], 1):
             name = "best.plan.json" if len(study.objectives) == 1 else f"front-{number}.plan.json"
-            write_plan(out / name, resolve_plan(best.plan, study.catalogue))  # nothing is predicted: it was measured
+            measured = {task: {"measured": utility, "se": se} for task, (utility, se) in best.utilities.items()}
+            write_plan(out / name, resolve_plan(best.plan, study.catalogue), measured)
             if number == 1:
                 narrator.print_lines([f"make the best merge with: simmerge merge {out / name} OUT"])
+    narrator.print_lines([f"report: {report.with_suffix('.html')}"])
     return content
 
 
@@ -202,7 +206,16 @@ def _verdict_json(one: Comparison) -> dict[str, Any]:
     told = {"tasks": list(one.tasks), "objective": one.objective.name}
     if one.verdict is None:
         return told | {"answer": None}
-    return told | {"answer": one.verdict.answer, "lines": one.verdict.lines(), "utility": asdict(one.verdict.utility)}
+    verdict = one.verdict
+    return told | {
+        "answer": verdict.answer,
+        "winner": verdict.winner.plan.label,
+        "lines": verdict.lines(),
+        "utility": asdict(verdict.utility),
+        "best_merge": verdict.best_merge.plan.label if verdict.best_merge else None,
+        "best_single": verdict.best_single.plan.label if verdict.best_single else None,
+        "merge_minus_single": asdict(verdict.advantage) if verdict.advantage else None,
+    }
 
 
 def _row(one: PlanResult) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def run_demo(layout: RunLayout[Path], narrator: Narrator, size: DemoSize | None 
     with narrator.stage("report") as stage:
         from simmerge_ray.reports.run import write_report
 
-        stage.result = f"-> {write_report(layout)}"
+        stage.result = f"-> {write_report(layout).with_suffix('.html')}"
 
 
 def zoo_stage(
@@ -229,7 +229,7 @@ def closing_lines(layout: RunLayout[Path]) -> list[str]:
     merged = layout.pick / "merged"
     return [
         "",
-        f"report             {layout.report / 'report.md'}",
+        f"report             {layout.report / 'report.html'}",
         f"merged checkpoint  {merged if merged.exists() else 'none: keep ' + pick['answer']['label']}",
         f"selector           {layout.selector}",
         f"labels             {layout.labels}",

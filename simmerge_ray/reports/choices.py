@@ -7,8 +7,8 @@ from typing import Any
 
 from simmerge_ray.base.markdown import number, with_interval
 from simmerge_ray.base.storage import Place
-from simmerge_ray.reports.figures import new_figure, save_figure
-from simmerge_ray.reports.headroom import table_block
+from simmerge_ray.reports.figures import new_figure, save_figure, title_above
+from simmerge_ray.reports.page import table_block
 
 
 def choices_part(choices: Mapping[str, Any], directory: Place) -> list[str]:
@@ -52,15 +52,19 @@ def _gain(gain: Mapping[str, Any] | None) -> str:
 
 def _draw(ways: Sequence[Mapping[str, Any]], num_pairs: int, directory: Place) -> None:
     known = [row for row in ways if row["utility"] is not None]
-    figure, ((axis,),) = new_figure(6.4, 0.4 + 0.34 * len(known))
+    figure, ((axis,),) = new_figure(8.6, 1.4 + 0.42 * len(known))
+    figure.set_layout_engine("constrained")
     for place, row in enumerate(known):
         low, high = row["interval"] or (row["utility"], row["utility"])
-        axis.plot([low, high], [place, place], c="C0", lw=1.2)
-        axis.plot(row["utility"], place, "o", c="C0", ms=5)
-        axis.annotate(number(row["utility"]), (row["utility"], place), (0, 5), textcoords="offset points", fontsize=8,
-                      ha="center")  # fmt: skip
+        axis.plot([low, high], [place, place], c="C0", lw=1.6)
+        axis.plot(row["utility"], place, "o", c="C0", ms=7)
+        axis.annotate(number(row["utility"]), (row["utility"], place), (0, 7), textcoords="offset points", ha="center")
     axis.set_yticks(range(len(known)), [row["way"] for row in known])
-    axis.set_ylim(len(known) - 0.5, -0.7)
-    axis.set_xlabel(f"utility, both parents' tasks, mean over {num_pairs} pairs")
+    axis.set_ylim(len(known) - 0.5, -0.8)
+    axis.set_xlabel(f"utility of both parents' tasks, mean over {num_pairs} pairs (95 % intervals)")
     axis.grid(axis="x", lw=0.4)
+    possible = [row for row in known if not any(word in row["way"] for word in ("oracle", "hindsight"))]
+    best, first = max(possible, key=lambda row: row["utility"]), known[0]
+    title_above(figure, f"The best way of choosing, {best['way']}, gives {best['utility']:.3f}, the {first['way']} "
+                f"{first['utility']:.3f}")  # fmt: skip
     save_figure(figure, directory, "choices.png")

@@ -12,6 +12,23 @@ from simmerge_ray.base.storage import Place, write_atomically
 from simmerge_ray.signals.features import SIGNALS, Signal
 from simmerge_ray.signals.table import SignalTable
 
+FIGURES = "figures"  # where a report's figures lie
+# Colours that people with any vision tell apart: Okabe and Ito 2008.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b3a100")
+# Letters that can be read when the figure is shown at half its size.
+_STYLE: Any = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.labelsize": 12,
+    "figure.titlesize": 13,
+    "legend.fontsize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+}
 MAX_LABELS = 20  # checkpoints on an axis; of more, every second, third ... is named
 _MAX_COLUMNS = 4
 _OVERVIEW = (
@@ -38,9 +55,14 @@ _UNITS: Mapping[str, str] = {
 
 
 def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
-    """A figure of that size in inches, and its (rows, columns) array of axes."""
+    """A figure of that size in inches, and its (rows, columns) array of axes, in the style of all reports."""
     # The object interface: pyplot would keep global state and look for a display.
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
+
+    rcParams.update(_STYLE)
+    rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
 
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -54,15 +76,30 @@ def save_figure(figure: Any, directory: Place, name: str) -> Place:
     return directory / name
 
 
+def title_above(figure: Any, finding: str) -> None:
+    """What a figure shows, as a sentence above all of it; the figure has a constrained layout."""
+    from textwrap import fill
+
+    width = int(figure.get_size_inches()[0] * 10)
+    figure.suptitle(fill(finding, width), x=0.01, ha="left", fontweight="bold")
+
+
+def wrapped(label: str, width: int = 38) -> str:
+    """A label of an axis in as many lines as it takes: names are not cut."""
+    from textwrap import fill
+
+    return fill(label, width, break_long_words=False, break_on_hyphens=False)
+
+
 def legend_below(axis: Any) -> None:
     """A legend below the axis, where it hides no data."""
-    axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
+    axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
 
 
 def legend_outside(figure: Any, axes: Any) -> None:
     """One legend below all axes, of what the first of them shows."""
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center", frameon=False)
+    figure.legend(handles, labels, ncols=4, loc="outside lower center", frameon=False)
 
 
 def hide_spare(axes: Any, count: int) -> None:
@@ -114,9 +151,22 @@ def write_overview(table: SignalTable, directory: Place, name: str) -> Place:
         values = np.mean([_matrix(table, signal.columns[0], task) for task in _tasks(signal, table)], axis=0)
         norm, ticks = _colour_scale(signal.name, values)
         image = _draw_map(axis, signal, values, norm, table.checkpoint_ids)
-        axis.set_title(signal.name, fontsize=9)
+        axis.set_title(signal.name)
         _add_colour_bar(figure, image, axis, signal, ticks)
+        if axis is axes.flat[0]:
+            title_above(figure, _extremes(signal, table.checkpoint_ids, values))
     return save_figure(figure, directory, name)
+
+
+def _extremes(signal: Signal, ids: Sequence[str], values: np.ndarray) -> str:
+    """Between which two checkpoints, left and right, a signal (M, M) is the largest and the smallest."""
+
+    def pair(place: int) -> str:
+        left, right = divmod(place, len(ids))
+        return f"{values[left, right]:.3g} ({ids[left]}, {ids[right]})"
+
+    highest, lowest = int(np.nanargmax(values)), int(np.nanargmin(values))
+    return f"{signal.name}: largest {pair(highest)}, smallest {pair(lowest)}"
 
 
 def _write_maps(signal: Signal, table: SignalTable, directory: Place) -> Place:
@@ -127,12 +177,13 @@ def _write_maps(signal: Signal, table: SignalTable, directory: Place) -> Place:
     figure, axes = _panels(len(panels), side, side, room=1.6)
     for index, (axis, (task, values)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
         image = _draw_map(axis, signal, values, norm, ids, has_names=index % axes.shape[1] == 0)
-        axis.set_title(_panel_title(signal, task), fontsize=9)
-        axis.set_xlabel("right", fontsize=8)
+        axis.set_title(_panel_title(signal, task))
+        axis.set_xlabel("right")
         if index % axes.shape[1] == 0:
-            axis.set_ylabel("left", fontsize=8)
+            axis.set_ylabel("left")
     _add_colour_bar(figure, image, list(axes.flat), signal, ticks)
-    return _finish(figure, signal, table, len(panels), directory)
+    mean = np.mean(list(panels.values()), axis=0)
+    return _finish(figure, signal, table, _extremes(signal, ids, mean), directory)
 
 
 def _draw_map(
@@ -141,10 +192,11 @@ def _draw_map(
     """(M, M) values as colours; has_names: of the rows."""
     from matplotlib import colormaps
 
-    colours = colormaps["RdBu_r" if signal.name in _SIGNED else "viridis"].with_extremes(bad="0.85")
+    is_signed = norm.vmin == -norm.vmax  # `_colour_scale`: two colours that meet at zero
+    colours = colormaps["RdBu_r" if is_signed else "viridis"].with_extremes(bad="0.85")
     positions, names = _labels(ids)
-    axis.set_xticks(positions, names, rotation=90, fontsize=7)
-    axis.set_yticks(positions, names if has_names else [""] * len(names), fontsize=7)
+    axis.set_xticks(positions, names, rotation=90, fontsize=10)
+    axis.set_yticks(positions, names if has_names else [""] * len(names), fontsize=10)
     return axis.imshow(np.clip(values, norm.vmin, norm.vmax), cmap=colours, norm=norm)
 
 
@@ -153,8 +205,8 @@ def _add_colour_bar(figure: Any, image: Any, axes: Any, signal: Signal, ticks: n
     if ticks is not None:
         bar.ax.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
         bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=7)
-    bar.set_label(_UNITS[signal.name], fontsize=8)
+    bar.ax.tick_params(labelsize=10)
+    bar.set_label(_UNITS[signal.name])
 
 
 def _write_bars(signal: Signal, table: SignalTable, directory: Place) -> Place:
@@ -162,23 +214,28 @@ def _write_bars(signal: Signal, table: SignalTable, directory: Place) -> Place:
     tasks = _tasks(signal, table)
     height = float(np.clip(0.2 * len(ids), 1.6, 8.0))
     figure, axes = _panels(len(tasks), 2.6, height, room=1.4)
+    every: list[list[float]] = []
     for index, (axis, task) in enumerate(zip(axes.flat, tasks, strict=False)):
         # A checkpoint's own value stands on the left of any of its pairs.
         others = (ids[1], *[ids[0]] * (len(ids) - 1))
         pairs = zip(ids, others, strict=True)
         values = [table.get(name, other, task).features[f"{signal.name}_left"] for name, other in pairs]
+        every.append(values)
         axis.barh(range(len(ids)), values, height=0.7)
         axis.set_ylim(len(ids) - 0.4, -0.6)
         positions, names = _labels(ids)
-        axis.set_yticks(positions, names if index % axes.shape[1] == 0 else [""] * len(names), fontsize=7)
+        axis.set_yticks(positions, names if index % axes.shape[1] == 0 else [""] * len(names), fontsize=10)
         if base and signal.name != "task_vector_norm":  # it would be zero
             value = table.rows[base, ids[0], task].features[f"{signal.name}_left"]
             axis.axvline(value, c="black", lw=0.9, ls="--", label=f"base: {value:.3g}")
-            axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.12 * 2.6 / height), frameon=False)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.set_title(_panel_title(signal, task), fontsize=9)
-        axis.set_xlabel(_UNITS[signal.name], fontsize=8)
-    return _finish(figure, signal, table, len(tasks), directory)
+            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.12 * 2.6 / height), frameon=False)
+        axis.tick_params(axis="x", labelsize=10)
+        axis.set_title(_panel_title(signal, task))
+        axis.set_xlabel(_UNITS[signal.name])
+    mean = np.mean(every, axis=0)
+    high, low = ids[int(mean.argmax())], ids[int(mean.argmin())]
+    finding = f"{signal.name}: largest {mean.max():.3g} ({high}), smallest {mean.min():.3g} ({low})"
+    return _finish(figure, signal, table, finding, directory)
 
 
 def _tasks(signal: Signal, table: SignalTable) -> tuple[str, ...]:
@@ -203,7 +260,7 @@ def _colour_scale(name: str, values: np.ndarray) -> tuple[Any, np.ndarray | None
     from matplotlib.colors import LogNorm, Normalize
 
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    if name in _SIGNED:
+    if name in _SIGNED or (low < 0 < high and name not in _LOGARITHMIC):
         # The ratio to a norm of zero is e^700; it takes the colour of the largest other one.
         reach = float(np.abs(values[np.abs(values) < 100.0]).max(initial=0.0)) or 1.0
         return Normalize(-reach, reach), None
@@ -233,9 +290,9 @@ def _panels(count: int, width: float, height: float, room: float, columns: int =
     return figure, axes
 
 
-def _finish(figure: Any, signal: Signal, table: SignalTable, num_panels: int, directory: Place) -> Place:
-    title = f"{signal.name}: {signal.meaning.rsplit(', nats', 1)[0]}"
+def _finish(figure: Any, signal: Signal, table: SignalTable, finding: str, directory: Place) -> Place:
+    title = f"{finding}. {signal.meaning.rsplit(', nats', 1)[0].capitalize()}"
     if signal.of_weights and signal.family != "single" and table.provenance.get("weights") == "sampled":
         title += " (from a sample of the weights)"
-    figure.suptitle(title, fontsize=10 if num_panels > 1 else 8)
+    title_above(figure, title)
     return save_figure(figure, directory, f"{signal.name}.png")

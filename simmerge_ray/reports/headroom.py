@@ -1,22 +1,13 @@
-"""What the report of a run and that of a training have in common: blocks of Markdown, and whether there is anything to
-choose. A part of a report is a list of blocks: headings, paragraphs, lists, tables; empty ones are left out."""
+"""What the report of a run and that of a training have in common: whether there is anything to choose. A part of a
+report is a list of blocks (`page`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simmerge_ray.base.markdown import number, percent, table_lines, with_interval
-
-
-def page(blocks: Iterable[str]) -> bytes:
-    """The blocks as a file."""
-    return ("\n\n".join(filter(None, blocks)) + "\n").encode()
-
-
-def table_block(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table as a block; see `table_lines`."""
-    return "\n".join(table_lines(header, rows)).rstrip("\n")
+from simmerge_ray.base.markdown import number, percent, with_interval
+from simmerge_ray.reports.page import table_block
 
 
 def is_above_zero(interval: Sequence[float] | None) -> bool:

@@ -11,15 +11,30 @@ import numpy as np
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.markdown import number, with_interval
 from simmerge_ray.base.runs import RunLayout
-from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json, versions, write_atomically
+from simmerge_ray.base.storage import Manifest, Place, digest_file, name_below, read_json
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.plans.keeping import keep_label
+from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.reports.choices import choices_part
-from simmerge_ray.reports.figures import grouped_bars, legend_below, new_figure, save_figure, write_overview
-from simmerge_ray.reports.headroom import headroom_part, page, table_block
-from simmerge_ray.search.labels import LabeledPlan, LabelStore, single_items
+from simmerge_ray.reports.figures import (
+    FIGURES,
+    grouped_bars,
+    legend_below,
+    new_figure,
+    save_figure,
+    title_above,
+    write_overview,
+)
+from simmerge_ray.reports.found import Estimate, auto_parts, draw_estimates, made_with
+from simmerge_ray.reports.headroom import headroom_part
+from simmerge_ray.reports.page import table_block, write_page
+from simmerge_ray.search.labels import LabeledPlan, LabelStore, Measured, single_items
+from simmerge_ray.search.objectives import MEAN, Objective
+from simmerge_ray.search.winner import difference
 from simmerge_ray.signals.table import SignalTable, read_signal_table
 
+_ANSWER = "auto.json"  # of `simmerge auto`, in its directory
+_NUM_MERGES = 12  # shown of the measured ones
 _POLICIES = {
     "uniform": "arm drawn at random",
     "best_fixed": "best fixed arm of the training part",
@@ -31,35 +46,39 @@ _POLICIES = {
 def write_report(layout: RunLayout[Any]) -> Place:
     """Write `report/report.md` and its PNG files; returns the path of the former. Raises ConfigError: the directory
     holds no run."""
-    if not (layout.signals.exists() or layout.headroom.exists()):
+    answer = layout.root / _ANSWER
+    labels = LabelStore(layout.labels).read() if layout.labels.exists() else []
+    if not (layout.signals.exists() or layout.headroom.exists() or labels or answer.exists()):
         raise ConfigError(f"{layout.root} holds neither signals nor labels; run `simmerge demo` or the stages first")
     started = time.monotonic()
-    parts: list[str] = ["# What this run found"]
+    parts: list[str] = [] if answer.exists() else ["# What this run found"]
     catalogue = load_catalogue(layout.catalogue) if layout.catalogue.exists() else None
-    labels = LabelStore(layout.labels).read()
+    table = read_signal_table(layout.signals) if layout.signals.exists() else None
     pick = layout.pick / "pick.json"
     choices = layout.choices / "choices.json"
     told = (
-        (choices, choices_part),
+        (answer, auto_parts),
         (pick, _pick_part),
+        (choices, choices_part),
         (layout.crossval, _selector_part),
         (layout.headroom, _headroom_part),
     )
     for path, part in told:
         if path.exists():
             parts += part(read_json(path), layout.report)
-    if labels and catalogue:
-        parts += _zoo_part(labels, catalogue)
-        if layout.headroom.exists() and (layout.zoo / "zoo.json").exists():
+    if labels:
+        own_task = catalogue.own_task if catalogue else table.provenance["own_task"] if table else {}
+        parts += [*_merges_part(labels, layout.report), *_checkpoints_part(labels, own_task)]
+        if catalogue and layout.headroom.exists() and (layout.zoo / "zoo.json").exists():
             parts += _demo_criteria_part(labels, catalogue, read_json(layout.headroom))
-    if layout.signals.exists():
-        parts += _signals_part(read_signal_table(layout.signals), layout.report)
-    parts += ["## Made with", ", ".join(f"{name} {version}" for name, version in versions().items())]
-    write_atomically(layout.report / "report.md", page(parts))
-    read = (layout.signals, layout.headroom, layout.crossval, choices, pick)
+    if table is not None:
+        parts += _signals_part(table, layout.report)
+    parts += made_with()
+    path = write_page(layout.report, parts)
+    read = (layout.signals, layout.headroom, layout.crossval, choices, pick, answer)
     inputs = {name_below(path, layout.root): digest_file(path) for path in read if path.exists()}
     Manifest("report", {}, inputs).write(layout.report / "report.json", time.monotonic() - started, {})
-    return layout.report / "report.md"
+    return path
 
 
 def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
@@ -86,20 +105,25 @@ def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
         f"{task} " + ", ".join(f"{value:.3f} ({library})" for library, value in pick["loaded"][task].items())
         for task in sorted(pick["loaded"])
     )
-    _draw_pick(pick, ranked, items, directory)
+    _draw_pick(pick, ranked, directory)
     keeps = ", ".join(
         f"{number(100 * share, digits=0)} % of the answers of {own}" for own, share in pick["keeps"].items()
     )
     best = max(measured["checkpoints"], key=lambda name: _mean(measured["checkpoints"][name]))
     written = f" From disk the written checkpoint scores {loaded}." if loaded else " Nothing was merged."
+    worth = _mean(measured["chosen"][next(reversed(measured["chosen"]))])
+    rival = _mean(measured["checkpoints"][best])
+    verdict = f"merge: {answer['label']}" if worth > rival else f"keep {best}"
     return [
         f"## The pick for {left} + {right}: {answer['label']}",
+        f"**Measured on both tasks, verdict: {verdict}.** The answer measures {worth:.3f}, the best checkpoint as it "
+        f"is, {best}, {rival:.3f}.",
         "This pair was left out of the search and of the training. **The pick** is what `simmerge auto` answers from "
         f"checkpoints and probes, without any label; it keeps {keeps}. It was written, and only then was everything "
         f"below measured ({items}). The paper's selector, trained on the labels of the other pairs, predicts a utility "
         f"for each arm and picks **{pick['arm']}** ({pick['reason']}).",
         table_block(["", "predicted, both tasks", "measured, both tasks", *tasks], rows),
-        f"Best single checkpoint on both tasks together: {best}.{written}",
+        written.strip(),
         "![Predicted and measured utility of the pick](pick.png)",
     ]
 
@@ -108,21 +132,29 @@ def _mean(by_task: Mapping[str, float]) -> float:
     return float(np.mean([by_task[task] for task in sorted(by_task)]))
 
 
-def _draw_pick(pick: Mapping[str, Any], ranked: Sequence[str], items: str, directory: Place) -> None:
+def _draw_pick(pick: Mapping[str, Any], ranked: Sequence[str], directory: Place) -> None:
     measured = pick["measured"]
-    figure, ((axis,),) = new_figure(6.4, 3.2)
+    figure, ((axis,),) = new_figure(8.6, 4.4)
+    figure.set_layout_engine("constrained")
     places = np.arange(len(ranked))
     utilities, sds = ([pick["predicted"][arm][key] for arm in ranked] for key in ("utility", "sd"))
-    axis.errorbar(places - 0.12, utilities, yerr=sds, fmt="o", label="predicted by the selector (± sd)")
-    axis.plot(places + 0.12, [_mean(measured["arms"][arm]) for arm in ranked], "s", label="measured afterwards")
+    values = [_mean(measured["arms"][arm]) for arm in ranked]
+    axis.errorbar(places - 0.12, utilities, yerr=sds, fmt="o", ms=7, label="predicted by the selector (± sd)")
+    axis.plot(places + 0.12, values, "s", ms=7, label="measured afterwards")
     for (name, by_task), style in zip(measured["checkpoints"].items(), ("--", ":", "-."), strict=False):
-        axis.axhline(_mean(by_task), ls=style, c="grey", lw=1, label=name)
-    for (name, by_task), colour in zip(measured["chosen"].items(), ("C2", "C3"), strict=False):
-        axis.axhline(_mean(by_task), c=colour, lw=1.4, label=name)
+        axis.axhline(_mean(by_task), ls=style, c="grey", lw=1.2, label=name)
+    for (name, by_task), colour in zip(measured["chosen"].items(), ("C2", "C5"), strict=False):
+        axis.axhline(_mean(by_task), c=colour, lw=1.6, label=name)
     axis.set_xticks(places, ranked, rotation=12)
-    axis.set_ylabel("utility, both tasks")
-    axis.set_title(items, fontsize=9)
-    legend_below(axis)
+    axis.set_ylabel("utility, mean of both tasks")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    best = max(measured["checkpoints"], key=lambda name: _mean(measured["checkpoints"][name]))
+    answer, pick_of = next(reversed(measured["chosen"].values())), measured["arms"][pick["arm"]]
+    title_above(
+        figure,
+        f"Chosen without labels {_mean(answer):.3f}, the best checkpoint, {best}, "
+        f"{_mean(measured['checkpoints'][best]):.3f}, the selector's pick {_mean(pick_of):.3f}",
+    )
     save_figure(figure, directory, "pick.png")
 
 
@@ -136,21 +168,25 @@ def _selector_part(crossval: Mapping[str, Any], directory: Place) -> list[str]:
         verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
         gain = with_interval(part["gain"], part["gain_interval"], signed=True)
         gains.append(f"- One arm {title}: selector minus best fixed {gain}, 95 % interval over checkpoints: {verdict}.")
-    figure, ((axis, scatter),) = new_figure(9.6, 3.4, columns=2)
+    figure, ((axis, scatter),) = new_figure(11.0, 4.8, columns=2)
+    figure.set_layout_engine("constrained")
     series = {f"one arm {title}": [part[key] for key in _POLICIES] for title, part in parts.items()}
     grouped_bars(axis, ["uniform", "best fixed", "selector", "oracle"], series)
-    axis.set_ylabel("GapClosed")
+    axis.set_ylabel("GapClosed (1: the better parent)")
     items = f"{crossval['num_defined']} contexts, at least {crossval['min_items']} items each"
-    axis.set_title(f"unseen checkpoints: {items}", fontsize=9)
+    axis.set_title(f"unseen checkpoints: {items}")
     legend_below(axis)
     for index, arm in enumerate(crossval["arms"]):
         both = ([row[key][index] for row in crossval["predictions"]] for key in ("predicted", "measured"))
         scatter.plot(*both, ".", ms=4, alpha=0.6, label=arm)
     scatter.plot([0, 1], [0, 1], c="grey", lw=0.8)
-    scatter.set_title("each merge on each task, predicted without it", fontsize=9)
+    scatter.set_title("each merge on each task, predicted without it")
     scatter.set_xlabel("predicted utility")
     scatter.set_ylabel("measured utility")
     legend_below(scatter)
+    merge = parts["per merge"]
+    said = with_interval(merge["gain"], merge["gain_interval"], signed=True)
+    title_above(figure, f"One arm per merge: the selector closes {said} more of the gap than the best fixed arm")
     save_figure(figure, directory, "selector.png")
     return [
         heading,
@@ -173,28 +209,76 @@ def _headroom_part(room: Mapping[str, Any], directory: Place) -> list[str]:
     by_task = room["per_context"]["tasks"]
     series = {arm: [task["arm_gap_closed"][arm] for task in by_task.values()] for arm in room["arm_gap_closed"]}
     series["split-half oracle"] = [task["split_half_oracle"] for task in by_task.values()]
-    figure, ((axis,),) = new_figure(9.6, 3.4)
+    figure, ((axis,),) = new_figure(11.0, 4.6)
+    figure.set_layout_engine("constrained")
     grouped_bars(axis, [f"{name}\n({task['num_contexts']} contexts)" for name, task in by_task.items()], series)
-    axis.set_ylabel("GapClosed")
-    axis.set_title(f"at least {room['min_items']} items per task", fontsize=9)
+    axis.set_ylabel("GapClosed (1: the better parent)")
     legend_below(axis)
+    context = room["per_context"]
+    said = with_interval(context["gain"], context["gain_interval"], signed=True)
+    title_above(figure, f"An oracle closes {said} more of the gap than the best fixed arm, {context['best_fixed_arm']}")
     save_figure(figure, directory, "operators.png")
     return [*blocks, "![GapClosed per operator and task](operators.png)"]
 
 
-def _zoo_part(labels: Sequence[LabeledPlan], catalogue: Catalogue) -> list[str]:
+def _checkpoints_part(labels: Sequence[LabeledPlan], own_task: Mapping[str, str | None]) -> list[str]:
+    """Every checkpoint as it is; own_task: of those that have one."""
     singles = single_items(labels)
-    tasks = sorted({task for _, task in singles})
-    rows = []
-    for ref in catalogue.all_refs:
-        cells: list[Any] = [ref.id]
+    tasks, rows = sorted({task for _, task in singles}), []
+    for name in dict.fromkeys(sorted(name for name, _ in singles)):
+        cells: list[Any] = [name]
         for task in tasks:
-            items = singles.get((ref.id, task))
+            items = singles.get((name, task))
             shown = "" if items is None else f"{items.mean():.3f}"
-            cells.append(f"**{shown}**" if task == catalogue.own_task.get(ref.id) else shown)
+            cells.append(f"**{shown}**" if task == own_task.get(name) else shown)
         rows.append(cells)
     utilities = table_block(["checkpoint", *tasks], rows)
-    return ["## The checkpoints", "Utility on each task, the own one in bold.", utilities]
+    return ["## The checkpoints", "Utility on each task, the own one in bold.", utilities] if rows else []
+
+
+def _merges_part(labels: Sequence[LabeledPlan], directory: Place) -> list[str]:
+    """The merges that gain most, each beside the best checkpoint as it is on the same tasks and items."""
+    singles = single_items(labels)
+    merges: dict[MergePlan, dict[str, np.ndarray]] = {}
+    for label in labels:
+        if label.plan.is_merge and isinstance(label.outcome, Measured):
+            merges.setdefault(label.plan, {})[label.task] = label.outcome.items
+    found = []
+    for plan, items in merges.items():
+        rivals = {
+            name: {task: singles[name, task] for task in items}
+            for name in sorted({name for name, _ in singles})
+            if all(len(singles.get((name, task), ())) == len(values) for task, values in items.items())
+        }
+        if rivals:
+            best = max(rivals, key=lambda name: _mean_of(rivals[name]))
+            gain = difference(items, rivals[best], Objective(MEAN))
+            found.append((plan.label, items, best, _mean_of(rivals[best]), gain))
+    if not found:
+        return []
+    found.sort(key=lambda one: -one[-1].value)
+    shown = found[:_NUM_MERGES]
+    clear = sum(gain.value > 0 and gain.is_clear for *_, gain in found)
+    finding = f"{clear} of {len(found)} measured merges clearly beat the best checkpoint on their tasks"
+    bars = [Estimate(label, gain.value, gain.se, gain.is_clear, True) for label, *_, gain in shown]
+    unit = "utility of the merge - that of the best checkpoint on the same items"
+    draw_estimates(bars, finding, unit, directory, "merges", zero=True)
+    rows = [
+        [label, ", ".join(sorted(items)), _mean_of(items), best, value, f"{gain.value:+.3f} ± {gain.se:.3f}"]
+        for label, items, best, value, gain in shown
+    ]
+    return [
+        "## The measured merges",
+        f"{finding}, by more than two paired standard errors. Each merge stands beside the best checkpoint as it is, "
+        f"the base among them, on the same tasks and items; the best of many is too good by chance. The first "
+        f"{len(shown)}:",
+        f"![{finding}]({FIGURES}/merges.png)",
+        table_block(["merge", "tasks", "utility", "best checkpoint there", "its utility", "gain ± se"], rows),
+    ]
+
+
+def _mean_of(items: Mapping[str, np.ndarray]) -> float:
+    return float(np.mean([values.mean() for values in items.values()]))
 
 
 def _demo_criteria_part(labels: Sequence[LabeledPlan], catalogue: Catalogue, room: Mapping[str, Any]) -> list[str]:

@@ -8,14 +8,23 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.markdown import number, percent, with_interval
-from simmerge_ray.base.storage import Place, write_atomically
+from simmerge_ray.base.storage import Place
 from simmerge_ray.plans.keeping import keeps, merge_arms
-from simmerge_ray.reports.figures import grouped_bars, hide_spare, legend_below, legend_outside, new_figure, save_figure
-from simmerge_ray.reports.headroom import headroom_part, is_above_zero, page, table_block
+from simmerge_ray.reports.figures import (
+    FIGURES,
+    grouped_bars,
+    hide_spare,
+    legend_below,
+    legend_outside,
+    new_figure,
+    save_figure,
+    title_above,
+)
+from simmerge_ray.reports.headroom import headroom_part, is_above_zero
+from simmerge_ray.reports.page import table_block, write_page
 
 Content = Mapping[str, Any]
 
-FIGURES = "figures"
 # What needs no model of the signals: a selector that does not beat these is not worth its signals. What follows then.
 _TRIVIAL = {
     "uniform": "The arms hardly differ here, or the selector is no better than chance.",
@@ -57,8 +66,7 @@ def write_selector_report(assessment: Content, directory: Place) -> Place:
         parts += [*_splits(assessment), *_calibration(assessment, main, figures)]
         parts += [*_importance(assessment, figures), *_ablations(assessment)]
     title = "# The selector and what it can do"
-    write_atomically(directory / "report.md", page([title, *parts, *_signals(assessment, figures)]))
-    return directory / "report.md"
+    return write_page(directory, [title, *parts, *_signals(assessment, figures)])
 
 
 def _in_short(assessment: Content, main: Content) -> list[str]:
@@ -172,7 +180,8 @@ def _domains(main: Content, directory: Place) -> list[str]:
     figures = main["policies"]["per_merge"]["policies"]
     shown = [name for name in _BARS if name in figures and figures[name]["tasks"]]
     tasks = list(figures["selector"]["tasks"])
-    figure, ((axis,),) = new_figure(max(7.0, 1.9 * len(tasks)), 3.6)
+    figure, ((axis,),) = new_figure(max(9.0, 2.4 * len(tasks)), 5.0)
+    figure.set_layout_engine("constrained")
     series, bounds = {}, {}
     for name in shown:
         by_task = [figures[name]["tasks"][task] for task in tasks]
@@ -180,9 +189,14 @@ def _domains(main: Content, directory: Place) -> list[str]:
         bounds[name] = [one["interval"] or [value] * 2 for one, value in zip(by_task, series[name], strict=True)]
     counts = {task: figures["selector"]["tasks"][task]["num_contexts"] for task in tasks}
     grouped_bars(axis, [f"{task}\n({count} contexts)" for task, count in counts.items()], series, bounds)
-    axis.set_ylabel("GapClosed")
-    axis.set_title("one arm per merge, unseen checkpoints, 95 % intervals", fontsize=9)
+    axis.set_ylabel("GapClosed (1: the better parent)")
     legend_below(axis)
+    selector = figures["selector"]
+    title_above(
+        figure,
+        f"One arm per merge, unseen checkpoints: the selector closes {_gain(selector)} more of the gap than the best "
+        "fixed arm (95 % intervals)",
+    )
     save_figure(figure, directory, "domains.png")
     return ["By domain:", f"![GapClosed per domain and method]({FIGURES}/domains.png)"]
 
@@ -234,7 +248,7 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
     ]
     predicted, measured = (np.array([row[key] for row in main["predictions"]]) for key in keys)
     num_merges = len(merge_arms(assessment["arms"]))
-    figure, axes = new_figure(9.6, 4.0, columns=2)
+    figure, axes = new_figure(11.0, 5.6, columns=2)
     figure.set_layout_engine("constrained")
     panels = (
         ("utility", predicted, measured),
@@ -242,14 +256,15 @@ def _calibration(assessment: Content, main: Content, directory: Place) -> list[s
     )
     for axis, (name, said, true) in zip(axes[0], panels, strict=True):
         for k, arm in enumerate(assessment["arms"]):
-            axis.plot(said[:, k], true[:, k], ".", ms=3, alpha=0.5, label=arm)
+            axis.plot(said[:, k], true[:, k], ".", ms=6, alpha=0.6, label=arm)
         found = bins[name]
         axis.plot([b["predicted"] for b in found], [b["measured"] for b in found], "k.-", lw=1, label="means of tenths")
         ends = [min(said.min(), true.min()), max(said.max(), true.max())]
         axis.plot(ends, ends, c="grey", lw=0.8)
         axis.set_xlabel(f"predicted {name}")
         axis.set_ylabel(f"measured {name}")
-    figure.suptitle("each arm on each context, predicted without its checkpoints", fontsize=9)
+    error = float(np.sqrt(np.nanmean((predicted - measured) ** 2)))
+    title_above(figure, f"Predicted without its checkpoints, an arm's utility is off by {error:.3f} (root mean square)")
     legend_outside(figure, axes)
     save_figure(figure, directory, "calibration.png")
     return [
@@ -277,14 +292,17 @@ def _importance(assessment: Content, directory: Place) -> list[str]:
         "information, so one that costs nothing may still be used.",
         table_block(["family", "columns", "change of the gain", "from", "to"], shown),
     ]
-    figure, ((axis,),) = new_figure(6.4, 0.5 + 0.38 * len(rows))
+    figure, ((axis,),) = new_figure(8.6, 1.4 + 0.42 * len(rows))
+    figure.set_layout_engine("constrained")
     change = np.array([row["change"] for row in rows])
     errors = [change - [row["low"] for row in rows], np.array([row["high"] for row in rows]) - change]
     axis.barh(range(len(rows)), change, xerr=np.maximum(errors, 0), height=0.7, error_kw={"lw": 0.8, "capsize": 2})
-    axis.set_yticks(range(len(rows)), [f"{row['family']} ({row['num_columns']})" for row in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [f"{row['family']} ({row['num_columns']})" for row in rows])
     axis.invert_yaxis()
     axis.axvline(0, c="black", lw=0.6)
-    axis.set_xlabel("change of the gain when the family is permuted", fontsize=8)
+    axis.set_xlabel("change of the gain in GapClosed when the family is permuted (mean and range)")
+    first = rows[0]
+    title_above(figure, f"Without {first['family']} the gain changes most: {first['change']:+.3f}")
     save_figure(figure, directory, "importance.png")
     return [*blocks, f"![Feature importance]({FIGURES}/importance.png)"]
 
@@ -310,6 +328,18 @@ def _ablations(assessment: Content) -> list[str]:
     ]
 
 
+def _crossing(signals: Mapping[str, Sequence[float]], utilities: np.ndarray) -> str:
+    """For how many signals another arm is the best in their lowest fifth than in their highest."""
+    count = 0
+    for values in signals.values():
+        parts = np.array_split(np.argsort(values, kind="stable"), min(_NUM_QUANTILES, len(values)))
+        low, high = (utilities[part].mean(0).argmax() for part in (parts[0], parts[-1]))
+        count += int(low != high)
+    return (
+        f"For {count} of {len(signals)} signals the best arm where the signal is low is another than where it is high"
+    )
+
+
 def _signals(assessment: Content, directory: Place) -> list[str]:
     signals, heading = assessment["signals"], "## Signals and utility"
     if not signals:
@@ -317,20 +347,20 @@ def _signals(assessment: Content, directory: Place) -> list[str]:
     utilities, arms = np.array(assessment["utilities"]), assessment["arms"]
     columns = min(3, len(signals))
     rows = -(-len(signals) // columns)
-    figure, axes = new_figure(3.4 * columns, 2.7 * rows + 0.4, columns, rows)
+    figure, axes = new_figure(4.0 * columns, 3.2 * rows + 0.9, columns, rows)
     figure.set_layout_engine("constrained")
     for axis, (column, values) in zip(axes.flat, signals.items(), strict=False):
         parts = np.array_split(np.argsort(values, kind="stable"), min(_NUM_QUANTILES, len(values)))
         places = [float(np.mean(np.array(values)[part])) for part in parts]
         for k, arm in enumerate(arms):
             axis.plot(places, [utilities[part, k].mean() for part in parts], ".-", lw=1, label=arm)
-        axis.set_xlabel(_AXES[column], fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.set_xlabel(_AXES[column])
         axis.locator_params(axis="x", nbins=5)
     for axis in axes[:, 0]:
-        axis.set_ylabel("measured utility", fontsize=8)
+        axis.set_ylabel("measured utility")
     hide_spare(axes, len(signals))
     legend_outside(figure, axes)
+    title_above(figure, _crossing(signals, utilities))
     save_figure(figure, directory, "signals.png")
     return [
         heading,

@@ -57,6 +57,10 @@ def test_colours_are_centred_for_signed_values_and_logarithmic_for_distances():
     assert float(norm(0.0)) == pytest.approx(0.5) and (norm.vmin, norm.vmax) == (-0.5, 0.5)
     norm, _ = _colour_scale("task_vector_norm_ratio", np.array([[np.nan, -708.0, 1.0], [708.0, np.nan, -1.0]]))
     assert norm.vmax == 1.0
+    norm, _ = _colour_scale("activation_cosine", np.array([[np.nan, -0.2], [0.5, np.nan]]))
+    assert (norm.vmin, norm.vmax) == (-0.5, 0.5)  # values of both signs: two colours that meet at zero
+    norm, _ = _colour_scale("activation_cosine", np.array([[np.nan, 0.2], [0.5, np.nan]]))
+    assert (norm.vmin, norm.vmax) == (0.2, 0.5)
     norm, ticks = _colour_scale("kl_lr", np.array([[np.nan, 0.01], [1.0, np.nan]]))
     assert float(norm(0.1)) == pytest.approx(0.5) and (ticks[0], ticks[-1]) == pytest.approx((0.01, 1.0))
 

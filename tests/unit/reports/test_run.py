@@ -10,7 +10,8 @@ import pytest
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import read_json, write_json
-from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.plans.operators.specs import make_arm
+from simmerge_ray.plans.plan import MergePlan, pair_plan
 from simmerge_ray.reports.run import write_report
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.search.labels import EvaluationSettings, LabeledPlan, LabelStore, Measured
@@ -93,7 +94,9 @@ def test_signals_alone_make_a_report_with_their_maps_and_nothing_else(layout):
     text = told(layout)
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Signals", "## Made with"]
     assert "means over the 2 tasks' probes" in text
-    assert {path.name for path in layout.report.iterdir()} == {"report.md", "report.json", "signals.png"}
+    assert {path.name for path in layout.report.iterdir()} == {
+        "report.md", "report.html", "report.json", "signals.png",
+    }  # fmt: skip
     assert list(read_json(layout.report / "report.json")["inputs"]) == ["signals/pairs.parquet"]
 
 
@@ -145,7 +148,16 @@ def test_the_pick_is_shown_beside_what_was_measured_later(layout):
     assert "| linear, best fixed | 0.500 ± 0.020 | 0.500 | 0.400 | 0.600 |" in text
     assert text.index("| ties, the") < text.index("| linear, best fixed") < text.index("| parent m0 |")
     assert "| base |  | 0.300 | 0.300 | 0.300 |" in text
-    assert "Best single checkpoint on both tasks together: m0" in text
+    verdict = (
+        "**Measured on both tasks, verdict: merge: tuned: m0 + m1.** The answer measures 0.700, the best checkpoint"
+    )
+    assert f"{verdict} as it is, m0, 0.500." in text
+    better_base = {
+        **PICK["measured"],
+        "checkpoints": {**PICK["measured"]["checkpoints"], "base": {"add": 1, "copy": 0.8}},
+    }
+    write_json(layout.pick / "pick.json", PICK | {"measured": better_base})
+    assert "verdict: keep base.** The answer measures 0.700, the best checkpoint as it is, base, 0.900." in told(layout)
     assert "add 0.710 (transformers); copy 0.500 (transformers), 0.520 (vllm)" in text
 
 
@@ -190,3 +202,26 @@ def test_a_report_is_made_anew_from_the_same_files(layout):
     write_headroom(layout)
     write_json(layout.crossval, crossval((0.1, 0.2), (0.1, 0.2)))
     assert told(layout) == told(layout)
+
+
+def test_a_run_of_ones_own_shows_checkpoints_and_measured_merges_on_the_same_tasks(layout):
+    settings = EvaluationSettings("fake", "float32", 128)
+    merge = pair_plan("a", "b", make_arm("linear"))
+    utilities = {
+        (MergePlan(source="a"), "s"): 0.5, (MergePlan(source="a"), "t"): 0.1,
+        (MergePlan(source="base"), "s"): 0.6, (MergePlan(source="base"), "t"): 0.6,
+        (merge, "s"): 0.8, (merge, "t"): 0.5,
+        (pair_plan("a", "b", make_arm("ties")), "s"): 0.1,
+    }  # fmt: skip
+    noise = np.tile([0.0, 0.02], 20)
+    labels = [
+        LabeledPlan(plan, task, f"items-{task}", Measured(value + noise), settings, dict.fromkeys(plan.members, "x"))
+        for (plan, task), value in utilities.items()
+    ]
+    LabelStore(layout.labels).append(labels)
+    text = told(layout)
+    assert "1 of 2 measured merges clearly beat the best checkpoint on their tasks" in text
+    assert "| linear: a + b | s, t | 0.660 | base | 0.610 | +0.050 ± 0.000 |" in text
+    assert "| ties: a + b | s | 0.110 | base | 0.610 | -0.500 ± 0.000 |" in text
+    assert "| a | 0.510 | 0.110 |" in text and "| base | 0.610 | 0.610 |" in text
+    assert (layout.report / "figures" / "merges.png").exists() and (layout.report / "report.html").exists()

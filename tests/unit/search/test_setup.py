@@ -202,7 +202,8 @@ def test_the_best_merge_is_a_plan_file_that_can_be_merged(root, tmp_path):
     assert third.startswith("against the best checkpoint, m0: +0.200")
     resolved, predicted = read_plan(tmp_path / "found" / "best.plan.json")
     assert resolved.plan == recipe
-    assert recipe.label in model_card(compile_plan(resolved), predicted)
+    card = model_card(compile_plan(resolved), predicted)
+    assert recipe.label in card and "| add | 0.200 | 0.000 |" in card and "measured utility" in card
     rows = json.loads((tmp_path / "found" / "best.json").read_text())
     assert [len(rows[kind]) for kind in ("merges", "singles")] == [2, 1]
 
