@@ -26,6 +26,7 @@ EXAMPLES: Mapping[str, str] = {
     "catalogue add": "simmerge catalogue add work/catalogue.yaml math-a /models/math-a --task math",
     "catalogue list": "simmerge catalogue list work/catalogue.yaml",
     "catalogue show": "simmerge catalogue show work/catalogue.yaml math-a",
+    "catalogue remove": "simmerge catalogue remove work/catalogue.yaml math-a",
     "auto": "simmerge auto work/catalogue.yaml --probes work/probes --out work/best --evaluator transformers",
     "merge": "simmerge merge merge.yml merged --dry-run",
     "retention": "simmerge retention merged --catalogue work/catalogue.yaml --probes work/probes",

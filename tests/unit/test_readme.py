@@ -79,7 +79,8 @@ def known_numbers(source: Path) -> set[str]:
     if source.suffix != ".json":
         return set(re.findall(r"[+-]?\d[\d,]*(?:\.\d+)?", source.read_text()))
     known: set[str] = set()
-    for row in json.loads(source.read_text())["candidates"]:
+    content = json.loads(source.read_text())
+    for row in (*content["candidates"], *content["tuned"]):
         known |= {f"{row['score']:.3f}", *(f"{100 * share:.0f}" for share in row["retention"].values())}
         known |= set(re.findall(r"\d+\.\d+", row["label"]))
     return known
