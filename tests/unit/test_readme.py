@@ -29,6 +29,7 @@ ELSEWHERE = {
     "source .venv/bin/activate": ".ci/run",
     "make demo": "tests/e2e/test_demo.py::test_the_demo_leaves_what_it_promises",
     "simmerge demo --quick": "tests/unit/pipelines/test_quick_demo.py::test_it_ends_with_what_the_answer_keeps",
+    "simmerge doctor": "tests/unit/cli/test_doctor.py::test_it_says_what_is_there_in_words",
     f"{AUTO} --tasks": "tests/on_ray/test_auto.py::test_a_whole_run_tunes_and_measures",
 }
 
