@@ -113,6 +113,14 @@ def test_every_command_is_run_here_or_by_the_test_that_is_named():
     assert "make test" in found  # the command that CI and readers look for
 
 
+def test_from_a_clone_to_a_merge_with_a_verdict_takes_at_most_eight_commands():
+    """No file is written by hand: `init` writes what `auto` reads."""
+    found = list(commands())
+    until = [one for one in found[: found.index(AUTO) + 1] if one not in ("simmerge doctor", "simmerge demo --quick")]
+    assert 1 + len(until) <= 8  # `cd` is one
+    assert [one.split()[0] for one in until] == ["git", "make", "source", "simmerge", "simmerge"]
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Where README's commands find `/models`, the files of prompts, and a mergekit file; no Ray is started."""
