@@ -36,7 +36,7 @@ class FindConfig(FrozenConfig):
         "layer", "what shares a coefficient of a member when the best few are tuned by gradient", panel=_CHOICE
     )
     num_tuned: int = option(1, "merges that are tuned", flag="tuned", ge=1, le=8, panel=_CHOICE)
-    seed: int = Field(0, description="of the proposed merges")
+    seed: int = Field(default=0, description="of the proposed merges")
 
     def num_run(self, num_members: int) -> int:
         """Merges that are run over the probes."""

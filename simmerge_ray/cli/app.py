@@ -30,6 +30,7 @@ from simmerge_ray.cli.labels import labels_app
 from simmerge_ray.cli.merge import merge
 from simmerge_ray.cli.plan import plan
 from simmerge_ray.cli.predictor import predictor_app
+from simmerge_ray.cli.push import push
 from simmerge_ray.cli.retention import retention
 from simmerge_ray.cli.search import search
 from simmerge_ray.cli.serve import serve
@@ -47,7 +48,23 @@ app = typer.Typer(
     help="Predict which merge of checkpoints will work, from similarity signals, and make it.",
     **_SETTINGS,
 )
-for command in (init, demo, zoo, signals, search, train, plan, auto, tune, merge, retention, report, serve, doctor):
+for command in (
+    init,
+    demo,
+    zoo,
+    signals,
+    search,
+    train,
+    plan,
+    auto,
+    tune,
+    merge,
+    retention,
+    push,
+    report,
+    serve,
+    doctor,
+):
     app.command()(command)
 app.command("extract-lora")(extract_lora_command)
 app.command("simulate")(simulate_command)

@@ -59,10 +59,7 @@ def add_to_catalogue(
 
 @catalogue_app.command("remove")
 def remove_from_catalogue(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -> None:
-    """Take a checkpoint, or the base, out of a catalogue; its files stay.
-
-    Example: simmerge catalogue remove catalogue.yaml math-a
-    """
+    """Take a checkpoint, or the base, out of a catalogue; its files stay."""
     from simmerge_ray.checkpoints.catalogue import remove_checkpoint
 
     left = remove_checkpoint(catalogue, checkpoint_id)

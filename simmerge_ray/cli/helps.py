@@ -13,7 +13,7 @@ from typer.models import CommandInfo, TyperInfo
 
 PANELS: Mapping[str, Sequence[str]] = {
     "Start": ("init", "demo", "doctor", "catalogue"),
-    "Find a merge, and make it": ("auto", "merge", "retention", "tune", "plan", "extract-lora"),
+    "Find a merge, and make it": ("auto", "merge", "retention", "tune", "plan", "extract-lora", "push"),
     "Measure merges, and learn from them": ("signals", "labels", "search", "train", "predictor", "report", "zoo"),
     "Serve decisions": ("serve", "client", "db"),
     "Clusters": ("simulate", "cluster"),
@@ -26,12 +26,14 @@ EXAMPLES: Mapping[str, str] = {
     "catalogue add": "simmerge catalogue add work/catalogue.yaml math-a /models/math-a --task math",
     "catalogue list": "simmerge catalogue list work/catalogue.yaml",
     "catalogue show": "simmerge catalogue show work/catalogue.yaml math-a",
+    "catalogue remove": "simmerge catalogue remove work/catalogue.yaml math-a",
     "auto": "simmerge auto work/catalogue.yaml --probes work/probes --out work/best --evaluator transformers",
     "merge": "simmerge merge merge.yml merged --dry-run",
     "retention": "simmerge retention merged --catalogue work/catalogue.yaml --probes work/probes",
     "tune": "simmerge tune work/catalogue.yaml --probes work/probes --member math --member code --out work/tuned",
     "plan": "simmerge plan work/catalogue.yaml --signals work/pairs.parquet --out work/plans",
     "extract-lora": "simmerge extract-lora /models/math-a --base /models/base --out math-lora --rank 16",
+    "push": "simmerge push work/best/merged me/math-and-code",
     "signals": "simmerge signals work/catalogue.yaml --probes work/probes --out work/pairs.parquet",
     "labels make": "simmerge labels make work/catalogue.yaml --tasks work/tasks --out work/labels --arm linear",
     "labels show": "simmerge labels show work/labels --best 10",

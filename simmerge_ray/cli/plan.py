@@ -44,10 +44,7 @@ def plan(
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Rank the merges of a catalogue, or (--left, --right) the arms for one pair, without merging anything.
-
-    Example: simmerge plan catalogue.yaml --signals pairs.parquet --ways 2-3 --out plans
-    """
+    """Rank the merges of a catalogue, or (--left, --right) the arms for one pair, without merging anything."""
     if (left is None) != (right is None):
         raise ConfigError("--left and --right name a pair: give both, or neither to rank the plans of the catalogue")
     pair = (left, right) if left is not None and right is not None else None

@@ -36,6 +36,20 @@ Probes: TypeAlias = PathLike | Mapping[str, ProbeSet]
 _TRANSFORMERS = EngineConfig(evaluator="transformers")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers in what calls these functions."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
 @dataclass(frozen=True, repr=False)
 class Best:
     """The answer of `sm.auto`: a merge, or the checkpoint to keep.
@@ -86,6 +100,7 @@ class Best:
         return f"<{'merge' if self.is_merge else 'keep'} {self.label}; keeps {kept}>"
 
 
+@_quiet()
 def find_merge(
     catalogue: Catalogue,
     probes: Probes,
@@ -152,6 +167,7 @@ def make_merge(
     return request.write(WriteOptions(progress=progress, num_threads=num_threads, strict=strict))
 
 
+@_quiet()
 def pair_signals(
     catalogue: Catalogue,
     probes: Probes | None = None,
@@ -198,6 +214,7 @@ def rank_merges(
     return read_sources(files, catalogue, config.propagator).request(config).rank(top)
 
 
+@_quiet()
 def report_card(
     model: str | Path, catalogue: Catalogue, probes: Probes, max_tokens: int = 16, num_examples: int = 0
 ) -> list[dict[str, Any]]:

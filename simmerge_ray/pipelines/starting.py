@@ -19,6 +19,7 @@ from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, new_ca
 from simmerge_ray.checkpoints.probe_sources import read_texts, some_of
 from simmerge_ray.checkpoints.references import ADAPTER_CONFIG, CheckpointRef, locate_checkpoint, read_config
 from simmerge_ray.checkpoints.tokenizers import load_tokenizer
+from simmerge_ray.search.evaluation.metrics import METRICS
 
 CATALOGUE, PROBES, TASKS = "catalogue.yaml", "probes", "tasks"
 _HUB = "hf://"
@@ -38,7 +39,7 @@ _PROBES_TEMPLATE = """\
 _TASK_TEMPLATE = """\
 # Items of {task} with answers, if you have any: they have the last word over what is chosen without them. Fill this in,
 # take out the lines that begin with #, call it {task}.jsonl, and give `simmerge auto` --tasks and --evaluate 8.
-# metric: exact_match, contains, numeric, or target_loss; docs/search.md has all settings.
+# metric: {metrics}.
 {{"settings": {{"metric": "exact_match", "max_new_tokens": 16}}}}
 {{"prompt": "a prompt", "target": "its answer"}}
 """
@@ -105,7 +106,7 @@ def plan_start(
             files[target.with_suffix(".jsonl.template")] = _PROBES_TEMPLATE.format(**shown).encode()
         if checkpoints:
             template = directory / TASKS / f"{task}.jsonl.template"
-            files[template] = _TASK_TEMPLATE.format(task=task).encode()
+            files[template] = _TASK_TEMPLATE.format(task=task, metrics=", ".join(METRICS)).encode()
     return NewDirectory(files, (*lines, *_next_lines(directory, catalogue, tasks, sources)))
 
 

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "source .venv/bin/activate": ".ci/run",
     "make demo": "tests/e2e/test_demo.py::test_the_demo_leaves_what_it_promises",
     "simmerge demo --quick": "tests/unit/pipelines/test_quick_demo.py::test_it_ends_with_what_the_answer_keeps",
+    "simmerge doctor": "tests/unit/cli/test_doctor.py::test_it_says_what_is_there_in_words",
     f"{AUTO} --tasks": "tests/on_ray/test_auto.py::test_a_whole_run_tunes_and_measures",
 }
 
@@ -79,7 +80,8 @@ def known_numbers(source: Path) -> set[str]:
     if source.suffix != ".json":
         return set(re.findall(r"[+-]?\d[\d,]*(?:\.\d+)?", source.read_text()))
     known: set[str] = set()
-    for row in json.loads(source.read_text())["candidates"]:
+    content = json.loads(source.read_text())
+    for row in (*content["candidates"], *content["tuned"]):
         known |= {f"{row['score']:.3f}", *(f"{100 * share:.0f}" for share in row["retention"].values())}
         known |= set(re.findall(r"\d+\.\d+", row["label"]))
     return known
@@ -109,6 +111,14 @@ def test_every_command_is_run_here_or_by_the_test_that_is_named():
         file, _, name = where.partition("::")
         assert name in (ROOT / file).read_text(), where
     assert "make test" in found  # the command that CI and readers look for
+
+
+def test_from_a_clone_to_a_merge_with_a_verdict_takes_at_most_eight_commands():
+    """No file is written by hand: `init` writes what `auto` reads."""
+    found = list(commands())
+    until = [one for one in found[: found.index(AUTO) + 1] if one not in ("simmerge doctor", "simmerge demo --quick")]
+    assert 1 + len(until) <= 8  # `cd` is one
+    assert [one.split()[0] for one in until] == ["git", "make", "source", "simmerge", "simmerge"]
 
 
 @pytest.fixture

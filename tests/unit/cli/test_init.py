@@ -123,7 +123,7 @@ def test_a_base_that_is_not_here_is_said(root):
     [
         (lambda root: ((), None, ()), "name the checkpoints: simmerge init"),
         (lambda root: ((str(root / "absent"),), None, ()), "is not a directory"),
-        (lambda root: (("hf://nobody/has-this@main",), None, ()), "'nobody/has-this' is neither a directory nor"),
+        (lambda root: (("hf://nobody/has-this@main",), None, ()), "'nobody/has-this' is no directory here"),
         (lambda root: ((f"a b={root / 'm0'}",), None, ()), "a task is letters, digits"),
         (lambda root: ((str(root / "m0"),), None, ("ad=x.txt",)), "unknown task 'ad'; known: m0"),
         (lambda root: ((str(root / "m0"),), None, ("m0=absent.txt",)), "cannot read absent.txt"),

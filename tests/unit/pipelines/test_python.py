@@ -135,10 +135,11 @@ def test_signals_are_those_of_the_command_and_ranks_read_them(catalogue, catalog
     assert len(ranking.plans) == 3 and ranking.plans[0].score >= ranking.plans[-1].score
 
 
-def test_retention_is_the_report_card_of_any_checkpoint(catalogue, catalogue_path):
+def test_retention_is_the_report_card_of_any_checkpoint(catalogue, catalogue_path, capfd):
     rows = sm.retention("m0", catalogue, catalogue_path.parent / "probes", max_tokens=4)
     assert {row["member"] for row in rows} == {"m0", "m1", "m2"}
     assert next(row for row in rows if row["member"] == "m0")["retention"] == 1.0
+    assert capfd.readouterr() == ("", "")  # no progress bars either
 
 
 def test_the_notebook_runs_from_top_to_bottom(catalogue_path, tmp_path, monkeypatch):
