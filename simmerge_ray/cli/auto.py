@@ -14,7 +14,7 @@ import typer
 
 from simmerge_ray.base.config import EngineConfig, SearchConfig
 from simmerge_ray.base.finding import FindConfig
-from simmerge_ray.base.storage import Manifest, Output, check_outputs
+from simmerge_ray.base.storage import Manifest, check_outputs
 from simmerge_ray.cli.job_line import with_job_line
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, path_option, place_option
@@ -54,26 +54,18 @@ def auto(
     started = time.monotonic()
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
-    from simmerge_ray.merging.write.output import merge_output
-    from simmerge_ray.pipelines.auto.answer import MERGED, SIGNATURES, check_auto, check_evaluation, own_labels
+    from simmerge_ray.pipelines.auto.answer import SIGNATURES, auto_outputs, check_auto, check_evaluation, own_labels
     from simmerge_ray.pipelines.auto.request import AutoRun
     from simmerge_ray.search.evaluation import load_tasks
     from simmerge_ray.selector.finding.sources import find_request
 
     check_evaluation(evaluate, tasks is not None)
-    check_outputs(
-        [
-            Output(out),
-            Output(out / SIGNATURES if signatures is None else signatures, "--signatures"),
-            *([merge_output(out / MERGED, "the merge")] if write else []),
-        ],
-        {"CATALOGUE": catalogue, "--probes": probes, "--tasks": tasks},
-    )
+    where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
+    check_outputs(auto_outputs(out, where, write), {"CATALOGUE": catalogue, "--probes": probes, "--tasks": tasks})
     request = find_request(load_catalogue(catalogue), load_probe_sets(probes), config)
     search = SearchConfig(**engine.model_dump(), pairs="all")
     labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
     labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
-    where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
     run = AutoRun(request, search, out, where, labels, evaluate, write)
     from simmerge_ray.on_ray.resources import only_job
 

@@ -139,6 +139,8 @@ def test_a_catalogue_that_cannot_be_asked_is_one_message(catalogue_path, tmp_pat
 
 def test_a_directory_that_is_not_ours_is_refused(request_, tmp_path):
     (tmp_path / "merged").mkdir()
+    check_auto(run_in(tmp_path, request_))  # it is empty
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="is not a merge made by simmerge"):
         check_auto(run_in(tmp_path, request_))
     check_auto(run_in(tmp_path, request_, write=False))

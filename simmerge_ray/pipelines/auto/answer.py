@@ -10,10 +10,10 @@ from typing import Any
 
 from simmerge_ray.base.errors import ConfigError, TaskError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Manifest, write_json
+from simmerge_ray.base.storage import Manifest, Output, as_place, check_outputs, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.merging.write.directory import write_merge
-from simmerge_ray.merging.write.output import PLAN_FILE
+from simmerge_ray.merging.write.output import PLAN_FILE, merge_output
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.pipelines.auto.measure import prepare_measuring
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
@@ -27,8 +27,15 @@ SIGNATURES = "signatures"
 
 def check_auto(run: AutoRun) -> None:
     """What can be checked before anything is computed; InputError says what cannot be used."""
+    check_outputs(auto_outputs(run.out, run.signatures, run.write))
     digest_on_nodes(run.request.catalogue)
     prepare_measuring(run)
+
+
+def auto_outputs(out: Path, signatures: str, write: bool) -> list[Output]:
+    """What a run writes, for `check_outputs`."""
+    merged = [merge_output(out / MERGED, "the merge")] if write else []
+    return [Output(out), Output(as_place(signatures), "--signatures"), *merged]
 
 
 def write_stage(
