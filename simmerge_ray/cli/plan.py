@@ -106,7 +106,7 @@ def _print_ranking(
     elif ranking.best_fixed.plan.id == ranking.plans[0].plan.id:
         lines.append("the first plan is that of the best fixed arm")
     lines += [f"approximate in the first plan: {line}" for line in ranking.plans[0].approximate]
-    lines.append(best_singles(pool, request.sources.table, parents))
+    lines.append(best_singles(pool, tuple(ranking.plans[0].by_task), request.sources.table, parents))
     narrator.print_lines(lines)
 
 
@@ -158,30 +158,27 @@ def _row(one: RankedPlan, prefix: str = "") -> tuple[str, str, str, str]:
     return prefix + fold_text(one.plan), f"{one.utility:.3f}", f"{low:.3f}-{high:.3f}", why
 
 
-def best_singles(pool: TaskPool, table: SignalTable, parents: Mapping[str, Mapping[str, float]]) -> str:
-    """The best checkpoint as it is on the tasks that a plan's prediction is about, as far as it was measured."""
+def best_singles(
+    pool: TaskPool, tasks: Sequence[str], table: SignalTable, parents: Mapping[str, Mapping[str, float]]
+) -> str:
+    """The best checkpoint as it is on the tasks that the first plan counts on, as far as they were measured there."""
     if len(pool.tasks) == 1:
         return best_single(pool.tasks[0], table, parents)
-    measured = {
-        name: [parents[task][name] for task in pool.tasks]
+    worth = {
+        name: pool.objective.value({task: parents[task][name] for task in tasks})
         for name in table.checkpoint_ids
-        if all(name in parents.get(task, {}) for task in pool.tasks)
+        if all(name in parents.get(task, {}) for task in tasks)
     }
-    if pool.own is not None or not measured:
+    if not worth:
         return (
             "what a checkpoint as it is reaches on these tasks, the base too, is not known here, and it is often more "
             "than a merge: `simmerge auto --tasks DIR --evaluate N` measures both on the same items"
         )
-    worth = {name: _pooled(pool, values) for name, values in measured.items()}
     best = max(sorted(worth), key=lambda name: worth[name])
-    return f"best single checkpoint, {tasks_text(pool)}: {best}, measured {worth[best]:.3f}"
-
-
-def _pooled(pool: TaskPool, values: Sequence[float]) -> float:
-    import numpy as np
-
-    utilities = np.array(values)
-    return float(pool.pooled(utilities, np.zeros_like(utilities), np.ones(len(values), bool))[0])
+    return (
+        f"best single checkpoint of {len(worth)} measured on the first plan's tasks, {', '.join(tasks)}: {best}, "
+        f"{worth[best]:.3f}; the base was not among them"
+    )
 
 
 def best_single(task: str, table: SignalTable, parents: Mapping[str, Mapping[str, float]]) -> str:

@@ -30,7 +30,7 @@ from simmerge_ray.search.headroom import headroom
 from simmerge_ray.search.labels import LabelStore, pair_contexts
 from simmerge_ray.search.setup import PreparedSearch, prepare_search
 from simmerge_ray.search.status import SearchStatus, cause
-from simmerge_ray.search.summary import Comparison, PlanResult, comparisons, ranked_results
+from simmerge_ray.search.summary import ComparedMerges, PlanResult, comparisons, ranked_results
 
 UNCHANGED = "unchanged since the last run"
 _RESULTS = "_search"  # in a label store; readers of Parquet directories skip names with an underscore
@@ -202,7 +202,7 @@ def write_best(study: PreparedSearch, out: Place, narrator: Narrator) -> dict[st
     return content
 
 
-def _verdict_json(one: Comparison) -> dict[str, Any]:
+def _verdict_json(one: ComparedMerges) -> dict[str, Any]:
     told = {"tasks": list(one.tasks), "objective": one.objective.name}
     if one.verdict is None:
         return told | {"answer": None}
@@ -224,7 +224,7 @@ def _row(one: PlanResult) -> dict[str, Any]:
     return plan | {"objectives": list(one.values), "utilities": utilities, "best": one.best}
 
 
-def _table(compared: Comparison, merges: Sequence[PlanResult], singles: Sequence[PlanResult]) -> TextTable:
+def _table(compared: ComparedMerges, merges: Sequence[PlanResult], singles: Sequence[PlanResult]) -> TextTable:
     """The best merges, and below them the checkpoints as they are, the base among them, all on the same tasks; `*` is
     the answer."""
     tasks, objective = compared.tasks, compared.objective

@@ -146,7 +146,8 @@ def write_heat_maps(table: SignalTable, directory: Place) -> list[Place]:
 def write_overview(table: SignalTable, directory: Place, name: str) -> Place:
     """One PNG with the heat maps of the main signals, means over the tasks."""
     shown = [SIGNALS[signal] for signal in _OVERVIEW if SIGNALS[signal].columns[0] in table.columns]
-    figure, axes = _panels(len(shown), 3.2, 3.2, room=1.0, columns=3)
+    side = 2.8 + 0.085 * max(map(len, table.checkpoint_ids))  # with room for the names beside and below each map
+    figure, axes = _panels(len(shown), side, side, room=0.8, columns=3)
     for axis, signal in zip(axes.flat, shown, strict=False):
         values = np.mean([_matrix(table, signal.columns[0], task) for task in _tasks(signal, table)], axis=0)
         norm, ticks = _colour_scale(signal.name, values)

@@ -114,10 +114,17 @@ def _pick_part(pick: Mapping[str, Any], directory: Place) -> list[str]:
     worth = _mean(measured["chosen"][next(reversed(measured["chosen"]))])
     rival = _mean(measured["checkpoints"][best])
     verdict = f"merge: {answer['label']}" if worth > rival else f"keep {best}"
+    # Of items that are right or wrong, taken to be independent: the pairs of items are not kept.
+    errors = [
+        sum(u * (1 - u) / pick["num_items"][task] for task, u in of.items()) / len(of) ** 2
+        for of in (list(measured["chosen"].values())[-1], measured["checkpoints"][best])
+    ]
+    near = abs(worth - rival) <= 2 * float(np.sqrt(sum(errors)))
+    told = " Within two standard errors: these items do not tell the two apart." if near else ""
     return [
         f"## The pick for {left} + {right}: {answer['label']}",
         f"**Measured on both tasks, verdict: {verdict}.** The answer measures {worth:.3f}, the best checkpoint as it "
-        f"is, {best}, {rival:.3f}.",
+        f"is, {best}, {rival:.3f}.{told}",
         "This pair was left out of the search and of the training. **The pick** is what `simmerge auto` answers from "
         f"checkpoints and probes, without any label; it keeps {keeps}. It was written, and only then was everything "
         f"below measured ({items}). The paper's selector, trained on the labels of the other pairs, predicts a utility "
@@ -170,15 +177,19 @@ def _selector_part(crossval: Mapping[str, Any], directory: Place) -> list[str]:
         gains.append(f"- One arm {title}: selector minus best fixed {gain}, 95 % interval over checkpoints: {verdict}.")
     figure, ((axis, scatter),) = new_figure(11.0, 4.8, columns=2)
     figure.set_layout_engine("constrained")
-    series = {f"one arm {title}": [part[key] for key in _POLICIES] for title, part in parts.items()}
-    grouped_bars(axis, ["uniform", "best fixed", "selector", "oracle"], series)
-    axis.set_ylabel("GapClosed (1: the better parent)")
+    known = {title: part for title, part in parts.items() if part["gain_interval"] is not None}
+    for place, part in enumerate(known.values()):
+        axis.plot(part["gain_interval"], [place, place], c="C0", lw=1.6)
+        axis.plot(part["gain"], place, "o", c="C0", ms=8)
+    axis.axvline(0, c="black", lw=0.8)
+    axis.set_yticks(range(len(known)), [f"one arm {title}" for title in known])
+    axis.set_ylim(max(1, len(known)) - 0.5, -0.5)
+    axis.set_xlabel("GapClosed of the selector - best fixed arm (95 %)")
     items = f"{crossval['num_defined']} contexts, at least {crossval['min_items']} items each"
     axis.set_title(f"unseen checkpoints: {items}")
-    legend_below(axis)
     for index, arm in enumerate(crossval["arms"]):
         both = ([row[key][index] for row in crossval["predictions"]] for key in ("predicted", "measured"))
-        scatter.plot(*both, ".", ms=4, alpha=0.6, label=arm)
+        scatter.plot(*both, ".", ms=6, alpha=0.6, label=arm)
     scatter.plot([0, 1], [0, 1], c="grey", lw=0.8)
     scatter.set_title("each merge on each task, predicted without it")
     scatter.set_xlabel("predicted utility")

@@ -13,7 +13,7 @@ from simmerge_ray.search.winner import MIN_ITEMS, Candidate, Items, Verdict, cho
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedMerges:
     """Merges and checkpoints on the same tasks, and what to do. verdict: None where a task has too few items for one,
     or nothing was measured of one kind."""
 
@@ -56,7 +56,7 @@ def ranked_results(search: PreparedSearch) -> tuple[list[PlanResult], list[PlanR
 
 def comparisons(
     search: PreparedSearch, merges: Sequence[PlanResult], singles: Sequence[PlanResult]
-) -> list[Comparison]:
+) -> list[ComparedMerges]:
     """Of merges with the checkpoints as they are, the base among them, on the same tasks: one for each objective of a
     search, and for each set of tasks that merges of a grid were measured on."""
     base = search.catalogue.base.id if search.catalogue.base else None
@@ -65,7 +65,7 @@ def comparisons(
     else:
         asked = [(tasks, Objective(MEAN)) for tasks in dict.fromkeys(tuple(sorted(one.utilities)) for one in merges)]
     return [
-        Comparison(tasks, objective, _verdict((*merges, *singles), tasks, objective, base))
+        ComparedMerges(tasks, objective, _verdict((*merges, *singles), tasks, objective, base))
         for tasks, objective in asked
     ]
 

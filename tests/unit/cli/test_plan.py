@@ -17,14 +17,16 @@ from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError, PlanError, SelectorError
 from simmerge_ray.base.storage import read_json
 from simmerge_ray.cli.app import app
-from simmerge_ray.cli.plan import best_single
+from simmerge_ray.cli.plan import best_single, best_singles
 from simmerge_ray.plans.plan import WEIGHTINGS, fold_plan, fold_text, read_plan
+from simmerge_ray.search.objectives import parse_objective
 from simmerge_ray.selector.models.model import read_selector
 from simmerge_ray.selector.models.policy import INTERVAL_LEVELS, Intervals
 from simmerge_ray.selector.planning.files import SHORTLIST, default_selector, ranked_json
 from simmerge_ray.selector.planning.recommender import Recommender
 from simmerge_ray.selector.planning.request import PlanRequest, read_sources
 from simmerge_ray.selector.planning.search import AGGREGATES
+from simmerge_ray.selector.planning.tasks import TaskPool
 from simmerge_ray.service.planning import PlanRanker
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import PlansRequest
@@ -139,6 +141,14 @@ def test_the_best_single_checkpoint_is_a_measured_one_where_there_is_any():
     table = synthetic_table(3)
     assert "c01, measured 0.700" in best_single("s", table, {"s": {"c00": 0.2, "c01": 0.7, "gone": 0.9}})
     assert "no checkpoint was measured alone" in best_single("s", table, {})
+
+
+def test_plans_of_several_tasks_have_the_best_single_checkpoint_on_the_same_tasks_beside_them():
+    table, pool = synthetic_table(3, ("s", "t")), TaskPool(parse_objective("mean", ("s", "t")), ("s", "t"))
+    parents = {"s": {"c00": 0.9, "c01": 0.7, "c02": 1.0}, "t": {"c00": 0.1, "c01": 0.6}}
+    said = best_singles(pool, ("s", "t"), table, parents)
+    assert "of 2 measured on the first plan's tasks, s, t: c01, 0.650" in said
+    assert "not known here" in best_singles(pool, ("s", "t"), table, {"s": {"c00": 1.0}})
 
 
 def pair(run, catalogue_path, selector, out):
