@@ -43,7 +43,8 @@ def _write_checkpoint(directory: Path, dtype: str, seed: int) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def main() -> None:
+def compile_loops() -> None:
+    """Merge made-up checkpoints in a directory that is removed."""
     with TemporaryDirectory() as name:
         for dtype, (word, _) in _DTYPES.items():
             root = Path(name) / dtype
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    compile_loops()
