@@ -58,7 +58,7 @@ def port_holder(port: int) -> str:
         with suppress(OSError):  # it has ended, or is of another user
             if any(os.readlink(one) in sockets for one in (process / "fd").iterdir()):
                 command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                is_ours = re.search(r"\bsimmerge\b|/sr-\d+-", command)
+                is_ours = re.search(r"\bsimmerge|/sr-\d+-", command)
                 who = "a service of simmerge" if is_ours else "another program"
                 return f"{who} (process {process.name}: {command[:_MAX_COMMAND]})"
     return "a program of another user"

@@ -108,4 +108,5 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
             print(f"ending: requests that run have {GRACE_S} s; nothing that was answered is lost", file=sys.stderr)
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a trace for each request that is cut off
         super().handle_exit(sig, frame)

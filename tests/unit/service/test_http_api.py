@@ -228,3 +228,4 @@ def test_the_plain_process_serves_and_ends(files, tmp_path):
     assert live.process.returncode == 0
     log = live.log.read_text()
     assert '"decision_id"' in log and "ending: requests that run have 2 s; nothing that was answered is lost" in log
+    assert "Traceback" not in log

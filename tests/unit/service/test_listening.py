@@ -32,7 +32,7 @@ def test_an_address_that_is_not_of_this_machine_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("name", "who"), [("simmerge", "a service of simmerge"), ("other", "another program")], ids=["ours", "another"]
+    ("name", "who"), [("simmerge_ray", "a service of simmerge"), ("other", "another program")], ids=["ours", "another"]
 )
 def test_a_program_of_ours_is_told_from_another(tmp_path, name, who):
     program = tmp_path / name
