@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
+# Where it is set, every process of Ray and of pytest would compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test unit study soak lint clean
+.PHONY: setup demo test unit study soak docs lint clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +40,13 @@ soak: setup
 	@$(BIN)/python -m benchmarks.service.soak sqlite --run runs/demo
 	@$(BIN)/python -m benchmarks.service.soak postgresql --run runs/demo
 	@$(BIN)/python -m benchmarks.service.serve_soak sqlite --run runs/demo
+
+# The pages of docs/, README and a reference made from the code, as a site in build/site; a broken link fails. Its tools
+# are the extra `docs`, which the locked set leaves out: they are installed when they are missing.
+DOCS_TOOLS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+docs: setup
+	@test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet $$($(BIN)/python -c '$(DOCS_TOOLS)')
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "open build/site/index.html"
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import socket
@@ -50,23 +51,62 @@ os.environ.update(
     RAY_AUTH_TOKEN="simmerge-ray-tests-0123456789abcdef",
     HOME=_HOME,
     SIMMERGE_CACHE_DIR=f"{_HOME}/cache",
+    # What vLLM finds out about an architecture in a process of its own, six seconds each time: kept as it is for users.
+    VLLM_CACHE_ROOT=f"{tempfile.gettempdir()}/simmerge-tests-vllm",
     **credentials(_S3_PORT),
     PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # submitted jobs call `python`
 )
 
 
+ENGINES = ("test_vllm_evaluator.py", "test_vllm_engines.py", "test_vllm_harness.py")
+# They start clusters or services of their own, and wait for them much of the time.
+OWN_CLUSTERS = (
+    "test_autoscaling.py",
+    "test_namespaces.py",
+    "test_nodes.py",
+    "test_one_machine.py",
+    "test_serve_kills.py",
+)
+
+
+def scope(nodeid: str) -> str:
+    """What runs on one worker, one after the other: all that needs the session's cluster, or else a file."""
+    file = nodeid.split("::")[0]
+    on_cluster = file.startswith(("tests/on_ray", "tests/e2e")) and not file.endswith(ENGINES + OWN_CLUSTERS)
+    return "cluster" if on_cluster else file
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`pytest -n 2`: one worker takes what needs the cluster, which is half of all; the other the engines, then file by
+    file. Clusters of their own come last, on whichever worker is free: two at once beside each other only at the end.
+    """
+
+    def turn(item: pytest.Item) -> int:
+        name = scope(item.nodeid)
+        return 0 if name == "cluster" else 1 if name.endswith(ENGINES) else 3 if name.endswith(OWN_CLUSTERS) else 2
+
+    items.sort(key=turn)
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported and collected stays to the end: no later collection of garbage looks at it again. vLLM asks
+    for nine at each start and end of an engine, half a second each.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`pytest -n 2`: what needs the cluster runs first and on one worker; the other takes the rest file by file, first
-    the engines in its own process. (`--dist loadgroup` says the same, but xdist 3.8 loses groups with pytest 9.2.)
+    """The order and the scopes from above. (`--dist loadgroup` says the same, but xdist 3.8 loses groups with pytest
+    9.2.)
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            alone = file.endswith(("test_vllm_evaluator.py", "test_vllm_engines.py", "test_vllm_harness.py"))
-            return "cluster" if file.startswith(("tests/on_ray", "tests/e2e")) and not alone else file
+            return scope(nodeid)
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)

@@ -22,11 +22,10 @@ from simmerge_ray.signals.tuning.tuner import tune_coefficients
 
 # Written out, so that results are those of these settings whatever the defaults become.
 SETTINGS: dict[str, Any] = {
-    "num_steps": 60,
-    "learning_rate": 0.05,
+    "num_steps": 30,
     "pull": 0.05,
     "held_out": 0.25,
-    "patience": 20,
+    "patience": 4,
     "max_tokens": 16,
 }
 TUNINGS: Mapping[str, Mapping[str, Any]] = {

@@ -56,7 +56,7 @@ def zoo(directory: Path, out: Path, args: Any) -> tuple[dict[str, Callable[[], S
     from simmerge_ray.signals.tuning.run import run_tuning
 
     members = (args.left, args.right)
-    catalogue, _ = tuning_sources(directory / "catalogue.yaml", members, directory / "probes", out)
+    catalogue, _ = tuning_sources(directory / "catalogue.yaml", members, directory / "probes")
     probe_sets, config = load_probe_sets(directory / "probes"), TuneConfig(groups=args.groups)
     tasks = [load_tasks(directory / "tasks")[str(catalogue.own_task[member])] for member in members]
     merge = resolve_plan(MergePlan(recipe=plain_average(members)), catalogue)

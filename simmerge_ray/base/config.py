@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from simmerge_ray.base.errors import ConfigError, problem_list, shown_value
-from simmerge_ray.base.storage import Place, place_in, read_text
+from simmerge_ray.base.config_problems import problem_lines
+from simmerge_ray.base.errors import ConfigError, problem_list
+from simmerge_ray.base.storage import Place, file_names, place_in, read_text
 from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
@@ -217,11 +218,10 @@ class TuneConfig(FrozenConfig):
     alpha: float = option(0.9, "regmean: what off-diagonals of Gram matrices are scaled by", ge=0, le=1)
     groups: Literal["global", "layer", "block", "tensor"] = option("layer", "what shares a coefficient of a member")
     objective: Literal["kl", "nll", "entropy"] = option("kl", "entropy never looks at the members: a control")
-    num_steps: int = option(60, "of Adam, at most", flag="steps", ge=1)
-    learning_rate: float = option(0.05, "of Adam", gt=0)
+    num_steps: int = option(30, "gradients, at most", flag="steps", ge=1)
     pull: float = option(0.05, "weight of the mean squared distance from the start", ge=0)
     held_out: float = option(0.25, "share of the probes that only decide when to stop", ge=0, lt=1)
-    patience: int = option(20, "steps without a better held-out objective before the stop", ge=1)
+    patience: int = option(4, "steps in which the held-out objective falls by less than 1 % before the stop", ge=1)
     start: float | None = option(None, "mean coefficient at the start; default: one over the members' number", ge=0)
     start_from: Literal["equal", "norm-matched"] = option(
         "equal", "shares at the start: the same, or by the inverse of the task vectors' norms (NAN)"
@@ -349,30 +349,6 @@ class RetrainConfig(FrozenConfig):
     held_out: float = option(0.25, "share of the rewards, the last ones, to compare on", gt=0, lt=1)
 
 
-def _problem_lines(error: ValidationError, model: type[BaseModel], flags: Mapping[str, str]) -> list[str]:
-    """One line a problem: where, value, rule, and the nearest known key for an unknown one."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        where = flags.get(str(next(iter(problem["loc"]), "")), repr(key))
-        if problem["type"] == "extra_forbidden":
-            owner: type[BaseModel] = model
-            for part in problem["loc"][:-1]:
-                annotation = owner.model_fields[str(part)].annotation if str(part) in owner.model_fields else None
-                if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                    owner = annotation
-            known = sorted(owner.model_fields)
-            near = difflib.get_close_matches(str(problem["loc"][-1])[:100], known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            lines.append(f"unknown key {where}{hint}; known: {', '.join(known)}")
-        elif problem["type"] == "missing":
-            lines.append(f"key {where} is missing")
-        else:
-            got = "" if problem["type"] == "value_error" else f", got {shown_value(problem['input'])}"
-            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}")
-    return lines
-
-
 def check_config(
     model: type[ConfigType], values: Mapping[str, Any], source: str, flags: Mapping[str, str] | None = None
 ) -> ConfigType:
@@ -383,7 +359,7 @@ def check_config(
     try:
         return model(**_with_text_keys(values))
     except ValidationError as error:
-        raise ConfigError(problem_list(f"{source}:", _problem_lines(error, model, flags or {}))) from None
+        raise ConfigError(problem_list(f"{source}:", problem_lines(error, model, flags or {}))) from None
 
 
 def load_yaml(path: Place, model: type[ConfigType]) -> ConfigType:
@@ -399,7 +375,7 @@ def load_yaml_leniently(path: Place, model: type[ConfigType]) -> tuple[ConfigTyp
     try:
         return _with_paths_from(model(**values), path.parent), []
     except ValidationError as error:
-        problems = _problem_lines(error, model, {})
+        problems = problem_lines(error, model, {})
         for problem in error.errors():
             _remove(values, problem["loc"])
     try:
@@ -428,7 +404,8 @@ def _read_mapping(path: Place, model: type[BaseModel]) -> dict[str, Any]:
     try:
         values = parse_yaml(read_text(path))
     except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror}") from None
+        instead = _what_is_there(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"config {path}: {error.strerror}{instead}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"config {path} is not UTF-8 text") from None
     except YamlError as error:
@@ -436,6 +413,15 @@ def _read_mapping(path: Place, model: type[BaseModel]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} must be a mapping with the keys {', '.join(sorted(model.model_fields))}")
     return values
+
+
+def _what_is_there(path: Place) -> str:
+    """In the place of a file that is not there: no directory, or a file of nearly the same name."""
+    there = file_names(path.parent)
+    if there is None:
+        return f" (there is no directory {path.parent})"
+    near = difflib.get_close_matches(path.name, sorted(there - {path.name}), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _with_paths_from(config: ConfigType, directory: Place) -> ConfigType:

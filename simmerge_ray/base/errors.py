@@ -91,6 +91,10 @@ class EngineError(SimmergeError, RuntimeError):
     """An inference engine does not hold the weights that it was given; its results cannot be trusted."""
 
 
+class WorkerError(SimmergeError, RuntimeError):
+    """Workers of a cluster died again and again, at the same work; what was finished is kept."""
+
+
 class StoreError(SimmergeError, RuntimeError):
     """The event log cannot be read or written now: nothing was acknowledged, and the message says why."""
 

@@ -36,7 +36,7 @@ class FindConfig(FrozenConfig):
         "layer", "what shares a coefficient of a member when the best few are tuned by gradient", panel=_CHOICE
     )
     num_tuned: int = option(1, "merges that are tuned", flag="tuned", ge=1, le=8, panel=_CHOICE)
-    seed: int = Field(0, description="of the proposed merges")
+    seed: int = Field(default=0, description="of the proposed merges")
 
     def num_run(self, num_members: int) -> int:
         """Merges that are run over the probes."""
@@ -49,6 +49,7 @@ def shortlist_of(num_members: int) -> int:
     return min(24, max(8, 4 * num_members))
 
 
+FEW_MEMBERS = 3  # the average of so many is looked at as a whole, before candidates are scored
 FACTOR = 3  # of the candidates one in so many is run over the rest of the probes
 _LEAST_PROBES = 16  # of a first round; fewer tell candidates apart too badly
 

@@ -30,6 +30,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from simmerge_ray.base.errors import OutputError
 from simmerge_ray.base.tables import TextTable
 
 Report = Callable[[int, int], None]
@@ -160,12 +161,15 @@ class Stage:
 @contextmanager
 def redirected_output(log: Path, to_stderr: bool = False) -> Iterator[Console]:
     """Send everything that libraries print to the end of `log`; yields a console on the original standard output, or
-    on the original standard error."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    on the original standard error. Raises OutputError: the file cannot be written."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise OutputError(f"the log {log} cannot be written: {error.strerror}; name another file with --log") from None
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     original = os.fdopen(os.dup(saved[to_stderr]), "w")
     try:
         os.dup2(target, 1)

@@ -12,24 +12,38 @@ Without a `task` a checkpoint takes part in pairs, but not in `cross-task` ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import Field
 
 from simmerge_ray.base.config import FrozenConfig, check_config, load_yaml
 from simmerge_ray.base.errors import CheckpointError, ConfigError, OutputError, PlanError, unknown_name
-from simmerge_ray.base.storage import Place, name_below, place_in, read_text, write_atomically
+from simmerge_ray.base.storage import (
+    Output,
+    Place,
+    as_place,
+    check_outputs,
+    name_below,
+    place_in,
+    read_text,
+    write_atomically,
+)
 from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.compatibility import compatibility_problems, refuse_problems
 from simmerge_ray.checkpoints.digests import DEFAULT_CACHE, cached_digest
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef
+
+if TYPE_CHECKING:
+    from ruamel.yaml.comments import CommentedMap
 
 
 class _BaseEntry(FrozenConfig):
@@ -61,6 +75,11 @@ class Catalogue:
     checkpoints: tuple[CheckpointRef, ...]
     own_task: Mapping[str, str | None]
     base: CheckpointRef | None = None
+
+    @staticmethod
+    def load(path: str | Place) -> Catalogue:
+        """`load_catalogue`: read the YAML file, and check from headers that its checkpoints can be merged."""
+        return load_catalogue(as_place(path))
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -96,6 +115,17 @@ class Catalogue:
         return {ref.id: cached_digest(ref, cache) for ref in self.all_refs}
 
 
+def twins(catalogue: Catalogue) -> list[str]:
+    """For a person: checkpoints that hold the same weights as one before them, as copies do. Reads as `digests`."""
+    first: dict[str, str] = {}
+    told = []
+    for name, digest in catalogue.digests().items():
+        if (other := first.setdefault(digest, name)) != name:
+            what = "the base" if catalogue.base is not None and other == catalogue.base.id else repr(other)
+            told.append(f"{name!r} holds the same weights as {what}, so a merge gains nothing from it: leave it out")
+    return told
+
+
 def load_catalogue(path: Place, draft: bool = False) -> Catalogue:
     """Read a catalogue and check from the headers that its checkpoints can be merged with each other.
 
@@ -117,20 +147,21 @@ def _resolved(path: Place, file: _Draft) -> Catalogue:
         if ids.count(checkpoint_id) > 1:
             raise ConfigError(f"catalogue {path}: id {checkpoint_id!r} is used {ids.count(checkpoint_id)} times")
     root = path.parent.resolve()
-    return Catalogue(
-        checkpoints=tuple(
-            CheckpointRef(
-                e.id,
-                place_in(root, e.path),
-                base_id,
-                place_in(root, e.adapter) if e.adapter else None,
-                place_in(root, e.grams) if e.grams else None,
-            )
-            for e in file.checkpoints
-        ),
-        own_task={entry.id: entry.task for entry in file.checkpoints},
-        base=CheckpointRef(file.base.id, place_in(root, file.base.path)) if file.base else None,
+    base = CheckpointRef(file.base.id, place_in(root, file.base.path)) if file.base else None
+    checkpoints = tuple(
+        CheckpointRef(
+            e.id,
+            place_in(root, e.path),
+            base_id,
+            place_in(root, e.adapter) if e.adapter else None,
+            place_in(root, e.grams) if e.grams else None,
+        )
+        for e in file.checkpoints
     )
+    for ref in checkpoints:
+        if base is not None and ref.adapter is None and ref.path == base.path:
+            raise ConfigError(f"catalogue {path}: {ref.id!r} is the base itself ({base.path}); leave it out")
+    return Catalogue(checkpoints, {entry.id: entry.task for entry in file.checkpoints}, base)
 
 
 def _problems(refs: Sequence[CheckpointRef]) -> list[str]:
@@ -152,13 +183,30 @@ def write_catalogue(path: Place, catalogue: Catalogue) -> None:
     write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
 
 
+def new_catalogue_text(path: Place, catalogue: Catalogue, head: str) -> str:
+    """A catalogue file for `path` with a comment at its head, a checkpoint a line. Raises IncompatibleCheckpointsError:
+    they cannot be merged with each other."""
+    refuse_problems(_problems(catalogue.all_refs))
+    text = ""
+    if catalogue.base is not None:
+        text = _edited_text(path, text, partial(_put_in, entry=_entry(path, catalogue.base), as_base=True))
+    for ref in catalogue.checkpoints:
+        entry = _entry(path, ref, catalogue.own_task[ref.id])
+        text = _edited_text(path, text, partial(_put_in, entry=entry, as_base=False))
+    return head + text
+
+
 def check_addition(path: Place, checkpoint_id: str, as_base: bool = False) -> None:
     """Refuse what no checkpoint could be added as; reads the catalogue file alone, if it exists.
 
     Raises:
         ConfigError: the file or the id is malformed, the id is used already, or there is a base already.
+        OutputError: the file cannot be written.
     """
     check_config(_BaseEntry, {"id": checkpoint_id, "path": "."}, f"checkpoint {checkpoint_id!r}")
+    if isinstance(path, Path) and not path.parent.exists():
+        raise ConfigError(f"catalogue {path}: there is no directory {path.parent}; make it first")
+    check_outputs([Output(path, "CATALOGUE", is_file=True)])  # before anything is fetched
     if not path.exists():
         return
     file = load_yaml(path, _Draft)
@@ -183,14 +231,44 @@ def add_checkpoint(path: Place, ref: CheckpointRef, task: str | None = None, as_
         raise ConfigError(
             f"base {ref.id!r}: a base takes no adapter (merge it into its model first) and no task; leave them out"
         )
-    edited = _edited_text(path, text, entry, as_base)
-    catalogue = _resolved(path, check_config(_Draft, parse_yaml(edited), f"catalogue {path}"))
-    refuse_problems(_problems(catalogue.all_refs))
+    edited = _edited_text(path, text, partial(_put_in, entry=entry, as_base=as_base))
+    refuse_problems(_problems(_parsed(path, edited).all_refs))
+    return _write_edited(path, edited)
+
+
+def _parsed(path: Place, text: str) -> Catalogue:
+    return _resolved(path, check_config(_Draft, parse_yaml(text) or {}, f"catalogue {path}"))
+
+
+def _write_edited(path: Place, text: str) -> Catalogue:
+    catalogue = _parsed(path, text)
     try:
-        write_atomically(path, edited.encode())
+        write_atomically(path, text.encode())
     except OSError as error:
         raise OutputError(f"catalogue {path} cannot be written: {error.strerror}") from None
     return catalogue
+
+
+def remove_checkpoint(path: Place, checkpoint_id: str) -> Catalogue:
+    """Take an entry, or the base, out of a catalogue file; the files of the checkpoint stay. Other entries and comments
+    stay as they are, and nothing is read but the file, so that an entry whose files are gone can be taken out, too.
+
+    Raises:
+        ConfigError: the file is malformed. PlanError: no such id. OutputError: the file cannot be written.
+    """
+    file = load_yaml(path, _Draft)
+    is_base = file.base is not None and file.base.id == checkpoint_id
+    ids = [entry.id for entry in file.checkpoints]
+    if not is_base and checkpoint_id not in ids:
+        raise PlanError(f"catalogue {path}: {unknown_name('checkpoint', checkpoint_id, ids)}")
+
+    def take_out(content: CommentedMap) -> None:
+        if is_base:
+            del content["base"]
+        else:
+            del content["checkpoints"][ids.index(checkpoint_id)]
+
+    return _write_edited(path, _edited_text(path, read_text(path), take_out))
 
 
 def shown_path(path: Place, directory: Place) -> str:
@@ -211,12 +289,11 @@ def _entry(path: Place, ref: CheckpointRef, task: str | None = None) -> dict[str
     return entry | ({"task": task} if task else {})
 
 
-def _edited_text(path: Place, text: str, entry: Mapping[str, str], as_base: bool) -> str:
-    """`text` with `entry` as its base or as its last checkpoint; comments, quotes and indentation stay."""
+def _edited_text(path: Place, text: str, edit: Callable[[CommentedMap], None]) -> str:
+    """`text` after an edit of its content; comments, quotes and indentation stay."""
     from ruamel.yaml import YAML
-    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+    from ruamel.yaml.comments import CommentedMap
     from ruamel.yaml.constructor import DuplicateKeyError
-    from ruamel.yaml.scalarstring import SingleQuotedScalarString
     from ruamel.yaml.util import load_yaml_guess_indent
 
     editor = YAML()
@@ -228,6 +305,17 @@ def _edited_text(path: Place, text: str, entry: Mapping[str, str], as_base: bool
         raise ConfigError(f"catalogue {path} cannot be edited: {' '.join(str(error).split())}") from None
     editor.indent(sequence=sequence if dash is not None else 4, offset=2 if dash is None else dash)
     content = CommentedMap() if content is None else content
+    edit(content)
+    out = StringIO()
+    editor.dump(content, out)
+    return out.getvalue()
+
+
+def _put_in(content: CommentedMap, entry: Mapping[str, str], as_base: bool) -> None:
+    """An entry as the base or as the last checkpoint."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+    from ruamel.yaml.scalarstring import SingleQuotedScalarString
+
     line = CommentedMap({k: v if _is_plain(v) else SingleQuotedScalarString(v) for k, v in entry.items()})
     line.fa.set_flow_style()
     if as_base:
@@ -237,9 +325,6 @@ def _edited_text(path: Place, text: str, entry: Mapping[str, str], as_base: bool
         content["checkpoints"].append(line)
     else:
         content["checkpoints"] = CommentedSeq([line])
-    out = StringIO()
-    editor.dump(content, out)
-    return out.getvalue()
 
 
 def _is_plain(value: str) -> bool:

@@ -83,6 +83,11 @@ def load_probe_set(path: Place) -> ProbeSet:
     probes = []
     for number, row in read_jsonl(path, ProbeError):
         text = row.get("text")
+        if text is None and ("prompt" in row or "settings" in row):
+            raise ProbeError(
+                f"{path} is a task file (`prompt` and `target`); probes are prompts alone, a `text` a line: are the "
+                "directories of probes and tasks swapped?"
+            )
         if not isinstance(text, str) or not text:
             raise ProbeError(
                 f"{path}, line {number}: a probe needs a non-empty string under 'text', got {shown_value(text)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +90,25 @@ def _locate(name: str, revision: str | None, directory: Place) -> Place:
             )
         return found
     except Exception as error:  # the hub client raises errors of many libraries
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{name!r} is neither a directory nor a hub repository that can be had: {type(error).__name__}: {reason}"
-        ) from None
+        raise CheckpointError(f"{name!r} is no directory here, and {_hub_problem(name, revision, error)}") from None
+
+
+def _hub_problem(name: str, revision: str | None, error: Exception) -> str:
+    """Why the hub does not give a repository, and what to do. By names of classes: the client has moved some."""
+    names = {one.__name__ for one in type(error).__mro__}
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if "GatedRepoError" in names:
+        return f"on the hub it is gated: ask for access at {endpoint}/{name}, then `hf auth login` or set HF_TOKEN"
+    if "RevisionNotFoundError" in names:
+        return f"the repository on the hub has no revision {revision!r}"
+    if "RepositoryNotFoundError" in names:
+        return "the hub has no such repository (or it is private: `hf auth login`, or set HF_TOKEN)"
+    if names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            return "the hub's cache does not hold it: HF_HUB_OFFLINE is set; unset it, or name a directory"
+        return f"the hub's cache does not hold it: {endpoint} cannot be reached; name a directory, or try again"
+    reason = [line for line in str(error).splitlines() if line.strip()]
+    return f"the hub does not give it: {type(error).__name__}: {reason[0] if reason else 'no reason'}"
 
 
 def read_config(ref: CheckpointRef) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from simmerge_ray.base.extras import import_transformers
 from simmerge_ray.base.storage import Place, digest_bytes, file_names, read_bytes, read_json_object
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files
 
@@ -32,11 +33,10 @@ def same_tokenizer(first: CheckpointRef, other: CheckpointRef) -> bool:
 
 def load_tokenizer(ref: CheckpointRef, **options: Any) -> Any:
     """The tokenizer as transformers loads it. Raises CheckpointError: it cannot."""
-    from transformers import AutoTokenizer
-
+    tokenizers = import_transformers().AutoTokenizer
     with local_files(ref) as directory:
         try:
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+            return tokenizers.from_pretrained(directory, local_files_only=True, **options)
         except Exception as error:  # the library of tokenizers raises nothing more special
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ref.error(f"transformers cannot load its tokenizer: {reason[:300]}") from error

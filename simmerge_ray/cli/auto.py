@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simmerge_ray.base.config import EngineConfig, SearchConfig
+from simmerge_ray.base.config import EngineConfig
 from simmerge_ray.base.finding import FindConfig
-from simmerge_ray.base.storage import Manifest, read_json
+from simmerge_ray.base.storage import Manifest, check_outputs, read_json
 from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.cli.job_line import with_job_line
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
@@ -43,6 +43,10 @@ def auto(
     tasks: Annotated[
         PathOrUri | None, place_option(help="directory of <task>.jsonl with prompt and target: labels, for --evaluate")
     ] = None,
+    predictor: Annotated[
+        PathOrUri | None,
+        place_option(help="says what utility to expect, made by `simmerge predictor train`; default: the package's"),
+    ] = None,
     evaluate: Annotated[int, typer.Option(min=0, help="merges to measure on --tasks, which then decide")] = 0,
     write: Annotated[bool, typer.Option(help="write a merge that is the answer to OUT/merged")] = True,
     wide: WideOption = False,
@@ -51,46 +55,46 @@ def auto(
 ) -> dict[str, Any]:
     """Find the merge that keeps most of what its members answer to unlabeled probes, and make it; no label is needed.
 
-    Example: simmerge auto catalogue.yaml --probes probes --out best --evaluator transformers. With --tasks and
-    --evaluate the best few are measured, and that is the last word. An interrupted run goes on with the same command.
+    With --tasks and --evaluate the best few are measured, and that is the last word. An interrupted run goes on with
+    the same command.
     """
     started = time.monotonic()
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
-    from simmerge_ray.pipelines.auto.answer import ANSWER, SIGNATURES, check_auto, check_evaluation, own_labels
-    from simmerge_ray.pipelines.auto.request import AutoRun
-    from simmerge_ray.search.evaluation import load_tasks
+    from simmerge_ray.pipelines.auto.answer import ANSWER, auto_outputs, auto_run, check_auto, check_evaluation
     from simmerge_ray.selector.finding.sources import find_request
 
     check_evaluation(evaluate, tasks is not None)
+    given = {"CATALOGUE": catalogue, "--probes": probes, "--tasks": tasks}
+    check_outputs(auto_outputs(out, signatures, write), given)
     request = find_request(load_catalogue(catalogue), load_probe_sets(probes), config)
-    search = SearchConfig(**engine.model_dump(), pairs="all")
-    labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
-    labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
-    where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
+    run = auto_run(request, engine, out, signatures, tasks, evaluate, write, predictor)
     shown = Shown(log, wide, as_json)
-    run = AutoRun(request, search, out, where, labels, evaluate, write)
     from simmerge_ray.on_ray.resources import only_job
 
     # Of two submissions of one job the second waits, and then finds everything in place. Checks are in it: they hash.
     with only_job(str(out.resolve()), partial(typer.echo, err=as_json)):
         check_auto(run)
         with shown.narrated() as narrator:
-            answer = _run(run, narrator, started)
+            answer = answer_run(run, narrator, started)
     shown.result(read_json(out / ANSWER))
     return {"out": str(out), **answer}
 
 
-def _run(run: AutoRun, narrator: Narrator, started: float) -> dict[str, Any]:
+def answer_run(run: AutoRun, narrator: Narrator, started: float) -> dict[str, Any]:
     """Everything after the checks; returns the answer."""
     from simmerge_ray.pipelines.auto.answer import label_free_json, write_stage
+    from simmerge_ray.pipelines.auto.expected import expect
     from simmerge_ray.pipelines.auto.find import find_stages
-    from simmerge_ray.pipelines.dataset import input_digests
+    from simmerge_ray.pipelines.dataset import input_digests, say_twins
 
+    say_twins(run.request.catalogue, narrator)
     found = find_stages(run, narrator)
     best, content = found.best.plan, label_free_json(run, found)
     narrator.print_lines(retention_lines(found))
     narrator.table(retention_table(found))
+    if expected := expect(run, found):
+        narrator.print_lines(expected.lines(best))
     if run.evaluate:
         from simmerge_ray.pipelines.auto.measure import measure_stage, measured_json
 

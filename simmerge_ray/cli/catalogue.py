@@ -15,6 +15,7 @@ from simmerge_ray.cli.places import CatalogueArgument
 from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
 
 if TYPE_CHECKING:
+    from simmerge_ray.checkpoints.catalogue import Catalogue
     from simmerge_ray.checkpoints.headers import TensorSpec
     from simmerge_ray.checkpoints.references import CheckpointRef
 
@@ -53,9 +54,16 @@ def add_to_catalogue(
     check_addition(catalogue, checkpoint_id, as_base=base)  # before anything is fetched
     ref = replace(locate_checkpoint(path, adapter=adapter), id=checkpoint_id)
     extended = add_checkpoint(catalogue, ref, task, as_base=base)
-    count = len(extended.checkpoints)
-    holds = f"{count} checkpoint{'s' if count != 1 else ''}{' and a base' if extended.base else ''}"
-    typer.echo(f"{checkpoint_id} added; {catalogue} holds {holds}")
+    typer.echo(f"{checkpoint_id} added; {catalogue} holds {_contents(extended)}")
+
+
+@catalogue_app.command("remove")
+def remove_from_catalogue(catalogue: CatalogueArgument, checkpoint_id: CheckpointId) -> None:
+    """Take a checkpoint, or the base, out of a catalogue; its files stay."""
+    from simmerge_ray.checkpoints.catalogue import remove_checkpoint
+
+    left = remove_checkpoint(catalogue, checkpoint_id)
+    typer.echo(f"{checkpoint_id} removed; {catalogue} holds {_contents(left)}")
 
 
 @catalogue_app.command("list")
@@ -124,6 +132,11 @@ def show_checkpoint(catalogue: CatalogueArgument, checkpoint_id: CheckpointId, a
     width = max(map(len, rows))
     for name, value in rows.items():
         console.print(f"{name:<{width}}  {value}", soft_wrap=True)
+
+
+def _contents(catalogue: Catalogue) -> str:
+    count = len(catalogue.checkpoints)
+    return f"{count} checkpoint{'s' if count != 1 else ''}{' and a base' if catalogue.base else ''}"
 
 
 def _dtypes(specs: Mapping[str, TensorSpec]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from simmerge_ray.base.extraction import ExtractConfig
+from simmerge_ray.base.storage import check_outputs
 from simmerge_ray.cli.options import with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_option
 
@@ -25,8 +26,9 @@ def extract_lora_command(
     """
     from simmerge_ray.base.progress import narrated
     from simmerge_ray.checkpoints.references import locate_checkpoint
-    from simmerge_ray.merging.extraction import extract_lora
+    from simmerge_ray.merging.extraction import adapter_output, extract_lora
 
+    check_outputs([adapter_output(out)])  # before anything is fetched from the hub
     with narrated(None) as narrator:
         refs = [locate_checkpoint(name) for name in (finetuned, base)]
         with narrator.stage("extract") as stage:

@@ -15,7 +15,7 @@ import typer
 
 from simmerge_ray.base.config import LabelsConfig, SearchConfig
 from simmerge_ray.base.errors import LabelError, SimmergeError, unknown_name
-from simmerge_ray.base.storage import as_place, jsonl_bytes, list_objects
+from simmerge_ray.base.storage import Output, as_place, check_outputs, jsonl_bytes, list_objects
 from simmerge_ray.base.tables import Column, TextTable
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, place_option
@@ -113,6 +113,7 @@ def merge_labels(
     """Copy labels into a store; refused, and nothing written, if they were not made in the same way."""
     from simmerge_ray.search.labels import LabelStore
 
+    check_outputs([Output(as_place(into), "INTO")], {f"FROM {one}": as_place(one) for one in sources})
     others, target = [_existing(source) for source in sources], LabelStore(into)
     _label_files(into)
     for source, num_new in zip(sources, target.merge(others), strict=True):
@@ -123,7 +124,9 @@ def merge_labels(
 @labels_app.command("compact")
 def compact_labels(store: StoreUri) -> None:
     """Fold the files of a store into one. Safe while a search writes to it; of conflicting rows one is kept."""
-    num_folded = _existing(store).compact()
+    existing = _existing(store)
+    check_outputs([Output(as_place(store), "STORE")])
+    num_folded = existing.compact()
     typer.echo(f"{_num(num_folded, 'file')} folded into one" if num_folded else "nothing to fold: one file already")
 
 

@@ -10,7 +10,7 @@ import typer
 
 from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.storage import Place
+from simmerge_ray.base.storage import Output, Place, check_outputs
 from simmerge_ray.base.tables import Column, TextTable
 from simmerge_ray.cli.options import changed_options, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_argument, place_option
@@ -44,18 +44,15 @@ def plan(
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Rank the merges of a catalogue, or (--left, --right) the arms for one pair, without merging anything.
-
-    Example: simmerge plan catalogue.yaml --signals pairs.parquet --ways 2-3 --out plans
-    """
+    """Rank the merges of a catalogue, or (--left, --right) the arms for one pair, without merging anything."""
     if (left is None) != (right is None):
         raise ConfigError("--left and --right name a pair: give both, or neither to rank the plans of the catalogue")
     pair = (left, right) if left is not None and right is not None else None
     given = [*changed_options(files), *changed_options(config), *(["--top"] if top != _TOP else [])]
     if pair and (ignored := [flag for flag in given if flag not in _OF_A_PAIR]):
         raise ConfigError(f"{', '.join(ignored)}: not for one pair; leave out --left and --right, or these options")
-    if not pair and out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; plans go into a directory")
+    if out is not None:
+        check_outputs([Output(out, is_file=bool(pair))], {"CATALOGUE": catalogue})
     from simmerge_ray.checkpoints.catalogue import load_catalogue
 
     checkpoints, shown = load_catalogue(catalogue), Shown(None, wide, as_json)
@@ -217,11 +214,11 @@ def _plan_pair(
     from simmerge_ray.plans.plan import resolve_plan, write_plan
     from simmerge_ray.selector.planning.files import default_selector, speaker
     from simmerge_ray.selector.planning.recommender import Recommender
-    from simmerge_ray.selector.planning.request import check_catalogue
+    from simmerge_ray.selector.planning.request import check_unchanged
 
     left, right = pair
     recommender = Recommender.load(files.selector or default_selector(), files.signals)
-    check_catalogue(checkpoints, recommender.table)
+    check_unchanged(checkpoints, recommender.table, pair)
     answer = recommender.recommend(left, right, tasks)
     said = speaker(files.selector, recommender.selector)
     narrator.print_lines([said, f"* take {answer.choice.arm}: {answer.choice.reason}"])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from simmerge_ray.base.config import PredictorConfig
-from simmerge_ray.base.storage import as_place
+from simmerge_ray.base.storage import Output, as_place, check_outputs
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import PathOrUri, place_option
 
@@ -27,12 +27,14 @@ def train_predictor_command(
 ) -> None:
     """Train a predictor of utilities; the operator of a merge is no input.
 
-    Example: simmerge labels make catalogue.yaml --tasks tasks --probes probes --out labels, and then
-    simmerge predictor train labels --out predictor
+    Labels for it are made with `simmerge labels make CATALOGUE --tasks TASKS --probes PROBES --out LABELS`.
     """
+    stores = [as_place(one) for one in labels]
+    predictor = Output(out, marks=("predictor.json",), kind="a predictor made by `simmerge predictor train`")
+    check_outputs([predictor], {f"LABELS {one}": one for one in stores})
     from simmerge_ray.base.progress import narrated
 
     with narrated(log) as narrator:
         from simmerge_ray.pipelines.predictor import predictor_stage
 
-        predictor_stage([as_place(one) for one in labels], out, config, narrator)
+        predictor_stage(stores, out, config, narrator)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from simmerge_ray.base.storage import Output, check_outputs, write_json
 from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption
 from simmerge_ray.cli.places import PathOrUri, place_option
@@ -26,14 +27,12 @@ def retention(
     as_json: JsonOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
-    """Report what a model keeps of every member: the share of the member's own answers that it gives as well.
-
-    Example: simmerge retention merged --catalogue catalogue.yaml --probes probes
-    """
+    """Report what a model keeps of every member: the share of the member's own answers that it gives as well."""
+    if out is not None:
+        check_outputs([Output(out, is_file=True)], {"--catalogue": catalogue, "--probes": probes})
     from simmerge_ray.pipelines.retention import retention_sources
 
     sources = retention_sources(model, catalogue, probes)
-    from simmerge_ray.base.storage import write_json
     from simmerge_ray.pipelines.retention import retention_stage
 
     shown = Shown(log, wide, as_json)

@@ -9,6 +9,7 @@ import typer
 
 from simmerge_ray.base.config import BestMergeConfig, SearchConfig
 from simmerge_ray.base.errors import ConfigError, TaskError
+from simmerge_ray.base.storage import Output, check_outputs
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, place_option
 from simmerge_ray.cli.shown import JsonOption, Shown, WideOption
@@ -61,6 +62,7 @@ def run_search_command(
     from simmerge_ray.search.space import make_space
 
     parse_arms(config.arms)
+    check_outputs([Output(out)], {"CATALOGUE": catalogue, "--tasks": tasks, "--probes": probes})
     checkpoints = load_catalogue(catalogue)
     files = load_tasks(tasks) if tasks is not None else {}
     if not files and not config.lm_eval:

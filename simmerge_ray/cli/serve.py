@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.cli.options import with_config_options
 from simmerge_ray.cli.places import path_argument
+from simmerge_ray.service.http.listening import check_port
 
 
 @with_config_options
@@ -29,6 +31,8 @@ def serve(
         raise ConfigError("--port 0 takes --no-ray: Ray Serve needs a port that is known")
     if run is not None:
         config = _of_run(RunLayout(run), config)
+    if not ray or "RAY_ADDRESS" not in os.environ:
+        check_port(host, port)  # before seconds of imports
     if not ray:
         from simmerge_ray.service.http.standalone import serve_alone
 

@@ -10,7 +10,7 @@ import typer
 
 from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.errors import PlanError, unknown_name
-from simmerge_ray.base.storage import Place
+from simmerge_ray.base.storage import Output, Place, as_place, check_outputs
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, place_option
 from simmerge_ray.cli.shown import JsonOption, Shown
@@ -47,6 +47,7 @@ def signals(
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
 
+    check_outputs(_outputs(out, signatures, figures), {"CATALOGUE": catalogue, "--probes": probes})
     ids = load_catalogue(catalogue).ids
     for name in explain or ():
         if name not in ids:
@@ -74,6 +75,17 @@ def _as_json(table: SignalTable, out: Place, pair: tuple[str, str] | None) -> di
     return (
         {"out": str(out), "num_rows": len(table.rows)} | names | ({"pair": pair, "explanation": told} if pair else {})
     )
+
+
+def _outputs(out: PathOrUri, signatures: str | None, figures: bool) -> list[Output]:
+    """The table and what is written beside it."""
+    kept = out.parent / "signatures" if signatures is None else as_place(signatures)
+    return [
+        Output(out, is_file=True, starts=b"PAR1", kind="a table of signals"),
+        Output(out.parent / f"{out.stem}.json", "what it was made of", is_file=True),
+        Output(kept, "--signatures"),
+        *([Output(out.parent / f"{out.stem}_figures", "the heat maps")] if figures else []),
+    ]
 
 
 def _print_explanation(console: Console, table: SignalTable, left: str, right: str) -> None:

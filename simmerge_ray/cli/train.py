@@ -42,6 +42,11 @@ def train(
         raise ConfigError("give DATASET alone, without --signals, --labels and --crossval")
     if dataset is None and (signals is None or labels is None):
         raise ConfigError("give DATASET, or both --signals and --labels")
+    from simmerge_ray.base.storage import Output, check_outputs
+
+    selector = Output(out, marks=("selector.json",), kind="a selector made by `simmerge train`")
+    results = [] if crossval is None else [Output(crossval, "--crossval", is_file=True)]
+    check_outputs([selector, *results], {"DATASET": dataset, "--signals": signals, "--labels": labels})
     from simmerge_ray.base.progress import narrated
 
     with narrated(log) as narrator:

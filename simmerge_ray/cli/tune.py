@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from simmerge_ray.base.config import TuneConfig
+from simmerge_ray.base.storage import Output, check_outputs
 from simmerge_ray.cli.options import DEFAULT_LOG, LogOption, with_config_options
 from simmerge_ray.cli.places import CatalogueArgument, PathOrUri, path_option, place_option
 
@@ -23,13 +24,13 @@ def tune(
 ) -> None:
     """Find a weight for every member and layer, so that the merge answers the probes as its members do; no labels.
 
-    Example: simmerge tune catalogue.yaml --probes probes --member math-a --member code-b --out tuned. An interrupted
-    run goes on with the same command. `--method regmean` merges linear layers in closed form instead.
+    An interrupted run goes on with the same command. `--method regmean` merges linear layers in closed form instead.
     """
+    check_outputs([Output(out)], {"CATALOGUE": catalogue, "--probes": probes})
     from simmerge_ray.pipelines.tune import regmean_stage, tune_stage, tuning_sources
 
     is_closed = config.method == "regmean"
-    loaded, probe_sets = tuning_sources(catalogue, member or (), probes, out, needs_base=not is_closed)
+    loaded, probe_sets = tuning_sources(catalogue, member or (), probes, needs_base=not is_closed)
     from simmerge_ray.base.progress import narrated
 
     with narrated(log) as narrator:

@@ -23,7 +23,7 @@ from torch import Tensor
 from simmerge_ray.base.errors import CheckpointError, OutputError
 from simmerge_ray.base.extraction import ExtractConfig
 from simmerge_ray.base.markdown import table_lines
-from simmerge_ray.base.storage import Place, new_directory
+from simmerge_ray.base.storage import Output, Place, check_outputs, new_directory
 from simmerge_ray.checkpoints.compatibility import config_problems, refuse_problems, unsupported_problems
 from simmerge_ray.checkpoints.headers import TensorSpec
 from simmerge_ray.checkpoints.kinds import TENSOR_KINDS, tensor_kind
@@ -96,6 +96,11 @@ class _Plan:
     norms: dict[str, _Norms] = field(default_factory=lambda: defaultdict(_Norms))
 
 
+def adapter_output(out: Place) -> Output:
+    """The directory of an adapter, for `check_outputs`: an older one there may be replaced."""
+    return Output(out, marks=(_REPORT,), kind="an adapter made by `simmerge extract-lora`")
+
+
 def extract_lora(
     finetuned: CheckpointRef,
     base: CheckpointRef,
@@ -107,10 +112,9 @@ def extract_lora(
 
     Raises:
         IncompatibleCheckpointsError, CheckpointError: the two do not fit each other, or cannot be read.
-        OutputError: `out` exists and is no adapter made by this, or cannot be written.
+        OutputError: `out` exists and is no adapter made by this, or cannot be written (`check_outputs`).
     """
-    if out.exists() and not (out / _REPORT).exists():
-        raise OutputError(f"{out} exists and is no adapter made by `simmerge extract-lora`; choose another directory")
+    check_outputs([adapter_output(out)], {"the fine-tune": finetuned.path, "the base": base.path})
     fine, original = TensorSource(finetuned), TensorSource(base)
     try:
         _check(finetuned, base, fine.specs, original.specs)

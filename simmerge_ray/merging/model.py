@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.base.extras import import_transformers
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files, read_config
 from simmerge_ray.merging.engine.sources import TensorSource
 from simmerge_ray.merging.engine.whole import flat_tensor
@@ -36,14 +37,15 @@ def load_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32, device: s
 
 def built_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> Any:
     """A model of the checkpoint's architecture, for weights that are put into it, or a CheckpointError."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
+    transformers = import_transformers()
     with local_files(ref) as directory:
         try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
             if (directory / "generation_config.json").exists():
-                model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+                model.generation_config = transformers.GenerationConfig.from_pretrained(
+                    directory, local_files_only=True
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise ref.error(f"transformers cannot load it: {error}") from error
     return model
@@ -51,10 +53,9 @@ def built_model(ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> Any:
 
 def _loaded_model(ref: CheckpointRef, directory: Path, dtype: torch.dtype) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = import_transformers().AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation="eager",

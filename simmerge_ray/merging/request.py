@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from simmerge_ray.base.errors import PlanError, problem_list
-from simmerge_ray.base.storage import Place, read_text
+from simmerge_ray.base.storage import Place, check_outputs, read_text
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint
@@ -19,7 +20,7 @@ from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_merg
 from simmerge_ray.merging.mergekit.problems import raise_problems
 from simmerge_ray.merging.write.directory import write_graph
 from simmerge_ray.merging.write.layout import plan_layout
-from simmerge_ray.merging.write.output import MergeResult, WriteOptions, check_target
+from simmerge_ray.merging.write.output import MergeResult, WriteOptions, check_target, merge_output
 from simmerge_ray.merging.write.tensors import default_threads
 from simmerge_ray.plans.plan import ResolvedPlan, read_plan
 
@@ -76,7 +77,7 @@ def read_request(file: Place, out: Place, strict: bool = False) -> MergeRequest:
 
     Raises InputError: with every problem found; with `strict` also what of the file would have no effect.
     """
-    check_target(out)
+    check_outputs([merge_output(out)], {"PLAN": file})
     if file.suffix in _YAML_SUFFIXES:
         try:
             text = read_text(file)
@@ -84,13 +85,23 @@ def read_request(file: Place, out: Place, strict: bool = False) -> MergeRequest:
             raise PlanError(f"cannot read {file}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise PlanError(f"{file} is not text") from None
-        graph = compile_mergekit(read_mergekit(text, file.parent), _locate)
+        if re.search(r"^checkpoints *:", text, re.MULTILINE):
+            raise PlanError(
+                f"{file} is a catalogue, which says what may be merged, not how: `simmerge auto` finds a merge of it, "
+                "`simmerge plan --out` writes plans"
+            )
+        try:
+            read = read_mergekit(text, file.parent)
+        except PlanError as error:
+            raise PlanError(f"{file}: {error}") from None
+        graph = compile_mergekit(read, _locate)
         request = MergeRequest(graph, out)
         if strict:
             raise_problems(graph.warnings, "this mergekit file holds what has no effect (--strict):")
     else:
         resolved, predicted = read_plan(file)
         request = MergeRequest(compile_plan(resolved), out, resolved, predicted)
+    check_target(request.graph, out)
     global_steps(request.graph)  # it raises what cannot be trimmed so
     for ref in request.graph.checkpoints.values():
         if ref.adapter is not None:

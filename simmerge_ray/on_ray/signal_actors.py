@@ -52,7 +52,7 @@ def ray_executor(
     def spawn() -> Any:
         return actor_class.remote(catalogue.all_refs, catalogue.base, num_threads=1, device=device)
 
-    with ActorPool(spawn) as pool:
+    with ActorPool(spawn, worker_bytes=worker_bytes) as pool:
 
         def run(queue: WorkQueue) -> Iterator[tuple[int, Any]]:
             # Actors are started when there is work: a run that finds all signatures in place starts none.

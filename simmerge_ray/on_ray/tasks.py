@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from simmerge_ray.base.errors import WorkerError
+
 _POLL_SECONDS = 0.5
 _MAX_RETRIES = 3  # of a task whose worker or node was lost
+_MEMORY = re.compile(r"was ([\d.]+) ?GB(?: used)? / ([\d.]+) ?GB")  # in Ray's words
 
 Arguments = tuple[Any, ...]
 OnWait = Callable[[], None] | None
@@ -28,6 +32,9 @@ def run_tasks(
 
     Calls are taken from the left of `calls`; the caller may add some between two results. An exception of a call is
     raised as its own type and cancels the calls that still run, as does a caller that stops early.
+
+    Raises:
+        WorkerError: the workers of one call died, or were killed for memory, again and again.
 
     Args:
         shared: first arguments of every call, put into the object store once.
@@ -54,9 +61,12 @@ def run_tasks(
                 try:
                     result = get_result(task)
                 except Exception as error:
-                    if on_error is None:
+                    if on_error is not None:
+                        on_error(arguments, error)
+                    elif is_loss(error):
+                        raise lost_for_good(error, _MAX_RETRIES + 1, options.get("memory", 0.0)) from None
+                    else:
                         raise
-                    on_error(arguments, error)
                 else:
                     yield arguments, result
     finally:
@@ -75,6 +85,45 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Iterator[Cal
     finally:
         if not ray.wait([task], timeout=0)[0]:  # Ray 2.60 may abort the driver where the task has just ended
             ray.cancel(task, force=True)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a worker is gone, so that another may do its work: it died, or Ray killed it since memory was short."""
+    import ray
+
+    lost = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError)
+    return isinstance(error, lost)
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether Ray killed a worker since its node was short of memory; for an actor it may say so only in words."""
+    import ray
+
+    return isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error)
+
+
+def loss_text(error: BaseException, worker_bytes: float = 0.0) -> str:
+    """One line on a worker that is gone. worker_bytes: what it is expected to hold, where that is known."""
+    if not is_short_of_memory(error):
+        return f"a worker died: {last_line(error)}"
+    told = _MEMORY.search(str(error))
+    there = f" ({told.group(1)} of {told.group(2)} GB were in use)" if told else ""
+    needs = f"; a worker needs about {worker_bytes / 1e9:.1f} GB" if worker_bytes else ""
+    return f"Ray killed a worker since its machine ran out of memory{there}{needs}"
+
+
+def last_line(error: BaseException | None) -> str:
+    """Of a trace on another node, which ends with the error itself."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def lost_for_good(error: BaseException, times: int, worker_bytes: float = 0.0) -> WorkerError:
+    """What ends a program whose workers die again and again at one piece of work."""
+    remedy = "what was finished is kept: run the same command again"
+    if is_short_of_memory(error):
+        remedy += ", with fewer workers at a time, or when other programs have ended"
+    return WorkerError(f"{loss_text(error, worker_bytes)}; it was tried {times} times; {remedy}")
 
 
 def get_result(task: Any) -> Any:

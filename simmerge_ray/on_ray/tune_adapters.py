@@ -15,6 +15,7 @@ from ray.tune.search import Searcher
 from ray.tune.utils.util import unflatten_dict
 from ray.util import metrics
 
+from simmerge_ray.on_ray.tasks import is_short_of_memory, last_line, loss_text
 from simmerge_ray.search.labels import LabelStore, Measured, Outcome, Stopped
 from simmerge_ray.search.proposers import Proposer
 from simmerge_ray.search.runner import TrialProgress
@@ -106,7 +107,7 @@ class Proposals(Searcher):
         trial, started = self._trials[trial_id]
         if error or not result or "fatal" in result:
             self._proposer.finish(trial_id, None)
-            self._end("failed", started)
+            self._end("failed", started)  # why: see `Failures`
             return
         result = unflatten_dict(result)
         self._count_items(result)
@@ -128,8 +129,16 @@ class Proposals(Searcher):
             value = self._search.values(progress.utilities)[0]
             if not math.isnan(value) and (self.status.best is None or value > self.status.best[1]):
                 self.status.best = (trial.plan.label, value)
+        if progress.infeasible:
+            self.status.failures.append((trial.plan.label, progress.infeasible))
         kind = "infeasible" if progress.infeasible else "measured" if progress.finished else "stopped"
         self._end(kind, started)
+
+    def lost(self, trial_id: str, reason: str, is_last: bool) -> None:
+        """A trial has lost an actor."""
+        into = self.status.failures if is_last else self.status.setbacks
+        into.append((self._trials[trial_id][0].plan.label, reason))
+        self._tell()
 
     def _count_items(self, result: Mapping[str, Any]) -> None:
         # Tune passes the last result of a trial only to `on_trial_complete`.
@@ -146,6 +155,7 @@ class Proposals(Searcher):
 
     def _tell(self) -> None:
         self.status.seconds = time.monotonic() - self._started
+        self._limits.fatal = self._limits.fatal or self.status.hopeless
         if self._report:
             self._report(self.status)
 
@@ -172,6 +182,24 @@ def _progress_of(result: Mapping[str, Any]) -> TrialProgress:
         kept = {task: [mean] for task, mean in (result.get("utilities") or {}).items()}
     items = {task: np.array(values, dtype=np.float64) for task, values in kept.items()}
     return TrialProgress(items, result["finished"], 0, result.get("infeasible"), result.get("rival"))
+
+
+def failure_text(error: BaseException | None) -> str:
+    """Why a trial's actor failed, in one line."""
+    return loss_text(error) if error is not None and is_short_of_memory(error) else last_line(error)
+
+
+class Failures(tune.Callback):
+    """Why trials have lost their actors, which Tune does not tell a searcher."""
+
+    def __init__(self, proposals: Proposals) -> None:
+        self._proposals = proposals
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._proposals.lost(trial.trial_id, failure_text(trial.get_pickled_error()), is_last=True)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._proposals.lost(trial.trial_id, failure_text(trial.get_pickled_error()), is_last=False)
 
 
 class EarlyStopping(ASHAScheduler):

@@ -71,20 +71,23 @@ class PairChoice:
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """All that the choices have in common; sent to workers. signatures: URI of their store. directory: `choices`."""
+    """All that the choices have in common; sent to workers. signatures: URI of their store. directory: `choices`.
+    engine: what runs candidates."""
 
     catalogue: Catalogue
     probe_sets: Mapping[str, ProbeSet]
     find: FindConfig
     signatures: str
     directory: Path
+    engine: SearchConfig = SearchConfig(evaluator="transformers", pairs="all")
 
     def key(self, pair: Pair, digests: Mapping[str, str]) -> str:
         """Digest of what the choice is made from."""
         base = self.catalogue.base
         used = {name: digests[name] for name in (*pair, *((base.id,) if base else ()))}
         probes = {task: self.probe_sets[task].digest for task in self.catalogue.pair_tasks(*pair)}
-        return digest_json([_SCHEMA, list(pair), used, probes, self.find.model_dump(mode="json")])
+        config = [self.find.model_dump(mode="json"), self.engine.content()]
+        return digest_json([_SCHEMA, list(pair), used, probes, config])
 
 
 def choice_file(choices: Path, pair: Pair) -> Path:
@@ -159,20 +162,24 @@ def _choose_missing(task: ChoiceTask, report: Report) -> int:
 
 
 def _choose(task: ChoiceTask, pair: Pair, key: str) -> None:
-    """The choice for one pair, on one thread; what it ran is forgotten, since a pair takes seconds."""
+    """The choice for one pair, on one thread."""
     import torch
 
+    torch.set_num_threads(1)
+    choose_for(task, pair, key)
+
+
+def choose_for(task: ChoiceTask, pair: Pair, key: str) -> None:
+    """Write the choice for one pair, made in this process; what it ran is forgotten, since a pair takes little."""
     from simmerge_ray.on_ray.engines import start_evaluator
     from simmerge_ray.pipelines.auto.answer import label_free_json
     from simmerge_ray.pipelines.auto.find import find_here
     from simmerge_ray.pipelines.auto.request import AutoRun
     from simmerge_ray.selector.finding.sources import find_request
 
-    torch.set_num_threads(1)
     request = find_request(task.catalogue, task.probe_sets, task.find.model_copy(update={"members": pair}))
     with tempfile.TemporaryDirectory(prefix="simmerge-choice-") as scratch:
-        engine = SearchConfig(evaluator="transformers", pairs="all")
-        run = AutoRun(request, engine, Path(scratch), task.signatures, {}, write=False)
+        run = AutoRun(request, task.engine, Path(scratch), task.signatures, {}, write=False)
         write_json(
             choice_file(task.directory, pair), {"key": key} | label_free_json(run, find_here(run, start_evaluator))
         )

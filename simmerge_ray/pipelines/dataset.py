@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from rich.markup import escape
+
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError, InputError, TaskError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Manifest, Place, read_json, write_json
 from simmerge_ray.base.tables import TextTable, columns_of
 from simmerge_ray.capacity.engines import engines_that_fit, waiting_lines
-from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
+from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, twins
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.on_ray.digests import digest_on_nodes
+from simmerge_ray.on_ray.resources import memory_for_workers
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import resolve_plan, write_plan
 from simmerge_ray.reports.found import write_search_report
@@ -26,7 +29,7 @@ from simmerge_ray.search.evaluation import EvaluationTask, load_tasks
 from simmerge_ray.search.headroom import headroom
 from simmerge_ray.search.labels import LabelStore, pair_contexts
 from simmerge_ray.search.setup import PreparedSearch, prepare_search
-from simmerge_ray.search.status import SearchStatus
+from simmerge_ray.search.status import SearchStatus, cause
 from simmerge_ray.search.summary import ComparedMerges, PlanResult, comparisons, ranked_results
 
 UNCHANGED = "unchanged since the last run"
@@ -89,6 +92,7 @@ def search_stage(
         answers = answers_stage(catalogue, probe_sets, labels, config, narrator)
     with narrator.stage("search") as stage:
         digest_on_nodes(catalogue)
+        say_twins(catalogue, narrator)
         inputs = input_digests(catalogue, tasks)
         inputs |= {one.name: one.digest for some in answers.values() for one in some}
         manifest = Manifest("search", config.content(), inputs)
@@ -132,6 +136,12 @@ def _answered_probes(catalogue: Catalogue, probes: Place | None) -> dict[str, Pr
     return {task: probe_sets[task] for task in sorted({task for task in catalogue.own_task.values() if task})}
 
 
+def say_twins(catalogue: Catalogue, narrator: Narrator) -> None:
+    """A warning for each checkpoint that is a copy of another one."""
+    for line in twins(catalogue):
+        narrator.say(f"[yellow]{escape(line)}[/yellow]")
+
+
 def input_digests(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask]) -> dict[str, str]:
     """Digests of all checkpoints and tasks, by what a manifest calls them."""
     inputs = {f"checkpoint {name}": digest for name, digest in catalogue.digests().items()}
@@ -140,9 +150,19 @@ def input_digests(catalogue: Catalogue, tasks: Mapping[str, EvaluationTask]) -> 
 
 @contextmanager
 def search_bar(narrator: Narrator) -> Iterator[Callable[[SearchStatus], None]]:
-    """A progress bar for a search."""
+    """A progress bar for a search; the first trial that fails for a reason is said at once, and why."""
+    said: set[str] = set()
     with narrator.status_bar("merges evaluated") as report:
-        yield lambda status: report(status.done, status.total, status.line)
+
+        def tell(status: SearchStatus) -> None:
+            for how, some in (("failed", status.failures), ("trying again", status.setbacks)):
+                for label, reason in some:
+                    if (line := f"{how}: {cause(label, reason)}") not in said:
+                        said.add(line)
+                        narrator.print_lines([f"           {how}: {label}: {reason}"])
+            report(status.done, status.total, status.line)
+
+        yield tell
 
 
 def write_headroom(labels: Place, arms: Sequence[str], out: Place) -> None:
@@ -245,5 +265,5 @@ def local_resources() -> dict[str, float]:
     """What Ray would count on this machine."""
     import torch
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": 0.7 * memory}
+    memory = float(memory_for_workers())
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": memory}

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from simmerge_ray.base.config import SearchConfig, SignalsConfig, TrainConfig
 from simmerge_ray.base.errors import EngineError
 from simmerge_ray.base.finding import FindConfig
+from simmerge_ray.base.program import program
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.base.storage import Manifest, Place, digest_file, read_json, write_json
@@ -78,8 +79,9 @@ def zoo_stage(
     recipes: Sequence[ExpertRecipe] = EXPERT_RECIPES,
     num_items: int | None = None,
     num_probes: int | None = None,
+    here: bool = False,
 ) -> None:
-    """Train what is missing of the zoo. num_items, num_probes: of each task; None takes the zoo's."""
+    """Train what is missing of the zoo. num_items, num_probes: of each task; None: the zoo's. here: without Ray."""
     from simmerge_ray.pipelines.zoo import MAX_NEW_TOKENS, NUM_ITEMS, NUM_PROBES, make_zoo
 
     with narrator.stage("zoo") as stage:
@@ -92,7 +94,7 @@ def zoo_stage(
             return
         started = time.monotonic()
         with narrator.bar("experts trained") as report:
-            num_trained = make_zoo(layout.zoo, recipes, counts["num_items"], counts["num_probes"], report)
+            num_trained = make_zoo(layout.zoo, recipes, counts["num_items"], counts["num_probes"], report, here)
         load_catalogue(layout.catalogue)
         manifest.write(path, time.monotonic() - started, {"num_trained": num_trained})
         stage.result = f"{num_trained} experts trained, {len(recipes)} in all -> {layout.catalogue}"
@@ -234,10 +236,8 @@ def closing_lines(layout: RunLayout[Path]) -> list[str]:
         f"log of libraries   {layout.log}",
         "",
         "next: choose without labels; leave out the members to choose among all checkpoints:",
-        f"  .venv/bin/simmerge auto {layout.catalogue} --probes {layout.probes} --member {left} --member {right} "
+        f"  {program()} auto {layout.catalogue} --probes {layout.probes} --member {left} --member {right} "
         f"--signatures {layout.signals.parent / 'signatures'} --evaluator transformers --out runs/auto",
-        "or serve the selector, and ask it from another terminal:",
-        f"  .venv/bin/simmerge serve {layout.root}",
-        "  curl -s -X POST http://127.0.0.1:8000/v1/decisions -H 'content-type: application/json' "
-        f'-d \'{{"left": "{left}", "right": "{right}"}}\'',
+        "or serve the selector; it prints the dashboard's link and a curl line, with the token that it takes:",
+        f"  {program()} serve {layout.root}",
     ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from simmerge_ray.base.errors import PlanError, unknown_name
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Place
+from simmerge_ray.base.storage import Place, as_place
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.compatibility import check_compatible
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
@@ -22,13 +23,24 @@ def retention_sources(
         model: id of a checkpoint of the catalogue, or the directory or hub id of any other.
 
     Raises:
-        ProbeError: see `check_members`. IncompatibleCheckpointsError: the model does not fit the catalogue.
+        PlanError: no such checkpoint. ProbeError: see `check_members`. IncompatibleCheckpointsError: the model does not
+            fit the catalogue.
     """
+    return checked_sources(model, load_catalogue(catalogue_path), load_probe_sets(probes))
+
+
+def checked_sources(
+    model: str, catalogue: Catalogue, probe_sets: dict[str, ProbeSet]
+) -> tuple[CheckpointRef, Catalogue, dict[str, ProbeSet]]:
+    """`retention_sources` of a catalogue and probes that are read."""
     from simmerge_ray.signals.candidates.retention import check_members
 
-    catalogue, probe_sets = load_catalogue(catalogue_path), load_probe_sets(probes)
     check_members(catalogue, probe_sets)
     known = {ref.id: ref for ref in catalogue.all_refs}
+    if model not in known and "/" not in model and not as_place(model).is_dir():
+        raise PlanError(
+            f"{model!r} is no directory here, and {unknown_name('checkpoint of the catalogue', model, known)}"
+        )
     ref = known[model] if model in known else locate_checkpoint(model)
     if model not in known:
         check_compatible((*catalogue.checkpoints, ref))

@@ -10,19 +10,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, write_atomically, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, write_catalogue
+from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.pipelines.zoo import BASE_ID, is_trained, make_zoo_parts, write_questions
+from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.second_study.held_out import EXACT, held_out_values, value_rows
+from simmerge_ray.research.second_study.real_labels import (
+    NUM_SIGNAL_PROBES,
+    fixed_candidates,
+    label_tasks,
+    pair_order,
+)
 from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_real_experts, pilot_recipes
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
 from simmerge_ray.research.second_study.small import FIRST_SMALL_SEED, NUM_SMALL_BASES, foreign_part
+from simmerge_ray.search.evaluation import load_tasks
 
-STAGES = ("real-pilot", "real-zoo", "real-held-out", "small-zoos")
+STAGES = ("real-pilot", "real-zoo", "real-held-out", "real-choices", "real-labels", "small-zoos")
 NUM_REAL_PROBES = 64
+_ENGINE = SearchConfig(evaluator="transformers", pairs="all", dtype="bfloat16")  # of choices and labels; half the time
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,40 @@ class SecondStudy:
         """What the base and every expert are worth on held-out training examples."""
         self._assess("zoo", list(load_catalogue(self._directory("zoo") / "catalogue.yaml").checkpoints))
 
+    def real_choices(self) -> None:
+        """The choice without labels for every pair of two tasks, from probes alone."""
+        from simmerge_ray.pipelines.choices import ChoiceTask, choose_for, missing_choices
+
+        directory = self._directory("choices")
+        task = ChoiceTask(*self._zoo(), FindConfig(tune="none"), str(directory / "signatures"), directory, _ENGINE)
+        with self.narrator.stage("real-choices") as stage, self.narrator.status_bar("pairs") as report:
+            missing = dict(missing_choices(task))
+            for number, pair in enumerate(pair_order(task.catalogue)):
+                report(number, len(task.catalogue.pairs()), " + ".join(pair))
+                if pair in missing:
+                    choose_for(task, pair, missing[pair])
+            stage.result = f"{len(missing)} pairs -> {directory}"
+
+    def real_labels(self) -> None:
+        """Utilities of every checkpoint, of fixed candidates of every pair, and of what was chosen; with what each
+        keeps of its members' answers."""
+        from simmerge_ray.pipelines.choices import choice_file, read_choice
+        from simmerge_ray.research.labelling import measure_plans, tokenizer_of
+
+        catalogue, probe_sets = self._zoo()
+        tasks = label_tasks(load_tasks(self._directory("zoo") / "tasks"), tokenizer_of(catalogue))
+        few = {name: ProbeSet(name, one.probes[:NUM_SIGNAL_PROBES]) for name, one in probe_sets.items()}
+        plans: list[MergePlan] = []
+        choices = self._directory("choices")
+        for pair in pair_order(catalogue):
+            plans += fixed_candidates(*pair).values()
+            if choice_file(choices, pair).exists():
+                plans.append(read_choice(choices, pair).plan)
+        with self.narrator.stage("real-labels") as stage, self.narrator.status_bar("merges measured") as report:
+            labels = self._directory("labels")
+            measure_plans(catalogue, tasks, few, labels, plans, lambda done, of: report(done, of, ""), _ENGINE.dtype)
+            stage.result = f"{len(plans)} merges of {len(catalogue.pairs())} pairs -> {labels}"
+
     def small_zoos(self) -> None:
         """The small bases and their experts, on Ray."""
         parts = [foreign_part(seed) for seed in range(FIRST_SMALL_SEED, FIRST_SMALL_SEED + NUM_SMALL_BASES)]
@@ -82,6 +128,11 @@ class SecondStudy:
             write_questions(zoo)
             num_trained = make_zoo_parts(zoo, parts, lambda done, total: report(done, total, ""))
             stage.result = f"{num_trained} checkpoints trained -> {zoo}"
+
+    def _zoo(self) -> tuple[Catalogue, dict[str, ProbeSet]]:
+        """The real zoo's catalogue and probes."""
+        zoo = self._directory("zoo")
+        return load_catalogue(zoo / "catalogue.yaml"), load_probe_sets(zoo / "probes")
 
     @property
     def _data(self) -> RealData:

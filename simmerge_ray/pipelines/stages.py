@@ -19,7 +19,7 @@ from simmerge_ray.checkpoints.references import read_config
 from simmerge_ray.checkpoints.size import model_shape
 from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.on_ray.resources import only_job
-from simmerge_ray.pipelines.dataset import UNCHANGED, input_digests, plan_search, search_stage
+from simmerge_ray.pipelines.dataset import UNCHANGED, input_digests, plan_search, say_twins, search_stage
 from simmerge_ray.pipelines.jobs import output_place
 from simmerge_ray.plans.keeping import KEEP
 from simmerge_ray.search.estimate import SearchEstimate
@@ -57,10 +57,13 @@ def signals_stage(
     catalogue = load_catalogue(catalogue_path)
     probe_sets = _probe_sets(probes)
     with narrator.stage("signals") as stage:
+        for line in _oversights(catalogue, probe_sets):
+            narrator.say(f"[yellow]{escape(line)}[/yellow]")
         # The table has the same bits for any number of workers, in memory or layer by layer.
         owners, of_answers = _answering(catalogue, probe_sets, config)
         kept = config.model_dump(exclude={"num_workers", "memory_per_worker"}) | {"answers": bool(owners)}
         digest_on_nodes(catalogue)
+        say_twins(catalogue, narrator)
         inputs = input_digests(catalogue, {})
         inputs |= {f"own task {key}": value or "" for key, value in catalogue.own_task.items()}
         inputs |= {f"probes {key}": value.digest for key, value in probe_sets.items()}
@@ -92,6 +95,19 @@ def signals_stage(
             f"{len(table.columns)} features each -> {out}"
         )
         return table
+
+
+def _oversights(catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet]) -> list[str]:
+    """What is left out, or of no use, and hardly meant so: tasks without probes."""
+    if GENERAL in probe_sets:
+        return []
+    absent = sorted({task for task in catalogue.own_task.values() if task and task not in probe_sets})
+    of = {task: ", ".join(name for name in catalogue.ids if catalogue.own_task[name] == task) for task in absent}
+    return [
+        f"no probes of {task!r}, the own task of {of[task]}: no signals and no answers on it; write {task}.jsonl, a "
+        "`text` a line, beside the others"
+        for task in absent
+    ]
 
 
 def _answering(

@@ -24,7 +24,7 @@ RECIPE = "recipe.json"
 
 
 def tuning_sources(
-    catalogue_path: Place, members: Sequence[str], probes: Place, out: Path, needs_base: bool = True
+    catalogue_path: Place, members: Sequence[str], probes: Place, needs_base: bool = True
 ) -> tuple[Catalogue, dict[str, ProbeSet]]:
     """The catalogue cut down to the members, and the probes; checked before any weight is read.
 
@@ -40,8 +40,6 @@ def tuning_sources(
         raise ConfigError("coefficients are of task vectors: name the common ancestor under `base` in the catalogue")
     if len(chosen) < 2 or len(set(catalogue.ids)) < len(chosen):
         raise PlanError(f"tuning needs two or more different members, got {', '.join(catalogue.ids)}")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; the state and the recipe go into a directory")
     check_members(catalogue, probe_sets)
     return catalogue, probe_sets
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ def make_zoo(
     num_items: int = NUM_ITEMS,
     num_probes: int = NUM_PROBES,
     report: Report | None = None,
+    here: bool = False,
 ) -> int:
     """Fill `out` with checkpoints, `probes/`, `tasks/` and `catalogue.yaml`; returns how many experts were trained.
 
     The base is the one that is shipped. An expert whose directory was made by the same recipe is kept, so an
-    interrupted call goes on where it stopped.
+    interrupted call goes on where it stopped. here: train one after the other in this process, without Ray.
     """
     out = out.resolve()  # tasks of Ray may run in another working directory
     if not (out / BASE_ID / "model.safetensors").exists():
@@ -42,7 +44,7 @@ def make_zoo(
         with resources.as_file(shipped) as source, new_directory(out / BASE_ID) as target:
             shutil.copytree(source, target, dirs_exist_ok=True)
     write_questions(out, num_items, num_probes)
-    num_trained = _train([(recipe, out / BASE_ID, out / recipe.name) for recipe in recipes], [], report)
+    num_trained = _train([(recipe, out / BASE_ID, out / recipe.name) for recipe in recipes], [], report, here)
     _write_catalogue(out, BASE_ID, recipes)
     return num_trained
 
@@ -89,7 +91,10 @@ def is_trained(directory: Path, recipe: TrainingRecipe) -> bool:
 
 
 def _train(
-    experts: Sequence[tuple[ExpertRecipe, Path, Path]], bases: Sequence[tuple[BaseRecipe, Path]], report: Report | None
+    experts: Sequence[tuple[ExpertRecipe, Path, Path]],
+    bases: Sequence[tuple[BaseRecipe, Path]],
+    report: Report | None,
+    here: bool = False,
 ) -> int:
     """Train what is missing, an expert (recipe, base, directory) as soon as its base (recipe, directory) is there."""
     missing_bases = [(recipe, path) for recipe, path in bases if not is_trained(path, recipe)]
@@ -102,9 +107,18 @@ def _train(
 
     calls: deque[tuple[Any, ...]] = deque((recipe, None, path) for recipe, path in missing_bases)
     calls += (call for call in missing if call[1] not in anew)
-    with ray_session():
-        for done, ((_, _, made), _) in enumerate(run_tasks(train_checkpoint, calls), 1):
+    with nullcontext() if here else ray_session():
+        trained = (
+            ((call, train_checkpoint(*call)) for call in _taken(calls)) if here else run_tasks(train_checkpoint, calls)
+        )
+        for done, ((_, _, made), _) in enumerate(trained, 1):
             calls += (call for call in missing if call[1] == made)
             if report:
                 report(done, total)
     return total
+
+
+def _taken(calls: deque[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """From the left, until there are none, those that were added meanwhile too."""
+    while calls:
+        yield calls.popleft()

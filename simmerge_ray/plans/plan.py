@@ -389,7 +389,8 @@ def read_plan(path: Place) -> tuple[ResolvedPlan, dict[str, Any] | None]:
 
     Raises PlanError, OperatorError: unreadable, or not a plan.
     """
-    value = read_json_object(path, lambda problem: PlanError(f"plan: {problem}"))
+    wanted = "a plan is JSON that `simmerge plan --out` writes, or mergekit's YAML, named .yaml"
+    value = read_json_object(path, lambda problem: PlanError(f"plan: {problem}; {wanted}"))
     if not isinstance(value.get("checkpoints"), dict):
         raise PlanError(
             f"plan {path}: needs 'steps' and 'checkpoints' ({{id: path}}); `simmerge plan` writes such files"

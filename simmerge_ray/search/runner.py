@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simmerge_ray.base.errors import CheckpointError, EngineError, StorageError
+from simmerge_ray.base.errors import CheckpointError, EngineError, OutputError, StorageError
 from simmerge_ray.checkpoints.compatibility import check_compatible
 from simmerge_ray.merging.engine.fallbacks import linear_form
 from simmerge_ray.plans.plan import MergePlan, ResolvedPlan, resolve_plan
@@ -84,7 +84,7 @@ class TrialRunner:
         trial that fails is tried once more with a new evaluator.
 
         Raises:
-            EvaluatorStartError: the evaluator does not start.
+            EvaluatorStartError: the evaluator does not start. OutputError: a label cannot be written.
         """
         trial = self._trial
         assert trial is not None
@@ -102,7 +102,7 @@ class TrialRunner:
                     evaluator.load(self._resolved)
                     self._loaded = True
                 return self._evaluate(evaluator, trial)
-            except StorageError:
+            except (StorageError, OutputError):
                 raise  # the store's fault, not the merge's: no label
             except CheckpointError as error:
                 return self._written(trial, dict.fromkeys(trial.tasks, Infeasible(str(error))))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
+
+NUM_ALIKE = 5  # trials, the first of a run, that end it when all of them fail for the same reason
+_VARIABLE = re.compile(r"0x[0-9a-f]+|[0-9a-f]{8,}|\d+")  # numbers of processes, addresses, seconds
+
+
+def cause(trial: str, reason: str) -> str:
+    """A reason without what is of one trial alone: its name, and numbers."""
+    return _VARIABLE.sub("#", reason.replace(trial, "the merge"))
 
 
 @dataclass
 class SearchStatus:
     """How far a search is; `best` has the label of a merge and its utility.
 
-    failed: trials without a utility. num_items: evaluated in this run.
+    failed: trials without a utility. num_items: evaluated in this run. failures: (trial, reason), in order of time.
+    setbacks: likewise, of trials that have lost an actor and are tried again.
     """
 
     total: int
@@ -18,6 +28,8 @@ class SearchStatus:
     num_items: int = 0
     best: tuple[str, float] | None = None
     seconds: float = 0.0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    setbacks: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def items_per_second(self) -> float:
@@ -29,3 +41,16 @@ class SearchStatus:
         failed = f"{self.failed} failed, " if self.failed else ""
         best = f", best {self.best[1]:.3f} {self.best[0]}" if self.best else ""
         return f"{failed}{self.items_per_second:.0f} items/s{best}"
+
+    @property
+    def hopeless(self) -> str | None:
+        """Why it is of no use to go on: the first trials have all failed for one reason."""
+        if self.failed < NUM_ALIKE or self.failed < self.done or len(self.failures) < self.failed:
+            return None
+        reasons = {cause(*failure) for failure in self.failures}
+        if len(reasons) > 1:
+            return None
+        return (
+            f"the first {self.failed} merges all failed alike, so the search stops: {self.failures[0][1]} "
+            "(`--retry-infeasible` tries them again)"
+        )

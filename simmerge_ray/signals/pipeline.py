@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.base.extras import import_transformers
 from simmerge_ray.checkpoints.headers import TensorSpec
 from simmerge_ray.checkpoints.probes import TokenBatch
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files
@@ -99,11 +100,10 @@ class StageModel:
         return self._model
 
     def _build(self, ref: CheckpointRef, family: Family, stage: LayerRange, stored_twice: bool) -> Any:
-        from transformers import AutoConfig
-
+        auto_config = import_transformers().AutoConfig
         try:
             with local_files(ref) as directory:
-                config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+                config = auto_config.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ref.error(f"transformers cannot read its config.json: {error}") from error
         if config.num_hidden_layers != stage.num_layers:

@@ -25,7 +25,7 @@ from simmerge_ray.base.errors import (
 )
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Manifest, read_json
+from simmerge_ray.base.storage import Manifest, check_outputs, read_json
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
@@ -33,7 +33,8 @@ from simmerge_ray.cli.app import app
 from simmerge_ray.cli.auto import measured_lines, measured_table, retention_lines, retention_table
 from simmerge_ray.on_ray import finding
 from simmerge_ray.on_ray.engines import start_evaluator
-from simmerge_ray.pipelines.auto.answer import check_auto, label_free_json, write_stage
+from simmerge_ray.pipelines.auto.answer import auto_outputs, label_free_json, write_stage
+from simmerge_ray.pipelines.auto.expected import expect
 from simmerge_ray.pipelines.auto.find import find_here, find_stages
 from simmerge_ray.pipelines.auto.measure import (
     first_measured,
@@ -53,6 +54,7 @@ from simmerge_ray.selector.finding.probed import ProbedPlan
 from simmerge_ray.selector.finding.sources import find_request
 from simmerge_ray.selector.finding.space import kept_checkpoints, sum_of
 from simmerge_ray.selector.finding.virtual import VirtualScores
+from simmerge_ray.selector.predictor.model import default_predictor, read_predictor
 from simmerge_ray.signals.candidates.signatures import Owner
 from simmerge_ray.signals.queue import Unit, WorkQueue
 
@@ -143,14 +145,15 @@ def test_a_catalogue_that_cannot_be_asked_is_one_message(catalogue_path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_that_is_not_ours_is_refused(request_, tmp_path):
+def test_a_directory_that_is_not_ours_is_refused(tmp_path):
     (tmp_path / "merged").mkdir()
-    with pytest.raises(OutputError, match="is not a merge made by simmerge"):
-        check_auto(run_in(tmp_path, request_))
-    check_auto(run_in(tmp_path, request_, write=False))
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="merged .* is not a merge made by simmerge"):
+        check_outputs(auto_outputs(tmp_path, None, write=True))
+    check_outputs(auto_outputs(tmp_path, None, write=False))
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="--out .* is a file"):
-        check_auto(run_in(tmp_path / "file", request_))
+        check_outputs(auto_outputs(tmp_path / "file", None, write=False))
 
 
 def test_a_checkpoint_that_keeps_as_much_as_any_merge_is_kept(request_, tmp_path):
@@ -189,6 +192,17 @@ def test_a_merge_is_written_once_with_what_it_keeps_and_another_answer_replaces_
     kept = planted(request_, scores | {"m0": 1.0})
     assert "the merge of an earlier answer" in written(request_, kept, tmp_path)
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_the_answer_has_the_utilities_that_the_predictor_expects(request_, tmp_path):
+    found = planted(request_, {"a": 0.95, "b": 0.7, "m0": 0.9, "m1": 0.5, "base": 0.4})
+    written(request_, found, tmp_path / "without", write=False)
+    assert read_json(tmp_path / "without" / "auto.json")["expected"] is None
+    run = replace(run_in(tmp_path, request_, write=False), predictor=read_predictor(default_predictor()))
+    told = label_free_json(run, found)["expected"]
+    assert [one["label"] for one in told["candidates"]] == [one.plan.label for one in found.lines]
+    assert all(set(one["utility"]) == {"add", "copy"} for one in told["candidates"])
+    assert expect(run, found).lines(found.best.plan)
 
 
 def test_without_write_only_the_plan_is_left(request_, tmp_path):

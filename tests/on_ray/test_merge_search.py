@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import time
 import urllib.request
 
 import pytest
 import torch
+from rich.console import Console
 
 from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.errors import EngineError
+from simmerge_ray.base.progress import Narrator
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.on_ray.merge_search import run_search
+from simmerge_ray.pipelines.dataset import search_bar
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, resolve_plan
 from simmerge_ray.plans.recipe import recipe_of
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.search.labels import LabelStore, Measured, Stopped
-from simmerge_ray.search.runner import EvaluatorStartError
+from simmerge_ray.search.status import SearchStatus
 from simmerge_ray.search.summary import ranked_results
 from tests import tiny
 
@@ -63,7 +68,7 @@ def test_an_evaluator_that_does_not_start_ends_the_search_with_its_reason(catalo
     with torch.no_grad():
         model.model.norm.weight[0] = float("inf")
     tiny.save(model, root / "base")
-    with pytest.raises(EvaluatorStartError, match="transformers evaluator did not start.*'base'.*NaN or infinity"):
+    with pytest.raises(EngineError, match="transformers evaluator did not start.*'base'.*NaN or infinity"):
         run_search(broken, tasks, LOCAL.model_copy(update={"concurrency": 1}), tmp_path / "labels")
     assert LabelStore(tmp_path / "labels").read() == []
 
@@ -138,3 +143,27 @@ def test_a_search_that_is_out_of_time_ends_cleanly_and_is_continued(catalogue, t
     assert cut_off.num_left > 0 and cut_off.num_trials_run + cut_off.num_left == 8
     assert run_search(catalogue, tasks, config, tmp_path).num_trials_run == cut_off.num_left
     assert len(LabelStore(tmp_path).read()) == 16
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_trials_that_all_fail_alike_are_said_at_once_and_end_the_search(catalogue_path, tasks, tmp_path):
+    shutil.copytree(catalogue_path.parent, tmp_path / "zoo")
+    broken = load_catalogue(tmp_path / "zoo" / "catalogue.yaml")
+    model = tiny.make_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    tiny.save(model, tmp_path / "zoo" / "m1")
+    plans = [MergePlan(recipe=recipe_of(make_arm("linear"), {"m0": 0.1 * i, "m1": 1.0})) for i in range(1, 9)]
+    said: list[str] = []
+    with search_bar(Narrator(Console(file=(out := io.StringIO()), width=200))) as report:
+
+        def told(status: SearchStatus) -> None:
+            report(status)
+            said.append(out.getvalue())
+
+        with pytest.raises(EngineError, match="the first 5 merges all failed alike.*NaN or infinity.*--retry-"):
+            run_search(broken, tasks, LOCAL.model_copy(update={"concurrency": 1}), tmp_path / "labels", plans, told)
+    assert "failed: linear" in said[0] and "NaN or infinity" in said[0]  # with the first trial that ends
+    assert out.getvalue().count("failed: linear") == 1  # each reason once
+    assert len({label.plan.id for label in LabelStore(tmp_path / "labels").read()}) == 5

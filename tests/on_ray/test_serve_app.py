@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.service.running import TOKEN, RayService, kill_9, wait_until, write_tokens
 from simmerge_ray.base.config import ServeConfig, ServiceConfig
-from simmerge_ray.base.errors import SelectorError
+from simmerge_ray.base.errors import ConfigError, SelectorError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.runs import RunLayout
 from simmerge_ray.service.learner import Learner
@@ -162,6 +162,19 @@ class TestServe:
 
         wait_until(lambda: any(decision["decision_id"] in line for line in lines()), "the decision is in a log")
         assert not any(running.token in line for line in lines())
+
+    def test_a_second_service_of_the_run_is_refused_and_the_first_one_answers_on(self, running):
+        from simmerge_ray.on_ray.serve_app import run_service
+
+        service = running.run / "service"
+        files = {"signals": RunLayout(running.run).signals, "tokens": service / "tokens.yaml"}
+        own = ServeConfig(**files, database=f"sqlite:///{service}/service.db", registry=service / "selectors")
+        with pytest.raises(
+            ConfigError, match=rf"selectors is served already, by process {running.service.process.pid};"
+        ):
+            run_service(own, "127.0.0.1", free_port(), Narrator.silent())
+        with running.client() as client:
+            assert client.get("/v1/policy").status_code == 200
 
     def test_a_start_after_a_crash_of_ray_goes_on_and_ctrl_c_leaves_nothing_running(self, running, tmp_path):
         with running.client() as client:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from simmerge_ray.base.config import SignalsConfig
-from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.base.errors import CheckpointError, WorkerError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.headers import read_headers
@@ -201,3 +201,51 @@ def test_a_call_that_takes_long_is_given_to_another_actor_and_counts_once(tmp_pa
         assert sorted(pool.drain("run", taking([5, 1, 2, 3]), 2)) == [(0, 25), (1, 1), (2, 4), (3, 9)]
         assert (tmp_path / "slow.answered").exists()
         assert sorted(pool.drain("run", taking([5, 1]), 2)) == [(0, 25), (1, 1)]  # late answers are not mixed in
+
+
+KILLED = (
+    "Task was killed due to the node running low on memory.\nMemory on the node (IP: 10.0.0.1, ID: ab) was 30.33GB used"
+    " / 31.86GB limit (0.952), which exceeds the threshold.\nTo adjust the kill threshold, see the docs."
+)
+
+
+def killed_for_memory(monkeypatch, times: int) -> None:
+    """The first results of squares come as Ray tells it when it has killed the worker."""
+    import ray
+
+    import simmerge_ray.on_ray.actor_pool as pool
+
+    left, real = [times], pool.get_result
+
+    def get_result(task):
+        result = real(task)
+        if isinstance(result, int) and left[0]:
+            left[0] -= 1
+            raise ray.exceptions.OutOfMemoryError(KILLED)
+        return result
+
+    monkeypatch.setattr(pool, "get_result", get_result)
+
+
+def test_work_of_an_actor_that_was_killed_for_memory_is_done_by_fewer(monkeypatch):
+    killed_for_memory(monkeypatch, times=1)
+    with pool_of() as pool:
+        assert sorted(pool.drain("run", taking([4, 5, 6]), 2)) == [(0, 16), (1, 25), (2, 36)]
+        assert len(pool._actors) == 1  # the other had no room
+    killed_for_memory(monkeypatch, times=1)
+    with pool_of() as pool:  # the only one is replaced
+        assert sorted(pool.drain("run", taking(range(2)), 1)) == [(n, n * n) for n in range(2)]
+
+
+def test_actors_that_are_killed_for_memory_again_and_again_end_in_one_error(monkeypatch):
+    import ray
+
+    killed_for_memory(monkeypatch, times=99)
+    spawn = lambda: ray.remote(Square).options(num_cpus=1).remote("")  # noqa: E731
+    with ActorPool(spawn, max_losses=1, worker_bytes=2.5e9) as pool, pytest.raises(WorkerError) as caught:
+        list(pool.drain("run", taking([1]), 1))
+    assert str(caught.value) == (
+        "Ray killed a worker since its machine ran out of memory (30.33 of 31.86 GB were in use); a worker needs about "
+        "2.5 GB; it was tried 2 times; what was finished is kept: run the same command again, with fewer workers at a "
+        "time, or when other programs have ended"
+    )

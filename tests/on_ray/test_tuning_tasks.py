@@ -43,7 +43,7 @@ def test_several_at_once_end_at_the_bits_of_one_process(catalogue, catalogue_pat
     assert sorted(seen) == [0, 0, 1]
     for one, other in zip(tuned, local, strict=True):
         assert one.recipe == other.recipe
-        np.testing.assert_array_equal(one.state.coefficients, other.state.coefficients)
+        np.testing.assert_array_equal(one.state.points, other.state.points)
         assert one.state.num_steps == CONFIG.num_steps
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-IMPORTED = {name: imported(path) for name, path in MODULES.items()}
+@cache
+def all_imported() -> dict[str, set[str]]:
+    return {name: imported(path) for name, path in MODULES.items()}
 
 
 def room(module: str) -> str:
@@ -101,7 +104,7 @@ def test_nothing_lies_loose_and_every_room_is_on_a_floor():
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.count(".") > 0 and name.split(".")[1] not in LOOSE])
 def test_no_import_points_up_and_only_on_ray_imports_ray(name):
-    for other in IMPORTED[name]:
+    for other in all_imported()[name]:
         parts = other.split(".")
         if parts[0] == "simmerge_ray" and len(parts) > 1 and parts[1] in FLOOR and room(name) != parts[1]:
             assert FLOOR[parts[1]] < FLOOR[room(name)], f"{name} imports {other}, which is not on a floor below"
@@ -111,7 +114,7 @@ def test_no_import_points_up_and_only_on_ray_imports_ray(name):
 
 
 def test_no_circle_among_files():
-    graph = {name: {other for other in IMPORTED[name] if other in MODULES} for name in MODULES}
+    graph = {name: {other for other in all_imported()[name] if other in MODULES} for name in MODULES}
     assert circles(graph) == []
 
 
@@ -125,43 +128,60 @@ def test_no_circle_among_the_parts_of_a_room(place):
     graph: dict[str, set[str]] = {}
     for name in MODULES:
         if name.startswith(f"simmerge_ray.{place}."):
-            others = {part(other) for other in IMPORTED[name] if other.startswith(f"simmerge_ray.{place}.")}
+            others = {part(other) for other in all_imported()[name] if other.startswith(f"simmerge_ray.{place}.")}
             graph.setdefault(part(name), set()).update(others - {part(name)})
     assert circles(graph) == []
 
 
-def loaded_modules(code: str) -> set[str]:
-    """Top-level modules loaded by `code` in a new interpreter, whatever its exit code."""
-    script = (
-        f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n"
-        "print('MODULES', *{m.split('.')[0] for m in sys.modules})"
-    )
+CALLS = """
+import os, sys
+{first}
+for code in {codes}:
+    sys.stdout.flush()
+    if os.fork() == 0:
+        try:
+            exec(code)
+        except SystemExit:
+            pass
+        print()
+        print("MODULES", *{{name.split(".")[0] for name in sys.modules}}, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def loaded_modules(codes: Sequence[str], first: str = "") -> list[set[str]]:
+    """Top-level modules loaded by `first` and by each code, whatever its exit code: in a process of its own that is
+    forked from one new interpreter after `first`."""
+    script = CALLS.format(first=first, codes=list(codes))
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith("MODULES")]
-    assert lines, result.stdout + result.stderr
-    return set(lines[0].split()[1:])
+    assert len(lines) == len(codes), result.stdout + result.stderr
+    return [set(line.split()[1:]) for line in lines]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "['simmerge', 'searhc']",
-        "['simmerge', 'labels', 'make', 'c.yaml', '--tasks', 't', '--out', 'o', '--arm', 'tise']",
-        "['simmerge', 'search', 'c.yaml', '--tasks', 't', '--out', 'o', '--dtype', 'int8']",
-        "['simmerge', 'signals', 'absent.yaml', '--probes', 'p', '--out', 'o']",
-        "['simmerge', 'signals', 'c.yaml', '--out', 'o', '--weights', 'all']",
-        "['simmerge', 'merge', 'absent.json', 'out']",
-        "['simmerge', 'simulate', '--models', '50', '--params', '111e9', '--nodes', '8']",
-        "['simmerge', 'simulate', '--models', '2', '--params', '111e9', '--nodes', '1', '--auto']",
-        "['simmerge', 'plan', 'absent.yaml', '--selector', 's', '--signals', 't']",
-        "['simmerge', 'plan', 'c.yaml', '--selector', 's', '--signals', 't', '--propagator', 'virtul']",
-        "['simmerge', 'client', '--url', 'nowhere', 'policy']",
-        "['simmerge', 'auto', 'absent.yaml', '--selector', 's', '--signals', 't', '--tasks', 'd', '--out', 'o']",
-    ],
-)
-def test_typos_load_no_heavy_library(arguments):
-    loaded = loaded_modules(f"sys.argv = {arguments}; from simmerge_ray.cli.app import main; main()")
-    assert not loaded & HEAVY - {"numba"}  # merging and simulating need it
+def loaded_by_commands(commands: Iterable[Sequence[str]]) -> list[set[str]]:
+    codes = [f"sys.argv = {['simmerge', *command]}; main()" for command in commands]
+    return loaded_modules(codes, "from simmerge_ray.cli.app import main")
+
+
+def test_typos_load_no_heavy_library():
+    typos = [
+        "searhc",
+        "labels make c.yaml --tasks t --out o --arm tise",
+        "search c.yaml --tasks t --out o --dtype int8",
+        "signals absent.yaml --probes p --out o",
+        "signals c.yaml --out o --weights all",
+        "merge absent.json out",
+        "simulate --models 50 --params 111e9 --nodes 8",
+        "simulate --models 2 --params 111e9 --nodes 1 --auto",
+        "plan absent.yaml --selector s --signals t",
+        "plan c.yaml --selector s --signals t --propagator virtul",
+        "client --url nowhere policy",
+        "auto absent.yaml --selector s --signals t --tasks d --out o",
+    ]
+    for typo, loaded in zip(typos, loaded_by_commands(typo.split() for typo in typos), strict=True):
+        assert not loaded & HEAVY - {"numba"}, typo  # merging and simulating need it
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -175,22 +195,25 @@ def test_help_and_a_wrong_option_of_every_command_load_no_heavy_library():
     every = sorted(commands(typer.main.get_command(app)))
     assert {(), ("search",), ("labels", "make"), ("client", "decide")} <= set(every) and len(every) > 35
     calls = [[*path, option] for path in every for option in ("--help", "--no-such-option")]
-    loaded = loaded_modules(
-        f"from simmerge_ray.cli.app import app\n"
-        f"    for call in {calls}:\n"
-        f"        try:\n            app(call)\n"
-        f"        except SystemExit as error:\n            assert error.code == 2 * (call[-1] != '--help'), call"
+    (loaded,) = loaded_modules(
+        [
+            f"for call in {calls}:\n"
+            f"    try:\n        app(call)\n"
+            f"    except SystemExit as error:\n        assert error.code == 2 * (call[-1] != '--help'), call"
+        ],
+        "from simmerge_ray.cli.app import app",
     )
     assert not loaded & HEAVY
 
 
 def test_importing_the_package_or_a_job_s_config_loads_neither_torch_nor_ray():
-    for code in (
+    codes = (
         "import simmerge_ray",
         "import simmerge_ray.base.config",
         "import simmerge_ray.plans.operators.specs",
         "import simmerge_ray.plans.plan",
         "import simmerge_ray.signals.explain",
         "import simmerge_ray.service.client",
-    ):
-        assert not loaded_modules(code) & {"torch", "ray", "transformers"}, code
+    )
+    for code, loaded in zip(codes, loaded_modules(codes), strict=True):
+        assert not loaded & {"torch", "ray", "transformers"}, code

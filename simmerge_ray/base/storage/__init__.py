@@ -1,7 +1,8 @@
 """Places (local paths and URIs), files and directories that are whole or absent, manifests, and the node's cache.
 
 Layers, left to right: `stores` (file systems of object stores, with back-off), `places` (names, and what lies there),
-`objects` (single files and objects), `manifests`, `node_cache`, `ranges` (parts of files), `directories`.
+`objects` (single files and objects), `outputs` (may they be written?), `manifests`, `node_cache`, `ranges` (parts of
+files), `directories`.
 """
 
 from simmerge_ray.base.storage.directories import (
@@ -37,5 +38,6 @@ from simmerge_ray.base.storage.objects import (
     write_atomically,
     write_json,
 )
+from simmerge_ray.base.storage.outputs import Output, check_outputs
 from simmerge_ray.base.storage.places import Place, RemotePath, as_place, list_places, name_below, place_in
 from simmerge_ray.base.storage.ranges import RangeReader, open_ranges, read_range

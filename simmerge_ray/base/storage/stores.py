@@ -138,7 +138,8 @@ def _pause(state: tenacity.RetryCallState) -> float:
 
 
 def _may_pass(error: BaseException) -> bool:
-    return not isinstance(error, _FINAL) and not _is_refusal(error) and is_transient(error)
+    is_offline = type(error).__name__ == "OfflineModeIsEnabled"  # of the hub: a connection error that stays
+    return not isinstance(error, _FINAL) and not is_offline and not _is_refusal(error) and is_transient(error)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from simmerge_ray.base.errors import ConfigError
-from simmerge_ray.base.finding import first_round, shortlist_of
+from simmerge_ray.base.finding import FEW_MEMBERS, first_round, shortlist_of
 from simmerge_ray.capacity.placement import USABLE, how_many_fit, signal_worker_needs
 from simmerge_ray.capacity.simulation.costs import Gpu, UnitCosts
 from simmerge_ray.capacity.simulation.labels import Engines, Merge, generation_seconds, place_engines, simulate_trials
@@ -58,7 +58,7 @@ class ChoiceWork:
     recipes: int = 10_000
     shortlist: int = shortlist_of(6)  # of six members or more
     tuned: int = 1
-    steps: int = 60
+    steps: int = 10
     adapters: bool = False
     most: int = 4
 
@@ -271,17 +271,16 @@ class ChoiceSimulation:
         return simulate_trials(name, self._model, trials, self._engines, self._nodes, self._costs)
 
     def _probing(self) -> Iterator[Phase]:
-        """All candidates on some probes; the best, the checkpoints as they are and the plain average on all."""
+        """All candidates on some probes, the best on all. What checkpoints keep is known by then, and what the average
+        of few members keeps."""
         probes, shortlist = self._workload.probes, self._work.shortlist
         first, survivors = first_round(probes, shortlist)
-        candidate, tasks = Merge(self._sum, _SUM, len(self._members)), len(self._members)
+        candidate = Merge(self._sum, _SUM, len(self._members))
         if first:
             yield self._trials("candidates, some probes", [(candidate, self._reading_probes(first))] * shortlist)
-        whole = self._reading_probes(probes)
-        always = [Merge((name,), None, tasks) for name in self._signals.names]
-        average = Merge(self._sum, _SUM, tasks)
+        average = [(candidate, self._reading_probes(probes))] * (len(self._members) > FEW_MEMBERS)
         rest = [(candidate, self._reading_probes(probes - first))] * survivors
-        yield self._trials("candidates, all probes", [*((one, whole) for one in (*always, average)), *rest])
+        yield self._trials("candidates, all probes", [*average, *rest])
 
     def _tuning(self) -> Iterator[Phase]:
         """Answers of the members again, the steps, and the tuned merges over the probes."""

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from simmerge_ray.base.markdown import table_lines
-from simmerge_ray.base.storage import Place, read_text
-from simmerge_ray.base.yaml_text import parse_yaml
+from simmerge_ray.base.storage import Place
+from simmerge_ray.checkpoints.cards import card_matter
 from simmerge_ray.checkpoints.references import GRAMS, CheckpointRef
 from simmerge_ray.merging.graph import MergeGraph
 
@@ -19,12 +19,7 @@ _IN_CACHE = "models--"  # what a model's directory in the cache of the hub start
 
 def licence_of(ref: CheckpointRef) -> str | None:
     """The `license` of a checkpoint's own model card, if it has one."""
-    try:
-        text = read_text(ref.path / "README.md")
-        matter = parse_yaml(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, ValueError, IndexError):
-        return None
-    licence = matter.get("license") if isinstance(matter, dict) else None
+    licence = card_matter(ref).get("license")
     return str(licence) if licence else None
 
 

@@ -35,7 +35,6 @@ def write_merge(
 
     Raises IncompatibleCheckpointsError, too: the inputs do not fit each other.
     """
-    check_target(out)
     options = WriteOptions(predicted, progress, max_shard_bytes, num_threads, strict, resolved)
     return write_graph(compile_plan(resolved), out, options)
 
@@ -52,7 +51,7 @@ def write_graph(graph: MergeGraph, out: Place, options: WriteOptions | None = No
         PlanError: see `global_trims.global_steps`.
         CheckpointError: an input ends early, integer tensors differ, or (strict) the result is not finite.
     """
-    check_target(out)
+    check_target(graph, out)
     global_steps(graph)
     work = MergeOutput(graph, out, options or WriteOptions())
     return write_to_store(work, out) if isinstance(out, RemotePath) else _write_to_directory(work, out)

@@ -9,8 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from simmerge_ray.base.errors import CheckpointError, OutputError
-from simmerge_ray.base.storage import Manifest, Place, RemotePath, file_names, read_bytes, write_json
+from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.base.storage import (
+    Manifest,
+    Output,
+    Place,
+    RemotePath,
+    check_outputs,
+    file_names,
+    read_bytes,
+    write_json,
+)
 from simmerge_ray.checkpoints.digests import checkpoint_fingerprint
 from simmerge_ray.checkpoints.tokenizers import TOKENIZER_FILES
 from simmerge_ray.merging.engine.compute import TensorReport
@@ -161,7 +170,13 @@ class MergeOutput:
             write_plan(directory / PLAN_FILE, self.options.plan, self.options.predicted)
 
 
-def check_target(out: Place) -> None:
-    """Refuse a target that is not ours to replace. OutputError: it exists and holds no merge made by simmerge."""
-    if out.exists() and not any((out / name).exists() for name in (PLAN_FILE, MANIFEST_FILE, STATE_FILE)):
-        raise OutputError(f"{out} exists and is not a merge made by simmerge; choose another directory or remove it")
+def merge_output(out: Place, shown: str = "OUT") -> Output:
+    """A directory that a merge is written to, for `check_outputs`: an older merge there may be replaced."""
+    return Output(out, shown, marks=(PLAN_FILE, MANIFEST_FILE, STATE_FILE), kind="a merge made by simmerge")
+
+
+def check_target(graph: MergeGraph, out: Place) -> None:
+    """Refuse a target that is not ours to replace, or cannot be written. Raises as `check_outputs`."""
+    sources = {f"checkpoint {key}": ref.path for key, ref in graph.checkpoints.items()}
+    sources |= {f"adapter of {key}": ref.adapter for key, ref in graph.checkpoints.items() if ref.adapter}
+    check_outputs([merge_output(out)], sources)

@@ -8,30 +8,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.base.errors import ConfigError, OutputError, TaskError
+from simmerge_ray.base.config import EngineConfig, SearchConfig
+from simmerge_ray.base.errors import ConfigError, TaskError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Manifest, write_json
+from simmerge_ray.base.storage import Manifest, Output, Place, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.merging.write.directory import write_merge
-from simmerge_ray.merging.write.output import PLAN_FILE, check_target
+from simmerge_ray.merging.write.output import PLAN_FILE, merge_output
 from simmerge_ray.on_ray.digests import digest_on_nodes
+from simmerge_ray.pipelines.auto.expected import expect
 from simmerge_ray.pipelines.auto.measure import prepare_measuring
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan, resolve_plan, write_plan
 from simmerge_ray.reports.found import write_auto_report
-from simmerge_ray.search.evaluation import Task
+from simmerge_ray.search.evaluation import Task, load_tasks
 from simmerge_ray.selector.finding.probed import ProbedPlan
+from simmerge_ray.selector.finding.sources import FindRequest
+from simmerge_ray.selector.predictor.model import default_predictor, read_predictor
 
 MERGED, ANSWER, PLAN, MANIFEST = "merged", "auto.json", "plan.json", "manifest.json"
 SIGNATURES = "signatures"
 
 
+def auto_run(
+    request: FindRequest,
+    engine: EngineConfig,
+    out: Path,
+    signatures: Place | None,
+    tasks: Place | None,
+    evaluate: int,
+    write: bool = True,
+    predictor: Place | None = None,
+) -> AutoRun:
+    """What is asked. signatures: None puts them into `out`. tasks: directory of labels, of which `evaluate` merges are
+    measured. predictor: None takes the package's.
+
+    Raises:
+        ConfigError: one of `tasks` and `evaluate` without the other. TaskError: a task that cannot be used or lacks.
+        SelectorError: no predictor there, or a damaged one.
+    """
+    check_evaluation(evaluate, tasks is not None)
+    search = SearchConfig(**engine.model_dump(), pairs="all")
+    labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
+    labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
+    where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
+    expecting = read_predictor(default_predictor() if predictor is None else predictor)
+    return AutoRun(request, search, out, where, labels, evaluate, write, predictor=expecting)
+
+
+def auto_outputs(out: Path, signatures: Place | None, write: bool) -> list[Output]:
+    """What an answer writes; arguments as of `auto_run`."""
+    kept = Output(out / SIGNATURES if signatures is None else signatures, "--signatures")
+    return [Output(out), kept, *([merge_output(out / MERGED, "the merge")] if write else [])]
+
+
 def check_auto(run: AutoRun) -> None:
     """What can be checked before anything is computed; InputError says what cannot be used."""
-    if run.out.exists() and not run.out.is_dir():
-        raise OutputError(f"--out {run.out} is a file; signatures, labels and the merge go into a directory")
-    if run.write:
-        check_target(run.out / MERGED)
     digest_on_nodes(run.request.catalogue)
     prepare_measuring(run)
 
@@ -46,8 +78,7 @@ def write_stage(
         content: of `auto.json`, beside the answer. manifest: of all that the answer depends on. started:
             `time.monotonic()` of the whole run.
     """
-    known = {json.dumps(one["plan"]): one["retention"] for one in (content["best"], *content["candidates"])}
-    keeps = {owner: {"retention": share} for owner, share in known.get(json.dumps(best.to_json()), {}).items()}
+    keeps = {owner: {"retention": share} for owner, share in kept_by(best, content).items()}
     merged = _write_best(run, best, keeps | _measured(best, content), manifest, narrator)
     answer = {
         "answer": "merge" if best.is_merge else "keep",
@@ -60,6 +91,12 @@ def write_stage(
     narrator.print_lines([f"report: {report.with_suffix('.html')}"])
     manifest.write(run.out / MANIFEST, time.monotonic() - started, {"answer": best.label})
     return answer
+
+
+def kept_by(plan: MergePlan, content: Mapping[str, Any]) -> dict[str, float]:
+    """Retention by owner of a plan in the content of `auto.json`; empty where it was not run over the probes."""
+    known = {json.dumps(one["plan"]): one["retention"] for one in (content["best"], *content["candidates"])}
+    return dict(known.get(json.dumps(plan.to_json()), {}))
 
 
 def _measured(best: MergePlan, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +146,7 @@ def label_free_json(run: AutoRun, found: LabelFree) -> dict[str, Any]:
             "nll": dict(zip(owners, one.nll.tolist(), strict=True)),
         }
 
+    expected = expect(run, found)
     return {
         "objective": run.request.config.objective,
         "score": "(retention + exp(-nll)) / 2, by task; nll in nats a token of the members' own answers",
@@ -120,6 +158,7 @@ def label_free_json(run: AutoRun, found: LabelFree) -> dict[str, Any]:
             row(one.whole) | {"held_out": one.held_out.score, "held_out_of_the_best": one.rival.score}
             for one in found.tuned
         ],
+        "expected": expected.to_json() if expected else None,
     }
 
 

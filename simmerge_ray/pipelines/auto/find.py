@@ -31,6 +31,13 @@ def find_stages(run: AutoRun, narrator: Narrator) -> LabelFree:
         ProbeError, CheckpointError: checkpoints or probes that cannot be used. ConfigError: nothing could be run.
         EngineError: no evaluator started.
     """
+    if run.here:
+        from simmerge_ray.on_ray.engines import start_evaluator
+
+        with narrator.stage("choose") as stage:
+            found = find_here(run, start_evaluator)
+            stage.result = f"{len(found.finding.virtual.scores)} merges scored, best: {found.best.plan.label}"
+        return found
     from simmerge_ray.on_ray.finding import ClusterOnDemand
     from simmerge_ray.signals.signature import SignatureStore
 
@@ -45,7 +52,8 @@ def find_stages(run: AutoRun, narrator: Narrator) -> LabelFree:
             stage.result = f"{count} answers of {', '.join(request.catalogue.ids)} -> {run.signatures}"
         trials = cluster.trials(run.engine, run.labels, partial(_bar, narrator))
         with narrator.stage("choose") as stage:
-            finding = choose(request, sources, trials, lambda line: narrator.say(f"           {line}"))
+            is_exact = run.engine.dtype == "float32"
+            finding = choose(request, sources, trials, lambda line: narrator.say(f"           {line}"), is_exact)
             stage.result = f"{len(finding.virtual.scores)} merges scored, best: {finding.best.plan.label}"
         prober = Prober(request.catalogue, sources.answers, sources.aim, trials)
         return _tuned(run, sources, finding, prober, cluster, narrator)
@@ -65,7 +73,7 @@ def find_here(run: AutoRun, start: Callable[[PreparedSearch], object]) -> LabelF
     store, executor = SignatureStore(run.signatures), local_executor(request.catalogue)
     sources = curved_sources(request, find_sources(request, store, executor), store, executor)
     trials = in_this_process(run.engine, run.labels, start)
-    finding = choose(request, sources, trials)
+    finding = choose(request, sources, trials, is_exact=run.engine.dtype == "float32")
     if (tune := _tune_config(request)) is None:
         return LabelFree(finding.best, finding, ())
     tuned = [run_tuning(job) for job in _tuning_jobs(run, sources, finding, tune)]

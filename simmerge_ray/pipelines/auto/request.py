@@ -12,6 +12,7 @@ from simmerge_ray.search.evaluation import EvaluationTask
 from simmerge_ray.selector.finding.choice import Finding
 from simmerge_ray.selector.finding.probed import ProbedPlan
 from simmerge_ray.selector.finding.sources import FindRequest
+from simmerge_ray.selector.predictor.model import UtilityPredictor
 
 LABELS = "labels"
 
@@ -21,7 +22,8 @@ class AutoRun:
     """What is asked, and where the answer goes.
 
     engine: what runs candidates. tasks, evaluate: labels, and how many merges are measured by them; 0 for none.
-    signatures: URI of their store. write: whether a merge that is the answer is made.
+    signatures: URI of their store. write: whether a merge that is the answer is made. here: without Ray. predictor:
+    says what utility to expect of the answer.
     """
 
     request: FindRequest
@@ -31,6 +33,8 @@ class AutoRun:
     tasks: Mapping[str, EvaluationTask]
     evaluate: int = 0
     write: bool = True
+    here: bool = False
+    predictor: UtilityPredictor | None = None
 
     @property
     def labels(self) -> str:

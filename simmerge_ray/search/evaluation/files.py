@@ -24,6 +24,10 @@ from simmerge_ray.search.evaluation.tasks import Item, Task
 _ITEM_KEYS = ("prompt", "target", "choices", "metric", "max_new_tokens")
 
 
+class _ProbeFileError(TaskError):
+    pass
+
+
 class _Example(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     prompt: str = Field(min_length=1)
@@ -48,6 +52,11 @@ def load_task(path: Place) -> Task:
     settings: dict[str, Any] = {}
     header = False
     for number, row in read_jsonl(path, TaskError):
+        if "text" in row and not {"prompt", "target", "settings"} & row.keys():
+            raise _ProbeFileError(
+                f"{path} is a file of probes (a `text` a line); an item of a task has `prompt` and `target`: are the "
+                "directories of probes and tasks swapped?"
+            )
         if "settings" in row:
             if items or header or len(row) > 1 or not isinstance(row["settings"], Mapping):
                 problems.append(f"line {number}: 'settings' is an object and stands alone in the first line")
@@ -110,6 +119,8 @@ def load_tasks(directory: Place) -> dict[str, Task]:
     for path in list_places(directory, "*.jsonl"):
         try:
             tasks[path.stem] = load_task(path)
+        except _ProbeFileError:
+            raise  # so are the others: it is said once
         except TaskError as error:
             problems.append(str(error))
     if problems or not tasks:

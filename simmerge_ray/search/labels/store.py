@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from simmerge_ray.base.errors import LabelError
+from simmerge_ray.base.errors import LabelError, OutputError
 from simmerge_ray.base.storage import (
     Place,
     delete_objects,
@@ -49,7 +49,8 @@ class LabelStore:
         self.uri = str(uri).rstrip("/")
 
     def append(self, labels: Sequence[LabeledPlan]) -> None:
-        """Write labels as one file; writing the same labels again replaces that file by an equal one."""
+        """Write labels as one file; writing the same labels again replaces that file by an equal one.
+        Raises OutputError: it cannot be written."""
         if labels:
             rows = [to_row(label) for label in labels]
             self._write(file_name(rows), rows)
@@ -142,7 +143,10 @@ class LabelStore:
         )
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_atomically(f"{self.uri}/{name}", parquet_bytes(rows))
+        try:
+            write_atomically(f"{self.uri}/{name}", parquet_bytes(rows))
+        except OSError as error:
+            raise OutputError(f"labels cannot be written to {self.uri}: {error.strerror}") from None
 
     def _each_file(self, read: Callable[[str], Read]) -> dict[str, Read]:
         """What `read` makes of every file, by name; of all labels that were in the store when this began.

@@ -46,11 +46,13 @@ def choose(
     sources: FindSources,
     run: RunTrials,
     report: Callable[[str], None] | None = None,
+    is_exact: bool = True,
 ) -> Finding:
     """The choice among recipes of the request's members.
 
     Args:
-        run: measures candidates on answers (`probed.Prober`). report: called with a line about each round.
+        run: measures candidates on answers (`probed.Prober`). report: called with a line about each round. is_exact:
+            candidates are run in float32, as checkpoints were for their signatures, so that these are not run again.
 
     Raises:
         ConfigError: nothing could be run.
@@ -61,7 +63,8 @@ def choose(
         report(f"{len(found.scores)} candidates scored from signatures")
     average = MergePlan(recipe=plain_average(members)) if len(members) > 1 else None
     always = [*kept_checkpoints(members, request.base), *([average] if average else [])]
-    prober = Prober(request.catalogue, sources.answers, sources.aim, run)
+    known = sources.scorer.known() if is_exact else {}
+    prober = Prober(request.catalogue, sources.answers, sources.aim, run, known)
     ranked = halve(prober, shortlist(found, config.num_run(len(members))), always, report)
     if not ranked:
         raise ConfigError("no candidate could be run over the probes; the log says why")

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 from simmerge_ray.base.errors import CheckpointError
+from simmerge_ray.base.finding import FEW_MEMBERS
 from simmerge_ray.plans.plan import MergePlan, resolve_plan
 from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.selector.finding.sources import FindRequest, FindSources
@@ -15,7 +16,6 @@ from simmerge_ray.signals.queue import Executor
 from simmerge_ray.signals.signature import SignatureStore
 
 _log = logging.getLogger(__name__)
-_FEW = 3  # members whose average is looked at as a whole
 
 
 def curved_sources(
@@ -44,7 +44,7 @@ def _averaged(request: FindRequest, sources: FindSources) -> tuple[str, ...]:
     members, config = request.catalogue.ids, request.config
     if config.ways[1] < 2:
         return ()
-    if len(members) <= _FEW:
+    if len(members) <= FEW_MEMBERS:
         return members
     found = virtual_ranking(sources.scorer, members, config)
     best = map(found.plan, found.order.tolist())

@@ -6,7 +6,7 @@ run, on vLLM too, and what a label store holds is never run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -49,10 +49,19 @@ class Prober:
     """Runs candidates over the first probes of every owner, and keeps what it finds in a label store.
 
     Args:
-        run: measures plans on tasks into the label store of the search that it returns.
+        run: measures plans on tasks into the label store of the search that it returns. known: retention and nll,
+            (owners,) each, of plans that have been run over all answers already and are not run again for that.
     """
 
-    def __init__(self, catalogue: Catalogue, answers: Sequence[OwnAnswers], aim: Aim, run: RunTrials) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        answers: Sequence[OwnAnswers],
+        aim: Aim,
+        run: RunTrials,
+        known: Mapping[MergePlan, tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> None:
+        self._known = known or {}
         own_answers = {one.owner: one for one in answers}
         self._pairs = [token_pairs(own_answers[owner]) for owner in aim.owners]
         self._aim, self._run = aim, run
@@ -79,19 +88,31 @@ class Prober:
             bounds: ends of the parts that the probes are run in, so that a later round runs only what is new.
             chosen: counts a part of the probes only; from their number to which of them, (n,) bool.
         """
+        is_whole = chosen is None and bounds[-1] >= self.num_probes
+        there = {plan: self._known[plan] for plan in plans if plan in self._known} if is_whole else {}
+        measured = dict(self._measured([plan for plan in plans if plan not in there], bounds, chosen)) | there
+        return [self._scored(plan, *measured[plan], bounds[-1]) for plan in plans if plan in measured]
+
+    def _scored(self, plan: MergePlan, retention: np.ndarray, nll: np.ndarray, num_probes: int) -> ProbedPlan:
+        score = float(self._aim.scores(retention[None], nll[None])[0])
+        return ProbedPlan(plan, retention, nll, num_probes, score)
+
+    def _measured(
+        self, plans: Sequence[MergePlan], bounds: Sequence[int], chosen: Chosen | None
+    ) -> Iterator[tuple[MergePlan, tuple[np.ndarray, np.ndarray]]]:
+        """Retention and nll of the plans that can be run."""
+        if not plans:
+            return
         found, tasks = self._tasks(bounds)
         search = self._run(self._catalogue, tasks, plans)
         known = {label.key: label.outcome for label in LabelStore(search.labels_uri).read()}
-        probed = []
         for plan in plans:
             outcomes = {name: known.get(search.key(plan, name)) for name in tasks}
             items = {name: one.items for name, one in outcomes.items() if isinstance(one, Measured)}
             if len(items) == len(tasks):
                 values = [_joined([(tasks[name], items[name]) for name in names], chosen) for names in found]
                 retention, nll = (np.array(column) for column in zip(*values, strict=True))
-                score = float(self._aim.scores(retention[None], nll[None])[0])
-                probed.append(ProbedPlan(plan, retention, nll, bounds[-1], score))
-        return probed
+                yield plan, (retention, nll)
 
     def _tasks(self, bounds: Sequence[int]) -> tuple[list[list[str]], dict[str, AnswersTask]]:
         """Names of the tasks of every owner, and the tasks."""

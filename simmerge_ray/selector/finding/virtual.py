@@ -12,6 +12,7 @@ import numpy as np
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.selector.finding.aim import Aim
 from simmerge_ray.selector.finding.space import Subset, by_operators, spread_sums, sum_of, sums_around
 from simmerge_ray.signals.candidates.coefficients import PlanCoefficients
@@ -75,6 +76,7 @@ class VirtualScorer:
         self._kept = [of_owner[owner] for owner in aim.owners]
         self._mixtures = [VirtualAnswers(kept) for kept in self._kept]
         self._ids, self._coefficients, self._aim = tuple(ids), coefficients, aim
+        self._average: tuple[MergePlan, Sequence[LogProbs]] | None = None
 
     def curved(self, averaged: Sequence[str], average: Mapping[Owner, LogProbs]) -> VirtualScorer:
         """The scorer that knows what the plain average of some checkpoints does as well.
@@ -83,8 +85,28 @@ class VirtualScorer:
             average: of every owner's answers (`signatures.answers_of_merge`).
         """
         found = copy(self)
-        owners = zip(self._aim.owners, self._kept, strict=True)
-        found._mixtures = [VirtualAnswers(kept, averaged, average[owner]) for owner, kept in owners]
+        of_owners = [average[owner] for owner in self._aim.owners]
+        of_both = zip(self._kept, of_owners, strict=True)
+        found._mixtures = [VirtualAnswers(kept, averaged, one) for kept, one in of_both]
+        found._average = MergePlan(recipe=plain_average(averaged)), of_owners
+        return found
+
+    def known(self) -> dict[MergePlan, tuple[np.ndarray, np.ndarray]]:
+        """Retention and nll, (owners,) each, of what has been run over all answers already: of the checkpoints as they
+        are, the base, and the average of `curved`. What signatures leave open (`KeptAnswers.kept_and_nll`) is not in
+        it."""
+        names = (*self._ids, self._aim.base)
+        rows: dict[MergePlan, Sequence[LogProbs]] = {
+            MergePlan(source=name): [kept.of(name) for kept in self._kept] for name in names
+        }
+        if self._average is not None:
+            rows[self._average[0]] = self._average[1]
+        found = {}
+        for plan, by_owner in rows.items():
+            values = [kept.kept_and_nll(one) for kept, one in zip(self._kept, by_owner, strict=True)]
+            sure = [value for value in values if value is not None]
+            if len(sure) == len(values):
+                found[plan] = np.array([kept for kept, _ in sure]), np.array([nll for _, nll in sure])
         return found
 
     def coefficients_of(self, plan: MergePlan) -> dict[str, float]:

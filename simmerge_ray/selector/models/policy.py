@@ -135,6 +135,14 @@ def fit_intervals(errors: Sequence[np.ndarray], num_contexts: int) -> Intervals 
     return Intervals(INTERVAL_LEVELS, np.array(widths).T.copy())
 
 
+def widest(found: Sequence[Intervals | None]) -> Intervals | None:
+    """At each level and arm the widest of several; None of none."""
+    there = [one for one in found if one is not None]
+    if not there:
+        return None
+    return Intervals(there[0].levels, np.max([one.half_widths for one in there], axis=0))
+
+
 def safe_scores(override: SafeOverride, arms: Sequence[str], pooled: np.ndarray, known: np.ndarray) -> np.ndarray:
     """(U, K) pooled predictions and (U,) whether the pair is like the training data -> (U, K) one-hot choices."""
     fixed = arms.index(override.best_fixed)

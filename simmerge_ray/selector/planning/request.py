@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
@@ -12,6 +12,7 @@ import numpy as np
 from simmerge_ray.base.config import RankingConfig, RankingFiles
 from simmerge_ray.base.errors import ConfigError, PlanError, SelectorError
 from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.digests import cached_digest
 from simmerge_ray.search.objectives import MEAN, WORST
 from simmerge_ray.selector.data.dataset import pair_features
 from simmerge_ray.selector.models.model import Selector, read_selector
@@ -98,7 +99,7 @@ def read_sources(files: RankingFiles, catalogue: Catalogue, propagator: str) -> 
     shortlist = read_selector(directory / SHORTLIST)
     table = read_signal_table(files.signals)
     selector.check_weights(table)
-    check_catalogue(catalogue, table)
+    check_unchanged(catalogue, table)
     return RankingSources(
         shortlist if propagator == SecondOrder.name else selector, shortlist, table, catalogue.ids, catalogue.own_task,
         partial(_propagator, propagator, table, catalogue, files),
@@ -120,16 +121,17 @@ def _propagator(name: str, table: SignalTable, catalogue: Catalogue, files: Rank
     return PROPAGATORS[name](read_evidence(table, catalogue, load_probe_sets(files.probes), store))
 
 
-def check_catalogue(catalogue: Catalogue, table: SignalTable) -> None:
-    """Refuse a table of other checkpoints, or of other contents under their names. Raises PlanError: naming a
-    checkpoint."""
+def check_unchanged(catalogue: Catalogue, table: SignalTable, ids: Sequence[str] | None = None) -> None:
+    """Refuse a table of other checkpoints, or of other contents under their names. ids: whom to look at; None takes
+    the whole catalogue. Raises PlanError: naming a checkpoint."""
     known = table.provenance["checkpoints"]
-    for ref in catalogue.all_refs:
+    refs = catalogue.all_refs if ids is None else [catalogue.ref(name) for name in ids]
+    for ref in refs:
         if ref.id not in known:
             raise PlanError(f"checkpoint {ref.id!r} is not in the signal table; `simmerge signals` on this catalogue")
-    for name, digest in catalogue.digests().items():
-        if known[name] != digest:
-            raise PlanError(f"checkpoint {name!r} has changed since its signals; run `simmerge signals` again")
+    for ref in refs:
+        if known[ref.id] != cached_digest(ref):
+            raise PlanError(f"checkpoint {ref.id!r} has changed since its signals; run `simmerge signals` again")
 
 
 def on_fixed_tasks(config: RankingConfig, catalogue: Catalogue) -> RankingConfig:

@@ -15,7 +15,7 @@ from simmerge_ray.selector.data.targets import TrainingSet
 from simmerge_ray.selector.models.fit_mlp import fit_mlps
 from simmerge_ray.selector.models.fit_sklearn import fit_forest, fit_knn, fit_ridge
 from simmerge_ray.selector.models.novelty import fit_novelty
-from simmerge_ray.selector.models.policy import fit_intervals
+from simmerge_ray.selector.models.policy import fit_intervals, widest
 from simmerge_ray.selector.models.predictors import Predictor
 from simmerge_ray.selector.predictor.model import FittedRows, UtilityPredictor, standardised
 from simmerge_ray.selector.predictor.rows import CandidateRows
@@ -52,7 +52,8 @@ def unseen_utilities(rows: CandidateRows, folds: Sequence[Fold], config: TrainCo
 
 
 def train_predictor(rows: CandidateRows, config: TrainConfig) -> UtilityPredictor:
-    """Fit on all rows; intervals and metrics from leaving checkpoints out, and bases where there are several.
+    """Fit on all rows; intervals and metrics from leaving checkpoints out, and bases where there are several (the wider
+    of both at each level).
 
     Raises:
         LabelError: fewer than `MIN_ROWS` rows, or a signal that is no finite number.
@@ -71,15 +72,16 @@ def train_predictor(rows: CandidateRows, config: TrainConfig) -> UtilityPredicto
     novelty = fit_novelty(
         fitted.standardised(rows.features[chosen]), [groups[row] for row in chosen], config.novelty_quantile
     )
-    intervals, metrics = None, {}
-    if folds:
-        tested = _tested(rows, folds, config)
-        errors = [(value - rows.utility[list(f.tested)])[:, None] for f, value in zip(folds, tested, strict=True)]
-        # Candidates of the same members are alike: what counts is how many sets of members and tasks there are.
-        intervals = fit_intervals(errors, len(set(zip(groups, rows.tasks, strict=True))))
-        metrics["checkpoints"] = row_metrics(rows, fold_mean(folds, tested, len(rows.utility)))
-    if len(bases := sorted(set(rows.bases))) > 1:
-        metrics["bases"] = row_metrics(rows, unseen_utilities(rows, rows.base_folds(), config))
+    # Candidates of the same members are alike: what counts is how many sets of members and tasks there are.
+    num_contexts, bases = len(set(zip(groups, rows.tasks, strict=True))), sorted(set(rows.bases))
+    tested = {"checkpoints": folds} | ({"bases": rows.base_folds()} if len(bases) > 1 else {})
+    metrics, intervals = {}, []
+    for what, of in tested.items():
+        values = _tested(rows, of, config)
+        if of:
+            metrics[what] = row_metrics(rows, fold_mean(of, values, len(rows.utility)))
+            errors = [(value - rows.utility[list(f.tested)])[:, None] for f, value in zip(of, values, strict=True)]
+            intervals.append(fit_intervals(errors, num_contexts))
     provenance: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "num_rows": len(rows.utility),
@@ -90,7 +92,7 @@ def train_predictor(rows: CandidateRows, config: TrainConfig) -> UtilityPredicto
         "left_out": metrics,
         "data_digest": digest_bytes(rows.features.tobytes(), rows.utility.tobytes()),
     }
-    return UtilityPredictor(COLUMNS, fitted, novelty, intervals, provenance)
+    return UtilityPredictor(COLUMNS, fitted, novelty, widest(intervals), provenance)
 
 
 def _tested(rows: CandidateRows, folds: Sequence[Fold], config: TrainConfig) -> list[np.ndarray]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import resource
-import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import uvicorn
 import yaml
@@ -19,11 +20,13 @@ from simmerge_ray.base.storage import read_text, write_atomically
 from simmerge_ray.base.yaml_text import parse_yaml
 from simmerge_ray.service.http.access import new_token, read_access
 from simmerge_ray.service.http.api import create_app
+from simmerge_ray.service.http.listening import open_port
 from simmerge_ray.service.http.slow_clients import impatient
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import make_engine, upgrade_database
 from simmerge_ray.service.metrics import PrometheusMetrics
 
+GRACE_S = 2  # for requests that run when a service ends
 _TOKENS = "tokens.yaml"
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "beegfs", "fuse.sshfs", "efs")
 
@@ -83,6 +86,7 @@ def _own_token(path: Path) -> tuple[Path, str]:
 def serve_alone(config: ServeConfig, host: str, port: int) -> None:
     """Serve until SIGTERM or Ctrl-C; the first line of the output is the address. port: 0 takes any free one."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    listening = open_port(host, port)  # before seconds of reading
     service, token = completed(config)
     access = read_access(service.tokens)
     assert access is not None
@@ -91,12 +95,17 @@ def serve_alone(config: ServeConfig, host: str, port: int) -> None:
     app = create_app(lambda: learner, access, PrometheusMetrics())
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every connection is a file
-    try:
-        listening = socket.create_server((host, port), backlog=2048)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     address = f"http://{host}:{listening.getsockname()[1]}"
     print(f"listening on {address}" + (f" token {token}" if token else ""), flush=True)
     with listening, suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has shut down
-        server = uvicorn.Server(uvicorn.Config(app, http=impatient(), log_level="warning", access_log=False))
-        server.run(sockets=[listening])
+        options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": GRACE_S}
+        _Server(uvicorn.Config(app, http=impatient(), **options)).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """It says that it ends; once more Ctrl-C, and it does at once."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            print(f"ending: requests that run have {GRACE_S} s; nothing that was answered is lost", file=sys.stderr)
+        super().handle_exit(sig, frame)

@@ -39,11 +39,27 @@ class KeptAnswers:
     @property
     def own(self) -> LogProbs:
         """(S, K) and (S,) of the answering checkpoint."""
-        if self.owner in self.ids:
-            place = self.ids.index(self.owner)
+        return self.of(self.owner)
+
+    def of(self, checkpoint: str) -> LogProbs:
+        """(S, K) and (S,) of one of `ids`, or else of the base."""
+        if checkpoint in self.ids:
+            place = self.ids.index(checkpoint)
             return self.likely[place], self.rest[place]
         assert self.base_likely is not None and self.base_rest is not None
         return self.base_likely, self.base_rest
+
+    def kept_and_nll(self, found: LogProbs) -> tuple[float, float] | None:
+        """Retention, and nll in nats a token, of whoever gives these log-probabilities; None where they leave open
+        whether an answer is kept: a token that is not among the kept ones may be the likeliest."""
+        likely, rest = found
+        is_lost = likely[:, 0] < likely.max(1)
+        is_first = ~is_lost & (likely[:, 0] >= rest)  # as likely as all others together
+        starts = self.starts[:-1]
+        lost, first = np.logical_or.reduceat(is_lost, starts), np.logical_and.reduceat(is_first, starts)
+        if not (lost | first).all():
+            return None
+        return float(first.mean()), -float(likely[:, 0].astype(np.float64).mean())
 
     @property
     def starts(self) -> np.ndarray:

@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_refused_by_name(base, tmp_path):
 def test_what_is_neither_a_directory_nor_on_the_hub_is_named(base):
     with pytest.raises(CheckpointError, match=r"is not a directory .*no hub id"):
         locate_checkpoint("./nowhere", directory=base.parent)
-    with pytest.raises(CheckpointError, match="neither a directory nor a hub repository that can be had"):
+    with pytest.raises(CheckpointError, match="is no directory here, .*HF_HUB_OFFLINE is set"):
         locate_checkpoint("nobody/nothing-at-all")
     with pytest.raises(CheckpointError, match="the revision 'v2' has no meaning"):
         locate_checkpoint("base", "v2", directory=base.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from simmerge_ray.base.errors import CheckpointError, ConfigError, IncompatibleCheckpointsError, OutputError
-from simmerge_ray.checkpoints.catalogue import _edited_text, add_checkpoint, load_catalogue, write_catalogue
+from simmerge_ray.base.errors import CheckpointError, ConfigError, IncompatibleCheckpointsError, OutputError, PlanError
+from simmerge_ray.checkpoints.catalogue import (
+    _edited_text,
+    _put_in,
+    add_checkpoint,
+    load_catalogue,
+    remove_checkpoint,
+    twins,
+    write_catalogue,
+)
 from simmerge_ray.checkpoints.digests import checkpoint_digest
 from simmerge_ray.checkpoints.references import CheckpointRef
 from tests import tiny
@@ -115,12 +124,43 @@ def test_the_base_takes_no_adapter(zoo):
 
 def test_a_catalogue_is_built_one_by_one(zoo):
     path = zoo / "new" / "c.yaml"
+    with pytest.raises(ConfigError, match=r"there is no directory .*new; make it first"):
+        add_checkpoint(path, CheckpointRef("m0", zoo / "m0"), "add")
+    path.parent.mkdir()
     add_checkpoint(path, CheckpointRef("m0", zoo / "m0"), "add")
     add_checkpoint(path, CheckpointRef("base", zoo / "base"), as_base=True)
     last = add_checkpoint(path, CheckpointRef("tuned", zoo / "base", adapter=zoo / "lora"))
     assert load_catalogue(path) == last
     assert last.base == CheckpointRef("base", zoo / "base") and last.ids == ("m0", "tuned")
     assert last.own_task == {"m0": "add", "tuned": None} and last.ref("tuned").base_id == "base"
+
+
+def test_an_entry_whose_files_are_gone_can_be_removed_and_so_can_the_base(zoo):
+    path = zoo / "c.yaml"
+    path.write_text(
+        "base: {id: base, path: base}\ncheckpoints:\n  - {id: m0, path: gone}  # old\n  - {id: m1, path: m1}\n"
+    )
+    remove_checkpoint(path, "m0")
+    assert path.read_text() == "base: {id: base, path: base}\ncheckpoints:\n  - {id: m1, path: m1}\n"
+    assert remove_checkpoint(path, "base").base is None and load_catalogue(path).ids == ("m1",)
+    with pytest.raises(PlanError, match="unknown checkpoint 'm0'; known: m1"):
+        remove_checkpoint(path, "m0")
+
+
+def test_copies_are_told_whatever_they_are_called(zoo):
+    shutil.copytree(zoo / "base", zoo / "copied")
+    shutil.copytree(zoo / "m0", zoo / "twin")
+    path = zoo / "c.yaml"
+    entries = "".join(f"  - {{id: {name}, path: {name}}}\n" for name in ("m0", "m1", "twin", "copied"))
+    path.write_text(f"base: {{id: base, path: base}}\ncheckpoints:\n{entries}")
+    told = twins(load_catalogue(path))
+    assert [line.split(", so")[0] for line in told] == [
+        "'twin' holds the same weights as 'm0'",
+        "'copied' holds the same weights as the base",
+    ]
+    path.write_text("base: {id: base, path: base}\ncheckpoints: [{id: m0, path: m0}, {id: b, path: ./base}]")
+    with pytest.raises(ConfigError, match=r"'b' is the base itself \(.*base\); leave it out"):
+        load_catalogue(path)
 
 
 def test_a_base_alone_is_a_draft(zoo):
@@ -156,6 +196,11 @@ def test_other_entries_stay_as_they_were_written(zoo, style, as_base):
     entry = {"id": "new", "path": "m1"}
     added = {"base": entry} if as_base else {"checkpoints": [*before["checkpoints"], entry]}
     assert after == before | added
+    if style not in ("no checkpoints", "one line"):
+        kept = path.read_text()
+        remove_checkpoint(path, "new")
+        assert yaml.safe_load(path.read_text()) == before
+        assert set(path.read_text().splitlines()) <= set(kept.splitlines())  # nothing else was touched
     if style != "one line" and (style, as_base) != ("no checkpoints", False):
         assert set(STYLES[style].splitlines()) <= set(path.read_text().splitlines())
 
@@ -174,9 +219,8 @@ def test_an_empty_base_and_comments_are_no_obstacle(zoo):
 @example("1e3")
 @settings(max_examples=200)
 def test_any_text_is_added_as_text(text):
-    edited = _edited_text(
-        Path("c"), "checkpoints:\n  - {id: m0, path: ./m0}\n", {"id": text, "path": text}, as_base=False
-    )
+    add = partial(_put_in, entry={"id": text, "path": text}, as_base=False)
+    edited = _edited_text(Path("c"), "checkpoints:\n  - {id: m0, path: ./m0}\n", add)
     assert yaml.safe_load(edited)["checkpoints"][1:] == [{"id": text, "path": text}]
 
 
@@ -222,5 +266,5 @@ def test_a_base_with_a_task_or_an_adapter_is_refused(zoo, more):
 
 def test_a_catalogue_that_cannot_be_written_is_named(zoo):
     (zoo / "file").write_text("")
-    with pytest.raises(OutputError, match=r"file/c\.yaml cannot be written"):
+    with pytest.raises(OutputError, match=r"file/c\.yaml lies below .*file, which is a file"):
         add_checkpoint(zoo / "file" / "c.yaml", CheckpointRef("m0", zoo / "m0"))

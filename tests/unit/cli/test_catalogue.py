@@ -19,7 +19,7 @@ from simmerge_ray.checkpoints.tokenizers import tokenizer_digest
 from simmerge_ray.cli.catalogue import _in_units, catalogue_app
 from tests import tiny
 from tests.unit.checkpoints.test_catalogue import write_adapter
-from tests.unit.test_layers import loaded_modules
+from tests.unit.test_layers import loaded_by_commands
 
 
 @pytest.fixture
@@ -119,13 +119,12 @@ def test_a_taken_id_is_refused_before_anything_is_fetched(zoo, simmerge):
 
 def test_the_commands_load_no_heavy_library(zoo):
     file = zoo / "catalogue.yaml"
-    for arguments in (
+    calls = (
         ["add", str(zoo / "new.yaml"), "tuned", str(zoo / "base"), "--adapter", str(zoo / "lora")],
         ["list", str(file)],
         ["show", str(file), "m0"],
-    ):
-        line = ["simmerge", "catalogue", *arguments]
-        loaded = loaded_modules(f"sys.argv = {line}; from simmerge_ray.cli.app import main; main()")
+    )
+    for arguments, loaded in zip(calls, loaded_by_commands(["catalogue", *call] for call in calls), strict=True):
         assert not loaded & {"torch", "ray", "transformers", "numba", "pyarrow", "huggingface_hub"}, arguments
 
 

@@ -17,7 +17,7 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, pair_plan
 from simmerge_ray.search.labels import EvaluationSettings, Infeasible, LabelStore, Measured, Stopped
 from tests.unit.search.labels.made_up import label
-from tests.unit.test_layers import loaded_modules
+from tests.unit.test_layers import loaded_by_commands
 
 
 @pytest.fixture
@@ -138,8 +138,7 @@ def test_bad_input_ends_with_code_two_and_writes_nothing(store, arguments, messa
 
 
 def test_the_commands_load_no_heavy_library(store):
-    for arguments in (["--help"], ["show", str(store)], ["check", str(store)], ["compact", str(store)]):
-        line = ["simmerge", "labels", *arguments]
-        loaded = loaded_modules(f"sys.argv = {line}; from simmerge_ray.cli.app import main; main()")
+    calls = (["--help"], ["show", str(store)], ["check", str(store)], ["compact", str(store)])
+    for arguments, loaded in zip(calls, loaded_by_commands(["labels", *call] for call in calls), strict=True):
         assert not loaded & {"torch", "ray", "transformers", "numba", "sklearn", "matplotlib"}, arguments
         assert ("pyarrow" in loaded) == (arguments != ["--help"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from typing import get_args
 
@@ -31,6 +32,7 @@ from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import PlansRequest
 from simmerge_ray.signals.propagation.table import PROPAGATORS
 from simmerge_ray.signals.table import read_signal_table
+from tests import tiny
 from tests.artifacts import write_artifacts
 from tests.tables import synthetic_table
 
@@ -89,6 +91,16 @@ def test_a_pair_refuses_the_options_that_it_would_ignore(run, catalogue_path):
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception).startswith("--signatures, --ways, --arm, --propagator, --top: not for one pair")
     assert invoke(run, catalogue_path, *for_pair, "--task", "add", "--ways", "2-3").exit_code == 0
+
+
+def test_a_pair_with_a_checkpoint_that_has_changed_since_its_signals_is_refused(run, catalogue_path, tmp_path):
+    shutil.copytree(catalogue_path.parent, tmp_path / "zoo")
+    tiny.save(tiny.make_model(seed=5), tmp_path / "zoo" / "m1")
+    changed = tmp_path / "zoo" / "catalogue.yaml"
+    result = invoke(run, changed, "--left", "m0", "--right", "m1")
+    assert isinstance(result.exception, PlanError)
+    assert str(result.exception) == "checkpoint 'm1' has changed since its signals; run `simmerge signals` again"
+    assert invoke(run, changed, "--left", "m0", "--right", "m2").exit_code == 0  # the others are not looked at
 
 
 def test_the_service_ranks_plans_as_the_command_does(run, catalogue_path, catalogue, tmp_path):

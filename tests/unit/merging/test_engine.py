@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -261,7 +262,13 @@ def test_nothing_is_left_after_an_error_and_foreign_directories_are_not_replaced
     shutil.copytree(catalogue_path.parent, root)
     resolved = resolve_plan(pair_plan("m0", "m1", LINEAR), load_catalogue(root / "catalogue.yaml"))
     with pytest.raises(OutputError, match="exists and is not a merge"):
-        write_merge(resolved, root / "m0")
+        write_merge(resolved, root / "m2")
+    write_merge(resolved, tmp_path / "first")
+    again = replace(load_catalogue(root / "catalogue.yaml").ref("m0"), path=tmp_path / "first")
+    onto_itself = replace(resolved, checkpoints=(again, *resolved.checkpoints[1:]))
+    with pytest.raises(OutputError, match="OUT .*first is also checkpoint m0, which is read"):
+        write_merge(onto_itself, tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
     tiny.save(tiny.make_model(num_layers=1), root / "m1")
     with pytest.raises(IncompatibleCheckpointsError):
         write_merge(resolved, tmp_path / "out")

@@ -20,7 +20,7 @@ from simmerge_ray.plans.operators.table import OPERATORS
 from simmerge_ray.plans.plan import fold_plan, resolve_plan, write_plan
 from tests import tiny
 from tests.readers import TensorReader
-from tests.unit.test_layers import loaded_modules
+from tests.unit.test_layers import loaded_by_commands
 
 
 @pytest.fixture
@@ -151,11 +151,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operator", ["linear", "slerp", "ties"])
-def test_a_merge_in_blocks_loads_neither_torch_nor_transformers_nor_ray(catalogue, tmp_path, operator):
-    plan, out = tmp_path / "plan.json", tmp_path / "out"
-    write_plan(plan, resolve_plan(fold_plan(("m0", "m1"), [make_arm(operator)]), catalogue))
-    arguments = ["simmerge", "merge", str(plan), str(out)]
-    loaded = loaded_modules(f"import sys; sys.argv = {arguments!r}; from simmerge_ray.cli.app import main; main()")
-    assert (out / "model.safetensors").exists()
-    assert not loaded & {"torch", "transformers", "ray", "pandas", "sklearn"}
+def test_a_merge_in_blocks_loads_neither_torch_nor_transformers_nor_ray(catalogue, tmp_path):
+    operators = ("linear", "slerp", "ties")
+    for operator in operators:
+        resolved = resolve_plan(fold_plan(("m0", "m1"), [make_arm(operator)]), catalogue)
+        write_plan(tmp_path / f"{operator}.json", resolved)
+    calls = [["merge", str(tmp_path / f"{operator}.json"), str(tmp_path / operator)] for operator in operators]
+    for operator, loaded in zip(operators, loaded_by_commands(calls), strict=True):
+        assert (tmp_path / operator / "model.safetensors").exists()
+        assert not loaded & {"torch", "transformers", "ray", "pandas", "sklearn"}

@@ -12,10 +12,15 @@ from simmerge_ray.base.storage import read_json
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.pipelines import second_study
+from simmerge_ray.pipelines.choices import read_choice
 from simmerge_ray.pipelines.second_study import SecondStudy
+from simmerge_ray.research.second_study.real_labels import fixed_candidates, pair_order
 from simmerge_ray.research.second_study.real_recipes import draw_real_experts
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS
 from simmerge_ray.search.evaluation import load_tasks
+from simmerge_ray.search.evaluation.answers import PREFIX
+from simmerge_ray.search.labels import LabelStore, Measured
+from simmerge_ray.selector.predictor.rows import read_candidates
 from tests import tiny
 from tests.unit.research.second_study.made_up import write_real_tasks
 
@@ -25,7 +30,8 @@ def study(tmp_path, monkeypatch):
     def few(data):
         """A full and a LoRA expert of two steps, of different tasks."""
         drawn = draw_real_experts(data)
-        chosen = next(one for one in drawn if one.lora_rank), next(one for one in drawn if not one.lora_rank)
+        lora = next(one for one in drawn if one.lora_rank)
+        chosen = lora, next(one for one in drawn if not one.lora_rank and one.task != lora.task)
         return tuple(replace(one, num_steps=2, num_rows=2) for one in chosen)
 
     monkeypatch.setattr(second_study, "draw_real_experts", few)
@@ -63,3 +69,26 @@ def test_the_real_zoo_is_made_once_and_assessed(study, tmp_path):
 def test_real_stages_need_tasks_and_a_base(study, missing):
     with pytest.raises(ConfigError, match=f"--{missing}"):
         replace(study, **{missing: None}).run(["real-pilot"])
+
+
+def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, tmp_path):
+    study.run(["real-zoo", "real-choices", "real-labels"])
+    real = tmp_path / "out" / "real"
+    (pair,) = pair_order(load_catalogue(real / "zoo" / "catalogue.yaml"))
+    assert [path.name for path in (real / "choices" / "pairs").iterdir()] == [f"{pair[0]}+{pair[1]}.json"]
+    chosen = read_choice(real / "choices", pair).plan
+    labels = LabelStore(real / "labels").read()
+    plans = {one.plan for one in labels if one.plan.is_merge}
+    assert plans == {*fixed_candidates(*pair).values(), *([chosen] if chosen.is_merge else [])}
+    assert all(isinstance(one.outcome, Measured) for one in labels)
+    of_average = {one.task for one in labels if one.plan == fixed_candidates(*pair)["average"]}
+    tasks = {name.rpartition("-")[0] for name in pair}
+    assert {one for one in of_average if not one.startswith(PREFIX)} == tasks
+    assert sum(one.startswith(PREFIX) for one in of_average) == 2  # what it keeps of both members
+    rows = read_candidates([real / "labels"])
+    assert set(rows.tasks) == tasks and ((rows.utility >= 0) & (rows.utility <= 1)).all()
+
+    for path in sorted((real / "labels").glob("*.parquet"))[:1]:
+        path.unlink()  # as if interrupted before it
+    study.run(["real-choices", "real-labels"])
+    assert {one.key for one in LabelStore(real / "labels").read()} == {one.key for one in labels}

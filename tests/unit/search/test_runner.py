@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simmerge_ray.base.config import SearchConfig
-from simmerge_ray.base.errors import EngineError, InputError
+from simmerge_ray.base.errors import EngineError, InputError, OutputError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.plans.operators.specs import make_arm, parse_arm
 from simmerge_ray.plans.plan import MergePlan, pair_plan
@@ -18,6 +18,7 @@ from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEv
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
 from simmerge_ray.search.runner import TrialRunner, copy_labels
 from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials, prepare_search
+from simmerge_ray.search.status import NUM_ALIKE, SearchStatus
 from tests import tiny
 
 ARMS = ("linear", "ties(density=0.2)")
@@ -210,3 +211,20 @@ def test_what_cannot_be_searched_is_refused_before_ray_starts(catalogue, tasks, 
     refuse(r"task 'add', item 3: prompt and answer take \d+ tokens, the engine holds 8", max_model_len=8)
     refuse(r"(?s)objective 'add=x'.*unknown operator 'tise'.*the engine holds 8",
            max_model_len=8, objectives=("add=x",), arms=("tise",))  # fmt: skip
+
+
+def test_a_label_that_cannot_be_written_is_no_failure_of_the_merge(catalogue, tasks):
+    study, trials = grid(catalogue, tasks, "/sys/kernel/labels")
+    started = []
+    runner = TrialRunner(study, lambda search: started.append(1) or start_reference(search))
+    with pytest.raises(OutputError, match="labels cannot be written to /sys/kernel/labels: "):
+        runner.run(trials[0])
+    assert started == [1]  # and it is not evaluated a second time
+
+
+def test_trials_that_all_fail_alike_are_told_from_those_that_do_not():
+    failures = [(f"m{i}", f"merge 'm{i}': actor {i} at 0x7f0{i} ran out of memory") for i in range(NUM_ALIKE)]
+    assert SearchStatus(9, 4, 4, failures=failures[:4]).hopeless is None
+    assert "the first 5 merges all failed alike" in (SearchStatus(9, 5, 5, failures=failures).hopeless or "")
+    assert SearchStatus(9, 6, 5, failures=failures).hopeless is None  # one was measured
+    assert SearchStatus(9, 5, 5, failures=[*failures[:4], ("m4", "a tensor is missing")]).hopeless is None

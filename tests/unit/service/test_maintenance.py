@@ -283,9 +283,8 @@ def test_the_status_says_what_is_there(empty_database):
         (["upgrade", "sqlite:////absent/directory/x.db"], 1),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, code, tmp_path):
-    command = [sys.executable, "-m", "simmerge_ray.cli.app", "db", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+def test_mistakes_are_told_in_one_line(arguments, code, tmp_path, simmerge):
+    result = simmerge("db", *arguments, cwd=tmp_path)
     assert result.returncode == code and "Traceback" not in result.stderr
     if "--table" not in arguments:
         assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")

@@ -65,7 +65,9 @@ def test_rounds_over_probes_are_those_of_the_search():
     assert first_round(64, 24) == (21, 8) and first_round(16, 24) == (0, 24) and first_round(64, 3) == (0, 3)
     parts = {phase.name: phase for phase in choice().phases}
     assert parts["candidates, some probes"].units == 24
-    assert parts["candidates, all probes"].units == 24 // 3 + 2 + 2  # two members, the base and the plain average
+    assert parts["candidates, all probes"].units == 24 // 3  # what checkpoints and the average keep is known
+    four = {phase.name: phase for phase in choice(replace(SEVEN, num_models=4)).phases}
+    assert four["candidates, all probes"].units == 24 // 3 + 1  # of four, the average of some was looked at
     few = choice(replace(SEVEN, probes=16))
     assert "candidates, some probes" not in seconds(few)
     evaluating = parts["candidates, some probes"].causes["evaluating"]
@@ -86,9 +88,9 @@ def test_a_step_of_tuning_on_a_gpu_follows_the_formula():
     found = choice(work=work)
     assert found.tuner is not None and found.tuner.gpu is not None
     answers = 2 * 2 * 7.6e9 * 64 * 115 * 2 / (67e12 * 0.4) + 2 * 4 * 16 * 4 * 7.6e9 / (3.35e12 * 0.6)
-    steps = 60 * 8 * 7.6e9 * 2 * 64 * 115 / (67e12 * 0.4)  # layers of so large a model are computed twice
+    steps = work.steps * 8 * 7.6e9 * 2 * 64 * 115 / (67e12 * 0.4)  # layers of so large a model are computed twice
     assert arithmetic(found, "tuning") == pytest.approx(answers + steps)
-    weights = 60 * 4 * 7.6e9 * (3 * 2 + 2) / (3.35e12 * 0.6)
+    weights = work.steps * 4 * 7.6e9 * (3 * 2 + 2) / (3.35e12 * 0.6)
     assert arithmetic(found, "tuning", "setting weights") == pytest.approx(weights)
 
 

@@ -286,4 +286,5 @@ def test_stores_that_do_not_fit_are_not_merged_and_nothing_is_written(tmp_path):
 
 
 def test_the_label_store_loads_no_torch():
-    assert not loaded_modules("import simmerge_ray.search.labels") & {"torch", "ray", "transformers", "pandas"}
+    (loaded,) = loaded_modules(["import simmerge_ray.search.labels"])
+    assert not loaded & {"torch", "ray", "transformers", "pandas"}

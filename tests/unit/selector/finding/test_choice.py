@@ -17,7 +17,7 @@ from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.selector.finding.choice import choose
 from simmerge_ray.selector.finding.curve import curved_sources
-from simmerge_ray.selector.finding.probed import in_this_process
+from simmerge_ray.selector.finding.probed import Prober, in_this_process
 from simmerge_ray.selector.finding.sources import find_request, find_sources
 from simmerge_ray.signals.compute import local_executor
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
@@ -42,7 +42,7 @@ def room(catalogue, catalogue_path, tmp_path_factory):
     return whole, found | {GENERAL: general}, SignatureStore(root / "signatures")
 
 
-def chosen(room, labels, **changes):
+def chosen(room, labels, is_exact=True, **changes):
     catalogue, probe_sets, store = room
     request = find_request(catalogue, probe_sets, CONFIG.model_copy(update=changes))
     executor = local_executor(request.catalogue)
@@ -56,7 +56,7 @@ def chosen(room, labels, **changes):
         return started[-1]
 
     lines: list[str] = []
-    found = choose(request, sources, in_this_process(config, str(labels), start), lines.append)
+    found = choose(request, sources, in_this_process(config, str(labels), start), lines.append, is_exact)
     return found, sources, len(started), lines
 
 
@@ -92,6 +92,35 @@ def test_virtual_scores_of_checkpoints_as_they_are_are_what_probing_finds(pair):
         np.testing.assert_allclose(virtual.nll[row], probed[name].nll, atol=2e-4)
         # A likelier token outside the kept ones is seen by probing alone; here all 32 kept ones are 32 of 52.
         np.testing.assert_allclose(virtual.retention[row], probed[name].retention, atol=1e-9)
+
+
+def test_what_signatures_know_of_checkpoints_and_the_average_is_what_running_them_finds(room, pair, tmp_path):
+    found, sources, _, _ = pair
+    known = sources.scorer.known()
+    assert len(known) > 1 and set(known) <= {*(one.plan for one in found.checkpoints), found.average}
+    config = SearchConfig(evaluator="transformers", pairs="all")
+    request = find_request(room[0], room[1], CONFIG.model_copy(update={"members": ("m0", "m1")}))
+    run = in_this_process(config, str(tmp_path), lambda search: TransformersEvaluator(search.template))
+    prober = Prober(request.catalogue, sources.answers, sources.aim, run)
+    for one in prober.probe(list(known), prober.parts):
+        retention, nll = known[one.plan]
+        np.testing.assert_array_equal(retention, one.retention)
+        np.testing.assert_allclose(nll, one.nll, atol=1e-5)
+
+
+def test_in_another_precision_checkpoints_are_run_again(room, tmp_path, monkeypatch):
+    runs = []
+
+    def counted(self, plans, bounds, chosen=None):
+        runs.extend(plan for plan in plans if plan not in self._known)
+        return probe(self, plans, bounds, chosen)
+
+    probe = Prober.probe
+    monkeypatch.setattr(Prober, "probe", counted)
+    for is_exact in (True, False):
+        runs.clear()
+        _, sources, _, _ = chosen(room, tmp_path / str(is_exact), is_exact, members=("m0", "m1"))
+        assert set(sources.scorer.known()).isdisjoint(runs) == is_exact
 
 
 def test_the_same_call_gives_the_same_answer_and_a_second_one_runs_nothing(room, pair, tmp_path):

@@ -283,3 +283,18 @@ def test_the_base_s_own_answers_are_looked_at_as_a_member_s():
     expected = score_answers(*parts[1], as_member[1].argmax(-1) == tokens, *parts[0], answer)
     assert found.nll[1] == pytest.approx(expected.mean_nll, rel=1e-5)
     assert found.kl[1] == pytest.approx(expected.mean_kl, rel=1e-4)
+
+
+def test_what_one_checkpoint_keeps_is_known_unless_a_token_outside_may_be_the_likeliest():
+    """Three answers of two tokens; the answer's token stands first, and `rest` is all that was not kept."""
+    answer = np.array([0, 0, 1, 1, 2, 2])
+    likely = np.log([[0.6, 0.1], [0.5, 0.2], [0.2, 0.5], [0.3, 0.1], [0.4, 0.3], [0.5, 0.1]])
+    rest = np.log(1 - np.exp(likely).sum(1))
+    kept = KeptAnswers(("m1",), likely[None], rest[None], None, None, "m1", answer)
+    # In the second answer a token may be likelier than the answer's (.3 against .6 outside), but it is lost already.
+    retention, nll = kept.kept_and_nll((likely, rest))
+    assert retention == pytest.approx(2 / 3)
+    assert nll == pytest.approx(-likely[:, 0].mean())
+    likely[2] = np.log([0.5, 0.2])
+    assert kept.kept_and_nll((likely, np.log(1 - np.exp(likely).sum(1)))) is None
+    assert kept.kept_and_nll((likely, np.full(6, -np.inf)))[0] == 1.0  # the kept tokens are the whole vocabulary

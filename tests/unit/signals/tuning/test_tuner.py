@@ -130,20 +130,56 @@ def test_a_member_alone_loses_nothing():
     assert model.objective(at, batches[1:], "kl", False)[0] > 0.01
 
 
-def test_tuning_goes_down_stops_early_and_goes_on_to_the_same_bits():
+def arrays_of(state: TuneState) -> dict[str, list]:
+    return {name: array.tolist() for name, array in state.arrays().items()}
+
+
+def test_tuning_goes_down_and_goes_on_to_the_same_bits():
     model, batches = setting(held_out=0.25)
     start = np.full((2, len(model.group_names)), 0.5)
-    spec = TuneConfig(num_steps=12, patience=12, learning_rate=0.05, pull=0.0)
+    spec = TuneConfig(num_steps=12, patience=12, pull=0.0)
     kept: list[dict[str, np.ndarray]] = []
-    whole = tune_coefficients(
-        model, batches, start, spec, keep=lambda s: kept.append({k: v.copy() for k, v in s.arrays().items()})
-    )
-    assert whole.objectives[-1][0] < whole.objectives[0][0]
-    assert whole.best_objective == min(held for _, held in whole.objectives)
-    again = tune_coefficients(model, batches, start, spec, TuneState.from_arrays(kept[4]))
-    assert {k: v.tolist() for k, v in again.arrays().items()} == {k: v.tolist() for k, v in whole.arrays().items()}
-    impatient = tune_coefficients(model, batches, start, TuneConfig(num_steps=50, patience=1, learning_rate=2.0))
-    assert impatient.num_steps < 50
+    whole = tune_coefficients(model, batches, start, spec, keep=lambda state: kept.append(state.arrays()))
+    assert len(kept) == whole.num_steps == 12 and whole.objectives[-1][0] < whole.objectives[0][0]
+    assert whole.objectives[whole.best_step][1] == min(held for _, held in whole.objectives)
+    assert np.array_equal(whole.best, whole.points[whole.best_step])
+    evaluated = []
+    goes_on = tune_coefficients(model, batches, start, spec, TuneState.from_arrays(kept[4]), evaluated.append)
+    assert arrays_of(goes_on) == arrays_of(whole) and len(evaluated) == 12 - 5
+
+
+def test_a_state_of_other_points_is_not_believed():
+    model, batches = setting(held_out=0.25)
+    start = np.full((2, len(model.group_names)), 0.5)
+    spec = TuneConfig(num_steps=5)
+    whole = tune_coefficients(model, batches, start, spec)
+    other = TuneState.from_arrays(whole.arrays())
+    other.points[2] = other.points[2] + 1e-3
+    other.objectives[2:] = [(0.0, 0.0)] * 3
+    assert arrays_of(tune_coefficients(model, batches, start, spec, other)) == arrays_of(whole)
+
+
+def test_where_it_converges_the_gradient_with_the_pull_is_zero():
+    model, batches = setting()
+    start = np.full((2, len(model.group_names)), 0.5)
+    spec = TuneConfig(num_steps=400, patience=400)
+    found = tune_coefficients(model, batches, start, spec)
+    assert found.num_steps < 400
+    pulled = [
+        value + spec.pull * np.mean((point - start) ** 2)
+        for point, (value, _) in zip(found.points, found.objectives, strict=True)
+    ]
+    end = int(np.argmin(pulled))
+    gradient = found.gradients[end] + 2 * spec.pull * (found.points[end] - start) / start.size
+    assert np.abs(gradient).max() < 1e-2 * np.abs(found.gradients[0]).max()
+
+
+def test_patience_is_over_when_the_held_out_objective_falls_by_less_than_a_hundredth():
+    steady = [(0.0, 1.0 - 0.02 * step) for step in range(8)]
+    assert not TuneState(objectives=steady).is_over(100, 2) and TuneState(objectives=steady).is_over(8, 2)
+    for stuck in (0.993, 1.2):
+        assert not TuneState(objectives=[(0.0, 1.0), (0.0, stuck)]).is_over(100, 2)
+        assert TuneState(objectives=[(0.0, 1.0), (0.0, stuck), (0.0, stuck - 0.001)]).is_over(100, 2)
 
 
 def test_a_strong_pull_stays_at_the_start():
@@ -151,7 +187,7 @@ def test_a_strong_pull_stays_at_the_start():
     start = np.full((2, len(model.group_names)), 0.5)
     free = tune_coefficients(model, batches, start, TuneConfig(num_steps=10, pull=0.0))
     held = tune_coefficients(model, batches, start, TuneConfig(num_steps=10, pull=100.0))
-    assert np.abs(held.coefficients - start).mean() < 0.5 * np.abs(free.coefficients - start).mean()
+    assert np.abs(held.best - start).mean() < 0.5 * np.abs(free.best - start).mean()
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
