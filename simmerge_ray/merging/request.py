@@ -77,7 +77,7 @@ def read_request(file: Place, out: Place, strict: bool = False) -> MergeRequest:
 
     Raises InputError: with every problem found; with `strict` also what of the file would have no effect.
     """
-    check_outputs([merge_output(out)], {"PLAN": file})
+    check_outputs([merge_output(out)])  # before anything is fetched from the hub
     if file.suffix in _YAML_SUFFIXES:
         try:
             text = read_text(file)

@@ -21,7 +21,7 @@ from simmerge_ray.base.config import EngineConfig, RankingConfig, RankingFiles, 
 from simmerge_ray.base.errors import ConfigError, PlanError
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Place, as_place, check_outputs
+from simmerge_ray.base.storage import Place, as_place
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, general_probe_set, load_probe_sets
 from simmerge_ray.plans.plan import MergePlan, resolve_plan
@@ -123,7 +123,7 @@ def find_merge(
     Raises:
         InputError: what does not fit, before anything runs. EngineError: no evaluator started.
     """
-    from simmerge_ray.pipelines.auto.answer import auto_outputs, auto_run, check_auto, label_free_json
+    from simmerge_ray.pipelines.auto.answer import auto_run, check_auto, label_free_json
     from simmerge_ray.pipelines.auto.find import find_stages
     from simmerge_ray.selector.finding.sources import find_request
 
@@ -131,7 +131,6 @@ def find_merge(
         raise ConfigError("measuring on labels runs on actors: give on_ray=True with tasks and evaluate")
     request, narrator = find_request(catalogue, _probe_sets(probes), config or FindConfig()), Narrator.silent()
     with _directory(out) as directory:
-        check_outputs(auto_outputs(directory, None, write=False))
         labels = None if tasks is None else as_place(tasks)
         run = auto_run(request, engine or _TRANSFORMERS, directory, None, labels, evaluate, write=False)
         run = replace(run, here=not on_ray)

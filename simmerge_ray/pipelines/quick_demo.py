@@ -36,13 +36,11 @@ def quick_run(layout: RunLayout[Path], config: FindConfig | None = None) -> Auto
     """What `simmerge auto` is asked of these experts; its answer goes to `auto` in the run's directory."""
     from dataclasses import replace
 
-    from simmerge_ray.base.storage import check_outputs
     from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.checkpoints.probes import load_probe_sets
-    from simmerge_ray.pipelines.auto.answer import auto_outputs, auto_run, check_auto
+    from simmerge_ray.pipelines.auto.answer import auto_run, check_auto
     from simmerge_ray.selector.finding.sources import find_request
 
-    check_outputs(auto_outputs(layout.root / "auto", None, write=True))
     request = find_request(load_catalogue(layout.catalogue), load_probe_sets(layout.probes), config or FindConfig())
     run = auto_run(request, EngineConfig(evaluator="transformers"), layout.root / "auto", None, None, 0)
     run = replace(run, here=True)

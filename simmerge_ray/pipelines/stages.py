@@ -12,7 +12,17 @@ from rich.markup import escape
 from simmerge_ray.base.config import DatasetConfig, SignalsConfig, TrainConfig, load_yaml_leniently
 from simmerge_ray.base.errors import ConfigError, InputError, LabelError, ProbeError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Manifest, Place, digest_file, filled_in_place, is_complete, name_below, write_json
+from simmerge_ray.base.storage import (
+    Manifest,
+    Output,
+    Place,
+    check_outputs,
+    digest_file,
+    filled_in_place,
+    is_complete,
+    name_below,
+    write_json,
+)
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, general_probe_set, load_probe_sets
 from simmerge_ray.checkpoints.references import read_config
@@ -307,6 +317,11 @@ def load_dataset_config(path: Place) -> tuple[DatasetConfig, SearchEstimate]:
     estimate = None
     if config is not None:
         output_place(config.out, f"`out` in {path}")
+        inputs = {"`catalogue`": config.catalogue, "`tasks`": config.tasks, "`probes`": config.probes}
+        try:
+            check_outputs([Output(config.out, "`out`")], inputs)
+        except InputError as error:
+            problems.append(str(error))
         try:
             estimate = plan_search(config.catalogue, config.tasks, config.out / "labels", config.search)
         except InputError as error:

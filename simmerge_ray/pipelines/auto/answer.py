@@ -11,7 +11,7 @@ from typing import Any
 from simmerge_ray.base.config import EngineConfig, SearchConfig
 from simmerge_ray.base.errors import ConfigError, TaskError
 from simmerge_ray.base.progress import Narrator
-from simmerge_ray.base.storage import Manifest, Output, Place, write_json
+from simmerge_ray.base.storage import Manifest, Output, Place, as_place, check_outputs, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.merging.write.directory import write_merge
 from simmerge_ray.merging.write.output import PLAN_FILE, merge_output
@@ -64,6 +64,7 @@ def auto_outputs(out: Path, signatures: Place | None, write: bool) -> list[Outpu
 
 def check_auto(run: AutoRun) -> None:
     """What can be checked before anything is computed; InputError says what cannot be used."""
+    check_outputs(auto_outputs(run.out, as_place(run.signatures), run.write))
     digest_on_nodes(run.request.catalogue)
     prepare_measuring(run)
 

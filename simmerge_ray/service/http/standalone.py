@@ -86,7 +86,6 @@ def _own_token(path: Path) -> tuple[Path, str]:
 def serve_alone(config: ServeConfig, host: str, port: int) -> None:
     """Serve until SIGTERM or Ctrl-C; the first line of the output is the address. port: 0 takes any free one."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    listening = open_port(host, port)  # before seconds of reading
     service, token = completed(config)
     access = read_access(service.tokens)
     assert access is not None
@@ -95,6 +94,7 @@ def serve_alone(config: ServeConfig, host: str, port: int) -> None:
     app = create_app(lambda: learner, access, PrometheusMetrics())
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every connection is a file
+    listening = open_port(host, port)
     address = f"http://{host}:{listening.getsockname()[1]}"
     print(f"listening on {address}" + (f" token {token}" if token else ""), flush=True)
     with listening, suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has shut down

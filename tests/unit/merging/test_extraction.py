@@ -141,7 +141,7 @@ def test_the_command_writes_the_same_bytes_again_and_says_what_is_wrong(simmerge
         (("--target", "nowhere"), "has no weights in 'nowhere'"),
         (("--rank", 0), "greater than or equal to 1"),
         (("--base", tmp_path / "absent"), "is not a directory"),
-        (("--out", fine.path), "is no adapter made by"),
+        (("--out", fine.path), "is not an adapter made by"),
     ):
         wrong = simmerge(*line, *changes)
         assert wrong.returncode == 2 and message in wrong.stderr, wrong.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from simmerge_ray.service.http.gate import Gate
 from simmerge_ray.service.http.standalone import completed, filesystem_of, prepare_database
 from simmerge_ray.service.log.database import upgrade_database
 from tests.unit.service.asking import PAIR, SLOW, TOKENS, Service
-from tests.unit.service.live import running
+from tests.unit.service.live import TOKEN, running
 from tests.unit.service.published import PublishedFiles, write_published
 
 
@@ -219,5 +220,11 @@ def test_the_plain_process_serves_and_ends(files, tmp_path):
     with running(files, tmp_path) as live, live.client() as client:
         assert client.post("/v1/decisions", json=PAIR).status_code == 201
         assert httpx.get(f"{live.url}/v1/policy").status_code == 401
+        host, port = live.url.removeprefix("http://").split(":")
+        waiting = socket.create_connection((host, int(port)))  # it is not waited for: its body never comes
+        head = "POST /v1/decisions HTTP/1.1", f"host: {host}", f"authorization: Bearer {TOKEN}", "content-length: 99"
+        waiting.sendall("\r\n".join((*head, "", "")).encode())
+    waiting.close()
     assert live.process.returncode == 0
-    assert '"decision_id"' in live.log.read_text()
+    log = live.log.read_text()
+    assert '"decision_id"' in log and "ending: requests that run have 2 s; nothing that was answered is lost" in log
