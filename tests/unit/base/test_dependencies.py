@@ -17,8 +17,8 @@ from simmerge_ray.base.extras import require
 from tests.declared import CORE, EXTRAS, PROJECT, ROOT, distributions, names
 
 OWN = {"simmerge_ray", "tests", "benchmarks", "jobs"}
-# The benchmarks run mergekit in an environment of its own; rich, which is declared, brings markdown_it.
-ELSEWHERE = {"mergekit", "markdown_it"}
+# The benchmarks run mergekit in an environment of its own.
+ELSEWHERE = {"mergekit"}
 BY_OTHERS = {"cmaes", "ruamel-yaml"}  # optuna's sampler imports it; the catalogue's editor will
 
 

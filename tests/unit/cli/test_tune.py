@@ -92,7 +92,7 @@ def test_regmean_is_a_plan_and_a_catalogue_that_other_commands_take(tune, simmer
     made = simmerge("merge", "tuned/recipe.json", "merged", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert "base_model:\n- m0\n- m1\n" in card
+    assert "# Merge of m0 and m1" in card and "base_model" not in card  # they are of no hub
     assert not (tmp_path / "merged" / "mergekit_config.yml").exists()
     plan = {"operator": "regmean", "members": [{"checkpoint": "m0"}, {"checkpoint": "m1"}], "checkpoints": {}}
     plan["checkpoints"] = {ref.id: str(ref.path) for ref in resolved.checkpoints}

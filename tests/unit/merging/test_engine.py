@@ -277,7 +277,7 @@ def test_nothing_is_left_after_an_error_and_foreign_directories_are_not_replaced
 
 def test_a_full_or_read_only_target_is_named(catalogue, tmp_path, monkeypatch):
     resolved = resolve_plan(pair_plan("m0", "m1", LINEAR), catalogue)
-    with pytest.raises(OutputError, match="cannot write to /proc"):
+    with pytest.raises(OutputError, match="cannot write into /proc"):
         write_merge(resolved, Path("/proc/simmerge/out"))
 
     def full(*_) -> None:
