@@ -26,7 +26,7 @@ from simmerge_ray.signals.table import read_signal_table
 from tests.artifacts import write_artifacts
 from tests.unit.selector.made_up import write_study
 
-CONFIG = TrainConfig(model="ridge", num_folds=2)
+CONFIG = TrainConfig(model="ridge", num_folds=2, num_members=1, num_epochs=20, num_trees=4)
 
 
 @pytest.fixture(autouse=True)
