@@ -45,7 +45,7 @@ def auto(
     ] = None,
     predictor: Annotated[
         PathOrUri | None,
-        place_option(help="says what utility to expect, made by `simmerge predictor train`; default: the package's"),
+        place_option(help="says what utility to expect; `simmerge predictor train` makes one of labels of this base"),
     ] = None,
     evaluate: Annotated[int, typer.Option(min=0, help="merges to measure on --tasks, which then decide")] = 0,
     write: Annotated[bool, typer.Option(help="write a merge that is the answer to OUT/merged")] = True,

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from simmerge_ray.base.config import SearchConfig
+from simmerge_ray.base.config import EngineConfig, SearchConfig, TrainConfig
 from simmerge_ray.base.errors import (
     ConfigError,
     LabelError,
@@ -33,7 +33,7 @@ from simmerge_ray.cli.app import app
 from simmerge_ray.cli.auto import measured_lines, measured_table, retention_lines, retention_table
 from simmerge_ray.on_ray import finding
 from simmerge_ray.on_ray.engines import start_evaluator
-from simmerge_ray.pipelines.auto.answer import auto_outputs, label_free_json, write_stage
+from simmerge_ray.pipelines.auto.answer import auto_outputs, auto_run, label_free_json, write_stage
 from simmerge_ray.pipelines.auto.expected import expect
 from simmerge_ray.pipelines.auto.find import find_here, find_stages
 from simmerge_ray.pipelines.auto.measure import (
@@ -54,9 +54,10 @@ from simmerge_ray.selector.finding.probed import ProbedPlan
 from simmerge_ray.selector.finding.sources import find_request
 from simmerge_ray.selector.finding.space import kept_checkpoints, sum_of
 from simmerge_ray.selector.finding.virtual import VirtualScores
-from simmerge_ray.selector.predictor.model import default_predictor, read_predictor
+from simmerge_ray.selector.predictor.train import train_predictor
 from simmerge_ray.signals.candidates.signatures import Owner
 from simmerge_ray.signals.queue import Unit, WorkQueue
+from tests.unit.selector.predictor.made_up import rows_of_bases
 
 ENGINE = SearchConfig(pairs="all", evaluator="transformers", concurrency=1)
 FIND = FindConfig(members=("m0", "m1"), num_recipes=200, shortlist=4, tune="none", max_tokens=4)
@@ -194,11 +195,12 @@ def test_a_merge_is_written_once_with_what_it_keeps_and_another_answer_replaces_
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_the_answer_has_the_utilities_that_the_predictor_expects(request_, tmp_path):
+def test_the_answer_has_the_utilities_that_a_predictor_expects(request_, tmp_path):
     found = planted(request_, {"a": 0.95, "b": 0.7, "m0": 0.9, "m1": 0.5, "base": 0.4})
     written(request_, found, tmp_path / "without", write=False)
     assert read_json(tmp_path / "without" / "auto.json")["expected"] is None
-    run = replace(run_in(tmp_path, request_, write=False), predictor=read_predictor(default_predictor()))
+    train_predictor(rows_of_bases(), TrainConfig(model="ridge", num_folds=4)).write(tmp_path / "predictor")
+    run = auto_run(request_, EngineConfig(), tmp_path, None, None, 0, False, tmp_path / "predictor")
     told = label_free_json(run, found)["expected"]
     assert [one["label"] for one in told["candidates"]] == [one.plan.label for one in found.lines]
     assert all(set(one["utility"]) == {"add", "copy"} for one in told["candidates"])

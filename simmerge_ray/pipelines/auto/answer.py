@@ -24,7 +24,7 @@ from simmerge_ray.reports.found import write_auto_report
 from simmerge_ray.search.evaluation import Task, load_tasks
 from simmerge_ray.selector.finding.probed import ProbedPlan
 from simmerge_ray.selector.finding.sources import FindRequest
-from simmerge_ray.selector.predictor.model import default_predictor, read_predictor
+from simmerge_ray.selector.predictor.model import read_predictor
 
 MERGED, ANSWER, PLAN, MANIFEST = "merged", "auto.json", "plan.json", "manifest.json"
 SIGNATURES = "signatures"
@@ -41,7 +41,7 @@ def auto_run(
     predictor: Place | None = None,
 ) -> AutoRun:
     """What is asked. signatures: None puts them into `out`. tasks: directory of labels, of which `evaluate` merges are
-    measured. predictor: None takes the package's.
+    measured. predictor: of one's own labels; None for none.
 
     Raises:
         ConfigError: one of `tasks` and `evaluate` without the other. TaskError: a task that cannot be used or lacks.
@@ -52,7 +52,7 @@ def auto_run(
     labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
     labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
     where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
-    expecting = read_predictor(default_predictor() if predictor is None else predictor)
+    expecting = None if predictor is None else read_predictor(predictor)
     return AutoRun(request, search, out, where, labels, evaluate, write, predictor=expecting)
 
 

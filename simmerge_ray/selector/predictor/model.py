@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,11 +126,6 @@ class UtilityPredictor:
         description = {"schema": PREDICTOR_SCHEMA, "columns": self.columns, "provenance": self.provenance}
         parts = ModelParts(fitted.centre, fitted.scale, fitted.predictor, self.novelty, self.intervals)
         parts.write(path, "predictor", description)
-
-
-def default_predictor() -> Path:
-    """The predictor that comes with the package, trained on several small bases (docs/predictor.md)."""
-    return Path(str(files("simmerge_ray.selector"))) / "default" / "predictor"
 
 
 def read_predictor(path: Place) -> UtilityPredictor:

@@ -18,7 +18,6 @@ from simmerge_ray.selector.finding.choice import Finding
 from simmerge_ray.selector.finding.probed import ProbedPlan
 from simmerge_ray.selector.finding.space import sum_of
 from simmerge_ray.selector.finding.virtual import VirtualScores
-from simmerge_ray.selector.predictor.model import default_predictor, read_predictor
 from simmerge_ray.selector.predictor.signals import SingleValues
 from simmerge_ray.selector.predictor.train import train_predictor
 from simmerge_ray.signals.candidates.signatures import Owner
@@ -88,15 +87,3 @@ def test_no_number_is_said_where_nothing_is_known(predictor):
 @pytest.mark.parametrize("without", ["base", "m1"])
 def test_nothing_is_expected_where_a_checkpoint_could_not_be_run(predictor, without):
     assert expect(run_with(predictor), found(without)) is None
-
-
-def test_the_packaged_predictor_is_of_several_bases_and_says_how_good_it_is():
-    packaged = read_predictor(default_predictor())
-    of = packaged.provenance
-    assert len(of["bases"]) >= 3 and set(of["left_out"]) == {"checkpoints", "bases"}
-    assert packaged.intervals is not None and 0 < packaged.intervals.half_widths[0, 0] < 0.5
-    page = (Path(__file__).parents[3] / "docs" / "predictor.md").read_text()
-    for name, label in {"checkpoints": "checkpoints left out", "bases": "bases left out"}.items():
-        row = next(line for line in page.splitlines() if line.startswith(f"| packaged, {label}"))
-        said = [float(cell) for cell in row.split("|")[2:5]]
-        assert said == pytest.approx([of["left_out"][name][key] for key in ("r2", "rmse", "spearman")], abs=6e-4)
