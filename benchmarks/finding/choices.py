@@ -51,12 +51,19 @@ def sources_of(
     sets = {task: ProbeSet(task, one.probes[:count]) for task, one in bench.probes.items()}
     if probes == "general probes":
         catalogue = replace(catalogue, own_task=dict.fromkeys(catalogue.ids, GENERAL))
-        sets = {GENERAL: general_probe_set()}
+        sets = {GENERAL: _of_few_tokens(general_probe_set(), bench)}
     given = config or FindConfig()
     request = find_request(catalogue, sets, given.model_copy(update={"members": tuple(members)}))
     store = SignatureStore(str(bench.cache / "signatures"))
     executor = local_executor(request.catalogue)
     return request, curved_sources(request, find_sources(request, store, executor), average or store, executor)
+
+
+def _of_few_tokens(probes: ProbeSet, bench: Bench) -> ProbeSet:
+    """Those that the zoo's models can read: its tokens are characters."""
+    most = SignatureSpec().max_tokens
+    short = [one for one in probes.probes if len(bench.tokenizer(one.text)["input_ids"]) <= most]
+    return ProbeSet(probes.task, tuple(short))
 
 
 def in_one_process(labels: str) -> RunTrials:

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,7 @@ def changed_safetensors(draw: Any, data: bytes) -> bytes:
 
 def write_learned(root: Path) -> Path:
     """Beside the others: a signal table, a selector, a catalogue of their checkpoints, labels, a log of a service."""
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
     from simmerge_ray.search.labels import LabelStore
     from simmerge_ray.service.bandit.policy import Noise
     from simmerge_ray.service.log.database import upgrade_database
@@ -253,12 +254,14 @@ def write_learned(root: Path) -> Path:
     from tests.unit.service.published import write_published
 
     table = made_up_table("s1", 4)
-    write_published(root, table=table)
-    LabelStore(root / "labels").append(made_up_labels(table, 4)[:4])
-    LabelStore(root / "labels").append(made_up_labels(table, 4)[4:8])
     entries = [{"id": name, "path": "a"} for name in table.checkpoint_ids]
     content = {"base": {"id": "s1-base", "path": "base"}, "checkpoints": entries}
     (root / "made-up.yaml").write_text(yaml.safe_dump(content))
+    digests = load_catalogue(root / "made-up.yaml").digests()  # `plan` looks at the checkpoints of a pair
+    table = replace(table, provenance={**table.provenance, "checkpoints": digests})
+    write_published(root, table=table)
+    LabelStore(root / "labels").append(made_up_labels(table, 4)[:4])
+    LabelStore(root / "labels").append(made_up_labels(table, 4)[4:8])
     upgrade_database(url := f"sqlite:///{root}/service.db")
     with opened(url) as log:
         made = decision("d0"), RewardGiven("d0", 0.5), RewardVoided("d0", "wrong"), RewardGiven("d0", 0.25)
