@@ -60,8 +60,8 @@ def sources_of(
 
 
 def _of_few_tokens(probes: ProbeSet, bench: Bench) -> ProbeSet:
-    """Those that the zoo's models can read: its tokens are characters."""
-    most = SignatureSpec().max_tokens
+    """Those that the zoo's models can read and answer: its tokens are characters, its context is short."""
+    most = min(SignatureSpec().max_tokens, bench.live.model.config.max_position_embeddings - FindConfig().max_tokens)
     short = [one for one in probes.probes if len(bench.tokenizer(one.text)["input_ids"]) <= most]
     return ProbeSet(probes.task, tuple(short))
 

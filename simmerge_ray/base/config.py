@@ -216,7 +216,7 @@ class TuneConfig(FrozenConfig):
         "gradient", "gradient on coefficients, or regmean's closed form for linear layers (only --alpha counts then)"
     )
     alpha: float = option(0.9, "regmean: what off-diagonals of Gram matrices are scaled by", ge=0, le=1)
-    groups: Literal["global", "layer", "block", "tensor"] = option("layer", "what shares a coefficient of a member")
+    groups: Literal["global", "layer", "block", "tensor"] = option("tensor", "what shares a coefficient of a member")
     objective: Literal["kl", "nll", "entropy"] = option("kl", "entropy never looks at the members: a control")
     num_steps: int = option(30, "gradients, at most", flag="steps", ge=1)
     pull: float = option(0.05, "weight of the mean squared distance from the start", ge=0)

@@ -33,7 +33,7 @@ class FindConfig(FrozenConfig):
     )
     max_tokens: int = option(16, "longest answer in tokens", ge=1, le=256, panel=_CHOICE)
     tune: Literal["none", "global", "layer", "block", "tensor"] = option(
-        "layer", "what shares a coefficient of a member when the best few are tuned by gradient", panel=_CHOICE
+        "tensor", "what shares a coefficient of a member when the best few are tuned by gradient", panel=_CHOICE
     )
     num_tuned: int = option(1, "merges that are tuned", flag="tuned", ge=1, le=8, panel=_CHOICE)
     seed: int = Field(default=0, description="of the proposed merges")

@@ -57,7 +57,7 @@ class ChoiceConfig(FrozenConfig):
         None, "of them run over the probes; default: 4 for each member, 8 to 24", ge=2, panel=_AUTO
     )
     tuned: int = option(1, "merges that are tuned", ge=1, le=8, panel=_AUTO)
-    steps: int = option(10, "of tuning, as an early stop leaves them; 0 for none", ge=0, panel=_AUTO)
+    steps: int = option(12, "of tuning, as an early stop leaves them; 0 for none", ge=0, panel=_AUTO)
     adapters: bool = option(False, "members are LoRA adapters of the base, which tuning keeps small", panel=_AUTO)
     evaluate: tuple[int, ...] = option((1, 8, 20, 40), "measured merges to compare with; repeatable", panel=_AUTO)
 

@@ -58,7 +58,7 @@ class ChoiceWork:
     recipes: int = 10_000
     shortlist: int = shortlist_of(6)  # of six members or more
     tuned: int = 1
-    steps: int = 10
+    steps: int = 12
     adapters: bool = False
     most: int = 4
 

@@ -24,7 +24,7 @@ def tune(catalogue_path, simmerge, tmp_path):
 
 
 def test_the_recipe_is_a_plan_that_can_be_merged(tune, simmerge, tmp_path):
-    result = tune("--member", "m0", "--member", "m1")
+    result = tune("--member", "m0", "--member", "m1", "--groups", "layer")
     assert result.returncode == 0, result.stderr
     assert "memory: about" in result.stdout and "make it with: simmerge merge" in result.stdout
     resolved, _ = read_plan(tmp_path / "tuned" / "recipe.json")
