@@ -70,7 +70,7 @@ def sqlite_at(place: Path) -> str:
 
 def set_up_again(engine: Engine, pragma: str) -> None:
     """A setting of SQLite for every connection, those of now and those to come."""
-    for one in used[engine]:
+    for one in list(used[engine]):  # threads of the service add to it
         with suppress(sqlite3.ProgrammingError):  # it is closed
             one.execute(pragma).close()
     event.listen(engine, "connect", lambda one, _: one.execute(pragma).close())
