@@ -227,7 +227,8 @@ def _pairs(catalogue: Catalogue, config: SearchConfig) -> list[tuple[str, str]]:
 
 def grid_trials(search: PreparedSearch, plans: GivenPlans | None = None) -> list[Trial]:
     """The trials whose labels are missing: every checkpoint and the base on every task, then pairs x arms on their
-    parents' own tasks. With `plans`: these and their parents, on the plans' tasks.
+    parents' own tasks. With `plans`: these and their parents, on the plans' tasks; where these are answers of members
+    (`AnswersTask`), a parent is run over them only as a plan of its own.
 
     Raises:
         OperatorError, PlanError: a plan that the catalogue cannot make.
@@ -240,7 +241,9 @@ def grid_trials(search: PreparedSearch, plans: GivenPlans | None = None) -> list
     else:
         names_of = plans if isinstance(plans, Mapping) else {plan: search.asked_of(plan) for plan in plans}
         needed = [(plan, tuple(names)) for plan, names in names_of.items()]
-        parents = dict.fromkeys((member, names) for plan, names in needed for member in plan.members)
+        kept = {name for name, task in search.tasks.items() if isinstance(task, AnswersTask)}
+        compared = [(plan, tuple(name for name in names if name not in kept)) for plan, names in needed]
+        parents = dict.fromkeys((member, names) for plan, names in compared for member in plan.members if names)
         needed += [(MergePlan(source=member), names) for member, names in parents]
         needed = list(dict.fromkeys(needed))
     for plan, _ in needed:

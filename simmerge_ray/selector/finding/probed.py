@@ -18,7 +18,7 @@ from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.search.labels import LabelStore, Measured
-from simmerge_ray.search.setup import PreparedSearch, Trial, grid_trials, prepare_search
+from simmerge_ray.search.setup import PreparedSearch, grid_trials, prepare_search
 from simmerge_ray.selector.finding.aim import Aim
 from simmerge_ray.signals.candidates.signatures import OwnAnswers
 
@@ -61,7 +61,7 @@ class Prober:
         run: RunTrials,
         known: Mapping[MergePlan, tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
-        self._known = known or {}
+        self.known = known or {}
         own_answers = {one.owner: one for one in answers}
         self._pairs = [token_pairs(own_answers[owner]) for owner in aim.owners]
         self._aim, self._run = aim, run
@@ -89,7 +89,7 @@ class Prober:
             chosen: counts a part of the probes only; from their number to which of them, (n,) bool.
         """
         is_whole = chosen is None and bounds[-1] >= self.num_probes
-        there = {plan: self._known[plan] for plan in plans if plan in self._known} if is_whole else {}
+        there = {plan: self.known[plan] for plan in plans if plan in self.known} if is_whole else {}
         measured = dict(self._measured([plan for plan in plans if plan not in there], bounds, chosen)) | there
         return [self._scored(plan, *measured[plan], bounds[-1]) for plan in plans if plan in measured]
 
@@ -153,7 +153,9 @@ def halve(
         kept = [one.plan for one in ranked[:survivors]]
     kept = list({plan.id: plan for plan in (*always, *kept)}.values())
     if report:
-        report(f"{len(kept)} candidates and checkpoints on all {bounds[-1]} probes")
+        known = sum(plan in prober.known for plan in kept)
+        also = f"; what {known} checkpoints and averages keep is in the signatures" if known else ""
+        report(f"{len(kept) - known} candidates and checkpoints on all {bounds[-1]} probes{also}")
     # Equally good ones stand in the order in which they came: checkpoints before merges.
     return sorted(prober.probe(kept, bounds), key=lambda one: -one.score)
 
@@ -176,16 +178,11 @@ def in_this_process(config: SearchConfig, labels_uri: str, start: Callable[[Prep
     def run(catalogue: Catalogue, tasks: Mapping[str, AnswersTask], plans: Sequence[MergePlan]) -> PreparedSearch:
         search = prepare_search(catalogue, tasks, config, labels_uri, plans_given=True)
         runner = TrialRunner(search, kept_evaluator)  # type: ignore[arg-type]
-        for trial in _trials(search, plans):
+        for trial in grid_trials(search, plans):
             runner.run(trial)
         return search
 
     return run
-
-
-def _trials(search: PreparedSearch, plans: Sequence[MergePlan]) -> list[Trial]:
-    wanted = {plan.id for plan in plans}
-    return [trial for trial in grid_trials(search, plans) if trial.plan.id in wanted]
 
 
 def token_pairs(own: OwnAnswers) -> list[tuple[list[int], list[int]]]:

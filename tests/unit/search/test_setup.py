@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from simmerge_ray.plans.plan import MergePlan, pair_plan, read_plan
 from simmerge_ray.plans.recipe import recipe_of
 from simmerge_ray.search.estimate import engine_bytes, estimate_search
 from simmerge_ray.search.evaluation import load_tasks
+from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
 from simmerge_ray.search.runner import TrialRunner
 from simmerge_ray.search.setup import grid_trials, prepare_search
@@ -162,8 +164,6 @@ def test_shards_add_up_to_the_whole(root):
     trial = next(trial for trial in grid_trials(search) if trial.plan.steps)
     runner = TrialRunner(search, lambda search: Constant())
     whole = runner.run(trial).utilities
-    from dataclasses import replace
-
     runner.begin(replace(trial, num_shards=3))
     steps = [runner.step() for _ in range(3)]
     assert [step.finished for step in steps] == [False, False, True]
@@ -206,6 +206,20 @@ def test_the_best_merge_is_a_plan_file_that_can_be_merged(root, tmp_path):
     assert recipe.label in card and "| add | 0.200 | 0.000 |" in card and "measured utility" in card
     rows = json.loads((tmp_path / "found" / "best.json").read_text())
     assert [len(rows[kind]) for kind in ("merges", "singles")] == [2, 1]
+
+
+def test_merges_that_are_run_over_answers_bring_no_parents_with_them(root):
+    """What a parent keeps is asked for as a plan of its own; most often it is known."""
+    catalogue = load_catalogue(root / "catalogue.yaml")
+    answers = AnswersTask("m0 to add", [([2, 3], [4, 5])])
+    config = SearchConfig(evaluator="transformers", pairs="all")
+    search = prepare_search(
+        replace(catalogue, own_task=dict.fromkeys(catalogue.ids)), {answers.name: answers}, config,
+        str(root / "labels"), plans_given=True,
+    )  # fmt: skip
+    merge, parent = pair_plan("m0", "m1", make_arm("linear")), MergePlan(source="m0")
+    assert [trial.plan for trial in grid_trials(search, [merge])] == [merge]
+    assert [trial.plan for trial in grid_trials(search, [parent, merge])] == [parent, merge]
 
 
 def test_merges_and_checkpoints_of_a_grid_are_compared_on_the_same_tasks(root, tmp_path):

@@ -112,7 +112,7 @@ def test_in_another_precision_checkpoints_are_run_again(room, tmp_path, monkeypa
     runs = []
 
     def counted(self, plans, bounds, chosen=None):
-        runs.extend(plan for plan in plans if plan not in self._known)
+        runs.extend(plan for plan in plans if plan not in self.known)
         return probe(self, plans, bounds, chosen)
 
     probe = Prober.probe
