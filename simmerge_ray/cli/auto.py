@@ -135,13 +135,12 @@ def _text(plan: MergePlan, found: LabelFree) -> str:
 
 def retention_lines(found: LabelFree) -> list[str]:
     """The answer without labels, in words, the answer first."""
+    from simmerge_ray.search.winner import keep_text
+
     best, single = found.best, found.finding.checkpoints[0]
-    base = found.finding.aim.base
     if not best.plan.is_merge:
-        what = (
-            f"do not merge: keep the base, {base}, as it is" if best.plan.label == base else f"keep {best.plan.label}"
-        )
-        said = [f"answer: {what}: no merge keeps more"]
+        kept = keep_text(best.plan.label, is_base=best.plan.source == found.finding.aim.base)
+        said = [f"answer: {kept}: no merge keeps more"]
     else:
         said = [f"answer: merge {_text(best.plan, found)}"]
         said.append(

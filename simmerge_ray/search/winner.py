@@ -81,9 +81,7 @@ class Verdict:
         label = self.winner.plan.label
         if not self.keeps_checkpoint:
             return f"merge {label}"
-        if self.base is not None and self.winner.plan.id == self.base.plan.id:
-            return f"do not merge: keep the base, {label}, as it is"
-        return f"keep {label}"
+        return keep_text(label, self.base is not None and self.winner.plan.id == self.base.plan.id)
 
     def lines(self) -> list[str]:
         """In words: the answer first, then against what, and where it is bad. All on the same items."""
@@ -124,6 +122,11 @@ class Verdict:
                 lost = difference({task: items}, {task: self.base.items[task]}, Objective(MEAN))
                 if lost.value < 0 and lost.is_clear:
                     yield f"warning: on {task} the answer is worse than the base: {_signed(lost)}"
+
+
+def keep_text(checkpoint: str, is_base: bool) -> str:
+    """What to do where a checkpoint as it is is the answer."""
+    return f"do not merge: keep the base, {checkpoint}, as it is" if is_base else f"keep {checkpoint}"
 
 
 def _with_error(one: ObjectiveEstimate) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
+from tests.hub_server import SilentHandler, serving
 
 # The hub's client reads its variables when it is imported, so it runs in a process of its own: one for all cases.
 PROGRAM = """
@@ -27,7 +27,7 @@ FILES = b'[{"type": "file", "path": "config.json", "size": 2, "oid": "0123456789
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(SilentHandler):
     """The hub's ways of saying no, as its client knows them."""
 
     def do_GET(self) -> None:
@@ -52,16 +52,11 @@ class Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        """In silence."""
-
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serving(Hub) as address:
+        yield address
 
 
 def said(tmp_path, *names: str, **environment: str) -> list[str]:

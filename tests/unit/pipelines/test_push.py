@@ -7,9 +7,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,11 +18,12 @@ from simmerge_ray.merging.write.directory import write_merge
 from simmerge_ray.pipelines.push import check_push
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import pair_plan, resolve_plan
+from tests.hub_server import SilentHandler, serving
 
 TOKEN = "hf_of_the_tests"
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(SilentHandler):
     """Makes repositories, and takes files in commits; for other tokens it is 401, for `others/` 403."""
 
     repositories: dict[str, dict[str, bytes]] = {}
@@ -70,17 +69,11 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self._answer(200, {})
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
