@@ -1,6 +1,7 @@
-"""Zoos of the second study (docs/study-2-plan.md): experts on real tasks, and small bases with experts. Takes hours.
+"""The second study (docs/study-2-plan.md): experts on real tasks, choices and labels of their merges, small bases with
+experts. Takes hours.
 
-    python jobs/second_study.py --out runs/second --tasks DIRECTORY --base CHECKPOINT --only real-zoo
+    python jobs/second_study.py --out runs/second --tasks DIRECTORY --base CHECKPOINT --only real-zoo --only real-labels
     python jobs/second_study.py --out runs/second --only small-zoos
 
 What is there is not made again, so an interrupted run goes on with the same command. `python -m
@@ -27,7 +28,8 @@ def second_study(
     tasks: Annotated[Path | None, path_option(help="directory of the real tasks")] = None,
     base: Annotated[Path | None, path_option(help="the pretrained checkpoint")] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="real-pilot, real-zoo, real-held-out or small-zoos; repeatable")
+        list[str] | None,
+        typer.Option(help="real-pilot, real-zoo, real-held-out, real-choices, real-labels or small-zoos; repeatable"),
     ] = None,
 ) -> dict[str, Any]:
     from simmerge_ray.base.errors import ConfigError, unknown_name

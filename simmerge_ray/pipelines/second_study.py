@@ -1,4 +1,4 @@
-"""The zoos of the second study: experts of a pretrained model on real tasks, and small bases with experts.
+"""The second study: experts of a pretrained model on real tasks, their merges, and small bases with experts.
 
 Every stage keeps what is there, so an interrupted one goes on with the same command.
 """

@@ -7,9 +7,11 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -196,6 +198,16 @@ def test_without_a_selector_the_one_in_the_package_ranks_and_says_that_it_knows_
     shipped = read_selector(default_selector())
     lines = result.output.splitlines()
     assert lines[0].startswith("the packaged selector speaks, trained on 1296 contexts")
+    labels = Path(__file__).parents[3] / "docs" / "study" / "labels.parquet"
+    of_study = pq.read_table(labels, columns=["se", "members", "operators"])
+        Path(__file__).parents[3] / "docs/study/labels.parquet", columns=["se", "members", "operators"]
+    )
+    errors = [
+        row["se"]
+        for row in of_study.to_pylist()
+        if len(row["members"]) == 2 and ";" not in row["operators"] and row["se"] is not None
+    ]
+    assert shipped.label_error == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-9)
     assert lines[1].startswith("warning: 3 of 3 pairs are unlike") and f"{shipped.best_fixed}, is the safe" in lines[1]
     assert "not known" in result.output and not re.search(r"\d\.\d{3}", result.output), "a number that says nothing"
     ranking = read_json(tmp_path / "ranking.json")
