@@ -189,6 +189,14 @@ def test_missing_artifacts_say_which_command_makes_them(run, catalogue_path, tmp
         assert message in str(result.exception) and "no s" in str(result.exception)
 
 
+def test_the_label_error_of_the_selector_in_the_package_is_that_of_the_study_s_labels():
+    labels = Path(__file__).parents[3] / "docs" / "study" / "labels.parquet"
+    rows = pq.read_table(labels, columns=["se", "members", "operators"]).to_pylist()
+    of_pairs = [row for row in rows if len(row["members"]) == 2 and ";" not in row["operators"]]
+    errors = [row["se"] for row in of_pairs if row["se"] is not None]
+    assert read_selector(default_selector()).label_error == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-9)
+
+
 def test_without_a_selector_the_one_in_the_package_ranks_and_says_that_it_knows_no_such_checkpoints(
     run, catalogue_path, tmp_path
 ):
@@ -198,16 +206,6 @@ def test_without_a_selector_the_one_in_the_package_ranks_and_says_that_it_knows_
     shipped = read_selector(default_selector())
     lines = result.output.splitlines()
     assert lines[0].startswith("the packaged selector speaks, trained on 1296 contexts")
-    labels = Path(__file__).parents[3] / "docs" / "study" / "labels.parquet"
-    of_study = pq.read_table(labels, columns=["se", "members", "operators"])
-        Path(__file__).parents[3] / "docs/study/labels.parquet", columns=["se", "members", "operators"]
-    )
-    errors = [
-        row["se"]
-        for row in of_study.to_pylist()
-        if len(row["members"]) == 2 and ";" not in row["operators"] and row["se"] is not None
-    ]
-    assert shipped.label_error == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-9)
     assert lines[1].startswith("warning: 3 of 3 pairs are unlike") and f"{shipped.best_fixed}, is the safe" in lines[1]
     assert "not known" in result.output and not re.search(r"\d\.\d{3}", result.output), "a number that says nothing"
     ranking = read_json(tmp_path / "ranking.json")
