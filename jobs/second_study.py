@@ -4,7 +4,8 @@ experts. Takes hours.
     python jobs/second_study.py --out runs/second --tasks DIRECTORY --base CHECKPOINT --only real-zoo --only real-labels
     python jobs/second_study.py --out runs/second --only small-zoos
 
-What is there is not made again, so an interrupted run goes on with the same command. `python -m
+What is there is not made again, so an interrupted run goes on with the same command; `--share 1/2` and `--share 2/2` in
+two processes share the experts and pairs. `python -m
 benchmarks.finding.real_tasks` makes the directory of tasks, `python -m benchmarks.merge.fixtures` the checkpoint
 (`134m/base`). OUT is a directory that every node sees. The last line is JSON that reports what happened
 (`simmerge_ray.pipelines.jobs`).
@@ -12,6 +13,7 @@ benchmarks.finding.real_tasks` makes the directory of tasks, `python -m benchmar
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,10 @@ def second_study(
         list[str] | None,
         typer.Option(help="real-pilot, real-zoo, real-held-out, real-choices, real-labels or small-zoos; repeatable"),
     ] = None,
+    share: Annotated[
+        str, typer.Option(help="I/N: every N-th expert and pair from the I-th on, for N processes at once")
+    ] = "1/1",
+    num_pairs: Annotated[int | None, typer.Option(min=1, help="the first pairs of the real zoo alone")] = None,
 ) -> dict[str, Any]:
     from simmerge_ray.base.errors import ConfigError, unknown_name
     from simmerge_ray.base.progress import narrated
@@ -39,8 +45,11 @@ def second_study(
     for name in only or ():
         if name not in STAGES:
             raise ConfigError(unknown_name("stage", name, STAGES))
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", share)) or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--share must be I/N with 1 <= I <= N, not {share!r}")
+    mine = (int(found[1]) - 1, int(found[2]))
     with narrated(out / "simmerge.log") as narrator:
-        SecondStudy(out, tasks, base, narrator).run(only or STAGES)
+        SecondStudy(out, tasks, base, narrator, mine, num_pairs).run(only or STAGES)
     print(f"zoos in {out}")
     return {"out": str(out), "stages": only or list(STAGES)}
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError
@@ -31,23 +32,31 @@ from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_rea
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
 from simmerge_ray.research.second_study.small import FIRST_SMALL_SEED, NUM_SMALL_BASES, foreign_part
 from simmerge_ray.search.evaluation import load_tasks
+from simmerge_ray.selector.data.splits import Pair
 
 STAGES = ("real-pilot", "real-zoo", "real-held-out", "real-choices", "real-labels", "small-zoos")
 NUM_REAL_PROBES = 64
 _ENGINE = SearchConfig(evaluator="transformers", pairs="all", dtype="bfloat16")  # of choices and labels; half the time
 
 
+Part = TypeVar("Part")
+
+
 @dataclass(frozen=True)
 class SecondStudy:
     """A method for each of `STAGES`.
 
-    root: `real/` and `small/` lie in it. tasks: directory of the real tasks. base: the pretrained checkpoint.
+    root: `real/` and `small/` lie in it. tasks: directory of the real tasks. base: the pretrained checkpoint. share:
+    (i, n) takes every n-th expert, pair and checkpoint from the i-th on, so that n processes do the work of one.
+    num_pairs: of the real zoo; the first of their order.
     """
 
     root: Path
     tasks: Path | None
     base: Path | None
     narrator: Narrator
+    share: tuple[int, int] = (0, 1)
+    num_pairs: int | None = None
 
     def run(self, stages: Sequence[str]) -> None:
         """Run those of `STAGES`, in their order. ConfigError: a real one, without tasks or base."""
@@ -80,7 +89,8 @@ class SecondStudy:
         refs = tuple(self._ref(recipe, "zoo") for recipe in recipes)
         own_task = {recipe.name: recipe.task for recipe in recipes}
         write_catalogue(zoo / "catalogue.yaml", Catalogue(refs, own_task, CheckpointRef(BASE_ID, self._base_path())))
-        load_catalogue(zoo / "catalogue.yaml")
+        if all(is_trained(zoo / recipe.name, recipe) for recipe in recipes):  # the others' shares may not be there yet
+            load_catalogue(zoo / "catalogue.yaml")
 
     def real_held_out(self) -> None:
         """What the base and every expert are worth on held-out training examples."""
@@ -93,11 +103,11 @@ class SecondStudy:
         directory = self._directory("choices")
         task = ChoiceTask(*self._zoo(), FindConfig(tune="none"), str(directory / "signatures"), directory, _ENGINE)
         with self.narrator.stage("real-choices") as stage, self.narrator.status_bar("pairs") as report:
-            missing = dict(missing_choices(task))
-            for number, pair in enumerate(pair_order(task.catalogue)):
-                report(number, len(task.catalogue.pairs()), " + ".join(pair))
-                if pair in missing:
-                    choose_for(task, pair, missing[pair])
+            keys = dict(missing_choices(task))
+            missing = [pair for pair in self._pairs(task.catalogue) if pair in keys]
+            for number, pair in enumerate(missing):
+                report(number, len(missing), " + ".join(pair))
+                choose_for(task, pair, keys[pair])
             stage.result = f"{len(missing)} pairs -> {directory}"
 
     def real_labels(self) -> None:
@@ -109,16 +119,16 @@ class SecondStudy:
         catalogue, probe_sets = self._zoo()
         tasks = label_tasks(load_tasks(self._directory("zoo") / "tasks"), tokenizer_of(catalogue))
         few = {name: ProbeSet(name, one.probes[:NUM_SIGNAL_PROBES]) for name, one in probe_sets.items()}
-        plans: list[MergePlan] = []
+        plans = self._mine([MergePlan(source=ref.id) for ref in catalogue.all_refs])
         choices = self._directory("choices")
-        for pair in pair_order(catalogue):
+        for pair in self._pairs(catalogue):
             plans += fixed_candidates(*pair).values()
             if choice_file(choices, pair).exists():
                 plans.append(read_choice(choices, pair).plan)
         with self.narrator.stage("real-labels") as stage, self.narrator.status_bar("merges measured") as report:
             labels = self._directory("labels")
             measure_plans(catalogue, tasks, few, labels, plans, lambda done, of: report(done, of, ""), _ENGINE.dtype)
-            stage.result = f"{len(plans)} merges of {len(catalogue.pairs())} pairs -> {labels}"
+            stage.result = f"{len(plans)} checkpoints and merges -> {labels}"
 
     def small_zoos(self) -> None:
         """The small bases and their experts, on Ray."""
@@ -128,6 +138,13 @@ class SecondStudy:
             write_questions(zoo)
             num_trained = make_zoo_parts(zoo, parts, lambda done, total: report(done, total, ""))
             stage.result = f"{num_trained} checkpoints trained -> {zoo}"
+
+    def _mine(self, every: Sequence[Part]) -> list[Part]:
+        first, step = self.share
+        return list(every[first::step])
+
+    def _pairs(self, catalogue: Catalogue) -> list[Pair]:
+        return self._mine(pair_order(catalogue)[: self.num_pairs])
 
     def _zoo(self) -> tuple[Catalogue, dict[str, ProbeSet]]:
         """The real zoo's catalogue and probes."""
@@ -163,7 +180,8 @@ class SecondStudy:
     def _train(self, name: str, recipes: Sequence[RealRecipe], kind: str) -> None:
         from simmerge_ray.research.second_study.real_training import train_real_expert
 
-        missing = [recipe for recipe in recipes if not is_trained(self._directory(kind) / recipe.name, recipe)]
+        mine = self._mine(recipes)
+        missing = [recipe for recipe in mine if not is_trained(self._directory(kind) / recipe.name, recipe)]
         with self.narrator.stage(name) as stage, self.narrator.status_bar("training steps") as report:
             total = sum(recipe.num_steps for recipe in missing)
             done = 0
@@ -175,7 +193,7 @@ class SecondStudy:
                 out = self._directory(kind) / recipe.name
                 train_real_expert(recipe, self._base_path(), self._data, out, said)
                 done += recipe.num_steps
-            stage.result = f"{len(missing)} experts trained, {len(recipes)} in all -> {self._directory(kind)}"
+            stage.result = f"{len(missing)} experts trained, {len(mine)} in all -> {self._directory(kind)}"
 
     def _assess(self, kind: str, refs: Sequence[CheckpointRef]) -> None:
         """Values of the base and the checkpoints, a file each, and a table of them."""

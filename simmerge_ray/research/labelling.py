@@ -81,8 +81,8 @@ def measure_plans(
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_tokens: int = 16,
 ) -> None:
-    """Fill a label store with every checkpoint and the plans, in this order: utilities on the members' own tasks, and
-    what each keeps of its members' own answers. What the store holds is not measured again.
+    """Fill a label store with the plans, in their order: utilities on the members' own tasks (a checkpoint's on all),
+    and what each keeps of its members' own answers. What the store holds is not measured again.
 
     Args:
         probe_sets: of all own tasks. labels: directory; signatures lie in it, too. dtype: of the merges that are run.
@@ -103,8 +103,7 @@ def measure_plans(
         plans_given=True,
         answers=answers_by_owner(answers, catalogue.base.id),
     )
-    singles = [MergePlan(source=ref.id) for ref in catalogue.all_refs]
-    trials = grid_trials(search, [*singles, *plans])
+    trials = grid_trials(search, plans)
     runner = TrialRunner(search, start_here)
     for number, trial in enumerate(trials, 1):
         runner.run(trial)

@@ -42,7 +42,8 @@ def measure_zoo(
     catalogue = load_catalogue(zoo / "catalogue.yaml")
     tasks = sorted({task for task in catalogue.own_task.values() if task})
     probe_sets = {task: ProbeSet(task, tuple(map(Probe, probe_texts(task, NUM_PROBES)))) for task in tasks}
-    plans = [plan for pair in catalogue.pairs() for plan in pair_candidates(*pair)]
+    singles = [MergePlan(source=ref.id) for ref in catalogue.all_refs]
+    plans = [*singles, *(plan for pair in catalogue.pairs() for plan in pair_candidates(*pair))]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

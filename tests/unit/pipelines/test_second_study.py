@@ -71,6 +71,23 @@ def test_real_stages_need_tasks_and_a_base(study, missing):
         replace(study, **{missing: None}).run(["real-pilot"])
 
 
+def test_shares_of_the_work_add_up_to_all_of_it(study, tmp_path):
+    shares = [replace(study, share=(i, 2)) for i in range(2)]
+    real = tmp_path / "out" / "real"
+    shares[0].run(["real-zoo"])
+    assert len(list((real / "zoo").glob("*/recipe.json"))) == 1
+    shares[1].run(["real-zoo"])
+    assert len(list((real / "zoo").glob("*/recipe.json"))) == 2
+    shares[1].run(["real-choices", "real-labels"])  # the one pair is not its own
+    assert not (real / "choices" / "pairs").exists()
+    labels = LabelStore(real / "labels")
+    assert not any(one.plan.is_merge for one in labels.read()) and labels.read()
+    shares[0].run(["real-choices", "real-labels"])
+    together = {(one.plan.id, one.task) for one in labels.read()}
+    study.run(["real-choices", "real-labels"])
+    assert {(one.plan.id, one.task) for one in labels.read()} == together
+
+
 def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, tmp_path):
     study.run(["real-zoo", "real-choices", "real-labels"])
     real = tmp_path / "out" / "real"
