@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.finding.candidates import AVERAGE
 from benchmarks.finding.grid import GridPair
 from benchmarks.finding.probing import SIGNALS
-from benchmarks.finding.statistics import PairSample, rank_correlation
+from simmerge_ray.research.pair_sample import PairSample, rank_correlation
 
 PARENTS = ("1/0", "0/1")
 BASE = "0/0"

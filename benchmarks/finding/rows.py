@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.finding.statistics import PairSample
+from simmerge_ray.research.pair_sample import PairSample
 
 Figures = Mapping[str, Any]
 MAIN = "chosen, 64 probes"

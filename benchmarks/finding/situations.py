@@ -12,11 +12,11 @@ from scipy.stats import qmc
 from benchmarks.finding.candidates import BASE_ID
 from benchmarks.finding.choices import chosen_pairs
 from benchmarks.finding.derived import BROKEN, COPY, HALF
-from benchmarks.finding.statistics import PairSample
 from benchmarks.finding.utilities import HALVES, Bench
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.plans.recipe import plain_average, recipe_of
+from simmerge_ray.research.pair_sample import PairSample
 
 Groups = Sequence[tuple[str, ...]]
 _NUM_REFERENCE = 40  # sums of task vectors that stand for what an oracle could choose

@@ -10,10 +10,10 @@ import numpy as np
 from benchmarks.finding.choices import sources_of
 from benchmarks.finding.grid import GridPair
 from benchmarks.finding.probing import SIGNALS, Probing
-from benchmarks.finding.statistics import PairSample, rank_correlation
 from benchmarks.finding.utilities import Bench
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.plans.recipe import plain_average
+from simmerge_ray.research.pair_sample import PairSample, rank_correlation
 from simmerge_ray.selector.finding.aim import worth
 from simmerge_ray.signals.candidates.virtual import VirtualAnswers
 

@@ -119,12 +119,14 @@ class SecondStudy:
         catalogue, probe_sets = self._zoo()
         tasks = label_tasks(load_tasks(self._directory("zoo") / "tasks"), tokenizer_of(catalogue))
         few = {name: ProbeSet(name, one.probes[:NUM_SIGNAL_PROBES]) for name, one in probe_sets.items()}
-        plans = self._mine([MergePlan(source=ref.id) for ref in catalogue.all_refs])
+        plans: dict[MergePlan, tuple[str, ...]]
+        plans = dict.fromkeys(self._mine([MergePlan(source=ref.id) for ref in catalogue.all_refs]), ())
         choices = self._directory("choices")
         for pair in self._pairs(catalogue):
-            plans += fixed_candidates(*pair).values()
+            plans |= dict.fromkeys(fixed_candidates(*pair).values(), ())
             if choice_file(choices, pair).exists():
-                plans.append(read_choice(choices, pair).plan)
+                plan = read_choice(choices, pair).plan  # a scaled checkpoint too is asked for the tasks of both
+                plans[plan] = tuple(dict.fromkeys((*plans.get(plan, ()), *catalogue.pair_tasks(*pair))))
         with self.narrator.stage("real-labels") as stage, self.narrator.status_bar("merges measured") as report:
             labels = self._directory("labels")
             measure_plans(catalogue, tasks, few, labels, plans, lambda done, of: report(done, of, ""), _ENGINE.dtype)

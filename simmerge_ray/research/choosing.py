@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.research.study.gains import NUM_RESAMPLES, percentile_interval
-from simmerge_ray.selector.data.splits import Pair, resampled_weights
+from simmerge_ray.research.pair_sample import PairSample
+from simmerge_ray.selector.data.splits import Pair
 
 _HALVES = (slice(0, None, 2), slice(1, None, 2))
 
@@ -21,13 +21,16 @@ def utility(items: Mapping[str, np.ndarray]) -> float:
     return float(np.mean([values.mean() for values in items.values()]))
 
 
+def halves_of(items: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """Utility on the even and on the odd items."""
+    even, odd = (utility({task: values[half] for task, values in items.items()}) for half in _HALVES)
+    return even, odd
+
+
 def split_half_oracle(options: PairItems) -> float:
     """Utility of the option that is best on one half of the items, on the other half; mean of both directions. Options
     that are equally good on the choosing half are averaged."""
-    halves = np.array([
-        [utility({task: values[half] for task, values in items.items()}) for half in _HALVES]
-        for items in options.values()
-    ])  # fmt: skip
+    halves = np.array([halves_of(items) for items in options.values()])
     scored = []
     for choosing, scoring in ((0, 1), (1, 0)):
         best = halves[:, choosing] >= halves[:, choosing].max() - 1e-12
@@ -35,18 +38,21 @@ def split_half_oracle(options: PairItems) -> float:
     return float(np.mean(scored))
 
 
-def best_elsewhere(utilities: np.ndarray) -> np.ndarray:
-    """(P,) column that is best on the mean of all other pairs. utilities: (P, K) with P >= 2; NaN is left out."""
+def best_elsewhere(utilities: np.ndarray, pairs: Sequence[Pair] | None = None) -> np.ndarray:
+    """(P,) column that is best on the mean of all other pairs; with `pairs`, of those that share no checkpoint with it.
+    utilities: (P, K) with P >= 2; NaN is left out."""
     known = ~np.isnan(utilities)
-    values = np.where(known, utilities, 0.0)
-    counts = known.sum(0) - known
-    others = np.divide(values.sum(0) - values, counts, out=np.full(values.shape, -np.inf), where=counts > 0)
-    return np.asarray(others.argmax(1))
+    places = range(len(utilities))
+    others = np.array([
+        [one != other and not (pairs and {*pairs[one]} & {*pairs[other]}) for other in places] for one in places
+    ], dtype=float)  # fmt: skip
+    counts = others @ known
+    sums = others @ np.where(known, utilities, 0.0)
+    means = np.divide(sums, counts, out=np.full(utilities.shape, -np.inf), where=counts > 0)
+    return np.asarray(means.argmax(1))
 
 
-def compare_ways(
-    pairs: Sequence[Pair], ways: Mapping[str, np.ndarray], against: Sequence[str], seed: int = 0
-) -> list[dict[str, Any]]:
+def compare_ways(pairs: Sequence[Pair], ways: Mapping[str, np.ndarray], against: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each way: mean utility, and how much more that is than by the ways of `against`, paired.
 
     Args:
@@ -56,18 +62,11 @@ def compare_ways(
         way, num_pairs, utility, interval, and `over`: gain, interval and number of pairs by name. Intervals are of 95 %
         when checkpoints are drawn with replacement; None where no sample holds a pair.
     """
-    samples = resampled_weights(pairs, None, NUM_RESAMPLES, seed)
+    sample = PairSample(tuple(pairs))
 
     def mean(values: np.ndarray) -> dict[str, Any]:
-        known = ~np.isnan(values)
-        weights, kept = samples[:, known], values[known]
-        total = weights.sum(1)
-        drawn = np.divide(weights @ kept, total, out=np.full(len(total), np.nan), where=total > 0)
-        return {
-            "num_pairs": int(known.sum()),
-            "value": float(kept.mean()) if len(kept) else None,
-            "interval": None if np.isnan(drawn).all() else percentile_interval(drawn),
-        }
+        found = sample.mean(values)
+        return {"num_pairs": found["pairs"], "value": found["mean"], "interval": found["interval"]}
 
     rows = []
     for name, values in ways.items():

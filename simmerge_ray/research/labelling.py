@@ -76,7 +76,7 @@ def measure_plans(
     tasks: Mapping[str, EvaluationTask],
     probe_sets: Mapping[str, ProbeSet],
     labels: Path,
-    plans: Sequence[MergePlan],
+    plans: Sequence[MergePlan] | Mapping[MergePlan, Sequence[str]],
     report: Callable[[int, int], None] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_tokens: int = 16,
@@ -85,8 +85,8 @@ def measure_plans(
     and what each keeps of its members' own answers. What the store holds is not measured again.
 
     Args:
-        probe_sets: of all own tasks. labels: directory; signatures lie in it, too. dtype: of the merges that are run.
-            max_tokens: of an answer.
+        plans: with further tasks of each, where its members' own do not suffice. probe_sets: of all own tasks. labels:
+            directory; signatures lie in it, too. dtype: of the merges that are run. max_tokens: of an answer.
 
     Raises:
         ProbeError, CheckpointError: see `collect_answers`. InputError: tasks that cannot be used.
@@ -103,7 +103,9 @@ def measure_plans(
         plans_given=True,
         answers=answers_by_owner(answers, catalogue.base.id),
     )
-    trials = grid_trials(search, plans)
+    further = plans if isinstance(plans, Mapping) else dict.fromkeys(plans, ())
+    asked = {plan: tuple(dict.fromkeys((*search.asked_of(plan), *names))) for plan, names in further.items()}
+    trials = grid_trials(search, asked)
     runner = TrialRunner(search, start_here)
     for number, trial in enumerate(trials, 1):
         runner.run(trial)

@@ -240,12 +240,12 @@ def grid_trials(search: PreparedSearch, plans: GivenPlans | None = None) -> list
         needed = [(plan, search.asked_of(plan)) for plan in (*singles, *merges)]
     else:
         names_of = plans if isinstance(plans, Mapping) else {plan: search.asked_of(plan) for plan in plans}
-        needed = [(plan, tuple(names)) for plan, names in names_of.items()]
-        kept = {name for name, task in search.tasks.items() if isinstance(task, AnswersTask)}
-        compared = [(plan, tuple(name for name in names if name not in kept)) for plan, names in needed]
-        parents = dict.fromkeys((member, names) for plan, names in compared for member in plan.members if names)
-        needed += [(MergePlan(source=member), names) for member, names in parents]
-        needed = list(dict.fromkeys(needed))
+        asked = {plan: dict.fromkeys(names) for plan, names in names_of.items()}
+        for plan, names in names_of.items():
+            compared = dict.fromkeys(name for name in names if not isinstance(search.task(name), AnswersTask))
+            for member in plan.members if compared else ():
+                asked.setdefault(MergePlan(source=member), {}).update(compared)
+        needed = [(plan, tuple(names)) for plan, names in asked.items()]
     for plan, _ in needed:
         resolve_plan(plan, catalogue)
     rivals = _rivals(needed)

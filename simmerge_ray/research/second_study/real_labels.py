@@ -17,6 +17,7 @@ from simmerge_ray.selector.data.splits import Pair
 
 NUM_LABEL_ITEMS = 100  # of each task, drawn once; the machine's hours do not suffice for all 400
 NUM_SIGNAL_PROBES = 32  # of each task, for the signals of candidates that are labelled
+AVERAGE = "average"
 _LEVELS = (0.4, 0.7, 1.0)  # of a member's weight in a sum of task vectors
 
 
@@ -38,7 +39,8 @@ def fixed_candidates(left: str, right: str) -> dict[str, MergePlan]:
         arm = make_arm("ties", {"density": density, "scale": scale})
         recipes[f"ties {density:g} x {scale:g}"] = Recipe(arm, pair, (1.0, 1.0))
     plans = {name: MergePlan(recipe=recipe) for name, recipe in recipes.items()}
-    return {"average": MergePlan(recipe=plain_average(pair)), "slerp": pair_plan(*pair, make_arm("slerp"))} | plans
+    first = {AVERAGE: MergePlan(recipe=plain_average(pair)), "slerp": pair_plan(*pair, make_arm("slerp"))}
+    return first | plans
 
 
 def label_tasks(tasks: Mapping[str, Task], tokenizer: object) -> dict[str, EvaluationTask]:

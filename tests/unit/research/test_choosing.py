@@ -48,6 +48,12 @@ def test_the_best_arm_of_a_pair_is_chosen_without_it():
     assert best_elsewhere(np.array([[0.9, np.nan], [0.1, 0.5], [0.1, 0.45]])).tolist() == [1, 0, 0]
 
 
+def test_pairs_that_share_a_checkpoint_do_not_choose():
+    utilities = np.array([[0.1, 0.2], [0.9, 0.0], [0.9, 0.0], [0.3, 0.4]])
+    assert best_elsewhere(utilities)[0] == 0
+    assert best_elsewhere(utilities, PAIRS)[0] == 1  # of ("a", "c") only ("b", "d") has neither
+
+
 def test_a_gain_that_is_the_same_for_all_pairs_has_no_width():
     low = np.array([0.1, 0.5, 0.3, 0.9])
     rows = {row["way"]: row for row in compare_ways(PAIRS, {"low": low, "high": low + 0.25}, ("low",))}

@@ -8,8 +8,8 @@ from scipy.stats import spearmanr
 
 from benchmarks.finding.candidates import AVERAGE, fixed_grid, weighted
 from benchmarks.finding.kept import Kept
-from benchmarks.finding.statistics import PairSample
 from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.research.pair_sample import PairSample
 
 PAIRS = tuple(combinations("abcdef", 2))
 

@@ -17,6 +17,8 @@ from simmerge_ray.selector.data.splits import resampled_weights
 NUM_RESAMPLES = 2000
 _NUM_RANKINGS = 300  # of a pooled rank correlation, which sorts everything each time
 
+Values = Sequence[float] | np.ndarray
+
 
 @dataclass(frozen=True)
 class PairSample:
@@ -30,17 +32,25 @@ class PairSample:
         drawn = resampled_weights(self.pairs, None, NUM_RESAMPLES, seed=0)
         return drawn[drawn.sum(1) > 0]
 
-    def mean(self, values: Sequence[float]) -> dict[str, Any]:
-        """Mean, its 95 % interval, and over how many pairs."""
+    def mean(self, values: Values) -> dict[str, Any]:
+        """Mean, its 95 % interval, and over how many pairs: those whose value is not NaN. Without any, the former two
+        are None."""
         given = np.asarray(values, dtype=np.float64)
-        sampled = (self.weights @ given) / self.weights.sum(1)
-        return {"mean": float(given.mean()), "interval": percentile_interval(sampled), "pairs": len(given)}
+        return self._ratio(given, np.where(np.isnan(given), np.nan, 1.0))
 
-    def ratio(self, above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-        """Of sums over pairs."""
-        top, bottom = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
-        sampled = (self.weights @ top) / (self.weights @ bottom)
-        return {"mean": float(top.sum() / bottom.sum()), "interval": percentile_interval(sampled), "pairs": len(top)}
+    def ratio(self, above: Values, below: Values) -> dict[str, Any]:
+        """Of sums over the pairs where neither is NaN."""
+        return self._ratio(np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64))
+
+    def _ratio(self, above: np.ndarray, below: np.ndarray) -> dict[str, Any]:
+        known = ~np.isnan(above + below)
+        weights, top, bottom = self.weights[:, known], above[known], below[known]
+        drawn = weights.sum(1) > 0
+        if not drawn.any():
+            return {"mean": None, "interval": None, "pairs": 0}
+        sampled = (weights[drawn] @ top) / (weights[drawn] @ bottom)
+        mean = float(top.sum() / bottom.sum())
+        return {"mean": mean, "interval": percentile_interval(sampled), "pairs": int(known.sum())}
 
     def pooled_spearman(self, left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> dict[str, Any]:
         """Rank correlation over all values of all pairs; left, right: an array of each pair."""

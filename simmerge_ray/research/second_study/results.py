@@ -1,0 +1,106 @@
+"""Labels and choices of the real zoo as they are published: what is read by the analysis of docs/study-2.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from simmerge_ray.base.errors import LabelError
+from simmerge_ray.base.storage import read_json
+from simmerge_ray.plans.plan import MergePlan, plan_from_json
+from simmerge_ray.research.choosing import PairItems
+from simmerge_ray.research.second_study.real_labels import fixed_candidates
+from simmerge_ray.search.evaluation.answers import PREFIX
+from simmerge_ray.search.labels import LabelStore, Measured, check_comparable
+from simmerge_ray.selector.data.splits import Pair
+from simmerge_ray.selector.predictor.rows import CandidateRows, read_candidates
+from simmerge_ray.selector.predictor.signals import COLUMNS
+
+CHOSEN = "chosen"
+LEFT, RIGHT, BASE = "left parent", "right parent", "base"
+
+
+@dataclass(frozen=True)
+class RealPair:
+    """A pair whose fixed candidates and choice are all labelled.
+
+    items: utilities of the items of both tasks, by the names of `named_plans` and of `CHOSEN`. scores: (retention +
+    exp(-nll)) / 2 on each task's probes, by the former names. chosen: the plan.
+    """
+
+    pair: Pair
+    items: PairItems
+    scores: Mapping[str, Mapping[str, float]]
+    chosen: MergePlan
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.items[CHOSEN])
+
+
+@dataclass(frozen=True)
+class RealResults:
+    """pairs: those that are whole. num_pairs: of the zoo. singles: mean utility of every checkpoint and the base, by
+    task."""
+
+    pairs: tuple[RealPair, ...]
+    num_pairs: int
+    singles: Mapping[str, Mapping[str, float]]
+
+
+def read_results(directory: Path) -> RealResults:
+    """What `SecondStudy.real_results` wrote.
+
+    Raises:
+        LabelError: labels that must not be compared, or no pair that is whole.
+    """
+    content = read_json(directory / "choices.json")
+    labels = LabelStore(directory / "labels").read()
+    of_items = [one for one in labels if not one.task.startswith(PREFIX)]
+    check_comparable(of_items)
+    measured: dict[MergePlan, dict[str, np.ndarray]] = {}
+    for one in of_items:
+        if isinstance(one.outcome, Measured):
+            measured.setdefault(one.plan, {})[one.task] = one.outcome.items
+    own_task, base, scores = content["own_task"], content["base"], _scores(read_candidates([directory / "labels"]))
+    pairs = []
+    for row in content["pairs"]:
+        left, right = row["pair"]
+        named = named_plans(left, right, base) | {CHOSEN: plan_from_json(row["plan"])}
+        tasks = [own_task[left], own_task[right]]
+        found = {name: measured.get(plan, {}) for name, plan in named.items()}
+        if all(task in items for items in found.values() for task in tasks):
+            items = {name: {task: of_task[task] for task in tasks} for name, of_task in found.items()}
+            scored = {
+                name: {task: scores[left, right, task, plan] for task in tasks}
+                for name, plan in named.items()
+                if name != CHOSEN
+            }
+            pairs.append(RealPair((left, right), items, scored, named[CHOSEN]))
+    if not pairs:
+        raise LabelError(f"no pair in {directory} has labels of all its fixed candidates and of what was chosen")
+    singles = {
+        name: {task: float(items.mean()) for task, items in measured.get(MergePlan(source=name), {}).items()}
+        for name in (base, *own_task)
+    }
+    return RealResults(tuple(pairs), content["num_pairs"], singles)
+
+
+def named_plans(left: str, right: str, base: str) -> dict[str, MergePlan]:
+    """The fixed candidates, both parents and the base."""
+    kept = {LEFT: left, RIGHT: right, BASE: base}
+    return fixed_candidates(left, right) | {name: MergePlan(source=one) for name, one in kept.items()}
+
+
+def _scores(rows: CandidateRows) -> dict[tuple[str, str, str, MergePlan], float]:
+    """By both members, in either order, task and plan."""
+    retention, likelihood = (rows.features[:, COLUMNS.index(name)] for name in ("retention", "likelihood"))
+    found = {}
+    for (left, right), task, plan, score in zip(
+        rows.members, rows.tasks, rows.plans, (retention + likelihood) / 2, strict=True
+    ):
+        found[left, right, task, plan] = found[right, left, task, plan] = float(score)
+    return found
