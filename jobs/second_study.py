@@ -31,7 +31,7 @@ def second_study(
     base: Annotated[Path | None, path_option(help="the pretrained checkpoint")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="real-pilot, real-zoo, real-held-out, real-choices, real-labels or small-zoos; repeatable"),
+        typer.Option(help="real-pilot, real-zoo, real-held-out, real-choices, real-labels, real-results or small-zoos"),
     ] = None,
     share: Annotated[
         str, typer.Option(help="I/N: every N-th expert and pair from the I-th on, for N processes at once")

@@ -19,9 +19,11 @@ from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, wri
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, write_catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.pipelines.choices import ChoiceTask, choice_file, choose_for, missing_choices, read_choice
 from simmerge_ray.pipelines.zoo import BASE_ID, is_trained, make_zoo_parts, write_questions
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.second_study.held_out import EXACT, held_out_values, value_rows
+from simmerge_ray.research.second_study.real_analysis import real_figures
 from simmerge_ray.research.second_study.real_labels import (
     NUM_SIGNAL_PROBES,
     fixed_candidates,
@@ -30,11 +32,12 @@ from simmerge_ray.research.second_study.real_labels import (
 )
 from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_real_experts, pilot_recipes
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
+from simmerge_ray.research.second_study.results import read_results, write_results
 from simmerge_ray.research.second_study.small import FIRST_SMALL_SEED, NUM_SMALL_BASES, foreign_part
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.selector.data.splits import Pair
 
-STAGES = ("real-pilot", "real-zoo", "real-held-out", "real-choices", "real-labels", "small-zoos")
+STAGES = ("real-pilot", "real-zoo", "real-held-out", "real-choices", "real-labels", "real-results", "small-zoos")
 NUM_REAL_PROBES = 64
 _ENGINE = SearchConfig(evaluator="transformers", pairs="all", dtype="bfloat16")  # of choices and labels; half the time
 
@@ -98,8 +101,6 @@ class SecondStudy:
 
     def real_choices(self) -> None:
         """The choice without labels for every pair of two tasks, from probes alone."""
-        from simmerge_ray.pipelines.choices import ChoiceTask, choose_for, missing_choices
-
         directory = self._directory("choices")
         task = ChoiceTask(*self._zoo(), FindConfig(tune="none"), str(directory / "signatures"), directory, _ENGINE)
         with self.narrator.stage("real-choices") as stage, self.narrator.status_bar("pairs") as report:
@@ -113,7 +114,6 @@ class SecondStudy:
     def real_labels(self) -> None:
         """Utilities of every checkpoint, of fixed candidates of every pair, and of what was chosen; with what each
         keeps of its members' answers."""
-        from simmerge_ray.pipelines.choices import choice_file, read_choice
         from simmerge_ray.research.labelling import measure_plans, tokenizer_of
 
         catalogue, probe_sets = self._zoo()
@@ -131,6 +131,21 @@ class SecondStudy:
             labels = self._directory("labels")
             measure_plans(catalogue, tasks, few, labels, plans, lambda done, of: report(done, of, ""), _ENGINE.dtype)
             stage.result = f"{len(plans)} checkpoints and merges -> {labels}"
+
+    def real_results(self) -> None:
+        """Labels and choices as they are published (docs/study/second), with the figures of the plan's hypotheses."""
+        with self.narrator.stage("real-results") as stage:
+            catalogue, _ = self._zoo()
+            made = self._directory("choices")
+            choices = {
+                pair: (one.plan, one.keeps)
+                for pair in pair_order(catalogue)
+                if choice_file(made, pair).exists() and (one := read_choice(made, pair))
+            }
+            out = self._directory("results")
+            num_labels = write_results(out, self._directory("labels"), catalogue, choices)
+            write_json(out / "figures.json", real_figures(read_results(out)))
+            stage.result = f"{num_labels} labels, {len(choices)} choices -> {out}"
 
     def small_zoos(self) -> None:
         """The small bases and their experts, on Ray."""

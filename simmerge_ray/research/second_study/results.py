@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.base.storage import read_json
+from simmerge_ray.base.storage import new_directory, read_json, write_atomically, write_json
+from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.plan import MergePlan, plan_from_json
 from simmerge_ray.research.choosing import PairItems
 from simmerge_ray.research.second_study.real_labels import fixed_candidates
 from simmerge_ray.search.evaluation.answers import PREFIX
 from simmerge_ray.search.labels import LabelStore, Measured, check_comparable
 from simmerge_ray.selector.data.splits import Pair
+from simmerge_ray.selector.predictor.answers import NOTES
 from simmerge_ray.selector.predictor.rows import CandidateRows, read_candidates
 from simmerge_ray.selector.predictor.signals import COLUMNS
 
@@ -52,7 +54,7 @@ class RealResults:
 
 
 def read_results(directory: Path) -> RealResults:
-    """What `SecondStudy.real_results` wrote.
+    """What `write_results` wrote.
 
     Raises:
         LabelError: labels that must not be compared, or no pair that is whole.
@@ -87,6 +89,26 @@ def read_results(directory: Path) -> RealResults:
         for name in (base, *own_task)
     }
     return RealResults(tuple(pairs), content["num_pairs"], singles)
+
+
+def write_results(
+    directory: Path, labels: Path, catalogue: Catalogue, choices: Mapping[Pair, tuple[MergePlan, Mapping[str, float]]]
+) -> int:
+    """Publish labels, as one file with their notes, and choices (plan, and what it keeps of each member); the number of
+    labels."""
+    assert catalogue.base is not None
+    pairs = [
+        {"pair": list(pair), "plan": plan.to_json(), "keeps": dict(keeps)} for pair, (plan, keeps) in choices.items()
+    ]
+    own_task = dict(catalogue.own_task)
+    content = {"base": catalogue.base.id, "own_task": own_task, "num_pairs": len(catalogue.pairs()), "pairs": pairs}
+    with new_directory(directory) as made:
+        write_json(made / "choices.json", content)
+        store = LabelStore(made / "labels")
+        store.append(LabelStore(labels).read())
+        for path in sorted((labels / NOTES).iterdir()):
+            write_atomically(made / "labels" / NOTES / path.name, path.read_bytes())
+    return len(LabelStore(directory / "labels").read())
 
 
 def named_plans(left: str, right: str, base: str) -> dict[str, MergePlan]:

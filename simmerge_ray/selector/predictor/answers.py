@@ -18,7 +18,7 @@ from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.selector.finding.probed import token_pairs
 from simmerge_ray.signals.candidates.signatures import OwnAnswers
 
-_NOTES = "_answers"
+NOTES = "_answers"
 _SCHEMA = 1
 
 
@@ -54,13 +54,13 @@ def note_answers(labels: Place | str, answers: Sequence[OwnAnswers], base: str) 
             if one.about == f"{own.owner.checkpoint} to {own.owner.task}":
                 about = {"name": one.name, "digest": one.digest, "owner": own.owner.checkpoint}
                 rows.append(about | {"task": own.owner.task, "base": base, "num_tokens": one.num_tokens.tolist()})
-    write_json(as_place(labels) / _NOTES / f"{digest_json(rows)[:16]}.json", {"schema": _SCHEMA, "answers": rows})
+    write_json(as_place(labels) / NOTES / f"{digest_json(rows)[:16]}.json", {"schema": _SCHEMA, "answers": rows})
 
 
 def read_notes(labels: Place | str) -> list[AnswersNote]:
     """All notes of a label store. Raises LabelError: one that this version does not read."""
     found: dict[tuple[str, str], AnswersNote] = {}
-    for path in list_places(as_place(labels) / _NOTES, "*.json"):
+    for path in list_places(as_place(labels) / NOTES, "*.json"):
         try:
             content = read_json(path)
             if content["schema"] != _SCHEMA:

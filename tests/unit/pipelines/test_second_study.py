@@ -17,6 +17,7 @@ from simmerge_ray.pipelines.second_study import SecondStudy
 from simmerge_ray.research.second_study.real_labels import fixed_candidates, pair_order
 from simmerge_ray.research.second_study.real_recipes import draw_real_experts
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS
+from simmerge_ray.research.second_study.results import read_results
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.evaluation.answers import PREFIX
 from simmerge_ray.search.labels import LabelStore, Measured
@@ -103,6 +104,11 @@ def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, 
     assert {one for one in of_average if not one.startswith(PREFIX)} == tasks
     assert sum(one.startswith(PREFIX) for one in of_average) == 2  # what it keeps of both members
     rows = read_candidates([real / "labels"])
+    study.run(["real-results"])
+    results = read_results(real / "results")
+    assert [one.pair for one in results.pairs] == [pair] and results.num_pairs == 1
+    assert len(LabelStore(real / "results" / "labels").read()) == len(labels)
+    assert read_json(real / "results" / "figures.json")["counts"]["pairs"] == 1
     assert set(rows.tasks) == tasks and ((rows.utility >= 0) & (rows.utility <= 1)).all()
 
     for path in sorted((real / "labels").glob("*.parquet"))[:1]:

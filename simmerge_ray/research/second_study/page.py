@@ -1,0 +1,131 @@
+"""The blocks of docs/study-2.md, made from its figures: verdicts, tables, and what the labels say of the score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from simmerge_ray.base.markdown import percent, table_lines, with_interval
+from simmerge_ray.research.second_study.real_analysis import (
+    BASE,
+    CHOICE,
+    ELSEWHERE,
+    ORACLE,
+    PARENT,
+    PLAIN,
+    SCORED,
+)
+from simmerge_ray.research.second_study.real_tasks import REAL_TASKS
+
+_SAID = {
+    "H1": "choice minus plain average",
+    "H2": "choice minus the best fixed candidate of the other pairs",
+    "H3": "choice minus the better parent, in hindsight",
+    "H4": "share of the oracle's way from the plain average",
+}
+
+
+def real_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Lines by block; `found` of `real_figures`."""
+    return {
+        "real-verdict": _verdict(found),
+        "real-hypotheses": _hypotheses(found["hypotheses"]),
+        "real-ways": _ways(found["ways"]),
+        "real-tasks": _tasks(found["tasks"]),
+        "real-scores": _scores(found["scores"]),
+        "real-evaluations": _evaluations(found["evaluations"]),
+        "real-checkpoints": _checkpoints(found["singles"]),
+        "real-chosen": _chosen(found["chosen"]),
+    }
+
+
+def _verdict(found: Mapping[str, Any]) -> list[str]:
+    """Those that fail first."""
+    counts, verdicts = found["counts"], found["hypotheses"]
+    said = []
+    for holds, word in ((False, "not earned"), (True, "earned")):
+        names = [name for name, one in verdicts.items() if one["holds"] == holds]
+        if names:
+            said.append(f"**{', '.join(names)} {word}:** {'; '.join(_sentence(n, verdicts[n]) for n in names)}.")
+    extent = (
+        f"Labelled so far: {counts['pairs']} of {counts['of']} pairs across tasks, drawn at random, "
+        f"{counts['candidates']} candidates each, and what was chosen."
+    )
+    return [" ".join([*said, extent])]
+
+
+def _sentence(name: str, one: Mapping[str, Any]) -> str:
+    return f"{_SAID[name]} {_figure(name, one)} (asked: {_asked(name, one)})"
+
+
+def _figure(name: str, one: Mapping[str, Any]) -> str:
+    if name == "H4":
+        return f"{percent(one['mean'])} [{', '.join(percent(end) for end in one['interval'])}]"
+    return _points(one)
+
+
+def _asked(name: str, one: Mapping[str, Any]) -> str:
+    return f">= {percent(one['asked'])}" if name == "H4" else f">= {100 * one['asked']:+.0f} points, lower end > 0"
+
+
+def _points(one: Mapping[str, Any]) -> str:
+    """In hundredths of utility."""
+    interval = None if one["interval"] is None else [100 * end for end in one["interval"]]
+    return with_interval(100 * one["mean"], interval, signed=True, digits=1)
+
+
+def _hypotheses(verdicts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = [
+        (name, _SAID[name], _figure(name, one), _asked(name, one), "yes" if one["holds"] else "**no**")
+        for name, one in verdicts.items()
+    ]
+    return table_lines(("", "what", "figure", "asked", "holds"), rows)
+
+
+def _ways(ways: Sequence[Mapping[str, Any]]) -> list[str]:
+    against = (PLAIN, ELSEWHERE, PARENT)
+    rows = []
+    for row in sorted(ways, key=lambda one: -one["utility"]):
+        gains = [row["over"].get(name) for name in against]
+        shown = ["" if one is None else _points({"mean": one["value"], **one}) for one in gains]
+        name = f"**{row['way']}**" if row["way"] == CHOICE else row["way"]
+        rows.append((name, with_interval(row["utility"], row["interval"]), *shown))
+    return table_lines(("", "utility", *(f"minus {name}, points" for name in against)), rows)
+
+
+def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = (CHOICE, PLAIN, ELSEWHERE, PARENT, BASE, ORACLE)
+    shown = [(row["tasks"].replace("+", " + "), row["pairs"], *(row[name] for name in names)) for row in rows]
+    return table_lines(("tasks", "pairs", *names), shown)
+
+
+def _scores(found: Mapping[str, Any]) -> list[str]:
+    both = {name: with_interval(found[name]["mean"], found[name]["interval"]) for name in ("all", "within_a_pair")}
+    return [
+        f"Spearman of score and utility: {both['all']} over all candidates and tasks, {both['within_a_pair']} within a "
+        f"pair (least {found['least_within_a_pair']:.3f}). Of the fixed candidates, parents and base, the one with the "
+        f"best score ({SCORED}) falls short of the best by {_points(found['regret'])} points, both on the same items.",
+    ]
+
+
+def _evaluations(found: Mapping[str, Any]) -> list[str]:
+    numbers = found["utility"]
+    reached = found["reached"]
+    said = (
+        f"{reached} labelled evaluations"
+        if reached
+        else f"not even all {found['of']}: the choice is better than the best of them as one half of the items finds it"
+    )
+    return [
+        *table_lines(("evaluations", *numbers), [("utility", *numbers.values())]),
+        f"To reach the choice's {found['choice']:.3f}, random search over the fixed candidates needs: {said}.",
+    ]
+
+
+def _checkpoints(singles: Mapping[str, Mapping[str, float]]) -> list[str]:
+    rows = [(name, *(values.get(task) for task in REAL_TASKS)) for name, values in singles.items()]
+    return table_lines(("checkpoint", *REAL_TASKS), rows)
+
+
+def _chosen(rows: Sequence[Sequence[Any]]) -> list[str]:
+    return table_lines(("pair", "chosen", "utility"), [(f"{a}, {b}", label, value) for a, b, label, value in rows])
