@@ -104,6 +104,13 @@ class EngineConfig(FrozenConfig):
         None, "items of each task, a sample by the seed; default: all", ge=1, panel=_EVALUATION
     )
     seed: int = option(0, "of the sample of items and of the proposed merges", panel=_EVALUATION)
+    lm_eval: tuple[str, ...] = option(
+        (), "task of lm-evaluation-harness, also under a task's name: math=gsm8k; repeatable", panel=_EVALUATION
+    )
+    lm_eval_include: Path | None = option(None, "directory of lm-evaluation-harness task YAML files", panel=_EVALUATION)
+    lm_eval_fewshot: int | None = option(
+        None, "examples before each prompt; default: as the task says", ge=0, panel=_EVALUATION
+    )
     retry_infeasible: bool = option(False, "evaluate merges again that could not be measured", panel=_EVALUATION)
     concurrency: int | None = option(None, "engines at the same time; default: as many as fit", ge=1, panel=_COST)
     cpus_per_trial: float = option(1.0, "CPU cores of an engine or of each rank; up to four merge", ge=0, panel=_COST)
@@ -122,11 +129,6 @@ class _TrialsConfig(EngineConfig):
         min_length=1,
     )
     exclude: tuple[Pair, ...] = option((), "LEFT,RIGHT: a pair to leave out; repeatable")
-    lm_eval: tuple[str, ...] = option((), "task of lm-evaluation-harness; repeatable", panel=_EVALUATION)
-    lm_eval_include: Path | None = option(None, "directory of lm-evaluation-harness task YAML files", panel=_EVALUATION)
-    lm_eval_fewshot: int | None = option(
-        None, "examples before each prompt; default: as the task says", ge=0, panel=_EVALUATION
-    )
     max_trials: int | None = option(None, "stop after this many trials", ge=1, panel=_COST)
     max_hours: float | None = option(None, "stop after this many hours", gt=0, panel=_COST)
     max_gpu_hours: float | None = option(

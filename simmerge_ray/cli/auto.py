@@ -64,7 +64,7 @@ def auto(
     from simmerge_ray.pipelines.auto.answer import ANSWER, auto_outputs, auto_run, check_auto, check_evaluation
     from simmerge_ray.selector.finding.sources import find_request
 
-    check_evaluation(evaluate, tasks is not None)
+    check_evaluation(evaluate, tasks is not None or bool(engine.lm_eval))
     given = {"CATALOGUE": catalogue, "--probes": probes, "--tasks": tasks}
     check_outputs(auto_outputs(out, signatures, write), given)
     request = find_request(load_catalogue(catalogue), load_probe_sets(probes), config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -46,6 +47,7 @@ from simmerge_ray.pipelines.auto.measure import (
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
 from simmerge_ray.plans.plan import MergePlan, read_plan
 from simmerge_ray.search.evaluation import load_tasks
+from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
 from simmerge_ray.search.labels import Infeasible, LabelStore, Measured
 from simmerge_ray.search.objectives import Objective
 from simmerge_ray.selector.finding.aim import Aim
@@ -57,6 +59,7 @@ from simmerge_ray.selector.finding.virtual import VirtualScores
 from simmerge_ray.selector.predictor.train import train_predictor
 from simmerge_ray.signals.candidates.signatures import Owner
 from simmerge_ray.signals.queue import Unit, WorkQueue
+from tests.unit.search.evaluation.test_harness import write_suite
 from tests.unit.selector.predictor.made_up import rows_of_bases
 
 ENGINE = SearchConfig(pairs="all", evaluator="transformers", concurrency=1)
@@ -126,7 +129,26 @@ def test_labels_that_cannot_decide_are_refused(catalogue_path, tmp_path, request
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "add.jsonl").write_text(json.dumps({"prompt": "a=", "target": "b"}) + "\n")
     result = invoke(catalogue_path, tmp_path / "out", "--tasks", str(tmp_path / "tasks"), "--evaluate", "2")
-    assert "has no copy.jsonl, which says what is measured on 'copy'; known: add" in str(result.exception)
+    assert "no task 'copy'" in str(result.exception) and str(result.exception).endswith("known: add")
+
+
+def test_tasks_of_lm_eval_measure_a_member_s_task_by_its_name(catalogue_path, request_, tmp_path):
+    pytest.importorskip("lm_eval")
+    suite = write_suite(tmp_path / "suite", TransformersEvaluator(request_.catalogue.base))
+    names = ("add=pick", "copy=spell")
+    engine = EngineConfig(evaluator="transformers", lm_eval=names, lm_eval_include=suite, max_items=4)
+    tasks = auto_run(request_, engine, tmp_path / "out", None, None, 2).tasks
+    assert {name: (task.name, task.num_items) for name, task in tasks.items()} == {
+        "add": ("add", 4),
+        "copy": ("copy", 4),
+    }
+    (tmp_path / "tasks").mkdir()
+    shutil.copy(catalogue_path.parent / "tasks" / "copy.jsonl", tmp_path / "tasks" / "copy.jsonl")
+    mixed = engine.model_copy(update={"lm_eval": ("add=pick",)})  # files and lm_eval's together
+    assert set(auto_run(request_, mixed, tmp_path / "out", None, tmp_path / "tasks", 2).tasks) == {"add", "copy"}
+    for wrong, message in ((("pick",), "--lm-eval add=NAME"), (("add=three", "copy=spell"), "'three' is 3 tasks")):
+        with pytest.raises(TaskError, match=message):
+            auto_run(request_, engine.model_copy(update={"lm_eval": wrong}), tmp_path / "out", None, None, 2)
 
 
 def test_a_catalogue_that_cannot_be_asked_is_one_message(catalogue_path, tmp_path):

@@ -19,9 +19,10 @@ from simmerge_ray.on_ray.digests import digest_on_nodes
 from simmerge_ray.pipelines.auto.expected import expect
 from simmerge_ray.pipelines.auto.measure import prepare_measuring
 from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
+from simmerge_ray.pipelines.dataset import load_search_tasks
 from simmerge_ray.plans.plan import MergePlan, read_plan, resolve_plan, write_plan
 from simmerge_ray.reports.found import write_auto_report
-from simmerge_ray.search.evaluation import Task, load_tasks
+from simmerge_ray.search.evaluation import EvaluationTask
 from simmerge_ray.selector.finding.probed import ProbedPlan
 from simmerge_ray.selector.finding.sources import FindRequest
 from simmerge_ray.selector.predictor.model import read_predictor
@@ -47,10 +48,9 @@ def auto_run(
         ConfigError: one of `tasks` and `evaluate` without the other. TaskError: a task that cannot be used or lacks.
         SelectorError: no predictor there, or a damaged one.
     """
-    check_evaluation(evaluate, tasks is not None)
+    check_evaluation(evaluate, tasks is not None or bool(engine.lm_eval))
     search = SearchConfig(**engine.model_dump(), pairs="all")
-    labels = {} if tasks is None else own_labels(load_tasks(tasks), request.catalogue, str(tasks))
-    labels = {name: task.sampled(search.max_items, search.seed) for name, task in labels.items()}
+    labels = own_labels(load_search_tasks(tasks, search), request.catalogue) if evaluate else {}
     where = str(signatures) if signatures is not None else str((out / SIGNATURES).resolve())
     expecting = None if predictor is None else read_predictor(predictor)
     return AutoRun(request, search, out, where, labels, evaluate, write, predictor=expecting)
@@ -166,15 +166,17 @@ def label_free_json(run: AutoRun, found: LabelFree) -> dict[str, Any]:
 def check_evaluation(evaluate: int, has_tasks: bool) -> None:
     """Raises ConfigError: only one of the two is given."""
     if bool(evaluate) != has_tasks:
-        raise ConfigError("--tasks has the items and --evaluate says how many merges are measured on them: give both")
+        raise ConfigError(
+            "--tasks (or --lm-eval) has the items and --evaluate says how many merges are measured on them: give both"
+        )
 
 
-def own_labels(known: Mapping[str, Task], catalogue: Catalogue, where: str) -> dict[str, Task]:
-    """The tasks that the members were made for. Raises TaskError: the directory `where` lacks one."""
+def own_labels(known: Mapping[str, EvaluationTask], catalogue: Catalogue) -> dict[str, EvaluationTask]:
+    """The tasks that the members were made for. Raises TaskError: one is not known."""
     wanted = sorted({task for task in catalogue.own_task.values() if task})
     if absent := [name for name in wanted if name not in known]:
         raise TaskError(
-            f"{where} has no {absent[0]}.jsonl, which says what is measured on {absent[0]!r}; known: "
-            f"{', '.join(sorted(known))}"
+            f"no task {absent[0]!r}, which a checkpoint was made for, is known by --tasks or --lm-eval: give "
+            f"{absent[0]}.jsonl or --lm-eval {absent[0]}=NAME; known: {', '.join(sorted(known))}"
         )
     return {name: known[name] for name in wanted}

@@ -182,7 +182,8 @@ def load_harness_tasks(
     seed: int = 0,
     fewshot_seed: int = _FEWSHOT_SEED,
 ) -> dict[str, HarnessTask]:
-    """Tasks by name; a group or a tag stands for its tasks, each a task of its own.
+    """Tasks by name, or by one's own name for a task, as in `math=gsm8k`; a group or a tag stands for its tasks, each a
+    task of its own.
 
     The utility is the first metric of the task that is a mean over items and known to lie in [0, 1] for each of them,
     read with the task's first filter.
@@ -203,24 +204,29 @@ def load_harness_tasks(
     if include_path is not None and not include_path.is_dir():
         raise TaskError(f"include_path {include_path} is not a directory")
     path = None if include_path is None else str(include_path.resolve())
-    sources = [_Source(name, path, os.getcwd(), num_fewshot, fewshot_seed) for name in dict.fromkeys(names)]
+    asked = [text.rpartition("=")[::2] for text in dict.fromkeys(names)]
+    sources = [_Source(name, path, os.getcwd(), num_fewshot, fewshot_seed) for _, name in asked]
     if not sources:
         raise TaskError("no names of lm_eval tasks were given")
     found: dict[str, HarnessTask] = {}
     problems: list[str] = []
     with _prepared(sources[0]):
         manager = _manager(sources)
-        for source in sources:
+        for (own_name, _), source in zip(asked, sources, strict=True):
             try:
                 tasks = _load(source, manager)
             except TaskError as error:
                 problems.append(str(error))
                 continue
-            for name, task in tasks.items():
+            if own_name and len(tasks) > 1:
+                problems.append(f"{source.name!r} is {len(tasks)} tasks ({', '.join(tasks)}); {own_name!r} can be one")
+                continue
+            for leaf_name, task in tasks.items():
+                name = own_name or leaf_name
                 try:
-                    one = _described(name, task, source, metric)
+                    one = replace(_described(leaf_name, task, source, metric), name=name)
                 except TaskError as error:
-                    problems.append(f"task {name!r}: {error}")
+                    problems.append(f"task {leaf_name!r}: {error}")
                     continue
                 if found.setdefault(name, one).digest != one.digest:
                     problems.append(f"task {name!r} comes with other settings from {source.name!r} than before")
