@@ -222,8 +222,15 @@ def _headroom_part(room: Mapping[str, Any], directory: Place) -> list[str]:
     series["split-half oracle"] = [task["split_half_oracle"] for task in by_task.values()]
     figure, ((axis,),) = new_figure(11.0, 4.6)
     figure.set_layout_engine("constrained")
-    grouped_bars(axis, [f"{name}\n({task['num_contexts']} contexts)" for name, task in by_task.items()], series)
-    axis.set_ylabel("GapClosed (1: the better parent)")
+    bounds = None
+    if all("intervals" in task for task in by_task.values()):  # runs of an earlier version have none
+        names = dict(zip(series, [*room["arm_gap_closed"], ""], strict=True))  # of the oracle: ""
+        none = [float("nan")] * 2
+        bounds = {
+            shown: [task["intervals"][name] or none for task in by_task.values()] for shown, name in names.items()
+        }
+    grouped_bars(axis, [f"{name}\n({task['num_contexts']} contexts)" for name, task in by_task.items()], series, bounds)
+    axis.set_ylabel("GapClosed (1: the better parent), 95 % intervals")
     legend_below(axis)
     context = room["per_context"]
     said = with_interval(context["gain"], context["gain_interval"], signed=True)

@@ -56,10 +56,12 @@ class Context:
 
 @dataclass(frozen=True)
 class TaskHeadroom:
-    """One task's share of an `ObjectiveHeadroom`; every figure is a ratio of sums over the task's defined contexts."""
+    """One task's share of an `ObjectiveHeadroom`; every figure is a ratio of sums over the task's defined contexts.
+    intervals: of the arms and, as "", of the oracle, by checkpoints drawn anew; None where no resample holds a pair."""
 
     num_contexts: int
     arm_gap_closed: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float] | None]
     best_fixed_arm: str
     split_half_oracle: float
     maximum: float
@@ -336,7 +338,7 @@ def _objective(
         gain_interval=_bootstrap_interval(defined, oracle - defined.closed[:, best_fixed], num_resamples, seed),
         split_half_oracle_mean_ratio=float(defined.mean_ratio(oracle)),
         arm_win_share=dict(zip(arms, (num_wins / len(units)).tolist(), strict=True)),
-        tasks=_per_task(defined, arms, oracle, maximum),
+        tasks=_per_task(defined, arms, oracle, maximum, num_resamples, seed),
         keep=_keep(options, best_fixed, units, num_resamples, seed),
     )
 
@@ -397,7 +399,7 @@ def _clear_winner(members: Sequence[_Gap]) -> int | None:
 
 
 def _per_task(
-    defined: DefinedGaps, arms: Sequence[str], oracle: np.ndarray, maximum: np.ndarray
+    defined: DefinedGaps, arms: Sequence[str], oracle: np.ndarray, maximum: np.ndarray, num_resamples: int, seed: int
 ) -> dict[str, TaskHeadroom]:
     tasks = {}
     for task in np.unique(defined.tasks).tolist():
@@ -406,7 +408,12 @@ def _per_task(
             float(one[rows].sum() / defined.gap[rows].sum()) for one in (*defined.closed.T, oracle, maximum)
         )
         best = arms[int(np.argmax(fixed))]
-        tasks[task] = TaskHeadroom(int(rows.sum()), dict(zip(arms, fixed, strict=True)), best, of_oracle, of_maximum)
+        gaps = tuple(gap for gap, counts in zip(defined.gaps, rows, strict=True) if counts)
+        of_task = DefinedGaps(defined.rows[rows], defined.tasks[rows], defined.closed[rows], defined.gap[rows], gaps)
+        columns = dict(zip(arms, of_task.closed.T, strict=True)) | {"": oracle[rows]}
+        intervals = {arm: _bootstrap_interval(of_task, one, num_resamples, seed) for arm, one in columns.items()}
+        by_arm = dict(zip(arms, fixed, strict=True))
+        tasks[task] = TaskHeadroom(int(rows.sum()), by_arm, intervals, best, of_oracle, of_maximum)
     return tasks
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from simmerge_ray.base.errors import InputError
 from simmerge_ray.search.headroom import Context, headroom
 from tests.contexts import made_context, split_items, zoos
+from tests.unit.selector.made_up import planted
 
 EXACT = 1e-12  # float64 means of a few dozen numbers
 
@@ -198,3 +199,14 @@ def test_arms_that_are_all_alike_have_no_headroom(contexts: list[Context]) -> No
         assert objective.gain == pytest.approx(0, abs=1e-9)
         assert objective.gain_interval == pytest.approx((0, 0), abs=1e-9)
         assert set(objective.arm_win_share.values()) == {0.0}
+
+
+def test_intervals_of_a_task_hold_what_they_are_of():
+    report = headroom(planted().contexts, num_resamples=400)
+    for task in report.per_context.tasks.values():
+        values = dict(task.arm_gap_closed) | {"": task.split_half_oracle}
+        assert set(task.intervals) == set(values)
+        for name, value in values.items():
+            low, high = task.intervals[name]
+            assert low - 1e-9 <= value <= high + 1e-9
+    assert any(high - low > 0.01 for low, high in task.intervals.values())
