@@ -33,7 +33,7 @@ from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, ResolvedPlan, read_plan, resolve_plan, write_plan
 from simmerge_ray.research.zoo.recipe import ARMS, EXPERT_RECIPES, ExpertRecipe
 from simmerge_ray.search.evaluation import Task, load_tasks
-from simmerge_ray.search.labels import Measured
+from simmerge_ray.search.labels import LabelStore, Measured
 
 HELD_OUT_PAIR = ("math-strong", "rag-strong")
 # The vocabulary has 150 entries: many positions cost little.
@@ -118,11 +118,13 @@ def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str
         choice = read_choice(layout.choices, pair)
         recommender = Recommender.load(layout.selector, layout.signals)
         advice = recommender.recommend(*pair)
-        merged = write_pick(layout, resolve_plan(choice.answer, catalogue), choice.keeps)
+        resolved, told = resolve_plan(choice.answer, catalogue), {k: {"retention": v} for k, v in choice.keeps.items()}
+        merged = write_pick(layout, resolved, told)
         pair_tasks = {task: tasks[task] for task in catalogue.pair_tasks(*pair)}
         arms = {ranked.arm: arm_plan(*pair, ranked.arm) for ranked in advice.ranked}
         plans = {"arms": arms, "chosen": {CHOSEN: choice.plan, ANSWER: choice.answer}}
         measured, loaded = measure_pick(layout, search, plans, merged, pair_tasks, narrator)
+        write_pick(layout, resolved, told | _measured(layout, choice.answer))  # now the card can say what was measured
         result = {
             "pair": list(pair),
             "answer": {"label": choice.label, "plan": choice.answer.to_json(), "is_tuned": choice.is_tuned},
@@ -146,17 +148,27 @@ def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str
         )
 
 
-def write_pick(layout: RunLayout[Path], resolved: ResolvedPlan, keeps: Mapping[str, float]) -> Place | None:
-    """The plan file, and the merge; None where the answer is a checkpoint as it is: there is nothing to merge."""
+def write_pick(layout: RunLayout[Path], resolved: ResolvedPlan, told: Mapping[str, Any]) -> Place | None:
+    """The plan file, and the merge; None where the answer is a checkpoint as it is: there is nothing to merge.
+    told: see `write_merge`."""
     from simmerge_ray.merging.write.directory import write_merge
 
     if not resolved.plan.is_merge:
         shutil.rmtree(layout.pick / "merged", ignore_errors=True)  # of an earlier answer
         write_plan(layout.pick / "plan.json", resolved)
         return None
-    told = {owner: {"retention": share} for owner, share in keeps.items()}
     write_plan(layout.pick / "plan.json", resolved, told)
     return write_merge(read_plan(layout.pick / "plan.json")[0], layout.pick / "merged", told).path
+
+
+def _measured(layout: RunLayout[Path], plan: MergePlan) -> dict[str, dict[str, float]]:
+    """Utility of a measured plan by task, for its card."""
+    labels = [one for one in LabelStore(layout.pick / "labels").read() if one.plan == plan]
+    return {
+        one.task: {"measured": one.outcome.utility, "se": one.outcome.standard_error}
+        for one in labels
+        if isinstance(one.outcome, Measured)
+    }
 
 
 def measure_pick(

@@ -230,7 +230,7 @@ def _headroom_part(room: Mapping[str, Any], directory: Place) -> list[str]:
             shown: [task["intervals"][name] or none for task in by_task.values()] for shown, name in names.items()
         }
     grouped_bars(axis, [f"{name}\n({task['num_contexts']} contexts)" for name, task in by_task.items()], series, bounds)
-    axis.set_ylabel("GapClosed (1: the better parent), 95 % intervals")
+    axis.set_ylabel("GapClosed, 95 % intervals")
     legend_below(axis)
     context = room["per_context"]
     said = with_interval(context["gain"], context["gain_interval"], signed=True)

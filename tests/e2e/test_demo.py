@@ -62,6 +62,8 @@ def test_the_demo_leaves_what_it_promises_and_the_next_run_computes_nothing(tmp_
     assert (pick["arm"], pick["reason"]) == (choice.arm, choice.reason)  # what `simmerge plan --left --right` says
     assert {*HELD_OUT} not in [set(label.plan.members) for label in labels]
     read_headers(CheckpointRef("merged", layout.pick / "merged"))
+    card = (layout.pick / "merged" / "README.md").read_text()
+    assert "measured utility" in card and "kept by the merge" in card and "predicted" not in card
     for figure in ("signals.png", "choices.png", "pick.png"):
         assert (layout.report / figure).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     report = (layout.report / "report.md").read_text()
