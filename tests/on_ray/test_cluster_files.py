@@ -245,5 +245,6 @@ def test_the_image_is_no_root_and_has_both_targets():
     assert targets == ["cpu", "gpu"]
     parts = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
     assert all(part.rstrip().endswith("USER ray") and "RAY_AUTH_MODE=token" in part for part in parts)
+    assert all(re.search(r"^RUN pip install(.|\\\n)*&& simmerge doctor$", part, re.MULTILINE) for part in parts)
     extras = set(re.findall(r"\.\[([\w,]+)\]", text))
     assert extras and all(set(one.split(",")) <= set(EXTRAS) for one in extras)
