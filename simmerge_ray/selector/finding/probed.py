@@ -20,6 +20,7 @@ from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.search.labels import LabelStore, Measured
 from simmerge_ray.search.setup import PreparedSearch, grid_trials, prepare_search
 from simmerge_ray.selector.finding.aim import Aim
+from simmerge_ray.signals.candidates.answers import Answers
 from simmerge_ray.signals.candidates.signatures import OwnAnswers
 
 Chosen = Callable[[int], np.ndarray]
@@ -63,7 +64,7 @@ class Prober:
     ) -> None:
         self.known = known or {}
         own_answers = {one.owner: one for one in answers}
-        self._pairs = [token_pairs(own_answers[owner]) for owner in aim.owners]
+        self._pairs = [token_pairs(own_answers[owner].answers) for owner in aim.owners]
         self._aim, self._run = aim, run
         # Every candidate is asked for all answers, whoever its members are.
         self._catalogue = replace(catalogue, own_task=dict.fromkeys(catalogue.ids))
@@ -185,10 +186,10 @@ def in_this_process(config: SearchConfig, labels_uri: str, start: Callable[[Prep
     return run
 
 
-def token_pairs(own: OwnAnswers) -> list[tuple[list[int], list[int]]]:
+def token_pairs(answers: Answers) -> list[tuple[list[int], list[int]]]:
     """Tokens of each probe and of its answer."""
     pairs = []
-    for batch in own.answers.batches:
+    for batch in answers.batches:
         for row in range(len(batch.input_ids)):
             answer = batch.tokens[batch.rows == row].tolist()
             whole = batch.input_ids[row, : int(batch.attention_mask[row].sum())].tolist()

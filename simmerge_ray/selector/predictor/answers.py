@@ -6,7 +6,7 @@ is stands once in the store, in `_answers/` (readers of Parquet directories skip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from simmerge_ray.base.errors import LabelError
 from simmerge_ray.base.storage import Place, as_place, digest_json, list_places, read_json, write_json
 from simmerge_ray.search.evaluation.answers import AnswersTask
 from simmerge_ray.selector.finding.probed import token_pairs
-from simmerge_ray.signals.candidates.signatures import OwnAnswers
+from simmerge_ray.signals.candidates.answers import Answers
+from simmerge_ray.signals.candidates.signatures import Owner
 
 NOTES = "_answers"
 _SCHEMA = 1
@@ -34,27 +35,28 @@ class AnswersNote:
     num_tokens: np.ndarray
 
 
-def answers_by_owner(answers: Sequence[OwnAnswers], base: str) -> dict[str, list[AnswersTask]]:
+def answers_by_owner(answers: Mapping[Owner, Answers], base: str) -> dict[str, list[AnswersTask]]:
     """Of the members; the base's general answers are nobody's task."""
     found: dict[str, list[AnswersTask]] = {}
-    for one in answers:
-        owner = one.owner
+    for owner, one in answers.items():
         if owner.checkpoint != base:
-            task = AnswersTask(f"{owner.checkpoint} to {owner.task}", token_pairs(one))
-            found.setdefault(owner.checkpoint, []).append(task)
+            found.setdefault(owner.checkpoint, []).append(_task_of(owner, one))
     return found
 
 
-def note_answers(labels: Place | str, answers: Sequence[OwnAnswers], base: str) -> None:
+def note_answers(labels: Place | str, answers: Mapping[Owner, Answers], base: str) -> None:
     """Write the note of some answers into a label store; the same answers make the same file."""
-    tasks = answers_by_owner(answers, base)
     rows: list[dict[str, Any]] = []
-    for own in answers:
-        for one in tasks.get(own.owner.checkpoint, ()):
-            if one.about == f"{own.owner.checkpoint} to {own.owner.task}":
-                about = {"name": one.name, "digest": one.digest, "owner": own.owner.checkpoint}
-                rows.append(about | {"task": own.owner.task, "base": base, "num_tokens": one.num_tokens.tolist()})
+    for owner, written in answers.items():
+        if owner.checkpoint != base:
+            one = _task_of(owner, written)
+            about = {"name": one.name, "digest": one.digest, "owner": owner.checkpoint}
+            rows.append(about | {"task": owner.task, "base": base, "num_tokens": one.num_tokens.tolist()})
     write_json(as_place(labels) / NOTES / f"{digest_json(rows)[:16]}.json", {"schema": _SCHEMA, "answers": rows})
+
+
+def _task_of(owner: Owner, answers: Answers) -> AnswersTask:
+    return AnswersTask(f"{owner.checkpoint} to {owner.task}", token_pairs(answers))
 
 
 def read_notes(labels: Place | str) -> list[AnswersNote]:

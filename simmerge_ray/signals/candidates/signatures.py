@@ -85,11 +85,35 @@ def collect_answers(
         ProbeError: a probe that cannot be used; an owner all of whose answers are empty. CheckpointError: checkpoints
             that cannot be used, each named.
     """
+    collector = _collector(catalogue, probe_sets, store, executor, spec, signature, digests)
+    return collector.collect(owners_of(catalogue, tuple(probe_sets)))
+
+
+def written_answers(
+    catalogue: Catalogue,
+    probe_sets: Mapping[str, ProbeSet],
+    store: SignatureStore,
+    executor: Executor,
+    spec: AnswerSpec | None = None,
+) -> dict[Owner, Answers]:
+    """`collect_answers` without what the other checkpoints think of the answers: a pass a checkpoint instead of M."""
+    collector = _collector(catalogue, probe_sets, store, executor, spec)
+    return collector.written(owners_of(catalogue, tuple(probe_sets)))
+
+
+def _collector(
+    catalogue: Catalogue,
+    probe_sets: Mapping[str, ProbeSet],
+    store: SignatureStore,
+    executor: Executor,
+    spec: AnswerSpec | None = None,
+    signature: SignatureSpec | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> _Collector:
     spec = spec or AnswerSpec()
-    owners = owners_of(catalogue, tuple(probe_sets))
-    used = {owner.task: probe_sets[owner.task] for owner in owners}
+    used = {owner.task: probe_sets[owner.task] for owner in owners_of(catalogue, tuple(probe_sets))}
     batches = tokenize_probes(catalogue, used, signature or SignatureSpec(), spec.max_tokens)
-    return _Collector(catalogue, batches, spec, store, executor, digests or catalogue.digests()).collect(owners)
+    return _Collector(catalogue, batches, spec, store, executor, digests or catalogue.digests())
 
 
 class _Collector:
@@ -123,8 +147,9 @@ class _Collector:
             for owner, one in answers.items()
         ]
 
-    def _write(self, owners: Sequence[Owner], keys: Mapping[Owner, str]) -> None:
-        """Answers of the owners that have none yet, and the tokens that are kept there."""
+    def written(self, owners: Sequence[Owner]) -> dict[Owner, Answers]:
+        """Answers of the owners, written where they are not in the store."""
+        keys = {owner: self._key(owner) for owner in owners}
         units = [
             (owner.checkpoint, owner, Unit("answers", owner.checkpoint, (batch, self._spec)))
             for owner in owners
@@ -135,8 +160,13 @@ class _Collector:
             tokens = np.concatenate([one for one, _ in parts])
             arrays = _flat([likely for _, likely in parts]) | {"written": tokens}
             self._store.write("written", keys[owner], arrays, _of(owner))
+        found = {owner: self._store.read("written", keys[owner])["written"] for owner in owners}
+        return {owner: self._joined(owner, one) for owner, one in found.items()}
+
+    def _write(self, owners: Sequence[Owner], keys: Mapping[Owner, str]) -> None:
+        """Answers of the owners that have none yet, and the tokens that are kept there."""
+        answers = self.written(owners)
         found = {owner: self._store.read("written", keys[owner]) for owner in owners}
-        answers = {owner: self._joined(owner, one["written"]) for owner, one in found.items()}
         base = self._catalogue.base
         looked = [
             (base.id, owner, Unit("likeliest", base.id, (batch, self._spec.num_kept)))
