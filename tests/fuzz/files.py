@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,25 @@ class Ended:
     said: str
 
 
+@cache
+def _command() -> Any:
+    """All commands; the library makes them anew at each call of the app, which takes longer than most of them."""
+    from typer.main import get_command
+
+    from simmerge_ray.cli.app import app
+
+    return get_command(app)
+
+
 def run(*arguments: Any, cwd: Path | None = None) -> Ended:
     """`simmerge ARGUMENTS` in this process; what would be a traceback there is an exception here."""
-    from simmerge_ray.cli.app import app, run_command
+    from simmerge_ray.cli.app import run_command
 
     before, said = signal.getsignal(signal.SIGTERM), io.StringIO()
     there = contextlib.chdir(cwd) if cwd is not None else contextlib.nullcontext()
     try:
         with there, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            run_command(lambda: app([str(one) for one in arguments], prog_name="simmerge"))
+            run_command(lambda: _command()([str(one) for one in arguments], prog_name="simmerge"))
     except SystemExit as ended:
         return Ended(int(ended.code or 0), said.getvalue())
     finally:
