@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 from simmerge_ray.base.storage import file_names, read_bytes, read_json_object
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
-from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, load_tokenizer
+from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, is_refusal, load_tokenizer
 
 _TOKENIZER, _SPECIAL, _DECODER = "tokenizer.json", "special_tokens_map.json", "added_tokens_decoder"
 # Classes that read `tokenizer.json` and no more, with the special tokens that they add where it lacks them.
@@ -75,8 +75,10 @@ class _TokenizerFiles:
             return None
         try:
             backend = Tokenizer.from_str(read_bytes(ref.path / _TOKENIZER).decode())
-        except Exception:  # the library raises nothing more special; transformers says what is wrong
-            return None
+        except BaseException as error:
+            if not is_refusal(error):
+                raise
+            return None  # transformers says what is wrong
         others = {name: read_bytes(ref.path / name) for name in (_SPECIAL, CHAT_TEMPLATE) if name in names}
         special = read_json_object(ref.path / _SPECIAL, ref.error) if _SPECIAL in names else {}
         decoder = backend.get_added_tokens_decoder()

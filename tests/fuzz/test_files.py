@@ -98,7 +98,7 @@ _AT_START = 700e6  # the libraries of all commands
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_learned(write_files(tmp_path_factory.mktemp("sound")))
-    for plan in ("plan.json", "lora.json", "recipe.json", "merge.yaml"):
+    for plan in ("plan.json", "lora.json", "recipe.json", "merge.yaml", "union.yaml"):
         with copied(root) as copy:
             assert run("merge", plan, "out", cwd=copy).code == 0
     for command in (
@@ -149,6 +149,8 @@ def json_texts(file: Path) -> st.SearchStrategy[bytes]:
         ("b/model.safetensors.index.json", "plan.json"),
         ("a/config.json", "plan.json"),
         ("a/tokenizer.json", "plan.json"),
+        ("a/tokenizer.json", "union.yaml"),
+        ("a/tokenizer_config.json", "union.yaml"),
         ("lora/adapter_config.json", "lora.json"),
         ("lora/adapter_model.safetensors", "lora.json"),
         ("plan.json", "plan.json"),

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging import opened_tokenizers
 from simmerge_ray.merging.opened_tokenizers import open_tokenizer
@@ -115,3 +116,17 @@ def test_tokens_that_a_config_lists_are_listed_after_a_change(roots, tmp_path):
     opened.add(["<later>"])
     listed = json.loads(opened.files(None)["tokenizer_config.json"])["added_tokens_decoder"]
     assert {one["content"] for one in listed.values()} == {token.content for token in opened.added().values()}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    ],
+)
+def test_a_file_at_which_the_library_panics_is_refused(roots, tmp_path, entries):
+    shutil.copytree(roots / "TokenizersBackend", tmp_path / "x")
+    change(tmp_path / "x", "tokenizer.json", **entries)
+    with pytest.raises(CheckpointError, match="cannot load its tokenizer"):
+        open_tokenizer(CheckpointRef("x", tmp_path / "x"))
