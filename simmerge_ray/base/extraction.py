@@ -20,6 +20,7 @@ class ExtractConfig(FrozenConfig):
     modules_to_save: tuple[str, ...] = option(
         (), "modules that the adapter keeps whole, e.g. embed_tokens, lm_head, norm; repeatable", flag="save-module"
     )
+    bias: Literal["none", "all"] = option("none", "all: the adapter keeps every bias whole, as peft's `bias` does")
     embeddings: bool = option(False, "take the low-rank part of the embedding and the output layer, too")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "in which the adapter is stored")
     iterations: int = option(4, "power iterations of the randomised decomposition", ge=0, le=20)

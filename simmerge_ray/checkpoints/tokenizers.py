@@ -37,9 +37,16 @@ def load_tokenizer(ref: CheckpointRef, **options: Any) -> Any:
     with local_files(ref) as directory:
         try:
             return tokenizers.from_pretrained(directory, local_files_only=True, **options)
-        except Exception as error:  # the library of tokenizers raises nothing more special
+        except BaseException as error:
+            if not is_refusal(error):
+                raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ref.error(f"transformers cannot load its tokenizer: {reason[:300]}") from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the library of tokenizers refuses a file so: it raises nothing more special, and panics besides."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _contents(ref: CheckpointRef) -> list[bytes]:

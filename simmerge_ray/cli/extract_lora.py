@@ -22,7 +22,8 @@ def extract_lora_command(
     """Extract a LoRA adapter from a fine-tune: the largest singular directions of the change of every matrix.
 
     The adapter is in PEFT's format and is a member of merges as BASE+OUT. What it keeps of the change is printed.
-    Embeddings and norms are left out unless they are kept whole (`--save-module`) or, embeddings, taken as well.
+    Embeddings, norms and biases are left out unless they are kept whole (`--save-module`, `--bias`) or, embeddings,
+    taken as well; those that changed are listed in the adapter's README.
     """
     from simmerge_ray.base.progress import narrated
     from simmerge_ray.checkpoints.references import locate_checkpoint

@@ -11,8 +11,8 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +62,31 @@ class Extraction:
     def lines(self) -> list[str]:
         """What a person should know."""
         lines = [f"kept of the change, {kind}: {share:.1%} of its norm" for kind, share in self.kept.items()]
-        if self.left_out:
-            shown = ", ".join(self.left_out[:5]) + (" ..." if len(self.left_out) > 5 else "")
-            lines.append(f"changed, and not in the adapter: {len(self.left_out)} tensors: {shown} (see --save-module)")
-        return lines
+        return lines + [f"changed, and not in the adapter: {line}" for line in _left_out_lines(self.left_out)]
+
+
+def _left_out_lines(names: Sequence[str]) -> Iterator[str]:
+    """Changed tensors that an adapter lacks, and the option that keeps such."""
+    biases = [name for name in names if name.endswith(".bias")]
+    others = [name for name in names if not name.endswith(".bias")]
+    for group, kind, option in ((biases, "biases", "--bias all"), (others, "tensors", "--save-module")):
+        if group:
+            shown = ", ".join(group[:5]) + (" ..." if len(group) > 5 else "")
+            yield f"{len(group)} {kind}: {shown} ({option} keeps them)"
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What the adapter holds of one tensor of the model: the two matrices of a module, or the tensor itself."""
+    """What the adapter holds of one tensor of the model: the two matrices of a module, or the tensor itself.
+
+    key: the name of the tensor itself in the adapter's file; "" for two matrices.
+    """
 
     tensor: str
     module: str
-    kind: str  # "linear", "transposed", "embedding", "saved"
+    kind: str  # "linear", "transposed", "embedding", "saved", "bias"
     rank: int = 0
+    key: str = ""
 
 
 @dataclass
@@ -131,7 +142,7 @@ def extract_lora(
     finally:
         fine.close()
         original.close()
-    num_matrices = sum(part.kind != "saved" for part in plan.parts)
+    num_matrices = sum(not part.key for part in plan.parts)
     return Extraction(out, kept, tuple(left_out), num_matrices, layout.num_bytes)
 
 
@@ -207,7 +218,10 @@ def _plan(base: CheckpointRef, specs: Mapping[str, TensorSpec], config: ExtractC
         if spec.dtype not in FLOAT_DTYPES:
             continue
         if _is_saved(module, saved):
-            parts.append(_Part(name, module, "saved"))
+            parts.append(_Part(name, module, "saved", key=f"{_PREFIX}{name}"))
+            continue
+        if leaf == "bias" and config.bias == "all":
+            parts.append(_Part(name, module, "bias", key=f"{_PREFIX}{name}"))
             continue
         is_embedding, is_head = last.endswith(_EMBEDDINGS), last.endswith(_HEADS)
         wanted = config.embeddings if is_embedding or is_head else split_layer(name) is not None
@@ -225,8 +239,16 @@ def _plan(base: CheckpointRef, specs: Mapping[str, TensorSpec], config: ExtractC
     for wanted_module in (*config.target_modules, *config.modules_to_save):
         if not any(_is_saved(part.module, (wanted_module,)) or (tied and wanted_module in _HEADS) for part in parts):
             raise CheckpointError(f"{base.id!r} has no weights in {wanted_module!r} that an adapter can hold")
-    if not parts:
+    layers = {part.module for part in parts if not part.key}
+    if not layers:
         raise CheckpointError(f"{base.id!r} has no matrices that an adapter can hold")
+    # peft wraps the layers that it changes, and names their biases so.
+    parts = [
+        replace(part, key=f"{_PREFIX}{part.module}.base_layer.bias")
+        if part.kind == "bias" and part.module in layers
+        else part
+        for part in parts
+    ]
     return _Plan(tuple(parts), _targets(parts, specs), saved, tuple(_outputs(parts, specs, config, tied)), tied)
 
 
@@ -238,7 +260,7 @@ def _is_saved(module: str, saved: tuple[str, ...]) -> bool:
 
 def _targets(parts: list[_Part], specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
     """`target_modules`: the last parts of the names, or whole names where others end alike."""
-    lasts = {part.module: part.module.rpartition(".")[2] for part in parts if part.kind != "saved"}
+    lasts = {part.module: part.module.rpartition(".")[2] for part in parts if not part.key}
     others = {module.rpartition(".")[2] for name in specs if (module := name.rpartition(".")[0]) not in lasts}
     return tuple(sorted({module if last in others else last for module, last in lasts.items()}))
 
@@ -263,8 +285,8 @@ def _outputs(
     dtype = dtypes[config.dtype]
     for part in parts:
         node, shape = Read("", part.tensor), specs[part.tensor].shape
-        if part.kind == "saved":
-            yield OutputTensor(f"{_PREFIX}{part.tensor}", shape, specs[part.tensor].dtype, node)
+        if part.key:
+            yield OutputTensor(part.key, shape, specs[part.tensor].dtype, node)
             if tied and part.module.endswith(_EMBEDDINGS) and not any(_HEAD in name for name in specs):
                 yield OutputTensor(_TWIN, shape, specs[part.tensor].dtype, node)
             continue
@@ -292,7 +314,7 @@ def _made(
     spec = fine.specs[name]
     if spec.dtype not in FLOAT_DTYPES:
         return {} if np.array_equal(fine.read_whole(name), original.read_whole(name)) else None
-    is_matrix = part is not None and part.kind != "saved"
+    is_matrix = part is not None and not part.key
     change = torch.empty(spec.shape) if is_matrix else None
     squared = 0.0
     for start, block in _changes(name, fine, original):
@@ -306,7 +328,7 @@ def _made(
         norms.missed += squared
         return {} if not squared else None
     if change is None:
-        return {f"{_PREFIX}{name}": flat_tensor(fine.read_whole(name))}
+        return {part.key: flat_tensor(fine.read_whole(name))}
     is_turned = part.kind != "linear"
     matrix = change.T if is_turned else change
     up, down = low_rank(matrix, part.rank, config.oversampling, config.iterations, seed_of(config.seed, 0, (), name))
@@ -354,7 +376,7 @@ def _write_beside(
     left_out: list[str],
 ) -> None:
     """`adapter_config.json` as peft reads it, what was kept, and a page about it."""
-    ranks = {part.module: part.rank for part in plan.parts if part.kind != "saved" and part.rank != config.rank}
+    ranks = {part.module: part.rank for part in plan.parts if not part.key and part.rank != config.rank}
     alpha = config.alpha or config.rank
     content = {
         "peft_type": "LORA",
@@ -371,7 +393,7 @@ def _write_beside(
         "ensure_weight_tying": plan.is_tied and "lm_head" in plan.saved,
         "fan_in_fan_out": any(part.kind == "transposed" for part in plan.parts),
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": config.bias,
         "init_lora_weights": True,
     }
     (directory / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2))
@@ -390,4 +412,7 @@ def _write_beside(
     lines += [f"Rank {config.rank}, of its difference to {base.id}, by `simmerge extract-lora`.", ""]
     rows = [(kind, f"{share:.1%}") for kind, share in kept.items()]
     lines += table_lines(("kind of tensor", "norm of the change kept"), rows)
+    if left_out:
+        lines += ["", "Changed by the fine-tune, and not in this adapter:", ""]
+        lines += [f"- {line}" for line in _left_out_lines(left_out)]
     (directory / "README.md").write_text("\n".join([*lines, ""]))

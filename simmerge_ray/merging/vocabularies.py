@@ -8,11 +8,8 @@ every process).
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,8 @@ import numpy as np
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.base.storage import read_json
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.checkpoints.tokenizers import load_tokenizer, same_tokenizer, tokenizer_files
+from simmerge_ray.checkpoints.tokenizers import same_tokenizer, tokenizer_files
+from simmerge_ray.merging.opened_tokenizers import OpenedTokenizer, open_tokenizer
 from simmerge_ray.merging.row_layouts import AVERAGE, ZERO, RowLayout
 
 
@@ -39,9 +37,9 @@ class ModelTokens:
     """The tokens of one checkpoint that have a row: by text, their ids."""
 
     def __init__(self, ref: CheckpointRef, vocab_size: int | None) -> None:
-        """Load its tokenizer. Raises CheckpointError: transformers cannot."""
-        self.ref, self.tokenizer = ref, load_tokenizer(ref, trust_remote_code=False)
-        ids = self.tokenizer.get_vocab()
+        """Load its tokenizer. Raises CheckpointError: it cannot be loaded."""
+        self.ref, self.tokenizer = ref, open_tokenizer(ref)
+        ids = self.tokenizer.vocabulary()
         self.vocab_size = vocab_size or len(ids)
         self.every_id: dict[str, int] = dict(sorted(ids.items(), key=lambda item: (item[1], item[0])))
         self.ids = {token: number for token, number in self.every_id.items() if number < self.vocab_size}
@@ -64,14 +62,12 @@ def are_laid_out_alike(refs: Sequence[CheckpointRef], sizes: Sequence[int | None
     return known == set(range(sizes[0] or 0))
 
 
-def base_tokenizer(model: ModelTokens) -> Any:
+def base_tokenizer(model: ModelTokens) -> OpenedTokenizer:
     """A copy of a model's tokenizer without the tokens that have no row."""
-    tokenizer = _copied(model.tokenizer)
     lost = model.every_id.keys() - model.ids.keys()
     if not lost:
-        return tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "slow"}}
+        return model.tokenizer.copied()
+    content = model.tokenizer.content()
     kind = content["model"]["type"]
     if kind != "BPE":
         raise model.ref.error(
@@ -83,52 +79,45 @@ def base_tokenizer(model: ModelTokens) -> Any:
     bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if token not in lost}
     parts = ((one, one.split(" ") if isinstance(one, str) else one) for one in bpe["merges"])
     bpe["merges"] = [one for one, pair in parts if lost.isdisjoint(pair) and "".join(pair) not in lost]
-    from tokenizers import Tokenizer
-
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
-    return tokenizer
+    return model.tokenizer.copied(content)
 
 
-def union_tokenizer(models: Sequence[ModelTokens]) -> Any:
+def union_tokenizer(models: Sequence[ModelTokens]) -> OpenedTokenizer:
     """The tokenizer of the first model with the tokens of the others added."""
     result = base_tokenizer(models[0])
-    known = result.get_vocab()
+    known = result.vocabulary()
     added: dict[str, Any] = {}
     plain: dict[str, None] = {}
     for model in models:
-        decoder = model.tokenizer.added_tokens_decoder
+        decoder = model.tokenizer.added()
         own = {one.content for one in decoder.values()}
         plain.update(dict.fromkeys(token for token in model.ids if token not in own))
         for number, one in decoder.items():
             if number < model.vocab_size:
                 added.setdefault(one.content, one)
-    result.add_tokens([token for token in plain if token not in added and token not in known])
-    result.add_tokens(list(added.values()))
+    result.add([token for token in plain if token not in added and token not in known])
+    result.add(list(added.values()))
     return result
-
-
-def _copied(tokenizer: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 class MergedVocabulary:
     """The vocabulary of a merge: its tokenizer, and how the rows of each model are laid out for it."""
 
     def __init__(
-        self, tokenizer: Any, models: Sequence[ModelTokens], rules: Mapping[str, RowRule], padding: int | None
+        self,
+        tokenizer: OpenedTokenizer,
+        models: Sequence[ModelTokens],
+        rules: Mapping[str, RowRule],
+        padding: int | None,
     ) -> None:
         """models: all that are merged. rules: by token; those that the tokenizer lacks are added to it.
 
         Raises CheckpointError: the ids of the tokenizer leave gaps.
         """
-        known = tokenizer.get_vocab()
-        tokenizer.add_tokens([token for token in rules if token not in known])
+        known = tokenizer.vocabulary()
+        tokenizer.add([token for token in rules if token not in known])
         self._tokenizer, self._models, self._rules = tokenizer, models, dict(rules)
-        ids = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        ids = sorted(tokenizer.vocabulary().items(), key=lambda item: item[1])
         self._tokens = [token for token, _ in ids]
         if [number for _, number in ids] != list(range(len(ids))):
             gap = next(place for place, (_, number) in enumerate(ids) if number != place)
@@ -148,11 +137,7 @@ class MergedVocabulary:
 
     def files(self, template: str | None) -> dict[str, bytes]:
         """The tokenizer's files by name, with another chat template if one is given."""
-        if template is not None:
-            self._tokenizer.chat_template = template
-        with tempfile.TemporaryDirectory() as directory:
-            self._tokenizer.save_pretrained(directory)
-            return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}
+        return self._tokenizer.files(template)
 
     def layouts(self, members: Sequence[int], base: int | None, num_rows: Sequence[int]) -> list[RowLayout]:
         """One for each of the models `members` whose tensor is laid out; sources are numbered as these.

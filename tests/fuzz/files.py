@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4, "num_hidden_layers": 1,
     "num_attention_heads": 2, "intermediate_size": 5, "vocab_size": 6, "tie_word_embeddings": True,
 }  # fmt: skip
-TOKENIZER = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}, "added_tokens": []}
+ADDED = {"id": 2, "content": "<unk>", "special": True} | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+ADDED |= {"normalized": False}
+TOKENIZER = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}, "added_tokens": [ADDED]}
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "unk_token": "<unk>",
+    "added_tokens_decoder": {"2": {"content": "<unk>", "special": True}},
+    "chat_template": "{{ messages }}",
+}
 ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"], "fan_in_fan_out": False}
 STEP = {"left": "a", "right": "b", "operator": "linear", "weight": 0.5, "parameters": {}}
 PATHS = {"checkpoints": {"a": "a", "b": "b"}, "base": {"id": "base", "path": "base"}}
@@ -49,6 +58,7 @@ def write_checkpoint(path: Path, seed: int = 0) -> Path:
     save_file(tensors, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(CONFIG))
     (path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (path / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
     return path
 
 
@@ -84,6 +94,9 @@ def write_files(root: Path) -> Path:
     (root / "lora.json").write_text(json.dumps({"steps": [STEP], **PATHS, "adapters": {"a": "lora"}}))
     (root / "recipe.json").write_text(json.dumps(RECIPE | PATHS))
     (root / "merge.yaml").write_text(yaml.safe_dump(MERGEKIT))
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]
+    union = {"merge_method": "linear", "models": models, "tokenizer_source": "union"}
+    (root / "union.yaml").write_text(yaml.safe_dump(union))
     entries = [{"id": "a", "path": "a", "task": "add", "adapter": "lora"}, {"id": "b", "path": "b"}]
     (root / "catalogue.yaml").write_text(
         yaml.safe_dump({"base": {"id": "base", "path": "base"}, "checkpoints": entries})
@@ -103,15 +116,25 @@ class Ended:
     said: str
 
 
+@cache
+def _command() -> Any:
+    """All commands; the library makes them anew at each call of the app, which takes longer than most of them."""
+    from typer.main import get_command
+
+    from simmerge_ray.cli.app import app
+
+    return get_command(app)
+
+
 def run(*arguments: Any, cwd: Path | None = None) -> Ended:
     """`simmerge ARGUMENTS` in this process; what would be a traceback there is an exception here."""
-    from simmerge_ray.cli.app import app, run_command
+    from simmerge_ray.cli.app import run_command
 
     before, said = signal.getsignal(signal.SIGTERM), io.StringIO()
     there = contextlib.chdir(cwd) if cwd is not None else contextlib.nullcontext()
     try:
         with there, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            run_command(lambda: app([str(one) for one in arguments], prog_name="simmerge"))
+            run_command(lambda: _command()([str(one) for one in arguments], prog_name="simmerge"))
     except SystemExit as ended:
         return Ended(int(ended.code or 0), said.getvalue())
     finally:

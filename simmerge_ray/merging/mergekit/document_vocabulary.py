@@ -11,11 +11,12 @@ from typing import Any
 from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.base.storage import file_names, read_json_object
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_FILES, load_tokenizer
+from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_FILES
 from simmerge_ray.merging.graph import Read, Rows, promoted
 from simmerge_ray.merging.mergekit.chat_templates import commonest_template
 from simmerge_ray.merging.mergekit.documents import MergekitDocument, ModelName, VocabularyRules
 from simmerge_ray.merging.mergekit.models import LoadedModel, TensorValue
+from simmerge_ray.merging.opened_tokenizers import open_tokenizer
 from simmerge_ray.merging.row_layouts import RowLayout
 from simmerge_ray.merging.vocabularies import (
     MergedVocabulary,
@@ -52,7 +53,7 @@ class DocumentVocabulary:
         elif document.tokenizer_source == "base":
             tokenizer = base_tokenizer(tokens[0])
         else:
-            tokenizer = load_tokenizer(_ref(donor), trust_remote_code=False)
+            tokenizer = open_tokenizer(_ref(donor))
         rules = {}
         for token, rule in document.vocabulary.tokens:
             if isinstance(rule.source, ModelName) and rule.source not in models:

@@ -90,6 +90,33 @@ def test_what_is_kept_is_the_best_of_that_rank_and_what_is_left_out_is_said(tmp_
     assert any("not in the adapter: 7 tensors" in line for line in made.lines())
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("kind", ["biased", "gpt2"])
+def test_biases_are_kept_whole_as_peft_keeps_them_or_said_to_be_missing(tmp_path, kind):
+    fine, base = pair(tmp_path, kind, lambda name, p: of_rank_two(name, p) + (0.1 if name.endswith("bias") else 0.0))
+    wanted = load_file(fine.path / "model.safetensors")
+    biases = {name for name in wanted if name.endswith("bias")}
+    made = extract_lora(fine, base, ExtractConfig(rank=2), tmp_path / "without")
+    assert set(made.left_out) == biases
+    said = f"{len(biases)} biases: {made.left_out[0]}"
+    assert any(said in line and "--bias all" in line for line in made.lines())
+    assert said in (tmp_path / "without" / "README.md").read_text()
+    made = extract_lora(fine, base, ExtractConfig(rank=2, bias="all"), tmp_path / "adapter")
+    assert not made.left_out and "not in this adapter" not in (tmp_path / "adapter" / "README.md").read_text()
+    found, peft = adapted(base, tmp_path / "adapter"), by_peft(base, tmp_path / "adapter")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[name], peft[name], rtol=1e-5, atol=1e-6)
+    # peft itself names them so.
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), tmp_path / "adapter")
+    assert (
+        get_peft_model_state_dict(model).keys() == load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    )
+
+
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_whole_modules_and_embeddings(tmp_path, kind):
     fine, base = pair(tmp_path, kind, noise)
