@@ -106,9 +106,8 @@ class Narrator:
                 if not self.console.is_terminal and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
                     eta = eta_text(said - started, done - first, total - done)
-                    self.console.print(
-                        f"           {what}: {done}/{total}, {eta}{line}", markup=False, highlight=False, soft_wrap=True
-                    )
+                    told = f"{what}: {done}/{total}, {eta}{line}".rstrip(", ")
+                    self.console.print(f"           {told}", markup=False, highlight=False, soft_wrap=True)
 
             yield report
 

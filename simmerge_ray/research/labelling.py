@@ -107,10 +107,10 @@ def measure_plans(
     asked = {plan: tuple(dict.fromkeys((*search.asked_of(plan), *names))) for plan, names in further.items()}
     trials = grid_trials(search, asked)
     runner = TrialRunner(search, start_here)
-    for number, trial in enumerate(trials, 1):
-        runner.run(trial)
+    for number, trial in enumerate(trials):
         if report:
             report(number, len(trials))
+        runner.run(trial)
 
 
 def start_here(search: PreparedSearch) -> Evaluator:
