@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from simmerge_ray.signals.features import column_signal, feature_columns
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.pair_blocks import PairSignals
+from simmerge_ray.signals.table import SignalTable
 
 
 def synthetic_table(

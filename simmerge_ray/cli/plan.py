@@ -121,12 +121,13 @@ def trust_lines(request: PlanRequest, path: Place | None = None) -> list[str]:
 
     selector, ids = request.sources.selector, request.space.ids
     fixed, lines = selector.best_fixed, [speaker(path, selector)]
-    unlike, num = len(request.unlike_pairs), len(ids) * (len(ids) - 1) // 2
+    unlike, num = len(request.unlike_pairs), len(request.looked_at)
+    drawn = "" if num == len(ids) * (len(ids) - 1) // 2 else ", drawn evenly from all,"
     if unlike:
         lines.append(
-            f"warning: {unlike} of {num} pairs are unlike the checkpoints that the selector was trained on: for merges "
-            f"with them no number is shown and their order says nothing; the best fixed arm, {fixed}, is the safe "
-            "choice, and `simmerge auto` chooses without a selector"
+            f"warning: {unlike} of {num} pairs{drawn} are unlike the checkpoints that the selector was trained on: "
+            f"for merges with them no number is shown and their order says nothing; the best fixed arm, {fixed}, is "
+            "the safe choice, and `simmerge auto` chooses without a selector"
         )
     if selector.override.never:
         lines.append(
@@ -189,11 +190,7 @@ def best_single(task: str, table: SignalTable, parents: Mapping[str, Mapping[str
         best = max(sorted(measured), key=lambda name: measured[name])
         rest = f"; not measured: {', '.join(unknown)}" if unknown else ""
         return f"best single checkpoint on {task}: {best}, measured {measured[best]:.3f}{rest}"
-    loss = {
-        left: row.features["loss_left"]
-        for (left, _, of), row in table.rows.items()
-        if of == task and left in table.checkpoint_ids
-    }
+    loss = table.single("loss", task)
     best = min(sorted(loss), key=lambda name: loss[name])
     return (
         f"no checkpoint was measured alone on {task}; {best} has the lowest loss there, {loss[best]:.3f} nats: "

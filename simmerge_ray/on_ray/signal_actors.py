@@ -8,6 +8,7 @@ from typing import Any
 
 from simmerge_ray.base.config import SignalsConfig
 from simmerge_ray.base.progress import Report
+from simmerge_ray.base.storage import Place
 from simmerge_ray.capacity.placement import Needs, signal_worker_needs
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet
@@ -15,7 +16,7 @@ from simmerge_ray.on_ray.actor_pool import ActorPool
 from simmerge_ray.on_ray.resources import check_room, ray_session
 from simmerge_ray.search.estimate import PROCESS_BYTES
 from simmerge_ray.signals.bounds import held_bytes
-from simmerge_ray.signals.compute import compute_signals
+from simmerge_ray.signals.compute import compute_signals, signals_into
 from simmerge_ray.signals.queue import Executor, WorkQueue
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import SignalTable
@@ -71,12 +72,14 @@ def compute_signals_on_ray(
     config: SignalsConfig,
     report: Report | None = None,
     store: SignatureStore | None = None,
-    then: Callable[[SignalTable, Executor], None] | None = None,
+    out: Place | None = None,
+    then: Callable[[Executor], None] | None = None,
 ) -> SignalTable:
     """`signals.compute.compute_signals` on a Ray cluster: the same table to the bit.
 
     Args:
-        then: called with the table and the same actors before they end.
+        out: with a store, where the table is written (`signals.compute.signals_into`). then: called with the same
+            actors before they end.
     """
     spec = SignatureSpec.of(config)
     tokenize_probes(catalogue, probe_sets, spec)  # a probe that does not fit, before Ray is started
@@ -85,9 +88,13 @@ def compute_signals_on_ray(
     actors = config.num_workers, config.gpus_per_worker
     with ray_session(), ray_executor(catalogue, *actors, report, worker_bytes) as executor:
         memory = config.memory_per_worker
-        table = compute_signals(catalogue, probe_sets, spec, config.weights, store, executor, memory_per_worker=memory)
+        made_with = catalogue, probe_sets, spec, config.weights
+        if out is not None and store is not None:
+            table = signals_into(out, *made_with, store, executor, memory)
+        else:
+            table = compute_signals(*made_with, store, executor, memory_per_worker=memory)
         if then is not None:
-            then(table, executor)
+            then(executor)
         return table
 
 

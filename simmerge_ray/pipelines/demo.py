@@ -34,6 +34,7 @@ from simmerge_ray.plans.plan import MergePlan, ResolvedPlan, read_plan, resolve_
 from simmerge_ray.research.zoo.recipe import ARMS, EXPERT_RECIPES, ExpertRecipe
 from simmerge_ray.search.evaluation import Task, load_tasks
 from simmerge_ray.search.labels import LabelStore, Measured
+from simmerge_ray.signals.table_files import digest_table
 
 HELD_OUT_PAIR = ("math-strong", "rag-strong")
 # The vocabulary has 150 entries: many positions cost little.
@@ -107,7 +108,7 @@ def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str
 
     with narrator.stage("pick") as stage:
         config = {"pair": list(pair), "search": search.content(), "policy": "auto"}
-        inputs = {"signals": digest_file(layout.signals), "selector": digest_file(layout.selector / "selector.json")}
+        inputs = {"signals": digest_table(layout.signals), "selector": digest_file(layout.selector / "selector.json")}
         inputs |= {"choice": digest_file(choice_file(layout.choices, pair))}
         manifest = Manifest("pick", config, inputs, _PICK_SCHEMA)
         if manifest.is_current(layout.pick / "manifest.json"):

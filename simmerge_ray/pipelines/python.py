@@ -181,18 +181,16 @@ def pair_signals(
 
     Raises CheckpointError, ProbeError, ConfigError: what cannot be used.
     """
-    from simmerge_ray.signals.compute import compute_signals
+    from simmerge_ray.signals.compute import compute_signals, signals_into
     from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 
     config, place = config or SignalsConfig(), None if out is None else as_place(out)
-    store = None if place is None else SignatureStore(place.parent / "signatures")
     sets = {GENERAL: general_probe_set()} if probes is None else _probe_sets(probes)
-    table = compute_signals(
-        catalogue, sets, SignatureSpec.of(config), config.weights, store, memory_per_worker=config.memory_per_worker
-    )
-    if place is not None:
-        table.write(place)
-    return table
+    made_with, memory = (catalogue, sets, SignatureSpec.of(config), config.weights), config.memory_per_worker
+    if place is None:
+        return compute_signals(*made_with, memory_per_worker=memory)
+    store = SignatureStore(place.parent / "signatures")
+    return signals_into(place, *made_with, store, memory_per_worker=memory)
 
 
 def rank_merges(

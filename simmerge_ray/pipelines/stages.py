@@ -17,7 +17,6 @@ from simmerge_ray.base.storage import (
     Output,
     Place,
     check_outputs,
-    digest_file,
     filled_in_place,
     is_complete,
     name_below,
@@ -41,6 +40,7 @@ from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.queue import Executor
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
 from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.signals.table_files import digest_table
 from simmerge_ray.signals.tokens import tokenize_probes
 
 if TYPE_CHECKING:
@@ -90,13 +90,12 @@ def signals_stage(
         for line in (*lines, *of_answers):
             narrator.say(f"[dim]{line}[/dim]")
 
-        def write(table: SignalTable, executor: Executor) -> None:
-            table.write(out)
+        def answer(executor: Executor) -> None:
             if owners:
                 _keep_answers(catalogue, probe_sets, store, executor, config, narrator)
 
         with narrator.bar("units of work") as report:
-            table = compute_signals_on_ray(catalogue, probe_sets, config, report, store, write)
+            table = compute_signals_on_ray(catalogue, probe_sets, config, report, store, out, answer)
         results = {"num_rows": len(table.rows), "num_features": len(table.columns)}
         manifest.write(out.with_suffix(".json"), time.monotonic() - started, results)
         num = len(catalogue.checkpoints)
@@ -163,7 +162,7 @@ def figures_stage(table: SignalTable, out: Place, narrator: Narrator) -> None:
     """Heat maps of the table in the Parquet file `out`, into the directory beside it with `_figures` in its name."""
     directory = out.with_name(f"{out.stem}_figures")
     with narrator.stage("figures") as stage:
-        manifest = Manifest("figures", {}, {"signals": digest_file(out)})
+        manifest = Manifest("figures", {}, {"signals": digest_table(out)})
         if manifest.is_current(directory / "figures.json"):
             stage.result = UNCHANGED
             return
@@ -201,7 +200,7 @@ def train_stage(
     if not read:
         raise LabelError(f"no labels at {labels}; `simmerge labels make` makes them")
     with narrator.stage("train") as stage:
-        inputs = {"signals": digest_file(signals), "labels": store.digest()}
+        inputs = {"signals": digest_table(signals), "labels": store.digest()}
         manifest = _train_manifest(config, list(arms or ()), inputs)
         if manifest.is_current(out / _MANIFEST) and is_complete(out) and (crossval is None or crossval.exists()):
             stage.result = UNCHANGED
@@ -235,7 +234,7 @@ def train_dataset_stage(
 
     files, root, chosen = find_dataset(path), path if path.is_dir() else path.parent, sorted(set(arms or ()))
     with narrator.stage("train") as stage:
-        inputs = {f"signals {name_below(table, root)}": digest_file(table) for table in files.signals}
+        inputs = {f"signals {name_below(table, root)}": digest_table(table) for table in files.signals}
         inputs |= {f"labels {name_below(store, root)}": LabelStore(store).digest() for store in files.labels}
         manifest = _train_manifest(config, chosen, inputs)
         if manifest.is_current(out / _MANIFEST) and is_complete(out) and (out / "report.md").exists():

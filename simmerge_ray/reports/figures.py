@@ -217,10 +217,7 @@ def _write_bars(signal: Signal, table: SignalTable, directory: Place) -> Place:
     figure, axes = _panels(len(tasks), 2.6, height, room=1.4)
     every: list[list[float]] = []
     for index, (axis, task) in enumerate(zip(axes.flat, tasks, strict=False)):
-        # A checkpoint's own value stands on the left of any of its pairs.
-        others = (ids[1], *[ids[0]] * (len(ids) - 1))
-        pairs = zip(ids, others, strict=True)
-        values = [table.get(name, other, task).features[f"{signal.name}_left"] for name, other in pairs]
+        values = list(table.single(signal.name, task).values())
         every.append(values)
         axis.barh(range(len(ids)), values, height=0.7)
         axis.set_ylim(len(ids) - 0.4, -0.6)
@@ -249,11 +246,7 @@ def _panel_title(signal: Signal, task: str) -> str:
 
 def _matrix(table: SignalTable, column: str, task: str) -> np.ndarray:
     """(M, M) values, the left checkpoint in the row; NaN on the diagonal."""
-
-    def value(left: str, right: str) -> float:
-        return np.nan if left == right else table.get(left, right, task).features[column]
-
-    return np.array([[value(left, right) for right in table.checkpoint_ids] for left in table.checkpoint_ids])
+    return table.matrix(column, task)[-len(table.checkpoint_ids) :, -len(table.checkpoint_ids) :]
 
 
 def _colour_scale(name: str, values: np.ndarray) -> tuple[Any, np.ndarray | None]:

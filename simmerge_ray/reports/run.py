@@ -32,6 +32,7 @@ from simmerge_ray.search.labels import LabeledPlan, LabelStore, Measured, single
 from simmerge_ray.search.objectives import MEAN, Objective
 from simmerge_ray.search.winner import difference
 from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.signals.table_files import digest_table
 
 _ANSWER = "auto.json"  # of `simmerge auto`, in its directory
 _NUM_MERGES = 12  # shown of the measured ones
@@ -75,8 +76,10 @@ def write_report(layout: RunLayout[Any]) -> Place:
         parts += _signals_part(table, layout.report)
     parts += made_with()
     path = write_page(layout.report, parts)
-    read = (layout.signals, layout.headroom, layout.crossval, choices, pick, answer)
+    read = (layout.headroom, layout.crossval, choices, pick, answer)
     inputs = {name_below(path, layout.root): digest_file(path) for path in read if path.exists()}
+    if table is not None:
+        inputs = {name_below(layout.signals, layout.root): digest_table(layout.signals)} | inputs
     Manifest("report", {}, inputs).write(layout.report / "report.json", time.monotonic() - started, {})
     return path
 

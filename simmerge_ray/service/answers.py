@@ -59,16 +59,29 @@ def catalogue_answer(table: SignalTable, published: Published, arms: list[str]) 
     )
 
 
-def signal_matrix(table: SignalTable, signal: str, task: str | None) -> schemas.SignalMatrix:
-    """A signal of all pairs. Raises Refused (404)."""
+def signal_matrix(
+    table: SignalTable, signal: str, task: str | None, part: str = "", offset: int = 0, limit: int = 200
+) -> schemas.SignalMatrix:
+    """A signal of all pairs of some checkpoints: of those with `part` in their ids, whatever the case, `limit` from
+    `offset` on. Raises Refused (404)."""
     task = task or table.tasks[0]
     if signal not in table.columns:
         raise Refused(404, f"unknown signal {signal[:80]!r}")
     if task not in table.tasks:
         raise Refused(404, f"unknown task {task[:80]!r}")
     ids = table.checkpoint_ids
-    values = [[None if a == b else table.get(a, b, task).features[signal] for b in ids] for a in ids]
-    return schemas.SignalMatrix(signal=signal, task=task, checkpoints=list(ids), values=values)
+    matching = [place for place, name in enumerate(ids) if part.lower() in name.lower()]
+    shown = matching[offset : offset + limit]
+    at = np.array(shown, dtype=np.int64) - len(ids)  # the base, if any, stands before them
+    values = table.matrix(signal, task)[np.ix_(at, at)].astype(object)
+    values[np.eye(len(shown), dtype=bool)] = None
+    return schemas.SignalMatrix(
+        signal=signal,
+        task=task,
+        checkpoints=[ids[place] for place in shown],
+        values=values.tolist(),
+        num_matching=len(matching),
+    )
 
 
 def arm_state(arm: str, one: GaussianPosterior, context: np.ndarray | None, noise_sd: float) -> schemas.ArmState:

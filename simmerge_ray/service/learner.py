@@ -241,9 +241,11 @@ class Learner:
             arms = list(heads_of(published.selector.arms))
         return answers.catalogue_answer(self._table, published, arms)
 
-    async def signals(self, signal: str, task: str | None = None) -> schemas.SignalMatrix:
-        """A signal of all pairs. Raises Refused (404)."""
-        return await self._in_other(lambda: answers.signal_matrix(self._table, signal, task))
+    async def signals(
+        self, signal: str, task: str | None = None, part: str = "", offset: int = 0, limit: int = 200
+    ) -> schemas.SignalMatrix:
+        """A signal of all pairs of some checkpoints, see `answers.signal_matrix`. Raises Refused (404)."""
+        return await self._in_other(lambda: answers.signal_matrix(self._table, signal, task, part, offset, limit))
 
     async def rank(self, request: schemas.RankRequest) -> schemas.Ranked:
         """All arms for a pair, without a decision. Raises InputError, StoreError."""

@@ -364,12 +364,14 @@ class CatalogueAnswer(BaseModel):
 
 
 class SignalMatrix(BaseModel):
-    """values: a signal of (row, column), null on the diagonal."""
+    """values: a signal of (row, column), null on the diagonal. checkpoints: those of the rows and of the columns.
+    num_matching: how many could be asked for."""
 
     signal: str
     task: str
     checkpoints: list[str]
     values: list[list[float | None]]
+    num_matching: int
 
 
 class PlansAnswer(BaseModel):

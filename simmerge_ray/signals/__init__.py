@@ -13,7 +13,10 @@ pipeline     the same in stages of layers, for checkpoints that do not fit one w
 worker       units of work and what runs them
 queue        units that wait for a worker
 bounds       memory and disk of a run, before it starts
-compute      which units are missing; from signatures to the table
-table        the table of pair signals, and its file
+compute      which units are missing; from signatures to the table, whole or appended to
+new_pairs    signals of new checkpoints with all others, from signatures alone
+pair_blocks  rows of a table by columns, a block for what each checkpoint added
+table_files  the first file of a table, and the parts that were appended to it
+table        the table of pair signals
 explain      the signals of a pair in words and numbers
 """

@@ -44,16 +44,13 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     num_batches: micro-batches of each task. Raises ConfigError where `memory_gb` is too small.
     """
     ref, num_checkpoints = catalogue.checkpoints[0], len(catalogue.all_refs)
-    specs, config = read_headers(ref), read_config(ref)
-    stages = stages_for(ref, spec, memory_gb)
-    width = spec.max_tokens + NUM_GREEDY_TOKENS
-    one_task = outputs_bytes(spec, config, width)
-    sample = weights_bytes(spec, [math.prod(one.shape) for one in specs.values()])
-    signature = len(num_batches) * one_task + sample
+    stages, width = stages_for(ref, spec, memory_gb), spec.max_tokens + NUM_GREEDY_TOKENS
+    sample, signature = (signature_bytes(ref, spec, count) for count in (0, len(num_batches)))
+    one_task = (signature - sample) // max(1, len(num_batches))
     how = "whole"
     if stages:
         # Hidden states between stages that wait in the driver at a time.
-        boundary = 4 * sum(num_batches) * spec.batch_size * width * model_shape(config).hidden_size
+        boundary = 4 * sum(num_batches) * spec.batch_size * width * model_shape(read_config(ref)).hidden_size
         how = f"in {len(stages)} stages of layers, {_size(boundary)} between them"
     worker = held_bytes(ref, spec, memory_gb)
     return [
@@ -61,6 +58,12 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
         f"memory of the driver: at most {_size(driver_bytes(num_checkpoints, one_task + sample))}",
         f"signatures: {_size(signature)} a checkpoint, at most {_size(signature * num_checkpoints)} on disk",
     ]
+
+
+def signature_bytes(ref: CheckpointRef, spec: SignatureSpec, num_tasks: int) -> int:
+    """Of one checkpoint, at most: its sample of weights, and its outputs on so many tasks."""
+    sample = weights_bytes(spec, [math.prod(one.shape) for one in read_headers(ref).values()])
+    return num_tasks * outputs_bytes(spec, read_config(ref), spec.max_tokens + NUM_GREEDY_TOKENS) + sample
 
 
 def answer_bounds(num_answers: Sequence[int], num_checkpoints: int, vocabulary: int, spec: AnswerSpec) -> str:

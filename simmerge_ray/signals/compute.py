@@ -10,21 +10,24 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import permutations
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.storage import Place as StoragePlace
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.signals.bounds import stages_for
+from simmerge_ray.signals.bounds import signature_bytes, stages_for
 from simmerge_ray.signals.features import feature_columns
+from simmerge_ray.signals.new_pairs import new_block
+from simmerge_ray.signals.pair_blocks import MemoryBlock, PairColumns, block_pairs
 from simmerge_ray.signals.pairs import output_matrices
 from simmerge_ray.signals.pipeline import StageOutputs, join_stages
 from simmerge_ray.signals.queue import Executor, Unit, WorkQueue, checked_results, group_tensors
@@ -39,7 +42,8 @@ from simmerge_ray.signals.signature import (
     weights_key,
 )
 from simmerge_ray.signals.stages import LayerRange
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.table import SignalTable, read_signal_table
+from simmerge_ray.signals.table_files import append_block, read_table_files
 from simmerge_ray.signals.tokens import (
     Place,
     ProbeTokens,
@@ -53,6 +57,9 @@ from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, weight_matr
 from simmerge_ray.signals.worker import SignalWorker, as_arrays
 
 WEIGHT_MODES = ("exact", "sampled")
+# Of a table that is appended to: the points that are computed at once, at first; rows of a part for each task; and
+# bytes of signatures, which become two or three times as much in memory.
+_FIRST_POINTS, _FIRST_BYTES, _PART_ROWS, _NEW_BYTES = 256, 300_000_000, 1 << 14, 100_000_000
 
 
 def compute_signals(
@@ -80,36 +87,143 @@ def compute_signals(
         ProbeError: a probe that cannot be used.
         ConfigError: fewer than two checkpoints, no probes, an unknown mode, too little memory for a worker.
     """
+    with tempfile.TemporaryDirectory(prefix="simmerge-signatures-") as scratch:
+        where = store or SignatureStore(scratch)
+        run = _complete(catalogue, probe_sets, spec or SignatureSpec(), weights, where, executor, memory_per_worker)
+        return run.whole(catalogue, block)
+
+
+def signals_into(
+    out: StoragePlace,
+    catalogue: Catalogue,
+    probe_sets: Mapping[str, ProbeSet],
+    spec: SignatureSpec,
+    weights: str,
+    store: SignatureStore,
+    executor: Executor | None = None,
+    memory_per_worker: float | None = None,
+) -> SignalTable:
+    """`compute_signals` into the table at `out`. With a base and sampled weights, what the table there has is kept
+    where it was made from the same, and checkpoints that it lacks are appended; else it is replaced.
+
+    A table of many is made so from its beginning, part by part: memory is bounded, and a run that was interrupted goes
+    on after the last part. Errors as there.
+    """
+    run = _complete(catalogue, probe_sets, spec, weights, store, executor, memory_per_worker)
+    if catalogue.base is None or weights != "sampled":
+        table = run.whole(catalogue)
+        table.write(out)
+        return table
+    known = run.known_points(out)
+    size = signature_bytes(catalogue.base, spec, len(probe_sets))
+    if not known:
+        first = max(2, min(_FIRST_POINTS, _FIRST_BYTES // size))
+        some = replace(catalogue, checkpoints=catalogue.checkpoints[: first - 1])
+        table = run.whole(some)
+        table.write(out)
+        known = table.by_columns.points
+        if some.checkpoints == catalogue.checkpoints:
+            return table
+    order = [*known, *(name for name in catalogue.ids if name not in set(known))]
+    start = len(known)
+    while start < len(order):
+        stop = min(len(order), start + max(1, min(_PART_ROWS // (2 * start), _NEW_BYTES // size)))
+        run.append(out, order, start, stop)
+        start = stop
+    return read_signal_table(out)
+
+
+def _complete(
+    catalogue: Catalogue,
+    probe_sets: Mapping[str, ProbeSet],
+    spec: SignatureSpec,
+    weights: str,
+    store: SignatureStore,
+    executor: Executor | None,
+    memory_per_worker: float | None,
+) -> _Run:
+    """All signatures computed and kept."""
     if len(catalogue.checkpoints) < 2:
         raise ConfigError(f"signals need at least two checkpoints, the catalogue has {len(catalogue.checkpoints)}")
     if not probe_sets:
         raise ConfigError("signals need at least one probe set")
     if weights not in WEIGHT_MODES:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHT_MODES)}, got {weights!r}")
-    spec, digests = spec or SignatureSpec(), catalogue.digests()
-    with_base = catalogue.base is not None
-    with tempfile.TemporaryDirectory(prefix="simmerge-signatures-") as scratch:
-        store = store or SignatureStore(scratch)
-        stages = {ref.id: stages_for(ref, spec, memory_per_worker) for ref in catalogue.all_refs}
-        signatures = Signatures(catalogue, digests, spec, store, executor or local_executor(catalogue), stages)
-        tokens = signatures.tokens(tokenize_probes(catalogue, probe_sets, spec))
-        signatures.complete(tokens)
-        sums = signatures.weight_sums(weights, block)
-        provenance = {
-            "checkpoints": digests,
-            "base": catalogue.base.id if catalogue.base else None,
-            "own_task": dict(catalogue.own_task),
-            "probes": {task: probes.digest for task, probes in sorted(probe_sets.items())},
-            "tokens": {task: one.digest for task, one in sorted(tokens.items())},
-            "spec": vars(spec),
-            "weights": weights,
+    digests, run = catalogue.digests(), executor or local_executor(catalogue)
+    stages = {ref.id: stages_for(ref, spec, memory_per_worker) for ref in catalogue.all_refs}
+    signatures = Signatures(catalogue, digests, spec, store, run, stages)
+    tokens = signatures.tokens(tokenize_probes(catalogue, probe_sets, spec))
+    signatures.complete(tokens)
+    provenance = {
+        "checkpoints": digests,
+        "base": catalogue.base.id if catalogue.base else None,
+        "own_task": dict(catalogue.own_task),
+        "probes": {task: probes.digest for task, probes in sorted(probe_sets.items())},
+        "tokens": {task: one.digest for task, one in sorted(tokens.items())},
+        "spec": vars(spec),
+        "weights": weights,
+    }
+    return _Run(signatures, tokens, provenance)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Complete signatures, the tokens of every task, and the provenance of a table of all checkpoints."""
+
+    signatures: Signatures
+    tokens: Mapping[str, ProbeTokens]
+    provenance: Mapping[str, Any]
+
+    def whole(self, catalogue: Catalogue, block: int = BLOCK_ELEMENTS) -> SignalTable:
+        """The table of a catalogue, or of a part of it, at once."""
+        with_base, points = catalogue.base is not None, [ref.id for ref in catalogue.all_refs]
+        matrices = weight_matrices(
+            self.signatures.weight_sums(self.provenance["weights"], block, catalogue.all_refs), with_base
+        )
+        by_task = {}
+        for task, tokens in sorted(self.tokens.items()):
+            outputs = [self.signatures.outputs(name, tokens) for name in points]
+            by_task[task] = matrices | output_matrices(outputs, with_base)
+        columns = feature_columns(with_base)
+        rows = PairColumns(points, sorted(self.tokens), columns, [whole_block(columns, with_base, by_task)])
+        return SignalTable(columns, rows, {**self.provenance, **self._of(points)})
+
+    def append(self, out: StoragePlace, order: Sequence[str], start: int, stop: int) -> None:
+        """The pairs of the points [start, stop) of `order` with each other and with those before."""
+        weights = lru_cache(1)(lambda place: self.signatures.weights(order[place]))
+        block = new_block(
+            start,
+            stop,
+            sorted(self.tokens),
+            weights,
+            lambda place, task: self.signatures.outputs(order[place], self.tokens[task]),
+        )
+        append_block(out, order, block, self._of(order[start:stop]))
+
+    def _of(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What the provenance says of single checkpoints."""
+        own = self.provenance["own_task"]
+        return {
+            "checkpoints": {name: self.provenance["checkpoints"][name] for name in names},
+            "own_task": {name: own[name] for name in names if name in own},
         }
-        matrices = weight_matrices(sums, with_base)
-        rows: dict[tuple[str, str, str], PairSignals] = {}
-        for task in sorted(tokens):
-            outputs = [signatures.outputs(ref.id, tokens[task]) for ref in catalogue.all_refs]
-            rows |= pair_rows(catalogue, task, matrices | output_matrices(outputs, with_base))
-        return SignalTable(feature_columns(with_base), rows, provenance)
+
+    def known_points(self, out: StoragePlace) -> tuple[str, ...]:
+        """Of the table at `out`, where all of it was made from what the present run has; else none."""
+        try:
+            columns, rows, found = read_table_files(out)
+        except ConfigError:
+            return ()
+        named = ("base", "probes", "tokens", "spec", "weights")
+        points, catalogue = rows.points, self.provenance["checkpoints"]
+        same = (
+            columns == feature_columns(True)
+            and all(found.get(name) == self.provenance[name] for name in named)
+            and points[:1] == (found["base"],)
+            and set(points) <= set(catalogue)
+            and {name: found[name] for name in ("checkpoints", "own_task")} == self._of(points)
+        )
+        return points if same else ()
 
 
 class Signatures:
@@ -221,9 +335,9 @@ class Signatures:
         """The weight sample of one checkpoint, from the store."""
         return self._store.read_weights(self._weights_key(checkpoint_id))
 
-    def weight_sums(self, mode: str, block: int) -> dict[str, WeightSums]:
-        """Sums of every tensor over all checkpoints, the base first among them where there is one."""
-        refs, base = self._catalogue.all_refs, self._catalogue.base
+    def weight_sums(self, mode: str, block: int, refs: Sequence[CheckpointRef] | None = None) -> dict[str, WeightSums]:
+        """Sums of every tensor over all checkpoints, or some, the base first among them where there is one."""
+        refs, base = refs or self._catalogue.all_refs, self._catalogue.base
         samples = [self.weights(ref.id) for ref in refs]
         if mode == "sampled":
             return sampled_weight_sums(samples, samples[0] if base else None)
@@ -290,29 +404,35 @@ def local_executor(catalogue: Catalogue) -> Executor:
     return run
 
 
-def pair_rows(
-    catalogue: Catalogue, task: str, matrices: Mapping[str, np.ndarray]
-) -> dict[tuple[str, str, str], PairSignals]:
-    """Rows of all ordered pairs, the base among the checkpoints, from the (M, M) matrices of one task."""
-    columns = feature_columns(catalogue.base is not None)
-    ids = [ref.id for ref in catalogue.all_refs]
-    base = catalogue.base.id if catalogue.base else None
-    rows = {}
-    for (i, left), (j, right) in permutations(enumerate(ids), 2):
-        kept = columns if base not in (left, right) else feature_columns(True, base_pair=True)
-        features = {column: matrix_entry(matrices, column, i, j) for column in kept}
-        rows[left, right, task] = PairSignals(left, right, task, features)
-    return rows
+def column_matrix(matrices: Mapping[str, np.ndarray], column: str) -> np.ndarray:
+    """(M, M) values of a feature column for all ordered pairs (i, j), from the matrices of one task."""
+    if column in matrices:
+        return matrices[column]
+    if "_rl_" in column:
+        return matrices[column.replace("_rl_", "_lr_")].T
+    name, side = column.rsplit("_", 1)  # single-checkpoint values are kept once, in row i
+    return matrices[name] if side == "left" else matrices[name].T
 
 
 def matrix_entry(matrices: Mapping[str, np.ndarray], column: str, i: int, j: int) -> float:
     """The value of a feature column for the ordered pair (i, j)."""
-    if column in matrices:
-        value = float(matrices[column][i, j])
-    elif "_rl_" in column:
-        value = float(matrices[column.replace("_rl_", "_lr_")][j, i])
-    else:  # single-checkpoint values are kept once, in row i
-        name, side = column.rsplit("_", 1)
-        value = float(matrices[name][i if side == "left" else j, 0])
+    value = float(column_matrix(matrices, column)[i, j])
     assert math.isfinite(value), (column, i, j, value)
     return value
+
+
+def whole_block(
+    columns: Sequence[str], with_base: bool, by_task: Mapping[str, Mapping[str, np.ndarray]]
+) -> MemoryBlock:
+    """All pairs of some points from their (M, M) matrices; the base is the first point, and has no task vector."""
+    lacking = set(columns) - set(feature_columns(with_base, base_pair=with_base))
+    size = len(next(iter(next(iter(by_task.values())).values())))
+    left, right = block_pairs(0, size)
+    values = {}
+    for task, matrices in by_task.items():
+        values[task] = np.empty((len(columns), len(left)))
+        for row, column in enumerate(columns):
+            values[task][row] = column_matrix(matrices, column)[left, right]
+            if column in lacking:
+                values[task][row, (left == 0) | (right == 0)] = np.nan
+    return MemoryBlock(0, size, tuple(columns), values)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from typing import Any
+
+import numpy as np
 
 from simmerge_ray.signals.features import SIGNALS, Signal
 from simmerge_ray.signals.table import SignalTable
@@ -33,8 +35,9 @@ class Rank:
     num_others: int
 
     @staticmethod
-    def of(value: float, others: Sequence[float]) -> Rank:
-        return Rank(sum(value > other for other in others), sum(value < other for other in others), len(others))
+    def of(value: float, others: Sequence[float] | np.ndarray) -> Rank:
+        found = np.asarray(others, dtype=np.float64)
+        return Rank(int((value > found).sum()), int((value < found).sum()), len(found))
 
     @property
     def share(self) -> float:
@@ -157,18 +160,33 @@ def explain(table: SignalTable, left: str, right: str, tasks: Sequence[str] | No
     return explanations
 
 
+class _OtherPairs(dict[str, Any]):
+    """(N,) values of a column for all unordered pairs but one, when they are asked for."""
+
+    def __init__(self, table: SignalTable, task: str, left: str, right: str) -> None:
+        super().__init__()
+        ids = table.checkpoint_ids
+        mask = np.triu(np.ones((len(ids), len(ids)), dtype=bool), 1)
+        own = sorted((ids.index(left), ids.index(right)))
+        mask[own[0], own[1]] = False
+        self.count = int(mask.sum())
+        self._table, self._task, self._mask = table, task, mask
+
+    def __missing__(self, column: str) -> np.ndarray:
+        matrix = self._table.matrix(column, self._task)
+        self[column] = matrix[-len(self._mask) :, -len(self._mask) :][self._mask]
+        return np.asarray(self[column])
+
+
 class _Comparison:
     """A pair on one task, beside the other pairs of the table."""
 
     def __init__(self, table: SignalTable, left: str, right: str, task: str, own: Features) -> None:
         self._left, self._right, self._own = left, right, own
-        ids = table.checkpoint_ids
-        pairs = [pair for pair in combinations(ids, 2) if set(pair) != {left, right}]
-        self._others = [table.get(*pair, task).features for pair in pairs]
+        self._table, self._task = table, task
+        self._others = _OtherPairs(table, task, left, right)
         base = table.provenance.get("base")
         self._base = table.rows[base, left, task].features if base else None
-        # A checkpoint's own value is on the left of each of its pairs.
-        self._singles = [table.get(one, left, task).features for one in ids if one not in (left, right)]
 
     def pair(self, signal: Signal, task: str | None) -> Explanation:
         words, own = _PAIRS[signal.name], self._own
@@ -192,12 +210,14 @@ class _Comparison:
 
     def single(self, signal: Signal, task: str | None) -> Explanation:
         (title, comparison), columns = _SINGLES[signal.name], signal.columns
+        singles = self._table.single(signal.name, self._task)
+        others_alone = [value for one, value in singles.items() if one not in (self._left, self._right)]
         values = {column: self._own[column] for column in columns}
         low, high = sorted((self._left, self._right), key=lambda one: values[columns[one == self._right]])
         equal = values[columns[0]] == values[columns[1]]
         sentences = ["they are equal" if equal else comparison.format(low=low, high=high)]
         for name, column, other in ((self._left, *columns), (self._right, *columns[::-1])):
-            others = [values[other], *(features[columns[0]] for features in self._singles)]
+            others = [values[other], *others_alone]
             if len(others) > 1:
                 sentences.append(f"{name} is {Rank.of(values[column], others).words('checkpoints', *_HEIGHT)}")
         numbers = f"left {values[columns[0]]:.3g}, right {values[columns[1]]:.3g}"
@@ -205,10 +225,10 @@ class _Comparison:
             numbers += f"; base {self._base[columns[0]]:.3g}"
         return Explanation(signal.name, title, task, values, None, numbers, "; ".join(sentences))
 
-    def _rank(self, closeness: Callable[[Features], float]) -> Rank | None:
-        if not self._others:
+    def _rank(self, closeness: Callable[[Mapping[str, Any]], Any]) -> Rank | None:
+        if not self._others.count:
             return None
-        return Rank.of(closeness(self._own), [closeness(other) for other in self._others])
+        return Rank.of(closeness(self._own), closeness(self._others))
 
     def _directions(self, signal: Signal) -> tuple[str, list[str], str]:
         """Both directions of KL, and for whom the other's tokens are the greater surprise."""
@@ -254,8 +274,8 @@ class _Comparison:
         return "; ".join(shown), [main, *columns], fact
 
 
-def _main_closeness(signal: Signal, words: _PairWords) -> Callable[[Features], float]:
-    """The main statistic as a number that is high for close pairs and the same for both orders."""
+def _main_closeness(signal: Signal, words: _PairWords) -> Callable[[Mapping[str, Any]], Any]:
+    """The main statistic of a pair, or of arrays of pairs, high for close ones and the same for both orders."""
     column = signal.columns[0]
     if signal.swapped:
         back = SIGNALS[signal.swapped].columns[0]

@@ -88,33 +88,73 @@ class WeightSums:
         A zero vector has cosine 0 with all. The log ratio takes norms as at least 1e-6 of the centre's: a LoRA leaves
         whole tensors as they are, and the logarithm of zero would drown every other value.
         """
-        centre, cross, gram = self.gram[0, 0], self.gram[0, 1:], self.gram[1:, 1:]
-        raw = centre + cross[:, None] + cross[None, :] + gram
-        squares = np.maximum(np.diagonal(gram), 0.0)
-        raw_norms = np.sqrt(np.maximum(np.diagonal(raw), _TINY))
-        distance = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2.0 * gram, 0.0))
-        np.fill_diagonal(distance, 0.0)
-        centre_norm = np.sqrt(max(float(centre), _TINY))
-        signals = {
-            "cosine": np.clip(raw / (raw_norms[:, None] * raw_norms[None, :]), -1.0, 1.0),
-            "l2": distance / centre_norm,
-        }
+        gram, kept = self.gram[1:, 1:], np.diagonal(self.overlap)
+        one = VectorSums(self.gram[0, 1:], np.diagonal(gram), kept)
+        sides = VectorSums(*(values[:, None] for values in vars(one).values())), one
+        shared = gram, self.sign_product, self.sign_support, self.overlap
+        signals = related(self.gram[0, 0], *sides, shared, with_base)
+        np.fill_diagonal(signals["l2"], 0.0)
         if with_base:
-            norms = np.sqrt(squares)
-            products = norms[:, None] * norms[None, :]
-            logs = np.log(np.maximum(norms, NORM_FLOOR * centre_norm))
-            kept = np.sqrt(np.maximum(np.diagonal(self.overlap), 1.0))
-            conflicts = 0.5 * (self.sign_support - self.sign_product)
-            signals |= {
-                "task_vector_cosine": np.clip(
-                    np.divide(gram, products, out=np.zeros_like(gram), where=products > 0), -1.0, 1.0
-                ),
-                "task_vector_norm_ratio": logs[:, None] - logs[None, :],
-                "sign_conflict": conflicts / np.maximum(self.sign_support, 1.0),
-                "trimmed_overlap": self.overlap / (kept[:, None] * kept[None, :]),
-                "task_vector_norm": np.repeat((norms / centre_norm)[:, None], len(norms), axis=1),
-            }
+            norms = one.relative_norms(self.gram[0, 0])
+            signals["task_vector_norm"] = np.repeat(norms[:, None], len(norms), axis=1)
         return signals
+
+
+@dataclass(frozen=True)
+class VectorSums:
+    """Sums of single vectors, of one shape that broadcasts with what they are compared with.
+
+    cross: `<c, d>`. square: `<d, d>`. kept: coordinates that trimming keeps.
+    """
+
+    cross: np.ndarray
+    square: np.ndarray
+    kept: np.ndarray
+
+    def relative_norms(self, centre: np.ndarray | float) -> np.ndarray:
+        """Of the vectors, over the norm of the centre; centre: `<c, c>`."""
+        norms: np.ndarray = np.sqrt(np.maximum(self.square, 0.0)) / np.sqrt(np.maximum(centre, _TINY))
+        return norms
+
+
+def related(
+    centre: np.ndarray | float,
+    left: VectorSums,
+    right: VectorSums,
+    of_pairs: Sequence[np.ndarray],
+    with_base: bool,
+) -> dict[str, np.ndarray]:
+    """The signals of pairs of `WeightSums.signals`; a vector's distance to itself is 0 but for rounding.
+
+    of_pairs: products of the vectors, then the other three fields of `WeightSums`.
+    """
+    gram, sign_product, sign_support, overlap = of_pairs
+    raw = centre + left.cross + right.cross + gram
+    raw_left, raw_right = (
+        np.sqrt(np.maximum(centre + one.cross + one.cross + one.square, _TINY)) for one in (left, right)
+    )
+    squares = [np.maximum(one.square, 0.0) for one in (left, right)]
+    distance = np.sqrt(np.maximum(squares[0] + squares[1] - 2.0 * gram, 0.0))
+    centre_norm = np.sqrt(np.maximum(centre, _TINY))
+    signals = {
+        "cosine": np.clip(raw / (raw_left * raw_right), -1.0, 1.0),
+        "l2": distance / centre_norm,
+    }
+    if with_base:
+        norms = [np.sqrt(square) for square in squares]
+        products = norms[0] * norms[1]
+        logs = [np.log(np.maximum(norm, NORM_FLOOR * centre_norm)) for norm in norms]
+        kept = [np.sqrt(np.maximum(one.kept, 1.0)) for one in (left, right)]
+        conflicts = 0.5 * (sign_support - sign_product)
+        signals |= {
+            "task_vector_cosine": np.clip(
+                np.divide(gram, products, out=np.zeros_like(gram), where=products > 0), -1.0, 1.0
+            ),
+            "task_vector_norm_ratio": logs[0] - logs[1],
+            "sign_conflict": conflicts / np.maximum(sign_support, 1.0),
+            "trimmed_overlap": overlap / (kept[0] * kept[1]),
+        }
+    return signals
 
 
 _TILE = 2048  # columns: that many of all rows stay in the cache while every pair is multiplied
@@ -219,16 +259,24 @@ def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str
         for group in ("global", tensor_kind(name)):
             groups[group] = groups[group] + sums[name] if group in groups else sums[name]
     of_group = {group: groups.get(group, groups["global"]).signals(with_base) for group in ("global", *TENSOR_KINDS)}
+    norms = of_group["global"].get("task_vector_norm")
     by_tensor = [sums[name].signals(with_base) for name in names]
+    stacked = {signal: np.stack([signals[signal] for signals in by_tensor]) for signal in by_tensor[0]}
+    matrices = grouped(of_group, stacked, names)
+    return matrices if norms is None else matrices | {"task_vector_norm": norms}
+
+
+def grouped(
+    of_group: Mapping[str, Mapping[str, np.ndarray]], by_tensor: Mapping[str, np.ndarray], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The columns of signals of pairs, see `weight_matrices`, from those of groups and (T, ...) of all tensors."""
     thirds = _thirds([tensor_layer(name) for name in names])
     matrices: dict[str, np.ndarray] = {}
-    for signal, total in of_group["global"].items():
+    for signal, values in by_tensor.items():
         if signal == "task_vector_norm":
-            matrices[signal] = total
             continue
         prefix = f"weight_{signal}" if signal in ("cosine", "l2") else signal
         matrices |= {f"{prefix}_{group}": signals[signal] for group, signals in of_group.items()}
-        values = np.stack([signals[signal] for signals in by_tensor])
         statistics = {"mean": values.mean(0), "sd": values.std(0), "min": values.min(0)}
         statistics |= {third: values[index].mean(0) for third, index in thirds.items()}
         matrices |= {f"{prefix}_{statistic}": value for statistic, value in statistics.items()}

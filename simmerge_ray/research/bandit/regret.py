@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.markdown import with_interval
-from simmerge_ray.base.storage import Place, digest_file, digest_json, write_atomically, write_json
+from simmerge_ray.base.storage import Place, digest_json, write_atomically, write_json
 from simmerge_ray.research.bandit import clusters
 from simmerge_ray.research.bandit.clusters import Cluster, Start, drawn_clusters, interval
 from simmerge_ray.research.bandit.replay import (
@@ -34,6 +34,7 @@ from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.selector.data.files import find_dataset
 from simmerge_ray.selector.data.splits import domain_folds
 from simmerge_ray.service.bandit.policy import NeuralLinearTS, SafeRule
+from simmerge_ray.signals.table_files import digest_table
 
 POLICIES = ("uniform", "best fixed", "static selector", "greedy", "cold", "warm", "warm, safe", "oracle")
 THRESHOLD = 0.02
@@ -107,7 +108,7 @@ def replay_dataset(
     """Play all clusters of a data set; `table`'s rows, also in `NAME.json`, with the curves in `NAME.png`. Results of a
     domain are kept in `NAME.parts` by the digest of all that they were made from, and not played again."""
     loaded, files = clusters.load_with_later_arms(path, arms), find_dataset(path)
-    digests = {str(number): digest_file(one) for number, one in enumerate(files.signals)}
+    digests = {str(number): digest_table(one) for number, one in enumerate(files.signals)}
     digests |= {f"labels {number}": LabelStore(one).digest() for number, one in enumerate(files.labels)}
     content = [1, digests, list(loaded.dataset.arms), num_orders, num_rounds, THRESHOLD]
     results: dict[Cluster, Mapping[str, np.ndarray]] = {}

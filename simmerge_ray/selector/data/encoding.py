@@ -73,9 +73,11 @@ def statistics_of(table: SignalTable, tasks: Sequence[str]) -> np.ndarray | None
     None where the table was made without a base.
     """
     base = table.provenance.get("base")
-    of_base = {task: row for (left, _, task), row in table.rows.items() if left == base and base is not None}
-    known = {task: [row.features[f"{name}_left"] for name in STATISTICS] for task, row in of_base.items()}
-    return np.array([known[task] for task in tasks]).reshape(len(tasks), len(STATISTICS)) if known else None
+    if base is None:
+        return None
+    known = {task: table.rows[base, table.checkpoint_ids[0], task].features for task in set(tasks)}
+    rows = [[known[task][f"{name}_left"] for name in STATISTICS] for task in tasks]
+    return np.array(rows).reshape(len(tasks), len(STATISTICS))
 
 
 def _checked(statistics: np.ndarray | None, num_contexts: int) -> np.ndarray:

@@ -14,12 +14,12 @@ from simmerge_ray.base.errors import ConfigError, PlanError, SelectorError
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.digests import cached_digest
 from simmerge_ray.search.objectives import MEAN, WORST
-from simmerge_ray.selector.data.dataset import pair_features
 from simmerge_ray.selector.models.model import Selector, read_selector
 from simmerge_ray.selector.planning.files import SHORTLIST, default_selector
 from simmerge_ray.selector.planning.scorer import PlanScorer, Ranking
 from simmerge_ray.selector.planning.space import PlanSpace, plan_space, scorable_arms
 from simmerge_ray.selector.planning.tasks import TaskPool, task_pool
+from simmerge_ray.signals.features import both_orders
 from simmerge_ray.signals.propagation.bound import Bound
 from simmerge_ray.signals.propagation.interface import Propagator
 from simmerge_ray.signals.propagation.second_order import SecondOrder
@@ -28,6 +28,7 @@ from simmerge_ray.signals.table import SignalTable, read_signal_table
 # Propagators that need nothing but the signal table, and those that run the probes.
 _FROM_TABLE: Mapping[str, type[Bound] | type[SecondOrder]] = {"bound": Bound, "second_order": SecondOrder}
 _FROM_PROBES = ("curved", "exact")
+_MAX_LOOKED_AT = 2048  # pairs; a share of them is known to 2 %
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,31 @@ class PlanRequest:
     def rank(self, top: int, report: Callable[[int, int], None] = lambda done, total: None) -> Ranking:
         """The best plans; those of checkpoints that the selector does not know come last. Raises InputError: the
         propagator lacks something, or does not deliver what the selector was trained with."""
-        return self.sources.scorer.rank(self.space, self.pool, top, self.config, self.unlike_pairs, report)
+        return self.sources.scorer.rank(self.space, self.pool, top, self.config, self.are_unlike, report)
+
+    @cached_property
+    def looked_at(self) -> list[tuple[str, str]]:
+        """Pairs that `unlike_pairs` looks at: all, or so many of them, evenly spread."""
+        pairs = list(combinations(self.space.ids, 2))
+        return pairs[:: -(-len(pairs) // _MAX_LOOKED_AT)]
 
     @cached_property
     def unlike_pairs(self) -> list[tuple[str, str]]:
-        """Pairs of checkpoints that are unlike the training data of the selector on a task that counts for them."""
+        """Those of the pairs that were looked at which the selector does not know."""
+        far = self.are_unlike(self.looked_at)
+        return [pair for pair, is_far in zip(self.looked_at, far, strict=True) if is_far]
+
+    def are_unlike(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """(N,) bool: which pairs are unlike the training data of the selector on a task that counts for them."""
         selector, table = self.sources.selector, self.sources.table
-        pairs = list(combinations(self.space.ids, 2))
-        counted = self.pool.counted(np.array([[table.checkpoint_ids.index(name) for name in pair] for pair in pairs]))
-        wanted = [(pairs[row], self.pool.tasks[task]) for row, task in np.argwhere(counted)]
-        features = [pair_features(table, left, right, task, selector.columns) for (left, right), task in wanted]
-        far = selector.distances(np.array(features)) > selector.novelty.limit
-        return list(dict.fromkeys(pair for (pair, _), is_far in zip(wanted, far, strict=True) if is_far))
+        place = {name: number for number, name in enumerate(table.checkpoint_ids)}
+        counted = self.pool.counted(np.array([[place[name] for name in pair] for pair in pairs]))
+        far: np.ndarray = np.zeros(len(pairs), dtype=bool)
+        for number, task in enumerate(self.pool.tasks):
+            if len(rows := np.flatnonzero(counted[:, number])):
+                values = table.values_of([pairs[row] for row in rows], task, selector.columns)
+                far[rows] |= selector.distances(both_orders(values, selector.columns)) > selector.novelty.limit
+        return far
 
 
 def read_sources(files: RankingFiles, catalogue: Catalogue, propagator: str) -> RankingSources:

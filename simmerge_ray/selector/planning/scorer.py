@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -141,14 +141,16 @@ class PlanScorer:
         pool: TaskPool,
         top: int = 10,
         config: RankingConfig = _DEFAULTS,
-        unlike: Collection[tuple[str, str]] = (),
+        are_unlike: Callable[[Sequence[tuple[str, str]]], Sequence[bool] | np.ndarray] = lambda pairs: (
+            [False] * len(pairs)
+        ),
         report: Callable[[int, int], None] = lambda done, total: None,
     ) -> Ranking:
         """The best plans of a space: all are scored if that fits the budget, else a beam of about so many.
 
         Args:
             config: budget, shortlist, aggregate and caution count; the space and the pool were made from the others.
-            unlike: pairs of checkpoints that the selector does not know; plans with one come after all others.
+            are_unlike: which pairs of checkpoints the selector does not know; plans with one come after all others.
             report: called with (done, total) plans of the shortlist, which take most of the time.
 
         Raises:
@@ -161,10 +163,11 @@ class PlanScorer:
         search = PlanSearch(self._batch, self._shortlist, space, pool, aggregate, caution, self._num_threads)
         found = search.run(space.beam_width(config.budget), max(config.shortlist, top))
         steps = self._steps(found.plans, pool, aggregate, report)
-        far = {frozenset(pair) for pair in unlike}
+        pairs = sorted({pair for plan in found.plans for pair in combinations(sorted(plan.members), 2)})
+        far = {pair for pair, is_far in zip(pairs, are_unlike(pairs), strict=True) if is_far}
 
         def told(one: RankedPlan) -> RankedPlan:
-            return replace(one, unlike=any(frozenset(pair) in far for pair in combinations(one.plan.members, 2)))
+            return replace(one, unlike=any(pair in far for pair in combinations(sorted(one.plan.members), 2)))
 
         scored = [told(one) for one in self._scored(found.plans, pool, steps, aggregate, caution)]
         order = sorted(best_first(np.array([one.score for one in scored])), key=lambda place: scored[place].unlike)

@@ -81,6 +81,12 @@ class _Made:
     steps: np.ndarray
     complete: np.ndarray
 
+    def part(self, rows: np.ndarray) -> _Made:
+        return _Made(
+            self.prefix[rows], self.right[rows], self.arm[rows], self.score[rows], self.steps[:, rows],
+            self.complete[rows],
+        )  # fmt: skip
+
 
 def best_first(scores: np.ndarray) -> np.ndarray:
     """Indices from the highest score to the lowest; equal ones in their order."""
@@ -110,12 +116,10 @@ class PlanSearch:
     ) -> None:
         self._batch, self._model, self._space, self._pool, self._aggregate = batch, model, space, pool, aggregate
         self._caution, self._num_threads = caution, num_threads or min(4, os.cpu_count() or 1)
-        self._columns = [batch.columns.index(column) for column in model.columns]
         self._arms = [model.arms.index(arm.label) for arm in space.arms]
         self._symmetric = np.array([arm.spec.symmetric for arm in space.arms])
         self._candidate = np.isin(batch.ids, space.ids)
         self._required = np.isin(batch.ids, sorted(space.required))
-        self._pairs = {task: batch.pairs(task) for task in pool.tasks}
 
     def run(self, width: int | None, size: int) -> Shortlist:
         """The best plans. width: prefixes that go on at each depth; None takes all of them. size: of the shortlist."""
@@ -129,27 +133,43 @@ class PlanSearch:
         )
         scores, plans, num_scored = np.zeros(0), [], 0
         for number in range(1, high):
-            made = self._step(frontier, number)
+            goes_on = number + 1 < high
+            # Of the plans of a block no more than these can be among the best of all.
+            most = None if goes_on and width is None else max(size, width or 0 if goes_on else 0)
+            made, count = self._step(frontier, number, most)
             if number + 1 >= low:
                 whole = np.flatnonzero(made.complete)
-                num_scored += len(whole)
+                num_scored += count
                 best = whole[best_first(made.score[whole])[:size]]
                 scores = np.concatenate((scores, made.score[best]))
                 plans += [self._plan(frontier, made, index) for index in best]
-            if number + 1 < high:
+            if goes_on:
                 frontier = self._next(frontier, made, number, width)
         order = best_first(scores)[:size]
         return Shortlist(tuple(plans[index] for index in order), scores[order], num_scored, width)
 
-    def _step(self, frontier: _Prefixes, number: int) -> _Made:
-        """All plans of one more checkpoint."""
+    def _step(self, frontier: _Prefixes, number: int, most: int | None) -> tuple[_Made, int]:
+        """The plans of one more checkpoint, or so many of the best and of the best that are complete, and how many are
+        complete."""
         rows = max(1, _BLOCK_ROWS // len(self._batch.ids))
         starts = range(0, len(frontier.members), rows)
         expand = partial(self._expand, frontier, number, rows)
+
+        def kept(start: int) -> tuple[_Made, int]:
+            made = expand(start)
+            count = int(made.complete.sum())
+            if most is None or len(made.score) <= most:
+                return made, count
+            order = best_first(made.score)
+            best = np.union1d(order[:most], order[made.complete[order]][:most])
+            return made.part(best), count
+
         with ThreadPoolExecutor(self._num_threads) as pool:
-            blocks = list(pool.map(expand, starts))
+            found = list(pool.map(kept, starts))
+        blocks = [made for made, _ in found]
         columns = {name: [getattr(block, name) for block in blocks] for name in vars(blocks[0])}
-        return _Made(**{name: np.concatenate(parts, axis=int(name == "steps")) for name, parts in columns.items()})
+        joined = {name: np.concatenate(parts, axis=int(name == "steps")) for name, parts in columns.items()}
+        return _Made(**joined), sum(count for _, count in found)
 
     def _expand(self, frontier: _Prefixes, number: int, rows: int, start: int) -> _Made:
         """The prefixes from `start` on with every checkpoint and every arm, those that may be."""
@@ -183,12 +203,13 @@ class PlanSearch:
             asked = allowed & counted[..., place] if self._aggregate == "last" else allowed
             if not asked.any():
                 continue
+            columns = self._model.columns
             values = (
-                self._pairs[task][:, prefixes.members[:, 0]]
+                self._batch.pairs(prefixes.members[:, 0], task, columns)
                 if number == 1
-                else self._batch.features(prefixes.weights, task)
+                else self._batch.features(prefixes.weights, task, columns)
             )
-            predicted = self._model.predict(both_orders(values[self._columns][:, asked], self._model.columns))
+            predicted = self._model.predict(both_orders(values[:, asked], columns))
             found[0, asked, place] = predicted[0][:, self._arms].clip(0.0, 1.0)
             found[1, asked, place] = predicted[1][:, self._arms]
         return found

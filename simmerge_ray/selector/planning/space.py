@@ -11,6 +11,8 @@ from simmerge_ray.plans.keeping import merge_arms
 from simmerge_ray.plans.operators.specs import Arm, parse_arms
 from simmerge_ray.plans.plan import WEIGHTINGS
 
+_LEAST_WIDTH = 32  # of a beam; one prefix finds what one pair happens to have beside it
+
 
 @dataclass(frozen=True)
 class PlanSpace:
@@ -44,9 +46,12 @@ class PlanSpace:
         return sum(1 if arm.spec.symmetric else 2 for arm in self.arms)
 
     def beam_width(self, budget: int) -> int | None:
-        """Prefixes to keep at each depth so that about `budget` plans are scored; None where all plans fit it."""
+        """Prefixes to keep at each depth so that about `budget` plans are scored; None where all plans fit it. All
+        pairs are scored in any case; where they alone take the budget, so many are kept beyond it as cost little."""
         if self.num_plans() <= budget:
             return None
+        if self._num_scored(1) > budget:
+            return _LEAST_WIDTH
         low, high = 1, budget
         while low < high:
             middle = (low + high + 1) // 2

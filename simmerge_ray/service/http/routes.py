@@ -162,9 +162,12 @@ def looks(current: Callable[[], Learner]) -> APIRouter:
     async def signals(
         signal: Annotated[str, Query(min_length=1, max_length=100)],
         task: Annotated[str | None, Query(max_length=200)] = None,
+        part: Annotated[str, Query(max_length=200, description="of the ids of the checkpoints")] = "",
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 200,
     ) -> schemas.SignalMatrix:
-        """One signal of all pairs."""
-        return await current().signals(signal, task or None)
+        """One signal of all pairs of checkpoints, `limit` of them from `offset` on."""
+        return await current().signals(signal, task or None, part, offset, limit)
 
     @routes.post(
         "/v1/rank",

@@ -6,6 +6,8 @@ with all checkpoints are one matrix product for each column, so a plan costs nan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from simmerge_ray.plans.operators.shares import COLLINEAR_SINE, MIN_NORM
@@ -22,7 +24,7 @@ class SecondOrderBatch:
     """
 
     def __init__(self, table: SignalTable) -> None:
-        self._single = SecondOrder(table)
+        self._table, self._single = table, SecondOrder(table)
         self.ids = table.checkpoint_ids
         self.columns = self._single.columns
         self._first = len(self._single.ids) - len(self.ids)  # 1 with a base, 0 without one
@@ -59,16 +61,18 @@ class SecondOrderBatch:
         share_left, share_right = shares
         return share_left, share_right
 
-    def pairs(self, task: str) -> np.ndarray:
-        """The table's own values of all ordered pairs, (F, n, n); 0 for a checkpoint with itself."""
-        values = self._single.table_values(task)[:, self._first :, self._first :].copy()
-        np.einsum("fii->fi", values)[:] = 0.0
+    def pairs(self, left: np.ndarray, task: str, columns: Sequence[str]) -> np.ndarray:
+        """The table's own values (F, P, n) of P checkpoints, (P,) int, with every one on the right; NaN for a
+        checkpoint with itself."""
+        values = np.empty((len(columns), len(left), len(self.ids)))
+        for index, column in enumerate(columns):
+            values[index] = self._table.matrix(column, task)[left + self._first, self._first :]
         return values
 
-    def features(self, left: np.ndarray, task: str) -> np.ndarray:
+    def features(self, left: np.ndarray, task: str, columns: Sequence[str]) -> np.ndarray:
         """Unscaled features (F, P, n) of steps of P sources (P, K) with every checkpoint on the right."""
-        values = np.empty((len(self.columns), len(left), len(self.ids)))
-        for index, column in enumerate(self.columns):
+        values = np.empty((len(columns), len(left), len(self.ids)))
+        for index, column in enumerate(columns):
             formula, matrix = self._single.formula(column, task)
             values[index] = formula(*point_forms(left, self._first, matrix))
         return values

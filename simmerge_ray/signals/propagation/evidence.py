@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -25,7 +25,7 @@ from simmerge_ray.signals.table import SignalTable
 from simmerge_ray.signals.tokens import ProbeTokens, tokenize_probes
 from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums
 
-_KEPT_OUTPUTS = 32  # checkpoints' outputs on a task, in memory
+_KEPT_OUTPUTS, _KEPT_WEIGHTS = 32, 128  # checkpoints' outputs on a task, and samples of weights, in memory
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,24 @@ def read_evidence(
     return replace(evidence, halfway=halfway_outputs(catalogue, digests, tokens, store) if catalogue.base else None)
 
 
+class _StoredWeights(Mapping[str, Weights]):
+    """The samples of checkpoints by id, read when they are asked for."""
+
+    def __init__(self, signatures: Signatures, ids: Sequence[str]) -> None:
+        self._ids, self._read = tuple(ids), lru_cache(_KEPT_WEIGHTS)(signatures.weights)
+
+    def __getitem__(self, name: str) -> Weights:
+        if name not in self._ids:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
 def _evidence(
     table: SignalTable,
     catalogue: Catalogue,
@@ -125,7 +143,7 @@ def _evidence(
         catalogue,
         tokens,
         lru_cache(_KEPT_OUTPUTS)(outputs),
-        {ref.id: signatures.weights(ref.id) for ref in catalogue.all_refs},
+        _StoredWeights(signatures, [ref.id for ref in catalogue.all_refs]),
         signatures.weight_sums("exact", BLOCK_ELEMENTS) if table.provenance["weights"] == "exact" else None,
         digests,
     )

@@ -11,7 +11,8 @@ import numpy as np
 from simmerge_ray.base.errors import OperatorError, PlanError
 from simmerge_ray.plans.operators.specs import Arm, Weight
 from simmerge_ray.plans.plan import MergePlan
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.pair_blocks import PairSignals
+from simmerge_ray.signals.table import SignalTable
 
 NAMES = ("bound", "second_order", "virtual", "curved", "exact")  # of `table.PROPAGATORS`, without its imports
 _NO_GRADIENTS = "a weight that changes with depth cannot be propagated; give one number, or take propagator 'exact'"
@@ -152,18 +153,20 @@ class Propagator:
             check_plan(plan, task, self._table, self._gradients)
         values = np.empty((len(columns), len(steps)))
         places: dict[SourcePair, list[int]] = {}
+        known: dict[str, list[tuple[int, tuple[str, str]]]] = {}
         for place, step in enumerate(steps):
             left, right = plan_sources(step.plan)[step.number]
             if isinstance(left, str) and isinstance(right, str):
-                features = self._table.get(left, right, step.task).features
-                values[:, place] = [features[column] for column in columns]
+                known.setdefault(step.task, []).append((place, (left, right)))
             else:
                 places.setdefault(SourcePair(left, right, step.task, step.plan), []).append(place)
+        for task, found in known.items():
+            values[:, [place for place, _ in found]] = self._table.values_of([pair for _, pair in found], task, columns)
         if places:
             pairs = sorted(places, key=lambda pair: fold_path(pair.left))
-            found = self._features(pairs, columns, num_threads)
+            features = self._features(pairs, columns, num_threads)
             for index, pair in enumerate(pairs):
-                values[:, places[pair]] = found[:, [index]]
+                values[:, places[pair]] = features[:, [index]]
         return values
 
 

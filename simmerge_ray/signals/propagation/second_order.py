@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from itertools import permutations
 
 import numpy as np
 
@@ -114,7 +113,6 @@ class SecondOrder(Propagator):
         ratio = "task_vector_norm_ratio_"
         columns = tuple(c for c in followed if not c.startswith(ratio) or c.removeprefix(ratio) in _EXACT_GROUPS)
         super().__init__(table, columns)
-        self._values: dict[str, np.ndarray] = {}
         self._weights: dict[Source, np.ndarray] = {}
         self.matrix = lru_cache(None)(self._matrix)
         self.gram = lru_cache(None)(self._gram)
@@ -197,7 +195,7 @@ class SecondOrder(Propagator):
         Task vectors have no row of the base: its cosines are 0, as if there were nothing of it. A value of a single
         checkpoint stands in its whole row or, of the right one, column.
         """
-        signal, found = column_signal(column), self.table_values(task)[self.columns.index(column)]
+        signal, found = column_signal(column), self._table.matrix(column, task)
         matrix = np.where(np.isnan(found), np.diag(np.full(len(found), float("cosine" in column))), found)
         if signal.family == "single":
             by_row = matrix.T if column.endswith("_right") else matrix
@@ -210,13 +208,3 @@ class SecondOrder(Propagator):
     def _gram(self, group: str, task: str) -> np.ndarray:
         """`centred_gram` of the distances of a group of tensors."""
         return centred_gram(self.matrix(f"weight_l2_{group}", task))
-
-    def table_values(self, task: str) -> np.ndarray:
-        """(F, K, K), the table's own values over [base, checkpoints]; NaN where it has none."""
-        if task not in self._values:
-            values, rows = np.full((len(self.ids), len(self.ids), len(self.columns)), np.nan), self._table.rows
-            for (i, left), (j, right) in permutations(enumerate(self.ids), 2):
-                found = rows[left, right, task].features
-                values[i, j] = [found.get(column, np.nan) for column in self.columns]
-            self._values[task] = np.ascontiguousarray(values.transpose(2, 0, 1))
-        return self._values[task]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from threading import Lock
 
 import numpy as np
@@ -33,6 +33,7 @@ from simmerge_ray.signals.weights import WeightSums, weight_matrices
 
 Pair = tuple[Source, Source]
 _Part = tuple[str, bool, float]  # checkpoint; whether half of the way to it from the base; share
+_MANY = 64  # checkpoints of which no sums of all pairs are made
 _KEPT, _FEW = 32, 8  # groups of so few pairs, the steps of a plan, whose weights are kept: the same for every task
 _ROOM = 1 << 29  # bytes of outputs, and as much of prepared ones, that are held while a task's pairs are compared
 _TOGETHER = 12  # pairs in one call of `weight_matrices`: many cost little more than one, and unwanted ones grow
@@ -40,7 +41,7 @@ _TINY = 1e-30
 
 
 class Virtual(Propagator):
-    """Delivers every column. merges: of every tensor, by name.
+    """Delivers every column. merges: of every tensor, by name, made when they are first asked for.
 
     Outputs of an intermediate are the mixture of its checkpoints' by one share each (see `_parts`).
 
@@ -69,21 +70,33 @@ class Virtual(Propagator):
         self._base: str | None = table.provenance.get("base")
         super().__init__(table, feature_columns(self._base is not None))
         self._ids, self._outputs = tuple(ids), outputs
-        samples = [weights[name] for name in self._ids]
-        known = sums or sampled_weight_sums(samples, weights[self._base] if self._base is not None else None)
-        self.merges = {
+        self._samples, self._sums, self._digests = weights, sums, digests or {}
+        self._of_few = lru_cache(_KEPT)(lambda pairs: self._weights(pairs, map))
+        self._among = lru_cache(1)(
+            lambda ids: Virtual(table, ids, outputs, weights, None, digests, halfway)  # of these checkpoints alone
+        )
+
+    @cached_property
+    def merges(self) -> dict[str, TensorMerges]:
+        samples, base = [self._samples[name] for name in self._ids], self._base
+        known = self._sums or sampled_weight_sums(samples, self._samples[base] if base is not None else None)
+        return {
             name: TensorMerges(
                 name,
-                tensor_space([sample[name] for sample in samples], sums_of.gram, self._base is not None),
+                tensor_space([sample[name] for sample in samples], sums_of.gram, base is not None),
                 self._ids,
-                self._base,
-                digests or {},
+                base,
+                self._digests,
             )
             for name, sums_of in known.items()
         }
-        self._of_few = lru_cache(_KEPT)(lambda pairs: self._weights(pairs, map))
 
     def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
+        if len(self._ids) > _MANY and self._base is not None and self._sums is None:
+            # Sums of all with all would fill the memory; with a base those of the members are all that counts.
+            merged = {name for pair in pairs for side in (pair.left, pair.right) for name in members(side)}
+            if len(some := (self._base, *sorted(merged))) < len(self._ids):
+                return self._among(some)._features(pairs, columns, num_threads)
         same: dict[Source, Source] = {}  # equal sources as one object, so that finding them again costs nothing
         by_task: dict[str, dict[Pair, int]] = {}
         for place, pair in enumerate(pairs):

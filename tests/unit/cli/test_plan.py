@@ -257,7 +257,11 @@ def test_plans_that_the_selector_does_not_know_come_last_and_without_numbers(run
     whole = request.rank(top=6)
     assert not any(one.unlike for one in whole.plans)
     best = whole.plans[0].plan
-    ranking = request.sources.scorer.rank(request.space, request.pool, 6, request.config, [best.members[::-1]])
+
+    def are_unlike(pairs: list[tuple[str, str]]) -> np.ndarray:
+        return np.array([set(pair) == set(best.members) for pair in pairs])
+
+    ranking = request.sources.scorer.rank(request.space, request.pool, 6, request.config, are_unlike)
     assert [one.unlike for one in ranking.plans] == [False] * 4 + [True] * 2
     assert {one.plan.members for one in ranking.plans if one.unlike} == {best.members}
     assert ranked_json(ranking.plans[-1])["interval"] is None and ranking.plans[-1].predicted == {}

@@ -169,6 +169,26 @@ def test_a_beam_that_keeps_all_prefixes_finds_what_the_exhaustive_search_finds()
     np.testing.assert_array_equal(every.scores, beam.scores)
 
 
+def test_only_what_can_be_among_the_best_is_kept_of_each_block(monkeypatch):
+    from simmerge_ray.selector.planning import search as searching
+    from simmerge_ray.signals.propagation.batch import SecondOrderBatch
+
+    batch = SecondOrderBatch(TABLE)
+    for space in (space_of((2, 3)), space_of((2, 4), must_contain=("c00", "c03"))):
+        search = searching.PlanSearch(batch, FakeSelector(batch.columns), space, pool_of())
+        monkeypatch.setattr(searching, "_BLOCK_ROWS", 4096)
+        whole = [search.run(width, 10_000) for width in (None, 7)]
+        monkeypatch.setattr(searching, "_BLOCK_ROWS", 1)  # a prefix in each
+        for width, expected in zip((None, 7), whole, strict=True):
+            few = search.run(width, 3)
+            assert few.plans == expected.plans[:3] and few.num_scored == expected.num_scored
+
+
+def test_where_the_pairs_take_the_budget_a_beam_still_has_some_prefixes():
+    space = plan_space([f"c{number}" for number in range(100)], parse_arms(ARMS), (2, 3))
+    assert space.beam_width(1000) == 32 and space.beam_width(10**6) > 32
+
+
 def test_constraints_hold_and_cost_nothing_else():
     space = space_of((2, 3), must_contain=("c03",), exclude=("c01",))
     ranking = scorer_of().rank(space, pool_of(), top=10_000)

@@ -69,7 +69,13 @@ def test_every_other_route(service):
     assert service.ask("GET", "/v1/catalogue").json()["example"]
     assert service.ask("GET", "/v1/rewards/curve").json()["seq"] == []
     matrix = service.ask("GET", "/v1/signals", params={"signal": "weight_cosine_global"}).json()
-    assert len(matrix["values"]) == len(matrix["checkpoints"])
+    ids, values = matrix["checkpoints"], matrix["values"]
+    assert len(values) == len(ids) == matrix["num_matching"] and all(values[i][i] is None for i in range(len(ids)))
+    asked = {"signal": "weight_cosine_global", "part": "-C0", "offset": 1, "limit": 2}
+    part = service.ask("GET", "/v1/signals", params=asked).json()
+    assert part["checkpoints"] == ids[1:3] and part["values"] == [row[1:3] for row in values[1:3]]
+    none = service.ask("GET", "/v1/signals", params=asked | {"part": "nobody"}).json()
+    assert none["checkpoints"] == none["values"] == [] and none["num_matching"] == 0
     assert service.ask("POST", "/v1/arms", json={"arm": "slerp", "sibling": "linear"}).status_code == 201
     assert service.ask("POST", "/v1/discount", json={"factor": 0.5, "reason": "new items"}).status_code == 201
     assert service.ask("GET", "/").status_code == 200

@@ -11,7 +11,8 @@ import pytest
 from simmerge_ray.base.errors import PlanError
 from simmerge_ray.signals.explain import Explanation, Rank, explain
 from simmerge_ray.signals.features import SIGNALS, feature_columns
-from simmerge_ray.signals.table import PairSignals, SignalTable
+from simmerge_ray.signals.pair_blocks import PairSignals
+from simmerge_ray.signals.table import SignalTable
 
 TASKS = ("code", "math")
 

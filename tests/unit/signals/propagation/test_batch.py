@@ -38,7 +38,8 @@ def test_features_of_every_step_are_those_of_second_order(with_base, order, draw
         left = batch.merged(left, np.array([order[number]]), parse_arm(text), weight)
     last = MergeStep(f"#{len(made)}" if made else batch.ids[order[0]], batch.ids[order[-1]], make_arm("linear"))
     (expected,) = single.steps(MergePlan((*made, last)), task, first=-1)
-    found = batch.features(left, task) if made else batch.pairs(task)[:, [order[0]]]
+    columns = batch.columns
+    found = batch.features(left, task, columns) if made else batch.pairs(np.array(order[:1]), task, columns)
     values = dict(zip(batch.columns, found[:, 0, order[-1]].tolist(), strict=True))
     assert tuple(expected.features) == batch.columns
     assert values == pytest.approx(dict(expected.features), rel=1e-12, abs=1e-12)

@@ -14,6 +14,7 @@ from simmerge_ray.signals.propagation import tensor_merges, virtual
 from simmerge_ray.signals.propagation.interface import PlanStep, fold_path, plan_sources
 from simmerge_ray.signals.propagation.outputs import OutputPairs, prepared_outputs
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace, VirtualTensor
+from simmerge_ray.signals.propagation.virtual import Virtual
 from simmerge_ray.signals.signature import TaskOutputs, TensorSample
 
 # Each number is made by the same operations on the same values. What differs is the size of the matrix products, and
@@ -184,3 +185,18 @@ def test_products_of_groups_are_those_of_each_group(whole):
         np.testing.assert_allclose(found, made_up_space(300, whole).products(group), rtol=1e-12)
         in_span = np.stack([tensor.coefficients for tensor in group[:2]])
         np.testing.assert_allclose(found[:2, :2], in_span @ space.gram @ in_span.T, rtol=1e-12)
+
+
+def test_of_many_checkpoints_those_of_the_steps_are_enough(evidence, monkeypatch):
+    steps = []
+    for text in TEXTS:
+        plan = MergePlan((MergeStep("m0", "m2", parse_arm(text), 0.3), MergeStep("#1", "m0", parse_arm("linear"))))
+        steps.append(PlanStep(plan, 1, "add"))
+    made_of = evidence.table, evidence.ids, evidence.outputs, evidence.weights
+    every = Virtual(*made_of, digests=evidence.digests)
+    expected = every.batch(steps, every.columns, 1)
+    assert "merges" in vars(every)
+    monkeypatch.setattr(virtual, "_MANY", 0)
+    few = Virtual(*made_of, digests=evidence.digests)
+    np.testing.assert_allclose(few.batch(steps, few.columns, 1), expected, rtol=RTOL, atol=ATOL)
+    assert "merges" not in vars(few)

@@ -4,6 +4,7 @@ import { $, el, significant } from "./dom.js";
 import { get, words } from "./api.js";
 
 const MOST = 100; // checkpoints shown at once: ten thousand cells
+const PAUSE_MS = 150; // in typing, before what was typed is asked for
 // viridis of matplotlib (CC0): perceptually uniform, also for most colour-blind people, and in grey
 const VIRIDIS = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725"
   .split(" ")
@@ -41,6 +42,7 @@ function shares(values, byRank) {
 export class HeatMap {
   #answer = null;
   #asked = 0;
+  #typing = 0;
   #take;
 
   // take: what to do with a pair that is chosen, a function of (left, right).
@@ -48,7 +50,10 @@ export class HeatMap {
     this.#take = take;
     for (const id of ["signal", "signal-task"]) $(id).addEventListener("change", () => this.load());
     $("signal-colour").addEventListener("change", () => this.#draw());
-    $("signal-find").addEventListener("input", () => this.#draw());
+    $("signal-find").addEventListener("input", () => {
+      clearTimeout(this.#typing);
+      this.#typing = setTimeout(() => this.load(), PAUSE_MS);
+    });
     $("signal-form").addEventListener("submit", (event) => event.preventDefault());
     const heat = $("heat");
     heat.addEventListener("mouseover", (event) => this.#read(event.target.closest("td")));
@@ -62,7 +67,8 @@ export class HeatMap {
     if (!$("signal").value) return this.#fail("The selector's table has no signals.");
     $("signal-task").disabled = "weights" in $("signal").selectedOptions[0].dataset; // the same for every task
     try {
-      const answer = await get("v1/signals", { signal: $("signal").value, task: this.#task() });
+      const part = $("signal-find").value.trim();
+      const answer = await get("v1/signals", { signal: $("signal").value, task: this.#task(), part, limit: MOST });
       if (turn !== this.#asked) return; // another one was asked for meanwhile
       this.#answer = answer;
       this.#draw();
@@ -85,19 +91,13 @@ export class HeatMap {
 
   #draw() {
     if (!this.#answer) return;
-    const { checkpoints, values, signal } = this.#answer;
-    const part = $("signal-find").value.trim().toLowerCase();
-    const matching = checkpoints
-      .map((_, at) => at)
-      .filter((at) => checkpoints[at].toLowerCase().includes(part));
-    const shown = matching.slice(0, MOST);
-    const known = shown
-      .flatMap((row) => shown.map((column) => values[row][column]))
-      .filter((value) => value !== null);
+    const { checkpoints, values, signal, num_matching: matching } = this.#answer;
+    const shown = [...checkpoints.keys()];
+    const known = values.flat().filter((value) => value !== null);
     known.sort((one, other) => one - other);
     const notes = [];
-    if (shown.length < matching.length)
-      notes.push(`The first ${MOST} of ${matching.length} checkpoints: name a part of the id for others.`);
+    if (shown.length < matching)
+      notes.push(`The first ${MOST} of ${matching} checkpoints: name a part of the id for others.`);
     if (!shown.length) notes.push("No checkpoint has this in its id.");
     else if (!known.length) notes.push("This signal has no values here.");
     $("heat-empty").textContent = notes.join(" ");
