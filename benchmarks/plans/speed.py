@@ -55,6 +55,7 @@ class Networks:
     arms: tuple[str, ...]
     best_fixed: str
     layers: tuple[np.ndarray, ...]
+    label_error: float = 0.0
 
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         flat = features.reshape(-1, features.shape[-1])

@@ -52,11 +52,11 @@ class PolicyCache:
         if not 0 < floor < 1:
             raise BanditError(f"the floor is {floor}; it must be above 0 and below 1")
         self._floor = floor
-        self._latest: tuple[tuple[int, str | None], tuple[NeuralLinearTS, ...]] | None = None
+        self._latest: tuple[tuple[int, int, str | None], tuple[NeuralLinearTS, ...]] | None = None
 
     def of(self, view: View, selector: Selector, novel: bool) -> NeuralLinearTS:
         """By the safe rule of the selector; for pairs unlike its training (novel) only the floor explores."""
-        key = (view.seq, view.model_version)
+        key = (view.seq, view.epoch, view.model_version)
         if self._latest is None or self._latest[0] != key:
             floor = min(self._floor, 1 / num_choices(view.posteriors))
             fixed = selector.best_fixed if selector.best_fixed in view.posteriors else None

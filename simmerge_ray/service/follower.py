@@ -47,7 +47,7 @@ class Follower:
         self._settings, self._clock = settings, clock
         self._registry, self._table, self._given = registry, table, given
         self._contexts: dict[str, Contexts] = {}
-        self._encoders: dict[int, Contexts] = {}  # of the latest epoch
+        self._encoders: dict[int, Contexts] = {}  # of the epoch that answers, and of one that is folded beside
         self._log: EventLog | None = None
         self._replica: Replica | None = None
         self._ledger: Ledger | None = None
@@ -60,6 +60,8 @@ class Follower:
         """Commit what was accepted, and end all threads."""
         if self._log is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._log.close)
+        if self._replica is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._replica.close)
         self._reader.shutdown(wait=True)
         if self._log is not None:
             self._log.engine.dispose()
@@ -81,6 +83,13 @@ class Follower:
         if self._queued is None:
             self._queued = asyncio.create_task(self._read(self._running))
         return await asyncio.shield(self._queued)
+
+    async def settled(self) -> View:
+        """The state in the last encoder epoch of the log, for which it waits. Raises StoreError: what keeps it back."""
+        await self.view()
+        assert self._replica is not None
+        await asyncio.get_running_loop().run_in_executor(None, self._replica.settle)
+        return await self.view()
 
     async def _read(self, before: asyncio.Task[View] | None) -> View:
         if before is not None:
@@ -182,7 +191,8 @@ class Follower:
             if not begun:
                 raise damaged(f"it has no encoder epoch {epoch}")
             version = begun[0].decoded(EncoderEpoch).model_version
-            self._encoders = {epoch: Contexts(self._registry.load(version), self._table)}
+            latest = dict(list(self._encoders.items())[-1:])
+            self._encoders = latest | {epoch: Contexts(self._registry.load(version), self._table)}
         return self._encoders[epoch].encode(features, keep)
 
     def _save_snapshot(self) -> None:

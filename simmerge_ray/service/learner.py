@@ -165,7 +165,8 @@ class Learner:
     async def publish(self, selector: Place, only_new: bool = False) -> str:
         """Let another selector answer from now on, here and on every replica; its version.
 
-        Nothing happens where it is in force already.
+        Nothing happens where it is in force already. A long log is folded anew for it, which this waits for; decisions
+        and rewards go on meanwhile, by the former selector.
 
         only_new: do nothing if it was ever in force, so that an option of the start undoes no later promotion.
 
@@ -174,7 +175,7 @@ class Learner:
         version = await self._in_other(lambda: self.registry.publish(selector))
         log = await self._follower.opened()
         while True:
-            view = await self._follower.view()
+            view = await self._follower.settled()
             if version == view.model_version:
                 return version
             if only_new and version in await self._in_other(lambda: former_versions(log)):
@@ -184,9 +185,10 @@ class Learner:
             published.selector.check_table(self._table)
             event = deciding.new_epoch_of(Contexts(published, self._table), view)
             outcome = await self._follower.append(event, f"publish-{version}-{view.epoch}")
+            now = await self._follower.settled()
             if outcome.status in (Status.CREATED, Status.REPLAYED):
                 return version
-            if view.epoch == (await self._follower.view()).epoch:  # else another one was published meanwhile
+            if view.epoch == now.epoch:  # else another one was published meanwhile
                 raise Refused(409, outcome.reason)
 
     # Read-only calls.

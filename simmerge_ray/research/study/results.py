@@ -98,17 +98,22 @@ def _probes(data: StudyData) -> list[dict[str, Any]]:
     return [{"probes": name, "gain": test["gain"], "interval": test["interval"]} for name, test in tests.items()]
 
 
-def _subsets(data: StudyData) -> list[dict[str, Any]]:
-    part = data.small[0]
+def fully_labelled(part: LoadedPart) -> tuple[str, ...]:
+    """The catalogue of six of which every subset is labelled. Raises InputError: there is none."""
     merges = measured_merges(part.labels, part.catalogue)
     for members in sorted({tuple(sorted(plan.members)) for plan in merges if len(plan.members) == _FULL}):
         try:
             labelled_choices(part.labels, part.catalogue, members, ARMS)
         except LabelError:  # a six-way subset of the longer plans: its pairs are not all labelled
             continue
-        rows: list[dict[str, Any]] = analysis.subset_choice(part, members, data.dataset, data.config)
-        return rows
+        return members
     raise InputError(f"no catalogue of six of {part.name} has labels of all of its subsets")
+
+
+def _subsets(data: StudyData) -> list[dict[str, Any]]:
+    part = data.small[0]
+    rows: list[dict[str, Any]] = analysis.subset_choice(part, fully_labelled(part), data.dataset, data.config)
+    return rows
 
 
 def _exact(data: StudyData) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def crossval_report(
     folds: Sequence[Fold] | None = None,
     split: str = ONE_MODEL_UNSEEN,
     base_of: Mapping[str, str] | None = None,
+    rivals: bool = True,
 ) -> dict[str, Any]:
     """Selector, all models and baselines on checkpoints not trained on, as plain JSON.
 
@@ -72,7 +73,7 @@ def crossval_report(
     models = crossval.models(dataset, config)
     by_fold = crossval.predictions(models)
     predicted, (safe, safe_figures) = crossval.averaged(by_fold), safe_results(crossval, models, by_fold)
-    scores, missing = _all_scores(crossval, predicted, report or (lambda done, steps: None))
+    scores, missing = _all_scores(crossval, predicted, report or (lambda done, steps: None), rivals)
     uniform, arms = crossval.scoring.fixed()[:-2].mean(), dataset.arms
     for name in OBJECTIVES:
         bench = bench_of(crossval, name == "per_merge", base_of)
@@ -115,17 +116,18 @@ def _predictions(dataset: SelectionDataset, predicted: np.ndarray, best_fixed: S
 
 
 def _all_scores(
-    crossval: CrossValidation, predicted: np.ndarray, report: Progress
+    crossval: CrossValidation, predicted: np.ndarray, report: Progress, rivals: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Scores (N, A) of the selector and its rivals, and the reasons for missing ones."""
     scores, missing = {"selector": option_scores(predicted, crossval.dataset.arms)}, {}
-    rivals = crossval.rivals()
-    for done, (name, make) in enumerate(rivals.items(), 1):
+    every = crossval.rivals()
+    asked = every if rivals else {"best fixed": every["best fixed"]}
+    for done, (name, make) in enumerate(asked.items(), 1):
         try:
             scores[name] = make()
         except LabelError as error:
             missing[name] = str(error)
-        report(done, len(rivals))
+        report(done, len(asked))
     return scores, missing
 
 

@@ -49,12 +49,14 @@ def assess(
     base_of: Mapping[str, str] | None = None,
     report: Progress | None = None,
     column_sets: Mapping[str, Sequence[str]] | None = None,
+    brief: bool = False,
 ) -> dict[str, Any]:
     """The content of a training's report.
 
     Args:
         base_of: base of each checkpoint; None takes all for one base's. column_sets: columns that are delivered by a
-            propagator, by name, for the ablation.
+            propagator, by name, for the ablation. brief: without importance, other models in the ablations, and rivals
+            of the selector on other splits than the headline's.
 
     Returns:
         `splits`: `crossval_report` by split, predictions of the headline split alone; a `reason` instead where a split
@@ -67,6 +69,8 @@ def assess(
     headline = UNSEEN_BASE if len(bases) > 1 else ONE_MODEL_UNSEEN
     folds_of = _splits(dataset, config, known if len(bases) > 1 else None)
     variants = _variants(dataset.columns, column_sets or {})
+    if brief:
+        variants = [variant for variant in variants if variant.group != "model"]
     small, steps, num_steps = small_config(config), count(1), len(folds_of) + len(variants) + 1
 
     def step_done() -> None:
@@ -87,7 +91,7 @@ def assess(
         "splits": {},
     }
     for name, folds in folds_of.items():
-        result["splits"][name] = _split_report(dataset, config, base_of, name, folds, name == headline)
+        result["splits"][name] = _split_report(dataset, config, base_of, name, folds, name == headline, brief)
         step_done()
     shown = [i for i, column in enumerate(dataset.columns) if column in SHOWN_SIGNALS]
     result["signals"] = {dataset.columns[i]: dataset.features[:, :, i].mean(1).tolist() for i in shown}
@@ -99,7 +103,8 @@ def assess(
     result["calibration"] = calibration(predicted, measured, len(merge_arms(dataset.arms)))
     crossval = CrossValidation.of(dataset, small, folds)
     compared = _Headline(crossval, bench_of(crossval, True, base_of))
-    result["importance"] = compared.importance()
+    if not brief:
+        result["importance"] = compared.importance()
     step_done()
     return result | {"ablations": compared.ablations(variants, step_done)}
 
@@ -140,6 +145,7 @@ def _split_report(
     name: str,
     folds: list[Fold] | str,
     is_headline: bool,
+    brief: bool,
 ) -> dict[str, Any]:
     if isinstance(folds, str):
         return {"reason": folds}
@@ -149,7 +155,7 @@ def _split_report(
         used = small_config(config).model_copy(update={"num_folds": min(_NUM_INNER_FOLDS, config.num_folds)})
     if name == UNSEEN_DOMAIN:
         used = used.model_copy(update={"task_encoding": "none"})
-    found = crossval_report(dataset, used, None, folds, name, base_of)
+    found = crossval_report(dataset, used, None, folds, name, base_of, rivals=is_headline or not brief)
     if not is_headline:
         found.pop("predictions", None)
     return found

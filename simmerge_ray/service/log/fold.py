@@ -289,6 +289,12 @@ class State:
         self.seq = row.seq
         return True
 
+    def pass_over(self, row: EventRow) -> None:
+        """Go on behind an epoch that another state answers for. Raises StoreError: an event was skipped."""
+        if row.seq != self.seq + 1:
+            raise events.damaged(f"event {row.seq} follows event {self.seq}")
+        self.seq = row.seq
+
     # What each kind does to the state: see `EFFECTS`.
 
     def open_decision(self, row: EventRow) -> None:
@@ -296,9 +302,11 @@ class State:
         assert row.subject is not None
         head = events.read_head(row.body)
         current = head["epoch"] == self.basis.number
+        # Of an epoch that another state answers for (`pass_over`): it is learned from there.
+        learns = () if head["epoch"] > self.basis.number else tuple(head["learns"])
         self.open[row.subject] = OpenDecision(
             row.seq,
-            tuple(head["learns"]),
+            learns,
             head["level"],
             events.read_array(head["z"], row.data),
             None if current else events.read_array(head["features"], row.data),
@@ -371,6 +379,8 @@ class State:
         return decision
 
     def _start(self, priors: Mapping[str, GaussianPosterior], epoch: int, anew: bool) -> None:
+        if epoch > self.basis.number:  # of which another state answers
+            return
         for name, own in priors.items():
             if name not in self.arms or anew:
                 prior = own if epoch == self.basis.number else self._prior(name, epoch)

@@ -12,6 +12,7 @@ from simmerge_ray.base.errors import ConfigError, LabelError, SelectorError
 from simmerge_ray.selector.data.encoding import TaskEncoding
 from simmerge_ray.selector.data.orders import by_order
 from simmerge_ray.selector.data.targets import TrainingSet, level_and_contrasts
+from simmerge_ray.selector.models import fit_mlp
 from simmerge_ray.selector.models.fit_sklearn import fit_forest
 from simmerge_ray.selector.models.model import read_selector
 from simmerge_ray.selector.models.train import train_selector
@@ -78,7 +79,9 @@ def test_the_order_of_the_contexts_changes_nothing(config, dataset):
 
 
 def test_the_same_seed_gives_the_same_selector(config, dataset):
-    one, same = (train_selector(dataset, config).predict(dataset.features)[0] for _ in range(2))
+    one = train_selector(dataset, config).predict(dataset.features)[0]
+    fit_mlp._recent.clear()  # trained again, not remembered
+    same = train_selector(dataset, config).predict(dataset.features)[0]
     np.testing.assert_array_equal(one, same)
     if config.model in ("mlp", "forest"):
         other = train_selector(dataset, config.model_copy(update={"seed": 1})).predict(dataset.features)[0]
@@ -151,9 +154,28 @@ def test_networks_do_not_depend_on_what_they_are_trained_beside(dataset):
     config = TrainConfig(num_members=2, num_epochs=40)
     everything = list(range(len(dataset.contexts)))
     alone = fit_models(dataset, [everything], config)[0]
+    fit_mlp._recent.clear()
     beside = fit_models(dataset, [everything[4:], everything, everything[:9]], config)[1]
-    # Sums of another length are rounded differently.
-    np.testing.assert_allclose(alone.predict(dataset.features)[0], beside.predict(dataset.features)[0], atol=1e-4)
+    np.testing.assert_array_equal(alone.predict(dataset.features)[0], beside.predict(dataset.features)[0])
+
+
+def test_a_network_that_was_trained_on_the_same_data_is_not_trained_again(dataset, monkeypatch):
+    from simmerge_ray.selector.models.train import fit_models
+
+    config, everything = TrainConfig(num_members=2, num_epochs=5), list(range(len(dataset.contexts)))
+    fit_mlp._recent.clear()
+    fit_models(dataset, [everything], config)
+    trained = []
+    monkeypatch.setattr(fit_mlp, "_trained", lambda one, member, config: trained.append(member))
+    fit_models(dataset, [everything[::-1]], config)  # in another order, which plays no part
+    assert trained == []
+    changed = dataclasses.replace(dataset, utilities=dataset.utilities + 1e-6)
+    for data, parts, other in ((changed, everything, config), (dataset, everything[1:], config),
+                               (dataset, everything, config.model_copy(update={"num_epochs": 6}))):  # fmt: skip
+        with pytest.raises(AttributeError):  # it is to be trained, which is taken away here
+            fit_models(data, [parts], other)[0].predict(dataset.features)
+    assert sorted(trained) == [0, 0, 0, 1, 1, 1]
+    fit_mlp._recent.clear()
 
 
 def test_the_heads_of_a_network_are_linear_on_its_encoder(dataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -185,6 +186,8 @@ def test_replicas_that_look_at_any_time_agree_to_the_bit(events, page):
                     continue
                 for future in futures:
                     future.result(60)
+                follower.catch_up()
+                follower.settle()  # where there is a new epoch
                 view = follower.catch_up()
                 assert bits(dict(view.posteriors)) == folded_bits(all_rows(log))
                 if event == "s":
@@ -192,7 +195,10 @@ def test_replicas_that_look_at_any_time_agree_to_the_bit(events, page):
             for future in futures:
                 future.result(60)
             rows = all_rows(log)
-            late, followed = Replica(log, encode, page).catch_up(), follower.catch_up()
+            late = Replica(log, encode, page).catch_up()
+            follower.catch_up()
+            follower.settle()
+            followed = follower.catch_up()
             expected = fold(rows, encode).view()
             for view in (late, followed):
                 assert bits(dict(view.posteriors)) == bits(dict(expected.posteriors))
@@ -243,20 +249,71 @@ def test_a_state_that_failed_in_the_middle_is_folded_again(database):
         replica = Replica(log, fragile)
         assert replica.catch_up().num_open == 1
         log.append(RewardGiven("d0", 0.5))
-        log.append(EncoderEpoch(1, 4, 1.0, {}, NOISE, "m1"))
-        for _ in range(2):
-            with pytest.raises(OSError):
-                replica.catch_up()
-        broken[0] = False
-        assert bits(dict(replica.catch_up().posteriors)) == folded_bits(all_rows(log))
         broken[0] = True
-        log.append(decision("d1", epoch=0))  # by a replica that had not seen the new epoch: encoded when it is rewarded
+        log.append(decision("d1"))
+        log.append(EncoderEpoch(1, 4, 1.0, {}, NOISE, "m1"))
         log.append(RewardGiven("d1", 0.25))
         for _ in range(2):
+            assert (replica.catch_up().epoch, replica.catch_up().num_rewards) == (0, 2)  # the former epoch goes on
+            with pytest.raises(OSError):
+                replica.settle()
+        broken[0] = False
+        replica.settle()
+        view = replica.catch_up()
+        assert view.epoch == 1 and bits(dict(view.posteriors)) == folded_bits(all_rows(log))
+        broken[0] = True
+        log.append(decision("d2", epoch=0))  # by a replica that had not seen the new epoch: encoded when it is rewarded
+        log.append(RewardGiven("d2", 0.25))
+        for _ in range(2):
             with pytest.raises(OSError):
                 replica.catch_up()
         broken[0] = False
         assert bits(dict(replica.catch_up().posteriors)) == folded_bits(all_rows(log))
+
+
+def test_while_an_epoch_is_folded_beside_the_former_one_answers_and_learns(database):
+    """Voids, arms and another epoch meanwhile, and what a replica decides that is in the new epoch already."""
+    going, waiting = threading.Event(), threading.Event()
+
+    def slow(epoch, features, keep):
+        if epoch:
+            waiting.set()
+            assert going.wait(30)
+        return encode(epoch, features)
+
+    with opened(database) as log:
+        before = [Activation("m0"), WarmStart({arm: prior() for arm in ARMS}, NOISE)]
+        for one in (*before, *(decision(f"d{i}", seed=i) for i in range(4)), RewardGiven("d0", 0.5)):
+            log.append(one)
+        replica = Replica(log, slow)
+        replica.catch_up()
+        log.append(EncoderEpoch(1, DIMENSIONS[1], 1.0, {}, NOISE, "m1"))
+        assert replica.catch_up().epoch == 0 and waiting.wait(30)
+        log.append(RewardGiven("d1", 0.25))
+        old = [row for row in all_rows(log) if row.kind != EncoderEpoch.kind]
+        expected = folded_bits([row._replace(seq=number) for number, row in enumerate(old, 1)])
+        assert bits(dict(replica.catch_up().posteriors)) == expected
+        for one in (RewardVoided("d0", "wrong"), ArmAdded("late", prior()), Activation("m1"), Discounted(0.5)):
+            log.append(one)
+            view = replica.catch_up()
+            assert (view.epoch, view.num_rewards, view.model_version, view.seq) == (0, 1, "m0", log.head())
+        log.append(decision("n0", seed=9, epoch=1))  # by a replica that has swapped: learned in the new epoch alone
+        log.append(RewardGiven("n0", 0.75))
+        log.append(ArmAdded("new", prior(1), 1))
+        known = bits(dict(view.posteriors))
+        assert bits(dict(replica.catch_up().posteriors)) == known
+        log.append(EncoderEpoch(2, DIMENSIONS[2], 1.0, {}, NOISE, "m2"))
+        assert replica.catch_up().epoch == 0
+        going.set()
+        replica.settle()
+        view = replica.catch_up()
+        assert (view.epoch, view.model_version) == (2, "m2")
+        assert bits(dict(view.posteriors)) == folded_bits(all_rows(log))
+        past = log.changes_of_the_past(view.seq)
+        voids = [row for row in past if row.kind == RewardVoided.kind]
+        # The next replica that starts need not fold the whole log.
+        assert newest_snapshot(log.engine, "default", basis_of(past), voids, view.seq, encode).seq == view.seq
+        replica.close()
 
 
 def test_a_view_stays_while_the_state_goes_on_and_makes_a_policy(database):

@@ -1,0 +1,115 @@
+"""Reports of studies, computed again from what is published, beside what their pages say.
+
+A page is a row of `PAGES`: its sections are functions of the published files, each computed in a process of its own and
+kept until the files or this package change; its statements are made of them. `make study-report` checks all pages.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from simmerge_ray.base.errors import ConfigError, unknown_name
+from simmerge_ray.base.storage import Manifest, digest_bytes, digest_file, read_json, write_json
+from simmerge_ray.research.said import Checked, Said, check_page
+from simmerge_ray.research.study import published, statements
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# What a section computes does not depend on how it is told.
+_TELLING = ("research/said.py", "research/study/statements.py", "pipelines/study_report.py")
+
+
+class Sources(Protocol):
+    """Published files, and what is read from them."""
+
+    def inputs(self) -> dict[str, str]:
+        """Digests by name."""
+
+
+@dataclass(frozen=True)
+class ReportedPage:
+    """sources: makes them from their directory, which lies beside the page. sections: by name, to JSON values.
+    statements: of all of these."""
+
+    directory: str
+    sources: Callable[[Path], Sources]
+    sections: Mapping[str, Callable[[Any], Any]]
+    statements: Callable[[Mapping[str, Any]], list[Said]]
+
+
+PAGES: Mapping[str, ReportedPage] = {
+    "study.md": ReportedPage("study", published.Published, published.SECTIONS, statements.statements),
+}
+
+
+def check_pages(
+    docs: Path, names: Sequence[str], cache: Path, tell: Callable[[str], None], num_processes: int | None = None
+) -> dict[str, Checked]:
+    """What pages of `docs` say beside what is computed; names: of `PAGES`, none for all.
+
+    Raises ConfigError: an unknown page, or one that is not there."""
+    for name in names:
+        if name not in PAGES:
+            raise ConfigError(unknown_name("page", name, PAGES))
+    found = {}
+    for name in names or tuple(PAGES):
+        if not (docs / name).is_file():
+            raise ConfigError(f"there is no page {docs / name}; call this in the directory of the repository")
+        sections = computed(name, docs, cache / Path(name).stem, tell, num_processes)
+        found[name] = check_page((docs / name).read_text(), PAGES[name].statements(sections))
+    return found
+
+
+def computed(
+    name: str, docs: Path, cache: Path, tell: Callable[[str], None], num_processes: int | None = None
+) -> dict[str, Any]:
+    """The sections of a page; those that are current in `cache` are read."""
+    page, inputs = PAGES[name], {"code": code_digest()}
+    inputs |= page.sources(docs / page.directory).inputs()
+    missing = [one for one in page.sections if not _manifest(one, inputs).is_current(cache / f"{one}.manifest.json")]
+    for one, (value, seconds) in _all(name, docs, missing, num_processes or os.cpu_count() or 1):
+        write_json(cache / f"{one}.json", value)
+        _manifest(one, inputs).write(cache / f"{one}.manifest.json", seconds, {})
+        tell(f"{name}: {one} computed in {seconds:.0f} processor seconds")
+    return {one: read_json(cache / f"{one}.json") for one in page.sections}
+
+
+def _manifest(section: str, inputs: Mapping[str, str]) -> Manifest:
+    return Manifest(section, {}, inputs)
+
+
+def _all(name: str, docs: Path, sections: Sequence[str], num: int) -> Iterator[tuple[str, tuple[Any, float]]]:
+    """Sections with their values and processor seconds, in as many processes; of one, in this one."""
+    if min(num, len(sections)) < 2:
+        for one in sections:
+            yield one, _section(name, docs, one)
+        return
+    # A fresh interpreter for each: threads of BLAS do not survive a fork.
+    with ProcessPoolExecutor(min(num, len(sections)), get_context("spawn")) as pool:
+        jobs = {one: pool.submit(_section, name, docs, one) for one in sections}
+        for one, job in jobs.items():
+            yield one, job.result()
+
+
+def _section(name: str, docs: Path, section: str) -> tuple[Any, float]:
+    started = time.process_time()
+    return PAGES[name].sections[section](_sources(name, docs)), time.process_time() - started
+
+
+@lru_cache(1)
+def _sources(name: str, docs: Path) -> Sources:
+    page = PAGES[name]
+    return page.sources(docs / page.directory)
+
+
+def code_digest() -> str:
+    """Digest of this package, but for what only tells."""
+    files = sorted(path for path in _PACKAGE.rglob("*.py") if str(path.relative_to(_PACKAGE)) not in _TELLING)
+    return digest_bytes(*(digest_file(path).encode() for path in files))
