@@ -15,6 +15,7 @@ Rows, one process each, so that its peak of memory is its own (RssAnon: without 
 - *rank pairs*, *rank 3-way*: `simmerge plan` on one task, packaged selector, all arms, shortlist by `second_order`;
 - *heat maps*: all figures of `simmerge signals`;
 - *page*, *window*: the dashboard's first page and a part of a heat map, in the process of the service;
+- *tiny*: adding one to so many real, tiny checkpoints, all of it: catalogue, digests, forward pass, pairs, table;
 - *beam*: what the beam of 3-way merges loses beside scoring all, at 60 checkpoints.
 """
 
@@ -38,8 +39,7 @@ import numpy as np  # noqa: E402
 
 TASK, VOCABULARY, LAYERS, HIDDEN, HEADS, WIDTH = "general", 32_000, 32, 4096, 32, 264
 POSITIONS, GREEDY, ROWS, COORDINATES = 8, 2, 2, 1000
-LIMITS_S = {"add": 60.0, "rank pairs": 30.0, "page": 1.0}
-MAX_BYTES = 2e9
+_BEAM_SIZE = 60
 
 
 def tensor_sizes() -> dict[str, int]:
@@ -284,6 +284,54 @@ def heat_maps(work: Path, size: int) -> dict[str, Any]:
     return measured(write)
 
 
+def tiny_catalogue(work: Path, size: int) -> Any:
+    """Real checkpoints of two layers; those that are not there are made."""
+    import torch
+    import yaml
+
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
+    from tests import tiny
+
+    root, generator = work / "tiny", torch.Generator().manual_seed(0)
+    if not root.exists():
+        tiny.make_catalogue(root, num_checkpoints=1, tasks=("add",))
+    model = tiny.make_model()
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    entries = []
+    for number in range(size):
+        name = f"m{number}"
+        if not (root / name).exists():
+            generator.manual_seed(number)
+            with torch.no_grad():
+                for key, parameter in model.named_parameters():
+                    parameter.copy_(start[key] + 0.02 * torch.randn(parameter.shape, generator=generator))
+            tiny.save(model, root / name)
+        entries.append({"id": name, "path": name, "task": "add"})
+    path = root / f"of-{size}.yaml"
+    path.write_text(yaml.safe_dump({"base": {"id": "base", "path": "base"}, "checkpoints": entries}))
+    return load_catalogue(path)
+
+
+def add_tiny(work: Path, size: int) -> dict[str, Any]:
+    from simmerge_ray.checkpoints.catalogue import load_catalogue
+    from simmerge_ray.checkpoints.probes import load_probe_sets
+    from simmerge_ray.signals.compute import signals_into
+    from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
+
+    spec, store = SignatureSpec(num_positions=16, num_attention_positions=4), SignatureStore(work / "tiny" / "kept")
+    before, _ = tiny_catalogue(work, size - 1), tiny_catalogue(work, size)
+    probes = {"add": load_probe_sets(work / "tiny" / "probes")["add"]}
+    out = work / "tiny" / "pairs.parquet"
+    signals_into(out, before, probes, spec, "sampled", store)
+
+    def run() -> dict[str, Any]:
+        after = load_catalogue(work / "tiny" / f"of-{size}.yaml")
+        table = signals_into(out, after, probes, spec, "sampled", store)
+        return {"rows": len(table.rows)}
+
+    return measured(run)
+
+
 def page(work: Path, size: int) -> dict[str, Any]:
     """The service's start, its first page, and the first part of a heat map, in this process, without a socket."""
     from simmerge_ray.selector.planning.files import default_selector
@@ -326,6 +374,7 @@ ROWS_OF: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "beam": beam,
     "heat maps": heat_maps,
     "page": page,
+    "tiny": add_tiny,
 }
 
 
@@ -346,11 +395,12 @@ def main() -> None:
     if "add" in options.rows:
         for number in range(max(options.sizes) + 1):
             made.write(number)
-    for size in options.sizes:
+    sizes = {row: options.sizes for row in options.rows} | {"beam": [_BEAM_SIZE]}
+    for size in sorted({size for row in options.rows for size in sizes[row]}):
         for of in {size, size - 1} if "add" in options.rows else {size}:
             if not table_path(options.work, of).exists():
                 make_table(table_path(options.work, of), of, options.step)
-        for row in options.rows:
+        for row in (row for row in options.rows if size in sizes[row]):
             command = [sys.executable, "-m", "benchmarks.signals.thousand", "--work", str(options.work), "--row", row]
             run = subprocess.run(
                 [*command, str(size)], env=pinned_environment(1), capture_output=True, text=True, check=False

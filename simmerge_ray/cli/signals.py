@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @with_config_options
 def signals(
     catalogue: CatalogueArgument,
-    out: Annotated[PathOrUri, place_option(help="Parquet file to write")],
+    out: Annotated[PathOrUri, place_option(help="Parquet file to write or to append to")],
     config: SignalsConfig,
     probes: Annotated[
         PathOrUri | None,
@@ -82,6 +82,7 @@ def _outputs(out: PathOrUri, signatures: str | None, figures: bool) -> list[Outp
     kept = out.parent / "signatures" if signatures is None else as_place(signatures)
     return [
         Output(out, is_file=True, starts=b"PAR1", kind="a table of signals"),
+        Output(out.parent / f"{out.stem}.parts", "its parts"),
         Output(out.parent / f"{out.stem}.json", "what it was made of", is_file=True),
         Output(kept, "--signatures"),
         *([Output(out.parent / f"{out.stem}_figures", "the heat maps")] if figures else []),

@@ -35,7 +35,7 @@ from simmerge_ray.search.estimate import SearchEstimate
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.signals.bounds import answer_bounds, bounds, stages_for
 from simmerge_ray.signals.candidates.answers import AnswerSpec
-from simmerge_ray.signals.candidates.signatures import Owner, collect_answers, owners_of
+from simmerge_ray.signals.candidates.signatures import MAX_MEMBERS, Owner, collect_answers, owners_of
 from simmerge_ray.signals.features import FEATURE_SCHEMA
 from simmerge_ray.signals.queue import Executor
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
@@ -86,7 +86,7 @@ def signals_stage(
         started = time.monotonic()
         store = SignatureStore(signatures or str(out.parent / "signatures"))
         num_batches = [-(-len(one.probes) // config.batch_size) for one in probe_sets.values()]
-        lines = bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker)
+        lines = bounds(catalogue, SignatureSpec.of(config), num_batches, config.memory_per_worker, config.weights)
         for line in (*lines, *of_answers):
             narrator.say(f"[dim]{line}[/dim]")
 
@@ -130,6 +130,11 @@ def _answering(
         reason = "the catalogue names no base"
     elif all(owner.checkpoint == catalogue.base.id for owner in owners):
         reason = "no checkpoint's own task has probes"
+    elif len(owners) > MAX_MEMBERS:
+        reason = (
+            f"each of {len(owners)} members would be run over the answers of all, {MAX_MEMBERS} at most; "
+            "`simmerge auto --member` makes those of the members that it is given"
+        )
     elif stages_for(catalogue.checkpoints[0], SignatureSpec.of(config), config.memory_per_worker):
         reason = "a checkpoint is run in stages of layers; a worker needs memory for all of them to write answers"
     if reason:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # it imports torch, which an estimate needs not
     from simmerge_ray.signals.candidates.answers import AnswerSpec
 
 _HEADER_BYTES = 512  # of a small file of a signature
+FIRST_POINTS, _FIRST_BYTES = 256, 300_000_000  # of all that is computed at once where a table is appended to
 BLOCK_VALUES = 1 << 22  # elements of a block of logits over all checkpoints, when pairs are computed
 
 
@@ -38,7 +39,13 @@ def stages_for(ref: CheckpointRef, spec: SignatureSpec, memory_gb: float | None)
     return stages if len(stages) > 1 else None
 
 
-def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int], memory_gb: float | None) -> list[str]:
+def bounds(
+    catalogue: Catalogue,
+    spec: SignatureSpec,
+    num_batches: Sequence[int],
+    memory_gb: float | None,
+    weights: str = "exact",
+) -> list[str]:
     """For people: memory of a worker and the driver, and disk for the signatures, of a run.
 
     num_batches: micro-batches of each task. Raises ConfigError where `memory_gb` is too small.
@@ -47,6 +54,9 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     stages, width = stages_for(ref, spec, memory_gb), spec.max_tokens + NUM_GREEDY_TOKENS
     sample, signature = (signature_bytes(ref, spec, count) for count in (0, len(num_batches)))
     one_task = (signature - sample) // max(1, len(num_batches))
+    together = num_checkpoints
+    if catalogue.base is not None and weights == "sampled":
+        together = min(together, first_points(signature))  # the others are appended
     how = "whole"
     if stages:
         # Hidden states between stages that wait in the driver at a time.
@@ -55,7 +65,7 @@ def bounds(catalogue: Catalogue, spec: SignatureSpec, num_batches: Sequence[int]
     worker = held_bytes(ref, spec, memory_gb)
     return [
         f"memory of a worker: at most {_size(worker)} above the libraries, a checkpoint at a time, {how}",
-        f"memory of the driver: at most {_size(driver_bytes(num_checkpoints, one_task + sample))}",
+        f"memory of the driver: at most {_size(driver_bytes(together, one_task + sample))}",
         f"signatures: {_size(signature)} a checkpoint, at most {_size(signature * num_checkpoints)} on disk",
     ]
 
@@ -64,6 +74,11 @@ def signature_bytes(ref: CheckpointRef, spec: SignatureSpec, num_tasks: int) -> 
     """Of one checkpoint, at most: its sample of weights, and its outputs on so many tasks."""
     sample = weights_bytes(spec, [math.prod(one.shape) for one in read_headers(ref).values()])
     return num_tasks * outputs_bytes(spec, read_config(ref), spec.max_tokens + NUM_GREEDY_TOKENS) + sample
+
+
+def first_points(num_bytes: int) -> int:
+    """Of a table that is appended to, how many signatures of so many bytes are computed at once, at first."""
+    return max(2, min(FIRST_POINTS, _FIRST_BYTES // num_bytes))
 
 
 def answer_bounds(num_answers: Sequence[int], num_checkpoints: int, vocabulary: int, spec: AnswerSpec) -> str:

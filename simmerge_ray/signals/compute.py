@@ -24,7 +24,7 @@ from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.probes import ProbeSet, TokenBatch
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.signals.bounds import signature_bytes, stages_for
+from simmerge_ray.signals.bounds import first_points, signature_bytes, stages_for
 from simmerge_ray.signals.features import feature_columns
 from simmerge_ray.signals.new_pairs import new_block
 from simmerge_ray.signals.pair_blocks import MemoryBlock, PairColumns, block_pairs
@@ -57,9 +57,8 @@ from simmerge_ray.signals.weights import BLOCK_ELEMENTS, WeightSums, weight_matr
 from simmerge_ray.signals.worker import SignalWorker, as_arrays
 
 WEIGHT_MODES = ("exact", "sampled")
-# Of a table that is appended to: the points that are computed at once, at first; rows of a part for each task; and
-# bytes of signatures, which become two or three times as much in memory.
-_FIRST_POINTS, _FIRST_BYTES, _PART_ROWS, _NEW_BYTES = 256, 300_000_000, 1 << 14, 100_000_000
+# Of a part of a table: rows for each task; and bytes of the new signatures, which become two or three times as much.
+_PART_ROWS, _NEW_BYTES = 1 << 14, 100_000_000
 
 
 def compute_signals(
@@ -117,8 +116,7 @@ def signals_into(
     known = run.known_points(out)
     size = signature_bytes(catalogue.base, spec, len(probe_sets))
     if not known:
-        first = max(2, min(_FIRST_POINTS, _FIRST_BYTES // size))
-        some = replace(catalogue, checkpoints=catalogue.checkpoints[: first - 1])
+        some = replace(catalogue, checkpoints=catalogue.checkpoints[: first_points(size) - 1])
         table = run.whole(some)
         table.write(out)
         known = table.by_columns.points

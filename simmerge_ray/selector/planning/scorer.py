@@ -237,10 +237,11 @@ class PlanScorer:
                 for task in tasks:
                     wanted.setdefault((*sources, task), PlanStep(plan, number, task))
         every, values, done = list(wanted.values()), np.empty((len(self._selector.columns), len(wanted))), 0
+        propagator = self._propagator.among({member for plan in plans for member in plan.members})
         report(0, len(every))
         for rows in _parts(list(wanted), max(_LEAST_STEPS, len(every) // _NUM_REPORTS)):
             some = [every[row] for row in rows]
-            values[:, rows] = self._propagator.batch(some, self._selector.columns, self._num_threads)
+            values[:, rows] = propagator.batch(some, self._selector.columns, self._num_threads)
             done += len(rows)
             report(done, len(every))
         place = {key: row for row, key in enumerate(wanted)}

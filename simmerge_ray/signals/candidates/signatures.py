@@ -58,6 +58,9 @@ class OwnAnswers:
     key: str
 
 
+MAX_MEMBERS = 100  # whose answers all others are run over: work and disk grow with their square
+
+
 def owners_of(catalogue: Catalogue, tasks: Sequence[str]) -> list[Owner]:
     """Members whose own task has probes, in the catalogue's order, then the base if there are general probes."""
     found = [Owner(name, task) for name in catalogue.ids if (task := catalogue.own_task.get(name)) in tasks and task]
@@ -300,11 +303,17 @@ def _split(answers: Answers, kept: np.ndarray) -> Iterator[tuple[Any, np.ndarray
 
 
 def check_owners(catalogue: Catalogue, probe_sets: Mapping[str, ProbeSet]) -> None:
-    """Refuse a catalogue without a base: candidates are mixed from what members add to it.
+    """Refuse a catalogue without a base: candidates are mixed from what members add to it; and one of too many members:
+    each is run over the answers of all, and all of it is mixed in memory.
 
     Raises:
         ConfigError, ProbeError: with the remedy.
     """
+    if (num := len(catalogue.checkpoints)) > MAX_MEMBERS:
+        raise ConfigError(
+            f"{num} members are too many to choose among without labels, {MAX_MEMBERS} at most: every one is run over "
+            "the answers of all others; name the promising ones with --member, such as those of `simmerge plan`"
+        )
     if catalogue.base is None:
         raise ConfigError(
             "what a merge keeps is told from what its members added to a common base: name it under `base` in the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -130,6 +130,10 @@ class Propagator:
     def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
         """(F, N) of different pairs; those with the same left source stand together."""
         raise NotImplementedError
+
+    def among(self, ids: Collection[str]) -> Propagator:
+        """One that may know these checkpoints alone, where that is cheaper than to know all of them."""
+        return self
 
     def steps(self, plan: MergePlan, task: str, first: int = 0) -> list[PairSignals]:
         """Signals of (left, right) of every step, in order; sources are named as in the plan, `#n` for results.

@@ -11,7 +11,7 @@ each left side is mixed and prepared once and compared with all its right sides 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from threading import Lock
@@ -33,7 +33,7 @@ from simmerge_ray.signals.weights import WeightSums, weight_matrices
 
 Pair = tuple[Source, Source]
 _Part = tuple[str, bool, float]  # checkpoint; whether half of the way to it from the base; share
-_MANY = 64  # checkpoints of which no sums of all pairs are made
+_MANY = 128  # checkpoints of which no sums of all pairs are made
 _KEPT, _FEW = 32, 8  # groups of so few pairs, the steps of a plan, whose weights are kept: the same for every task
 _ROOM = 1 << 29  # bytes of outputs, and as much of prepared ones, that are held while a task's pairs are compared
 _TOGETHER = 12  # pairs in one call of `weight_matrices`: many cost little more than one, and unwanted ones grow
@@ -91,12 +91,17 @@ class Virtual(Propagator):
             for name, sums_of in known.items()
         }
 
+    def among(self, ids: Collection[str]) -> Propagator:
+        if len(self._ids) <= _MANY or self._base is None or self._sums is not None:
+            return self
+        return self._among((self._base, *sorted(ids)))
+
     def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
         if len(self._ids) > _MANY and self._base is not None and self._sums is None:
             # Sums of all with all would fill the memory; with a base those of the members are all that counts.
             merged = {name for pair in pairs for side in (pair.left, pair.right) for name in members(side)}
-            if len(some := (self._base, *sorted(merged))) < len(self._ids):
-                return self._among(some)._features(pairs, columns, num_threads)
+            if len(merged) + 1 < len(self._ids):
+                return self.among(merged)._features(pairs, columns, num_threads)
         same: dict[Source, Source] = {}  # equal sources as one object, so that finding them again costs nothing
         by_task: dict[str, dict[Pair, int]] = {}
         for place, pair in enumerate(pairs):

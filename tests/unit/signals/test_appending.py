@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.probes import load_probe_sets
-from simmerge_ray.signals import compute, table_files
+from simmerge_ray.signals import bounds, compute, table_files
 from simmerge_ray.signals.compute import compute_signals, signals_into
 from simmerge_ray.signals.pair_blocks import MemoryBlock, PairColumns, block_pairs, num_rows, row_place
 from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
@@ -60,8 +60,8 @@ def write_in_parts(table: SignalTable, path, stops: list[int], last: int | None 
             append_block(path, rows.points, block, added)
 
 
-@settings(max_examples=10)
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.booleans())
+@settings(max_examples=6)
+@given(st.lists(st.integers(1, 2), min_size=1, max_size=3), st.booleans())
 def test_a_table_in_parts_is_the_table(tmp_path_factory, sizes, is_read_whole):
     path = tmp_path_factory.mktemp("parts") / "pairs.parquet"
     stops = np.cumsum([2, *sizes]).tolist()
@@ -182,7 +182,7 @@ def test_new_pairs_are_those_of_the_whole_computation(zoo, tmp_path, monkeypatch
     assert len(list(parts_directory(path).iterdir())) == 2
     assert_same(read_signal_table(path), whole)
     # In parts from the beginning, of one and two new ones; cut between two parts, and gone on with.
-    monkeypatch.setattr(compute, "_FIRST_POINTS", 2)
+    monkeypatch.setattr(bounds, "FIRST_POINTS", 2)
     monkeypatch.setattr(compute, "_PART_ROWS", 8)
     append, parts = table_files.append_block, []
 

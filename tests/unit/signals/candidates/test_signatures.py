@@ -333,5 +333,7 @@ def test_owners_are_members_with_probes_and_the_base_with_general_ones(catalogue
     assert owners_of(partly, ["add", "copy"]) == [Owner("m0", "add"), Owner("m1", "copy")]
     with pytest.raises(ProbeError, match="'m2' has no task"):
         check_owners(partly, probe_sets)
+    with pytest.raises(ConfigError, match="120 members are too many .* 100 at most.*--member"):
+        check_owners(replace(catalogue, checkpoints=40 * catalogue.checkpoints), probe_sets)
     general = replace(catalogue, own_task=dict.fromkeys(catalogue.ids, GENERAL))
     assert [one.checkpoint for one in owners_of(general, [GENERAL])] == [*catalogue.ids, "base"]
