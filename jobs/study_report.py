@@ -25,11 +25,12 @@ def study_report(
     page: Annotated[list[str] | None, typer.Argument(help="pages of the directory, default: all studies'")] = None,
     docs: Annotated[Path, path_option(help="directory of the pages and of what is published")] = Path("docs"),
     cache: Annotated[Path, path_option(help="directory of what was computed")] = Path("build/study-report"),
+    fill: Annotated[bool, typer.Option(help="write the blocks of pages that are made from data anew")] = False,
     unchecked: Annotated[bool, typer.Option(help="list the numbers that nothing is computed for")] = False,
 ) -> dict[str, Any]:
     from simmerge_ray.pipelines.study_report import check_pages
 
-    found = check_pages(docs, page or (), cache, print)
+    found = check_pages(docs, page or (), cache, print, fill=fill)
     for name, checked in found.items():
         for mismatch in checked.mismatches:
             print(f"{docs / name}: {mismatch}")

@@ -91,6 +91,10 @@ class EngineError(SimmergeError, RuntimeError):
     """An inference engine does not hold the weights that it was given; its results cannot be trusted."""
 
 
+class ClusterError(SimmergeError, RuntimeError):
+    """Ray did not start on this machine, or its cluster did not take this process."""
+
+
 class WorkerError(SimmergeError, RuntimeError):
     """Workers of a cluster died again and again, at the same work; what was finished is kept."""
 

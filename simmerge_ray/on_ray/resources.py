@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.base.errors import ClusterError, ConfigError
 from simmerge_ray.base.memory import free_memory, total_memory
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.capacity.placement import Needs, missing_on
@@ -18,6 +20,7 @@ from simmerge_ray.capacity.placement import Needs, missing_on
 _log = logging.getLogger(__name__)
 _own_cluster = False  # started by this process, so it does not grow
 _POLL_SECONDS = 0.5
+_PATIENCE = 10.0  # seconds for a head to take a connection
 _STORE_VARIABLES = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "FSSPEC_S3_ENDPOINT_URL",
     "STORAGE_EMULATOR_HOST", "SIMMERGE_STORE_PATIENCE",
@@ -33,6 +36,9 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     With `RAY_ADDRESS` set (as in `ray job submit`) or Ray already initialised, that cluster is used. Otherwise a
     cluster of this process is started and stopped at the end, also after an error or Ctrl-C. Ray's processes end with
     this one even if it is killed (two idle agents need a minute for it: they first try to tell the dead head).
+
+    Raises:
+        ConfigError: nobody answers at `RAY_ADDRESS`. ClusterError: Ray does not start.
     """
     # Read when Ray is imported. Without the first, `uv run` would start every worker through uv; without the
     # second, Tune catches Ctrl-C and goes on until the running trials have ended.
@@ -50,12 +56,32 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     if _own_cluster:
         options = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         options |= {"object_store_memory": _OBJECT_STORE_BYTES, "_memory": memory_for_workers()}
-    ray.init(log_to_driver=False, logging_level="warning", **options)
+    else:
+        _check_address(os.environ["RAY_ADDRESS"])
+    try:
+        ray.init(log_to_driver=False, logging_level="warning", **options)
+    except (Exception, SystemExit) as error:  # Ray's own are of no type, and it exits where a cluster is silent
+        _log.exception("ray.init failed")
+        ray.shutdown()
+        where = "here; a machine that is busy may need longer than it waits: try again" if _own_cluster else "there"
+        _own_cluster = False
+        raise ClusterError(f"Ray did not start {where}. It says: {str(error).splitlines()[0][:200]}") from error
     try:
         yield
     finally:
         ray.shutdown()
         _own_cluster = False
+
+
+def _check_address(address: str) -> None:
+    """Raises ConfigError: nobody listens at the HOST:PORT of an address. Ray itself waits minutes and says little."""
+    if found := re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address):
+        try:
+            socket.create_connection((found[1], int(found[2])), _PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at RAY_ADDRESS={address!r} ({error}); without RAY_ADDRESS one is started here"
+            ) from None
 
 
 def memory_for_workers() -> int:

@@ -17,13 +17,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from simmerge_ray.base.errors import ConfigError, unknown_name
-from simmerge_ray.base.storage import Manifest, digest_bytes, digest_file, read_json, write_json
+from simmerge_ray.base.storage import Manifest, digest_bytes, digest_file, read_json, write_atomically, write_json
+from simmerge_ray.research.made_blocks import Blocks, check_blocks, filled_page
 from simmerge_ray.research.said import Checked, Said, check_page
+from simmerge_ray.research.second_study.page import study_2_blocks
+from simmerge_ray.research.second_study.real_analysis import real_section
+from simmerge_ray.research.second_study.results import PublishedResults
 from simmerge_ray.research.study import published, statements
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What a section computes does not depend on how it is told.
-_TELLING = ("research/said.py", "research/study/statements.py", "pipelines/study_report.py")
+_TELLING = (
+    "pipelines/study_report.py",
+    "research/made_blocks.py",
+    "research/said.py",
+    "research/second_study/page.py",
+    "research/study/statements.py",
+)
 
 
 class Sources(Protocol):
@@ -35,26 +45,37 @@ class Sources(Protocol):
 
 @dataclass(frozen=True)
 class ReportedPage:
-    """sources: makes them from their directory, which lies beside the page. sections: by name, to JSON values.
-    statements: of all of these."""
+    """sources: makes them from their directory, which lies beside the page. sections: by name, to JSON values. told: of
+    all of these: passages that stand on the page, or blocks that are made (`made_blocks`)."""
 
     directory: str
     sources: Callable[[Path], Sources]
     sections: Mapping[str, Callable[[Any], Any]]
-    statements: Callable[[Mapping[str, Any]], list[Said]]
+    told: Callable[[Mapping[str, Any]], list[Said] | Blocks]
 
 
 PAGES: Mapping[str, ReportedPage] = {
     "study.md": ReportedPage("study", published.Published, published.SECTIONS, statements.statements),
+    "study-2.md": ReportedPage("study/second", PublishedResults, {"real": real_section}, study_2_blocks),
 }
 
 
 def check_pages(
-    docs: Path, names: Sequence[str], cache: Path, tell: Callable[[str], None], num_processes: int | None = None
+    docs: Path,
+    names: Sequence[str],
+    cache: Path,
+    tell: Callable[[str], None],
+    num_processes: int | None = None,
+    fill: bool = False,
 ) -> dict[str, Checked]:
-    """What pages of `docs` say beside what is computed; names: of `PAGES`, none for all.
+    """What pages of `docs` say beside what is computed.
 
-    Raises ConfigError: an unknown page, or one that is not there."""
+    Args:
+        names: of `PAGES`, none for all. fill: make the blocks of pages that have some anew, before they are checked.
+
+    Raises:
+        ConfigError: an unknown page, or one that is not there.
+    """
     for name in names:
         if name not in PAGES:
             raise ConfigError(unknown_name("page", name, PAGES))
@@ -63,7 +84,11 @@ def check_pages(
         if not (docs / name).is_file():
             raise ConfigError(f"there is no page {docs / name}; call this in the directory of the repository")
         sections = computed(name, docs, cache / Path(name).stem, tell, num_processes)
-        found[name] = check_page((docs / name).read_text(), PAGES[name].statements(sections))
+        told, text = PAGES[name].told(sections), (docs / name).read_text()
+        if isinstance(told, Mapping) and fill:
+            text = filled_page(text, told)
+            write_atomically(docs / name, text.encode())
+        found[name] = check_blocks(text, told) if isinstance(told, Mapping) else check_page(text, told)
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.research.said import Checked, Mismatch, check_page
 
 _BLOCK = re.compile(r"<!-- made: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
@@ -26,11 +27,14 @@ def filled_page(page: str, blocks: Blocks) -> str:
     return _BLOCK.sub(made, page)
 
 
-def stale_lines(page: str, blocks: Blocks) -> list[str]:
-    """What the page says otherwise than its data: line number, what stands there, what was made."""
+def check_blocks(page: str, blocks: Blocks) -> Checked:
+    """Compare every line of the blocks with what was made; numbers of the prose around count as unchecked."""
     lines = zip_longest(page.splitlines(), filled_page(page, blocks).splitlines(), fillvalue="")
-    return [
-        f"line {number}: the page says {said.strip()!r}, the data {made.strip()!r}"
+    mismatches = [
+        Mismatch(f"line {number}", repr(said.strip()), repr(made.strip()))
         for number, (said, made) in enumerate(lines, 1)
         if said != made
     ]
+    prose = _BLOCK.sub(lambda match: "\n" * match[0].count("\n"), page)
+    num_values = sum(len(re.findall(r"\d+(?:\.\d+)?", line)) for one in blocks.values() for line in one)
+    return Checked(tuple(mismatches), num_values, check_page(prose, ()).unchecked)

@@ -25,6 +25,11 @@ _SAID = {
 }
 
 
+def study_2_blocks(sections: Mapping[str, Any]) -> dict[str, list[str]]:
+    """All blocks of the page."""
+    return real_blocks(sections["real"])
+
+
 def real_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
     """Lines by block; `found` of `real_figures`."""
     return {

@@ -11,7 +11,16 @@ import numpy as np
 from simmerge_ray.research.choosing import best_elsewhere, compare_ways, halves_of, split_half_oracle, utility
 from simmerge_ray.research.pair_sample import PairSample, rank_correlation
 from simmerge_ray.research.second_study.real_labels import AVERAGE, fixed_candidates
-from simmerge_ray.research.second_study.results import BASE, CHOSEN, LEFT, RIGHT, RealPair, RealResults
+from simmerge_ray.research.second_study.results import (
+    BASE,
+    CHOSEN,
+    LEFT,
+    RIGHT,
+    PublishedResults,
+    RealPair,
+    RealResults,
+    read_results,
+)
 
 CHOICE = "label-free choice"
 PLAIN = "plain average"
@@ -47,6 +56,11 @@ def real_figures(results: RealResults) -> dict[str, Any]:
         "evaluations": evaluation_curve(results, ways[CHOICE]),
         "chosen": [[*one.pair, one.chosen.label, float(ways[CHOICE][n])] for n, one in enumerate(results.pairs)],
     }
+
+
+def real_section(published: PublishedResults) -> dict[str, Any]:
+    """`real_figures` of what is published."""
+    return real_figures(read_results(published.root))
 
 
 def ways_of_choosing(results: RealResults) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from simmerge_ray.base.errors import LabelError
-from simmerge_ray.base.storage import new_directory, read_json, write_atomically, write_json
+from simmerge_ray.base.storage import digest_file, new_directory, read_json, write_atomically, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.plan import MergePlan, plan_from_json
 from simmerge_ray.research.choosing import PairItems
@@ -51,6 +51,17 @@ class RealResults:
     pairs: tuple[RealPair, ...]
     num_pairs: int
     singles: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class PublishedResults:
+    """The directory `docs/study/second`."""
+
+    root: Path
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of labels and choices."""
+        return {"labels": LabelStore(self.root / "labels").digest(), "choices": digest_file(self.root / "choices.json")}
 
 
 def read_results(directory: Path) -> RealResults:

@@ -10,7 +10,7 @@ import pytest
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.choosing import halves_of, utility
-from simmerge_ray.research.made_blocks import filled_page, stale_lines
+from simmerge_ray.research.made_blocks import check_blocks, filled_page
 from simmerge_ray.research.second_study import real_analysis as analysis
 from simmerge_ray.research.second_study.page import real_blocks
 from simmerge_ray.research.second_study.real_labels import AVERAGE
@@ -84,9 +84,10 @@ def test_the_page_is_made_from_the_figures_and_says_what_fails_first():
     assert verdict.startswith("**H1") and "asked: >= +8 points" in verdict
     page = "# Title\n\n" + "\n\n".join(f"<!-- made: {name} -->\n<!-- end -->" for name in blocks) + "\n\nProse.\n"
     filled = filled_page(page, blocks)
-    assert filled.endswith("Prose.\n") and filled_page(filled, blocks) == filled and not stale_lines(filled, blocks)
-    wrong = filled.replace("+7.0", "+8.0")
-    (first, *_) = stale_lines(wrong, blocks)
+    assert filled.endswith("Prose.\n") and filled_page(filled, blocks) == filled
+    checked = check_blocks(filled.replace("Prose", "Prose of 7 words"), blocks)
+    assert not checked.mismatches and checked.num_values > 100 and [number for _, number in checked.unchecked] == ["7"]
+    first, *_ = map(str, check_blocks(filled.replace("+7.0", "+8.0"), blocks).mismatches)
     assert "+8.0" in first and "+7.0" in first
     with pytest.raises(ConfigError, match="real-ways"):
         filled_page(page.replace("made: real-ways", "made: other"), blocks)
