@@ -27,7 +27,7 @@ _TELLING = ("research/said.py", "research/study/statements.py", "pipelines/study
 
 
 class Sources(Protocol):
-    """Published files, and what is read from them."""
+    """PublishedStudy files, and what is read from them."""
 
     def inputs(self) -> dict[str, str]:
         """Digests by name."""
@@ -45,7 +45,7 @@ class ReportedPage:
 
 
 PAGES: Mapping[str, ReportedPage] = {
-    "study.md": ReportedPage("study", published.Published, published.SECTIONS, statements.statements),
+    "study.md": ReportedPage("study", published.PublishedStudy, published.SECTIONS, statements.statements),
 }
 
 
