@@ -55,7 +55,7 @@ class ReportedPage:
 
 
 PAGES: Mapping[str, ReportedPage] = {
-    "study.md": ReportedPage("study", published.Published, published.SECTIONS, statements.statements),
+    "study.md": ReportedPage("study", published.PublishedStudy, published.SECTIONS, statements.statements),
     "study-2.md": ReportedPage("study/second", PublishedResults, {"real": real_section}, study_2_blocks),
 }
 

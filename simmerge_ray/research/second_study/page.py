@@ -65,6 +65,8 @@ def _sentence(name: str, one: Mapping[str, Any]) -> str:
 
 def _figure(name: str, one: Mapping[str, Any]) -> str:
     if name == "H4":
+        if one["mean"] is None:
+            return f"undefined, since the oracle gains only {_points(one['room'])} points there"
         return f"{percent(one['mean'])} [{', '.join(percent(end) for end in one['interval'])}]"
     return _points(one)
 

@@ -89,10 +89,15 @@ def ways_of_choosing(results: RealResults) -> dict[str, np.ndarray]:
 
 
 def hypotheses(pairs: list[tuple[str, str]], ways: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """H1 to H4: mean, interval, what is asked, and whether it holds."""
+    """H1 to H4: mean, interval, what is asked, and whether it holds. H4 has also the oracle's gain over the plain
+    average (`room`), and no share where the interval of that holds 0."""
     sample, choice = PairSample(tuple(pairs)), ways[CHOICE]
+    room = sample.mean(ways[ORACLE] - ways[PLAIN])
     share = sample.ratio(choice - ways[PLAIN], ways[ORACLE] - ways[PLAIN])
-    found = {"H4": share | {"asked": 0.85, "holds": share["mean"] >= 0.85}}
+    if room["interval"][0] <= 0:  # a share of nothing
+        share |= {"mean": None, "interval": None}
+    holds = share["mean"] is not None and share["mean"] >= 0.85
+    found: dict[str, dict[str, Any]] = {"H4": share | {"room": room, "asked": 0.85, "holds": holds}}
     for name, other, margin in (("H1", PLAIN, 0.08), ("H2", ELSEWHERE, 0.02), ("H3", PARENT, 0.05)):
         gain = sample.mean(choice - ways[other])
         found[name] = gain | {"asked": margin, "holds": gain["mean"] >= margin and gain["interval"][0] > 0}

@@ -44,7 +44,7 @@ ARM_SETS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedStudy:
     """The directory `docs/study`: labels and signals of the small bases, and of the larger one in `large/`."""
 
     root: Path
@@ -80,7 +80,7 @@ def _catalogue(table: SignalTable) -> Catalogue:
     return Catalogue(refs, table.provenance["own_task"], base)
 
 
-def _arm_sets(published: Published) -> dict[str, Any]:
+def _arm_sets(published: PublishedStudy) -> dict[str, Any]:
     """The primary test with other arms to choose from, and how much there is to choose."""
     data, found = published.data, {"the study's": _room(published.data.dataset)}
     for name, arms in ARM_SETS.items():
@@ -102,7 +102,7 @@ def _room(dataset: SelectionDataset) -> dict[str, Any]:
     }
 
 
-def _controls(published: Published) -> dict[str, Any]:
+def _controls(published: PublishedStudy) -> dict[str, Any]:
     """Of the report of `simmerge train` on the study's arms, what the page shows."""
     data = published.data
     table = data.small[0].table
@@ -111,21 +111,21 @@ def _controls(published: Published) -> dict[str, Any]:
     return {key: found[key] for key in ("splits", "ablations", "headline")}
 
 
-def _unseen_bases(published: Published) -> dict[str, Any]:
+def _unseen_bases(published: PublishedStudy) -> dict[str, Any]:
     """What rests on the same networks, which are trained once."""
     data = published.data
     evaluations = bought(data.small, data.dataset, data.base_of, data.config)
     return {name: STUDY_SECTIONS[name](data) for name in ("primary", "later")} | {"evaluations": evaluations}
 
 
-def _longer(published: Published) -> dict[str, Any]:
+def _longer(published: PublishedStudy) -> dict[str, Any]:
     """The longer plans by the propagators that need no more than the table."""
     data = published.data
     makers = {"bound": lambda part: Bound(part.table), "second_order": lambda part: SecondOrder(part.table)}
     return longer_plans(data.small, data.dataset, data.base_of, data.config, makers)
 
 
-def _subsets(published: Published) -> list[dict[str, Any]]:
+def _subsets(published: PublishedStudy) -> list[dict[str, Any]]:
     """The rules that need no predictions."""
     part, dataset = published.data.small[0], published.data.dataset
     choices = labelled_choices(part.labels, part.catalogue, fully_labelled(part), ARMS)
@@ -137,7 +137,7 @@ def _subsets(published: Published) -> list[dict[str, Any]]:
 
 
 # The longest first, so that two processes end at about the same time.
-SECTIONS: Mapping[str, Callable[[Published], Any]] = {
+SECTIONS: Mapping[str, Callable[[PublishedStudy], Any]] = {
     "controls": _controls,
     "unseen bases": _unseen_bases,
     "arm sets": _arm_sets,

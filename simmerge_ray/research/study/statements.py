@@ -131,11 +131,8 @@ def _shown_room(one: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _controls(found: Mapping[str, Any]) -> list[Said]:
-    splits, headline = found["splits"], found["headline"]
-    main = splits[headline]
-    of_merge = main["policies"]["per_merge"]
-    policies, accuracy = of_merge["policies"], of_merge["arm_accuracy"]
-    claims = []
+    main = found["splits"][found["headline"]]["policies"]["per_merge"]
+    policies, claims = main["policies"], []
     for title, name in _TITLES.items():
         one, apart = policies[name], 0 if name in _NO_NETWORKS else NOISE
         closed = with_interval(one["gap_closed"], one["interval"])
@@ -147,59 +144,47 @@ def _controls(found: Mapping[str, Any]) -> list[Said]:
         else:
             shown = (closed, gain, percent(one["in_noise_set"]), regret)
             claims.append(Said(f"| {title} | {{}} | {{}} | {{}} | {{}} |", shown, apart))
-    lead, share = of_merge["lead"]["single-checkpoint features"], percent(policies["best fixed"]["in_noise_set"])
-    unseen, coverage = splits["unseen domain"]["policies"]["per_merge"]["policies"], main["intervals"]
-    claims += [
+    others = [policies[name] for name in ("ridge", "knn", "forest")]
+    closed, gain = ", ".join(number(one["gap_closed"]) for one in others), ", ".join(_points(o["gain"]) for o in others)
+    claims.append(Said("| ridge, nearest neighbours, forest | {} | {} |", (closed, gain), NOISE))
+    fixed = policies["best fixed"]
+    told = with_interval(fixed["gap_closed"], fixed["interval"]), percent(fixed["in_noise_set"])
+    claims.append(Said("best fixed, `ties(density=0.1)` | {} | 0 | {} |", told))
+    return claims + _on_controls(found, main)
+
+
+def _on_controls(found: Mapping[str, Any], main: Mapping[str, Any]) -> list[Said]:
+    """What is said below the table."""
+    splits, policies, accuracy = found["splits"], main["policies"], main["arm_accuracy"]
+    coverage = splits[found["headline"]]["intervals"]
+    unseen = splits["unseen domain"]["policies"]["per_merge"]["policies"]
+    of_domain = (unseen[name] for name in ("selector", "selector, safe"))
+    arms = ("linear", "ties(density=0.1)", "nuslerp", "ties")
+    shown = (percent(accuracy[arm][key]) for arm in arms for key in ("accuracy", "base_rate"))
+    arm_passage = "linear in {} (a constant answer: {}), ties at 0.1 {} ({}), nuslerp {} ({}), ties {} ({}): the"
+    changes = {row["name"]: row["change"] for row in found["ablations"]["rows"]}
+    in_noise = {name: percent(policies[name]["in_noise_set"]) for name in ("selector", "best fixed")}
+    model, pair = (_gain(splits[name]["per_merge"], "gain_interval") for name in ("one model unseen", "random pair"))
+    return [
         Said(
-            "best fixed, `ties(density=0.1)` | {} | 0 | {} |",
-            (with_interval(policies["best fixed"]["gap_closed"], policies["best fixed"]["interval"]), share),
-        ),
-        Said("each checkpoint alone ({}), nor", (_points(lead["gain"], lead["gain_interval"]),), NOISE),
-        Said("noise set in {} of the merges", (percent(policies["selector"]["in_noise_set"]),), NOISE),
-        Said('always taking `ties(density=0.1)`, in {}. "Is', (share,)),
-        Said(
-            "linear in {} (a constant answer: {}), ties at 0.1 {} ({}), nuslerp {} ({}), ties {} ({}): the",
-            tuple(
-                percent(accuracy[arm][key])
-                for arm in (
-                    "linear",
-                    "ties(density=0.1)",
-                    "nuslerp",
-                    "ties(density=0.5)" if "ties(density=0.5)" in accuracy else "ties",
-                )
-                for key in ("accuracy", "base_rate")
-            ),
+            "each checkpoint alone ({}), nor",
+            (_gain(main["lead"]["single-checkpoint features"], "gain_interval"),),
             NOISE,
         ),
-        Said(
-            "task encoding off: {}, safe {}. One",
-            tuple(
-                _points(unseen[name]["gain"], unseen[name]["gain_interval"]) for name in ("selector", "selector, safe")
-            ),
-            NOISE,
-        ),
-        *(
-            Said(f"{title} {{}}{end}", (_gain(splits[name]["per_merge"], "gain_interval"),), NOISE)
-            for title, end, name in (
-                ("One model unseen", ", random", "one model unseen"),
-                ("random pair", ". Knowing", "random pair"),
-            )
-        ),
+        Said("noise set in {} of the merges", (in_noise["selector"],), NOISE),
+        Said('always taking `ties(density=0.1)`, in {}. "Is', (in_noise["best fixed"],)),
+        Said(arm_passage, tuple(shown), NOISE),
+        Said("encoding off: {}, safe {}. One", tuple(_gain(one, "gain_interval") for one in of_domain), NOISE),
+        Said("One model unseen {}, random pair {}. Knowing", (model, pair), NOISE),
         Said(
             "95 % intervals cover {}, 80 % intervals {}: a",
             tuple(percent(coverage[level]["coverage"]) for level in ("0.95", "0.8")),
             NOISE,
         ),
-    ]
-    changes = {row["name"]: row["change"] for row in found["ablations"]["rows"] if "change" in row}
-    claims.append(
         Said(
-            "no probes {}, no weights {}, task",
-            tuple(_points(changes[name]) for name in ("no probes", "no weights")),
-            NOISE,
-        )
-    )
-    return claims
+            "no probes {}, no weights {}, task", (_points(changes["no probes"]), _points(changes["no weights"])), NOISE
+        ),
+    ]
 
 
 def _longer(found: Mapping[str, Any]) -> list[Said]:
