@@ -143,7 +143,10 @@ def _controls(found: Mapping[str, Any]) -> list[Said]:
             claims.append(Said(f"| {title} | {{}} | {{}} | | {{}} |", (closed, gain, regret)))
         else:
             shown = (closed, gain, percent(one["in_noise_set"]), regret)
-            claims.append(Said(f"| {title} | {{}} | {{}} | {{}} | {{}} |", shown, apart))
+            row = f"| {title} | {{}} | {{}} | {{}} | {{}} |"
+            if name == "equal-weight linear":  # the tables of longer plans have such a row, too
+                row += " | uniform |"
+            claims.append(Said(row, shown, apart))
     others = [policies[name] for name in ("ridge", "knn", "forest")]
     closed, gain = ", ".join(number(one["gap_closed"]) for one in others), ", ".join(_points(o["gain"]) for o in others)
     claims.append(Said("| ridge, nearest neighbours, forest | {} | {} |", (closed, gain), NOISE))
