@@ -39,8 +39,8 @@ def split_half_oracle(options: PairItems) -> float:
 
 
 def best_elsewhere(utilities: np.ndarray, pairs: Sequence[Pair] | None = None) -> np.ndarray:
-    """(P,) column that is best on the mean of all other pairs; with `pairs`, of those that share no checkpoint with it.
-    utilities: (P, K) with P >= 2; NaN is left out."""
+    """(P,) column that is best on the mean of all other pairs; with `pairs`, of those that share no checkpoint with it;
+    -1 where there are none. utilities: (P, K); NaN is left out."""
     known = ~np.isnan(utilities)
     places = range(len(utilities))
     others = np.array([
@@ -49,7 +49,12 @@ def best_elsewhere(utilities: np.ndarray, pairs: Sequence[Pair] | None = None) -
     counts = others @ known
     sums = others @ np.where(known, utilities, 0.0)
     means = np.divide(sums, counts, out=np.full(utilities.shape, -np.inf), where=counts > 0)
-    return np.asarray(means.argmax(1))
+    return np.where(counts.any(1), means.argmax(1), -1)
+
+
+def taken(utilities: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(P,) utility of the column that is taken of each pair; NaN where none is, -1."""
+    return np.where(columns >= 0, utilities[np.arange(len(utilities)), columns], np.nan)
 
 
 def compare_ways(pairs: Sequence[Pair], ways: Mapping[str, np.ndarray], against: Sequence[str]) -> list[dict[str, Any]]:

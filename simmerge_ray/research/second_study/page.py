@@ -47,20 +47,17 @@ def real_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
 def _verdict(found: Mapping[str, Any]) -> list[str]:
     """Those that fail first."""
     counts, verdicts = found["counts"], found["hypotheses"]
-    said = []
-    for holds, word in ((False, "not earned"), (True, "earned")):
-        names = [name for name, one in verdicts.items() if one["holds"] == holds]
-        if names:
-            said.append(f"**{', '.join(names)} {word}:** {'; '.join(_sentence(n, verdicts[n]) for n in names)}.")
     extent = (
-        f"Labelled so far: {counts['pairs']} of {counts['of']} pairs across tasks, drawn at random, "
+        f"Labelled so far: **{counts['pairs']} of {counts['of']}** pairs across tasks, drawn at random, "
         f"{counts['candidates']} candidates each, and what was chosen."
     )
-    return [" ".join([*said, extent])]
+    ordered = sorted(verdicts.items(), key=lambda one: bool(one[1]["holds"]))
+    return [extent, "", *(f"- {_sentence(name, one)}" for name, one in ordered)]
 
 
 def _sentence(name: str, one: Mapping[str, Any]) -> str:
-    return f"{_SAID[name]} {_figure(name, one)} (asked: {_asked(name, one)})"
+    word = "earned" if one["holds"] else "not earned"
+    return f"**{name} is {word}**: {_SAID[name]}, {_figure(name, one)} (asked: {_asked(name, one)})."
 
 
 def _figure(name: str, one: Mapping[str, Any]) -> str:
@@ -77,6 +74,8 @@ def _asked(name: str, one: Mapping[str, Any]) -> str:
 
 def _points(one: Mapping[str, Any]) -> str:
     """In hundredths of utility."""
+    if one["mean"] is None:
+        return "unknown"
     interval = None if one["interval"] is None else [100 * end for end in one["interval"]]
     return with_interval(100 * one["mean"], interval, signed=True, digits=1)
 
@@ -92,7 +91,7 @@ def _hypotheses(verdicts: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _ways(ways: Sequence[Mapping[str, Any]]) -> list[str]:
     against = (PLAIN, ELSEWHERE, PARENT)
     rows = []
-    for row in sorted(ways, key=lambda one: -one["utility"]):
+    for row in sorted(ways, key=lambda one: -(one["utility"] or 0.0)):
         gains = [row["over"].get(name) for name in against]
         shown = ["" if one is None else _points({"mean": one["value"], **one}) for one in gains]
         name = f"**{row['way']}**" if row["way"] == CHOICE else row["way"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.research.choosing import best_elsewhere, compare_ways, halves_of, split_half_oracle, utility
+from simmerge_ray.research.choosing import best_elsewhere, compare_ways, halves_of, split_half_oracle, taken, utility
 from simmerge_ray.research.pair_sample import PairSample, rank_correlation
 from simmerge_ray.research.second_study.real_labels import AVERAGE, fixed_candidates
 from simmerge_ray.research.second_study.results import (
@@ -68,7 +68,6 @@ def ways_of_choosing(results: RealResults) -> dict[str, np.ndarray]:
     pairs = [one.pair for one in results.pairs]
     table = np.array([[utility(one.items[name]) for name in _candidates(results)] for one in results.pairs])
     place = {name: number for number, name in enumerate(_candidates(results))}
-    rows = np.arange(len(pairs))
     papers = [place[name] for name in PAPERS_OPERATORS]
 
     def of(take: Callable[[RealPair], float]) -> np.ndarray:
@@ -81,8 +80,8 @@ def ways_of_choosing(results: RealResults) -> dict[str, np.ndarray]:
     }
     for way, name in NAMED.items():
         found[way] = np.array([utility(one.items[name]) for one in results.pairs])
-    found[OPERATORS_ELSEWHERE] = table[:, papers][rows, best_elsewhere(table[:, papers], pairs)]
-    found[ELSEWHERE] = table[rows, best_elsewhere(table, pairs)]
+    found[OPERATORS_ELSEWHERE] = taken(table[:, papers], best_elsewhere(table[:, papers], pairs))
+    found[ELSEWHERE] = taken(table, best_elsewhere(table, pairs))
     found[PARENT] = of(lambda one: max(utility(one.items[name]) for name in (LEFT, RIGHT)))
     found[ORACLE] = of(lambda one: split_half_oracle(one.items))
     return found
@@ -100,7 +99,8 @@ def hypotheses(pairs: list[tuple[str, str]], ways: Mapping[str, np.ndarray]) -> 
     found: dict[str, dict[str, Any]] = {"H4": share | {"room": room, "asked": 0.85, "holds": holds}}
     for name, other, margin in (("H1", PLAIN, 0.08), ("H2", ELSEWHERE, 0.02), ("H3", PARENT, 0.05)):
         gain = sample.mean(choice - ways[other])
-        found[name] = gain | {"asked": margin, "holds": gain["mean"] >= margin and gain["interval"][0] > 0}
+        holds = gain["mean"] is not None and gain["mean"] >= margin and gain["interval"][0] > 0
+        found[name] = gain | {"asked": margin, "holds": holds}
     return dict(sorted(found.items()))
 
 
@@ -111,8 +111,13 @@ def by_tasks(results: RealResults, ways: Mapping[str, np.ndarray]) -> list[dict[
     rows = []
     for kind in sorted(set(kinds)):
         chosen = [number for number, one in enumerate(kinds) if one == kind]
-        rows.append({"tasks": kind, "pairs": len(chosen)} | {name: float(ways[name][chosen].mean()) for name in shown})
+        rows.append({"tasks": kind, "pairs": len(chosen)} | {name: _mean(ways[name][chosen]) for name in shown})
     return rows
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
 
 
 def score_figures(results: RealResults) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simmerge_ray.research.choosing import best_elsewhere, compare_ways, split_half_oracle, utility
+from simmerge_ray.research.choosing import best_elsewhere, compare_ways, split_half_oracle, taken, utility
 
 PAIRS = [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
 
@@ -52,6 +52,9 @@ def test_pairs_that_share_a_checkpoint_do_not_choose():
     utilities = np.array([[0.1, 0.2], [0.9, 0.0], [0.9, 0.0], [0.3, 0.4]])
     assert best_elsewhere(utilities)[0] == 0
     assert best_elsewhere(utilities, PAIRS)[0] == 1  # of ("a", "c") only ("b", "d") has neither
+    alone = best_elsewhere(utilities[:2], PAIRS[:2])
+    assert alone.tolist() == [-1, -1] and np.isnan(taken(utilities[:2], alone)).all()
+    assert taken(utilities, np.array([1, 0, -1, 0]))[[0, 1, 3]].tolist() == [0.2, 0.9, 0.3]
 
 
 def test_a_gain_that_is_the_same_for_all_pairs_has_no_width():

@@ -80,8 +80,11 @@ def test_halves_are_those_of_even_and_odd_items():
 def test_the_page_is_made_from_the_figures_and_says_what_fails_first():
     found = analysis.real_figures(made_up(0.07))
     blocks = real_blocks(found)
-    (verdict,) = blocks["real-verdict"]
-    assert verdict.startswith("**H1") and "asked: >= +8 points" in verdict
+    assert "27 of 54" in blocks["real-verdict"][0]
+    assert (
+        blocks["real-verdict"][2].startswith("- **H1 is not earned**")
+        and "asked: >= +8 points" in blocks["real-verdict"][2]
+    )
     page = "# Title\n\n" + "\n\n".join(f"<!-- made: {name} -->\n<!-- end -->" for name in blocks) + "\n\nProse.\n"
     filled = filled_page(page, blocks)
     assert filled.endswith("Prose.\n") and filled_page(filled, blocks) == filled
