@@ -19,6 +19,7 @@ from simmerge_ray.service.bandit.posterior import GaussianPosterior
 from simmerge_ray.service.bandit.warm_start import COLD_NOISE, EncodedPairs, cold_ridge, contexts_of
 from simmerge_ray.service.registry import Published
 from simmerge_ray.service.schemas import Influence
+from simmerge_ray.signals.features import both_orders
 from simmerge_ray.signals.table import SignalTable
 
 _KEPT_CONTEXTS = 20_000
@@ -120,5 +121,6 @@ class Contexts:
             ids = self._table.checkpoint_ids
             pairs = [(a, b) for a in ids for b in ids if a < b]
             some = pairs[:: max(1, len(pairs) // _MAX_AVERAGED)]
-            self._averages[task] = np.mean([pair_features(self._table, a, b, task) for a, b in some], axis=0)
+            values = self._table.values_of(some, task, self._table.columns)
+            self._averages[task] = both_orders(values, self._table.columns).mean(0)
         return self._averages[task]
