@@ -151,8 +151,8 @@ def _controls(found: Mapping[str, Any]) -> list[Said]:
     closed, gain = ", ".join(number(one["gap_closed"]) for one in others), ", ".join(_points(o["gain"]) for o in others)
     claims.append(Said("| ridge, nearest neighbours, forest | {} | {} |", (closed, gain), NOISE))
     fixed = policies["best fixed"]
-    told = with_interval(fixed["gap_closed"], fixed["interval"]), percent(fixed["in_noise_set"])
-    claims.append(Said("best fixed, `ties(density=0.1)` | {} | 0 | {} |", told))
+    closed, within = with_interval(fixed["gap_closed"], fixed["interval"]), percent(fixed["in_noise_set"])
+    claims.append(Said("best fixed, `ties(density=0.1)` | {} | 0 | {} |", (closed, within)))
     return claims + _on_controls(found, main)
 
 
