@@ -84,6 +84,8 @@ def known_numbers(source: Path) -> set[str]:
     for row in (*content["candidates"], *content["tuned"]):
         known |= {f"{row['score']:.3f}", *(f"{100 * share:.0f}" for share in row["retention"].values())}
         known |= set(re.findall(r"\d+\.\d+", row["label"]))
+        if of_task := row.get("measured"):  # one set of members, one number
+            known.add(f"{sum(of_task.values()) / len(of_task):.3f}")
     return known
 
 
