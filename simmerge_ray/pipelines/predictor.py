@@ -20,11 +20,11 @@ def answers_stage(
     """Answers of every member, by its id, and the note of them in the label store; computed where it has none yet.
 
     Raises:
-        ProbeError, CheckpointError: see `written_answers`.
+        ProbeError, CheckpointError: see `members_answers`.
     """
     from simmerge_ray.on_ray.finding import ClusterOnDemand
     from simmerge_ray.selector.predictor.answers import answers_by_owner, note_answers
-    from simmerge_ray.signals.candidates.signatures import written_answers
+    from simmerge_ray.signals.candidates.signatures import members_answers
     from simmerge_ray.signals.signature import SignatureStore
 
     assert catalogue.base is not None, "checked by `check_owners`"
@@ -32,7 +32,7 @@ def answers_stage(
         with narrator.bar("units of work") as report:
             executor = cluster.executor(catalogue, config.concurrency or 2, config.gpus_per_trial, report)
             store = SignatureStore((labels / _SIGNATURES).resolve())
-            answers = written_answers(catalogue, probe_sets, store, executor)
+            answers = members_answers(catalogue, probe_sets, store, executor)
         note_answers(labels, answers, catalogue.base.id)
         stage.result = f"{sum(one.num_answers for one in answers.values())} answers of {', '.join(catalogue.ids)}"
     return answers_by_owner(answers, catalogue.base.id)

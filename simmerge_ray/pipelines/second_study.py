@@ -32,7 +32,7 @@ from simmerge_ray.research.second_study.real_labels import (
 )
 from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_real_experts, pilot_recipes
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
-from simmerge_ray.research.second_study.results import read_results, write_results
+from simmerge_ray.research.second_study.results import publish_results, read_results
 from simmerge_ray.research.second_study.small import FIRST_SMALL_SEED, NUM_SMALL_BASES, foreign_part
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.selector.data.splits import Pair
@@ -143,7 +143,7 @@ class SecondStudy:
                 if choice_file(made, pair).exists() and (one := read_choice(made, pair))
             }
             out = self._directory("results")
-            num_labels = write_results(out, self._directory("labels"), catalogue, choices)
+            num_labels = publish_results(out, self._directory("labels"), catalogue, choices)
             write_json(out / "figures.json", real_figures(read_results(out)))
             stage.result = f"{num_labels} labels, {len(choices)} choices -> {out}"
 

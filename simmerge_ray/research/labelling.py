@@ -22,7 +22,7 @@ from simmerge_ray.search.runner import TrialRunner
 from simmerge_ray.search.setup import PreparedSearch, grid_trials, prepare_search
 from simmerge_ray.selector.predictor.answers import answers_by_owner, note_answers
 from simmerge_ray.signals.candidates.answers import AnswerSpec
-from simmerge_ray.signals.candidates.signatures import written_answers
+from simmerge_ray.signals.candidates.signatures import members_answers
 from simmerge_ray.signals.compute import local_executor
 from simmerge_ray.signals.signature import SignatureStore
 
@@ -89,11 +89,11 @@ def measure_plans(
             directory; signatures lie in it, too. dtype: of the merges that are run. max_tokens: of an answer.
 
     Raises:
-        ProbeError, CheckpointError: see `written_answers`. InputError: tasks that cannot be used.
+        ProbeError, CheckpointError: see `members_answers`. InputError: tasks that cannot be used.
     """
     assert catalogue.base is not None, "answers are compared with those of the base"
     store = SignatureStore(str(labels / "_signatures"))
-    answers = written_answers(catalogue, probe_sets, store, local_executor(catalogue), AnswerSpec(max_tokens))
+    answers = members_answers(catalogue, probe_sets, store, local_executor(catalogue), AnswerSpec(max_tokens))
     note_answers(labels, answers, catalogue.base.id)
     search = prepare_search(
         catalogue,

@@ -411,7 +411,7 @@ def test_the_heat_map_shows_what_the_table_holds(service, visitor):
                 colours[value] = cell.evaluate("one => one.style.backgroundColor")
         assert colours[known[0]] == "rgb(68, 1, 84)" and colours[known[-1]] == "rgb(253, 231, 37)"
     page.fill("#signal-find", service.checkpoints[0])
-    page.wait_for_function("document.querySelectorAll('#heat td[data-row]').length === 1")
+    page.wait_for_function("() => document.querySelectorAll('#heat td[data-row]').length === 1")
 
 
 @pytest.mark.parametrize("visitor", [{"color_scheme": "dark"}], ids=["dark"], indirect=True)

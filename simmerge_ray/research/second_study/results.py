@@ -65,7 +65,7 @@ class PublishedResults:
 
 
 def read_results(directory: Path) -> RealResults:
-    """What `write_results` wrote.
+    """What `publish_results` wrote.
 
     Raises:
         LabelError: labels that must not be compared, or no pair that is whole.
@@ -102,7 +102,7 @@ def read_results(directory: Path) -> RealResults:
     return RealResults(tuple(pairs), content["num_pairs"], singles)
 
 
-def write_results(
+def publish_results(
     directory: Path, labels: Path, catalogue: Catalogue, choices: Mapping[Pair, tuple[MergePlan, Mapping[str, float]]]
 ) -> int:
     """Publish labels, as one file with their notes, and choices (plan, and what it keeps of each member); the number of

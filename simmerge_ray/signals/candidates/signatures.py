@@ -92,7 +92,7 @@ def collect_answers(
     return collector.collect(owners_of(catalogue, tuple(probe_sets)))
 
 
-def written_answers(
+def members_answers(
     catalogue: Catalogue,
     probe_sets: Mapping[str, ProbeSet],
     store: SignatureStore,

@@ -23,7 +23,7 @@ from simmerge_ray.search.setup import grid_trials, prepare_search
 from simmerge_ray.selector.predictor.answers import answers_by_owner, note_answers, read_notes
 from simmerge_ray.selector.predictor.rows import read_candidates
 from simmerge_ray.signals.candidates.answers import AnswerSpec
-from simmerge_ray.signals.candidates.signatures import collect_answers, written_answers
+from simmerge_ray.signals.candidates.signatures import collect_answers, members_answers
 from simmerge_ray.signals.compute import local_executor
 from simmerge_ray.signals.signature import SignatureStore
 
@@ -36,7 +36,7 @@ def answers(catalogue, catalogue_path, tmp_path_factory):
     few = {task: ProbeSet(task, some.probes[:4]) for task, some in probes.items()}
     place = tmp_path_factory.mktemp("signatures")
     store = SignatureStore(place)
-    written = written_answers(catalogue, few, store, local_executor(catalogue), AnswerSpec(4))
+    written = members_answers(catalogue, few, store, local_executor(catalogue), AnswerSpec(4))
     assert not list(place.glob("kept-*"))  # no checkpoint is run over the answers of the others
     whole = collect_answers(catalogue, few, store, local_executor(catalogue), AnswerSpec(4))
     assert list(written) == [one.owner for one in whole]
