@@ -116,7 +116,8 @@ class _Network:
         *encoder, (matrix, bias) = layers
         chosen = [1 + head for head in self.reference]
         centred = matrix[:, 1:] - matrix[:, chosen].mean(1, keepdims=True), bias[1:] - bias[chosen].mean()
-        return Network(tuple(encoder), (matrix[:, :1], bias[:1]), centred)
+        level = np.ascontiguousarray(matrix[:, :1]), bias[:1]  # as when it is read: of columns apart products differ
+        return Network(tuple(encoder), level, centred)
 
 
 def _views(flat: np.ndarray, shapes: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:

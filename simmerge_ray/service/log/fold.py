@@ -333,7 +333,9 @@ class State:
             if z.shape != arm.shape:
                 dimensions = f"a context of {len(z)} dimensions for an arm of {arm.shape[0]}"
                 raise events.damaged(f"event {row.seq} rewards {dimensions}")
-            if not math.isfinite(z @ z + reward):
+            with np.errstate(over="ignore"):
+                is_finite = math.isfinite(z @ z + reward)
+            if not is_finite:
                 raise events.damaged(f"event {row.seq} has a reward or a context that is not finite")
             arm.add(z, reward)
 

@@ -1,9 +1,10 @@
 """One replica's view of the log: the fold of all events committed so far. All replicas are equal.
 
-A new encoder epoch changes the context of every decision, so the whole log is folded again. That is done beside the
-state that answers, in a thread of its own, which takes little of the interpreter at a time; until it has caught up, the
-former epoch answers and learns, and then the two are swapped. What is decided meanwhile is of the former epoch, as what
-a replica decides that has not seen the new one yet: its contexts are made again from the raw features.
+A new encoder epoch changes the context of every decision, so the whole log is folded again: at once where it is
+short, else beside the state that answers, in a thread of its own, which takes little of the interpreter at a time. Until
+it has caught up, the former epoch answers and learns, and then the two are swapped. What is decided meanwhile is of the
+former epoch, as what a replica decides that has not seen the new one yet: its contexts are made again from the raw
+features.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PAGE = 512  # events that are read at once: about 1 MB, so that they are still i
 # Beside: few events at a time, then a rest that is a multiple of what they took. So nobody waits longer for the
 # interpreter than these take, and two thirds of it are left, on a machine that is busy as well.
 _FEW, _REST = 16, 2.0
+AT_ONCE = 1000  # events that nobody notices: a tenth of a second
 _RETRY_S = 5.0
 _log = logging.getLogger("simmerge.service")
 
@@ -32,11 +34,12 @@ _log = logging.getLogger("simmerge.service")
 class Replica:
     """The state of a log, kept up to date. Threads may share it.
 
-    encode: the selectors' encoders, by epoch. page: events that are read at once.
+    encode: the selectors' encoders, by epoch. page: events that are read at once. at_once: how long a log may be that
+    is folded again for a new epoch while everybody waits.
     """
 
-    def __init__(self, log: EventLog, encode: Encoder, page: int = PAGE) -> None:
-        self._log, self._encode, self._page = log, encode, page
+    def __init__(self, log: EventLog, encode: Encoder, page: int = PAGE, at_once: int = AT_ONCE) -> None:
+        self._log, self._encode, self._page, self._at_once = log, encode, page, at_once
         self._lock = threading.Lock()
         self._state: State | None = None
         self._view: View | None = None
@@ -47,7 +50,7 @@ class Replica:
         self._closed = threading.Event()
 
     def catch_up(self) -> View:
-        """Fold what is new, and the state as of then; of the former epoch while a new one is folded beside.
+        """Fold what is new, and the state as of then; of the former epoch while a new one is folded beside a long log.
         Raises StoreError: the database, or a log that is damaged or of another version. The next call tries again.
         """
         with self._lock:
@@ -57,7 +60,9 @@ class Replica:
                 self._fold(self._state, rows)
                 if len(rows) < self._page:
                     break
-            if self._behind is not None and time.monotonic() >= self._try_at:
+            if self._behind is not None and self._beside is None and self._state.seq <= self._at_once:
+                self._state, self._behind, self._view = self._recovered(), None, None
+            elif self._behind is not None and time.monotonic() >= self._try_at:
                 self._begin_beside()
             if self._view is None or self._view.seq != self._state.seq:
                 self._view = self._state.view()

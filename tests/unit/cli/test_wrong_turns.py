@@ -139,7 +139,10 @@ TURNS = [
     (("report", "empty"), "empty holds neither signals nor labels; run `simmerge demo` or the stages first"),
     (("serve", "empty"), "empty is no finished run (`simmerge demo` makes one)"),
     ((*SEARCH[:2], "--budget", "2", "--out", "l"), "no tasks: name a directory with --tasks"),
-    ((*AUTO, "--out", "o", "--evaluate", "3"), "--tasks has the items and --evaluate says how many merges"),
+    (
+        (*AUTO, "--out", "o", "--evaluate", "3"),
+        "--tasks (or --lm-eval) has the items and --evaluate says how many merges",
+    ),
     # wrong formats
     (("merge", "not.yaml", "out"), "not.yaml: not YAML"),
     (("merge", "not.json", "out"), "a plan is JSON that `simmerge plan --out` writes, or mergekit's YAML"),

@@ -178,7 +178,7 @@ def test_replicas_that_look_at_any_time_agree_to_the_bit(events, page):
         url = f"sqlite:///{folder}/log.db"
         upgrade_database(url)
         with opened(url) as log:
-            follower = Replica(log, encode, page)
+            follower = Replica(log, encode, page, at_once=0)
             futures = []
             for event in events:
                 if not isinstance(event, str):
@@ -246,7 +246,7 @@ def test_a_state_that_failed_in_the_middle_is_folded_again(database):
     with opened(database) as log:
         for one in (ArmAdded("linear", prior()), decision("d0")):
             log.append(one)
-        replica = Replica(log, fragile)
+        replica = Replica(log, fragile, at_once=0)
         assert replica.catch_up().num_open == 1
         log.append(RewardGiven("d0", 0.5))
         broken[0] = True
@@ -285,7 +285,7 @@ def test_while_an_epoch_is_folded_beside_the_former_one_answers_and_learns(datab
         before = [Activation("m0"), WarmStart({arm: prior() for arm in ARMS}, NOISE)]
         for one in (*before, *(decision(f"d{i}", seed=i) for i in range(4)), RewardGiven("d0", 0.5)):
             log.append(one)
-        replica = Replica(log, slow)
+        replica = Replica(log, slow, at_once=0)
         replica.catch_up()
         log.append(EncoderEpoch(1, DIMENSIONS[1], 1.0, {}, NOISE, "m1"))
         assert replica.catch_up().epoch == 0 and waiting.wait(30)
