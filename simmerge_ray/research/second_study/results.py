@@ -132,8 +132,10 @@ def _scores(rows: CandidateRows) -> dict[tuple[str, str, str, MergePlan], float]
     """By both members, in either order, task and plan."""
     retention, likelihood = (rows.features[:, COLUMNS.index(name)] for name in ("retention", "likelihood"))
     found = {}
-    for (left, right), task, plan, score in zip(
+    for members, task, plan, score in zip(
         rows.members, rows.tasks, rows.plans, (retention + likelihood) / 2, strict=True
     ):
-        found[left, right, task, plan] = found[right, left, task, plan] = float(score)
+        if len(members) == 2:
+            left, right = members
+            found[left, right, task, plan] = found[right, left, task, plan] = float(score)
     return found

@@ -1,10 +1,10 @@
 """One replica's view of the log: the fold of all events committed so far. All replicas are equal.
 
 A new encoder epoch changes the context of every decision, so the whole log is folded again: at once where it is
-short, else beside the state that answers, in a thread of its own, which takes little of the interpreter at a time. Until
-it has caught up, the former epoch answers and learns, and then the two are swapped. What is decided meanwhile is of the
-former epoch, as what a replica decides that has not seen the new one yet: its contexts are made again from the raw
-features.
+short, else beside the state that answers, in a thread of its own, which takes little of the interpreter at a time.
+Until it has caught up, the former epoch answers and learns, and then the two are swapped. What is decided meanwhile is
+of the former epoch, as what a replica decides that has not seen the new one yet: its contexts are made again from the
+raw features.
 """
 
 from __future__ import annotations
