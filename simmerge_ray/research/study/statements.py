@@ -80,7 +80,7 @@ def _primary(found: Mapping[str, Any], room: Mapping[str, Any]) -> list[Said]:
         Said("(Student's t over {}) |", (str(len(gains)),)),
         Said("(Student's t over 12) | {} |", (_points(by_base["mean"], by_base["interval"]),), NOISE),
         Said("split-half oracle over the best fixed arm | {}; the", (_gain(oracle),)),
-        Said("the selector has {} of it |", (percent(found["oracle"]["share"]),), 10 * NOISE),
+        Said("the selector has {} of it |", (percent(found["oracle"]["share"]),), NOISE),
         *(Said(f"{task} {{}}{end}", (_gain(domains[task]),), NOISE) for task, end in _DOMAIN_ENDS.items()),
         Said("(Holm over the four, largest p {}).", (f"{max(one['p'] for one in domains.values()):.4f}",), 100),
         Said("). {} of {} bases gain,", counts),
@@ -200,7 +200,7 @@ def _longer(found: Mapping[str, Any]) -> list[Said]:
         claims.append(Said(f"| {title} | {{}} | {{}} | {{}} % | {{}} % |", (number(row["pooled"]), None, *sums)))
     first = rows["predicted"]
     shown = number(first["pooled"]), *(f"{first[key]:+.1f} %" for key in ("degradation", "auxiliary_gain"))
-    claims.append(Said("| predicted plan, `second_order` | {} | | {} | {} |", shown, 10 * NOISE))
+    claims.append(Said("| predicted plan, `second_order` | {} | | {} | {} |", shown, NOISE))
     for name, title in (("bound", "`bound`"), ("second_order", "`second_order`")):
         values = sorted(row["tau"] for row in tau[name].values())
         ends = tuple(f"{value:.2f}".removeprefix("0") for value in (values[0], values[-1]))
@@ -258,7 +258,7 @@ def _transfer(found: Mapping[str, Any]) -> list[Said]:
         "selector trained on the large base, each checkpoint left out": "own",
     }
     claims = [
-        Said(f"| {title} | {{}} | {{}} |", (number(closed[name]), _gain(gains[f"{name} - {fixed}"])), 20 * NOISE)
+        Said(f"| {title} | {{}} | {{}} |", (number(closed[name]), _gain(gains[f"{name} - {fixed}"])), NOISE)
         for title, name in titles.items()
     ]
     return [
@@ -280,6 +280,6 @@ def _later(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Said]:
     places = " | ".join(["{}"] * len(rows))
     return [
         Said(f"| `task_arithmetic`, as planned: gain in points | {places} |", planned, NOISE),
-        Said("`scale_matched_linear`, not planned: gain in points | 0.0 | {} | {} | {} | {} |", gains, 2 * NOISE),
-        Said(f"| chosen | {places} | The", chosen, 2 * NOISE),
+        Said("`scale_matched_linear`, not planned: gain in points | 0.0 | {} | {} | {} | {} |", gains, NOISE),
+        Said(f"| chosen | {places} | The", chosen, NOISE),
     ]
