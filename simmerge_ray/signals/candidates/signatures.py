@@ -17,7 +17,7 @@ import numpy as np
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.storage import digest_bytes, digest_json
 from simmerge_ray.checkpoints.catalogue import Catalogue
-from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, TokenBatch
+from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet
 from simmerge_ray.plans.plan import ResolvedPlan
 from simmerge_ray.signals.candidates.answers import (
     Answers,
@@ -88,8 +88,7 @@ def collect_answers(
         ProbeError: a probe that cannot be used; an owner all of whose answers are empty. CheckpointError: checkpoints
             that cannot be used, each named.
     """
-    collector = _collector(catalogue, probe_sets, store, executor, spec, signature, digests)
-    return collector.collect(owners_of(catalogue, tuple(probe_sets)))
+    return _Collector(catalogue, probe_sets, store, executor, spec, signature, digests).collect()
 
 
 def members_answers(
@@ -100,40 +99,31 @@ def members_answers(
     spec: AnswerSpec | None = None,
 ) -> dict[Owner, Answers]:
     """`collect_answers` without what the other checkpoints think of the answers: a pass a checkpoint instead of M."""
-    collector = _collector(catalogue, probe_sets, store, executor, spec)
-    return collector.written(owners_of(catalogue, tuple(probe_sets)))
-
-
-def _collector(
-    catalogue: Catalogue,
-    probe_sets: Mapping[str, ProbeSet],
-    store: SignatureStore,
-    executor: Executor,
-    spec: AnswerSpec | None = None,
-    signature: SignatureSpec | None = None,
-    digests: Mapping[str, str] | None = None,
-) -> _Collector:
-    spec = spec or AnswerSpec()
-    used = {owner.task: probe_sets[owner.task] for owner in owners_of(catalogue, tuple(probe_sets))}
-    batches = tokenize_probes(catalogue, used, signature or SignatureSpec(), spec.max_tokens)
-    return _Collector(catalogue, batches, spec, store, executor, digests or catalogue.digests())
+    collector = _Collector(catalogue, probe_sets, store, executor, spec)
+    return collector.written(collector.owners)
 
 
 class _Collector:
+    """Arguments as of `collect_answers`."""
+
     def __init__(
         self,
         catalogue: Catalogue,
-        batches: Mapping[str, Sequence[TokenBatch]],
-        spec: AnswerSpec,
+        probe_sets: Mapping[str, ProbeSet],
         store: SignatureStore,
         run: Executor,
-        digests: Mapping[str, str],
+        spec: AnswerSpec | None,
+        signature: SignatureSpec | None = None,
+        digests: Mapping[str, str] | None = None,
     ) -> None:
-        self._catalogue, self._batches, self._spec, self._store, self._run = catalogue, batches, spec, store, run
-        self._digests = digests
+        self._catalogue, self._store, self._run, self._spec = catalogue, store, run, spec or AnswerSpec()
+        self._digests = digests or catalogue.digests()
+        self.owners = owners_of(catalogue, tuple(probe_sets))
+        used = {owner.task: probe_sets[owner.task] for owner in self.owners}
+        self._batches = tokenize_probes(catalogue, used, signature or SignatureSpec(), self._spec.max_tokens)
 
-    def collect(self, owners: Sequence[Owner]) -> list[OwnAnswers]:
-        keys = {owner: self._key(owner) for owner in owners}
+    def collect(self) -> list[OwnAnswers]:
+        owners, keys = self.owners, {owner: self._key(owner) for owner in self.owners}
         self._write([owner for owner in owners if not self._store.has("answers", keys[owner])], keys)
         written = {owner: self._store.read("answers", keys[owner]) for owner in owners}
         answers = {owner: self._joined(owner, written[owner]["written"]) for owner in owners}
