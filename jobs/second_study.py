@@ -31,7 +31,9 @@ def second_study(
     base: Annotated[Path | None, path_option(help="the pretrained checkpoint")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="real-pilot, real-zoo, real-held-out, real-choices, real-labels, real-results or small-zoos"),
+        typer.Option(
+            help="real-pilot, real-zoo, real-held-out, real-choices, real-labels, real-results, real-four or small-zoos"
+        ),
     ] = None,
     share: Annotated[
         str, typer.Option(help="I/N: every N-th expert and pair from the I-th on, for N processes at once")

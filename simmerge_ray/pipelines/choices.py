@@ -171,18 +171,21 @@ def _choose(task: ChoiceTask, pair: Pair, key: str) -> None:
 
 def choose_for(task: ChoiceTask, pair: Pair, key: str) -> None:
     """Write the choice for one pair, made in this process; what it ran is forgotten, since a pair takes little."""
+    with tempfile.TemporaryDirectory(prefix="simmerge-choice-") as scratch:
+        write_json(choice_file(task.directory, pair), {"key": key} | chosen_of(task, pair, Path(scratch)))
+
+
+def chosen_of(task: ChoiceTask, members: tuple[str, ...], directory: Path) -> dict[str, Any]:
+    """JSON value of the choice among some members, made in this process; what it ran is kept in `directory`."""
     from simmerge_ray.on_ray.engines import start_evaluator
     from simmerge_ray.pipelines.auto.answer import label_free_json
     from simmerge_ray.pipelines.auto.find import find_here
     from simmerge_ray.pipelines.auto.request import AutoRun
     from simmerge_ray.selector.finding.sources import find_request
 
-    request = find_request(task.catalogue, task.probe_sets, task.find.model_copy(update={"members": pair}))
-    with tempfile.TemporaryDirectory(prefix="simmerge-choice-") as scratch:
-        run = AutoRun(request, task.engine, Path(scratch), task.signatures, {}, write=False)
-        write_json(
-            choice_file(task.directory, pair), {"key": key} | label_free_json(run, find_here(run, start_evaluator))
-        )
+    request = find_request(task.catalogue, task.probe_sets, task.find.model_copy(update={"members": members}))
+    run = AutoRun(request, task.engine, directory, task.signatures, {}, write=False)
+    return label_free_json(run, find_here(run, start_evaluator))
 
 
 def _measure(
@@ -215,14 +218,14 @@ def compared_choices(
     """What every way of choosing is worth over the pairs that have labels."""
     import numpy as np
 
-    from simmerge_ray.research.choosing import best_elsewhere, compare_ways
+    from simmerge_ray.research.choosing import best_elsewhere, compare_ways, taken
 
     arms = [arm.label for arm in parse_arms(search.arms)]
     rows = _worth_by_way(layout, catalogue, choices, arms)
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     of_arms = np.stack([columns.pop(arm) for arm in arms], axis=1)
     fixed = best_elsewhere(of_arms)
-    columns = {AVERAGE: of_arms[:, arms.index("linear")], FIXED: of_arms[np.arange(len(rows)), fixed]} | columns
+    columns = {AVERAGE: of_arms[:, arms.index("linear")], FIXED: taken(of_arms, fixed)} | columns
     always = columns.pop(ALWAYS)
     pairs = [one.pair for one in choices]
     return {
@@ -235,7 +238,7 @@ def compared_choices(
         "num_merges": sum(one.answer.is_merge for one in choices),
         "num_tuned": sum(one.is_tuned for one in choices),
         "always_tuned": None if np.isnan(always).all() else float(np.nanmean(always)),
-        "fixed_arms": sorted({arms[column] for column in fixed.tolist()}),
+        "fixed_arms": sorted({arms[column] for column in fixed.tolist() if column >= 0}),
     }
 
 

@@ -5,8 +5,9 @@ Every stage keeps what is there, so an interrupted one goes on with the same com
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,9 +20,10 @@ from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, wri
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, write_catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.pipelines.choices import ChoiceTask, choice_file, choose_for, missing_choices, read_choice
+from simmerge_ray.pipelines.choices import ChoiceTask, choice_file, choose_for, chosen_of, missing_choices, read_choice
 from simmerge_ray.pipelines.zoo import BASE_ID, is_trained, make_zoo_parts, write_questions
-from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.plans.plan import MergePlan, plan_from_json
+from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.research.second_study.held_out import EXACT, held_out_values, value_rows
 from simmerge_ray.research.second_study.real_analysis import real_figures
 from simmerge_ray.research.second_study.real_labels import (
@@ -32,12 +34,21 @@ from simmerge_ray.research.second_study.real_labels import (
 )
 from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_real_experts, pilot_recipes
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
-from simmerge_ray.research.second_study.results import publish_results, read_results
+from simmerge_ray.research.second_study.results import measured_means, publish_results, read_results
 from simmerge_ray.research.second_study.small import FIRST_SMALL_SEED, NUM_SMALL_BASES, foreign_part
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.selector.data.splits import Pair
 
-STAGES = ("real-pilot", "real-zoo", "real-held-out", "real-choices", "real-labels", "real-results", "small-zoos")
+STAGES = (
+    "real-pilot",
+    "real-zoo",
+    "real-held-out",
+    "real-choices",
+    "real-labels",
+    "real-results",
+    "real-four",
+    "small-zoos",
+)
 NUM_REAL_PROBES = 64
 _ENGINE = SearchConfig(evaluator="transformers", pairs="all", dtype="bfloat16")  # of choices and labels; half the time
 
@@ -101,24 +112,19 @@ class SecondStudy:
 
     def real_choices(self) -> None:
         """The choice without labels for every pair of two tasks, from probes alone."""
-        directory = self._directory("choices")
-        task = ChoiceTask(*self._zoo(), FindConfig(tune="none"), str(directory / "signatures"), directory, _ENGINE)
+        task = self._choice_task()
         with self.narrator.stage("real-choices") as stage, self.narrator.status_bar("pairs") as report:
             keys = dict(missing_choices(task))
             missing = [pair for pair in self._pairs(task.catalogue) if pair in keys]
             for number, pair in enumerate(missing):
                 report(number, len(missing), " + ".join(pair))
                 choose_for(task, pair, keys[pair])
-            stage.result = f"{len(missing)} pairs -> {directory}"
+            stage.result = f"{len(missing)} pairs -> {task.directory}"
 
     def real_labels(self) -> None:
         """Utilities of every checkpoint, of fixed candidates of every pair, and of what was chosen; with what each
         keeps of its members' answers."""
-        from simmerge_ray.research.labelling import measure_plans, tokenizer_of
-
-        catalogue, probe_sets = self._zoo()
-        tasks = label_tasks(load_tasks(self._directory("zoo") / "tasks"), tokenizer_of(catalogue))
-        few = {name: ProbeSet(name, one.probes[:NUM_SIGNAL_PROBES]) for name, one in probe_sets.items()}
+        catalogue, _ = self._zoo()
         plans: dict[MergePlan, tuple[str, ...]]
         plans = dict.fromkeys(self._mine([MergePlan(source=ref.id) for ref in catalogue.all_refs]), ())
         choices = self._directory("choices")
@@ -127,10 +133,27 @@ class SecondStudy:
             if choice_file(choices, pair).exists():
                 plan = read_choice(choices, pair).plan  # a scaled checkpoint too is asked for the tasks of both
                 plans[plan] = tuple(dict.fromkeys((*plans.get(plan, ()), *catalogue.pair_tasks(*pair))))
-        with self.narrator.stage("real-labels") as stage, self.narrator.status_bar("merges measured") as report:
-            labels = self._directory("labels")
-            measure_plans(catalogue, tasks, few, labels, plans, lambda done, of: report(done, of, ""), _ENGINE.dtype)
-            stage.result = f"{len(plans)} checkpoints and merges -> {labels}"
+        with self.narrator.stage("real-labels") as stage:
+            self._measure(plans)
+            stage.result = f"{len(plans)} checkpoints and merges -> {self._directory('labels')}"
+
+    def real_four(self) -> None:
+        """The choice among the first expert of each task, and then what it, the plain average, the experts and the base
+        are worth: README's first table."""
+        task = self._choice_task()
+        own_task = task.catalogue.own_task
+        first = {own: name for name in reversed(task.catalogue.ids) if (own := own_task.get(name))}
+        members = tuple(name for name in task.catalogue.ids if name in first.values())
+        with self.narrator.stage("real-four") as stage:
+            out = self._directory("four")
+            content = chosen_of(task, members, out)
+            plans = {json.dumps(row["plan"]): plan_from_json(row["plan"]) for row in content["candidates"]}
+            kept = [plan for plan in plans.values() if plan.source is not None or plan.recipe == plain_average(members)]
+            self._measure(dict.fromkeys([plan_from_json(content["best"]["plan"]), *kept], tuple(sorted(first))))
+            measured = measured_means(self._directory("labels"))
+            rows = [row | {"measured": measured.get(plans[json.dumps(row["plan"])])} for row in content["candidates"]]
+            write_json(out / "four.json", content | {"candidates": rows})
+            stage.result = f"{content['best']['label']} -> {out}"
 
     def real_results(self) -> None:
         """Labels and choices as they are published (docs/study/second), with the figures of the plan's hypotheses."""
@@ -162,6 +185,21 @@ class SecondStudy:
 
     def _pairs(self, catalogue: Catalogue) -> list[Pair]:
         return self._mine(pair_order(catalogue)[: self.num_pairs])
+
+    def _choice_task(self) -> ChoiceTask:
+        directory = self._directory("choices")
+        return ChoiceTask(*self._zoo(), FindConfig(tune="none"), str(directory / "signatures"), directory, _ENGINE)
+
+    def _measure(self, plans: Mapping[MergePlan, Sequence[str]]) -> None:
+        """Label plans, with further tasks of each."""
+        from simmerge_ray.research.labelling import measure_plans, tokenizer_of
+
+        catalogue, probe_sets = self._zoo()
+        tasks = label_tasks(load_tasks(self._directory("zoo") / "tasks"), tokenizer_of(catalogue))
+        few = {name: ProbeSet(name, one.probes[:NUM_SIGNAL_PROBES]) for name, one in probe_sets.items()}
+        with self.narrator.status_bar("merges measured") as bar:
+            labels = self._directory("labels")
+            measure_plans(catalogue, tasks, few, labels, plans, lambda done, of: bar(done, of, ""), _ENGINE.dtype)
 
     def _zoo(self) -> tuple[Catalogue, dict[str, ProbeSet]]:
         """The real zoo's catalogue and probes."""

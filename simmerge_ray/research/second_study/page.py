@@ -51,13 +51,16 @@ def _verdict(found: Mapping[str, Any]) -> list[str]:
         f"Labelled so far: **{counts['pairs']} of {counts['of']}** pairs across tasks, drawn at random, "
         f"{counts['candidates']} candidates each, and what was chosen."
     )
+    is_whole = counts["pairs"] == counts["of"]
+    if not is_whole:
+        extent += " A hypothesis is of all of them, so none is decided."
     ordered = sorted(verdicts.items(), key=lambda one: bool(one[1]["holds"]))
-    return [extent, "", *(f"- {_sentence(name, one)}" for name, one in ordered)]
+    return [extent, "", *(f"- {_sentence(name, one, is_whole)}" for name, one in ordered)]
 
 
-def _sentence(name: str, one: Mapping[str, Any]) -> str:
-    word = "earned" if one["holds"] else "not earned"
-    return f"**{name} is {word}**: {_SAID[name]}, {_figure(name, one)} (asked: {_asked(name, one)})."
+def _sentence(name: str, one: Mapping[str, Any], is_whole: bool) -> str:
+    words = ("is not earned", "is earned") if is_whole else ("does not hold so far", "holds so far")
+    return f"**{name} {words[bool(one['holds'])]}**: {_SAID[name]}, {_figure(name, one)} (asked: {_asked(name, one)})."
 
 
 def _figure(name: str, one: Mapping[str, Any]) -> str:
@@ -115,17 +118,16 @@ def _scores(found: Mapping[str, Any]) -> list[str]:
 
 
 def _evaluations(found: Mapping[str, Any]) -> list[str]:
-    numbers = found["utility"]
-    reached = found["reached"]
+    numbers, reached = found["utility"], found["reached"]
+    best = max(numbers, key=numbers.__getitem__)
+    choice = f"the choice's {found['choice']:.3f}"
     said = (
-        f"{reached} labelled evaluations"
+        f"Random search over the fixed candidates reaches {choice} with {reached} labelled evaluations."
         if reached
-        else f"not even all {found['of']}: the choice is better than the best of them as one half of the items finds it"
+        else f"Random search over the fixed candidates does not reach {choice} with any number up to {found['of']} "
+        f"(best: {numbers[best]:.3f}, with {best})."
     )
-    return [
-        *table_lines(("evaluations", *numbers), [("utility", *numbers.values())]),
-        f"To reach the choice's {found['choice']:.3f}, random search over the fixed candidates needs: {said}.",
-    ]
+    return [*table_lines(("evaluations", *numbers), [("utility", *numbers.values())]), said]
 
 
 def _checkpoints(singles: Mapping[str, Mapping[str, float]]) -> list[str]:

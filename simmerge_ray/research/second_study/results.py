@@ -71,13 +71,7 @@ def read_results(directory: Path) -> RealResults:
         LabelError: labels that must not be compared, or no pair that is whole.
     """
     content = read_json(directory / "choices.json")
-    labels = LabelStore(directory / "labels").read()
-    of_items = [one for one in labels if not one.task.startswith(PREFIX)]
-    check_comparable(of_items)
-    measured: dict[MergePlan, dict[str, np.ndarray]] = {}
-    for one in of_items:
-        if isinstance(one.outcome, Measured):
-            measured.setdefault(one.plan, {})[one.task] = one.outcome.items
+    measured = _measured_items(directory / "labels")
     own_task, base, scores = content["own_task"], content["base"], _scores(read_candidates([directory / "labels"]))
     pairs = []
     for row in content["pairs"]:
@@ -120,6 +114,25 @@ def publish_results(
         for path in sorted((labels / NOTES).iterdir()):
             write_atomically(made / "labels" / NOTES / path.name, path.read_bytes())
     return len(LabelStore(directory / "labels").read())
+
+
+def measured_means(labels: Path) -> dict[MergePlan, dict[str, float]]:
+    """Utility by task of all that was measured."""
+    return {
+        plan: {task: float(items.mean()) for task, items in sorted(of_task.items())}
+        for plan, of_task in _measured_items(labels).items()
+    }
+
+
+def _measured_items(labels: Path) -> dict[MergePlan, dict[str, np.ndarray]]:
+    """Utilities of the items by plan and task. Raises LabelError: labels that must not be compared."""
+    of_items = [one for one in LabelStore(labels).read() if not one.task.startswith(PREFIX)]
+    check_comparable(of_items)
+    measured: dict[MergePlan, dict[str, np.ndarray]] = {}
+    for one in of_items:
+        if isinstance(one.outcome, Measured):
+            measured.setdefault(one.plan, {})[one.task] = one.outcome.items
+    return measured
 
 
 def named_plans(left: str, right: str, base: str) -> dict[str, MergePlan]:

@@ -109,6 +109,10 @@ def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, 
     assert [one.pair for one in results.pairs] == [pair] and results.num_pairs == 1
     assert len(LabelStore(real / "results" / "labels").read()) == len(labels)
     assert read_json(real / "results" / "figures.json")["counts"]["pairs"] == 1
+    study.run(["real-four"])  # of the two tasks that there are
+    four = read_json(real / "four" / "four.json")["candidates"]
+    by_label = {row["label"]: row["measured"] for row in four if row["measured"]}
+    assert {*pair, "base"} < set(by_label) and all(set(found) >= tasks for found in by_label.values())
     assert set(rows.tasks) == tasks and ((rows.utility >= 0) & (rows.utility <= 1)).all()
 
     for path in sorted((real / "labels").glob("*.parquet"))[:1]:

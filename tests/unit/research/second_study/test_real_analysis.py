@@ -80,11 +80,11 @@ def test_halves_are_those_of_even_and_odd_items():
 def test_the_page_is_made_from_the_figures_and_says_what_fails_first():
     found = analysis.real_figures(made_up(0.07))
     blocks = real_blocks(found)
-    assert "27 of 54" in blocks["real-verdict"][0]
-    assert (
-        blocks["real-verdict"][2].startswith("- **H1 is not earned**")
-        and "asked: >= +8 points" in blocks["real-verdict"][2]
-    )
+    verdict = blocks["real-verdict"]
+    assert "27 of 54" in verdict[0] and "none is decided" in verdict[0]
+    assert verdict[2].startswith("- **H1 does not hold so far**") and "asked: >= +8 points" in verdict[2]
+    whole = real_blocks(found | {"counts": found["counts"] | {"of": 27}})["real-verdict"]
+    assert whole[2].startswith("- **H1 is not earned**") and "none is decided" not in whole[0]
     page = "# Title\n\n" + "\n\n".join(f"<!-- made: {name} -->\n<!-- end -->" for name in blocks) + "\n\nProse.\n"
     filled = filled_page(page, blocks)
     assert filled.endswith("Prose.\n") and filled_page(filled, blocks) == filled
