@@ -77,7 +77,7 @@ class PlanRequest:
     def looked_at(self) -> list[tuple[str, str]]:
         """Pairs that `unlike_pairs` looks at: all, or so many of them, evenly spread."""
         pairs = list(combinations(self.space.ids, 2))
-        return pairs[:: -(-len(pairs) // _MAX_LOOKED_AT)]
+        return pairs[:: max(1, -(-len(pairs) // _MAX_LOOKED_AT))]
 
     @cached_property
     def unlike_pairs(self) -> list[tuple[str, str]]:

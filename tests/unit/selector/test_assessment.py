@@ -46,6 +46,20 @@ def assessment():
     return json.loads(json.dumps(found, allow_nan=False))
 
 
+def test_a_brief_report_says_the_same_of_what_it_says(assessment):
+    brief = json.loads(json.dumps(assess(planted(8), FAST, brief=True), allow_nan=False))
+    assert "importance" not in brief and brief["headline"] == assessment["headline"]
+    assert brief["splits"][brief["headline"]] == assessment["splits"][brief["headline"]]
+    rows = assessment["ablations"]["rows"]
+    assert brief["ablations"]["rows"] == [row for row in rows if row["group"] != "model"]
+    others = [name for name, split in brief["splits"].items() if "policies" in split and name != brief["headline"]]
+    assert others
+    for name in others:
+        whole = assessment["splits"][name]["policies"]["per_merge"]["policies"]
+        few = brief["splits"][name]["policies"]["per_merge"]["policies"]
+        assert len(few) < len(whole) and all(figures == whole[policy] for policy, figures in few.items())
+
+
 def test_the_family_of_the_planted_signal_is_the_important_one(assessment):
     change = {row["family"]: row["change"] for row in assessment["importance"]["rows"]}
     assert min(change, key=lambda family: change[family]) == "task vectors" and change["task vectors"] < -0.1
