@@ -237,13 +237,24 @@ def sums_in_blocks(
         vectors, centre = read(start, min(start + block, num_elements))
         gram = np.zeros((num + 1, num + 1))
         _add_products(centre, vectors, gram)
-        bits = np.zeros((3, num, -(-vectors.shape[1] // 64)), dtype=np.uint64)
-        _pack(vectors, low, bits)
-        counts = np.zeros((3, num, num), dtype=np.int64)
-        _count_common(bits, counts)
-        opposite, both, kept = counts.astype(np.float64)
-        total = total + WeightSums(gram, both - 2 * opposite, both, kept)
+        total = total + counted_sums(gram, packed_bits(vectors, low))
     return total
+
+
+def packed_bits(vectors: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """What signs and trimming are counted from, (3, M, words) uint64; see `counted_sums`. vectors: (M, N) float32.
+    thresholds: (M,) float32."""
+    bits = np.zeros((3, len(vectors), -(-vectors.shape[1] // 64)), dtype=np.uint64)
+    _pack(vectors, thresholds, bits)
+    return bits
+
+
+def counted_sums(gram: np.ndarray, bits: np.ndarray) -> WeightSums:
+    """Sums of M vectors from their inner products and their `packed_bits`."""
+    counts = np.zeros((3, *2 * bits.shape[1:2]), dtype=np.int64)
+    _count_common(bits, counts)
+    opposite, both, kept = counts.astype(np.float64)
+    return WeightSums(gram, both - 2 * opposite, both, kept)
 
 
 def weight_matrices(sums: Mapping[str, WeightSums], with_base: bool) -> dict[str, np.ndarray]:

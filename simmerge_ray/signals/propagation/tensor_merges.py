@@ -17,7 +17,7 @@ from simmerge_ray.plans.plan import step_weights
 from simmerge_ray.signals.propagation.interface import Intermediate, Source, members
 from simmerge_ray.signals.propagation.span import blend_shares, kth_largest, trimmed
 from simmerge_ray.signals.propagation.tensor_space import TensorSpace, VirtualTensor
-from simmerge_ray.signals.weights import TRIM_DENSITY, WeightSums, sums_in_blocks
+from simmerge_ray.signals.weights import TRIM_DENSITY, WeightSums, counted_sums, packed_bits
 
 _ROOM = 1 << 28  # bytes of sources at the sampled coordinates that are held while pairs of them are compared
 _KEPT = 32  # intermediates in memory, 8 bytes a sampled coordinate each: prefixes of the plans that are being scored
@@ -50,15 +50,15 @@ class TensorMerges:
         """
         coefficients: dict[Source, np.ndarray] = {}
         sums: list[WeightSums] = []
-        size = max(1, _ROOM // (24 * len(self.space.centre)))  # 12 bytes a coordinate, of two sources
+        size = max(1, _ROOM // (24 * len(self.space.centre)))  # 8 bytes a coordinate and a little, of two sources
         for start in range(0, len(pairs), size):
             block = pairs[start : start + size]
             sources = sorted({source for pair in block for source in pair}, key=order.__getitem__)
             made = {source: self.of(source) for source in sources}
-            rows = {source: self._row(source, made[source]) for source in sources}
+            bits = {source: self._bits(source, tensor) for source, tensor in made.items()}
             origin = self.space.vector(0)
             grams = self.space.products_of([(origin, made[left], made[right]) for left, right in block])
-            sums += [self._sums(gram, *pair, rows) for gram, pair in zip(grams, block, strict=True)]
+            sums += [self._sums(gram, bits[left], bits[right]) for gram, (left, right) in zip(grams, block, strict=True)]
             coefficients |= {source: tensor.coefficients for source, tensor in made.items()}
         return coefficients, sums
 
@@ -121,15 +121,14 @@ class TensorMerges:
         own = {self._base} if source.arm.spec.uses_base else set()
         return own | self._bases(source.left) | self._bases(source.right)
 
-    def _row(self, source: Source, tensor: VirtualTensor) -> tuple[np.ndarray, float]:
-        """Task vector at the sampled coordinates, float32, and the threshold of `trimmed_overlap`."""
+    def _bits(self, source: Source, tensor: VirtualTensor) -> np.ndarray:
+        """`packed_bits` of the task vector at the sampled coordinates, (3, words)."""
         vector = self.space.sampled(tensor).astype(np.float32)
-        return vector, math.inf if self._base is None else self._threshold(source, vector, TRIM_DENSITY)
+        threshold = math.inf if self._base is None else self._threshold(source, vector, TRIM_DENSITY)
+        bits: np.ndarray = packed_bits(vector[None], np.array([threshold], np.float32))[:, 0]
+        return bits
 
-    def _sums(
-        self, gram: np.ndarray, left: Source, right: Source, rows: Mapping[Source, tuple[np.ndarray, float]]
-    ) -> WeightSums:
-        both, centre = np.stack([rows[left][0], rows[right][0]]), self.space.centre
-        thresholds = np.array([rows[left][1], rows[right][1]])
-        sums = sums_in_blocks(lambda start, stop: (both[:, start:stop], centre[start:stop]), len(centre), thresholds)
-        return replace(sums.scaled(self.space.scale), gram=gram)
+    def _sums(self, gram: np.ndarray, left: np.ndarray, right: np.ndarray) -> WeightSums:
+        """gram: (3, 3), as it is. left, right: bits of the sample."""
+        counts = counted_sums(gram, np.stack([left, right], axis=1)).scaled(self.space.scale)
+        return replace(counts, gram=gram)
