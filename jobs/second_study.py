@@ -2,7 +2,7 @@
 experts. Takes hours.
 
     python jobs/second_study.py --out runs/second --tasks DIRECTORY --base CHECKPOINT --only real-zoo --only real-labels
-    python jobs/second_study.py --out runs/second --only small-zoos
+    python jobs/second_study.py --out runs/second --only small-zoos --only small-choices --only small-labels
 
 What is there is not made again, so an interrupted run goes on with the same command; `--share 1/2` and `--share 2/2` in
 two processes share the experts and pairs. `python -m
@@ -32,17 +32,21 @@ def second_study(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="real-pilot, real-zoo, real-held-out, real-choices, real-labels, real-results, real-four or small-zoos"
+            help="real-pilot, real-zoo, real-held-out, real-choices, real-labels, real-results, real-four, small-zoos, "
+            "small-choices, small-labels or small-results"
         ),
     ] = None,
     share: Annotated[
-        str, typer.Option(help="I/N: every N-th expert and pair from the I-th on, for N processes at once")
+        str, typer.Option(help="I/N: every N-th expert, pair and small base from the I-th on, for N processes at once")
     ] = "1/1",
-    num_pairs: Annotated[int | None, typer.Option(min=1, help="the first pairs of the real zoo alone")] = None,
+    num_pairs: Annotated[
+        int | None, typer.Option(min=1, help="of each base, the first of a random order (real: all, small: 24)")
+    ] = None,
+    num_bases: Annotated[int | None, typer.Option(min=1, max=12, help="the first small bases alone (12)")] = None,
 ) -> dict[str, Any]:
     from simmerge_ray.base.errors import ConfigError, unknown_name
     from simmerge_ray.base.progress import narrated
-    from simmerge_ray.pipelines.second_study import STAGES, SecondStudy
+    from simmerge_ray.pipelines.second_study.study import STAGES, SecondStudy
 
     for name in only or ():
         if name not in STAGES:
@@ -51,7 +55,7 @@ def second_study(
         raise ConfigError(f"--share must be I/N with 1 <= I <= N, not {share!r}")
     mine = (int(found[1]) - 1, int(found[2]))
     with narrated(out / "simmerge.log") as narrator:
-        SecondStudy(out, tasks, base, narrator, mine, num_pairs).run(only or STAGES)
+        SecondStudy(out, tasks, base, narrator, mine, num_pairs, num_bases).run(only or STAGES)
     print(f"zoos in {out}")
     return {"out": str(out), "stages": only or list(STAGES)}
 

@@ -219,6 +219,7 @@ def compared_choices(
     import numpy as np
 
     from simmerge_ray.research.choosing import best_elsewhere, compare_ways, taken
+    from simmerge_ray.research.pair_sample import PairSample
 
     arms = [arm.label for arm in parse_arms(search.arms)]
     rows = _worth_by_way(layout, catalogue, choices, arms)
@@ -229,7 +230,7 @@ def compared_choices(
     always = columns.pop(ALWAYS)
     pairs = [one.pair for one in choices]
     return {
-        "ways": compare_ways(pairs, columns, (AVERAGE, PARENT)),
+        "ways": compare_ways(PairSample(tuple(pairs)), columns, (AVERAGE, PARENT)),
         "pairs": [
             {"pair": list(pair)} | {name: _known(values[number]) for name, values in columns.items()}
             for number, pair in enumerate(pairs)

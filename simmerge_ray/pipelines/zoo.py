@@ -49,16 +49,16 @@ def make_zoo(
     return num_trained
 
 
-def make_zoo_parts(out: Path, parts: Sequence[ZooPart], report: Report | None = None) -> int:
+def make_zoo_parts(out: Path, parts: Sequence[ZooPart], report: Report | None = None, here: bool = False) -> int:
     """Train the bases and experts of several catalogues, each in a directory of its name below `out`, and keep those
-    made by the same recipe; returns how many were trained."""
+    made by the same recipe; returns how many were trained. here: as `make_zoo`."""
     out = out.resolve()
     bases, experts = [], []
     for part in parts:
         directory, base = out / part.name, out / part.name / part.base_id
         bases.append((part.base, base))
         experts += [(expert, base, directory / expert.name) for expert in part.experts]
-    num_trained = _train(experts, bases, report)
+    num_trained = _train(experts, bases, report, here)
     for part in parts:
         _write_catalogue(out / part.name, part.base_id, part.experts)
     return num_trained

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from simmerge_ray.research.pair_sample import PairSample
-from simmerge_ray.selector.data.splits import Pair
 
 _HALVES = (slice(0, None, 2), slice(1, None, 2))
 
@@ -38,13 +37,14 @@ def split_half_oracle(options: PairItems) -> float:
     return float(np.mean(scored))
 
 
-def best_elsewhere(utilities: np.ndarray, pairs: Sequence[Pair] | None = None) -> np.ndarray:
-    """(P,) column that is best on the mean of all other pairs; with `pairs`, of those that share no checkpoint with it;
-    -1 where there are none. utilities: (P, K); NaN is left out."""
+def best_elsewhere(utilities: np.ndarray, groups: Sequence[Collection[str]] | None = None) -> np.ndarray:
+    """(P,) column that is best on the mean of all other pairs; with a group of names for each pair (its checkpoints,
+    its base), of those whose groups have none in common with its own; -1 where there are none. utilities: (P, K); NaN
+    is left out."""
     known = ~np.isnan(utilities)
     places = range(len(utilities))
     others = np.array([
-        [one != other and not (pairs and {*pairs[one]} & {*pairs[other]}) for other in places] for one in places
+        [one != other and not (groups and {*groups[one]} & {*groups[other]}) for other in places] for one in places
     ], dtype=float)  # fmt: skip
     counts = others @ known
     sums = others @ np.where(known, utilities, 0.0)
@@ -57,17 +57,16 @@ def taken(utilities: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.where(columns >= 0, utilities[np.arange(len(utilities)), columns], np.nan)
 
 
-def compare_ways(pairs: Sequence[Pair], ways: Mapping[str, np.ndarray], against: Sequence[str]) -> list[dict[str, Any]]:
+def compare_ways(sample: PairSample, ways: Mapping[str, np.ndarray], against: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each way: mean utility, and how much more that is than by the ways of `against`, paired.
 
     Args:
-        ways: (P,) utilities by name; NaN where a way says nothing.
+        ways: (P,) utilities by name, of the sample's pairs; NaN where a way says nothing.
 
     Returns:
         way, num_pairs, utility, interval, and `over`: gain, interval and number of pairs by name. Intervals are of 95 %
-        when checkpoints are drawn with replacement; None where no sample holds a pair.
+        when the sample's checkpoints are drawn with replacement; None where no draw holds a pair.
     """
-    sample = PairSample(tuple(pairs))
 
     def mean(values: np.ndarray) -> dict[str, Any]:
         found = sample.mean(values)

@@ -3,7 +3,7 @@ independent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,14 +22,15 @@ Values = Sequence[float] | np.ndarray
 
 @dataclass(frozen=True)
 class PairSample:
-    """Values by pair, in the order of `pairs`."""
+    """Values by pair, in the order of `pairs`. base_of: by checkpoint; bases are drawn before their checkpoints."""
 
     pairs: tuple[tuple[str, str], ...]
+    base_of: Mapping[str, str] | None = None
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """(S, N), how often each pair is in a sample of checkpoints; samples without a pair are left out."""
-        drawn = resampled_weights(self.pairs, None, NUM_RESAMPLES, seed=0)
+        """(S, N), how often each pair is in a sample of bases and checkpoints; samples without a pair are left out."""
+        drawn = resampled_weights(self.pairs, self.base_of, NUM_RESAMPLES, seed=0)
         return drawn[drawn.sum(1) > 0]
 
     def mean(self, values: Values) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simmerge_ray.base.markdown import percent, table_lines, with_interval
-from simmerge_ray.research.second_study.real_analysis import (
+from simmerge_ray.research.second_study.analysis import (
     BASE,
     CHOICE,
     ELSEWHERE,
@@ -27,21 +27,71 @@ _SAID = {
 
 def study_2_blocks(sections: Mapping[str, Any]) -> dict[str, list[str]]:
     """All blocks of the page."""
-    return real_blocks(sections["real"])
+    return real_blocks(sections["real"]) | small_blocks(sections["small"])
 
 
 def real_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
     """Lines by block; `found` of `real_figures`."""
+    first = {"real-verdict": _verdict(found), "real-hypotheses": _hypotheses(found["hypotheses"])}
+    last = {"real-checkpoints": _checkpoints(found["singles"]), "real-chosen": _chosen(found["chosen"])}
+    return first | _zoo_blocks("real", found) | last
+
+
+def small_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Lines by block; `found` of `small_figures`."""
+    first = {"small-verdict": _small_verdict(found), "small-gaps": _gaps(found["gaps"])}
+    return first | _zoo_blocks("small", found) | {"small-bases": _bases(found["bases"], found["gaps"]["by_base"])}
+
+
+def _zoo_blocks(kind: str, found: Mapping[str, Any]) -> dict[str, list[str]]:
     return {
-        "real-verdict": _verdict(found),
-        "real-hypotheses": _hypotheses(found["hypotheses"]),
-        "real-ways": _ways(found["ways"]),
-        "real-tasks": _tasks(found["tasks"]),
-        "real-scores": _scores(found["scores"]),
-        "real-evaluations": _evaluations(found["evaluations"]),
-        "real-checkpoints": _checkpoints(found["singles"]),
-        "real-chosen": _chosen(found["chosen"]),
+        f"{kind}-ways": _ways(found["ways"]),
+        f"{kind}-tasks": _tasks(found["tasks"]),
+        f"{kind}-scores": _scores(found["scores"]),
+        f"{kind}-evaluations": _evaluations(found["evaluations"]),
     }
+
+
+def _small_verdict(found: Mapping[str, Any]) -> list[str]:
+    counts, first, gaps = found["counts"], found["hypotheses"]["H6"], found["gaps"]
+    over, asked = first["over_paper"], first["asked"]
+    word = "is earned" if first["holds"] else "is not earned"
+    return [
+        f"Labelled: **{counts['pairs']} pairs** across tasks of **{counts['bases']} bases**, drawn at random from "
+        f"{counts['of']}, {counts['candidates']} candidates each, and what was chosen; GapClosed is defined for "
+        f"{gaps['contexts']} of {gaps['of']} pairs and tasks.",
+        "",
+        f"- **H6 {word}**: GapClosed of the label-free choice {_shown(first['choice'])} (asked: >= {asked[0]:.2f}); "
+        f"minus the best of the paper's operators in hindsight ({over['best']}) {_points(over)} points (asked: >= "
+        f"{100 * asked[1]:+.0f}, lower end > 0).",
+    ]
+
+
+def _shown(one: Mapping[str, Any]) -> str:
+    return with_interval(one["mean"], one["interval"])
+
+
+def _gaps(found: Mapping[str, Any]) -> list[str]:
+    rows = sorted(found["ways"], key=lambda one: -one["mean"])
+    return table_lines(
+        ("", "GapClosed"),
+        [(f"**{row['way']}**" if row["way"] == CHOICE else row["way"], _shown(row)) for row in rows],
+    )
+
+
+def _bases(rows: Sequence[Mapping[str, Any]], by_base: Mapping[str, float]) -> list[str]:
+    names = ("best_task", "least_expert", "best_parent", "pairs")
+    header = (
+        "base",
+        "its best task",
+        "least expert, own task",
+        "best parent, both tasks",
+        "pairs",
+        "GapClosed, choice",
+    )
+    return table_lines(
+        header, [(row["base"], *(row[name] for name in names), by_base.get(row["base"])) for row in rows]
+    )
 
 
 def _verdict(found: Mapping[str, Any]) -> list[str]:

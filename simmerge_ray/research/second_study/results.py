@@ -1,10 +1,11 @@
-"""Labels and choices of the real zoo as they are published: what is read by the analysis of docs/study-2.md."""
+"""Labels and choices of the second study's zoos as they are published: what the analysis of docs/study-2.md reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from simmerge_ray.base.storage import digest_file, new_directory, read_json, wri
 from simmerge_ray.checkpoints.catalogue import Catalogue
 from simmerge_ray.plans.plan import MergePlan, plan_from_json
 from simmerge_ray.research.choosing import PairItems
-from simmerge_ray.research.second_study.real_labels import fixed_candidates
+from simmerge_ray.research.second_study.candidates import fixed_candidates
 from simmerge_ray.search.evaluation.answers import PREFIX
 from simmerge_ray.search.labels import LabelStore, Measured, check_comparable
 from simmerge_ray.selector.data.splits import Pair
@@ -21,19 +22,55 @@ from simmerge_ray.selector.predictor.answers import NOTES
 from simmerge_ray.selector.predictor.rows import CandidateRows, read_candidates
 from simmerge_ray.selector.predictor.signals import COLUMNS
 
-CHOSEN = "chosen"
+ZOOS = ("real", "small")
+CHOSEN, ANSWER = "chosen", "answer"
 LEFT, RIGHT, BASE = "left parent", "right parent", "base"
 
 
 @dataclass(frozen=True)
-class RealPair:
+class Chosen:
+    """What was chosen for a pair without a label: the best by scalars, and `auto`'s answer, tuned or not. keeps: what
+    the answer keeps of each member."""
+
+    plan: MergePlan
+    answer: MergePlan
+    keeps: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class MadeZoo:
+    """Of one base: its catalogue, the label store of its merges, and what was chosen."""
+
+    catalogue: Catalogue
+    labels: Path
+    choices: Mapping[Pair, Chosen]
+
+    def to_json(self) -> dict[str, Any]:
+        assert self.catalogue.base is not None
+        pairs = [
+            {
+                "pair": list(pair),
+                "plan": one.plan.to_json(),
+                **({} if one.answer == one.plan else {"answer": one.answer.to_json()}),
+                "keeps": dict(one.keeps),
+            }
+            for pair, one in self.choices.items()
+        ]
+        own_task = dict(self.catalogue.own_task)
+        num_pairs = len(self.catalogue.pairs())
+        return {"base": self.catalogue.base.id, "own_task": own_task, "num_pairs": num_pairs, "pairs": pairs}
+
+
+@dataclass(frozen=True)
+class LabelledPair:
     """A pair whose fixed candidates and choice are all labelled.
 
-    items: utilities of the items of both tasks, by the names of `named_plans` and of `CHOSEN`. scores: (retention +
-    exp(-nll)) / 2 on each task's probes, by the former names. chosen: the plan.
+    items: utilities of the items of both tasks, by the names of `named_plans`, of `CHOSEN` and of `ANSWER`. scores:
+    (retention + exp(-nll)) / 2 on each task's probes, by the names of `named_plans`. chosen: the plan by scalars.
     """
 
     pair: Pair
+    base: str
     items: PairItems
     scores: Mapping[str, Mapping[str, float]]
     chosen: MergePlan
@@ -44,75 +81,84 @@ class RealPair:
 
 
 @dataclass(frozen=True)
-class RealResults:
-    """pairs: those that are whole. num_pairs: of the zoo. singles: mean utility of every checkpoint and the base, by
-    task."""
+class LabelledZoos:
+    """Of one base or several. pairs: those that are whole. num_pairs: across tasks, of all bases. own_task: of every
+    expert. base_of: likewise. singles: mean utility of every checkpoint and the bases, by task."""
 
-    pairs: tuple[RealPair, ...]
+    pairs: tuple[LabelledPair, ...]
     num_pairs: int
+    own_task: Mapping[str, str]
+    base_of: Mapping[str, str]
     singles: Mapping[str, Mapping[str, float]]
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.base_of.values()))
 
 
 @dataclass(frozen=True)
 class PublishedResults:
-    """The directory `docs/study/second`."""
+    """The directory `docs/study/second`: one of `publish_results` for each kind of zoo."""
 
     root: Path
 
     def inputs(self) -> dict[str, str]:
         """Digests of labels and choices."""
-        return {"labels": LabelStore(self.root / "labels").digest(), "choices": digest_file(self.root / "choices.json")}
+        found = {}
+        for kind in ZOOS:
+            found[f"labels of {kind}"] = LabelStore(self.root / kind / "labels").digest()
+            found[f"choices of {kind}"] = digest_file(self.root / kind / "choices.json")
+        return found
 
 
-def read_results(directory: Path) -> RealResults:
+def read_results(directory: Path) -> LabelledZoos:
     """What `publish_results` wrote.
 
     Raises:
         LabelError: labels that must not be compared, or no pair that is whole.
     """
-    content = read_json(directory / "choices.json")
     measured = _measured_items(directory / "labels")
-    own_task, base, scores = content["own_task"], content["base"], _scores(read_candidates([directory / "labels"]))
-    pairs = []
-    for row in content["pairs"]:
-        left, right = row["pair"]
-        named = named_plans(left, right, base) | {CHOSEN: plan_from_json(row["plan"])}
-        tasks = [own_task[left], own_task[right]]
-        found = {name: measured.get(plan, {}) for name, plan in named.items()}
-        if all(task in items for items in found.values() for task in tasks):
-            items = {name: {task: of_task[task] for task in tasks} for name, of_task in found.items()}
-            scored = {
-                name: {task: scores[left, right, task, plan] for task in tasks}
-                for name, plan in named.items()
-                if name != CHOSEN
-            }
-            pairs.append(RealPair((left, right), items, scored, named[CHOSEN]))
+    scores, zoos = _scores(read_candidates([directory / "labels"])), read_json(directory / "choices.json")["zoos"]
+    pairs = tuple(pair for zoo in zoos for pair in _whole_pairs(zoo, measured, scores))
     if not pairs:
         raise LabelError(f"no pair in {directory} has labels of all its fixed candidates and of what was chosen")
+    own_task = {name: task for zoo in zoos for name, task in zoo["own_task"].items()}
+    base_of = {name: zoo["base"] for zoo in zoos for name in zoo["own_task"]}
     singles = {
         name: {task: float(items.mean()) for task, items in measured.get(MergePlan(source=name), {}).items()}
-        for name in (base, *own_task)
+        for zoo in zoos
+        for name in (zoo["base"], *zoo["own_task"])
     }
-    return RealResults(tuple(pairs), content["num_pairs"], singles)
+    return LabelledZoos(pairs, sum(zoo["num_pairs"] for zoo in zoos), own_task, base_of, singles)
 
 
-def publish_results(
-    directory: Path, labels: Path, catalogue: Catalogue, choices: Mapping[Pair, tuple[MergePlan, Mapping[str, float]]]
-) -> int:
-    """Publish labels, as one file with their notes, and choices (plan, and what it keeps of each member); the number of
-    labels."""
-    assert catalogue.base is not None
-    pairs = [
-        {"pair": list(pair), "plan": plan.to_json(), "keeps": dict(keeps)} for pair, (plan, keeps) in choices.items()
-    ]
-    own_task = dict(catalogue.own_task)
-    content = {"base": catalogue.base.id, "own_task": own_task, "num_pairs": len(catalogue.pairs()), "pairs": pairs}
+def _whole_pairs(
+    zoo: Mapping[str, Any],
+    measured: Mapping[MergePlan, Mapping[str, np.ndarray]],
+    scores: Mapping[tuple[str, str, str, MergePlan], float],
+) -> Iterable[LabelledPair]:
+    own_task, base = zoo["own_task"], zoo["base"]
+    for row in zoo["pairs"]:
+        left, right = row["pair"]
+        fixed = named_plans(left, right, base)
+        plan, answer = plan_from_json(row["plan"]), plan_from_json(row.get("answer", row["plan"]))
+        tasks = [own_task[left], own_task[right]]
+        found = {name: measured.get(one, {}) for name, one in (fixed | {CHOSEN: plan, ANSWER: answer}).items()}
+        if all(task in items for items in found.values() for task in tasks):
+            items = {name: {task: of_task[task] for task in tasks} for name, of_task in found.items()}
+            scored = {name: {task: scores[left, right, task, one] for task in tasks} for name, one in fixed.items()}
+            yield LabelledPair((left, right), base, items, scored, plan)
+
+
+def publish_results(directory: Path, zoos: Sequence[MadeZoo]) -> int:
+    """Publish labels, as one file with their notes, and choices; the number of labels."""
     with new_directory(directory) as made:
-        write_json(made / "choices.json", content)
+        write_json(made / "choices.json", {"zoos": [zoo.to_json() for zoo in zoos]})
         store = LabelStore(made / "labels")
-        store.append(LabelStore(labels).read())
-        for path in sorted((labels / NOTES).iterdir()):
-            write_atomically(made / "labels" / NOTES / path.name, path.read_bytes())
+        store.append([label for zoo in zoos for label in LabelStore(zoo.labels).read()])
+        for zoo in zoos:
+            for path in sorted((zoo.labels / NOTES).iterdir()):
+                write_atomically(made / "labels" / NOTES / path.name, path.read_bytes())
     return len(LabelStore(directory / "labels").read())
 
 

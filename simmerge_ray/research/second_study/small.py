@@ -19,12 +19,13 @@ from simmerge_ray.research.zoo.recipe import BASE_RECIPE, BaseRecipe, ExpertReci
 DEVELOPMENT_SEEDS = (101, 102, 103)  # the recipe was chosen on these
 FIRST_SMALL_SEED = 21  # of the study's bases; the first study had 1 to 12
 NUM_SMALL_BASES = 12
+NUM_SMALL_PAIRS = 24  # of each, drawn from 54
 
-FOREIGN_BASE_STEPS = (1600, 1000)  # on strings to copy, on the domains: lookup then forms with every seed
-FOREIGN_SHARES = {"math": 2.0, "code": 2.5, "multilingual": 1.0, "rag": 1.5}
-FOREIGN_RATES = (8e-4, 3e-3)
+FOREIGN_BASE_STEPS = (1600, 1800)  # on strings to copy and passages to look up; on the domains
+FOREIGN_SHARES = {"math": 3.0, "code": 1.5, "multilingual": 1.5, "rag": 0.7}
+FOREIGN_RATES = (6e-4, 2e-3)
 FOREIGN_LORA_RATES = (3e-3, 8e-3)
-FOREIGN_STEPS = (150, 400)
+FOREIGN_STEPS = {"math": (250, 500), "code": (500, 1000), "multilingual": (250, 500), "rag": (250, 500)}
 FOREIGN_REPLAY = (0.02, 0.1)  # of each domain's other form
 _SIZES = ("num_layers", "hidden_size", "intermediate_size")
 _RANKS = (4, 8, 16)
@@ -67,7 +68,7 @@ def _draw_experts(prefix: str, seed: int, num_per_domain: int) -> list[ForeignEx
             rank = generator.choice(_RANKS) if generator.random() < _LORA_SHARE else None
             replay = log_uniform(generator, FOREIGN_REPLAY) if generator.random() < _REPLAY_SHARE else 0.0
             rate = log_uniform(generator, FOREIGN_RATES if rank is None else FOREIGN_LORA_RATES)
-            num_steps, own_seed = round(log_uniform(generator, FOREIGN_STEPS)), 1000 * seed + 10 * number + place
+            num_steps, own_seed = round(log_uniform(generator, FOREIGN_STEPS[domain])), 1000 * seed + 10 * number + place
             name = f"{prefix}-{domain}-{number}"
             drawn.append(ForeignExpertRecipe(name, domain, rate, num_steps, replay, rank, seed=own_seed))
     return drawn

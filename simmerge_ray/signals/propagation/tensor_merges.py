@@ -58,7 +58,9 @@ class TensorMerges:
             bits = {source: self._bits(source, tensor) for source, tensor in made.items()}
             origin = self.space.vector(0)
             grams = self.space.products_of([(origin, made[left], made[right]) for left, right in block])
-            sums += [self._sums(gram, bits[left], bits[right]) for gram, (left, right) in zip(grams, block, strict=True)]
+            sums += [
+                self._sums(gram, bits[left], bits[right]) for gram, (left, right) in zip(grams, block, strict=True)
+            ]
             coefficients |= {source: tensor.coefficients for source, tensor in made.items()}
         return coefficients, sums
 

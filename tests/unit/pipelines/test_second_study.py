@@ -11,10 +11,10 @@ from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import read_json
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.probes import load_probe_sets
-from simmerge_ray.pipelines import second_study
 from simmerge_ray.pipelines.choices import read_choice
-from simmerge_ray.pipelines.second_study import SecondStudy
-from simmerge_ray.research.second_study.real_labels import fixed_candidates, pair_order
+from simmerge_ray.pipelines.second_study import study as second_study
+from simmerge_ray.pipelines.second_study.study import SecondStudy
+from simmerge_ray.research.second_study.candidates import fixed_candidates, pair_order
 from simmerge_ray.research.second_study.real_recipes import draw_real_experts
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS
 from simmerge_ray.research.second_study.results import read_results

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from simmerge_ray.research.choosing import best_elsewhere, compare_ways, split_half_oracle, taken, utility
+from simmerge_ray.research.pair_sample import PairSample
 
 PAIRS = [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
 
@@ -59,7 +60,9 @@ def test_pairs_that_share_a_checkpoint_do_not_choose():
 
 def test_a_gain_that_is_the_same_for_all_pairs_has_no_width():
     low = np.array([0.1, 0.5, 0.3, 0.9])
-    rows = {row["way"]: row for row in compare_ways(PAIRS, {"low": low, "high": low + 0.25}, ("low",))}
+    rows = {
+        row["way"]: row for row in compare_ways(PairSample(tuple(PAIRS)), {"low": low, "high": low + 0.25}, ("low",))
+    }
     assert rows["low"]["utility"] == pytest.approx(low.mean()) and rows["low"]["over"] == {}
     gain = rows["high"]["over"]["low"]
     assert gain["value"] == pytest.approx(0.25) and gain["interval"] == pytest.approx([0.25, 0.25])
@@ -73,7 +76,7 @@ def test_pairs_that_a_way_says_nothing_of_are_left_out_on_both_sides():
         "some": np.array([0.2, np.nan, 0.4, np.nan]),
         "none": np.full(4, np.nan),
     }
-    rows = {row["way"]: row for row in compare_ways(PAIRS, ways, ("all",))}
+    rows = {row["way"]: row for row in compare_ways(PairSample(tuple(PAIRS)), ways, ("all",))}
     assert (rows["some"]["num_pairs"], rows["some"]["utility"]) == (2, pytest.approx(0.3))
     assert rows["some"]["over"]["all"]["value"] == pytest.approx(0.1)
     assert (rows["none"]["num_pairs"], rows["none"]["utility"], rows["none"]["interval"]) == (0, None, None)

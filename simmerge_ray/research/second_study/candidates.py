@@ -1,4 +1,4 @@
-"""Which merges of the real zoo are labelled, and in which order, so that every part of the labels is of use."""
+"""Which merges of a pair are labelled, and which pairs first, so that every part of the labels is of use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from simmerge_ray.search.evaluation import EvaluationTask
 from simmerge_ray.search.evaluation.tasks import Task
 from simmerge_ray.selector.data.splits import Pair
 
-NUM_LABEL_ITEMS = 100  # of each task, drawn once; the machine's hours do not suffice for all 400
+NUM_REAL_ITEMS = 100  # of each task, drawn once; the machine's hours do not suffice for all 400
 NUM_SIGNAL_PROBES = 32  # of each task, for the signals of candidates that are labelled
 AVERAGE = "average"
 _LEVELS = (0.4, 0.7, 1.0)  # of a member's weight in a sum of task vectors
 
 
-def pair_order(catalogue: Catalogue, seed: int = 0) -> list[Pair]:
+def pair_order(catalogue: Catalogue, seed: int | str = 0) -> list[Pair]:
     """Pairs of two tasks in a random order, so that those that are labelled first are a sample of all."""
     pairs = catalogue.pairs()
     random.Random(f"order of pairs/{seed}").shuffle(pairs)
@@ -43,7 +43,9 @@ def fixed_candidates(left: str, right: str) -> dict[str, MergePlan]:
     return first | plans
 
 
-def label_tasks(tasks: Mapping[str, Task], tokenizer: object) -> dict[str, EvaluationTask]:
-    """A sample of each task's items; exact match is read off one forward pass."""
-    sampled = {name: task.sampled(NUM_LABEL_ITEMS) for name, task in tasks.items()}
+def label_tasks(
+    tasks: Mapping[str, Task], tokenizer: object, num_items: int | None = None
+) -> dict[str, EvaluationTask]:
+    """Each task's items, or a sample of them; exact match is read off one forward pass."""
+    sampled = {name: task.sampled(num_items) for name, task in tasks.items()}
     return {name: teacher_forced(task, tokenizer) if task.generates else task for name, task in sampled.items()}

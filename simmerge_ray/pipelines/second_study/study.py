@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import ConfigError
@@ -18,25 +18,31 @@ from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, write_atomically, write_json
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, write_catalogue
-from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.checkpoints.references import CheckpointRef
-from simmerge_ray.pipelines.choices import ChoiceTask, choice_file, choose_for, chosen_of, missing_choices, read_choice
+from simmerge_ray.pipelines.choices import chosen_of
+from simmerge_ray.pipelines.second_study.pairs import PairWork
 from simmerge_ray.pipelines.zoo import BASE_ID, is_trained, make_zoo_parts, write_questions
-from simmerge_ray.plans.plan import MergePlan, plan_from_json
+from simmerge_ray.plans.plan import plan_from_json
 from simmerge_ray.plans.recipe import plain_average
+from simmerge_ray.research.second_study.analysis import real_figures, small_figures
+from simmerge_ray.research.second_study.candidates import NUM_REAL_ITEMS, pair_order
 from simmerge_ray.research.second_study.held_out import EXACT, held_out_values, value_rows
-from simmerge_ray.research.second_study.real_analysis import real_figures
-from simmerge_ray.research.second_study.real_labels import (
-    NUM_SIGNAL_PROBES,
-    fixed_candidates,
-    label_tasks,
-    pair_order,
-)
 from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_real_experts, pilot_recipes
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
-from simmerge_ray.research.second_study.results import measured_means, publish_results, read_results
-from simmerge_ray.research.second_study.small import FIRST_SMALL_SEED, NUM_SMALL_BASES, foreign_part
-from simmerge_ray.search.evaluation import load_tasks
+from simmerge_ray.research.second_study.results import (
+    LabelledZoos,
+    MadeZoo,
+    measured_means,
+    publish_results,
+    read_results,
+)
+from simmerge_ray.research.second_study.small import (
+    FIRST_SMALL_SEED,
+    NUM_SMALL_BASES,
+    NUM_SMALL_PAIRS,
+    foreign_part,
+)
+from simmerge_ray.research.study.zoo import ZooPart
 from simmerge_ray.selector.data.splits import Pair
 
 STAGES = (
@@ -48,6 +54,9 @@ STAGES = (
     "real-results",
     "real-four",
     "small-zoos",
+    "small-choices",
+    "small-labels",
+    "small-results",
 )
 NUM_REAL_PROBES = 64
 _ENGINE = SearchConfig(evaluator="transformers", pairs="all", dtype="bfloat16")  # of choices and labels; half the time
@@ -62,7 +71,8 @@ class SecondStudy:
 
     root: `real/` and `small/` lie in it. tasks: directory of the real tasks. base: the pretrained checkpoint. share:
     (i, n) takes every n-th expert, pair and checkpoint from the i-th on, so that n processes do the work of one.
-    num_pairs: of the real zoo; the first of their order.
+    num_pairs: of every base, the first of their order (all of the real zoo, `NUM_SMALL_PAIRS` of a small one).
+    num_bases: the first small ones; a share is of these, since a base's pairs stay together.
     """
 
     root: Path
@@ -71,6 +81,7 @@ class SecondStudy:
     narrator: Narrator
     share: tuple[int, int] = (0, 1)
     num_pairs: int | None = None
+    num_bases: int | None = None
 
     def run(self, stages: Sequence[str]) -> None:
         """Run those of `STAGES`, in their order. ConfigError: a real one, without tasks or base."""
@@ -112,99 +123,123 @@ class SecondStudy:
 
     def real_choices(self) -> None:
         """The choice without labels for every pair of two tasks, from probes alone."""
-        task = self._choice_task()
+        work = self._real_work
         with self.narrator.stage("real-choices") as stage, self.narrator.status_bar("pairs") as report:
-            keys = dict(missing_choices(task))
-            missing = [pair for pair in self._pairs(task.catalogue) if pair in keys]
-            for number, pair in enumerate(missing):
-                report(number, len(missing), " + ".join(pair))
-                choose_for(task, pair, keys[pair])
-            stage.result = f"{len(missing)} pairs -> {task.directory}"
+            stage.result = f"{work.choose(self._real_pairs(work), report)} pairs -> {work.choices}"
 
     def real_labels(self) -> None:
         """Utilities of every checkpoint, of fixed candidates of every pair, and of what was chosen; with what each
         keeps of its members' answers."""
-        catalogue, _ = self._zoo()
-        plans: dict[MergePlan, tuple[str, ...]]
-        plans = dict.fromkeys(self._mine([MergePlan(source=ref.id) for ref in catalogue.all_refs]), ())
-        choices = self._directory("choices")
-        for pair in self._pairs(catalogue):
-            plans |= dict.fromkeys(fixed_candidates(*pair).values(), ())
-            if choice_file(choices, pair).exists():
-                plan = read_choice(choices, pair).plan  # a scaled checkpoint too is asked for the tasks of both
-                plans[plan] = tuple(dict.fromkeys((*plans.get(plan, ()), *catalogue.pair_tasks(*pair))))
-        with self.narrator.stage("real-labels") as stage:
-            self._measure(plans)
-            stage.result = f"{len(plans)} checkpoints and merges -> {self._directory('labels')}"
+        work = self._real_work
+        mine = self._mine([ref.id for ref in work.catalogue.all_refs])
+        with self.narrator.stage("real-labels") as stage, self.narrator.status_bar("merges measured") as report:
+            num = work.label(self._real_pairs(work), mine, report)
+            stage.result = f"{num} checkpoints and merges -> {work.labels}"
 
     def real_four(self) -> None:
         """The choice among the first expert of each task, and then what it, the plain average, the experts and the base
         are worth: README's first table."""
-        task = self._choice_task()
+        work = self._real_work
+        task = work.choice_task
         own_task = task.catalogue.own_task
         first = {own: name for name in reversed(task.catalogue.ids) if (own := own_task.get(name))}
         members = tuple(name for name in task.catalogue.ids if name in first.values())
-        with self.narrator.stage("real-four") as stage:
+        with self.narrator.stage("real-four") as stage, self.narrator.status_bar("merges measured") as report:
             out = self._directory("four")
             content = chosen_of(task, members, out)
             plans = {json.dumps(row["plan"]): plan_from_json(row["plan"]) for row in content["candidates"]}
             kept = [plan for plan in plans.values() if plan.source is not None or plan.recipe == plain_average(members)]
-            self._measure(dict.fromkeys([plan_from_json(content["best"]["plan"]), *kept], tuple(sorted(first))))
-            measured = measured_means(self._directory("labels"))
+            asked = [plan_from_json(content["best"]["plan"]), *kept]
+            work.measure(dict.fromkeys(asked, tuple(sorted(first))), report)
+            measured = measured_means(work.labels)
             rows = [row | {"measured": measured.get(plans[json.dumps(row["plan"])])} for row in content["candidates"]]
             write_json(out / "four.json", content | {"candidates": rows})
             stage.result = f"{content['best']['label']} -> {out}"
 
     def real_results(self) -> None:
-        """Labels and choices as they are published (docs/study/second), with the figures of the plan's hypotheses."""
-        with self.narrator.stage("real-results") as stage:
-            catalogue, _ = self._zoo()
-            made = self._directory("choices")
-            choices = {
-                pair: (one.plan, one.keeps)
-                for pair in pair_order(catalogue)
-                if choice_file(made, pair).exists() and (one := read_choice(made, pair))
-            }
-            out = self._directory("results")
-            num_labels = publish_results(out, self._directory("labels"), catalogue, choices)
-            write_json(out / "figures.json", real_figures(read_results(out)))
-            stage.result = f"{num_labels} labels, {len(choices)} choices -> {out}"
+        """Labels and choices as they are published (docs/study/second/real), with the figures of the plan's
+        hypotheses."""
+        self._publish("real", [self._real_work.made()], real_figures)
 
     def small_zoos(self) -> None:
-        """The small bases and their experts, on Ray."""
-        parts = [foreign_part(seed) for seed in range(FIRST_SMALL_SEED, FIRST_SMALL_SEED + NUM_SMALL_BASES)]
-        zoo = self.root / "small" / "zoo"
+        """The small bases and their experts: on Ray, or one after the other where processes share the work."""
+        parts, zoo = self._small_parts, self.root / "small" / "zoo"
         with self.narrator.stage("small-zoos") as stage, self.narrator.status_bar("checkpoints trained") as report:
             write_questions(zoo)
-            num_trained = make_zoo_parts(zoo, parts, lambda done, total: report(done, total, ""))
+            here = self.share != (0, 1)
+            num_trained = make_zoo_parts(zoo, parts, lambda done, total: report(done, total, ""), here)
             stage.result = f"{num_trained} checkpoints trained -> {zoo}"
+
+    def small_choices(self) -> None:
+        """The answers of `auto` without labels for the first pairs of every small base."""
+        with self.narrator.stage("small-choices") as stage, self.narrator.status_bar("pairs") as report:
+            num = 0
+            for name, work in self._small_works.items():
+                num += work.choose(self._small_pairs(name, work), report)
+            stage.result = f"{num} pairs -> {self.root / 'small' / 'choices'}"
+
+    def small_labels(self) -> None:
+        """Of every small base: checkpoints, fixed candidates of the first pairs and what was chosen for them."""
+        with self.narrator.stage("small-labels") as stage, self.narrator.status_bar("merges measured") as report:
+            num = 0
+            for name, work in self._small_works.items():
+                every = [ref.id for ref in work.catalogue.all_refs]
+                num += work.label(self._small_pairs(name, work), every, report)
+            stage.result = f"{num} checkpoints and merges -> {self.root / 'small' / 'labels'}"
+
+    def small_results(self) -> None:
+        """As `real_results`, of the bases that have labels."""
+        works = {name: work for name, work in self._small_works.items() if work.labels.exists()}
+        self._publish("small", [work.made(name) for name, work in works.items()], small_figures)
+
+    @property
+    def _small_parts(self) -> list[ZooPart]:
+        seeds = range(FIRST_SMALL_SEED, FIRST_SMALL_SEED + (self.num_bases or NUM_SMALL_BASES))
+        return [foreign_part(seed) for seed in self._mine(seeds)]
+
+    @property
+    def _small_works(self) -> dict[str, PairWork]:
+        """By the base's name."""
+        root = (self.root / "small").resolve()
+        zoo = root / "zoo"
+        return {
+            part.name: PairWork(
+                zoo / part.name / "catalogue.yaml",
+                zoo / "probes",
+                zoo / "tasks",
+                root / "choices" / part.name,
+                root / "labels" / part.name,
+                FindConfig(),
+                SearchConfig(evaluator="transformers", pairs="all"),
+            )
+            for part in self._small_parts
+        }
+
+    def _small_pairs(self, name: str, work: PairWork) -> list[Pair]:
+        return pair_order(work.catalogue, name)[: self.num_pairs or NUM_SMALL_PAIRS]
+
+    def _publish(
+        self, kind: str, zoos: Sequence[MadeZoo], figures: Callable[[LabelledZoos], Mapping[str, Any]]
+    ) -> None:
+        out = (self.root / kind / "results").resolve()
+        with self.narrator.stage(f"{kind}-results") as stage:
+            num_labels = publish_results(out, zoos)
+            write_json(out / "figures.json", figures(read_results(out)))
+            stage.result = f"{num_labels} labels, {sum(len(zoo.choices) for zoo in zoos)} choices -> {out}"
 
     def _mine(self, every: Sequence[Part]) -> list[Part]:
         first, step = self.share
         return list(every[first::step])
 
-    def _pairs(self, catalogue: Catalogue) -> list[Pair]:
-        return self._mine(pair_order(catalogue)[: self.num_pairs])
+    def _real_pairs(self, work: PairWork) -> list[Pair]:
+        return self._mine(pair_order(work.catalogue)[: self.num_pairs])
 
-    def _choice_task(self) -> ChoiceTask:
-        directory = self._directory("choices")
-        return ChoiceTask(*self._zoo(), FindConfig(tune="none"), str(directory / "signatures"), directory, _ENGINE)
-
-    def _measure(self, plans: Mapping[MergePlan, Sequence[str]]) -> None:
-        """Label plans, with further tasks of each."""
-        from simmerge_ray.research.labelling import measure_plans, tokenizer_of
-
-        catalogue, probe_sets = self._zoo()
-        tasks = label_tasks(load_tasks(self._directory("zoo") / "tasks"), tokenizer_of(catalogue))
-        few = {name: ProbeSet(name, one.probes[:NUM_SIGNAL_PROBES]) for name, one in probe_sets.items()}
-        with self.narrator.status_bar("merges measured") as bar:
-            labels = self._directory("labels")
-            measure_plans(catalogue, tasks, few, labels, plans, lambda done, of: bar(done, of, ""), _ENGINE.dtype)
-
-    def _zoo(self) -> tuple[Catalogue, dict[str, ProbeSet]]:
-        """The real zoo's catalogue and probes."""
-        zoo = self._directory("zoo")
-        return load_catalogue(zoo / "catalogue.yaml"), load_probe_sets(zoo / "probes")
+    @property
+    def _real_work(self) -> PairWork:
+        zoo, find = self._directory("zoo"), FindConfig(tune="none")
+        places = (zoo / "catalogue.yaml", zoo / "probes", zoo / "tasks")
+        made = (self._directory("choices"), self._directory("labels"))
+        return PairWork(*places, *made, find, _ENGINE, NUM_REAL_ITEMS)
 
     @property
     def _data(self) -> RealData:
