@@ -20,7 +20,7 @@ from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.base.storage import Manifest, digest_bytes, digest_file, read_json, write_atomically, write_json
 from simmerge_ray.research.made_blocks import Blocks, check_blocks, filled_page
 from simmerge_ray.research.said import Checked, Said, check_page
-from simmerge_ray.research.second_study.analysis import real_section, small_section
+from simmerge_ray.research.second_study.analysis import real_section
 from simmerge_ray.research.second_study.page import study_2_blocks
 from simmerge_ray.research.second_study.results import PublishedResults
 from simmerge_ray.research.study import published, statements
@@ -57,7 +57,7 @@ class ReportedPage:
 PAGES: Mapping[str, ReportedPage] = {
     "study.md": ReportedPage("study", published.PublishedStudy, published.SECTIONS, statements.statements),
     "study-2.md": ReportedPage(
-        "study/second", PublishedResults, {"real": real_section, "small": small_section}, study_2_blocks
+        "study/second", PublishedResults, {"real": real_section}, study_2_blocks
     ),
 }
 

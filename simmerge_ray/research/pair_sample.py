@@ -58,8 +58,8 @@ class PairSample:
 
         def of(counts: np.ndarray) -> float:
             rows = np.flatnonzero(counts)
-            both = [np.concatenate([np.repeat(side[row], int(counts[row])) for row in rows]) for side in (left, right)]
-            return float(spearmanr(*both).statistic)
+            both = (np.concatenate([np.repeat(side[row], int(counts[row])) for row in rows]) for side in (left, right))
+            return rank_correlation(*both)
 
         sampled = np.array([of(counts) for counts in self.weights[:_NUM_RANKINGS]])
         whole = of(np.ones(len(self.pairs)))

@@ -156,7 +156,7 @@ def gap_figures(results: LabelledZoos) -> dict[str, Any]:
     ]
     gaps, names = defined_gaps(contexts, tuple(arms)), list(arms)
     pairs = tuple((contexts[row].left, contexts[row].right) for row in gaps.rows)
-    weights = PairSample(pairs, results.base_of).weights
+    weights = PairSample(pairs, results.base_of).weights if pairs else np.empty((0, 0))
     closed = dict(zip(names, gaps.closed.T, strict=True))
     papers = [PLAIN, *(way for way, name in NAMED.items() if name in PAPERS_OPERATORS)]
     best = max(papers, key=lambda way: float(gaps.headline(closed[way])))
@@ -171,6 +171,9 @@ def gap_figures(results: LabelledZoos) -> dict[str, Any]:
 
 
 def _closed(gaps: DefinedGaps, numerators: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """None where no gap is defined."""
+    if not len(gaps.gap):
+        return {"mean": None, "interval": None}
     interval = percentile_interval(gaps.headline(numerators, weights))
     return {"mean": float(gaps.headline(numerators)), "interval": interval}
 
@@ -178,7 +181,8 @@ def _closed(gaps: DefinedGaps, numerators: np.ndarray, weights: np.ndarray) -> d
 def _closes_gap(gaps: Mapping[str, Any]) -> dict[str, Any]:
     choice = next(row for row in gaps["ways"] if row["way"] == CHOICE)
     over = gaps["over_paper"]
-    holds = choice["mean"] >= 0.8 and over["mean"] >= 0.15 and over["interval"][0] > 0
+    known = choice["mean"] is not None
+    holds = known and choice["mean"] >= 0.8 and over["mean"] >= 0.15 and over["interval"][0] > 0
     return {"choice": choice, "over_paper": over, "asked": [0.8, 0.15], "holds": holds}
 
 

@@ -27,7 +27,7 @@ _SAID = {
 
 def study_2_blocks(sections: Mapping[str, Any]) -> dict[str, list[str]]:
     """All blocks of the page."""
-    return real_blocks(sections["real"]) | small_blocks(sections["small"])
+    return real_blocks(sections["real"])
 
 
 def real_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -72,7 +72,7 @@ def _shown(one: Mapping[str, Any]) -> str:
 
 
 def _gaps(found: Mapping[str, Any]) -> list[str]:
-    rows = sorted(found["ways"], key=lambda one: -one["mean"])
+    rows = sorted(found["ways"], key=lambda one: -(one["mean"] or 0.0))
     return table_lines(
         ("", "GapClosed"),
         [(f"**{row['way']}**" if row["way"] == CHOICE else row["way"], _shown(row)) for row in rows],

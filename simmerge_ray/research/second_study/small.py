@@ -68,7 +68,8 @@ def _draw_experts(prefix: str, seed: int, num_per_domain: int) -> list[ForeignEx
             rank = generator.choice(_RANKS) if generator.random() < _LORA_SHARE else None
             replay = log_uniform(generator, FOREIGN_REPLAY) if generator.random() < _REPLAY_SHARE else 0.0
             rate = log_uniform(generator, FOREIGN_RATES if rank is None else FOREIGN_LORA_RATES)
-            num_steps, own_seed = round(log_uniform(generator, FOREIGN_STEPS[domain])), 1000 * seed + 10 * number + place
+            num_steps = round(log_uniform(generator, FOREIGN_STEPS[domain]))
+            own_seed = 1000 * seed + 10 * number + place
             name = f"{prefix}-{domain}-{number}"
             drawn.append(ForeignExpertRecipe(name, domain, rate, num_steps, replay, rank, seed=own_seed))
     return drawn

@@ -1,4 +1,4 @@
-"""The real zoo in miniature: made by one command, and kept by the next."""
+"""The second study's zoos in miniature: made by one command, and kept by the next."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from simmerge_ray.research.second_study.candidates import fixed_candidates, pair
 from simmerge_ray.research.second_study.real_recipes import draw_real_experts
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS
 from simmerge_ray.research.second_study.results import read_results
+from simmerge_ray.research.second_study.small import foreign_part
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.evaluation.answers import PREFIX
 from simmerge_ray.search.labels import LabelStore, Measured
@@ -119,3 +120,29 @@ def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, 
         path.unlink()  # as if interrupted before it
     study.run(["real-choices", "real-labels"])
     assert {one.key for one in LabelStore(real / "labels").read()} == {one.key for one in labels}
+
+
+def test_small_zoos_are_trained_chosen_for_labelled_and_published(tmp_path, monkeypatch):
+    def tiny_part(seed):
+        part = foreign_part(seed, 1, step_share=0.002)
+        base = replace(part.base, num_layers=1, hidden_size=32, intermediate_size=32)
+        return replace(part, base=base, experts=part.experts[:2])
+
+    monkeypatch.setattr(second_study, "foreign_part", tiny_part)
+    study = SecondStudy(tmp_path, None, None, Narrator.silent(), share=(1, 2), num_pairs=1, num_bases=3)
+    small = tmp_path / "small"
+    study.run(["small-zoos"])
+    assert [path.name for path in (small / "zoo").glob("f*")] == ["f22"]  # the second of three
+    study.run(["small-choices", "small-labels", "small-results"])
+    (pair,) = load_catalogue(small / "zoo" / "f22" / "catalogue.yaml").pairs()
+    choice = read_choice(small / "choices" / "f22", pair)
+    labels = LabelStore(small / "labels" / "f22").read()
+    assert {*fixed_candidates(*pair).values(), choice.plan, choice.answer} <= {one.plan for one in labels}
+    results = read_results(small / "results")
+    assert results.bases == ("f22-base",) and [one.pair for one in results.pairs] == [pair]
+    assert set(results.singles) == {"f22-base", *pair} and results.own_task[pair[0]] == pair[0].split("-")[1]
+    assert read_json(small / "results" / "figures.json")["counts"]["bases"] == 1
+    whole = replace(study, share=(0, 1), num_bases=2)
+    monkeypatch.setattr(second_study, "make_zoo_parts", lambda *given: pytest.fail("nothing is to be trained"))
+    whole.run(["small-results"])  # of the bases that are labelled so far
+    assert read_results(small / "results").bases == ("f22-base",)

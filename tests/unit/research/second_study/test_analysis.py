@@ -123,7 +123,7 @@ def of_bases(num: int = 4, closed: float = 0.9, num_items: int = 400) -> Labelle
             items = {name: drawn(0.4, 0.4) for name in names} | {LEFT: drawn(0.8, 0), RIGHT: drawn(0, 0.8)}
             items[CHOSEN] = items[ANSWER] = drawn(0.8 * closed, 0.8 * closed)
             items["1/1"] = items[CHOSEN] if base != "0" else drawn(0.0, 0.0)
-            scores = {name: dict.fromkeys(("math", "bash"), 0.5) for name in names}
+            scores = {name: dict.fromkeys(("math", "bash"), float(generator.random())) for name in names}
             pairs.append(LabelledPair((left, right), base, items, scores, MergePlan(source=left)))
     own_task = {name: {"m": "math", "b": "bash"}[name.split("-")[1][0]] for name in base_of}
     singles = {base: {"math": 0.0, "bash": 0.1} for base in base_of.values()}
