@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,85 +24,15 @@ from simmerge_ray.base.config import TrainConfig
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import Probe, ProbeSet
 from simmerge_ray.research.predictor.candidates import NUM_PROBES
+from simmerge_ray.research.predictor.regret import FAMILIES, compared, families_of, rule, without_family
 from simmerge_ray.research.zoo.domains import probe_texts
 from simmerge_ray.selector.data.dataset import pair_features
-from simmerge_ray.selector.data.splits import Fold, resampled_weights
 from simmerge_ray.selector.predictor.rows import CandidateRows, join_rows, read_candidates
-from simmerge_ray.selector.predictor.signals import COLUMNS
 from simmerge_ray.selector.predictor.train import member_folds, row_metrics, unseen_utilities
 from simmerge_ray.signals.compute import compute_signals
 from simmerge_ray.signals.signature import SignatureStore
 
 MODELS = ("ridge", "forest", "mlp")
-FAMILIES = {"ties": "ties", "norm-matched": "scale_matched_linear"}
-_NUM_RESAMPLES = 2000
-
-
-def families_of(rows: CandidateRows) -> np.ndarray:
-    """(N,) operator of each row's recipe; empty for a checkpoint as it is."""
-    return np.array([plan.arms[0].operator if plan.is_merge else "" for plan in rows.plans])
-
-
-def rule(rows: CandidateRows) -> np.ndarray:
-    """(N,): `aim.worth` of the task's owners, which is `(retention + likelihood) / 2` for one owner a task."""
-    return np.asarray(rows.features[:, [COLUMNS.index("retention"), COLUMNS.index("likelihood")]].mean(1))
-
-
-def regrets(
-    rows: CandidateRows, scores: np.ndarray, among: np.ndarray | None = None
-) -> dict[tuple[str, tuple[str, ...]], float]:
-    """By (base, members): what the candidate with the best mean score loses to the one with the best mean utility.
-
-    among: (N,) bool, the rows of candidates that are chosen among; None for all.
-    """
-    found = {}
-    for choice, plans in rows.choices().items():
-        kept = [some for some in plans.values() if among is None or among[some].all()]
-        most = max((len(some) for some in kept), default=0)
-        kept = [some for some in kept if len(some) == most]
-        if len(kept) > 1 and not any(np.isnan(scores[some]).any() for some in kept):
-            utility = np.array([rows.utility[some].mean() for some in kept])
-            found[choice] = float(utility.max() - utility[int(np.argmax([scores[some].mean() for some in kept]))])
-    return found
-
-
-def with_interval(found: Mapping[tuple[str, tuple[str, ...]], float], seed: int = 0) -> dict[str, Any]:
-    """Mean and 95 % interval over bases and checkpoints drawn with replacement."""
-    pairs = [(f"{base}/{members[0]}", f"{base}/{members[-1]}") for base, members in found]
-    base_of = {name: name.partition("/")[0] for pair in pairs for name in pair}
-    values = np.array(list(found.values()))
-    weights = resampled_weights(pairs, base_of, _NUM_RESAMPLES, seed)
-    weights = weights[weights.sum(1) > 0]
-    drawn = weights @ values / weights.sum(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"mean": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4),
-            "num": len(values)}  # fmt: skip
-
-
-def compared(rows: CandidateRows, predicted: np.ndarray, among: np.ndarray | None = None) -> dict[str, Any]:
-    """Regret by the predictor and by the rule on the same sets of members."""
-    ours, theirs = regrets(rows, predicted, among), regrets(rows, rule(rows), among)
-    theirs = {choice: value for choice, value in theirs.items() if choice in ours}
-    difference = {choice: value - theirs[choice] for choice, value in ours.items()}
-    return {name: with_interval(one) for name, one in
-            (("predicted", ours), ("rule", theirs), ("predicted minus rule", difference)) if one}  # fmt: skip
-
-
-def without_family(rows: CandidateRows, family: np.ndarray, config: TrainConfig) -> dict[str, Any]:
-    """Checkpoints left out, and besides one family of operators: how the rest tells of it, chooses within it, and
-    chooses among all candidates.
-
-    family: (N,) bool, whose rows are in it.
-    """
-    folds = [
-        Fold(fold.name, tuple(row for row in fold.training if not family[row]), fold.tested)
-        for fold in member_folds(rows, config)
-    ]
-    predicted = unseen_utilities(rows, folds, config)
-    return row_metrics(rows, np.where(family, predicted, np.nan)) | {
-        "regret within": compared(rows, predicted, family),
-        "regret among all": compared(rows, predicted),
-    }
 
 
 def assess(rows: CandidateRows, families: np.ndarray, model: str, seed: int = 0) -> dict[str, Any]:

@@ -56,9 +56,7 @@ class ReportedPage:
 
 PAGES: Mapping[str, ReportedPage] = {
     "study.md": ReportedPage("study", published.PublishedStudy, published.SECTIONS, statements.statements),
-    "study-2.md": ReportedPage(
-        "study/second", PublishedResults, {"real": real_section}, study_2_blocks
-    ),
+    "study-2.md": ReportedPage("study/second", PublishedResults, {"real": real_section}, study_2_blocks),
 }
 
 

@@ -52,6 +52,42 @@ def _zoo_blocks(kind: str, found: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
+def transfer_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Lines by block; `found` of `transfer_figures`."""
+    words = ("is not earned", "is earned")
+    verdicts = {name: words[bool(one["holds"])] for name, one in found["hypotheses"].items()}
+    ratio, over = found["ratio"], _hundredths(found["minus_rule"])
+    said = [
+        f"- **H9 {verdicts['H9']}**: mean regret of the predictor of the small bases over that of one fitted on the "
+        f"real zoo's other pairs, {'undefined' if ratio is None else f'{ratio:.2f}'} (asked: <= 1.25); minus the plain "
+        f"mean's, {over} points (asked: < 0).",
+        f"- **H10 {verdicts['H10']}**: regret where a family of operators is left out of the training (asked: <= 2 "
+        "points), below.",
+        "",
+    ]
+    rows = [(way, _hundredths(one), one["num"]) for way, one in found["real"].items()]
+    families = [
+        (
+            one["zoo"],
+            one["family"],
+            *(_hundredths(one[where] and one[where]["predicted"]) for where in ("within", "among")),
+        )
+        for one in found["families"]
+    ]
+    return {
+        "transfer-verdict": said,
+        "transfer-real": table_lines(("real zoo, chosen by", "regret, points", "pairs"), rows),
+        "transfer-families": table_lines(("zoo", "left out", "regret within it", "regret among all"), families),
+    }
+
+
+def _hundredths(one: Mapping[str, Any] | None) -> str:
+    """In points, of a mean with its ends."""
+    if not one:
+        return "nothing to choose"
+    return with_interval(100 * one["mean"], [100 * one["low"], 100 * one["high"]], signed=True, digits=1)
+
+
 def _small_verdict(found: Mapping[str, Any]) -> list[str]:
     counts, first, gaps = found["counts"], found["hypotheses"]["H6"], found["gaps"]
     over, asked = first["over_paper"], first["asked"]

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.finding.predictor import regrets, rule
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.errors import LabelError
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.plans.recipe import Recipe
+from simmerge_ray.research.predictor.regret import regrets, rule
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.evaluation.answers import PREFIX
 from simmerge_ray.search.evaluation.transformers_evaluator import TransformersEvaluator
