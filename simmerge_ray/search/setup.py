@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from simmerge_ray.base.config import SearchConfig
@@ -126,14 +126,19 @@ class PreparedSearch:
 
     def labels(self) -> dict[MergePlan, dict[str, LabeledPlan]]:
         """The labels in the store that this search would make itself (same contents, items and settings), by plan and
-        task; of plans with one id, in whatever words each label has it, the first stands for all."""
+        task; of plans with one id, in whatever words each label has it, the first stands for all. Tasks with the same
+        items share a label, whatever their names."""
         known = {ref.id for ref in self.catalogue.all_refs}
         found: dict[MergePlan, dict[str, LabeledPlan]] = {}
         first: dict[str, MergePlan] = {}
+        names: dict[str, list[str]] = {}
+        for name, task in self.tasks.items():
+            names.setdefault(task.digest, []).append(name)
         for label in LabelStore(self.labels_uri).read():
-            ours = label.task in self.tasks and set(label.plan.members) <= known
-            if ours and self.key(label.plan, label.task) == label.key:
-                found.setdefault(first.setdefault(label.plan.id, label.plan), {})[label.task] = label
+            ours = names.get(label.task_digest, []) if set(label.plan.members) <= known else []
+            if ours and self.key(label.plan, ours[0]) == label.key:
+                of_plan = found.setdefault(first.setdefault(label.plan.id, label.plan), {})
+                of_plan |= {name: replace(label, task=name) for name in ours}
         return found
 
     def values(self, utilities: Mapping[str, float]) -> tuple[float, ...]:

@@ -48,7 +48,7 @@ def regrets(
     return found
 
 
-def with_interval(found: Regrets, seed: int = 0) -> dict[str, Any]:
+def regret_interval(found: Regrets, seed: int = 0) -> dict[str, Any]:
     """Mean and 95 % interval over bases and checkpoints drawn with replacement."""
     pairs = [(f"{base}/{members[0]}", f"{base}/{members[-1]}") for base, members in found]
     base_of = {name: name.partition("/")[0] for pair in pairs for name in pair}
@@ -66,7 +66,7 @@ def compared(rows: CandidateRows, predicted: np.ndarray, among: np.ndarray | Non
     ours, theirs = regrets(rows, predicted, among), regrets(rows, rule(rows), among)
     theirs = {choice: value for choice, value in theirs.items() if choice in ours}
     difference = {choice: value - theirs[choice] for choice, value in ours.items()}
-    return {name: with_interval(one) for name, one in
+    return {name: regret_interval(one) for name, one in
             (("predicted", ours), ("rule", theirs), ("predicted minus rule", difference)) if one}  # fmt: skip
 
 

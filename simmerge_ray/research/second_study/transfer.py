@@ -12,9 +12,9 @@ from simmerge_ray.research.predictor.regret import (
     FAMILIES,
     Regrets,
     families_of,
+    regret_interval,
     regrets,
     rule,
-    with_interval,
     without_family,
 )
 from simmerge_ray.research.second_study.results import PublishedResults, read_results
@@ -56,10 +56,10 @@ def transfer_figures(small: CandidateRows, real: CandidateRows) -> dict[str, Any
     means = {way: float(np.mean([*found.values()])) for way, found in of_known.items()}
     difference = {choice: of_known[CARRIED][choice] - of_known[RULE][choice] for choice in known}
     ratio = means[CARRIED] / means[OWN] if means[OWN] > 0 else None
-    minus_rule = with_interval(difference)
+    minus_rule = regret_interval(difference)
     families = _families({"small": small, "real": real}, config)
     return {
-        "real": {way: with_interval(found) for way, found in of_known.items()},
+        "real": {way: regret_interval(found) for way, found in of_known.items()},
         "ratio": ratio,
         "minus_rule": minus_rule,
         "families": families,

@@ -92,21 +92,24 @@ def read_candidates(stores: Sequence[Place]) -> CandidateRows:
 
 
 def _of_store(store: Place) -> CandidateRows:
-    labels, notes = LabelStore(store).read(), {(note.name, note.digest): note for note in read_notes(store)}
+    labels, notes = LabelStore(store).read(), read_notes(store)
+    by_digest: dict[str, list[AnswersNote]] = {}  # of members that answer alike: their answers are one task
+    for note in notes:
+        by_digest.setdefault(note.digest, []).append(note)
     measured = [(label, label.outcome) for label in labels if isinstance(label.outcome, Measured)]
     utility: dict[MergePlan, dict[str, float]] = {}
     kept: dict[MergePlan, dict[AnswersNote, tuple[float, float]]] = {}
     for label, outcome in measured:
         if not label.task.startswith(PREFIX):
             utility.setdefault(label.plan, {})[label.task] = outcome.utility
-        elif note := notes.get((label.task, label.task_digest)):
+        for note in by_digest.get(label.task_digest, ()) if label.task.startswith(PREFIX) else ():
             of_answers, nll = kept_and_nll(outcome.items, note.num_tokens)
             found = float(of_answers.mean()), float(nll.sum() / note.num_tokens.sum())
             kept.setdefault(label.plan, {})[note] = found
     check_comparable([label for label, _ in measured if not label.task.startswith(PREFIX)])
     digests = {name: digest for label, _ in measured for name, digest in label.checkpoints.items()}
     sets = sorted({tuple(sorted(plan.members)) for plan in kept if plan.is_merge and len(plan.members) > 1})
-    found_rows = (_of_members(members, list(notes.values()), utility, kept, digests) for members in sets)
+    found_rows = (_of_members(members, notes, utility, kept, digests) for members in sets)
     parts = [one for one in found_rows if one is not None]
     if not parts:
         raise LabelError(

@@ -63,6 +63,18 @@ def test_a_search_goes_on_from_the_labels_that_are_there(catalogue, tasks, tmp_p
     ]
 
 
+def test_tasks_of_the_same_items_share_their_labels(catalogue, tasks, tmp_path):
+    twice = tasks | {"again": tasks["add"]}
+    trials = run_here(catalogue, twice, tmp_path)
+    assert {name for one in trials for name in one.tasks} == set(twice)
+    search, missing = grid(catalogue, twice, tmp_path)
+    assert missing == []
+    found = search.labels()[MergePlan(source="base")]
+    assert set(found) == set(twice) and found["again"].outcome is found["add"].outcome
+    renamed, missing = grid(catalogue, {"sums": tasks["add"], "copy": tasks["copy"]}, tmp_path)
+    assert set(renamed.labels()[MergePlan(source="base")]) == {"sums", "copy"}
+
+
 class FakeEvaluator:
     """Answers everything with `answer`; fails at the loads whose numbers are in `failures`."""
 

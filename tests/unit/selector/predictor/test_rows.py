@@ -114,6 +114,22 @@ def test_rows_are_what_was_measured(study, answers):
     assert {rows.tasks[n] for n in both} == {"add"}
 
 
+def test_members_that_answer_alike_are_both_told_of(catalogue, catalogue_path, answers, tmp_path):
+    """Their answers are measured once, under one of the two names."""
+    owners = {owner.checkpoint: owner for owner in answers}
+    alike = dict(answers) | {owners["m2"]: answers[owners["m0"]]}
+    tasks = {name: task.sampled(4, 0) for name, task in load_tasks(catalogue_path.parent / "tasks").items()}
+    note_answers(tmp_path, alike, "base")
+    search = prepare_search(catalogue, tasks, LOCAL, str(tmp_path), answers=answers_by_owner(alike, "base"))
+    runner = TrialRunner(
+        search, lambda one: TransformersEvaluator(one.template, max_model_len=one.settings.max_model_len)
+    )
+    for trial in grid_trials(search):
+        runner.run(trial)
+    assert len({label.task for label in LabelStore(tmp_path).read() if label.task.startswith(PREFIX)}) == 2
+    assert set(read_candidates([tmp_path]).members) == {("m0", "m1"), ("m0", "m2"), ("m1", "m2")}
+
+
 def test_the_note_says_whose_answers_they_are(study, answers):
     _, labels, _ = study
     notes = {note.name: note for note in read_notes(labels)}
