@@ -21,8 +21,8 @@ FIRST_SMALL_SEED = 21  # of the study's bases; the first study had 1 to 12
 NUM_SMALL_BASES = 12
 NUM_SMALL_PAIRS = 24  # of each, drawn from 54
 
-FOREIGN_BASE_STEPS = (1600, 1800)  # on strings to copy and passages to look up; on the domains
-FOREIGN_SHARES = {"math": 3.0, "code": 1.5, "multilingual": 1.5, "rag": 0.7}
+FOREIGN_BASE_STEPS = (3200, 1800)  # on strings to copy and passages to look up; on the domains
+FOREIGN_SHARES = {"math": 3.0, "code": 1.5, "multilingual": 1.5, "rag": 1.0}
 FOREIGN_RATES = (6e-4, 2e-3)
 FOREIGN_LORA_RATES = (3e-3, 8e-3)
 FOREIGN_STEPS = {"math": (250, 500), "code": (500, 1000), "multilingual": (250, 500), "rag": (250, 500)}
@@ -36,7 +36,7 @@ _LORA_SHARE, _REPLAY_SHARE = 1 / 3, 1 / 2
 class ForeignBaseRecipe(BaseRecipe):
     """A base that first learns to look up as well as to copy: with repeated strings alone three in four do not."""
 
-    recall: float = 0.7  # type: ignore[misc]  # a field here, a constant there
+    recall: float = 0.85  # type: ignore[misc]  # a field here, a constant there
 
 
 @dataclass(frozen=True)
