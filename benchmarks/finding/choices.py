@@ -19,6 +19,7 @@ from benchmarks.finding.utilities import HALVES, Bench
 from simmerge_ray.base.config import SearchConfig, TuneConfig
 from simmerge_ray.base.finding import FindConfig
 from simmerge_ray.checkpoints.probes import GENERAL, ProbeSet, general_probe_set
+from simmerge_ray.pipelines.auto.request import Tuned
 from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan, plan_from_json
 from simmerge_ray.plans.recipe import recipe_of
@@ -147,8 +148,8 @@ def member_shares(plan: MergePlan, members: Sequence[str]) -> list[float]:
 
 
 def tuned_answer(bench: Bench, members: Sequence[str], chosen: Mapping[str, Any], groups: str) -> dict[str, Any]:
-    """The choice tuned as `simmerge auto` does it: from its own weights, and kept where it is better on the probes held
-    out. Returns the answer's plan, both plans' scores there, and the seconds of tuning."""
+    """The choice tuned as `simmerge auto` does it: from its own weights, and taken where it is better on what is held
+    out. Returns the answer's plan, both plans' scores and shares kept there, and the seconds of tuning."""
     request, sources = sources_of(bench, members)
     best = ranked_plans(chosen)[0]
     config = TuneConfig(groups=groups)  # type: ignore[arg-type]
@@ -162,12 +163,14 @@ def tuned_answer(bench: Bench, members: Sequence[str], chosen: Mapping[str, Any]
     with tempfile.TemporaryDirectory() as labels:
         prober = Prober(request.catalogue, sources.answers, sources.aim, in_one_process(labels))
         held_out = partial(held_out_answers, share=config.held_out)
-        scores = {one.plan.id: one.score for one in prober.probe([tuned, best], prober.parts, held_out)}
-    is_better = scores[tuned.id] > scores[best.id]
+        probed = {one.plan.id: one for one in prober.probe([tuned, best], prober.parts, held_out)}
+    ours, rival = probed[tuned.id], probed[best.id]
+    is_better = Tuned(ours, ours, rival).is_better
     return {
         "plan": (tuned if is_better else best).to_json(),
         "tuned": tuned.to_json(),
-        "held_out": [scores[tuned.id], scores[best.id]],
+        "held_out": [ours.score, rival.score],
+        "held_out_kept": [ours.kept, rival.kept],
         "seconds": round(seconds, 3),
     }
 
@@ -179,7 +182,7 @@ def answered_pairs(bench: Bench, groups: str) -> dict[str, dict[str, Any]]:
     def answer(pair: tuple[str, str]) -> dict[str, Any]:
         joined, tasks = "+".join(pair), bench.tasks_of(pair)
         before = chosen.of(f"{joined} 64 probes", lambda: label_free(bench, pair))
-        value = kept.of(f"{joined} {groups}", lambda: tuned_answer(bench, pair, before, groups))
+        value = kept.of(f"{joined} {groups}, keeping as many", lambda: tuned_answer(bench, pair, before, groups))
         return {
             "utility": bench.utilities.mean(plan_from_json(value["plan"]), tasks),
             "tuned": bench.utilities.mean(plan_from_json(value["tuned"]), tasks),

@@ -148,7 +148,8 @@ def retention_lines(found: LabelFree) -> list[str]:
         )
         for one in found.tuned[:1]:
             word = "the tuned merge is taken" if one.is_better else "tuning does not help"
-            said.append(f"{word}: {one.held_out.score:.3f} against {one.rival.score:.3f} on probes held out")
+            both = [f"score {probed.score:.3f}, {probed.kept:.3f} kept" for probed in (one.held_out, one.rival)]
+            said.append(f"{word}: {' against '.join(both)} on probes held out")
     for owner, share in zip(found.finding.aim.owners, best.retention.tolist(), strict=True):
         if share == 0:
             said.append(f"warning: the answer keeps none of the answers of {owner.checkpoint} on {owner.task}")

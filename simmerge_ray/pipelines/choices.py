@@ -40,6 +40,7 @@ CHOSEN, ANSWER = "chosen without labels", "chosen and tuned"
 PARENT, BASE, ORACLE = "better parent, in hindsight", "base", "split-half oracle"
 ALWAYS = "always tuned"
 _SCHEMA = 1  # changes with what a choice is made by
+_TUNED_SCHEMA = 2  # the same, where the best few are tuned
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class ChoiceTask:
         used = {name: digests[name] for name in (*pair, *((base.id,) if base else ()))}
         probes = {task: self.probe_sets[task].digest for task in self.catalogue.pair_tasks(*pair)}
         config = [self.find.model_dump(mode="json"), self.engine.content()]
-        return digest_json([_SCHEMA, list(pair), used, probes, config])
+        schema = _SCHEMA if self.find.tune == "none" else _TUNED_SCHEMA
+        return digest_json([schema, list(pair), used, probes, config])
 
 
 def choice_file(choices: Path, pair: Pair) -> Path:

@@ -85,7 +85,7 @@ SCORED = VirtualScores(("m0", "m1"), np.zeros((3, 2)), {}, *(np.zeros((3, 2)) fo
 
 
 def probed(plan: MergePlan, score: float) -> ProbedPlan:
-    return ProbedPlan(plan, np.array([score, score]), np.array([0.1, 0.2]), 24, score)
+    return ProbedPlan(plan, np.array([score, score]), np.array([0.1, 0.2]), 24, score, score)
 
 
 def planted(request, scores: dict[str, float]) -> LabelFree:

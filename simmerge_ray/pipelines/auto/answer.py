@@ -156,7 +156,9 @@ def label_free_json(run: AutoRun, found: LabelFree) -> dict[str, Any]:
         "best": row(found.best),
         "candidates": [row(one) for one in found.finding.ranked],
         "tuned": [
-            row(one.whole) | {"held_out": one.held_out.score, "held_out_of_the_best": one.rival.score}
+            row(one.whole)
+            | {"held_out": one.held_out.score, "held_out_of_the_best": one.rival.score}
+            | {"held_out_kept": one.held_out.kept, "held_out_kept_of_the_best": one.rival.kept}
             for one in found.tuned
         ],
         "expected": expected.to_json() if expected else None,

@@ -102,7 +102,8 @@ def _tuned(
         if found.tuned:
             first = found.tuned[0]
             word = "better" if first.is_better else "not better"
-            stage.result = f"{word} on the probes held out: {first.held_out.score:.3f} against {first.rival.score:.3f}"
+            of_both = [f"score {one.score:.3f}, {one.kept:.3f} kept" for one in (first.held_out, first.rival)]
+            stage.result = f"{word} on the probes held out: {' against '.join(of_both)}"
     return found
 
 
@@ -130,7 +131,8 @@ def _beside_tuned(prober: Prober, finding: Finding, plans: Sequence[MergePlan], 
     both = prober.probe([*plans, finding.best.plan], prober.parts, held_out)
     compared = {one.plan.id: one for one in both}
     rival = compared[finding.best.plan.id]
-    tuned = sorted((Tuned(one, compared[one.plan.id], rival) for one in whole), key=lambda one: -one.held_out.score)
+    every = (Tuned(one, compared[one.plan.id], rival) for one in whole)
+    tuned = sorted(every, key=lambda one: (not one.is_better, -one.held_out.score))
     best = tuned[0].whole if tuned and tuned[0].is_better else finding.best
     return LabelFree(best, finding, tuple(tuned))
 

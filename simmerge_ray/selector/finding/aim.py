@@ -50,17 +50,20 @@ class Aim:
         Args:
             retention, nll: (N, owners).
         """
-        of_task = self.by_task(worth(retention, nll))
-        if self.objective.name == WORST:
-            found = of_task.min(1)
-        else:
-            shares = dict(self.objective.weights) or dict.fromkeys(self.tasks, 1.0)
-            weights = np.array([shares.get(task, 0.0) for task in self.tasks])
-            found = of_task @ (weights / weights.sum())
+        found = self.pooled(worth(retention, nll))
         if self.forget is not None:
             kept = retention[:, [place for place, owner in enumerate(self.owners) if owner.checkpoint == self.base]]
             found = np.where((kept >= 1.0 - self.forget - 1e-12).all(1), found, -np.inf)
         return np.asarray(found)
+
+    def pooled(self, values: np.ndarray) -> np.ndarray:
+        """(N,): the objective over tasks of values (N, owners)."""
+        of_task = self.by_task(values)
+        if self.objective.name == WORST:
+            return np.asarray(of_task.min(1))
+        shares = dict(self.objective.weights) or dict.fromkeys(self.tasks, 1.0)
+        weights = np.array([shares.get(task, 0.0) for task in self.tasks])
+        return np.asarray(of_task @ (weights / weights.sum()))
 
     def _of_task(self, task: str) -> Sequence[int]:
         return [n for n, owner in enumerate(self.owners) if owner.task == task and owner.checkpoint != self.base]

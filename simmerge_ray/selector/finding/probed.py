@@ -29,13 +29,14 @@ Chosen = Callable[[int], np.ndarray]
 @dataclass(frozen=True)
 class ProbedPlan:
     """What a merge keeps: retention (owners,) in [0, 1] and nll (owners,) in nats a token, over the first `num_probes`
-    probes; score is the aim's."""
+    probes; score is the aim's, kept its objective of retention alone."""
 
     plan: MergePlan
     retention: np.ndarray
     nll: np.ndarray
     num_probes: int
     score: float
+    kept: float
 
 
 class RunTrials(Protocol):
@@ -96,7 +97,7 @@ class Prober:
 
     def _scored(self, plan: MergePlan, retention: np.ndarray, nll: np.ndarray, num_probes: int) -> ProbedPlan:
         score = float(self._aim.scores(retention[None], nll[None])[0])
-        return ProbedPlan(plan, retention, nll, num_probes, score)
+        return ProbedPlan(plan, retention, nll, num_probes, score, float(self._aim.pooled(retention[None])[0]))
 
     def _measured(
         self, plans: Sequence[MergePlan], bounds: Sequence[int], chosen: Chosen | None

@@ -46,7 +46,7 @@ def run_with(predictor) -> AutoRun:
 
 def found(without: str = "") -> LabelFree:
     ranked = [
-        ProbedPlan(plan, np.array(kept), np.array(nll), 24, 0.5)
+        ProbedPlan(plan, np.array(kept), np.array(nll), 24, 0.5, float(np.mean(kept)))
         for plan, (kept, nll) in KEPT.items()
         if plan.label != without
     ]
