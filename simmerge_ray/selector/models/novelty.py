@@ -38,7 +38,8 @@ def fit_novelty(features: np.ndarray, pairs: Sequence[tuple[str, ...]], quantile
     rows = features.reshape(-1, features.shape[-1])
     owners = [pair for pair in pairs for _ in range(features.shape[1])]
     names = sorted({name for pair in owners for name in pair})
-    member = np.array([[name in pair for name in names] for pair in owners], dtype=np.int64)
+    # Counts in floating point: exact, and multiplied by BLAS.
+    member = np.array([[name in pair for name in names] for pair in owners], dtype=np.float64)
     shared = member @ member.T
     few = (shared == 0).sum(1) < NUM_NEIGHBOURS
     # Rows of the same group share all of its checkpoints.
