@@ -46,7 +46,8 @@ def second_study(
 ) -> dict[str, Any]:
     from simmerge_ray.base.errors import ConfigError, unknown_name
     from simmerge_ray.base.progress import narrated
-    from simmerge_ray.pipelines.second_study.study import STAGES, SecondStudy
+    from simmerge_ray.pipelines.second_study.run import StudyRun
+    from simmerge_ray.pipelines.second_study.study import STAGES, run_stages
 
     for name in only or ():
         if name not in STAGES:
@@ -55,7 +56,7 @@ def second_study(
         raise ConfigError(f"--share must be I/N with 1 <= I <= N, not {share!r}")
     mine = (int(found[1]) - 1, int(found[2]))
     with narrated(out / "simmerge.log") as narrator:
-        SecondStudy(out, tasks, base, narrator, mine, num_pairs, num_bases).run(only or STAGES)
+        run_stages(StudyRun(out, tasks, base, narrator, mine, num_pairs, num_bases), only or STAGES)
     print(f"zoos in {out}")
     return {"out": str(out), "stages": only or list(STAGES)}
 

@@ -12,8 +12,10 @@ from simmerge_ray.base.storage import read_json
 from simmerge_ray.checkpoints.catalogue import load_catalogue
 from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.pipelines.choices import read_choice
-from simmerge_ray.pipelines.second_study import study as second_study
-from simmerge_ray.pipelines.second_study.study import SecondStudy
+from simmerge_ray.pipelines.second_study import real as real_module
+from simmerge_ray.pipelines.second_study import small as small_module
+from simmerge_ray.pipelines.second_study.run import StudyRun
+from simmerge_ray.pipelines.second_study.study import run_stages
 from simmerge_ray.research.second_study.candidates import fixed_candidates, pair_order
 from simmerge_ray.research.second_study.real_recipes import draw_real_experts
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS
@@ -36,14 +38,14 @@ def study(tmp_path, monkeypatch):
         chosen = lora, next(one for one in drawn if not one.lora_rank and one.task != lora.task)
         return tuple(replace(one, num_steps=2, num_rows=2) for one in chosen)
 
-    monkeypatch.setattr(second_study, "draw_real_experts", few)
+    monkeypatch.setattr(real_module, "draw_real_experts", few)
     tiny.save(tiny.make_model(hidden_size=32), tmp_path / "base")
     tasks = write_real_tasks(tmp_path / "tasks")
-    return SecondStudy(tmp_path / "out", tasks, tmp_path / "base", Narrator.silent())
+    return StudyRun(tmp_path / "out", tasks, tmp_path / "base", Narrator.silent())
 
 
 def test_the_real_zoo_is_made_once_and_assessed(study, tmp_path):
-    study.run(["real-held-out", "real-zoo"])  # in their order, whatever is asked first
+    run_stages(study, ["real-held-out", "real-zoo"])  # in their order, whatever is asked first
     zoo = tmp_path / "out" / "real" / "zoo"
     catalogue = load_catalogue(zoo / "catalogue.yaml")
     assert len(catalogue.ids) == 2 and catalogue.base.id == "base"
@@ -60,38 +62,38 @@ def test_the_real_zoo_is_made_once_and_assessed(study, tmp_path):
         return {path: path.stat().st_mtime_ns for path in zoo.rglob("*.safetensors")}
 
     made = stamps()
-    study.run(["real-zoo"])
+    run_stages(study, ["real-zoo"])
     assert stamps() == made
     second_task = write_real_tasks(tmp_path / "others", num=14)
-    replace(study, tasks=second_task).run(["real-zoo"])  # other data: experts are trained anew, the base stays
+    run_stages(replace(study, tasks=second_task), ["real-zoo"])  # other data: experts are trained anew, the base stays
     assert sum(stamps()[path] != before for path, before in made.items()) == 2
 
 
 @pytest.mark.parametrize("missing", ["tasks", "base"])
 def test_real_stages_need_tasks_and_a_base(study, missing):
     with pytest.raises(ConfigError, match=f"--{missing}"):
-        replace(study, **{missing: None}).run(["real-pilot"])
+        run_stages(replace(study, **{missing: None}), ["real-pilot"])
 
 
 def test_shares_of_the_work_add_up_to_all_of_it(study, tmp_path):
     shares = [replace(study, share=(i, 2)) for i in range(2)]
     real = tmp_path / "out" / "real"
-    shares[0].run(["real-zoo"])
+    run_stages(shares[0], ["real-zoo"])
     assert len(list((real / "zoo").glob("*/recipe.json"))) == 1
-    shares[1].run(["real-zoo"])
+    run_stages(shares[1], ["real-zoo"])
     assert len(list((real / "zoo").glob("*/recipe.json"))) == 2
-    shares[1].run(["real-choices", "real-labels"])  # the one pair is not its own
+    run_stages(shares[1], ["real-choices", "real-labels"])  # the one pair is not its own
     assert not (real / "choices" / "pairs").exists()
     labels = LabelStore(real / "labels")
     assert not any(one.plan.is_merge for one in labels.read()) and labels.read()
-    shares[0].run(["real-choices", "real-labels"])
+    run_stages(shares[0], ["real-choices", "real-labels"])
     together = {(one.plan.id, one.task) for one in labels.read()}
-    study.run(["real-choices", "real-labels"])
+    run_stages(study, ["real-choices", "real-labels"])
     assert {(one.plan.id, one.task) for one in labels.read()} == together
 
 
 def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, tmp_path):
-    study.run(["real-zoo", "real-choices", "real-labels"])
+    run_stages(study, ["real-zoo", "real-choices", "real-labels"])
     real = tmp_path / "out" / "real"
     (pair,) = pair_order(load_catalogue(real / "zoo" / "catalogue.yaml"))
     assert [path.name for path in (real / "choices" / "pairs").iterdir()] == [f"{pair[0]}+{pair[1]}.json"]
@@ -105,12 +107,12 @@ def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, 
     assert {one for one in of_average if not one.startswith(PREFIX)} == tasks
     assert sum(one.startswith(PREFIX) for one in of_average) == 2  # what it keeps of both members
     rows = read_candidates([real / "labels"])
-    study.run(["real-results"])
+    run_stages(study, ["real-results"])
     results = read_results(real / "results")
     assert [one.pair for one in results.pairs] == [pair] and results.num_pairs == 1
     assert len(LabelStore(real / "results" / "labels").read()) == len(labels)
     assert read_json(real / "results" / "figures.json")["counts"]["pairs"] == 1
-    study.run(["real-four"])  # of the two tasks that there are
+    run_stages(study, ["real-four"])  # of the two tasks that there are
     four = read_json(real / "four" / "four.json")["candidates"]
     by_label = {row["label"]: row["measured"] for row in four if row["measured"]}
     assert {*pair, "base"} < set(by_label) and all(set(found) >= tasks for found in by_label.values())
@@ -118,7 +120,7 @@ def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, 
 
     for path in sorted((real / "labels").glob("*.parquet"))[:1]:
         path.unlink()  # as if interrupted before it
-    study.run(["real-choices", "real-labels"])
+    run_stages(study, ["real-choices", "real-labels"])
     assert {one.key for one in LabelStore(real / "labels").read()} == {one.key for one in labels}
 
 
@@ -128,12 +130,12 @@ def test_small_zoos_are_trained_chosen_for_labelled_and_published(tmp_path, monk
         base = replace(part.base, num_layers=1, hidden_size=32, intermediate_size=32)
         return replace(part, base=base, experts=part.experts[:2])
 
-    monkeypatch.setattr(second_study, "foreign_part", tiny_part)
-    study = SecondStudy(tmp_path, None, None, Narrator.silent(), share=(1, 2), num_pairs=1, num_bases=3)
+    monkeypatch.setattr(small_module, "foreign_part", tiny_part)
+    study = StudyRun(tmp_path, None, None, Narrator.silent(), share=(1, 2), num_pairs=1, num_bases=3)
     small = tmp_path / "small"
-    study.run(["small-zoos"])
+    run_stages(study, ["small-zoos"])
     assert [path.name for path in (small / "zoo").glob("f*")] == ["f22"]  # the second of three
-    study.run(["small-choices", "small-labels", "small-results"])
+    run_stages(study, ["small-choices", "small-labels", "small-results"])
     (pair,) = load_catalogue(small / "zoo" / "f22" / "catalogue.yaml").pairs()
     choice = read_choice(small / "choices" / "f22", pair)
     labels = LabelStore(small / "labels" / "f22").read()
@@ -143,6 +145,6 @@ def test_small_zoos_are_trained_chosen_for_labelled_and_published(tmp_path, monk
     assert set(results.singles) == {"f22-base", *pair} and results.own_task[pair[0]] == pair[0].split("-")[1]
     assert read_json(small / "results" / "figures.json")["counts"]["bases"] == 1
     whole = replace(study, share=(0, 1), num_bases=2)
-    monkeypatch.setattr(second_study, "make_zoo_parts", lambda *given: pytest.fail("nothing is to be trained"))
-    whole.run(["small-results"])  # of the bases that are labelled so far
+    monkeypatch.setattr(small_module, "make_zoo_parts", lambda *given: pytest.fail("nothing is to be trained"))
+    run_stages(whole, ["small-results"])  # of the bases that are labelled so far
     assert read_results(small / "results").bases == ("f22-base",)
