@@ -20,9 +20,10 @@ from simmerge_ray.base.errors import ConfigError, unknown_name
 from simmerge_ray.base.storage import Manifest, digest_bytes, digest_file, read_json, write_atomically, write_json
 from simmerge_ray.research.made_blocks import Blocks, check_blocks, filled_page
 from simmerge_ray.research.said import Checked, Said, check_page
-from simmerge_ray.research.second_study.analysis import real_section
+from simmerge_ray.research.second_study.analysis import real_section, small_section
 from simmerge_ray.research.second_study.page import study_2_blocks
 from simmerge_ray.research.second_study.results import PublishedResults
+from simmerge_ray.research.second_study.transfer import transfer_section
 from simmerge_ray.research.study import published, statements
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -54,9 +55,10 @@ class ReportedPage:
     told: Callable[[Mapping[str, Any]], list[Said] | Blocks]
 
 
+_SECOND = {"real": real_section, "small": small_section, "transfer": transfer_section}
 PAGES: Mapping[str, ReportedPage] = {
     "study.md": ReportedPage("study", published.PublishedStudy, published.SECTIONS, statements.statements),
-    "study-2.md": ReportedPage("study/second", PublishedResults, {"real": real_section}, study_2_blocks),
+    "study-2.md": ReportedPage("study/second", PublishedResults, _SECOND, study_2_blocks),
 }
 
 

@@ -27,7 +27,7 @@ _SAID = {
 
 def study_2_blocks(sections: Mapping[str, Any]) -> dict[str, list[str]]:
     """All blocks of the page."""
-    return real_blocks(sections["real"])
+    return real_blocks(sections["real"]) | small_blocks(sections["small"]) | transfer_blocks(sections["transfer"])
 
 
 def real_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from simmerge_ray.selector.predictor.answers import NOTES
 from simmerge_ray.selector.predictor.rows import CandidateRows, read_candidates
 from simmerge_ray.selector.predictor.signals import COLUMNS
 
-ZOOS = ("real",)
+ZOOS = ("real", "small")
 CHOSEN, ANSWER = "chosen", "answer"
 LEFT, RIGHT, BASE = "left parent", "right parent", "base"
 
