@@ -91,13 +91,15 @@ def curve_of_pair(bench: Bench, pair: tuple[str, str], sampler: str, budget: int
 
 
 def sampler_curves(bench: Bench, budget: int = BUDGETS[-1]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Curves by sampler and pair (`a+b`); everything is kept, so a second call only reads."""
+    """Curves by sampler and pair (`a+b`), of the pairs that time is left for; everything is kept, so a second call only
+    reads."""
     kept = bench.kept("curves")
 
-    def curve(name: str, pair: tuple[str, str]) -> dict[str, list[float]]:
-        key = f"{'+'.join(pair)} {name} {budget}"
-        return kept.of(key, lambda: curve_of_pair(bench, pair, name, budget))  # type: ignore[no-any-return]
+    def curves(pair: tuple[str, str]) -> dict[str, dict[str, list[float]]]:
+        return {
+            name: kept.of(f"{'+'.join(pair)} {name} {budget}", partial(curve_of_pair, bench, pair, name, budget))
+            for name in SAMPLERS
+        }
 
-    return {
-        name: bench.each(f"{name} to {budget} evaluations", bench.pairs(), partial(curve, name)) for name in SAMPLERS
-    }
+    found = bench.each(f"samplers to {budget} evaluations", bench.spread_pairs(), curves)
+    return {name: {joined: of_pair[name] for joined, of_pair in found.items()} for name in SAMPLERS}
