@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from math import comb
 from typing import Any
@@ -33,6 +34,7 @@ ELSEWHERE = "best fixed candidate of the other pairs"
 OPERATORS_ELSEWHERE = "best of the paper's operators, of the other pairs"
 SCORED = "best fixed candidate by its score"
 ORACLE = "split-half oracle"
+HINDSIGHT = "best of all candidates and the choice, in hindsight"
 NAMED = {
     "norm-matched average": "norm-matched",
     "task arithmetic 1.0": "1/1",
@@ -43,6 +45,7 @@ NAMED = {
 PAPERS_OPERATORS = (AVERAGE, "slerp", "ties 0.5 x 1")
 EVALUATIONS = (1, 2, 4, 8, 16)
 _KEPT = (LEFT, RIGHT, BASE)
+_LITTLE = 0.15
 
 
 def zoo_figures(results: LabelledZoos) -> dict[str, Any]:
@@ -74,7 +77,20 @@ def real_figures(results: LabelledZoos) -> dict[str, Any]:
 def small_figures(results: LabelledZoos) -> dict[str, Any]:
     """`zoo_figures`, GapClosed with H6, and the bounds of the recipe, base by base."""
     gaps = gap_figures(results)
-    return zoo_figures(results) | {"gaps": gaps, "hypotheses": {"H6": _closes_gap(gaps)}, "bases": base_rows(results)}
+    found = zoo_figures(results) | {"gaps": gaps, "hypotheses": {"H6": _closes_gap(gaps)}}
+    return found | {"bases": base_rows(results), "answers": Counter(map(_kind_of_answer, results.pairs))}
+
+
+def _kind_of_answer(one: LabelledPair) -> str:
+    """A member that has less than `_LITTLE` of the other's weight is next to nothing."""
+    if one.answer != one.chosen:
+        return "tuned"
+    if one.answer.recipe is None:
+        return "one checkpoint as it is"
+    weights = sorted(abs(float(weight)) for weight in one.answer.recipe.weights if isinstance(weight, int | float))
+    return (
+        "one checkpoint scaled, or next to it" if weights[0] < _LITTLE * weights[-1] or not weights[1:] else "a merge"
+    )
 
 
 def real_section(published: PublishedResults) -> dict[str, Any]:
@@ -138,7 +154,8 @@ def gap_figures(results: LabelledZoos) -> dict[str, Any]:
     """GapClosed (`search.headroom`): ratio of sums over pairs for each task, then the mean over tasks.
 
     Returns:
-        ways: rows (way, value, interval) of the choice and of fixed candidates. over_paper: what the choice closes more
+        ways: rows (way, value, interval) of the choice, of fixed candidates, and of the best of a pair on all items,
+        which is more than any way of choosing can have. over_paper: what the choice closes more
         than the best of the paper's operators, which is chosen in hindsight. by_base: the choice's, by base. contexts:
         how many (pair, task) are defined.
     """
@@ -147,14 +164,15 @@ def gap_figures(results: LabelledZoos) -> dict[str, Any]:
         Context(
             *one.pair,
             task,
-            {way: one.items[name][task] for way, name in arms.items()},
+            {way: one.items[name][task] for way, name in {**arms, HINDSIGHT: _best_of(one)}.items()},
             one.items[LEFT][task],
             one.items[RIGHT][task],
         )
         for one in results.pairs
         for task in one.tasks
     ]
-    gaps, names = defined_gaps(contexts, tuple(arms)), list(arms)
+    names = [*arms, HINDSIGHT]
+    gaps = defined_gaps(contexts, tuple(names))
     pairs = tuple((contexts[row].left, contexts[row].right) for row in gaps.rows)
     weights = PairSample(pairs, results.base_of).weights if pairs else np.empty((0, 0))
     closed = dict(zip(names, gaps.closed.T, strict=True))
@@ -168,6 +186,10 @@ def gap_figures(results: LabelledZoos) -> dict[str, Any]:
     }
     over = {"best": best, **_closed(gaps, closed[CHOICE] - closed[best], weights)}
     return {"ways": rows, "over_paper": over, "by_base": by_base, "contexts": len(gaps.gap), "of": len(contexts)}
+
+
+def _best_of(one: LabelledPair) -> str:
+    return max(one.items, key=lambda name: utility(one.items[name]))
 
 
 def _closed(gaps: DefinedGaps, numerators: np.ndarray, weights: np.ndarray) -> dict[str, Any]:

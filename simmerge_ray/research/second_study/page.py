@@ -100,6 +100,7 @@ def _small_verdict(found: Mapping[str, Any]) -> list[str]:
         f"- **H6 {word}**: GapClosed of the label-free choice {_shown(first['choice'])} (asked: >= {asked[0]:.2f}); "
         f"minus the best of the paper's operators in hindsight ({over['best']}) {_points(over)} points (asked: >= "
         f"{100 * asked[1]:+.0f}, lower end > 0).",
+        f"- Answers of `auto`: {', '.join(f'{count} {kind}' for kind, count in sorted(found['answers'].items()))}.",
     ]
 
 

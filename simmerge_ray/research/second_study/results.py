@@ -67,6 +67,7 @@ class LabelledPair:
 
     items: utilities of the items of both tasks, by the names of `named_plans`, of `CHOSEN` and of `ANSWER`. scores:
     (retention + exp(-nll)) / 2 on each task's probes, by the names of `named_plans`. chosen: the plan by scalars.
+    answer: of `auto`, the same or tuned.
     """
 
     pair: Pair
@@ -74,6 +75,7 @@ class LabelledPair:
     items: PairItems
     scores: Mapping[str, Mapping[str, float]]
     chosen: MergePlan
+    answer: MergePlan
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -147,7 +149,7 @@ def _whole_pairs(
         if all(task in items for items in found.values() for task in tasks):
             items = {name: {task: of_task[task] for task in tasks} for name, of_task in found.items()}
             scored = {name: {task: scores[left, right, task, one] for task in tasks} for name, one in fixed.items()}
-            yield LabelledPair((left, right), base, items, scored, plan)
+            yield LabelledPair((left, right), base, items, scored, plan, answer)
 
 
 def publish_results(directory: Path, zoos: Sequence[MadeZoo]) -> int:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from simmerge_ray.base.errors import ConfigError
+from simmerge_ray.plans.operators.specs import make_arm
 from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.plans.recipe import Recipe
 from simmerge_ray.research.choosing import halves_of, utility
 from simmerge_ray.research.made_blocks import check_blocks, filled_page
 from simmerge_ray.research.second_study import analysis
@@ -44,7 +46,7 @@ def made_up(chosen_gain: float = 0.2, num_items: int = 100) -> LabelledZoos:
             name: {task: generator.normal(of[task], 0.01, num_items) for task in tasks} for name, of in scores.items()
         }
         items[CHOSEN] = items[ANSWER] = {task: items[AVERAGE][task] + chosen_gain for task in tasks}
-        pairs.append(LabelledPair((left, right), "base", items, scores, MergePlan(source=left)))
+        pairs.append(LabelledPair((left, right), "base", items, scores, MergePlan(source=left), MergePlan(source=left)))
     own_task, base_of = {one: _TASKS[one[0]] for one in _EXPERTS}, dict.fromkeys(_EXPERTS, "base")
     return LabelledZoos(tuple(pairs), 54, own_task, base_of, {"base": dict.fromkeys(_TASKS.values(), 0.1)})
 
@@ -124,7 +126,9 @@ def of_bases(num: int = 4, closed: float = 0.9, num_items: int = 400) -> Labelle
             items[CHOSEN] = items[ANSWER] = drawn(0.8 * closed, 0.8 * closed)
             items["1/1"] = items[CHOSEN] if base != "0" else drawn(0.0, 0.0)
             scores = {name: dict.fromkeys(("math", "bash"), float(generator.random())) for name in names}
-            pairs.append(LabelledPair((left, right), base, items, scores, MergePlan(source=left)))
+            pairs.append(
+                LabelledPair((left, right), base, items, scores, MergePlan(source=left), MergePlan(source=left))
+            )
     own_task = {name: {"m": "math", "b": "bash"}[name.split("-")[1][0]] for name in base_of}
     singles = {base: {"math": 0.0, "bash": 0.1} for base in base_of.values()}
     singles |= {name: {task: 0.8} for name, task in own_task.items()}
@@ -137,6 +141,7 @@ def test_gap_closed_is_the_share_of_the_way_to_the_expert():
     choice = ways[analysis.CHOICE]
     assert choice["mean"] == pytest.approx(0.9, abs=0.02) and choice["interval"][0] > 0.85
     assert ways[analysis.PLAIN]["mean"] == pytest.approx(0.5, abs=0.02)
+    assert ways[analysis.HINDSIGHT]["mean"] >= max(one["mean"] for one in ways.values())
     over = found["gaps"]["over_paper"]
     assert over["mean"] == pytest.approx(0.4, abs=0.03) and over["interval"][0] > 0.3
     assert found["hypotheses"]["H6"]["holds"] and found["gaps"]["contexts"] == found["gaps"]["of"] == 32
@@ -156,6 +161,20 @@ def test_what_other_pairs_choose_is_chosen_on_other_bases():
     assert analysis.TUNED not in ways
 
 
+def test_answers_are_counted_by_what_they_are():
+    results, pair = of_bases(), ("a", "b")
+    sums = [
+        MergePlan(recipe=Recipe(make_arm("task_arithmetic"), pair, weights)) for weights in ((0.1, 1.0), (0.5, 0.6))
+    ]
+    scaled = MergePlan(recipe=Recipe(make_arm("task_arithmetic"), ("a",), (1.1,)))
+    plans = [*sums, scaled, *(MergePlan(source="a") for _ in range(13))]
+    pairs = [replace(one, chosen=plan, answer=plan) for one, plan in zip(results.pairs, plans, strict=True)]
+    pairs[-1] = replace(pairs[-1], answer=sums[1])
+    found = analysis.small_figures(replace(results, pairs=tuple(pairs)))["answers"]
+    one = "one checkpoint"
+    assert found == {f"{one} scaled, or next to it": 2, "a merge": 1, f"{one} as it is": 12, "tuned": 1}
+
+
 def test_an_answer_that_is_tuned_is_a_way_of_its_own():
     results = of_bases()
     tuned = replace(results.pairs[0], items=results.pairs[0].items | {ANSWER: results.pairs[0].items[LEFT]})
@@ -168,6 +187,7 @@ def test_the_small_blocks_say_whether_it_holds():
     blocks = small_blocks(found)
     assert "16 pairs" in blocks["small-verdict"][0] and "4 bases" in blocks["small-verdict"][0]
     assert "**H6 is earned**" in blocks["small-verdict"][2]
+    assert blocks["small-verdict"][3] == "- Answers of `auto`: 16 one checkpoint as it is."
     assert any(line.startswith("| **label-free choice** | 0.") for line in blocks["small-gaps"])
     assert sum(line.startswith("| ") for line in blocks["small-bases"]) == 2 + 4
     worse = small_blocks(analysis.small_figures(of_bases(closed=0.6)))
