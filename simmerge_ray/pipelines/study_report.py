@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -26,6 +27,7 @@ from simmerge_ray.research.second_study.results import PublishedResults
 from simmerge_ray.research.second_study.transfer import transfer_section
 from simmerge_ray.research.study import published, statements
 
+_THREADS = "OMP_NUM_THREADS"
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What a section computes does not depend on how it is told.
 _TELLING = (
@@ -119,10 +121,23 @@ def _all(name: str, docs: Path, sections: Sequence[str], num: int) -> Iterator[t
             yield one, _section(name, docs, one)
         return
     # A fresh interpreter for each: threads of BLAS do not survive a fork.
-    with ProcessPoolExecutor(min(num, len(sections)), get_context("spawn")) as pool:
+    with _one_thread_each(), ProcessPoolExecutor(min(num, len(sections)), get_context("spawn")) as pool:
         jobs = {one: pool.submit(_section, name, docs, one) for one in sections}
         for one, job in jobs.items():
             yield one, job.result()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """For processes that are started inside, unless the environment says otherwise: as many as there are cores, with as
+    many threads of BLAS each, wait for each other by spinning, which takes several times as long."""
+    given = os.environ.get(_THREADS)
+    os.environ.setdefault(_THREADS, "1")
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[_THREADS]
 
 
 def _section(name: str, docs: Path, section: str) -> tuple[Any, float]:

@@ -1,5 +1,6 @@
 """Pages of studies beside what is computed from their published files: what is kept, and what is told."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,3 +70,14 @@ def test_every_page_that_is_checked_is_published():
     docs = Path(__file__).parents[3] / "docs"
     for name, page in PAGES.items():
         assert (docs / name).is_file() and page.sources(docs / page.directory).inputs()
+
+
+def test_processes_have_a_thread_each_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with study_report._one_thread_each():
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    with study_report._one_thread_each():
+        assert os.environ["OMP_NUM_THREADS"] == "4"
+    assert os.environ["OMP_NUM_THREADS"] == "4"
