@@ -25,9 +25,7 @@ from simmerge_ray.research.second_study.candidates import NUM_REAL_ITEMS, pair_o
 from simmerge_ray.research.second_study.held_out import EXACT, held_out_values, value_rows
 from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_real_experts, pilot_recipes
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
-from simmerge_ray.research.second_study.results import (
-    measured_means,
-)
+from simmerge_ray.research.second_study.results import measured_means
 from simmerge_ray.selector.data.splits import Pair
 
 NUM_REAL_PROBES = 64

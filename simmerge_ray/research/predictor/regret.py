@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from simmerge_ray.base.config import TrainConfig
-from simmerge_ray.selector.data.splits import Fold, resampled_weights
+from simmerge_ray.research.pair_sample import PairSample
+from simmerge_ray.selector.data.splits import Fold
 from simmerge_ray.selector.predictor.rows import CandidateRows
 from simmerge_ray.selector.predictor.signals import COLUMNS
 from simmerge_ray.selector.predictor.train import member_folds, row_metrics, unseen_utilities
 
 FAMILIES = {"ties": "ties", "norm-matched": "scale_matched_linear"}
-_NUM_RESAMPLES = 2000
 
 Regrets = Mapping[tuple[str, tuple[str, ...]], float]
 """By (base, members)."""
@@ -48,17 +48,11 @@ def regrets(
     return found
 
 
-def regret_interval(found: Regrets, seed: int = 0) -> dict[str, Any]:
-    """Mean and 95 % interval over bases and checkpoints drawn with replacement."""
-    pairs = [(f"{base}/{members[0]}", f"{base}/{members[-1]}") for base, members in found]
+def regret_interval(found: Regrets) -> dict[str, Any]:
+    """`PairSample.mean` over members of bases."""
+    pairs = tuple((f"{base}/{members[0]}", f"{base}/{members[-1]}") for base, members in found)
     base_of = {name: name.partition("/")[0] for pair in pairs for name in pair}
-    values = np.array(list(found.values()))
-    weights = resampled_weights(pairs, base_of, _NUM_RESAMPLES, seed)
-    weights = weights[weights.sum(1) > 0]
-    drawn = weights @ values / weights.sum(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"mean": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4),
-            "num": len(values)}  # fmt: skip
+    return PairSample(pairs, base_of).mean([*found.values()])
 
 
 def compared(rows: CandidateRows, predicted: np.ndarray, among: np.ndarray | None = None) -> dict[str, Any]:

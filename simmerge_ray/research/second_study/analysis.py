@@ -48,10 +48,9 @@ _KEPT = (LEFT, RIGHT, BASE)
 _LITTLE = 0.15
 
 
-def zoo_figures(results: LabelledZoos) -> dict[str, Any]:
+def zoo_figures(results: LabelledZoos, ways: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Counts, utilities of single checkpoints, ways of choosing with intervals, tasks, what the score says, and what
-    labelled evaluations buy."""
-    ways = ways_of_choosing(results)
+    labelled evaluations buy. ways: of `ways_of_choosing`."""
     return {
         "counts": {
             "pairs": len(results.pairs),
@@ -71,13 +70,13 @@ def real_figures(results: LabelledZoos) -> dict[str, Any]:
     """`zoo_figures`, the hypotheses H1 to H4 with verdicts, and what was chosen."""
     ways = ways_of_choosing(results)
     chosen = [[*one.pair, one.chosen.label, float(ways[CHOICE][n])] for n, one in enumerate(results.pairs)]
-    return zoo_figures(results) | {"hypotheses": hypotheses(sample_of(results), ways), "chosen": chosen}
+    return zoo_figures(results, ways) | {"hypotheses": hypotheses(sample_of(results), ways), "chosen": chosen}
 
 
 def small_figures(results: LabelledZoos) -> dict[str, Any]:
     """`zoo_figures`, GapClosed with H6, and the bounds of the recipe, base by base."""
     gaps = gap_figures(results)
-    found = zoo_figures(results) | {"gaps": gaps, "hypotheses": {"H6": _closes_gap(gaps)}}
+    found = zoo_figures(results, ways_of_choosing(results)) | {"gaps": gaps, "hypotheses": {"H6": _closes_gap(gaps)}}
     return found | {"bases": base_rows(results), "answers": Counter(map(_kind_of_answer, results.pairs))}
 
 

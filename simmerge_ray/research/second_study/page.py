@@ -56,7 +56,7 @@ def transfer_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
     """Lines by block; `found` of `transfer_figures`."""
     words = ("is not earned", "is earned")
     verdicts = {name: words[bool(one["holds"])] for name, one in found["hypotheses"].items()}
-    ratio, over = found["ratio"], _hundredths(found["minus_rule"])
+    ratio, over = found["ratio"], _lost(found["minus_rule"])
     said = [
         f"- **H9 {verdicts['H9']}**: mean regret of the predictor of the small bases over that of one fitted on the "
         f"real zoo's other pairs, {'undefined' if ratio is None else f'{ratio:.2f}'} (asked: <= 1.25); minus the plain "
@@ -65,12 +65,12 @@ def transfer_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
         "points), below.",
         "",
     ]
-    rows = [(way, _hundredths(one), one["num"]) for way, one in found["real"].items()]
+    rows = [(way, _lost(one), one["pairs"]) for way, one in found["real"].items()]
     families = [
         (
             one["zoo"],
             one["family"],
-            *(_hundredths(one[where] and one[where]["predicted"]) for where in ("within", "among")),
+            *(_lost(one[where] and one[where]["predicted"]) for where in ("within", "among")),
         )
         for one in found["families"]
     ]
@@ -81,11 +81,8 @@ def transfer_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def _hundredths(one: Mapping[str, Any] | None) -> str:
-    """In points, of a mean with its ends."""
-    if not one:
-        return "nothing to choose"
-    return with_interval(100 * one["mean"], [100 * one["low"], 100 * one["high"]], signed=True, digits=1)
+def _lost(one: Mapping[str, Any] | None) -> str:
+    return _points(one) if one else "nothing to choose"
 
 
 def _small_verdict(found: Mapping[str, Any]) -> list[str]:

@@ -65,14 +65,7 @@ def transfer_figures(small: CandidateRows, real: CandidateRows) -> dict[str, Any
         "families": families,
         "hypotheses": {
             "H9": {"holds": ratio is not None and ratio <= 1.25 and minus_rule["mean"] < 0},
-            "H10": {
-                "holds": all(
-                    one[where]["predicted"]["mean"] <= 0.02
-                    for one in families
-                    for where in ("within", "among")
-                    if one[where]
-                )
-            },
+            "H10": {"holds": all(one["predicted"]["mean"] <= 0.02 for one in _compared(families))},
         },
     }
 
@@ -90,5 +83,5 @@ def _families(zoos: dict[str, CandidateRows], config: TrainConfig) -> list[dict[
     return found
 
 
-def _chosen_among(families: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _compared(families: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [one[where] for one in families for where in ("within", "among") if one[where]]

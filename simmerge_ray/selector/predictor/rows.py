@@ -102,7 +102,8 @@ def _of_store(store: Place) -> CandidateRows:
     for label, outcome in measured:
         if not label.task.startswith(PREFIX):
             utility.setdefault(label.plan, {})[label.task] = outcome.utility
-        for note in by_digest.get(label.task_digest, ()) if label.task.startswith(PREFIX) else ():
+            continue
+        for note in by_digest.get(label.task_digest, ()):
             of_answers, nll = kept_and_nll(outcome.items, note.num_tokens)
             found = float(of_answers.mean()), float(nll.sum() / note.num_tokens.sum())
             kept.setdefault(label.plan, {})[note] = found

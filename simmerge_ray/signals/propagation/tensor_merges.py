@@ -50,7 +50,7 @@ class TensorMerges:
         """
         coefficients: dict[Source, np.ndarray] = {}
         sums: list[WeightSums] = []
-        size = max(1, _ROOM // (24 * len(self.space.centre)))  # 8 bytes a coordinate and a little, of two sources
+        size = max(1, _ROOM // (17 * len(self.space.centre)))  # 8 bytes and 3 bits a coordinate, of two sources
         for start in range(0, len(pairs), size):
             block = pairs[start : start + size]
             sources = sorted({source for pair in block for source in pair}, key=order.__getitem__)

@@ -18,7 +18,7 @@ def found():
 
 def test_one_law_in_both_zoos_carries_over(found):
     assert set(found["real"]) == {CARRIED, OWN, RULE}
-    assert all(one["mean"] < 0.02 and one["num"] == found["real"][RULE]["num"] for one in found["real"].values())
+    assert all(one["mean"] < 0.02 and one["pairs"] == found["real"][RULE]["pairs"] for one in found["real"].values())
     assert found["hypotheses"]["H10"]["holds"]
     assert [(one["zoo"], one["family"]) for one in found["families"]] == [("small", "ties"), ("real", "ties")]
 
