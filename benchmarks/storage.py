@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks.measuring import machine, script_parser, seconds_of
-from tests.conftest import free_port
+from simmerge_ray.service.http.listening import free_port
 from tests.object_store import Proxy, credentials, make_bucket, s3_server
 
 

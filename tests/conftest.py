@@ -6,7 +6,6 @@ import atexit
 import gc
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import uuid
@@ -19,18 +18,9 @@ from unittest import mock
 import hypothesis
 import pytest
 
+from simmerge_ray.service.http.listening import free_port
 from tests.leftovers import MARK, leftovers, mark_session
 from tests.object_store import credentials, make_bucket, s3_server
-
-
-def free_port() -> int:
-    """A port that is free now, outside the range that Ray gives to its workers (10002-19999)."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            if (port := int(probe.getsockname()[1])) >= 20000:
-                return port
-
 
 # Where the S3 server of the tests will listen (tests/object_store.py). Ray's workers have the environment of the
 # process that started the cluster, so it is known before the server is there.

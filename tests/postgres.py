@@ -16,8 +16,8 @@ from pathlib import Path
 from sqlalchemy import text
 
 from simmerge_ray.base.errors import StoreError
+from simmerge_ray.service.http.listening import free_port
 from simmerge_ray.service.log.database import make_engine, store_errors
-from tests.conftest import free_port
 
 
 def programs() -> Path | None:

@@ -345,7 +345,7 @@ def _prepare(service: RayService, directory: Path, replicas: int, port: int, see
 
 
 def main() -> None:
-    from tests.conftest import free_port
+    from simmerge_ray.service.http.listening import free_port
 
     parser = script_parser(__doc__)
     parser.add_argument("run", type=Path)

@@ -302,7 +302,7 @@ def figures(
 
 def main_of(text: str | None, options: Mapping[str, tuple[int, str]], campaign: Campaign) -> None:
     """The command of a soak: its options, with defaults and help, then a campaign in a temporary directory."""
-    from tests.conftest import free_port
+    from simmerge_ray.service.http.listening import free_port
 
     parser = script_parser(text)
     parser.add_argument("database", help="sqlite, postgresql, or the URL of an empty database")

@@ -13,7 +13,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +30,7 @@ from simmerge_ray.base.storage import Place, as_place, digest_bytes
 from simmerge_ray.on_ray.resources import on_running_cluster, ray_session
 from simmerge_ray.service.http.access import Access, read_access
 from simmerge_ray.service.http.api import create_app
-from simmerge_ray.service.http.listening import LOCK, open_port
+from simmerge_ray.service.http.listening import LOCK, free_port, open_port
 from simmerge_ray.service.http.standalone import GRACE_S, completed, prepare_database
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.fold import View
@@ -252,8 +251,7 @@ def _use_haproxy(place: Path) -> None:
     for name, file in {**names, "SERVER_STATE_FILE": "server-state", "SERVER_STATE_BASE": "."}.items():
         os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(place / file))
     for name in ("METRICS", "STATS"):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}_PORT", str(free.getsockname()[1]))
+        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}_PORT", str(free_port()))
 
 
 def _end_left_over(place: Path) -> None:

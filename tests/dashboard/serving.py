@@ -12,7 +12,7 @@ import httpx
 import uvicorn
 
 from simmerge_ray.base.config import ServiceConfig
-from tests.conftest import free_port
+from simmerge_ray.service.http.listening import free_port
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from simmerge_ray.search.labels import LabelStore
+from simmerge_ray.service.http.listening import free_port
 from tests import tiny
-from tests.conftest import free_port
 from tests.job_lines import read_last_line
 from tests.leftovers import kill_marked
 

@@ -18,11 +18,11 @@ import uvicorn
 from simmerge_ray.service.http.access import Access, Principal, token_digest
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.gate import Limits
+from simmerge_ray.service.http.listening import free_port
 from simmerge_ray.service.http.slow_clients import impatient
 from simmerge_ray.service.learner import Learner
 from simmerge_ray.service.log.database import upgrade_database
 from simmerge_ray.service.metrics import PrometheusMetrics
-from tests.conftest import free_port
 from tests.unit.service.answering import write_answering
 
 TOKENS = {role: f"a-token-of-{role}-for-tests" for role in ("decide", "reward", "admin")}

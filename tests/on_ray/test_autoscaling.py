@@ -22,8 +22,8 @@ from ray._raylet import GcsClient
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from simmerge_ray.search.labels import LabelStore
+from simmerge_ray.service.http.listening import free_port
 from simmerge_ray.signals.table import read_signal_table
-from tests.conftest import free_port
 from tests.job_lines import read_last_line
 from tests.leftovers import marked_processes
 from tests.on_ray.test_nodes import local_labels, local_table

@@ -17,8 +17,8 @@ import yaml
 
 from simmerge_ray.base.storage import write_atomically
 from simmerge_ray.search.labels import LabelStore
+from simmerge_ray.service.http.listening import free_port
 from simmerge_ray.signals.table import read_signal_table
-from tests.conftest import free_port
 from tests.job_lines import read_last_line
 from tests.leftovers import kill_marked
 from tests.object_store import endpoint, make_bucket, s3_server

@@ -29,10 +29,10 @@ from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore
 from simmerge_ray.search.runner import TrialRunner
 from simmerge_ray.search.setup import grid_trials, prepare_search
+from simmerge_ray.service.http.listening import free_port
 from simmerge_ray.signals.compute import compute_signals
 from simmerge_ray.signals.signature import SignatureSpec
 from simmerge_ray.signals.table import read_signal_table
-from tests.conftest import free_port
 from tests.job_lines import read_last_line
 from tests.on_ray.on_nodes import num_again
 

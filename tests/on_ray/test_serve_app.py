@@ -24,8 +24,8 @@ from simmerge_ray.base.config import ServeConfig, ServiceConfig
 from simmerge_ray.base.errors import ConfigError, SelectorError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.runs import RunLayout
+from simmerge_ray.service.http.listening import free_port
 from simmerge_ray.service.learner import Learner
-from tests.conftest import free_port
 from tests.on_ray.served import write_run
 from tests.unit.service.published import write_published
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.service.serve_soak import CONTROLLER, PROXIES, REPLICA, serve_soak, victims
-from tests.conftest import free_port
+from simmerge_ray.service.http.listening import free_port
 from tests.on_ray.served import write_run
 
 

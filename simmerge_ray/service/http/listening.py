@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import re
 import socket
 from contextlib import suppress
@@ -16,6 +17,10 @@ _LISTENING = "0A"  # state of a socket in /proc/net/tcp
 _MAX_COMMAND = 100
 _HAPROXY = re.compile(r"haproxy .*?(/tmp/sr-\d+-[0-9a-f]+)/")  # of `simmerge serve`
 LOCK = "lock"
+# Out of the way of what takes ports unasked: Ray's workers (10002-19999), Serve's replicas (30000 and up) and the
+# kernel, for connections (32768 and up). A port of theirs that is free now may be taken when it is opened.
+_QUIET_PORTS = range(20000, 30000)
+_random = random.SystemRandom()  # no seed of the caller's: two processes must not draw the same
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -37,6 +42,14 @@ def check_port(host: str, port: int) -> None:
         left = _HAPROXY.search(port_holder(port))
         if left is None or not is_unused(Path(left.group(1))):
             raise
+
+
+def free_port() -> int:
+    """A port that is free on every interface, to be opened later, by whatever process."""
+    while True:
+        port = _random.choice(_QUIET_PORTS)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def is_unused(place: Path) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import uvicorn
 
+from simmerge_ray.service.http.listening import free_port
 from simmerge_ray.service.http.slow_clients import impatient
-from tests.conftest import free_port
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 

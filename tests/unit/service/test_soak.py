@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.service.soak import soak
-from tests.conftest import free_port
+from simmerge_ray.service.http.listening import free_port
 from tests.unit.service.published import write_published
 
 

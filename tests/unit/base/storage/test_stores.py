@@ -15,7 +15,7 @@ import pytest
 from simmerge_ray.base import storage
 from simmerge_ray.base.errors import AccessError, ConfigError, InputError, StorageError
 from simmerge_ray.base.storage import RemotePath, as_place, list_objects, place_in, read_bytes, write_atomically
-from tests.conftest import free_port
+from simmerge_ray.service.http.listening import free_port
 from tests.object_store import Proxy, endpoint, make_bucket, s3_server
 
 
