@@ -16,9 +16,11 @@ def largest(values: Tensor, count: int) -> Tensor:
     if count <= 0 or count >= flat.numel():
         return torch.full_like(values, count > 0, dtype=torch.bool)
     threshold = torch.kthvalue(flat, flat.numel() - count + 1).values
-    mask = flat > threshold
-    at_threshold = torch.nonzero(flat == threshold).squeeze(1)
-    mask[at_threshold[: count - int(mask.sum())]] = True
+    mask = flat >= threshold
+    if int(mask.sum()) != count:
+        mask = flat > threshold
+        at_threshold = torch.nonzero(flat == threshold).squeeze(1)
+        mask[at_threshold[: count - int(mask.sum())]] = True
     return mask.reshape(values.shape)
 
 

@@ -52,6 +52,7 @@ class PlanCoefficients:
             # Beside a tensor of zeros (a bias that was never trained) nothing has a size: it does not count.
             self._energy[name] = (moved / total if total > 0 else 0.0 * moved) + _TINY
         self._unscaled = lru_cache(_CACHED)(self._projected)
+        self._of_members = lru_cache(_CACHED)(self._pseudo_inverses)
 
     def of(self, plan: MergePlan) -> np.ndarray:
         """(M,) float64.
@@ -79,14 +80,22 @@ class PlanCoefficients:
         return scale * np.array(self._unscaled(_without_scale(recipe)))
 
     def _projected(self, recipe: Recipe) -> tuple[float, ...]:
-        places = [self._index[member] for member in recipe.members]
-        total, energy = np.zeros((2, len(places)))
-        for name, centre in self._centre.items():
-            vectors, share = self._vectors[name][places], self._energy[name][places]
+        inverses, energy = self._of_members(tuple(self._index[member] for member in recipe.members))
+        found = np.empty_like(energy)
+        for place, (name, centre) in enumerate(self._centre.items()):
             weights = recipe.weights_at(name, self._positions[name])
-            total += share * _on_sample(recipe, centre, vectors, weights)
-            energy += share
-        return tuple((total / energy).tolist())
+            if recipe.arm.operator in _CLOSED:
+                found[place] = _closed(recipe.arm, np.array(weights))
+            else:
+                vectors = self._vectors[name][[self._index[member] for member in recipe.members]]
+                found[place] = inverses[place] @ (vectors @ _change_on_sample(recipe, centre, vectors, weights))
+        return tuple(((energy * found).sum(0) / energy.sum(0)).tolist())
+
+    def _pseudo_inverses(self, places: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """By tensor, the pseudo-inverse of the task vectors' Gram matrix, (T, m, m), and their energies, (T, m)."""
+        chosen = list(places)
+        grams = np.stack([vectors[chosen] @ vectors[chosen].T for vectors in self._vectors.values()])
+        return np.linalg.pinv(grams, rcond=1e-12, hermitian=True), np.stack(list(self._energy.values()))[:, chosen]
 
 
 _CLOSED = ("linear", "task_arithmetic")
@@ -100,11 +109,9 @@ def _closed(arm: Arm, weights: np.ndarray) -> np.ndarray:
     return weights * float(params.get("scale", 1.0))
 
 
-def _on_sample(recipe: Recipe, centre: np.ndarray, vectors: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """(m,): the real operator on the sampled coordinates of one tensor, projected on the members' task vectors."""
+def _change_on_sample(recipe: Recipe, centre: np.ndarray, vectors: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """(n,): what the real operator adds to the base at the sampled coordinates of one tensor."""
     arm = recipe.arm
-    if arm.operator in _CLOSED:
-        return _closed(arm, np.array(weights))
     params: dict[str, Any] = arm.param_dict()
     if arm.spec.random:
         params["seeds"] = [recipe.seed + place for place in range(len(vectors))]
@@ -112,8 +119,7 @@ def _on_sample(recipe: Recipe, centre: np.ndarray, vectors: np.ndarray, weights:
     base = torch.from_numpy(centre)
     tensors = [base + torch.from_numpy(vector) for vector in vectors]
     merged = OPERATORS[arm.operator](base if arm.spec.uses_base else None, tensors, list(weights), **params)
-    change = merged.double().numpy() - centre
-    return np.linalg.lstsq(vectors @ vectors.T, vectors @ change, rcond=1e-12)[0]
+    return np.asarray(merged.double().numpy() - centre)
 
 
 def _without_scale(recipe: Recipe) -> Recipe:
