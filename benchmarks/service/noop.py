@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1)
     given = parser.parse_args()
     os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the service's Ray, which is a local one
     import ray
 
     ray.init(given.address, log_to_driver=False, logging_level="warning")

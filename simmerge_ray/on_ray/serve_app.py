@@ -7,8 +7,8 @@ log ties them to the node of its file.
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib.util
-import logging
 import os
 import select
 import shutil
@@ -21,55 +21,20 @@ from typing import Any
 
 from ray import serve
 from ray.util import get_node_ip_address
-from ray.util.metrics import Counter, Gauge, Histogram
 
 from simmerge_ray.base.config import ServeConfig, ServiceConfig
 from simmerge_ray.base.errors import ConfigError
 from simmerge_ray.base.progress import Narrator
 from simmerge_ray.base.storage import Place, as_place, digest_bytes
 from simmerge_ray.on_ray.resources import on_running_cluster, ray_session
+from simmerge_ray.on_ray.serve_telemetry import ServeMetrics, log_beside_serve
 from simmerge_ray.service.http.access import Access, read_access
 from simmerge_ray.service.http.api import create_app
 from simmerge_ray.service.http.listening import LOCK, free_port, open_port
 from simmerge_ray.service.http.standalone import GRACE_S, completed, prepare_database
 from simmerge_ray.service.learner import Learner
-from simmerge_ray.service.log.fold import View
-from simmerge_ray.service.metrics import LATENCY_BUCKETS_S, PrometheusMetrics
-from simmerge_ray.service.schemas import Decision
 
 APP_NAME = "simmerge"
-
-
-class ServeMetrics(PrometheusMetrics):
-    """Ray exports these of all replicas at its metrics ports; `/metrics` shows those of the replica that answers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._ray_decisions = Counter("simmerge_decisions", "Decisions made", ("arm", "explored"))
-        self._ray_rewards = Counter("simmerge_rewards", "Rewards asked for", ("outcome",))
-        self._ray_pending = Gauge("simmerge_decisions_pending", "Decisions without a reward")
-        self._ray_entropy = Gauge("simmerge_posterior_entropy_nats", "Of an arm's weights", ("arm",))
-        bounds = list(LATENCY_BUCKETS_S)
-        self._ray_seconds = Histogram("simmerge_request_seconds", "Time to answer", bounds, ("route", "status"))
-
-    def decided(self, decision: Decision) -> None:
-        super().decided(decision)
-        arm = decision.arm if decision.kind == "pair" else "plan"
-        self._ray_decisions.inc(tags={"arm": arm, "explored": str(decision.explored).lower()})
-
-    def rewarded(self, outcome: str) -> None:
-        super().rewarded(outcome)
-        self._ray_rewards.inc(tags={"outcome": outcome})
-
-    def state(self, view: View, entropies: dict[str, float]) -> None:
-        super().state(view, entropies)
-        self._ray_pending.set(view.num_open)
-        for arm, entropy in entropies.items():
-            self._ray_entropy.set(entropy, tags={"arm": arm})
-
-    def requested(self, route: str, method: str, status: int, seconds: float) -> None:
-        super().requested(route, method, status, seconds)
-        self._ray_seconds.observe(seconds, tags={"route": route, "status": str(status)})
 
 
 @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5})
@@ -86,7 +51,8 @@ class MergeService:
         self._configured: Place | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        _log_beside_serve()
+        log_beside_serve()
+        _collect_less()
         return create_app(lambda: self._learner, self._access, ServeMetrics())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -103,16 +69,12 @@ class MergeService:
             self._configured = selector
 
 
-def _log_beside_serve() -> None:
-    """The service's lines, one for each request that changes something, go to the replica's log file of Serve."""
-    own = logging.getLogger("simmerge.service")
-    own.parent, own.level = logging.getLogger("ray.serve"), logging.INFO
-    own.addFilter(_only_to_file)
-
-
-def _only_to_file(record: logging.LogRecord) -> bool:
-    record.log_to_stderr = False  # Serve's handlers look at it; else there would be a copy in the worker's stderr
-    return True
+def _collect_less() -> None:
+    """A replica's state is a few hundred thousand objects that live as long as it does, and a request makes hundreds:
+    to look for cycles among all of them again and again took a seventh of its time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def build(args: ServiceConfig) -> serve.Application:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
 from simmerge_ray.plans.keeping import KEEP
 from simmerge_ray.service.log.fold import View
@@ -45,6 +46,10 @@ class PrometheusMetrics:
     def requested(self, route: str, method: str, status: int, seconds: float) -> None:
         """One more request, by the template of its path."""
         self._seconds.labels(route, method, str(status)).observe(seconds)
+
+    def families(self) -> list[Metric]:
+        """All metrics as they are now."""
+        return list(self._registry.collect())
 
     def text(self) -> str:
         """In Prometheus' format."""

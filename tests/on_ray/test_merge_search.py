@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import time
-import urllib.request
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from simmerge_ray.search.labels import LabelStore, Measured, Stopped
 from simmerge_ray.search.status import SearchStatus
 from simmerge_ray.search.summary import ranked_results
 from tests import tiny
+from tests.on_ray.ray_metrics import exported
 
 ARMS = ("linear", "ties(density=0.2)")
 LOCAL = SearchConfig(arms=ARMS, evaluator="transformers")
@@ -86,23 +85,6 @@ def test_a_search_copies_the_labels_of_the_same_merge_when_they_are_there(catalo
     assert run_search(catalogue, tasks, config, tmp_path / "labels").num_trials_run == 0
 
 
-def exported(name: str, outcome: str, least: float) -> float:
-    """The value of a metric that the cluster exports, of one outcome; waits until it has been counted to `least`, since
-    workers report every few seconds."""
-    import ray
-
-    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with urllib.request.urlopen(url) as answer:
-            lines = [line for line in answer.read().decode().splitlines() if line.startswith(f"{name}{{")]
-        value = sum(float(line.rsplit(" ", 1)[1]) for line in lines if f'outcome="{outcome}"' in line)
-        if value >= least:
-            return value
-        time.sleep(0.5)
-    raise AssertionError(f"{url} has {name} of {outcome} at {value}, not {least}")
-
-
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labels(catalogue, tasks, tmp_path):
@@ -130,7 +112,7 @@ def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labe
             assert (len(label.outcome.items) < len(tasks["add"].items)) == isinstance(label.outcome, Stopped)
     assert by_kind[Measured] + by_kind[Stopped] == 10
     assert run_search(catalogue, tasks, config, tmp_path, start=start).num_trials_run == 0
-    assert exported("ray_simmerge_search_trials_total", "measured", num_singles + by_kind[Measured])
+    assert exported("ray_simmerge_search_trials_total", 'outcome="measured"', num_singles + by_kind[Measured])
     merged, singles = ranked_results(second.search)
     assert len(merged) == by_kind[Measured] and len(singles) == num_singles and merged[0].best
 

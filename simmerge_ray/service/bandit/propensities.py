@@ -4,8 +4,8 @@ With independent draws of densities f_k and distributions F_k, `P(k) = int f_k(s
 policy leaves the fixed arm f only for an arm whose draw is the best of the others and exceeds that of f by tau:
 `P(k) = int f_k(s) F_f(s - tau) prod_{j != k, f} F_j(s) ds`, and f has the rest.
 
-The line is cut at multiples of every arm's spread around its mean (and, for f, around its mean plus tau), so that each
-piece is smooth; beyond the last cut lies less than 1e-15 of any arm. Two and three arms have closed forms: a normal
+The line is cut into pieces that are short beside every arm's spread (and, for f, moved by tau), so that each is smooth;
+beyond the first and the last cut lies less than 1e-15 of any arm. Two and three arms have closed forms: a normal
 distribution and, for `P(k) = P(X_k > X_i and X_k > X_j)`, a bivariate one by Owen's T (Owen 1956, "Tables for computing
 bivariate normal probabilities").
 """
@@ -13,6 +13,7 @@ bivariate normal probabilities").
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from scipy.special import ndtr, owens_t
 MIN_SPREAD = 1e-6  # of the largest location, 1 at least: narrower peaks would consist of rounding errors
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
 _CUTS = np.array([-8.5, -5.5, -3.5, -2.0, -1.0, 0.0, 1.0, 2.0, 3.5, 5.5, 8.5])
+_STEPS = np.array([2.0, 1.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.5, 2.0, 3.0])  # behind each cut, the next one's at most
 _LOG_ROOT = 0.5 * math.log(2 * math.pi)
 _LEAST = 1e-290  # what a number may still be divided by
 
@@ -37,14 +39,15 @@ class Draws:
         smallest = MIN_SPREAD * max(1.0, float(np.abs(self.location).max()))
         return Draws(self.location, np.maximum(self.scale, smallest))
 
-    def density(self, points: np.ndarray) -> np.ndarray:
-        """(P,) -> (K, P)."""
-        x = (points - self.location[:, None]) / self.scale[:, None]
-        return np.exp(-0.5 * x * x - _LOG_ROOT) / self.scale[:, None]
-
-    def distribution(self, points: np.ndarray) -> np.ndarray:
-        """(P,) or (K, P) -> (K, P)."""
-        return ndtr((points - self.location[:, None]) / self.scale[:, None])
+    def density_and_distribution(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) -> (K, P) each. Row by row: for more than 500 numbers numpy lets go of the interpreter, and a service
+        whose other thread is busy waits 5 ms to get it back."""
+        density, distribution = np.empty((2, len(self.location), len(points)))
+        for row, (location, scale) in enumerate(zip(self.location.tolist(), self.scale.tolist(), strict=True)):
+            x = (points - location) / scale
+            ndtr(x, out=distribution[row])
+            density[row] = np.exp(-0.5 * x * x - _LOG_ROOT) / scale
+        return density, distribution
 
 
 def thompson_propensities(draws: Draws) -> np.ndarray:
@@ -118,24 +121,45 @@ def _largest_of_three(m: list[float], v: list[float]) -> np.ndarray | None:
 
 
 def _by_quadrature(draws: Draws) -> np.ndarray:
-    points, weights = _nodes(draws.location[:, None] + draws.scale[:, None] * _CUTS)
-    others = _products_of_others(draws.distribution(points))
-    return (draws.density(points) * others) @ weights
+    points, weights = _nodes(_edges(draws))
+    density, distribution = draws.density_and_distribution(points)
+    others = _products_of_others(distribution)
+    return np.array([one @ (rest * weights) for one, rest in zip(density, others, strict=True)])
 
 
-def _nodes(cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quadrature points and weights (P,) of all pieces between the given cuts."""
-    edges = np.sort(cuts, axis=None)
-    half = 0.5 * np.diff(edges)
-    kept = half > 0
-    half, middle = half[kept], (0.5 * (edges[1:] + edges[:-1]))[kept]
+def _edges(draws: Draws) -> np.ndarray:
+    """(P + 1,) rising: where the line is cut. From left to right, each piece is as long as all arms allow it, `_STEPS`
+    of their spreads; before its first cut and behind its last one an arm allows any length."""
+    of_arms = (draws.location[:, None] + draws.scale[:, None] * _CUTS).tolist()
+    steps = (draws.scale[:, None] * _STEPS).tolist()
+    at, last = min(cuts[0] for cuts in of_arms), max(cuts[-1] for cuts in of_arms)
+    edges = [at]
+    while at < last:
+        end = last
+        for cuts, lengths in zip(of_arms, steps, strict=True):
+            place = bisect_right(cuts, at)
+            allowed = cuts[0] if place == 0 else at + lengths[place - 1] if place <= len(lengths) else last
+            if allowed < end:
+                end = allowed
+        edges.append(end)
+        at = end
+    return np.array(edges)
+
+
+def _nodes(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quadrature points and weights (P,) of all pieces between the given edges."""
+    half, middle = 0.5 * np.diff(edges), 0.5 * (edges[1:] + edges[:-1])
     return (middle[:, None] + half[:, None] * _NODES).ravel(), (half[:, None] * _WEIGHTS).ravel()
 
 
 def _products_of_others(values: np.ndarray) -> np.ndarray:
     """(K, P) -> (K, P): product over the other rows, without a division (a factor may be 0)."""
-    before = np.ones_like(values)
-    np.cumprod(values[:-1], axis=0, out=before[1:])
-    after = np.ones_like(values)
-    np.cumprod(values[:0:-1], axis=0, out=after[-2::-1])
-    return before * after
+    found = np.ones_like(values)
+    before, after = found[0].copy(), found[0].copy()
+    for row in range(len(values)):
+        found[row] *= before
+        before *= values[row]
+    for row in range(len(values) - 1, -1, -1):
+        found[row] *= after
+        after *= values[row]
+    return found
