@@ -21,12 +21,13 @@ rm -f "$venv/.installed"
 here_pip() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps --no-compile "$@"; }
 # uv installs the set in a fourth of pip's time, by hard links from its cache; where it cannot, pip does it.
 quick() { here_pip "$(grep '^uv==' "$lock")" && "$venv/bin/python" "$here/requirements/uv_install.py" "$@"; }
+# By its path: an import hook, setuptools' default, would lose to a clone of this name in the working directory.
 # The CPU build of torch is not in every package index; PyTorch's own one has it.
 torch=https://download.pytorch.org/whl/cpu
 : >"$log"
 { quick -r "$lock" || quick --index "$torch" -r "$lock" || here_pip -r "$lock" \
     || here_pip --extra-index-url "$torch" -r "$lock"; } >>"$log" 2>&1 \
-  && here_pip --no-build-isolation -e "$here" >>"$log" 2>&1 \
+  && here_pip --no-build-isolation --config-settings editable_mode=compat -e "$here" >>"$log" 2>&1 \
   || { tail -n 20 "$log" >&2; echo "error: the installation failed; see $log" >&2; exit 1; }
 # Every actor imports torch and vLLM; without compiled files (some environments forbid Python to write them) each import
 # takes three times as long. Nobody imports the tests of packages. Files of other Python versions in some packages do

@@ -60,7 +60,7 @@ def waiting_lines(search: PreparedSearch) -> list[str]:
     items = sum(task.num_items for task in search.tasks.values())
     seconds = duration(max(1.0, trial_seconds(search)))
     return [
-        f"a trial takes at most about {seconds} by transformers: {items} items on {config.cpus_per_trial:g} cores; "
+        f"a trial takes at most about {seconds} by transformers: {items} items on {config.cpus_per_trial:g} core(s); "
         "vLLM (--evaluator vllm, where it is installed) was 11 times as fast with a model of 135 M"
     ]
 

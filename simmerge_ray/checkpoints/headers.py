@@ -117,7 +117,8 @@ def _checked_specs(file: Place, header: bytes, start: int, size: int) -> dict[st
         content = parse_json(header, checks_values=False)
     except JsonError as error:
         raise _HeaderError(f"its header is {error}") from None
-    metadata = content.pop("__metadata__", None) or {}
+    metadata = content.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _HeaderError("its __metadata__ is no object of texts")
     if len(content) > _MAX_TENSORS:
@@ -205,7 +206,7 @@ def read_headers(ref: CheckpointRef) -> dict[str, TensorSpec]:
     if ADAPTER_CONFIG in names and "config.json" not in names:
         raise ref.error(
             f"{ref.path} holds an adapter without its model; give the model's directory as "
-            "`path` and this directory as `adapter`"
+            "`path` and this directory as `adapter` (in mergekit's YAML `model: MODEL+ADAPTER`)"
         )
     if _INDEX_FILE in names:
         weight_map, shards = _read_index(ref)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simmerge_ray.base.errors import ProbeError, shown_value
-from simmerge_ray.base.storage import Place, digest_bytes, list_places, read_jsonl
+from simmerge_ray.base.storage import Place, digest_bytes, list_places, nothing_in, read_jsonl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,10 +83,15 @@ def load_probe_set(path: Place) -> ProbeSet:
     probes = []
     for number, row in read_jsonl(path, ProbeError):
         text = row.get("text")
-        if text is None and ("prompt" in row or "settings" in row):
+        if text is None and ("settings" in row or {"prompt", "target"} <= row.keys()):
             raise ProbeError(
                 f"{path} is a task file (`prompt` and `target`); probes are prompts alone, a `text` a line: are the "
                 "directories of probes and tasks swapped?"
+            )
+        if text is None and isinstance(row.get("prompt"), str):
+            raise ProbeError(
+                f"{path}, line {number}: a probe is a `text`, and this line has a `prompt`; "
+                f"`simmerge init DIR ... --probes {path.stem}={path} --field prompt` makes probes of such a file"
             )
         if not isinstance(text, str) or not text:
             raise ProbeError(
@@ -102,7 +107,7 @@ def load_probe_sets(directory: Place) -> dict[str, ProbeSet]:
     """All `<task>.jsonl` files of a directory, by task; a ProbeError where there is none, or one is malformed."""
     paths = list_places(directory, "*.jsonl")
     if not paths:
-        raise ProbeError(f"{directory} holds no <task>.jsonl probe files")
+        raise ProbeError(nothing_in(directory, "<task>.jsonl probe files"))
     return {path.stem: load_probe_set(path) for path in paths}
 
 

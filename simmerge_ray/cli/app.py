@@ -45,7 +45,7 @@ _SETTINGS: dict[str, Any] = {"pretty_exceptions_enable": False}
 
 app = typer.Typer(
     name="simmerge",
-    help="Predict which merge of checkpoints will work, from similarity signals, and make it.",
+    help="Find the merge that keeps most of what its members can, and make it.",
     **_SETTINGS,
 )
 for command in (
@@ -113,7 +113,7 @@ def run_command(command: Callable[[], Any]) -> None:
 
 
 def _say_interrupted() -> None:
-    print("interrupted; run the same command again to go on", file=sys.stderr)
+    print("interrupted; nothing is half-written, and the same command goes on from what is kept", file=sys.stderr)
 
 
 def run_as_job(command: Callable[..., Any], usage: str, *defaults: str) -> None:

@@ -127,10 +127,9 @@ def retention_table(found: LabelFree) -> TextTable:
 
 
 def _text(plan: MergePlan, found: LabelFree) -> str:
-    members = " + ".join(plan.members)
     if plan == found.finding.average:
-        return f"plain average: {members}"
-    return f"tuned: {members}" if any(plan.id == one.whole.plan.id for one in found.tuned) else plan.label
+        return f"plain average: {' + '.join(plan.members)}"
+    return f"{plan.label}, tuned" if any(plan.id == one.whole.plan.id for one in found.tuned) else plan.label
 
 
 def retention_lines(found: LabelFree) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simmerge_ray.base.errors import PlanError, problem_list
-from simmerge_ray.base.storage import Place, check_outputs, read_text
+from simmerge_ray.base.storage import Place, check_outputs, read_json, read_text
 from simmerge_ray.checkpoints.adapters import LoraAdapter
 from simmerge_ray.checkpoints.headers import read_headers
 from simmerge_ray.checkpoints.references import CheckpointRef, locate_checkpoint
@@ -20,7 +20,7 @@ from simmerge_ray.merging.mergekit import ModelName, compile_mergekit, read_merg
 from simmerge_ray.merging.mergekit.problems import raise_problems
 from simmerge_ray.merging.write.directory import write_graph
 from simmerge_ray.merging.write.layout import plan_layout
-from simmerge_ray.merging.write.output import MergeResult, WriteOptions, check_target, merge_output
+from simmerge_ray.merging.write.output import MANIFEST_FILE, MergeResult, WriteOptions, check_target, merge_output
 from simmerge_ray.merging.write.tensors import default_threads
 from simmerge_ray.plans.plan import ResolvedPlan, read_plan
 
@@ -41,8 +41,19 @@ class MergeRequest:
         return write_graph(self.graph, self.out, replace(options, predicted=self.predicted, plan=self.resolved))
 
     def warnings(self) -> list[str]:
-        """What of the file has no effect, one a line; the first 20."""
-        return problem_list("", (f"warning: {line}" for line in self.graph.warnings)).splitlines()
+        """That the target has another merge, and what of the file has no effect, one a line; the first 20."""
+        return [*self._replaced(), *self._without_effect()]
+
+    def _replaced(self) -> list[str]:
+        try:
+            before = read_json(self.out / MANIFEST_FILE)["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        return [] if before == dict(self.graph.description) else [f"replaces another merge, which {self.out} holds"]
+
+    def _without_effect(self) -> list[str]:
+        lines = problem_list("", (f"warning: {line}" for line in self.graph.warnings)).splitlines()
+        return [line.strip() for line in lines]
 
     def lines(self, max_shard_bytes: int, num_threads: int | None) -> list[str]:
         """The merge in words and numbers, from headers alone."""
@@ -68,8 +79,13 @@ class MergeRequest:
                 else []
             ),
             f"mergekit {'can make the same merge' if graph.mergekit else 'has no words for this plan'}",
-            "no problem was found",
+            f"no problem was found{self._ignored}",
         ]
+
+    @property
+    def _ignored(self) -> str:
+        count = len(self.graph.warnings)
+        return f"; without effect (--strict refuses): {count} warning{'s' * (count > 1)} above" if count else ""
 
 
 def read_request(file: Place, out: Place, strict: bool = False) -> MergeRequest:

@@ -117,7 +117,10 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """Short text, e.g. `task_arithmetic: 0.8 math-a + 0.6 code-b`."""
+        """Short text, e.g. `task_arithmetic: 0.8 math-a + 0.6 code-b`; of weights by group their number alone."""
+        sizes = {len(one.filters) if isinstance(one, GroupWeights) else 0 for one in self.weights}
+        if len(sizes) == 1 and sizes != {0}:
+            return f"{self.arm.label} in {sizes.pop()} groups: {' + '.join(self.members)}"
         parts = [f"{_weight_text(weight)} {name}" for name, weight in zip(self.members, self.weights, strict=True)]
         return f"{self.arm.label}: {' + '.join(parts)}"
 

@@ -17,6 +17,7 @@ from simmerge_ray.search.headroom import NUM_STANDARD_ERRORS
 from simmerge_ray.search.objectives import MEAN, Objective
 
 MIN_ITEMS = 4  # two in each half, or there is no standard error
+_SAME = 1e-12  # two sums of the same items
 _CHOOSING, _REPORTING = slice(0, None, 2), slice(1, None, 2)
 
 Items = Mapping[str, np.ndarray]
@@ -59,6 +60,7 @@ class Verdict:
     best_merge, best_single: of their kind on the choosing half; None where none was measured. utility: of the winner,
     on the reporting half. advantage: the merge minus the checkpoint, paired by item, on the reporting half;
     chosen_by: on the choosing half. Both are None without one of the two. base: as it is, where it was measured.
+    num_equal: other merges that are as good as the best one on the choosing half. preferred: which of them was taken.
     """
 
     objective: Objective
@@ -70,6 +72,8 @@ class Verdict:
     advantage: ObjectiveEstimate | None
     chosen_by: ObjectiveEstimate | None
     base: Candidate | None = None
+    num_equal: int = 0
+    preferred: str = ""
 
     @property
     def keeps_checkpoint(self) -> bool:
@@ -98,6 +102,9 @@ class Verdict:
         else:
             lines = [answer]
             lines.append(f"against the best checkpoint, {self.best_single.plan.label}: {self._advantage_text}")
+        if self.num_equal and not self.keeps_checkpoint:
+            others = "merge is" if self.num_equal == 1 else "merges are"
+            lines.append(f"{self.num_equal} other {others} as good on the half that chose; taken is {self.preferred}")
         said = [one.plan.id for one in (self.winner, None if self.keeps_checkpoint else self.best_single) if one]
         if self.base is not None and self.base.plan.id not in said:
             utility = objective_estimate(self.base.reporting, self.objective)
@@ -146,19 +153,26 @@ def check_items(task: str, num_items: int) -> None:
         )
 
 
-def choose_winner(candidates: Sequence[Candidate], objective: Objective, base: str | None = None) -> Verdict:
+def choose_winner(
+    candidates: Sequence[Candidate],
+    objective: Objective,
+    base: str | None = None,
+    preferred: str = "the one measured first",
+) -> Verdict:
     """The verdict; among equally good merges (checkpoints) the first, and a checkpoint before an equally good merge.
 
     Args:
-        candidates: the base as it is among them, where it was measured. base: its id.
+        candidates: the base as it is among them, where it was measured. base: its id. preferred: what the first of
+            equally good merges is, for the verdict's words.
 
     Raises:
         LabelError: there is no candidate.
     """
     if not candidates:
         raise LabelError("nothing was measured, so nothing can be chosen")
-    best_merge = _best([one for one in candidates if one.plan.is_merge], objective)
-    best_single = _best([one for one in candidates if not one.plan.is_merge], objective)
+    merges = _best([one for one in candidates if one.plan.is_merge], objective)
+    singles = _best([one for one in candidates if not one.plan.is_merge], objective)
+    best_merge, best_single = (next(iter(equal), None) for equal in (merges, singles))
     winner, advantage, chosen_by = best_merge or best_single, None, None
     if best_merge is not None and best_single is not None:
         chosen_by = difference(best_merge.choosing, best_single.choosing, objective)
@@ -167,11 +181,16 @@ def choose_winner(candidates: Sequence[Candidate], objective: Objective, base: s
     assert winner is not None
     utility = objective_estimate(winner.reporting, objective)
     of_base = next((one for one in candidates if base is not None and one.plan.source == base), None)
-    return Verdict(objective, winner, best_merge, best_single, utility, advantage, chosen_by, of_base)
+    others = max(0, len(merges) - 1)
+    return Verdict(
+        objective, winner, best_merge, best_single, utility, advantage, chosen_by, of_base, others, preferred
+    )
 
 
-def _best(candidates: Sequence[Candidate], objective: Objective) -> Candidate | None:
-    return max(candidates, key=lambda one: objective_estimate(one.choosing, objective).value, default=None)
+def _best(candidates: Sequence[Candidate], objective: Objective) -> list[Candidate]:
+    """Those with the highest objective on the choosing half, in the given order."""
+    values = [objective_estimate(one.choosing, objective).value for one in candidates]
+    return [one for one, value in zip(candidates, values, strict=True) if value > max(values) - _SAME]
 
 
 def objective_estimate(items: Items, objective: Objective) -> ObjectiveEstimate:

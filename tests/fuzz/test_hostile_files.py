@@ -73,6 +73,7 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a tensor that is a list": lambda header: header.update({UP: [1, 2]}),
     "a tensor that is null": lambda header: header.update({UP: None}),
     "metadata of numbers": lambda header: header.update(__metadata__={"a": 1}),
+    "metadata that is a text": lambda header: header.update(__metadata__=""),
     "empty": lambda header: header.clear(),
 }
 

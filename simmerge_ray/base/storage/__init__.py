@@ -39,5 +39,5 @@ from simmerge_ray.base.storage.objects import (
     write_json,
 )
 from simmerge_ray.base.storage.outputs import Output, check_outputs
-from simmerge_ray.base.storage.places import Place, RemotePath, as_place, list_places, name_below, place_in
+from simmerge_ray.base.storage.places import Place, RemotePath, as_place, list_places, name_below, nothing_in, place_in
 from simmerge_ray.base.storage.ranges import RangeReader, open_ranges, read_range

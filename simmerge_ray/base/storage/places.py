@@ -298,6 +298,11 @@ def list_places(directory: Place, pattern: str) -> list[Place]:
     return sorted(directory.glob(pattern), key=str)
 
 
+def nothing_in(directory: Place, what: str) -> str:
+    """Why a directory has nothing of what is looked for, in words."""
+    return f"{directory} holds no {what}" if directory.is_dir() else f"{directory} is no directory"
+
+
 def name_below(place: Place, root: Place) -> str:
     """The name of a place below another. Raises ValueError: it does not lie there."""
     if isinstance(root, RemotePath) and not isinstance(place, RemotePath):

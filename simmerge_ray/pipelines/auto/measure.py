@@ -3,6 +3,7 @@ labels say of the choice that was made without them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -142,6 +143,7 @@ def _decided(search: PreparedSearch, scores: Mapping[str, float], objective: Obj
         reasons = [one.reason for one in outcomes.values() if isinstance(one, Infeasible)]
         measured = Candidate(plan, items) if len(items) == len(search.tasks) else None
         lines.append(MeasuredLine(plan, scores.get(plan.id), measured, reasons[0] if reasons else None))
+    lines.sort(key=lambda line: -math.inf if line.score is None else line.score, reverse=True)  # what equal ones go by
     candidates = [line.measured for line in lines if line.measured is not None]
     if not candidates:
         raise LabelError(f"nothing could be measured: {lines[0].reason}; --retry-infeasible tries again")
@@ -149,10 +151,8 @@ def _decided(search: PreparedSearch, scores: Mapping[str, float], objective: Obj
     def place(line: MeasuredLine) -> float:
         return -objective_estimate(line.measured.choosing, objective).value if line.measured else 1.0
 
-    agreement, count = _agreement(lines, objective)
-    return Measurement(
-        tuple(sorted(lines, key=place)), choose_winner(candidates, objective, base), objective, agreement, count
-    )
+    verdict = choose_winner(candidates, objective, base, "the one with the highest score")
+    return Measurement(tuple(sorted(lines, key=place)), verdict, objective, *_agreement(lines, objective))
 
 
 def _agreement(lines: Sequence[MeasuredLine], objective: Objective) -> tuple[float | None, int]:

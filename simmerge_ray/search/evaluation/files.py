@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from simmerge_ray.base.config import check_config
 from simmerge_ray.base.errors import ConfigError, TaskError, problem_list, shown_value, unknown_name
-from simmerge_ray.base.storage import Place, list_places, read_jsonl
+from simmerge_ray.base.storage import Place, list_places, nothing_in, read_jsonl
 from simmerge_ray.search.evaluation.metrics import CHOICE_METRICS, METRICS
 from simmerge_ray.search.evaluation.tasks import Item, Task
 
@@ -124,5 +124,7 @@ def load_tasks(directory: Place) -> dict[str, Task]:
         except TaskError as error:
             problems.append(str(error))
     if problems or not tasks:
-        raise TaskError(problem_list("", problems) or f"{directory} holds no <task>.jsonl task files")
+        templates = [path.name for path in list_places(directory, "*.jsonl.template")]
+        fill_in = f"; fill in {', '.join(templates[:5])} and take `.template` off its name" if templates else ""
+        raise TaskError(problem_list("", problems) or nothing_in(directory, "<task>.jsonl task files") + fill_in)
     return tasks

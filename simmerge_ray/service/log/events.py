@@ -312,8 +312,9 @@ def read_posterior(body: Mapping[str, Any], data: bytes) -> GaussianPosterior:
         raise BanditError(f"a posterior has arrays of the shapes {precision.shape} and {moment.shape}")
     if not (np.isfinite(precision).all() and np.isfinite(moment).all() and math.isfinite(one.sum_squares + one.weight)):
         raise BanditError("a posterior has an entry that is not a finite number")
-    if size and not np.isfinite(one.mean).all():  # its factor, which is kept: it raises where there is none
-        raise BanditError("a posterior has no finite mean")
+    with np.errstate(over="ignore", invalid="ignore"):
+        if size and not np.isfinite(one.mean).all():  # its factor, which is kept: it raises where there is none
+            raise BanditError("a posterior has no finite mean")
     return one
 
 

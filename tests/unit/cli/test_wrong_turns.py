@@ -206,7 +206,8 @@ def test_ctrl_c_ends_every_command_with_130_and_what_to_do(simmerge, zoo, monkey
 
     monkeypatch.setattr(seam, interrupt)
     monkeypatch.setenv("SIMMERGE_TOKEN", "a-token-of-some-length")
-    check_refusal(simmerge(*command, cwd=zoo), "interrupted; run the same command again to go on", 130)
+    said = "interrupted; nothing is half-written, and the same command goes on from what is kept"
+    check_refusal(simmerge(*command, cwd=zoo), said, 130)
 
 
 def test_tasks_without_probes_and_copies_are_said_before_the_work(simmerge, zoo, tmp_path, monkeypatch):

@@ -101,6 +101,16 @@ def test_a_merge_that_beats_no_checkpoint_leaves_the_best_checkpoint():
     assert equal.winner is best, "a merge has to be better, not as good"
 
 
+def test_of_equally_good_merges_the_first_is_taken_and_it_is_said():
+    first, second = merge(halves(0.8, 0.5)), merge(halves(0.8, 0.9), "nuslerp")
+    below = merge(halves(0.7, 1.0), "ties")
+    verdict = choose_winner([single("a", halves(0.6, 0.7)), below, first, second], MEAN, preferred="the shorter one")
+    assert verdict.winner is first and verdict.num_equal == 1
+    assert "1 other merge is as good on the half that chose; taken is the shorter one" in verdict.lines()
+    alone = choose_winner([single("a", halves(0.6, 0.7)), below, first], MEAN)
+    assert alone.num_equal == 0 and not any("as good on" in line for line in alone.lines())
+
+
 def test_a_recipe_is_a_merge():
     recipe = Candidate(MergePlan(recipe=plain_average(["a", "b", "c"])), halves(0.8, 0.8))
     verdict = choose_winner([single("a", halves(0.6, 0.7)), merge(halves(0.7, 0.9)), recipe], MEAN)
