@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from simmerge_ray.pipelines.auto.measure import Measurement
     from simmerge_ray.pipelines.auto.request import AutoRun, LabelFree
     from simmerge_ray.plans.plan import MergePlan
+
+_WHOLE = 0.95  # share of its own answers that a checkpoint keeps, less a near-equal token or two
 
 
 @with_job_line("find_merge", "out", "signatures")
@@ -148,12 +150,28 @@ def retention_lines(found: LabelFree) -> list[str]:
         for one in found.tuned[:1]:
             word = "the tuned merge is taken" if one.is_better else "tuning does not help"
             both = [f"score {probed.score:.3f}, {probed.kept:.3f} kept" for probed in (one.held_out, one.rival)]
-            said.append(f"{word}: {' against '.join(both)} on probes held out")
+            said.append(f"{word}: {' against '.join(both)} on {one.held_out.num_probes} probes a task held out")
     for owner, share in zip(found.finding.aim.owners, best.retention.tolist(), strict=True):
         if share == 0:
             said.append(f"warning: the answer keeps none of the answers of {owner.checkpoint} on {owner.task}")
+    said += _coarse_lines(found)
     said.append("score: (share of answers kept + probability of an answer's token) / 2, by the objective over tasks")
     return said
+
+
+def _coarse_lines(found: LabelFree) -> Iterator[str]:
+    """That the yardstick is coarse: a checkpoint, run as candidates are, that does not repeat its own answers."""
+    owners, of_checkpoints = found.finding.aim.owners, {one.plan.source: one for one in found.finding.checkpoints}
+    low = []
+    for number, owner in enumerate(owners):
+        one = of_checkpoints.get(owner.checkpoint)
+        if one is not None and one.retention[number] < _WHOLE:
+            low.append(f"{owner.checkpoint} {100 * one.retention[number]:.0f} %")
+    if low:
+        yield (
+            f"note: run as a candidate, these keep so much of their own answers: {', '.join(low)}. Answers are made in "
+            "float32; in the candidates' precision near-equal tokens swap. Compare with that, not with 100 %"
+        )
 
 
 def measured_table(run: AutoRun, found: Measurement) -> TextTable:

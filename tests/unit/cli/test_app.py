@@ -77,7 +77,7 @@ def damage_config(zoo: Path) -> None:
         (damage_config, "num_hidden_layers: 'm1' has 3, 'base' has 2"),
         (lambda zoo: tiny.write_tokenizer(zoo / "m1", tiny.CHARACTERS[::-1]), "different vocabularies"),
         (lambda zoo: (zoo / "tasks" / "add.jsonl").write_text(""), "holds no items"),
-        (lambda zoo: shutil.rmtree(zoo / "tasks"), "holds no <task>.jsonl"),
+        (lambda zoo: shutil.rmtree(zoo / "tasks"), "tasks is no directory"),
         (lambda zoo: (zoo / "catalogue.yaml").write_text("checkpoint: []"), "did you mean 'checkpoints'"),
     ],
 )
@@ -139,7 +139,7 @@ def test_an_interrupted_command_cleans_up_and_ends_with_130(tmp_path, how):
         "run_command(command)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 130 and "run the same command again to go on" in result.stderr
+    assert result.returncode == 130 and "the same command goes on from what is kept" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,7 +156,7 @@ def test_an_interrupted_command_cleans_up_and_ends_with_130(tmp_path, how):
         (["--explain", "m0", "m0"], "two different checkpoints, got 'm0' twice"),
         (["--explain", "m0", "m11"], "unknown checkpoint 'm11'"),
         (["--explain", "base", "m0"], "unknown checkpoint 'base'"),
-        (["--probes", "absent"], "absent holds no <task>.jsonl probe files"),
+        (["--probes", "absent"], "absent is no directory"),
     ],
 )
 def test_bad_options_of_signals_end_with_code_two_and_leave_nothing(zoo, options, message, simmerge):

@@ -128,7 +128,7 @@ TURNS = [
     (("catalogue", "add", "gone/c.yaml", "m0", "m0"), "there is no directory gone; make it first"),
     (("catalogue", "add", "catalogue.yaml", "x", "owner/x"), "no directory here, and the hub's cache does not hold it"),
     (("merge", "nothing here.yaml", "out"), "cannot read nothing here.yaml: No such file or directory"),
-    ((*AUTO[:3], "gone", "--out", "o"), "gone holds no <task>.jsonl probe files"),
+    ((*AUTO[:3], "gone", "--out", "o"), "gone is no directory"),
     (("extract-lora", "m0", "--base", "./gone", "--out", "l"), "gone is not a directory (and './gone' is no hub id"),
     (("cluster", "check", "gone.yaml"), "1 problem in 1 file"),
     # the wrong order of commands
