@@ -245,6 +245,8 @@ def test_the_table_has_the_answer_every_checkpoint_and_every_member(request_):
     assert "m0 on add" in text and "m1 on copy" in text and "95 %" in text
     assert all(f"\n   {name} " in text for name in ("m0", "m1", "base")) and text.count("*") == 1
     assert retention_lines(found)[0] == "answer: merge task_arithmetic: 0.7 m0 + 0.4 m1"
+    notes = [line for line in retention_lines(found) if line.startswith("note: run as a candidate")]
+    assert len(notes) == 1 and "so much of their own answers: m0 90 %, m1 50 %. Answers are made in float32" in notes[0]
     nothing = replace(found, best=replace(found.best, retention=np.array([0.8, 0.0])))
     assert "warning: the answer keeps none of the answers of m1 on copy" in retention_lines(nothing)
 

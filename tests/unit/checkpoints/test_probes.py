@@ -6,7 +6,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import simmerge_ray
+from simmerge_ray.base.errors import ProbeError
 from simmerge_ray.checkpoints.probes import GENERAL, general_probe_set, load_probe_set
 
 
@@ -32,3 +35,17 @@ def test_keys_beside_the_text_do_not_count(tmp_path):
     for name, row in (("a", {"text": "one text"}), ("b", {"text": "one text", "domain": "math"})):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     assert load_probe_set(tmp_path / "a.jsonl").digest == load_probe_set(tmp_path / "b.jsonl").digest
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "1+1=", "target": "2"}, "is a task file .*swapped"),
+        ({"prompt": "1+1=", "n": 3}, "line 1: a probe is a `text`, .*has a `prompt`; `simmerge init .*--field prompt`"),
+        ({"question": "1+1="}, "line 1: a probe needs a non-empty string under 'text'"),
+    ],
+)
+def test_a_line_that_is_no_probe_says_what_it_is(tmp_path, row, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ProbeError, match=message):
+        load_probe_set(tmp_path / "a.jsonl")

@@ -162,3 +162,24 @@ def test_a_merge_in_blocks_loads_no_torch_transformers_ray_or_compiler(catalogue
     for operator, loaded in zip(operators, loaded_by_commands(calls), strict=True):
         assert (tmp_path / operator / "model.safetensors").exists()
         assert not loaded & {"torch", "transformers", "ray", "pandas", "sklearn", "numba", "scipy"}
+
+
+def test_a_dry_run_counts_what_has_no_effect_in_its_last_line(zoo, tmp_path):
+    (zoo / "merge.yml").write_text(yaml.safe_dump(config()))
+    lines = run("merge", zoo / "merge.yml", tmp_path / "out", "--dry-run").output.splitlines()
+    assert lines[-1] == "no problem was found"
+    models = [one | {"parameters": one["parameters"] | {"densty": 0.5}} for one in config()["models"]]
+    (zoo / "merge.yml").write_text(yaml.safe_dump(config(models=models)))
+    lines = run("merge", zoo / "merge.yml", tmp_path / "out", "--dry-run").output.splitlines()
+    assert sum(line.startswith("warning: models[") for line in lines) == 3
+    assert lines[-1] == "no problem was found; without effect (--strict refuses): 3 warnings above"
+
+
+def test_another_merge_that_is_replaced_is_named(zoo, tmp_path):
+    said = f"replaces another merge, which {tmp_path / 'out'} holds"
+    for weight, is_other in ((0.5, False), (0.5, False), (0.1, True)):
+        models = [{"model": name, "parameters": {"weight": w}} for name, w in (("m0", 0.5), ("m1", weight))]
+        (zoo / "merge.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+        for option in (["--dry-run"], []):
+            result = run("merge", zoo / "merge.yml", tmp_path / "out", *option)
+            assert result.exit_code == 0 and (said in result.output) == is_other, result.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -155,3 +156,11 @@ def test_the_notebook_runs_from_top_to_bottom(catalogue_path, tmp_path, monkeypa
     assert isinstance(names["best"], sm.Best) and len(names["ranking"].plans) == 3
     assert (tmp_path / "runs" / "quick" / "from-notebook").exists() == names["best"].is_merge
     assert (tmp_path / "runs" / "quick" / "linear" / "model.safetensors").exists()
+
+
+def test_it_is_found_from_a_directory_that_holds_a_clone_of_its_name(tmp_path):
+    (tmp_path / "simmerge_ray" / "docs").mkdir(parents=True)
+    code = "import simmerge_ray as sm; print(sm.Catalogue.__name__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout == "Catalogue\n", found.stderr

@@ -138,3 +138,6 @@ def test_weights_of_a_tensor():
     assert one.weights_at("model.layers.0.mlp.up", 0.0) == (0.5, 0.0, 0.3)
     assert one.weights_at("model.embed_tokens.weight", 0.0) == (1.0, 0.0, 0.3)
     assert one.label == "task_arithmetic: <2 groups> a + [0, 1] b + 0.3 c"
+    tuned = GroupWeights((("layers.1.", 0.25), ("mlp", 0.5)), 1.0)
+    both = recipe_of(make_arm("task_arithmetic"), {"a": tuned, "b": tuned})
+    assert both.label == "task_arithmetic in 2 groups: a + b"
