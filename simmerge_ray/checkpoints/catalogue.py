@@ -46,14 +46,17 @@ if TYPE_CHECKING:
     from ruamel.yaml.comments import CommentedMap
 
 
+_MAX_NAME = 200  # characters: it stands in tables, plans and names of files
+
+
 class _BaseEntry(FrozenConfig):
-    id: str = Field(min_length=1, pattern=r"^[\w.\-]+$")
+    id: str = Field(min_length=1, max_length=_MAX_NAME, pattern=r"^[\w.\-]+$")
     path: str = Field(min_length=1)
 
 
 class _Entry(_BaseEntry):
     adapter: str | None = Field(None, min_length=1)
-    task: str | None = None
+    task: str | None = Field(None, max_length=_MAX_NAME)
     grams: str | None = Field(None, min_length=1)
 
 

@@ -14,6 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from simmerge_ray.base.errors import ConfigError
+
 FEATURE_SCHEMA = 2
 
 _DISTRIBUTION = ("mean", "median", "q10", "q90")
@@ -116,13 +118,16 @@ def column_signal(column: str) -> Signal:
 
 
 def swapped_features(features: Mapping[str, float]) -> dict[str, float]:
-    """Features of (right, left) from those of (left, right)."""
+    """Features of (right, left) from those of (left, right). Raises ConfigError: one has no value of the other side."""
     swapped = {}
     for column in features:
         signal = column_signal(column)
         statistic = column.removeprefix(f"{signal.name}_")
         source = {"left": "right", "right": "left"}.get(statistic, statistic)
-        value = features[f"{signal.swapped or signal.name}_{source}"]
+        partner = f"{signal.swapped or signal.name}_{source}"
+        if partner not in features:
+            raise ConfigError(f"signals of a pair have {column!r} and not {partner!r}; compute the table again")
+        value = features[partner]
         swapped[column] = -value if signal.negated and statistic != "sd" else value
     return swapped
 

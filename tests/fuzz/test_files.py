@@ -104,7 +104,9 @@ READ_BY_PAIR = ("made-up.yaml", "base", "a", "pairs.parquet", "selector")
 PAIR = ("plan", "made-up.yaml", "--left=s1-c00", "--right=s1-c01", "--out=chosen.json")
 ARTIFACTS = ("--signals=pairs.parquet", "--selector=selector")
 # A campaign takes as long as it takes: 20,000 examples of a merge are ten minutes of a core.
-pytestmark = pytest.mark.timeout(0) if IS_CAMPAIGN else []
+pytestmark = [pytest.mark.filterwarnings("ignore:Generating overly large repr")]  # it would hide what was found
+if IS_CAMPAIGN:
+    pytestmark.append(pytest.mark.timeout(0))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +248,8 @@ def test_changed_label_files_are_folded_or_refused_and_then_left_as_they_are(sou
             is_read = ends_well(root, "labels", "show", "labels") == 0
             is_sound = ends_well(root, "labels", "check", "labels", codes=(0, 1)) == 0
             assert is_read or not is_sound
-            assert ends_well(root, "labels", "merge", "into", "labels") == (0 if is_read else 2) or not is_sound
+            # It also refuses labels that are each well and were made with different items under one name.
+            assert ends_well(root, "labels", "merge", "into", "labels") == 2 or is_read
             assert ends_well(root, "labels", "compact", "labels") == (0 if is_read else 2)
 
     fuzzed(tables(file), check)

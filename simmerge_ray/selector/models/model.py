@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from simmerge_ray.base.arrays import load_arrays
-from simmerge_ray.base.errors import SelectorError
+from simmerge_ray.base.errors import SelectorError, shown_value
 from simmerge_ray.base.json_text import JsonError
 from simmerge_ray.base.storage import Place, digest_json, local_directory, read_json
 from simmerge_ray.plans.keeping import KEEP_ARMS, keeps, merge_arms, named_arms
@@ -232,8 +232,8 @@ def _description(file: Path, path: Place) -> dict[str, Any]:
     for key, expected in (("schema", SELECTOR_SCHEMA), ("feature_schema", FEATURE_SCHEMA)):
         if (found := description.get(key)) != expected:
             raise SelectorError(f"selector {path}: {key} is {found}, this version reads {expected}; train it again")
-    if (model := description.get("model")) not in PREDICTORS:
-        raise SelectorError(f"selector {path}: model is {model}; known: {', '.join(PREDICTORS)}")
+    if (model := description.get("model")) not in list(PREDICTORS):  # a list: a file may have what no key can be
+        raise SelectorError(f"selector {path}: model is {shown_value(model)}; known: {', '.join(PREDICTORS)}")
     return description
 
 
@@ -244,8 +244,9 @@ def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndar
     arms, reference, columns = (tuple(description[name]) for name in ("arms", "reference", "columns"))
     if not all(isinstance(name, str) for name in (*arms, *reference, *columns)):
         raise TypeError("an arm or a column is no text")
-    if not isinstance(description["provenance"], dict):
-        raise TypeError("its provenance is no object")
+    provenance = description["provenance"]
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("checkpoints", []), list):
+        raise TypeError("its provenance is no object, or its checkpoints are no list")
     return Selector(
         arms,
         reference,
@@ -256,7 +257,7 @@ def _from_artifact(description: Mapping[str, Any], tensors: Mapping[str, np.ndar
         ),
         novelty=parts.novelty,
         intervals=parts.intervals,
-        provenance=description["provenance"],
+        provenance=provenance,
     )
 
 

@@ -122,6 +122,14 @@ def test_the_base_takes_no_adapter(zoo):
         load_catalogue(path)
 
 
+def test_a_name_is_as_long_as_a_name(zoo):
+    path = zoo / "c.yaml"
+    path.write_text(f"base: {{id: b, path: base}}\ncheckpoints: [{{id: {'x' * 201}, path: m0}}]")
+    with pytest.raises(ConfigError, match="at most 200 characters") as refused:
+        load_catalogue(path)
+    assert len(str(refused.value)) < 1000
+
+
 def test_a_catalogue_is_built_one_by_one(zoo):
     path = zoo / "new" / "c.yaml"
     with pytest.raises(ConfigError, match=r"there is no directory .*new; make it first"):

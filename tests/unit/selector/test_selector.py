@@ -118,7 +118,9 @@ def test_damaged_missing_and_other_schema_artifacts_say_what_differs(tmp_path):
     for change, message in (
         ({"schema": 99}, "schema is 99"),
         ({"feature_schema": 0}, "feature_schema is 0"),
-        ({"model": "oracle"}, "model is oracle"),
+        ({"model": "oracle"}, "model is 'oracle'"),
+        ({"model": ["mlp"]}, "model is"),
+        ({"provenance": {"checkpoints": None}}, "damaged"),
         ({"arms": ["linear"]}, "damaged"),
         ({"best_fixed": None, "override": {}}, "damaged"),
         ({"encoding": {"kind": "onehot"}}, "damaged"),
