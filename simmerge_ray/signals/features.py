@@ -133,8 +133,14 @@ def swapped_features(features: Mapping[str, float]) -> dict[str, float]:
 
 
 def scaled_features(features: Mapping[str, float], columns: Sequence[str]) -> list[float]:
-    """Values of the columns in order, each on the scale its signal declares (KL and distances as logarithms)."""
-    return [column_signal(column).scale(features[column]) for column in columns]
+    """Values of the columns in order, each on the scale its signal declares (KL and distances as logarithms).
+
+    Raises ConfigError: a value that is not there, or has no logarithm.
+    """
+    try:
+        return [column_signal(column).scale(features[column]) for column in columns]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"signals of a pair cannot be scaled ({error}); compute the table again") from None
 
 
 def both_orders(values: np.ndarray, columns: Sequence[str]) -> np.ndarray:

@@ -292,7 +292,9 @@ def _first_of(table: pa.Table, meta: Mapping[str, Any]) -> tuple[tuple[str, ...]
     columns, provenance = tuple(meta["columns"]), meta["provenance"]
     if not all(isinstance(part, dict) for part in (provenance, provenance["own_task"])):
         raise TypeError("its provenance is no object")
-    if stranger := next((one for one in (*columns, provenance.get("base") or "") if not isinstance(one, str)), None):
+    own = provenance["own_task"]
+    named = (*columns, provenance.get("base") or "", *(task for task in own.values() if task is not None))
+    if stranger := next((one for one in named if not isinstance(one, str)), None):
         raise TypeError(f"a name is {shown_value(stranger)}")
     keys = [table[name].to_pylist() for name in _KEY]
     if stranger := next((name for side in keys for name in side if not isinstance(name, str)), None):

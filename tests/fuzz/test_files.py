@@ -104,7 +104,10 @@ READ_BY_PAIR = ("made-up.yaml", "base", "a", "pairs.parquet", "selector")
 PAIR = ("plan", "made-up.yaml", "--left=s1-c00", "--right=s1-c01", "--out=chosen.json")
 ARTIFACTS = ("--signals=pairs.parquet", "--selector=selector")
 # A campaign takes as long as it takes: 20,000 examples of a merge are ten minutes of a core.
-pytestmark = [pytest.mark.filterwarnings("ignore:Generating overly large repr")]  # it would hide what was found
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Generating overly large repr"),  # it would hide what was found
+    pytest.mark.filterwarnings("ignore:overflow encountered"),  # what comes of it is no number, and that is told
+]
 if IS_CAMPAIGN:
     pytestmark.append(pytest.mark.timeout(0))
 

@@ -137,8 +137,10 @@ def _propagator(name: str, table: SignalTable, catalogue: Catalogue, files: Rank
 
 def check_unchanged(catalogue: Catalogue, table: SignalTable, ids: Sequence[str] | None = None) -> None:
     """Refuse a table of other checkpoints, or of other contents under their names. ids: whom to look at; None takes
-    the whole catalogue. Raises PlanError: naming a checkpoint."""
-    known = table.provenance["checkpoints"]
+    the whole catalogue. Raises PlanError: naming a checkpoint. ConfigError: the table does not say of which it is."""
+    known = table.provenance.get("checkpoints")
+    if not isinstance(known, dict):
+        raise ConfigError("the signal table does not say of which checkpoints it is; compute it again")
     refs = catalogue.all_refs if ids is None else [catalogue.ref(name) for name in ids]
     for ref in refs:
         if ref.id not in known:

@@ -159,6 +159,9 @@ def test_every_feature_column_belongs_to_a_signal_and_scales_to_a_finite_number(
     features = dict(table.get("m0", "m1", "add").features)
     assert np.isfinite(scaled_features(features, table.columns)).all()
     assert swapped_features(swapped_features(features)) == features
+    for wrong in ({}, features | {"kl_lr_mean": -1.0}):
+        with pytest.raises(ConfigError, match="cannot be scaled"):
+            scaled_features(wrong, ["kl_lr_mean"])
     del features["kl_lr_mean"]
     with pytest.raises(ConfigError, match="have 'kl_rl_mean' and not 'kl_lr_mean'"):
         swapped_features(features)
