@@ -98,7 +98,7 @@ def regmean_stage(
 
     with narrator.stage("Gram matrices") as stage:
         batches = tokenize_probes(catalogue, _own_probes(catalogue, probe_sets), SignatureSpec(), config.max_tokens)
-        jobs = gram_jobs(catalogue, batches, config.max_tokens, out / "grams")
+        jobs = gram_jobs(catalogue, batches, config.max_tokens, out.absolute() / "grams")
         if config.gpus > 0 or on_running_cluster():
             from simmerge_ray.on_ray.tuning_tasks import write_grams_on_ray
 
@@ -139,4 +139,5 @@ def tuning_job(
     content = [2, catalogue.digests(), {task: probes.digest for task, probes in used.items()}]
     content += [config.model_dump(mode="json"), start.to_json() if start else None]
     batches = tokenize_probes(catalogue, used, SignatureSpec(), config.max_tokens)
-    return TuningJob(catalogue, batches, config, out / f"state-{digest_json(content)[:16]}.npz", start)
+    state_file = out.absolute() / f"state-{digest_json(content)[:16]}.npz"  # an actor may run in another directory
+    return TuningJob(catalogue, batches, config, state_file, start)

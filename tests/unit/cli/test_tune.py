@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from simmerge_ray.base.config import TuneConfig
 from simmerge_ray.base.storage import write_atomically
+from simmerge_ray.checkpoints.probes import load_probe_sets
+from simmerge_ray.on_ray import resources
+from simmerge_ray.pipelines.tune import tuning_job
 from simmerge_ray.plans.plan import read_plan
 from simmerge_ray.plans.recipe import GroupWeights
 
 
 @pytest.fixture
-def tune(catalogue_path, simmerge, tmp_path):
+def tune(catalogue_path, simmerge, tmp_path, monkeypatch):
+    """In this process, whether or not other tests have started a cluster."""
     root = catalogue_path.parent
+    monkeypatch.setattr(resources, "on_running_cluster", lambda: False)
 
     def run(*options, out="tuned"):
         given = ("--probes", root / "probes", "--out", out, "--steps", "5", "--max-tokens", "4", *options)
@@ -57,6 +64,12 @@ def test_an_interrupted_run_goes_on_to_the_same_recipe(tune, tmp_path, monkeypat
     assert tune("--groups", "global", out="again").returncode == 0
     recipes = [json.loads((tmp_path / out / "recipe.json").read_text())["members"] for out in ("whole", "again")]
     assert recipes[0] == recipes[1]
+
+
+def test_an_actor_finds_the_state_wherever_it_runs(catalogue, catalogue_path):
+    probes = load_probe_sets(catalogue_path.parent / "probes")
+    job = tuning_job(catalogue, probes, TuneConfig(max_tokens=4), Path("tuned"))
+    assert job.state_file.parent == Path.cwd() / "tuned"
 
 
 @pytest.mark.parametrize(
