@@ -63,11 +63,10 @@ def safe_propensities(draws: Draws, fixed: int, threshold: float) -> np.ndarray:
     num_arms = len(draws.location)
     result = np.zeros(num_arms)
     if num_arms > 1 and not math.isinf(threshold):
-        draws = draws.floored()
         location = draws.location.copy()
         location[fixed] += threshold
         # With the fixed arm's draw moved up by tau the rule is to play the largest of all.
-        result = _largest(Draws(location, draws.scale))
+        result = _largest(Draws(location, draws.scale).floored())
         result[fixed] = 0.0
     result[fixed] = max(0.0, 1.0 - result.sum())
     return result

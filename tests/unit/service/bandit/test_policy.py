@@ -61,6 +61,12 @@ def test_the_safe_rule_leaves_less_often_the_higher_its_threshold(locations, see
     assert high[fixed] >= low[fixed] - 1e-9
 
 
+@pytest.mark.parametrize("threshold", [3.0, 1e9, 1e13, 1e300])
+def test_a_threshold_beyond_every_draw_never_leaves_the_fixed_arm(threshold):
+    draws = Draws(np.array([0.4, 0.5, 0.6, 0.7, 0.2]), np.array([0.0, 0.01, 0.02, 0.03, 0.1]))
+    assert safe_propensities(draws, 1, threshold) == pytest.approx([0.0, 1.0, 0.0, 0.0, 0.0], abs=1e-10)
+
+
 def test_two_arms_have_a_closed_form():
     draws = Draws(np.array([0.1, 0.4]), np.array([0.2, 0.5]))
     spread = math.hypot(0.2, 0.5)
