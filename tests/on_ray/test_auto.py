@@ -262,7 +262,7 @@ def test_simple_merges_are_among_what_is_measured(request_):
     assert simple[2] == found.ranking[0] and simple[3].recipe.arm.label == "linear"
 
 
-def measured(run: AutoRun, found: LabelFree, levels: dict[str, float], feasible: bool = True):
+def measured(run: AutoRun, found: LabelFree, levels: dict[str, float], feasible: bool = True, noise: float = 0.01):
     """What is decided from labels with these utilities and a little noise; nothing is run."""
     generator = np.random.default_rng(0)
     search, labels = prepare_measuring(run), []
@@ -270,7 +270,7 @@ def measured(run: AutoRun, found: LabelFree, levels: dict[str, float], feasible:
     for plan in [*(one.plan for one in found.finding.ranked)]:
         for name, task in run.tasks.items():
             level = levels[merges.get(plan.id, plan.label)]
-            outcome = Measured(level + 0.01 * generator.random(task.num_items))
+            outcome = Measured(level + noise * generator.random(task.num_items))
             failed = plan.is_merge and not feasible
             labels.append(search.label(plan, name, Infeasible("a tensor holds NaN") if failed else outcome, 1.0))
     LabelStore(search.labels_uri).append(labels)
@@ -299,6 +299,18 @@ def test_a_score_that_misleads_is_said(request_, tasks, tmp_path):
     assert wrong.verdict.winner.plan.label == "base" and wrong.agreement == pytest.approx(-1.0)
     text = "\n".join([*wrong.verdict.lines(), *measured_lines(wrong)])
     assert "answer: do not merge: keep the base, base, as it is" in text and "the score misleads" in text
+
+
+@pytest.mark.parametrize("better", ["a", "b"])
+def test_of_merges_that_labels_do_not_tell_apart_the_one_with_the_highest_score_is_taken(
+    request_, tasks, tmp_path, better
+):
+    run, found = run_in(tmp_path, request_, tasks), planted(request_, SCORES | {"a": 0.7, "b": 0.7, better: 0.8})
+    equal = measured(run, found, SCORES | {"a": 0.75, "b": 0.75}, noise=0.0)
+    best = max((one for one in found.finding.ranked if one.plan.is_merge), key=lambda one: one.score)
+    assert equal.verdict.winner.plan == best.plan and equal.lines[0].plan == best.plan
+    said = "1 other merge is as good on the half that chose; taken is the one with the highest score"
+    assert said in equal.verdict.lines()
 
 
 def test_merges_that_cannot_be_measured_leave_the_checkpoint(request_, tasks, tmp_path):
@@ -331,6 +343,7 @@ def test_a_whole_run_tunes_and_measures_and_the_next_one_computes_nothing(reques
     kept = {one.plan.label: one.retention.tolist() for one in found.finding.checkpoints}
     assert kept["m0"][0] == 1.0 and kept["m1"][1] == 1.0  # each keeps all of its own answers
     assert len(found.tuned) == 1 and 0.0 <= found.tuned[0].held_out.score <= 1.0
+    assert 0 < found.tuned[0].held_out.num_probes < found.tuned[0].whole.num_probes / 2  # a quarter of them
     measurement = measure_stage(run, found, narrator)
     best = measurement.verdict.winner.plan
     write_stage(run, best, content | measured_json(run, measurement), Manifest("auto", {}, {}), 0.0, narrator)

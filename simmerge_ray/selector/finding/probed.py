@@ -28,8 +28,8 @@ Chosen = Callable[[int], np.ndarray]
 
 @dataclass(frozen=True)
 class ProbedPlan:
-    """What a merge keeps: retention (owners,) in [0, 1] and nll (owners,) in nats a token, over the first `num_probes`
-    probes; score is the aim's, kept its objective of retention alone."""
+    """What a merge keeps: retention (owners,) in [0, 1] and nll (owners,) in nats a token, over `num_probes` of each
+    member; score is the aim's, kept its objective of retention alone."""
 
     plan: MergePlan
     retention: np.ndarray
@@ -91,9 +91,10 @@ class Prober:
             chosen: counts a part of the probes only; from their number to which of them, (n,) bool.
         """
         is_whole = chosen is None and bounds[-1] >= self.num_probes
+        counted = bounds[-1] if chosen is None else int(chosen(bounds[-1]).sum())
         there = {plan: self.known[plan] for plan in plans if plan in self.known} if is_whole else {}
         measured = dict(self._measured([plan for plan in plans if plan not in there], bounds, chosen)) | there
-        return [self._scored(plan, *measured[plan], bounds[-1]) for plan in plans if plan in measured]
+        return [self._scored(plan, *measured[plan], counted) for plan in plans if plan in measured]
 
     def _scored(self, plan: MergePlan, retention: np.ndarray, nll: np.ndarray, num_probes: int) -> ProbedPlan:
         score = float(self._aim.scores(retention[None], nll[None])[0])
