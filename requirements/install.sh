@@ -21,8 +21,8 @@ rm -f "$venv/.installed"
 here_pip() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps --no-compile "$@"; }
 # uv installs the set in a fourth of pip's time, by hard links from its cache; where it cannot, pip does it.
 quick() { here_pip "$(grep '^uv==' "$lock")" && "$venv/bin/python" "$here/requirements/uv_install.py" "$@"; }
-# By its path: an import hook, setuptools' default, would lose to a clone of this name in the working directory.
 # The CPU build of torch is not in every package index; PyTorch's own one has it.
+# The package by its path: an import hook, setuptools' default, would lose to a clone of its name in the directory.
 torch=https://download.pytorch.org/whl/cpu
 : >"$log"
 { quick -r "$lock" || quick --index "$torch" -r "$lock" || here_pip -r "$lock" \
