@@ -292,16 +292,11 @@ def _first_of(table: pa.Table, meta: Mapping[str, Any]) -> tuple[tuple[str, ...]
     columns, provenance = tuple(meta["columns"]), meta["provenance"]
     if not all(isinstance(part, dict) for part in (provenance, provenance["own_task"])):
         raise TypeError("its provenance is no object")
-    own = provenance["own_task"]
-    named = (*columns, provenance.get("base") or "", *(task for task in own.values() if task is not None))
-    if stranger := next((one for one in named if not isinstance(one, str)), None):
-        raise TypeError(f"a name is {shown_value(stranger)}")
+    base, own = provenance.get("base"), provenance["own_task"].values()
     keys = [table[name].to_pylist() for name in _KEY]
-    if stranger := next((name for side in keys for name in side if not isinstance(name, str)), None):
-        raise TypeError(f"a row is of {shown_value(stranger)}")
-    if any(None in side for side in keys):
-        raise TypeError("a row is of nobody")
-    base = provenance.get("base")
+    for name in (*columns, *(one for one in (base, *own) if one is not None), *(one for side in keys for one in side)):
+        if not isinstance(name, str):
+            raise TypeError(f"a name is {shown_value(name)}")
     points = sorted({*keys[0], *keys[1]}, key=lambda name: (name != base, name))
     tasks = sorted(set(keys[2]))
     order, of_task = ({name: place for place, name in enumerate(names)} for names in (points, tasks))

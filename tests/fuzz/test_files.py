@@ -221,6 +221,12 @@ def test_changed_lines_of_a_task_are_read_or_refused(sound):
     fuzzed(texts | texts | changed_bytes(data), check)
 
 
+def parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
 def tables(file: Path) -> st.SearchStrategy[bytes]:
     """A Parquet file with other rows, other metadata, or other bytes."""
     table = pq.read_table(file)
@@ -228,16 +234,12 @@ def tables(file: Path) -> st.SearchStrategy[bytes]:
 
     def written(changed: tuple[Any, Any]) -> bytes:
         rows, about = changed
-        try:
-            made = pa.Table.from_pylist(
-                [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-            )
-        except (pa.ArrowException, OverflowError, UnicodeEncodeError, ValueError, TypeError):
-            made = table  # no Parquet file could hold such rows
         metadata = {"simmerge_ray": text_of(about).encode("utf-8", "surrogatepass")} if about is not None else None
-        buffer = io.BytesIO()
-        pq.write_table(made.replace_schema_metadata(metadata), buffer)
-        return buffer.getvalue()
+        try:
+            kept = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+            return parquet(pa.Table.from_pylist(kept).replace_schema_metadata(metadata))
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError, ValueError, TypeError):
+            return parquet(table.replace_schema_metadata(metadata))  # no Parquet file could hold such rows
 
     abouts = st.just(about) if about is None else st.just(about) | changed_values(about)
     changed = st.tuples(st.just(rows) | changed_values(rows), abouts).map(written)

@@ -6,6 +6,7 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -325,3 +326,15 @@ def test_a_worker_keeps_its_group_and_a_later_stage_goes_first():
     assert queue.take(1) is None
     queue = WorkQueue([unit("a", 0), unit("b", 0), unit("a", 2)])
     assert queue.take(0)[0] == 2
+
+
+@pytest.mark.parametrize("change", [{"base": []}, {"own_task": {"m0": []}}, {"own_task": {"m0": 0}}, {"base": 5}])
+def test_a_table_with_a_name_that_is_no_text_is_damaged(table, tmp_path, change):
+    table.write(tmp_path / "pairs.parquet")
+    found = pq.read_table(tmp_path / "pairs.parquet")
+    meta = json.loads(found.schema.metadata[b"simmerge_ray"])
+    meta["provenance"] |= change
+    changed = found.replace_schema_metadata({"simmerge_ray": json.dumps(meta)})
+    pq.write_table(changed, tmp_path / "pairs.parquet")
+    with pytest.raises(ConfigError, match="is damaged .*a name is"):
+        read_signal_table(tmp_path / "pairs.parquet")
