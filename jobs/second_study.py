@@ -32,8 +32,8 @@ def second_study(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="real-pilot, real-zoo, real-held-out, real-choices, real-labels, real-results, real-four, small-zoos, "
-            "small-choices, small-labels or small-results"
+            help="real-pilot, real-zoo, real-held-out, real-choices, real-labels, real-results, real-four, real-sets, "
+            "real-sets-results, small-zoos, small-choices, small-labels or small-results"
         ),
     ] = None,
     share: Annotated[
@@ -42,6 +42,9 @@ def second_study(
     num_pairs: Annotated[
         int | None, typer.Option(min=1, help="of each base, the first of a random order (real: all, small: 24)")
     ] = None,
+    num_members: Annotated[
+        int, typer.Option(min=2, max=4, help="of each set of real-sets, whose number is --num-pairs")
+    ] = 4,
     num_bases: Annotated[int | None, typer.Option(min=1, max=12, help="the first small bases alone (12)")] = None,
 ) -> dict[str, Any]:
     from simmerge_ray.base.errors import ConfigError, unknown_name
@@ -56,7 +59,7 @@ def second_study(
         raise ConfigError(f"--share must be I/N with 1 <= I <= N, not {share!r}")
     mine = (int(found[1]) - 1, int(found[2]))
     with narrated(out / "simmerge.log") as narrator:
-        run_stages(StudyRun(out, tasks, base, narrator, mine, num_pairs, num_bases), only or STAGES)
+        run_stages(StudyRun(out, tasks, base, narrator, mine, num_pairs, num_bases, num_members), only or STAGES)
     print(f"zoos in {out}")
     return {"out": str(out), "stages": only or list(STAGES)}
 

@@ -109,9 +109,9 @@ class Catalogue:
         tasks = self.own_task
         return [(a, b) for a, b in pairs if tasks[a] and tasks[b] and tasks[a] != tasks[b]]
 
-    def pair_tasks(self, left: str, right: str) -> tuple[str, ...]:
-        """The own tasks of a pair, sorted, without repetition."""
-        return tuple(sorted({task for task in (self.own_task[left], self.own_task[right]) if task}))
+    def tasks_of(self, members: Sequence[str]) -> tuple[str, ...]:
+        """The members' own tasks, sorted, without repetition."""
+        return tuple(sorted({task for name in members if (task := self.own_task[name])}))
 
     def digests(self, cache: Path = DEFAULT_CACHE) -> dict[str, str]:
         """Content digest of every checkpoint by id; reads all bytes of those whose files have changed since."""

@@ -32,8 +32,7 @@ from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan, plan_from_json
 from simmerge_ray.search.evaluation import load_tasks
 from simmerge_ray.search.labels import LabelStore, Measured, check_comparable
-
-Pair = tuple[str, str]
+from simmerge_ray.selector.data.splits import Group, Pair
 
 AVERAGE, FIXED, SELECTOR = "plain average", "best fixed arm", "paper's selector"
 CHOSEN, ANSWER = "chosen without labels", "chosen and tuned"
@@ -44,13 +43,13 @@ _TUNED_SCHEMA = 2  # the same, where the best few are tuned
 
 
 @dataclass(frozen=True)
-class PairChoice:
-    """What was chosen for a pair.
+class Choice:
+    """What was chosen for a pair or a larger set of checkpoints.
 
     plan: the best recipe or checkpoint. tuned: its coefficients tuned. answer: that of `simmerge auto`, one of the two.
     """
 
-    pair: Pair
+    members: Group
     plan: MergePlan
     tuned: MergePlan | None
     answer: MergePlan
@@ -82,27 +81,27 @@ class ChoiceTask:
     directory: Path
     engine: SearchConfig = SearchConfig(evaluator="transformers", pairs="all")
 
-    def key(self, pair: Pair, digests: Mapping[str, str]) -> str:
+    def key(self, members: Group, digests: Mapping[str, str]) -> str:
         """Digest of what the choice is made from."""
         base = self.catalogue.base
-        used = {name: digests[name] for name in (*pair, *((base.id,) if base else ()))}
-        probes = {task: self.probe_sets[task].digest for task in self.catalogue.pair_tasks(*pair)}
+        used = {name: digests[name] for name in (*members, *((base.id,) if base else ()))}
+        probes = {task: self.probe_sets[task].digest for task in self.catalogue.tasks_of(members)}
         config = [self.find.model_dump(mode="json"), self.engine.content()]
         schema = _SCHEMA if self.find.tune == "none" else _TUNED_SCHEMA
-        return digest_json([schema, list(pair), used, probes, config])
+        return digest_json([schema, list(members), used, probes, config])
 
 
-def choice_file(choices: Path, pair: Pair) -> Path:
-    """Where the choice for a pair is kept."""
-    return choices / "pairs" / f"{pair[0]}+{pair[1]}.json"
+def choice_file(choices: Path, members: Group) -> Path:
+    """Where the choice for a pair or a larger set is kept."""
+    return choices / "pairs" / f"{'+'.join(members)}.json"
 
 
-def read_choice(choices: Path, pair: Pair) -> PairChoice:
-    """The choice for a pair that the stage has made."""
-    content = read_json(choice_file(choices, pair))
+def read_choice(choices: Path, members: Group) -> Choice:
+    """The choice for a pair or a larger set that the stage has made."""
+    content = read_json(choice_file(choices, members))
     tuned = [plan_from_json(row["plan"]) for row in content["tuned"]]
     plan, answer = (plan_from_json(row["plan"]) for row in (content["candidates"][0], content["best"]))
-    return PairChoice(pair, plan, tuned[0] if tuned else None, answer, content["keeps"])
+    return Choice(members, plan, tuned[0] if tuned else None, answer, content["keeps"])
 
 
 def choices_stage(layout: RunLayout[Path], narrator: Narrator, search: SearchConfig, find: FindConfig) -> None:
@@ -132,7 +131,7 @@ def choices_stage(layout: RunLayout[Path], narrator: Narrator, search: SearchCon
                 num_new = _choose_missing(task, report)
             choices = [read_choice(layout.choices, pair) for pair in catalogue.pairs()]
             chosen = time.monotonic() - started
-            labelled = [one for one in choices if {*one.pair} not in [{*pair} for pair in search.exclude]]
+            labelled = [one for one in choices if {*one.members} not in [{*pair} for pair in search.exclude]]
             _measure(layout, search, catalogue, labelled, narrator)
         content = compared_choices(layout, search, catalogue, labelled)
         write_json(layout.choices / "choices.json", content)
@@ -144,40 +143,43 @@ def choices_stage(layout: RunLayout[Path], narrator: Narrator, search: SearchCon
         )
 
 
-def missing_choices(task: ChoiceTask) -> list[tuple[Pair, str]]:
-    """Pairs whose file is missing or of other inputs, with the keys of what is to be there."""
+def missing_choices(task: ChoiceTask, groups: Sequence[Group]) -> list[tuple[Group, str]]:
+    """Pairs or larger sets whose file is missing or of other inputs, with the keys of what is to be there."""
     digests = task.catalogue.digests()
-    keys = {pair: task.key(pair, digests) for pair in task.catalogue.pairs()}
-    files = {pair: choice_file(task.directory, pair) for pair in keys}
+    keys = {group: task.key(group, digests) for group in groups}
+    files = {group: choice_file(task.directory, group) for group in keys}
     return [
-        (pair, key) for pair, key in keys.items() if not (files[pair].exists() and read_json(files[pair])["key"] == key)
+        (group, key)
+        for group, key in keys.items()
+        if not (files[group].exists() and read_json(files[group])["key"] == key)
     ]
 
 
 def _choose_missing(task: ChoiceTask, report: Report) -> int:
     """Choose for what is missing, a core each; how many pairs these were."""
-    missing, total = missing_choices(task), len(task.catalogue.pairs())
+    pairs = task.catalogue.pairs()
+    missing, total = missing_choices(task, pairs), len(pairs)
     with closing(run_tasks(_choose, deque(missing), shared=(task,))) as ended:
         for count, _ in enumerate(ended, 1):
             report(total - len(missing) + count, total)
     return len(missing)
 
 
-def _choose(task: ChoiceTask, pair: Pair, key: str) -> None:
+def _choose(task: ChoiceTask, members: Group, key: str) -> None:
     """The choice for one pair, on one thread."""
     import torch
 
     torch.set_num_threads(1)
-    choose_for(task, pair, key)
+    choose_for(task, members, key)
 
 
-def choose_for(task: ChoiceTask, pair: Pair, key: str) -> None:
-    """Write the choice for one pair, made in this process; what it ran is forgotten, since a pair takes little."""
+def choose_for(task: ChoiceTask, members: Group, key: str) -> None:
+    """Write one choice, made in this process; what it ran is forgotten, since it takes little."""
     with tempfile.TemporaryDirectory(prefix="simmerge-choice-") as scratch:
-        write_json(choice_file(task.directory, pair), {"key": key} | chosen_of(task, pair, Path(scratch)))
+        write_json(choice_file(task.directory, members), {"key": key} | chosen_of(task, members, Path(scratch)))
 
 
-def chosen_of(task: ChoiceTask, members: tuple[str, ...], directory: Path) -> dict[str, Any]:
+def chosen_of(task: ChoiceTask, members: Group, directory: Path) -> dict[str, Any]:
     """JSON value of the choice among some members, made in this process; what it ran is kept in `directory`."""
     from simmerge_ray.on_ray.engines import start_evaluator
     from simmerge_ray.pipelines.auto.answer import label_free_json
@@ -194,7 +196,7 @@ def _measure(
     layout: RunLayout[Path],
     search: SearchConfig,
     catalogue: Catalogue,
-    choices: Iterable[PairChoice],
+    choices: Iterable[Choice],
     narrator: Narrator,
 ) -> None:
     """Labels of the merges that were chosen, on the tasks of their pairs."""
@@ -207,7 +209,7 @@ def _measure(
     for one in choices:
         for plan in one.plans:
             if plan.is_merge:  # a scaled checkpoint too is asked for the tasks of both
-                tasks_of.setdefault(plan, set()).update(catalogue.pair_tasks(*one.pair))
+                tasks_of.setdefault(plan, set()).update(catalogue.tasks_of(one.members))
     plans = {plan: sorted(names) for plan, names in tasks_of.items()}
     config = search.model_copy(update={"exclude": ()})
     with search_bar(narrator) as report:
@@ -215,7 +217,7 @@ def _measure(
 
 
 def compared_choices(
-    layout: RunLayout[Path], search: SearchConfig, catalogue: Catalogue, choices: Sequence[PairChoice]
+    layout: RunLayout[Path], search: SearchConfig, catalogue: Catalogue, choices: Sequence[Choice]
 ) -> dict[str, Any]:
     """What every way of choosing is worth over the pairs that have labels."""
     import numpy as np
@@ -230,7 +232,7 @@ def compared_choices(
     fixed = best_elsewhere(of_arms)
     columns = {AVERAGE: of_arms[:, arms.index("linear")], FIXED: taken(of_arms, fixed)} | columns
     always = columns.pop(ALWAYS)
-    pairs = [one.pair for one in choices]
+    pairs = [one.members for one in choices]
     return {
         "ways": compare_ways(PairSample(tuple(pairs)), columns, (AVERAGE, PARENT)),
         "pairs": [
@@ -246,7 +248,7 @@ def compared_choices(
 
 
 def _worth_by_way(
-    layout: RunLayout[Path], catalogue: Catalogue, choices: Sequence[PairChoice], arms: Sequence[str]
+    layout: RunLayout[Path], catalogue: Catalogue, choices: Sequence[Choice], arms: Sequence[str]
 ) -> list[dict[str, float]]:
     """Of each pair the utility of every arm and of what each way takes, on both parents' tasks; NaN for what was not
     measured or not said."""
@@ -259,9 +261,10 @@ def _worth_by_way(
     assert base is not None, "checked by `find_request`"
     rows = []
     for one in choices:
-        tasks = catalogue.pair_tasks(*one.pair)
-        of_arms = {arm: arm_plan(*one.pair, arm).id for arm in arms}
-        parents, kept = [MergePlan(source=name).id for name in one.pair], MergePlan(source=base.id).id
+        tasks = catalogue.tasks_of(one.members)
+        left, right = one.members
+        of_arms = {arm: arm_plan(left, right, arm).id for arm in arms}
+        parents, kept = [MergePlan(source=name).id for name in one.members], MergePlan(source=base.id).id
         every = dict.fromkeys([*of_arms.values(), *parents, kept, *(plan.id for plan in one.plans)])
         options = {
             name: {task: measured[name, task] for task in tasks}
@@ -272,7 +275,7 @@ def _worth_by_way(
         rows.append(
             {arm: worth[name] for arm, name in of_arms.items()}
             | {
-                SELECTOR: worth[arm_plan(*one.pair, arm).id if (arm := named.get(frozenset(one.pair))) else None],
+                SELECTOR: worth[arm_plan(left, right, arm).id if (arm := named.get(frozenset(one.members))) else None],
                 CHOSEN: worth[one.plan.id],
                 ANSWER: worth[one.answer.id],
                 ALWAYS: worth[one.tuned.id if one.tuned else None],

@@ -121,7 +121,7 @@ def pick_stage(layout: RunLayout[Path], narrator: Narrator, pair: tuple[str, str
         advice = recommender.recommend(*pair)
         resolved, told = resolve_plan(choice.answer, catalogue), {k: {"retention": v} for k, v in choice.keeps.items()}
         merged = write_pick(layout, resolved, told)
-        pair_tasks = {task: tasks[task] for task in catalogue.pair_tasks(*pair)}
+        pair_tasks = {task: tasks[task] for task in catalogue.tasks_of(pair)}
         arms = {ranked.arm: arm_plan(*pair, ranked.arm) for ranked in advice.ranked}
         plans = {"arms": arms, "chosen": {CHOSEN: choice.plan, ANSWER: choice.answer}}
         measured, loaded = measure_pick(layout, search, plans, merged, pair_tasks, narrator)

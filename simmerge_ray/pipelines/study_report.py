@@ -24,6 +24,7 @@ from simmerge_ray.research.said import Checked, Said, check_page
 from simmerge_ray.research.second_study.analysis import real_section, small_section
 from simmerge_ray.research.second_study.page import study_2_blocks
 from simmerge_ray.research.second_study.results import PublishedResults
+from simmerge_ray.research.second_study.sets import set_section
 from simmerge_ray.research.second_study.transfer import transfer_section
 from simmerge_ray.research.study import published, statements
 
@@ -57,7 +58,7 @@ class ReportedPage:
     told: Callable[[Mapping[str, Any]], list[Said] | Blocks]
 
 
-_SECOND = {"real": real_section, "small": small_section, "transfer": transfer_section}
+_SECOND = {"real": real_section, "small": small_section, "sets": set_section, "transfer": transfer_section}
 PAGES: Mapping[str, ReportedPage] = {
     "study.md": ReportedPage("study", published.PublishedStudy, published.SECTIONS, statements.statements),
     "study-2.md": ReportedPage("study/second", PublishedResults, _SECOND, study_2_blocks),

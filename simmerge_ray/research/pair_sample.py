@@ -22,9 +22,10 @@ Values = Sequence[float] | np.ndarray
 
 @dataclass(frozen=True)
 class PairSample:
-    """Values by pair, in the order of `pairs`. base_of: by checkpoint; bases are drawn before their checkpoints."""
+    """Values by pair, or by larger sets of one size, in the order of `pairs`. base_of: by checkpoint; bases are drawn
+    before their checkpoints."""
 
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[str, ...], ...]
     base_of: Mapping[str, str] | None = None
 
     @cached_property

@@ -36,7 +36,8 @@ def new_directory(target: Place) -> Iterator[Path]:
     """A temporary directory to fill; it takes the name `target` only when the block ends without an error.
 
     An older directory of that name is replaced at that moment; after a kill only a hidden `.partial` sibling is left,
-    which the next call for the same target removes. In a store, see the module.
+    which the next call for the same target removes. What another process is filling for it at this moment stays. In a
+    store, see the module.
     """
     if isinstance(target, RemotePath):
         with scratch_directory() as partial:
@@ -46,7 +47,8 @@ def new_directory(target: Place) -> Iterator[Path]:
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{target.name}.*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if not _is_of_running_process(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
@@ -54,6 +56,20 @@ def new_directory(target: Place) -> Iterator[Path]:
         publish_directory(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_of_running_process(partial: Path) -> bool:
+    """Whether another process of this machine is filling it."""
+    owner = partial.name.split(".")[-2]
+    if not owner.isdigit() or int(owner) == os.getpid():
+        return False
+    try:
+        os.kill(int(owner), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def publish_directory(partial: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simmerge_ray.base.config import SearchConfig
@@ -15,21 +15,23 @@ from simmerge_ray.base.storage import jsonl_bytes, new_directory, read_json, wri
 from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue, write_catalogue
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.pipelines.choices import chosen_of
-from simmerge_ray.pipelines.second_study.pairs import PairWork
 from simmerge_ray.pipelines.second_study.run import StudyRun, publish
+from simmerge_ray.pipelines.second_study.work import MergeWork
 from simmerge_ray.pipelines.zoo import BASE_ID, is_trained
 from simmerge_ray.plans.plan import plan_from_json
 from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.research.second_study.analysis import real_figures
-from simmerge_ray.research.second_study.candidates import NUM_REAL_ITEMS, pair_order
+from simmerge_ray.research.second_study.candidates import NUM_REAL_ITEMS, pair_order, set_candidates, set_order
 from simmerge_ray.research.second_study.held_out import EXACT, held_out_values, value_rows
 from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_real_experts, pilot_recipes
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
 from simmerge_ray.research.second_study.results import measured_means
+from simmerge_ray.research.second_study.sets import SIZES, read_sets, set_figures
 from simmerge_ray.selector.data.splits import Pair
 
 NUM_REAL_PROBES = 64
-_ENGINE = SearchConfig(evaluator="transformers", pairs="all", dtype="bfloat16")  # of choices and labels; half the time
+_AS_SHIPPED = SearchConfig(evaluator="transformers", pairs="all")
+_ENGINE = _AS_SHIPPED.model_copy(update={"dtype": "bfloat16"})  # of choices among pairs, and labels; half the time
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class RealStages:
     def four(self) -> None:
         """The choice among the first expert of each task, and then what it, the plain average, the experts and the base
         are worth: README's first table."""
-        work = self._real_work
+        work = self._set_work
         task = work.choice_task
         own_task = task.catalogue.own_task
         first = {own: name for name in reversed(task.catalogue.ids) if (own := own_task.get(name))}
@@ -107,20 +109,48 @@ class RealStages:
             write_json(out / "four.json", content | {"candidates": rows})
             stage.result = f"{content['best']['label']} -> {out}"
 
+    def sets(self) -> None:
+        """The choice among sets of experts of as many tasks, in float32 as `auto` is shipped, and what it, the
+        candidates of `set_candidates`, the experts and the base are worth; one set after the other."""
+        work = self._set_work
+        size, catalogue = self.run.num_members, work.catalogue
+        groups = self.run.mine(set_order(catalogue, size)[: self.run.num_pairs])
+        checkpoints = [ref.id for ref in catalogue.all_refs]
+        with self.run.narrator.stage("real-sets") as stage, self.run.narrator.status_bar("sets") as report:
+            for number, members in enumerate(groups):
+                report(number, len(groups), " + ".join(members))
+                work.choose([members], _untold)
+                work.label([members], checkpoints, _untold)
+            stage.result = f"{len(groups)} sets of {size} -> {work.labels}"
+
+    def sets_results(self) -> None:
+        """Labels and choices of sets of any size as they are published (docs/study/second/sets)."""
+        work = self._set_work
+        groups = [group for size in SIZES for group in set_order(work.catalogue, size)]
+        publish(self.run, "real/sets", [work.made(groups)], set_figures, read_sets)
+
     def results(self) -> None:
         """Labels and choices as they are published (docs/study/second/real), with the figures of the plan's
         hypotheses."""
-        publish(self.run, "real", [self._real_work.made()], real_figures)
+        work = self._real_work
+        publish(self.run, "real", [work.made(pair_order(work.catalogue))], real_figures)
 
-    def _real_pairs(self, work: PairWork) -> list[Pair]:
+    def _real_pairs(self, work: MergeWork) -> list[Pair]:
         return self.run.mine(pair_order(work.catalogue)[: self.run.num_pairs])
 
     @property
-    def _real_work(self) -> PairWork:
+    def _real_work(self) -> MergeWork:
+        return self._work(self._directory("."), _ENGINE)
+
+    @property
+    def _set_work(self) -> MergeWork:
+        work = self._work(self._directory("sets"), _AS_SHIPPED)
+        return replace(work, labelled_in=_ENGINE.dtype, candidates=set_candidates)
+
+    def _work(self, made: Path, engine: SearchConfig) -> MergeWork:
         zoo, find = self._directory("zoo"), FindConfig(tune="none")
-        places = (zoo / "catalogue.yaml", zoo / "probes", zoo / "tasks")
-        made = (self._directory("choices"), self._directory("labels"))
-        return PairWork(*places, *made, find, _ENGINE, NUM_REAL_ITEMS)
+        places = (zoo / "catalogue.yaml", zoo / "probes", zoo / "tasks", made / "choices", made / "labels")
+        return MergeWork(*places, find, engine, NUM_REAL_ITEMS)
 
     @property
     def _data(self) -> RealData:
@@ -190,3 +220,7 @@ class RealStages:
     def _made_by(self, ref: CheckpointRef) -> str | None:
         recipe = (ref.adapter or ref.path) / "recipe.json"
         return read_json(recipe)["digest"] if recipe.exists() else None
+
+
+def _untold(done: int, of: int, line: str) -> None:
+    """The progress of a part of what is told."""

@@ -19,7 +19,8 @@ class StudyRun:
     """root: `real/` and `small/` lie in it. tasks: directory of the real tasks. base: the pretrained checkpoint. share:
     (i, n) takes every n-th expert, pair and checkpoint from the i-th on, so that n processes do the work of one.
     num_pairs: of every base, the first of their order (all of the real zoo, `NUM_SMALL_PAIRS` of a small one).
-    num_bases: the first small ones; a share is of these, since a base's pairs stay together.
+    num_bases: the first small ones; a share is of these, since a base's pairs stay together. num_members: of each set
+    of the real zoo's experts.
     """
 
     root: Path
@@ -29,6 +30,7 @@ class StudyRun:
     share: tuple[int, int] = (0, 1)
     num_pairs: int | None = None
     num_bases: int | None = None
+    num_members: int = 4
 
     def mine(self, every: Sequence[Part]) -> list[Part]:
         """This process's share."""
@@ -37,11 +39,15 @@ class StudyRun:
 
 
 def publish(
-    run: StudyRun, kind: str, zoos: Sequence[MadeZoo], figures: Callable[[LabelledZoos], Mapping[str, Any]]
+    run: StudyRun,
+    kind: str,
+    zoos: Sequence[MadeZoo],
+    figures: Callable[[LabelledZoos], Mapping[str, Any]],
+    read: Callable[[Path], LabelledZoos] = read_results,
 ) -> None:
     """Labels and choices of a kind of zoo as docs/study/second has them, with the figures of the plan's hypotheses."""
     out = (run.root / kind / "results").resolve()
-    with run.narrator.stage(f"{kind}-results") as stage:
+    with run.narrator.stage(f"{kind.replace('/', '-')}-results") as stage:
         num_labels = publish_results(out, zoos)
-        write_json(out / "figures.json", figures(read_results(out)))
+        write_json(out / "figures.json", figures(read(out)))
         stage.result = f"{num_labels} labels, {sum(len(zoo.choices) for zoo in zoos)} choices -> {out}"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.finding import FindConfig
-from simmerge_ray.pipelines.second_study.pairs import PairWork
 from simmerge_ray.pipelines.second_study.run import StudyRun, publish
+from simmerge_ray.pipelines.second_study.work import MergeWork
 from simmerge_ray.pipelines.zoo import make_zoo_parts, write_questions
 from simmerge_ray.research.second_study.analysis import small_figures
 from simmerge_ray.research.second_study.candidates import pair_order
@@ -62,7 +62,12 @@ class SmallStages:
     def results(self) -> None:
         """As of the real zoo, of the bases that have labels."""
         works = {name: work for name, work in self._small_works.items() if work.labels.exists()}
-        publish(self.run, "small", [work.made(name) for name, work in works.items()], small_figures)
+        publish(
+            self.run,
+            "small",
+            [work.made(pair_order(work.catalogue, name)) for name, work in works.items()],
+            small_figures,
+        )
 
     @property
     def _small_parts(self) -> list[ZooPart]:
@@ -70,12 +75,12 @@ class SmallStages:
         return [foreign_part(seed) for seed in self.run.mine(seeds)]
 
     @property
-    def _small_works(self) -> dict[str, PairWork]:
+    def _small_works(self) -> dict[str, MergeWork]:
         """By the base's name."""
         root = (self.run.root / "small").resolve()
         zoo = root / "zoo"
         return {
-            part.name: PairWork(
+            part.name: MergeWork(
                 zoo / part.name / "catalogue.yaml",
                 zoo / "probes",
                 zoo / "tasks",
@@ -87,5 +92,5 @@ class SmallStages:
             for part in self._small_parts
         }
 
-    def _small_pairs(self, name: str, work: PairWork) -> list[Pair]:
+    def _small_pairs(self, name: str, work: MergeWork) -> list[Pair]:
         return pair_order(work.catalogue, name)[: self.run.num_pairs or NUM_SMALL_PAIRS]

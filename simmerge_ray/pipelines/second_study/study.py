@@ -20,6 +20,8 @@ STAGES = (
     "real-labels",
     "real-results",
     "real-four",
+    "real-sets",
+    "real-sets-results",
     "small-zoos",
     "small-choices",
     "small-labels",

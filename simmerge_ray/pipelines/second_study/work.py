@@ -1,10 +1,11 @@
-"""Choices and labels of the pairs of one base: made once each, so that an interrupted run goes on."""
+"""Choices and labels of merges of one base's checkpoints: made once each, so that an interrupted run goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from simmerge_ray.base.config import SearchConfig
 from simmerge_ray.base.finding import FindConfig
@@ -13,18 +14,19 @@ from simmerge_ray.checkpoints.catalogue import Catalogue, load_catalogue
 from simmerge_ray.checkpoints.probes import ProbeSet, load_probe_sets
 from simmerge_ray.pipelines.choices import ChoiceTask, choice_file, choose_for, missing_choices, read_choice
 from simmerge_ray.plans.plan import MergePlan
-from simmerge_ray.research.second_study.candidates import NUM_SIGNAL_PROBES, fixed_candidates, label_tasks, pair_order
+from simmerge_ray.research.second_study.candidates import NUM_SIGNAL_PROBES, fixed_candidates, label_tasks
 from simmerge_ray.research.second_study.results import Chosen, MadeZoo
 from simmerge_ray.search.evaluation import load_tasks
-from simmerge_ray.selector.data.splits import Pair
+from simmerge_ray.selector.data.splits import Group
 
 
 @dataclass(frozen=True)
-class PairWork:
-    """Work on one base.
+class MergeWork:
+    """Work on one base: merges of pairs, or of larger sets.
 
     catalogue_file, probes, tasks: of its zoo. choices, labels: directories. find: how `auto` chooses. engine: runs what
-    is chosen among and what is labelled. num_items: of each task that is labelled; None: all.
+    is chosen among. labelled_in: precision of what is labelled, or of the engine. num_items: of each task that is
+    labelled; None: all. candidates: of some members, labelled beside what is chosen.
     """
 
     catalogue_file: Path
@@ -35,6 +37,8 @@ class PairWork:
     find: FindConfig
     engine: SearchConfig
     num_items: int | None = None
+    labelled_in: Literal["float32", "bfloat16"] | None = None
+    candidates: Callable[[Group], Mapping[str, MergePlan]] = fixed_candidates
 
     @property
     def catalogue(self) -> Catalogue:
@@ -45,27 +49,26 @@ class PairWork:
         signatures = str(self.choices / "signatures")
         return ChoiceTask(self.catalogue, self._probe_sets, self.find, signatures, self.choices, self.engine)
 
-    def choose(self, pairs: Sequence[Pair], report: StatusReport) -> int:
-        """The choice without labels, from probes alone, for those of the pairs that have none; how many these were."""
+    def choose(self, groups: Sequence[Group], report: StatusReport) -> int:
+        """The choice without labels, from probes alone, for those that have none; how many these were."""
         task = self.choice_task
-        keys = dict(missing_choices(task))
-        missing = [pair for pair in pairs if pair in keys]
-        for number, pair in enumerate(missing):
-            report(number, len(missing), " + ".join(pair))
-            choose_for(task, pair, keys[pair])
+        missing = missing_choices(task, groups)
+        for number, (members, key) in enumerate(missing):
+            report(number, len(missing), " + ".join(members))
+            choose_for(task, members, key)
         return len(missing)
 
-    def label(self, pairs: Sequence[Pair], checkpoints: Sequence[str], report: StatusReport) -> int:
-        """Utilities of checkpoints, of the pairs' fixed candidates and of what was chosen, with what each keeps of its
+    def label(self, groups: Sequence[Group], checkpoints: Sequence[str], report: StatusReport) -> int:
+        """Utilities of checkpoints, of the groups' candidates and of what was chosen, with what each keeps of its
         members' answers; the number of plans."""
         catalogue = self.catalogue
         plans: dict[MergePlan, tuple[str, ...]] = {MergePlan(source=name): () for name in checkpoints}
-        for pair in pairs:
-            plans |= dict.fromkeys(fixed_candidates(*pair).values(), ())
-            if choice_file(self.choices, pair).exists():
-                choice = read_choice(self.choices, pair)
-                for plan in (choice.plan, choice.answer):  # a scaled checkpoint too is asked for the tasks of both
-                    plans[plan] = tuple(dict.fromkeys((*plans.get(plan, ()), *catalogue.pair_tasks(*pair))))
+        for members in groups:
+            plans |= dict.fromkeys(self.candidates(members).values(), ())
+            if choice_file(self.choices, members).exists():
+                choice = read_choice(self.choices, members)
+                for plan in (choice.plan, choice.answer):  # a scaled checkpoint too is asked for the tasks of all
+                    plans[plan] = tuple(dict.fromkeys((*plans.get(plan, ()), *catalogue.tasks_of(members))))
         self.measure(plans, report)
         return len(plans)
 
@@ -76,19 +79,17 @@ class PairWork:
         catalogue = self.catalogue
         tasks = label_tasks(load_tasks(self.tasks), tokenizer_of(catalogue), self.num_items)
         few = {name: ProbeSet(name, one.probes[:NUM_SIGNAL_PROBES]) for name, one in self._probe_sets.items()}
-        measure_plans(
-            catalogue, tasks, few, self.labels, plans, lambda done, of: report(done, of, ""), self.engine.dtype
-        )
+        dtype = self.labelled_in or self.engine.dtype
+        measure_plans(catalogue, tasks, few, self.labels, plans, lambda done, of: report(done, of, ""), dtype)
 
-    def made(self, seed: int | str = 0) -> MadeZoo:
-        """What is there, pairs in the order of `pair_order`."""
-        catalogue = self.catalogue
+    def made(self, groups: Iterable[Group]) -> MadeZoo:
+        """What is there of them, in their order."""
         choices = {
-            pair: Chosen(one.plan, one.answer, one.keeps)
-            for pair in pair_order(catalogue, seed)
-            if choice_file(self.choices, pair).exists() and (one := read_choice(self.choices, pair))
+            members: Chosen(one.plan, one.answer, one.keeps)
+            for members in groups
+            if choice_file(self.choices, members).exists() and (one := read_choice(self.choices, members))
         }
-        return MadeZoo(catalogue, self.labels, choices)
+        return MadeZoo(self.catalogue, self.labels, choices)
 
     @property
     def _probe_sets(self) -> dict[str, ProbeSet]:

@@ -18,7 +18,7 @@ from simmerge_ray.research.second_study.results import (
     CHOSEN,
     LEFT,
     RIGHT,
-    LabelledPair,
+    LabelledGroup,
     LabelledZoos,
     PublishedResults,
     read_results,
@@ -69,7 +69,7 @@ def zoo_figures(results: LabelledZoos, ways: Mapping[str, np.ndarray]) -> dict[s
 def real_figures(results: LabelledZoos) -> dict[str, Any]:
     """`zoo_figures`, the hypotheses H1 to H4 with verdicts, and what was chosen."""
     ways = ways_of_choosing(results)
-    chosen = [[*one.pair, one.chosen.label, float(ways[CHOICE][n])] for n, one in enumerate(results.pairs)]
+    chosen = [[*one.members, one.chosen.label, float(ways[CHOICE][n])] for n, one in enumerate(results.pairs)]
     return zoo_figures(results, ways) | {"hypotheses": hypotheses(sample_of(results), ways), "chosen": chosen}
 
 
@@ -80,7 +80,7 @@ def small_figures(results: LabelledZoos) -> dict[str, Any]:
     return found | {"bases": base_rows(results), "answers": Counter(map(_kind_of_answer, results.pairs))}
 
 
-def _kind_of_answer(one: LabelledPair) -> str:
+def _kind_of_answer(one: LabelledGroup) -> str:
     """A member that has less than `_LITTLE` of the other's weight is next to nothing."""
     if one.answer != one.chosen:
         return "tuned"
@@ -104,25 +104,25 @@ def small_section(published: PublishedResults) -> dict[str, Any]:
 
 def sample_of(results: LabelledZoos) -> PairSample:
     """Draws bases, where there are several, and their checkpoints."""
-    return PairSample(tuple(one.pair for one in results.pairs), results.base_of)
+    return PairSample(tuple(one.members for one in results.pairs), results.base_of)
 
 
 def ways_of_choosing(results: LabelledZoos) -> dict[str, np.ndarray]:
     """(P,) utility of what each way takes, by way. What other pairs choose is chosen by those of other bases; of one
     base, by those that share no checkpoint."""
     several = len(results.bases) > 1
-    groups = [(one.base,) if several else one.pair for one in results.pairs]
+    groups = [(one.base,) if several else one.members for one in results.pairs]
     table = np.array([[utility(one.items[name]) for name in _candidates(results)] for one in results.pairs])
     place = {name: number for number, name in enumerate(_candidates(results))}
     papers = [place[name] for name in PAPERS_OPERATORS]
 
-    def of(take: Callable[[LabelledPair], float]) -> np.ndarray:
+    def of(take: Callable[[LabelledGroup], float]) -> np.ndarray:
         return np.array([take(one) for one in results.pairs])
 
     found = {CHOICE: of(lambda one: utility(one.items[CHOSEN]))}
     if (tuned := of(lambda one: utility(one.items[ANSWER]))).tolist() != found[CHOICE].tolist():
         found[TUNED] = tuned
-    found |= {SCORED: of(lambda one: utility(one.items[_best_by_score(one)])), PLAIN: table[:, place[AVERAGE]]}
+    found |= {SCORED: of(lambda one: utility(one.items[best_by_score(one)])), PLAIN: table[:, place[AVERAGE]]}
     for way, name in NAMED.items():
         found[way] = np.array([utility(one.items[name]) for one in results.pairs])
     found[OPERATORS_ELSEWHERE] = taken(table[:, papers], best_elsewhere(table[:, papers], groups))
@@ -161,7 +161,8 @@ def gap_figures(results: LabelledZoos) -> dict[str, Any]:
     arms = {CHOICE: CHOSEN, TUNED: ANSWER, PLAIN: AVERAGE, **{way: name for way, name in NAMED.items()}}
     contexts = [
         Context(
-            *one.pair,
+            one.members[0],
+            one.members[1],
             task,
             {way: one.items[name][task] for way, name in {**arms, HINDSIGHT: _best_of(one)}.items()},
             one.items[LEFT][task],
@@ -187,7 +188,7 @@ def gap_figures(results: LabelledZoos) -> dict[str, Any]:
     return {"ways": rows, "over_paper": over, "by_base": by_base, "contexts": len(gaps.gap), "of": len(contexts)}
 
 
-def _best_of(one: LabelledPair) -> str:
+def _best_of(one: LabelledGroup) -> str:
     return max(one.items, key=lambda name: utility(one.items[name]))
 
 
@@ -249,7 +250,7 @@ def score_figures(results: LabelledZoos) -> dict[str, Any]:
     sample = sample_of(results)
     scores, utilities = [], []
     for one in results.pairs:
-        names = [*fixed_candidates(*one.pair), *_KEPT]
+        names = list(one.scores)
         scores.append(np.array([[one.scores[name][task] for task in one.tasks] for name in names]))
         utilities.append(np.array([[one.items[name][task].mean() for task in one.tasks] for name in names]))
     within = [rank_correlation(of.mean(1), value.mean(1)) for of, value in zip(scores, utilities, strict=True)]
@@ -294,9 +295,9 @@ def best_of_draws(halves: np.ndarray) -> np.ndarray:
 
 
 def _candidates(results: LabelledZoos) -> list[str]:
-    return list(fixed_candidates(*results.pairs[0].pair))
+    return list(fixed_candidates(results.pairs[0].members))
 
 
-def _best_by_score(one: LabelledPair) -> str:
-    """Of the fixed candidates, parents and base."""
+def best_by_score(one: LabelledGroup) -> str:
+    """Name of the one among the fixed candidates, members and base."""
     return max(one.scores, key=lambda name: float(np.mean([*one.scores[name].values()])))

@@ -27,7 +27,8 @@ _SAID = {
 
 def study_2_blocks(sections: Mapping[str, Any]) -> dict[str, list[str]]:
     """All blocks of the page."""
-    return real_blocks(sections["real"]) | small_blocks(sections["small"]) | transfer_blocks(sections["transfer"])
+    of_zoos = real_blocks(sections["real"]) | small_blocks(sections["small"])
+    return of_zoos | set_blocks(sections["sets"]) | transfer_blocks(sections["transfer"])
 
 
 def real_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -50,6 +51,31 @@ def _zoo_blocks(kind: str, found: Mapping[str, Any]) -> dict[str, list[str]]:
         f"{kind}-scores": _scores(found["scores"]),
         f"{kind}-evaluations": _evaluations(found["evaluations"]),
     }
+
+
+def set_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Lines by block; `found` of `set_figures`. Sets of more members first."""
+    sizes = sorted(found["sizes"].items(), reverse=True)
+    ways, chosen = [], []
+    for size, one in sizes:
+        counts, within = one["counts"], one["within_a_set"]
+        ways += [
+            f"{size} members, {counts['sets']} of {counts['of']} sets; Spearman of score and utility within a set "
+            f"{with_interval(within['mean'], within['interval'])}:",
+            "",
+            *_ways(one["ways"]),
+        ]
+        chosen += [(", ".join(names), label, value) for *names, label, value in one["chosen"]]
+    chosen_lines = table_lines(("members", "chosen", "utility"), chosen)
+    return {"sets-verdict": _set_verdict(found["hypotheses"]["H11"]), "sets-ways": ways, "sets-chosen": chosen_lines}
+
+
+def _set_verdict(first: Mapping[str, Any]) -> list[str]:
+    if not first["over"]:
+        return ["- **H11** is not tested: no set of four is labelled."]
+    word = _verdict_words(first["is_whole"])[bool(first["holds"])]
+    gains = [f"minus {name}, {_points({'mean': one['value'], **one})}" for name, one in first["over"].items()]
+    return [f"- **H11 {word}**: choice {'; '.join(gains)} points (asked: >= +8, lower end > 0; > 0)."]
 
 
 def transfer_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -142,9 +168,14 @@ def _verdict(found: Mapping[str, Any]) -> list[str]:
     return [extent, "", *(f"- {_sentence(name, one, is_whole)}" for name, one in ordered)]
 
 
+def _verdict_words(is_whole: bool) -> tuple[str, str]:
+    """No and yes."""
+    return ("is not earned", "is earned") if is_whole else ("does not hold so far", "holds so far")
+
+
 def _sentence(name: str, one: Mapping[str, Any], is_whole: bool) -> str:
-    words = ("is not earned", "is earned") if is_whole else ("does not hold so far", "holds so far")
-    return f"**{name} {words[bool(one['holds'])]}**: {_SAID[name]}, {_figure(name, one)} (asked: {_asked(name, one)})."
+    word = _verdict_words(is_whole)[bool(one["holds"])]
+    return f"**{name} {word}**: {_SAID[name]}, {_figure(name, one)} (asked: {_asked(name, one)})."
 
 
 def _figure(name: str, one: Mapping[str, Any]) -> str:
@@ -176,7 +207,7 @@ def _hypotheses(verdicts: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _ways(ways: Sequence[Mapping[str, Any]]) -> list[str]:
-    against = (PLAIN, ELSEWHERE, PARENT)
+    against = list(dict.fromkeys(name for row in ways for name in row["over"]))
     rows = []
     for row in sorted(ways, key=lambda one: -(one["utility"] or 0.0)):
         gains = [row["over"].get(name) for name in against]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,24 @@ from simmerge_ray.research.choosing import PairItems
 from simmerge_ray.research.second_study.candidates import fixed_candidates
 from simmerge_ray.search.evaluation.answers import PREFIX
 from simmerge_ray.search.labels import LabelStore, Measured, check_comparable
-from simmerge_ray.selector.data.splits import Pair
+from simmerge_ray.selector.data.splits import Group
 from simmerge_ray.selector.predictor.answers import NOTES
 from simmerge_ray.selector.predictor.rows import CandidateRows, read_candidates
 from simmerge_ray.selector.predictor.signals import COLUMNS
 
-ZOOS = ("real", "small")
+SETS = "sets"
+ZOOS = ("real", "small", SETS)
 CHOSEN, ANSWER = "chosen", "answer"
 LEFT, RIGHT, BASE = "left parent", "right parent", "base"
+
+NamedPlans = Callable[[Group, str], Mapping[str, MergePlan]]
+"""By name, what is labelled of some members and their base beside what was chosen."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen for a pair without a label: the best by scalars, and `auto`'s answer, tuned or not. keeps: what
-    the answer keeps of each member."""
+    """What was chosen for a pair or a larger set without a label: the best by scalars, and `auto`'s answer, tuned or
+    not. keeps: what the answer keeps of each member."""
 
     plan: MergePlan
     answer: MergePlan
@@ -43,18 +47,18 @@ class MadeZoo:
 
     catalogue: Catalogue
     labels: Path
-    choices: Mapping[Pair, Chosen]
+    choices: Mapping[Group, Chosen]
 
     def to_json(self) -> dict[str, Any]:
         assert self.catalogue.base is not None
         pairs = [
             {
-                "pair": list(pair),
+                "members": list(members),
                 "plan": one.plan.to_json(),
                 **({} if one.answer == one.plan else {"answer": one.answer.to_json()}),
                 "keeps": dict(one.keeps),
             }
-            for pair, one in self.choices.items()
+            for members, one in self.choices.items()
         ]
         own_task = dict(self.catalogue.own_task)
         num_pairs = len(self.catalogue.pairs())
@@ -62,15 +66,15 @@ class MadeZoo:
 
 
 @dataclass(frozen=True)
-class LabelledPair:
-    """A pair whose fixed candidates and choice are all labelled.
+class LabelledGroup:
+    """A pair, or a larger set, whose candidates and choice are all labelled.
 
-    items: utilities of the items of both tasks, by the names of `named_plans`, of `CHOSEN` and of `ANSWER`. scores:
-    (retention + exp(-nll)) / 2 on each task's probes, by the names of `named_plans`. chosen: the plan by scalars.
-    answer: of `auto`, the same or tuned.
+    items: utilities of the items of the members' tasks, by the names of the candidates, of `CHOSEN` and of `ANSWER`.
+    scores: (retention + exp(-nll)) / 2 on each task's probes, by the names of the candidates. chosen: the plan by
+    scalars. answer: of `auto`, the same or tuned.
     """
 
-    pair: Pair
+    members: Group
     base: str
     items: PairItems
     scores: Mapping[str, Mapping[str, float]]
@@ -84,10 +88,10 @@ class LabelledPair:
 
 @dataclass(frozen=True)
 class LabelledZoos:
-    """Of one base or several. pairs: those that are whole. num_pairs: across tasks, of all bases. own_task: of every
-    expert. base_of: likewise. singles: mean utility of every checkpoint and the bases, by task."""
+    """Of one base or several. pairs: or larger sets, those that are whole. num_pairs: across tasks, of all bases.
+    own_task: of every expert. base_of: likewise. singles: mean utility of every checkpoint and the bases, by task."""
 
-    pairs: tuple[LabelledPair, ...]
+    pairs: tuple[LabelledGroup, ...]
     num_pairs: int
     own_task: Mapping[str, str]
     base_of: Mapping[str, str]
@@ -113,15 +117,15 @@ class PublishedResults:
         return found
 
 
-def read_results(directory: Path) -> LabelledZoos:
-    """What `publish_results` wrote.
+def read_results(directory: Path, named: NamedPlans | None = None) -> LabelledZoos:
+    """What `publish_results` wrote. named: the candidates that a pair must have, those of `named_plans` if not said.
 
     Raises:
         LabelError: labels that must not be compared, or no pair that is whole.
     """
     measured = _measured_items(directory / "labels")
     scores, zoos = _scores(read_candidates([directory / "labels"])), read_json(directory / "choices.json")["zoos"]
-    pairs = tuple(pair for zoo in zoos for pair in _whole_pairs(zoo, measured, scores))
+    pairs = tuple(pair for zoo in zoos for pair in _whole_groups(zoo, measured, scores, named or named_plans))
     if not pairs:
         raise LabelError(f"no pair in {directory} has labels of all its fixed candidates and of what was chosen")
     own_task = {name: task for zoo in zoos for name, task in zoo["own_task"].items()}
@@ -134,22 +138,23 @@ def read_results(directory: Path) -> LabelledZoos:
     return LabelledZoos(pairs, sum(zoo["num_pairs"] for zoo in zoos), own_task, base_of, singles)
 
 
-def _whole_pairs(
+def _whole_groups(
     zoo: Mapping[str, Any],
     measured: Mapping[MergePlan, Mapping[str, np.ndarray]],
-    scores: Mapping[tuple[str, str, str, MergePlan], float],
-) -> Iterable[LabelledPair]:
+    scores: Mapping[tuple[frozenset[str], str, MergePlan], float],
+    named: NamedPlans,
+) -> Iterable[LabelledGroup]:
     own_task, base = zoo["own_task"], zoo["base"]
     for row in zoo["pairs"]:
-        left, right = row["pair"]
-        fixed = named_plans(left, right, base)
+        members = tuple(row["members"])
+        fixed, all_members = named(members, base), frozenset(members)
         plan, answer = plan_from_json(row["plan"]), plan_from_json(row.get("answer", row["plan"]))
-        tasks = [own_task[left], own_task[right]]
-        found = {name: measured.get(one, {}) for name, one in (fixed | {CHOSEN: plan, ANSWER: answer}).items()}
+        tasks = [own_task[name] for name in members]
+        found = {name: measured.get(one, {}) for name, one in {**fixed, CHOSEN: plan, ANSWER: answer}.items()}
         if all(task in items for items in found.values() for task in tasks):
             items = {name: {task: of_task[task] for task in tasks} for name, of_task in found.items()}
-            scored = {name: {task: scores[left, right, task, one] for task in tasks} for name, one in fixed.items()}
-            yield LabelledPair((left, right), base, items, scored, plan, answer)
+            scored = {name: {task: scores[all_members, task, one] for task in tasks} for name, one in fixed.items()}
+            yield LabelledGroup(members, base, items, scored, plan, answer)
 
 
 def publish_results(directory: Path, zoos: Sequence[MadeZoo]) -> int:
@@ -183,20 +188,15 @@ def _measured_items(labels: Path) -> dict[MergePlan, dict[str, np.ndarray]]:
     return measured
 
 
-def named_plans(left: str, right: str, base: str) -> dict[str, MergePlan]:
+def named_plans(pair: Group, base: str) -> dict[str, MergePlan]:
     """The fixed candidates, both parents and the base."""
-    kept = {LEFT: left, RIGHT: right, BASE: base}
-    return fixed_candidates(left, right) | {name: MergePlan(source=one) for name, one in kept.items()}
+    kept = dict(zip((LEFT, RIGHT, BASE), (*pair, base), strict=True))
+    return fixed_candidates(pair) | {name: MergePlan(source=one) for name, one in kept.items()}
 
 
-def _scores(rows: CandidateRows) -> dict[tuple[str, str, str, MergePlan], float]:
-    """By both members, in either order, task and plan."""
+def _scores(rows: CandidateRows) -> dict[tuple[frozenset[str], str, MergePlan], float]:
+    """By members, task and plan."""
     retention, likelihood = (rows.features[:, COLUMNS.index(name)] for name in ("retention", "likelihood"))
-    found = {}
-    for members, task, plan, score in zip(
-        rows.members, rows.tasks, rows.plans, (retention + likelihood) / 2, strict=True
-    ):
-        if len(members) == 2:
-            left, right = members
-            found[left, right, task, plan] = found[right, left, task, plan] = float(score)
-    return found
+    scores = ((retention + likelihood) / 2).tolist()
+    keys = zip(map(frozenset, rows.members), rows.tasks, rows.plans, strict=True)
+    return dict(zip(keys, scores, strict=True))

@@ -30,7 +30,7 @@ def transfer_section(published: PublishedResults) -> dict[str, Any]:
 
 
 def _whole_pairs(directory: Path) -> CandidateRows:
-    whole = {frozenset(one.pair) for one in read_results(directory).pairs}
+    whole = {frozenset(one.members) for one in read_results(directory).pairs}
     rows = read_candidates([directory / "labels"])
     return rows.subset([row for row, members in enumerate(rows.members) if frozenset(members) in whole])
 

@@ -108,12 +108,13 @@ def fold_mean(folds: Sequence[Fold], values: Sequence[np.ndarray], num_rows: int
 
 
 def resampled_weights(
-    pairs: Sequence[Pair], base_of: Mapping[str, str] | None, num_resamples: int, seed: int
+    pairs: Sequence[Group], base_of: Mapping[str, str] | None, num_resamples: int, seed: int
 ) -> np.ndarray:
     """(num_resamples, N): how often each pair is in a sample of bases with replacement, then of their checkpoints.
 
     A pair weighs the product of how often its two checkpoints were drawn, since pairs that share one are not
-    independent. Without `base_of`, or with one base, only checkpoints are drawn.
+    independent. Without `base_of`, or with one base, only checkpoints are drawn. Groups of more members likewise, all
+    of one size.
     """
     generator = np.random.default_rng(seed)
     names = sorted({name for pair in pairs for name in pair})
@@ -125,10 +126,10 @@ def resampled_weights(
     for slot in range(len(groups)):
         for index, group in enumerate(groups):
             chosen = np.flatnonzero(drawn[:, slot] == index)
-            inside = [row for row, pair in enumerate(pairs) if place[pair[0]][0] == place[pair[1]][0] == index]
+            inside = [row for row, pair in enumerate(pairs) if {place[name][0] for name in pair} == {index}]
             if not len(chosen) or not inside:
                 continue
             counts = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=len(chosen))
-            left, right = (np.array([place[pairs[row][side]][1] for row in inside]) for side in (0, 1))
-            weights[np.ix_(chosen, np.array(inside))] += counts[:, left] * counts[:, right]
+            members = np.array([[place[name][1] for name in pairs[row]] for row in inside])
+            weights[np.ix_(chosen, np.array(inside))] += counts[:, members].prod(axis=2)
     return weights

@@ -117,8 +117,8 @@ def test_a_catalogue_survives_its_file(catalogue, tmp_path):
 def test_pairs_and_tasks_of_a_catalogue(catalogue):
     assert catalogue.pairs("all") == [("m0", "m1"), ("m0", "m2"), ("m1", "m2")]
     assert catalogue.pairs() == [("m0", "m1"), ("m1", "m2")]  # m0 and m2 share the task add
-    assert catalogue.pair_tasks("m0", "m1") == ("add", "copy")
-    assert catalogue.pair_tasks("m0", "m2") == ("add",)
+    assert catalogue.tasks_of(("m0", "m1")) == ("add", "copy")
+    assert catalogue.tasks_of(("m0", "m2")) == ("add",)
     with pytest.raises(PlanError, match=r"unknown checkpoint 'm5'.*known: base, m0, m1, m2"):
         catalogue.ref("m5")
 

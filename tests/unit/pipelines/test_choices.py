@@ -19,8 +19,8 @@ from simmerge_ray.pipelines.choices import (
     ORACLE,
     PARENT,
     SELECTOR,
+    Choice,
     ChoiceTask,
-    PairChoice,
     choice_file,
     compared_choices,
     missing_choices,
@@ -41,15 +41,15 @@ def test_only_choices_of_the_same_inputs_are_taken_as_made(catalogue, catalogue_
     probes = load_probe_sets(catalogue_path.parent / "probes")
     task = ChoiceTask(catalogue, probes, FindConfig(), "signatures", tmp_path)
     pairs = catalogue.pairs()
-    missing = missing_choices(task)
+    missing = missing_choices(task, pairs)
     assert [pair for pair, _ in missing] == pairs and len({key for _, key in missing}) == len(pairs)
     for pair, key in missing:
         write_json(choice_file(tmp_path, pair), {"key": key})
-    assert missing_choices(task) == []
+    assert missing_choices(task, pairs) == []
     write_json(choice_file(tmp_path, pairs[0]), {"key": "of an older run"})
-    assert missing_choices(task) == missing[:1]
+    assert missing_choices(task, pairs) == missing[:1]
     other = ChoiceTask(catalogue, probes, FindConfig(shortlist=7), "signatures", tmp_path)
-    assert [pair for pair, _ in missing_choices(other)] == pairs
+    assert [pair for pair, _ in missing_choices(other, pairs)] == pairs
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_every_way_gets_what_was_measured_of_what_it_takes(catalogue, layout):
     choices, known, made = [], {}, {}
     for number, pair in enumerate(pairs):
         plan, tuned = scaled({pair[0]: 0.7, pair[1]: 0.6}), scaled({pair[0]: 0.9, pair[1]: 0.8})
-        choices.append(PairChoice(pair, plan, tuned, tuned if number == 0 else plan, {}))
-        for task in catalogue.pair_tasks(*pair):
+        choices.append(Choice(pair, plan, tuned, tuned if number == 0 else plan, {}))
+        for task in catalogue.tasks_of(pair):
             known |= {(pair_plan(*pair, linear), task): 0.2, (pair_plan(*pair, ties), task): 0.3}
             made |= {(plan, task): 0.6, (tuned, task): 0.8}
     for ref in catalogue.all_refs:
@@ -102,14 +102,14 @@ def test_every_way_gets_what_was_measured_of_what_it_takes(catalogue, layout):
 
 def test_a_selector_that_keeps_a_parent_gets_that_parent_s_utility(catalogue, layout):
     left, right = sorted(catalogue.pairs()[0])
-    tasks = catalogue.pair_tasks(left, right)
+    tasks = catalogue.tasks_of((left, right))
     plan = scaled({left: 0.7, right: 0.6})
     put(layout.labels, {(pair_plan(left, right, make_arm("linear")), task): 0.2 for task in tasks}
         | {(MergePlan(source=ref.id), task): 0.7 if ref.id == right else 0.4
            for ref in catalogue.all_refs for task in tasks})  # fmt: skip
     rows = [{"left": left, "right": right, "task": task, "predicted": [0.1, 0.2, 0.3]} for task in tasks]
     write_json(layout.crossval, {"arms": ["linear", "keep(left)", "keep(right)"], "predictions": rows})
-    choice = PairChoice((left, right), plan, None, plan, {})
+    choice = Choice((left, right), plan, None, plan, {})
     (row,) = compared_choices(layout, SearchConfig(arms=("linear",)), catalogue, [choice])["pairs"]
     assert row[SELECTOR] == pytest.approx(0.7) and row[PARENT] == pytest.approx(0.7)
 
@@ -117,12 +117,10 @@ def test_a_selector_that_keeps_a_parent_gets_that_parent_s_utility(catalogue, la
 def test_a_choice_that_could_not_be_measured_is_no_figure(catalogue, layout):
     pair = catalogue.pairs()[0]
     plan = scaled({pair[0]: 0.7, pair[1]: 0.6})
-    tasks = catalogue.pair_tasks(*pair)
+    tasks = catalogue.tasks_of(pair)
     put(layout.labels, {(pair_plan(*pair, make_arm("linear")), task): 0.2 for task in tasks}
         | {(MergePlan(source=ref.id), task): 0.4 for ref in catalogue.all_refs for task in tasks})  # fmt: skip
-    found = compared_choices(
-        layout, SearchConfig(arms=("linear",)), catalogue, [PairChoice(pair, plan, None, plan, {})]
-    )
+    found = compared_choices(layout, SearchConfig(arms=("linear",)), catalogue, [Choice(pair, plan, None, plan, {})])
     ways = {row["way"]: row for row in found["ways"]}
     assert ways[CHOSEN]["utility"] is None and ways[PARENT]["utility"] == pytest.approx(0.4)
     assert found["pairs"][0][CHOSEN] is None and found["always_tuned"] is None

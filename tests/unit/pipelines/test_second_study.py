@@ -100,22 +100,31 @@ def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, 
     chosen = read_choice(real / "choices", pair).plan
     labels = LabelStore(real / "labels").read()
     plans = {one.plan for one in labels if one.plan.is_merge}
-    assert plans == {*fixed_candidates(*pair).values(), *([chosen] if chosen.is_merge else [])}
+    assert plans == {*fixed_candidates(pair).values(), *([chosen] if chosen.is_merge else [])}
     assert all(isinstance(one.outcome, Measured) for one in labels)
-    of_average = {one.task for one in labels if one.plan == fixed_candidates(*pair)["average"]}
+    of_average = {one.task for one in labels if one.plan == fixed_candidates(pair)["average"]}
     tasks = {name.rpartition("-")[0] for name in pair}
     assert {one for one in of_average if not one.startswith(PREFIX)} == tasks
     assert sum(one.startswith(PREFIX) for one in of_average) == 2  # what it keeps of both members
     rows = read_candidates([real / "labels"])
     run_stages(study, ["real-results"])
     results = read_results(real / "results")
-    assert [one.pair for one in results.pairs] == [pair] and results.num_pairs == 1
+    assert [one.members for one in results.pairs] == [pair] and results.num_pairs == 1
     assert len(LabelStore(real / "results" / "labels").read()) == len(labels)
     assert read_json(real / "results" / "figures.json")["counts"]["pairs"] == 1
     run_stages(study, ["real-four"])  # of the two tasks that there are
     four = read_json(real / "four" / "four.json")["candidates"]
     by_label = {row["label"]: row["measured"] for row in four if row["measured"]}
     assert {*pair, "base"} < set(by_label) and all(set(found) >= tasks for found in by_label.values())
+    pairs = replace(study, num_members=2)
+    run_stages(pairs, ["real-sets", "real-sets-results"])
+    sets = real / "sets"
+    assert {one.settings.dtype for one in LabelStore(sets / "labels").read()} == {"bfloat16"}
+    assert read_choice(sets / "choices", pair).members == pair
+    assert read_json(sets / "results" / "figures.json")["sizes"]["2"]["counts"] == {"sets": 1, "of": 1}
+    made = {path: path.stat().st_mtime_ns for path in sets.rglob("*.parquet")}
+    run_stages(pairs, ["real-sets"])
+    assert {path: path.stat().st_mtime_ns for path in sets.rglob("*.parquet")} == made
     assert set(rows.tasks) == tasks and ((rows.utility >= 0) & (rows.utility <= 1)).all()
 
     for path in sorted((real / "labels").glob("*.parquet"))[:1]:
@@ -139,9 +148,9 @@ def test_small_zoos_are_trained_chosen_for_labelled_and_published(tmp_path, monk
     (pair,) = load_catalogue(small / "zoo" / "f22" / "catalogue.yaml").pairs()
     choice = read_choice(small / "choices" / "f22", pair)
     labels = LabelStore(small / "labels" / "f22").read()
-    assert {*fixed_candidates(*pair).values(), choice.plan, choice.answer} <= {one.plan for one in labels}
+    assert {*fixed_candidates(pair).values(), choice.plan, choice.answer} <= {one.plan for one in labels}
     results = read_results(small / "results")
-    assert results.bases == ("f22-base",) and [one.pair for one in results.pairs] == [pair]
+    assert results.bases == ("f22-base",) and [one.members for one in results.pairs] == [pair]
     assert set(results.singles) == {"f22-base", *pair} and results.own_task[pair[0]] == pair[0].split("-")[1]
     assert read_json(small / "results" / "figures.json")["counts"]["bases"] == 1
     whole = replace(study, share=(0, 1), num_bases=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from simmerge_ray.base.errors import TaskError
@@ -56,10 +58,22 @@ def test_a_directory_appears_only_when_complete(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_removed_by_the_next(tmp_path):
-    (tmp_path / ".out.12345.partial").mkdir()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for owner in (ended.pid, "old", 10**30):
+        (tmp_path / f".out.{owner}.partial").mkdir()
     with new_directory(tmp_path / "out") as partial:
         (partial / "file").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_another_process_is_filling_is_left_alone(tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (theirs := tmp_path / f".out.{other.pid}.partial").mkdir()
+        with new_directory(tmp_path / "out") as partial:
+            (partial / "file").write_text("x")
+        other.kill()
+        assert theirs.exists()
 
 
 def test_digests_see_borders_and_ignore_key_order(tmp_path):

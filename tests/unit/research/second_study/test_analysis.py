@@ -22,7 +22,7 @@ from simmerge_ray.research.second_study.results import (
     CHOSEN,
     LEFT,
     RIGHT,
-    LabelledPair,
+    LabelledGroup,
     LabelledZoos,
     named_plans,
 )
@@ -40,13 +40,15 @@ def made_up(chosen_gain: float = 0.2, num_items: int = 100) -> LabelledZoos:
         if left[0] == right[0]:
             continue
         tasks = (_TASKS[left[0]], _TASKS[right[0]])
-        names = list(named_plans(left, right, "base"))
+        names = list(named_plans((left, right), "base"))
         scores = {name: dict.fromkeys(tasks, float(generator.uniform(0.1, 0.9))) for name in names}
         items = {
             name: {task: generator.normal(of[task], 0.01, num_items) for task in tasks} for name, of in scores.items()
         }
         items[CHOSEN] = items[ANSWER] = {task: items[AVERAGE][task] + chosen_gain for task in tasks}
-        pairs.append(LabelledPair((left, right), "base", items, scores, MergePlan(source=left), MergePlan(source=left)))
+        pairs.append(
+            LabelledGroup((left, right), "base", items, scores, MergePlan(source=left), MergePlan(source=left))
+        )
     own_task, base_of = {one: _TASKS[one[0]] for one in _EXPERTS}, dict.fromkeys(_EXPERTS, "base")
     return LabelledZoos(tuple(pairs), 54, own_task, base_of, {"base": dict.fromkeys(_TASKS.values(), 0.1)})
 
@@ -121,13 +123,13 @@ def of_bases(num: int = 4, closed: float = 0.9, num_items: int = 400) -> Labelle
                 shares = {"math": math, "bash": bash}
                 return {task: (generator.random(num_items) < share) * 1.0 for task, share in shares.items()}
 
-            names = list(named_plans(left, right, base))
+            names = list(named_plans((left, right), base))
             items = {name: drawn(0.4, 0.4) for name in names} | {LEFT: drawn(0.8, 0), RIGHT: drawn(0, 0.8)}
             items[CHOSEN] = items[ANSWER] = drawn(0.8 * closed, 0.8 * closed)
             items["1/1"] = items[CHOSEN] if base != "0" else drawn(0.0, 0.0)
             scores = {name: dict.fromkeys(("math", "bash"), float(generator.random())) for name in names}
             pairs.append(
-                LabelledPair((left, right), base, items, scores, MergePlan(source=left), MergePlan(source=left))
+                LabelledGroup((left, right), base, items, scores, MergePlan(source=left), MergePlan(source=left))
             )
     own_task = {name: {"m": "math", "b": "bash"}[name.split("-")[1][0]] for name in base_of}
     singles = {base: {"math": 0.0, "bash": 0.1} for base in base_of.values()}

@@ -1,0 +1,127 @@
+"""Choices among several experts of the real zoo, as `auto` is shipped, beside what is easily taken (H11)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.research.choosing import best_elsewhere, compare_ways, split_half_oracle, taken, utility
+from simmerge_ray.research.pair_sample import PairSample, rank_correlation
+from simmerge_ray.research.second_study.analysis import CHOICE, ORACLE, PLAIN, SCORED, best_by_score
+from simmerge_ray.research.second_study.candidates import AVERAGE, set_candidates
+from simmerge_ray.research.second_study.results import (
+    BASE,
+    CHOSEN,
+    SETS,
+    LabelledGroup,
+    LabelledZoos,
+    PublishedResults,
+    read_results,
+)
+from simmerge_ray.selector.data.splits import Group
+
+SIZES = (2, 3, 4)
+BEST_MEMBER = "best member, in hindsight"
+ELSEWHERE = "best fixed candidate of the other sets"
+NAMED = {
+    "norm-matched average": "norm-matched",
+    "all members x 0.4": "all x 0.4",
+    "all members x 0.7": "all x 0.7",
+    "task arithmetic 1.0": "all x 1",
+    "ties(density=0.1)": "ties 0.1 x 1",
+    "ties(density=0.5)": "ties 0.5 x 1",
+    "base": BASE,
+}
+_MARGIN = 0.08
+
+
+def set_section(published: PublishedResults) -> dict[str, Any]:
+    """`set_figures` of what is published."""
+    return set_figures(read_sets(published.root / SETS))
+
+
+def read_sets(directory: Path) -> LabelledZoos:
+    """What is published there; raises as `read_results`."""
+    return read_results(directory, named_set)
+
+
+def set_figures(results: LabelledZoos) -> dict[str, Any]:
+    """By the number of members: counts, ways of choosing with intervals, what the score says within a set, what was
+    chosen; and H11."""
+    by_size = {size: [one for one in results.pairs if len(one.members) == size] for size in SIZES}
+    found = {str(size): _of_size(size, sets, results.own_task) for size, sets in by_size.items() if sets}
+    return {"sizes": found, "singles": results.singles, "hypotheses": {"H11": _h11(found.get("4"))}}
+
+
+def named_set(members: Group, base: str) -> dict[str, MergePlan]:
+    """The candidates of `set_candidates`, the members, numbered, and the base."""
+    kept = {_member(number): name for number, name in enumerate(members)} | {BASE: base}
+    return set_candidates(members) | {name: MergePlan(source=one) for name, one in kept.items()}
+
+
+def _member(number: int) -> str:
+    return f"member {number + 1}"
+
+
+def _of_size(size: int, sets: Sequence[LabelledGroup], own_task: Mapping[str, str]) -> dict[str, Any]:
+    sample = PairSample(tuple(one.members for one in sets))
+    ways = set_ways(sets)
+    return {
+        "counts": {"sets": len(sets), "of": num_sets(own_task, size)},
+        "ways": compare_ways(sample, ways, (PLAIN, ELSEWHERE, BEST_MEMBER)),
+        "within_a_set": sample.mean([_agreement(one) for one in sets]),
+        "chosen": [[*one.members, one.chosen.label, float(ways[CHOICE][n])] for n, one in enumerate(sets)],
+    }
+
+
+def set_ways(sets: Sequence[LabelledGroup]) -> dict[str, np.ndarray]:
+    """(N,) utility of what each way takes, by way. What other sets choose is chosen by all of these: of four members
+    hardly two sets have none in common."""
+    names = list(set_candidates(sets[0].members))
+    table = np.array([[utility(one.items[name]) for name in names] for one in sets])
+    members = [_member(number) for number in range(len(sets[0].members))]
+    worth = {
+        CHOICE: [utility(one.items[CHOSEN]) for one in sets],
+        SCORED: [utility(one.items[best_by_score(one)]) for one in sets],
+        PLAIN: table[:, names.index(AVERAGE)],
+        **{way: [utility(one.items[name]) for one in sets] for way, name in NAMED.items()},
+        ELSEWHERE: taken(table, best_elsewhere(table)),
+        BEST_MEMBER: [max(utility(one.items[name]) for name in members) for one in sets],
+        ORACLE: [split_half_oracle(one.items) for one in sets],
+    }
+    return {way: np.array(values) for way, values in worth.items()}
+
+
+def num_sets(own_task: Mapping[str, str], size: int) -> int:
+    """How many sets of experts of as many tasks there are."""
+    tasks = [*own_task.values()]
+    counts = [tasks.count(task) for task in dict.fromkeys(tasks)]
+    return sum(prod(some) for some in combinations(counts, size))
+
+
+def _agreement(one: LabelledGroup) -> float:
+    """Rank correlation of score and utility over the candidates, members and base, means of all tasks."""
+    scores = [float(np.mean([*of_task.values()])) for of_task in one.scores.values()]
+    return rank_correlation(np.array(scores), np.array([utility(one.items[name]) for name in one.scores]))
+
+
+def _h11(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Gains over the plain average and over the best member, which is at least as much as over each."""
+    if found is None:
+        return {"over": {}, "asked": [_MARGIN, 0.0], "holds": False, "is_whole": False}
+    over = next(row for row in found["ways"] if row["way"] == CHOICE)["over"]
+    gains = {name: over[name] for name in (PLAIN, BEST_MEMBER)}
+    clear = all(one["interval"] is not None and one["interval"][0] > 0 for one in gains.values())
+    holds = clear and gains[PLAIN]["value"] >= _MARGIN
+    return {
+        "over": gains,
+        "asked": [_MARGIN, 0.0],
+        "holds": holds,
+        "is_whole": found["counts"]["sets"] == found["counts"]["of"],
+    }

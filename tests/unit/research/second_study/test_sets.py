@@ -1,0 +1,106 @@
+"""Choices among sets of several experts, on made-up labels: laws of the figures, the verdict, and the page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from simmerge_ray.base.storage import write_json
+from simmerge_ray.checkpoints.catalogue import Catalogue
+from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.plans.plan import MergePlan
+from simmerge_ray.research.choosing import utility
+from simmerge_ray.research.second_study import sets
+from simmerge_ray.research.second_study.candidates import AVERAGE, pair_order, set_candidates, set_order
+from simmerge_ray.research.second_study.page import set_blocks
+from simmerge_ray.research.second_study.results import ANSWER, CHOSEN, LabelledGroup, LabelledZoos
+
+_TASKS = {"m": "math", "b": "bash", "t": "translation", "q": "qa"}
+_EXPERTS = {f"{letter}{number}": task for (letter, task), number in product(_TASKS.items(), (1, 2, 3))}
+
+
+def made_up(size: int = 4, gain: float = 0.2, num: int = 24) -> LabelledZoos:
+    """A candidate's score is its utility, but for noise of the items; the choice is better than the plain average by
+    `gain` in every set, and every member has 0.05."""
+    generator, groups = np.random.default_rng(0), []
+    for members in list(product(*(sorted(one for one in _EXPERTS if one[0] == letter) for letter in _TASKS)))[:num]:
+        members = members[:size]
+        tasks = [_EXPERTS[name] for name in members]
+        scores = {
+            name: dict.fromkeys(tasks, 0.05 if name.startswith("member") else float(generator.uniform(0.2, 0.6)))
+            for name in sets.named_set(members, "base")
+        }
+        items = {name: {task: generator.normal(of[task], 0.01, 50) for task in tasks} for name, of in scores.items()}
+        items[CHOSEN] = items[ANSWER] = {task: items[AVERAGE][task] + gain for task in tasks}
+        plan = MergePlan(source=members[0])
+        groups.append(LabelledGroup(members, "base", items, scores, plan, plan))
+    return LabelledZoos(tuple(groups), 54, _EXPERTS, dict.fromkeys(_EXPERTS, "base"), {"base": {"math": 0.1}})
+
+
+@pytest.fixture
+def catalogue(tmp_path) -> Catalogue:
+    write_json(tmp_path / "config.json", {})
+    base = CheckpointRef("base", tmp_path)
+    return Catalogue(tuple(CheckpointRef(name, tmp_path, "base") for name in _EXPERTS), _EXPERTS, base)
+
+
+@pytest.mark.parametrize(("size", "num"), [(2, 54), (3, 108), (4, 81)])
+def test_sets_have_one_expert_a_task_and_come_in_an_order_of_their_own(catalogue, size, num):
+    groups = set_order(catalogue, size)
+    assert len(groups) == len(set(groups)) == sets.num_sets(_EXPERTS, size) == num
+    assert all(len({_EXPERTS[name] for name in members}) == len(members) == size for members in groups)
+    assert groups == set_order(catalogue, size) != sorted(groups)
+    if size == 2:
+        assert groups == pair_order(catalogue)
+
+
+def test_candidates_of_any_number_of_members_weigh_them_alike():
+    for size in sets.SIZES:
+        members = tuple(_EXPERTS)[:size]
+        recipes = {name: plan.recipe for name, plan in set_candidates(members).items()}
+        assert len(recipes) == 7 and all(one.members == members for one in recipes.values())
+        assert all(len({*one.weights}) == 1 for one in recipes.values())
+
+
+def test_a_gain_that_every_set_has_is_found_and_h11_asks_for_both():
+    found = sets.set_figures(made_up())
+    (of_four,) = found["sizes"].values()
+    first = found["hypotheses"]["H11"]
+    assert of_four["counts"] == {"sets": 24, "of": 81} and not first["is_whole"]
+    assert first["over"][sets.PLAIN]["value"] == pytest.approx(0.2)
+    assert first["over"][sets.PLAIN]["interval"] == pytest.approx([0.2, 0.2]) and first["holds"]
+    assert of_four["within_a_set"]["mean"] > 0.9
+    assert not sets.set_figures(made_up(gain=0.07))["hypotheses"]["H11"]["holds"]  # sure, and too small
+    results = made_up()
+    higher = tuple(
+        replace(one, items=one.items | {"member 2": {task: of + 1.0 for task, of in one.items[CHOSEN].items()}})
+        for one in results.pairs
+    )
+    assert not sets.set_figures(replace(results, pairs=higher))["hypotheses"]["H11"]["holds"]
+
+
+def test_ways_are_ordered_as_they_must_be():
+    results = made_up()
+    ways = sets.set_ways(results.pairs)
+    every = np.array([[utility(one.items[name]) for name in one.scores] for one in results.pairs])
+    assert ways[sets.SCORED] == pytest.approx(every.max(1), abs=0.02) and (ways[sets.ORACLE] > every.mean(1)).all()
+    assert (ways[sets.ELSEWHERE] <= every.max(1)).all() and ways[sets.BEST_MEMBER] == pytest.approx(0.05, abs=0.01)
+
+
+def test_pairs_and_fours_stand_side_by_side_and_only_fours_decide():
+    both = replace(made_up(), pairs=made_up(2).pairs[:9] + made_up(4).pairs)
+    found = sets.set_figures(both)
+    assert list(found["sizes"]) == ["2", "4"]
+    blocks = set_blocks(found)
+    assert blocks["sets-ways"][0].startswith("4 members, 24 of 81 sets; Spearman")
+    assert any(line.startswith("2 members, 9 of 54 sets") for line in blocks["sets-ways"])
+    (verdict,) = blocks["sets-verdict"]
+    assert verdict.startswith(
+        "- **H11 holds so far**: choice minus plain average, +20.0 [+20.0, +20.0]; minus best member"
+    )
+    assert sum(line.startswith("| ") for line in blocks["sets-chosen"]) == 2 + 9 + 24
+    without = set_blocks(sets.set_figures(made_up(3)))
+    assert without["sets-verdict"] == ["- **H11** is not tested: no set of four is labelled."]
