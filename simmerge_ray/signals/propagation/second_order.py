@@ -6,7 +6,7 @@ angle holds for the whole model. Squared distances, and KL to second order, are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -118,6 +118,16 @@ class SecondOrder(Propagator):
         self.gram = lru_cache(None)(self._gram)
         self.formula = lru_cache(None)(self._formula)
         self._stacked = lru_cache(8)(self._stack)
+
+    def among(self, ids: Collection[str]) -> Propagator:
+        """With matrices of these checkpoints and the base alone: of a thousand, a shortlist names a part."""
+        places = [place for place, name in enumerate(self.ids) if name == self.base or name in ids]
+        if len(places) == len(self.ids):
+            return self
+        few, rows = SecondOrder(self._table), np.ix_(places, places)
+        few.ids = tuple(self.ids[place] for place in places)
+        few.matrix = lru_cache(None)(lambda column, task: self._matrix(column, task)[rows])
+        return few
 
     def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
         values = np.empty((len(columns), len(pairs)))

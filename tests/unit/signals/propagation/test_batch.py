@@ -37,12 +37,17 @@ def test_features_of_every_step_are_those_of_second_order(with_base, order, draw
         made.append(MergeStep(source, batch.ids[order[number]], parse_arm(text), weight))
         left = batch.merged(left, np.array([order[number]]), parse_arm(text), weight)
     last = MergeStep(f"#{len(made)}" if made else batch.ids[order[0]], batch.ids[order[-1]], make_arm("linear"))
-    (expected,) = single.steps(MergePlan((*made, last)), task, first=-1)
+    plan = MergePlan((*made, last))
+    (expected,) = single.steps(plan, task, first=-1)
     columns = batch.columns
     found = batch.features(left, task, columns) if made else batch.pairs(np.array(order[:1]), task, columns)
     values = dict(zip(batch.columns, found[:, 0, order[-1]].tolist(), strict=True))
     assert tuple(expected.features) == batch.columns
     assert values == pytest.approx(dict(expected.features), rel=1e-12, abs=1e-12)
+    few = single.among({*plan.members})  # knows no others, and says the same
+    assert len(few.matrix("weight_cosine_global", task)) == len(plan.members) + with_base
+    (of_few,) = few.steps(plan, task, first=-1)
+    assert dict(of_few.features) == pytest.approx(dict(expected.features), rel=1e-12, abs=1e-12)
 
 
 def test_steps_before_the_first_asked_for_are_left_out(propagator):
