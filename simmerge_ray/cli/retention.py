@@ -23,13 +23,20 @@ def retention(
     max_tokens: Annotated[int, typer.Option(min=1, max=256, help="longest answer in tokens")] = 16,
     examples: Annotated[int, typer.Option(min=0, help="probes to show of each member, most different first")] = 3,
     out: Annotated[PathOrUri | None, place_option(help="JSON file for all of it")] = None,
+    signatures: Annotated[
+        PathOrUri | None,
+        place_option(
+            help="members' answers are read there, and kept there; `simmerge auto` has them in OUT/signatures"
+        ),
+    ] = None,
     wide: WideOption = False,
     as_json: JsonOption = False,
     log: LogOption = DEFAULT_LOG,
 ) -> None:
     """Report what a model keeps of every member: the share of the member's own answers that it gives as well."""
-    if out is not None:
-        check_outputs([Output(out, is_file=True)], {"--catalogue": catalogue, "--probes": probes})
+    outputs = [] if out is None else [Output(out, is_file=True)]
+    outputs += [] if signatures is None else [Output(signatures, "--signatures")]
+    check_outputs(outputs, {"--catalogue": catalogue, "--probes": probes})
     from simmerge_ray.pipelines.retention import retention_sources
 
     sources = retention_sources(model, catalogue, probes)
@@ -37,7 +44,7 @@ def retention(
 
     shown = Shown(log, wide, as_json)
     with shown.narrated() as narrator:
-        rows = retention_stage(*sources, narrator, max_tokens, examples)
+        rows = retention_stage(*sources, narrator, max_tokens, examples, signatures)
         content = {"model": model, "max_tokens": max_tokens, "members": rows}
         if out is not None:
             write_json(out, content)

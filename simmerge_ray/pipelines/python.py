@@ -213,18 +213,25 @@ def rank_merges(
 
 @_quiet()
 def report_card(
-    model: str | Path, catalogue: Catalogue, probes: Probes, max_tokens: int = 16, num_examples: int = 0
+    model: str | Path,
+    catalogue: Catalogue,
+    probes: Probes,
+    max_tokens: int = 16,
+    num_examples: int = 0,
+    signatures: PathLike | None = None,
 ) -> list[dict[str, Any]]:
     """What any model keeps of every member: `simmerge retention`. A row each: member, task, num_answers, retention in
     [0, 1], nll, kl and entropy in nats a token, repetition, the base's retention and KL, examples.
 
     Args:
         model: id of a checkpoint of the catalogue; else a directory, URI or hub id.
+        signatures: directory of members' answers, of `auto`'s `out` for one, which are then not written again.
     """
     from simmerge_ray.pipelines.retention import checked_sources, retention_stage
 
     sources = checked_sources(str(model), catalogue, _probe_sets(probes))
-    return retention_stage(*sources, Narrator.silent(), max_tokens, num_examples)
+    place = None if signatures is None else as_place(signatures)
+    return retention_stage(*sources, Narrator.silent(), max_tokens, num_examples, place)
 
 
 def _probe_sets(probes: Probes) -> dict[str, ProbeSet]:

@@ -54,19 +54,27 @@ def retention_stage(
     narrator: Narrator,
     max_tokens: int,
     num_examples: int,
+    signatures: Place | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a member: retention in [0, 1]; nll, kl and entropy in nats a token; the same of the base; examples."""
+    """One row a member: retention in [0, 1]; nll, kl and entropy in nats a token; the same of the base; examples.
 
+    signatures: members' answers are read from there, and written there where they are missing.
+    """
     from simmerge_ray.signals.candidates.answers import AnswerSpec
     from simmerge_ray.signals.candidates.retention import member_retentions
-    from simmerge_ray.signals.signature import SignatureSpec
+    from simmerge_ray.signals.candidates.signatures import members_answers
+    from simmerge_ray.signals.compute import local_executor
+    from simmerge_ray.signals.signature import SignatureSpec, SignatureStore
     from simmerge_ray.signals.tokens import tokenize_probes
 
     used = {task: probe_sets[task] for task in sorted({t for t in catalogue.own_task.values() if t})}
-    batches = tokenize_probes(catalogue, used, SignatureSpec(), max_tokens)
+    batches, spec, known = tokenize_probes(catalogue, used, SignatureSpec(), max_tokens), AnswerSpec(max_tokens), None
     with narrator.stage("retention") as stage:
+        if signatures is not None:
+            written = members_answers(catalogue, used, SignatureStore(signatures), local_executor(catalogue), spec)
+            known = {owner.checkpoint: answers for owner, answers in written.items()}
         with narrator.bar("checkpoints run") as report:
-            found = member_retentions(ref, catalogue, batches, AnswerSpec(max_tokens), progress=report)
+            found = member_retentions(ref, catalogue, batches, spec, progress=report, known=known)
         kept = sum(one.scores.kept.sum() for one in found)
         stage.result = f"{kept} of {sum(len(one.own) for one in found)} answers kept"
     tokenizer = load_tokenizer(catalogue.checkpoints[0])

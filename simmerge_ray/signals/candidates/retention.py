@@ -72,22 +72,24 @@ def member_retentions(
     spec: AnswerSpec | None = None,
     device: str = "cpu",
     progress: Report | None = None,
+    known: Mapping[str, Answers] | None = None,
 ) -> list[MemberRetention]:
     """Retention of every member of a catalogue by a model, in the catalogue's order.
 
     Args:
         batches: micro-batches of the probes of every member's own task (`tokens.tokenize_probes`).
+        known: answers by member, of these batches, that need not be written again.
 
     Raises:
         ProbeError: a member's answers are all empty. CheckpointError: a checkpoint cannot be loaded, or its logits are
             not finite.
     """
-    spec, runner = spec or AnswerSpec(), ProbeModel(device=device)
+    spec, runner, known = spec or AnswerSpec(), ProbeModel(device=device), known or {}
     total, cards = 2 * len(catalogue.checkpoints) + (catalogue.base is not None), []
     for number, member in enumerate(catalogue.checkpoints):
         task = catalogue.own_task[member.id]
         assert task is not None, "checked by `check_members`"
-        answers = answers_of(runner, member, task, batches[task], spec)
+        answers = known.get(member.id) or answers_of(runner, member, task, batches[task], spec)
         cards.append(_Card(member, task, batches[task], answers, _logits(runner, member, answers)))
         if progress:
             progress(number + 1, total)

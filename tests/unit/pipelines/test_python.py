@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 
 import simmerge_ray as sm
 from simmerge_ray.plans.plan import plan_from_json
+from simmerge_ray.signals.candidates import units
+from simmerge_ray.signals.candidates.answers import write_answers
 from tests.artifacts import write_artifacts
 
 FIND = sm.FindConfig(members=("m0", "m1"), num_recipes=200, shortlist=2, tune="none", max_tokens=4)
@@ -141,6 +143,23 @@ def test_retention_is_the_report_card_of_any_checkpoint(catalogue, catalogue_pat
     assert {row["member"] for row in rows} == {"m0", "m1", "m2"}
     assert next(row for row in rows if row["member"] == "m0")["retention"] == 1.0
     assert capfd.readouterr() == ("", "")  # no progress bars either
+
+
+def test_retention_takes_the_answers_that_auto_has_written(catalogue, catalogue_path, tmp_path, monkeypatch):
+    """Those of two members of three; the third one's are written, and kept."""
+    probes, calls = catalogue_path.parent / "probes", []
+
+    def counted(*given):
+        calls.append(given)
+        return write_answers(*given)
+
+    sm.auto(catalogue, probes, FIND, out=tmp_path)
+    monkeypatch.setattr(units, "write_answers", counted)
+    plain = sm.retention("m1", catalogue, probes, max_tokens=4)
+    for of, expected in ((tmp_path / "empty", 3), (tmp_path / "signatures", 1), (tmp_path / "signatures", 0)):
+        calls.clear()
+        assert sm.retention("m1", catalogue, probes, max_tokens=4, signatures=of) == plain
+        assert len(calls) == expected * 2  # batches of a task's 24 probes
 
 
 def test_the_notebook_runs_from_top_to_bottom(catalogue_path, tmp_path, monkeypatch):
