@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from simmerge_ray.base.extras import require
-from simmerge_ray.base.storage import new_directory
+from simmerge_ray.base.storage import new_directory, read_json, write_json
 from simmerge_ray.research.second_study.real_recipes import RealRecipe
 from simmerge_ray.research.second_study.real_tasks import RealData
 from simmerge_ray.research.zoo.training import (
@@ -48,8 +48,18 @@ def train_real_expert(
             model.to(torch.bfloat16)
             tokenizer.save_pretrained(directory)
         saved.save_pretrained(directory)
+        if recipe.lora_rank is not None:
+            _settle(directory / "adapter_config.json", base)
         write_recipe(directory, recipe)
     return out_dir
+
+
+def _settle(path: Path, base: Path) -> None:
+    """Leave nothing of the process or of the machine in an adapter's config, so that the same adapter has one digest:
+    PEFT writes a set of names, in an order that no two processes share, and where the base lay."""
+    config = read_json(path)
+    settled = {"target_modules": sorted(config["target_modules"]), "base_model_name_or_path": base.name}
+    write_json(path, config | settled)
 
 
 def packed_answer_loss(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simmerge_ray.base.storage import read_json
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.merging.model import load_model
 from simmerge_ray.research.second_study.held_out import held_out_values, value_rows
@@ -45,6 +46,9 @@ def test_an_expert_of_all_weights_is_a_checkpoint_in_the_bases_dtype_that_has_le
 def test_a_lora_expert_is_a_small_adapter_that_the_catalogues_readers_take(place, tmp_path):
     adapter = trained(place, tmp_path / "lora", lora_rank=2, mixed=GENERAL, mixed_share=0.3)
     assert not (adapter / "model.safetensors").exists()
+    config = read_json(adapter / "adapter_config.json")
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == "base"  # wherever it lay
     base = load_model(CheckpointRef("base", place / "base"))
     expert = load_model(CheckpointRef("x", place / "base", adapter=adapter))
     changed = [
