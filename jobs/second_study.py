@@ -29,6 +29,9 @@ def second_study(
     out: Annotated[Path, path_option(help="directory of the study")],
     tasks: Annotated[Path | None, path_option(help="directory of the real tasks")] = None,
     base: Annotated[Path | None, path_option(help="the pretrained checkpoint")] = None,
+    published: Annotated[
+        Path | None, path_option(help="docs/study/second: its labels and choices of the same checkpoints are kept")
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,7 +62,8 @@ def second_study(
         raise ConfigError(f"--share must be I/N with 1 <= I <= N, not {share!r}")
     mine = (int(found[1]) - 1, int(found[2]))
     with narrated(out / "simmerge.log") as narrator:
-        run_stages(StudyRun(out, tasks, base, narrator, mine, num_pairs, num_bases, num_members), only or STAGES)
+        counts = num_pairs, num_bases, num_members
+        run_stages(StudyRun(out, tasks, base, narrator, mine, *counts, published), only or STAGES)
     print(f"zoos in {out}")
     return {"out": str(out), "stages": only or list(STAGES)}
 

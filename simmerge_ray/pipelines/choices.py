@@ -47,6 +47,7 @@ class Choice:
     """What was chosen for a pair or a larger set of checkpoints.
 
     plan: the best recipe or checkpoint. tuned: its coefficients tuned. answer: that of `simmerge auto`, one of the two.
+    key: digest of what it was made from.
     """
 
     members: Group
@@ -54,6 +55,7 @@ class Choice:
     tuned: MergePlan | None
     answer: MergePlan
     keeps: Mapping[str, float]
+    key: str = ""
 
     @property
     def is_tuned(self) -> bool:
@@ -101,7 +103,7 @@ def read_choice(choices: Path, members: Group) -> Choice:
     content = read_json(choice_file(choices, members))
     tuned = [plan_from_json(row["plan"]) for row in content["tuned"]]
     plan, answer = (plan_from_json(row["plan"]) for row in (content["candidates"][0], content["best"]))
-    return Choice(members, plan, tuned[0] if tuned else None, answer, content["keeps"])
+    return Choice(members, plan, tuned[0] if tuned else None, answer, content["keeps"], content["key"])
 
 
 def choices_stage(layout: RunLayout[Path], narrator: Narrator, search: SearchConfig, find: FindConfig) -> None:

@@ -25,7 +25,7 @@ from simmerge_ray.research.second_study.candidates import NUM_REAL_ITEMS, pair_o
 from simmerge_ray.research.second_study.held_out import EXACT, held_out_values, value_rows
 from simmerge_ray.research.second_study.real_recipes import RealRecipe, draw_real_experts, pilot_recipes
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS, RealData
-from simmerge_ray.research.second_study.results import measured_means
+from simmerge_ray.research.second_study.results import SETS, measured_means
 from simmerge_ray.research.second_study.sets import SIZES, read_sets, set_figures
 from simmerge_ray.selector.data.splits import Pair
 
@@ -140,17 +140,17 @@ class RealStages:
 
     @property
     def _real_work(self) -> MergeWork:
-        return self._work(self._directory("."), _ENGINE)
+        return self._work(self._directory("."), _ENGINE, "real")
 
     @property
     def _set_work(self) -> MergeWork:
-        work = self._work(self._directory("sets"), _AS_SHIPPED)
+        work = self._work(self._directory("sets"), _AS_SHIPPED, SETS)
         return replace(work, labelled_in=_ENGINE.dtype, candidates=set_candidates)
 
-    def _work(self, made: Path, engine: SearchConfig) -> MergeWork:
+    def _work(self, made: Path, engine: SearchConfig, kind: str) -> MergeWork:
         zoo, find = self._directory("zoo"), FindConfig(tune="none")
         places = (zoo / "catalogue.yaml", zoo / "probes", zoo / "tasks", made / "choices", made / "labels")
-        return MergeWork(*places, find, engine, NUM_REAL_ITEMS)
+        return MergeWork(*places, find, engine, NUM_REAL_ITEMS, published=self.run.published_of(kind))
 
     @property
     def _data(self) -> RealData:

@@ -20,7 +20,7 @@ class StudyRun:
     (i, n) takes every n-th expert, pair and checkpoint from the i-th on, so that n processes do the work of one.
     num_pairs: of every base, the first of their order (all of the real zoo, `NUM_SMALL_PAIRS` of a small one).
     num_bases: the first small ones; a share is of these, since a base's pairs stay together. num_members: of each set
-    of the real zoo's experts.
+    of the real zoo's experts. published: a directory like docs/study/second, from which labels and choices go on.
     """
 
     root: Path
@@ -31,6 +31,12 @@ class StudyRun:
     num_pairs: int | None = None
     num_bases: int | None = None
     num_members: int = 4
+    published: Path | None = None
+
+    def published_of(self, kind: str) -> Path | None:
+        """Of `real`, `small` or `sets`, if there is any."""
+        place = None if self.published is None else (self.published / kind).resolve()
+        return place if place is not None and place.exists() else None
 
     def mine(self, every: Sequence[Part]) -> list[Part]:
         """This process's share."""

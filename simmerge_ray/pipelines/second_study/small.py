@@ -88,6 +88,7 @@ class SmallStages:
                 root / "labels" / part.name,
                 FindConfig(),
                 SearchConfig(evaluator="transformers", pairs="all"),
+                published=self.run.published_of("small"),
             )
             for part in self._small_parts
         }

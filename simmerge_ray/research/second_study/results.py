@@ -34,11 +34,12 @@ NamedPlans = Callable[[Group, str], Mapping[str, MergePlan]]
 @dataclass(frozen=True)
 class Chosen:
     """What was chosen for a pair or a larger set without a label: the best by scalars, and `auto`'s answer, tuned or
-    not. keeps: what the answer keeps of each member."""
+    not. keeps: what the answer keeps of each member. key: digest of what it was made from."""
 
     plan: MergePlan
     answer: MergePlan
     keeps: Mapping[str, float]
+    key: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class MadeZoo:
                 "plan": one.plan.to_json(),
                 **({} if one.answer == one.plan else {"answer": one.answer.to_json()}),
                 "keeps": dict(one.keeps),
+                "key": one.key,
             }
             for members, one in self.choices.items()
         ]
@@ -167,6 +169,19 @@ def publish_results(directory: Path, zoos: Sequence[MadeZoo]) -> int:
             for path in sorted((zoo.labels / NOTES).iterdir()):
                 write_atomically(made / "labels" / NOTES / path.name, path.read_bytes())
     return len(LabelStore(directory / "labels").read())
+
+
+def published_choices(directory: Path, base: str) -> dict[Group, Chosen]:
+    """Of one base, those that say what they were made from."""
+    zoos = [zoo for zoo in read_json(directory / "choices.json")["zoos"] if zoo["base"] == base]
+    return {
+        tuple(row["members"]): Chosen(
+            plan_from_json(row["plan"]), plan_from_json(row.get("answer", row["plan"])), row["keeps"], row["key"]
+        )
+        for zoo in zoos
+        for row in zoo["pairs"]
+        if "key" in row
+    }
 
 
 def measured_means(labels: Path) -> dict[MergePlan, dict[str, float]]:

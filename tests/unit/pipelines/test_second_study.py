@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from simmerge_ray.checkpoints.probes import load_probe_sets
 from simmerge_ray.pipelines.choices import read_choice
 from simmerge_ray.pipelines.second_study import real as real_module
 from simmerge_ray.pipelines.second_study import small as small_module
+from simmerge_ray.pipelines.second_study import work as work_module
 from simmerge_ray.pipelines.second_study.run import StudyRun
 from simmerge_ray.pipelines.second_study.study import run_stages
 from simmerge_ray.research.second_study.candidates import fixed_candidates, pair_order
@@ -92,7 +94,7 @@ def test_shares_of_the_work_add_up_to_all_of_it(study, tmp_path):
     assert {(one.plan.id, one.task) for one in labels.read()} == together
 
 
-def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, tmp_path):
+def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, tmp_path, monkeypatch):
     run_stages(study, ["real-zoo", "real-choices", "real-labels"])
     real = tmp_path / "out" / "real"
     (pair,) = pair_order(load_catalogue(real / "zoo" / "catalogue.yaml"))
@@ -125,6 +127,15 @@ def test_choices_and_labels_are_made_once_and_an_interrupted_run_goes_on(study, 
     made = {path: path.stat().st_mtime_ns for path in sets.rglob("*.parquet")}
     run_stages(pairs, ["real-sets"])
     assert {path: path.stat().st_mtime_ns for path in sets.rglob("*.parquet")} == made
+    shutil.copytree(sets / "results", tmp_path / "published" / "sets")
+    shutil.rmtree(sets)
+    again = replace(pairs, published=tmp_path / "published")
+    monkeypatch.setattr(work_module, "choose_for", lambda *given: pytest.fail("what is published is not chosen again"))
+    run_stages(again, ["real-sets", "real-sets-results"])
+    assert read_json(sets / "results" / "choices.json") == read_json(tmp_path / "published" / "sets" / "choices.json")
+    labels_of = [LabelStore(place / "labels").read() for place in (sets, tmp_path / "published" / "sets")]
+    assert [one.key for one in labels_of[0]] == [one.key for one in labels_of[1]]
+    assert len(list((sets / "labels").glob("*.parquet"))) == 1  # nothing was measured
     assert set(rows.tasks) == tasks and ((rows.utility >= 0) & (rows.utility <= 1)).all()
 
     for path in sorted((real / "labels").glob("*.parquet"))[:1]:
