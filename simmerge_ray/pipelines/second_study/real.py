@@ -92,7 +92,7 @@ class RealStages:
     def four(self) -> None:
         """The choice among the first expert of each task, and then what it, the plain average, the experts and the base
         are worth: README's first table."""
-        work = self._set_work
+        work = replace(self._set_work, find=FindConfig(tune="none"))
         task = work.choice_task
         own_task = task.catalogue.own_task
         first = {own: name for name in reversed(task.catalogue.ids) if (own := own_task.get(name))}
@@ -145,7 +145,7 @@ class RealStages:
     @property
     def _set_work(self) -> MergeWork:
         work = self._work(self._directory("sets"), _AS_SHIPPED, SETS)
-        return replace(work, labelled_in=_ENGINE.dtype, candidates=set_candidates)
+        return replace(work, find=FindConfig(), labelled_in=_ENGINE.dtype, candidates=set_candidates)
 
     def _work(self, made: Path, engine: SearchConfig, kind: str) -> MergeWork:
         zoo, find = self._directory("zoo"), FindConfig(tune="none")

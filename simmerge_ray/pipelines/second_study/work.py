@@ -73,7 +73,7 @@ class MergeWork:
             plans |= dict.fromkeys(self.candidates(members).values(), ())
             if choice_file(self.choices, members).exists():
                 choice = read_choice(self.choices, members)
-                for plan in (choice.plan, choice.answer):  # a scaled checkpoint too is asked for the tasks of all
+                for plan in (*choice.plans, choice.answer):  # a scaled checkpoint too is asked for the tasks of all
                     plans[plan] = tuple(dict.fromkeys((*plans.get(plan, ()), *catalogue.tasks_of(members))))
         self.measure(plans, report)
         return len(plans)
@@ -91,7 +91,7 @@ class MergeWork:
     def made(self, groups: Iterable[Group]) -> MadeZoo:
         """What is there of them, in their order."""
         choices = {
-            members: Chosen(one.plan, one.answer, one.keeps, one.key)
+            members: Chosen(one.plan, one.tuned, one.answer, one.keeps, one.key)
             for members in groups
             if choice_file(self.choices, members).exists() and (one := read_choice(self.choices, members))
         }
@@ -110,7 +110,7 @@ class MergeWork:
         for members, one in published_choices(self.published, catalogue.base.id).items():
             path = choice_file(self.choices, members)
             if not path.exists():
-                plans = {"candidates": [one.plan], "tuned": [one.answer] if one.answer != one.plan else []}
+                plans = {"candidates": [one.plan], "tuned": [one.tuned] if one.tuned else []}
                 rows = {name: [{"plan": plan.to_json()} for plan in some] for name, some in plans.items()}
                 best = {"plan": one.answer.to_json()}
                 write_json(path, {"key": one.key, "keeps": dict(one.keeps), "best": best} | rows)

@@ -65,6 +65,11 @@ def set_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
             "",
             *_ways(one["ways"]),
         ]
+        gains = ", ".join(f"{name}, {_points(gain)}" for name, gain in one["tuned"].items())
+        ways += [
+            f"Points over the choice by scalars: {gains}; the tuned merge is the answer for {one['num_taken']}.",
+            "",
+        ]
         chosen += [(", ".join(names), label, value) for *names, label, value in one["chosen"]]
     chosen_lines = table_lines(("members", "chosen", "utility"), chosen)
     return {"sets-verdict": _set_verdict(found["hypotheses"]["H11"]), "sets-ways": ways, "sets-chosen": chosen_lines}

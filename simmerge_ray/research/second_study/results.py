@@ -24,7 +24,7 @@ from simmerge_ray.selector.predictor.signals import COLUMNS
 
 SETS = "sets"
 ZOOS = ("real", "small", SETS)
-CHOSEN, ANSWER = "chosen", "answer"
+CHOSEN, TUNED, ANSWER = "chosen", "tuned", "answer"
 LEFT, RIGHT, BASE = "left parent", "right parent", "base"
 
 NamedPlans = Callable[[Group, str], Mapping[str, MergePlan]]
@@ -33,13 +33,31 @@ NamedPlans = Callable[[Group, str], Mapping[str, MergePlan]]
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen for a pair or a larger set without a label: the best by scalars, and `auto`'s answer, tuned or
-    not. keeps: what the answer keeps of each member. key: digest of what it was made from."""
+    """What was chosen for a pair or a larger set without a label: the best by scalars, it tuned, if it was, and `auto`'s
+    answer, one of the two. keeps: what the answer keeps of each member. key: digest of what it was made from."""
 
     plan: MergePlan
+    tuned: MergePlan | None
     answer: MergePlan
     keeps: Mapping[str, float]
     key: str
+
+    def to_json(self) -> dict[str, Any]:
+        """`tuned` stands there only where it is not the answer."""
+        plans = {"plan": self.plan}
+        if self.answer != self.plan:
+            plans["answer"] = self.answer
+        elif self.tuned is not None:
+            plans[TUNED] = self.tuned
+        rest = {"keeps": dict(self.keeps), "key": self.key}
+        return {name: plan.to_json() for name, plan in plans.items()} | rest
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> Chosen:
+        plans = {name: plan_from_json(row[name]) for name in ("plan", ANSWER, TUNED) if name in row}
+        answer = plans.get(ANSWER, plans["plan"])
+        tuned = plans.get(TUNED, answer if ANSWER in plans else None)
+        return Chosen(plans["plan"], tuned, answer, row["keeps"], row.get("key", ""))
 
 
 @dataclass(frozen=True)
@@ -52,16 +70,7 @@ class MadeZoo:
 
     def to_json(self) -> dict[str, Any]:
         assert self.catalogue.base is not None
-        pairs = [
-            {
-                "members": list(members),
-                "plan": one.plan.to_json(),
-                **({} if one.answer == one.plan else {"answer": one.answer.to_json()}),
-                "keeps": dict(one.keeps),
-                "key": one.key,
-            }
-            for members, one in self.choices.items()
-        ]
+        pairs = [{"members": list(members)} | one.to_json() for members, one in self.choices.items()]
         own_task = dict(self.catalogue.own_task)
         num_pairs = len(self.catalogue.pairs())
         return {"base": self.catalogue.base.id, "own_task": own_task, "num_pairs": num_pairs, "pairs": pairs}
@@ -71,7 +80,8 @@ class MadeZoo:
 class LabelledGroup:
     """A pair, or a larger set, whose candidates and choice are all labelled.
 
-    items: utilities of the items of the members' tasks, by the names of the candidates, of `CHOSEN` and of `ANSWER`.
+    items: utilities of the items of the members' tasks, by the names of the candidates, of `CHOSEN`, of `ANSWER`, and
+    of `TUNED` where that is another one.
     scores: (retention + exp(-nll)) / 2 on each task's probes, by the names of the candidates. chosen: the plan by
     scalars. answer: of `auto`, the same or tuned.
     """
@@ -150,13 +160,16 @@ def _whole_groups(
     for row in zoo["pairs"]:
         members = tuple(row["members"])
         fixed, all_members = named(members, base), frozenset(members)
-        plan, answer = plan_from_json(row["plan"]), plan_from_json(row.get("answer", row["plan"]))
+        chosen = Chosen.from_json(row)
+        made = {CHOSEN: chosen.plan, ANSWER: chosen.answer}
+        if chosen.tuned is not None and chosen.tuned != chosen.answer:
+            made[TUNED] = chosen.tuned
         tasks = [own_task[name] for name in members]
-        found = {name: measured.get(one, {}) for name, one in {**fixed, CHOSEN: plan, ANSWER: answer}.items()}
+        found = {name: measured.get(one, {}) for name, one in {**fixed, **made}.items()}
         if all(task in items for items in found.values() for task in tasks):
             items = {name: {task: of_task[task] for task in tasks} for name, of_task in found.items()}
             scored = {name: {task: scores[all_members, task, one] for task in tasks} for name, one in fixed.items()}
-            yield LabelledGroup(members, base, items, scored, plan, answer)
+            yield LabelledGroup(members, base, items, scored, chosen.plan, chosen.answer)
 
 
 def publish_results(directory: Path, zoos: Sequence[MadeZoo]) -> int:
@@ -174,14 +187,7 @@ def publish_results(directory: Path, zoos: Sequence[MadeZoo]) -> int:
 def published_choices(directory: Path, base: str) -> dict[Group, Chosen]:
     """Of one base, those that say what they were made from."""
     zoos = [zoo for zoo in read_json(directory / "choices.json")["zoos"] if zoo["base"] == base]
-    return {
-        tuple(row["members"]): Chosen(
-            plan_from_json(row["plan"]), plan_from_json(row.get("answer", row["plan"])), row["keeps"], row["key"]
-        )
-        for zoo in zoos
-        for row in zoo["pairs"]
-        if "key" in row
-    }
+    return {tuple(row["members"]): Chosen.from_json(row) for zoo in zoos for row in zoo["pairs"] if "key" in row}
 
 
 def measured_means(labels: Path) -> dict[MergePlan, dict[str, float]]:

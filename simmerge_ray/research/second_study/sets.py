@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import prod
@@ -13,9 +14,10 @@ import numpy as np
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.choosing import best_elsewhere, compare_ways, split_half_oracle, taken, utility
 from simmerge_ray.research.pair_sample import PairSample, rank_correlation
-from simmerge_ray.research.second_study.analysis import CHOICE, ORACLE, PLAIN, SCORED, best_by_score
+from simmerge_ray.research.second_study.analysis import CHOICE, ORACLE, PLAIN, SCORED, TUNED, best_by_score
 from simmerge_ray.research.second_study.candidates import AVERAGE, set_candidates
 from simmerge_ray.research.second_study.results import (
+    ANSWER,
     BASE,
     CHOSEN,
     SETS,
@@ -24,10 +26,12 @@ from simmerge_ray.research.second_study.results import (
     PublishedResults,
     read_results,
 )
+from simmerge_ray.research.second_study.results import TUNED as TUNED_PLAN
 from simmerge_ray.selector.data.splits import Group
 
 SIZES = (2, 3, 4)
 BEST_MEMBER = "best member, in hindsight"
+ALWAYS = "tuned per tensor, always"
 ELSEWHERE = "best fixed candidate of the other sets"
 NAMED = {
     "norm-matched average": "norm-matched",
@@ -75,6 +79,8 @@ def _of_size(size: int, sets: Sequence[LabelledGroup], own_task: Mapping[str, st
     return {
         "counts": {"sets": len(sets), "of": num_sets(own_task, size)},
         "ways": compare_ways(sample, ways, (PLAIN, ELSEWHERE, BEST_MEMBER)),
+        "tuned": {name: sample.mean(ways[name] - ways[CHOICE]) for name in (TUNED, ALWAYS)},
+        "num_taken": sum(one.answer != one.chosen for one in sets),
         "within_a_set": sample.mean([_agreement(one) for one in sets]),
         "chosen": [[*one.members, one.chosen.label, float(ways[CHOICE][n])] for n, one in enumerate(sets)],
     }
@@ -88,6 +94,8 @@ def set_ways(sets: Sequence[LabelledGroup]) -> dict[str, np.ndarray]:
     members = [_member(number) for number in range(len(sets[0].members))]
     worth = {
         CHOICE: [utility(one.items[CHOSEN]) for one in sets],
+        TUNED: [utility(one.items[ANSWER]) for one in sets],
+        ALWAYS: [_tuned(one) for one in sets],
         SCORED: [utility(one.items[best_by_score(one)]) for one in sets],
         PLAIN: table[:, names.index(AVERAGE)],
         **{way: [utility(one.items[name]) for one in sets] for way, name in NAMED.items()},
@@ -96,6 +104,13 @@ def set_ways(sets: Sequence[LabelledGroup]) -> dict[str, np.ndarray]:
         ORACLE: [split_half_oracle(one.items) for one in sets],
     }
     return {way: np.array(values) for way, values in worth.items()}
+
+
+def _tuned(one: LabelledGroup) -> float:
+    """Utility of the choice tuned, taken or not; NaN where nothing was tuned."""
+    if TUNED_PLAN in one.items:
+        return utility(one.items[TUNED_PLAN])
+    return utility(one.items[ANSWER]) if one.answer != one.chosen else math.nan
 
 
 def num_sets(own_task: Mapping[str, str], size: int) -> int:
