@@ -33,8 +33,9 @@ NamedPlans = Callable[[Group, str], Mapping[str, MergePlan]]
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen for a pair or a larger set without a label: the best by scalars, it tuned, if it was, and `auto`'s
-    answer, one of the two. keeps: what the answer keeps of each member. key: digest of what it was made from."""
+    """What was chosen for a pair or a larger set without a label: the best by scalars, the same tuned, if it was, and
+    `auto`'s answer, one of the two. keeps: what the answer keeps of each member. key: digest of what it was made
+    from."""
 
     plan: MergePlan
     tuned: MergePlan | None
