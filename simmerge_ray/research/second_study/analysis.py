@@ -33,6 +33,7 @@ PARENT = "better parent, in hindsight"
 ELSEWHERE = "best fixed candidate of the other pairs"
 OPERATORS_ELSEWHERE = "best of the paper's operators, of the other pairs"
 SCORED = "best fixed candidate by its score"
+BY_SURENESS = "best fixed candidate by its score, by how sure members are"
 ORACLE = "split-half oracle"
 HINDSIGHT = "best of all candidates and the choice, in hindsight"
 NAMED = {
@@ -61,7 +62,7 @@ def zoo_figures(results: LabelledZoos, ways: Mapping[str, np.ndarray]) -> dict[s
         "singles": results.singles,
         "ways": compare_ways(sample_of(results), ways, (PLAIN, ELSEWHERE, PARENT)),
         "tasks": by_tasks(results, ways),
-        "scores": score_figures(results),
+        "scores": score_figures(results) | {"by_sureness": sample_of(results).mean(ways[BY_SURENESS] - ways[SCORED])},
         "evaluations": evaluation_curve(results, ways[CHOICE]),
     }
 
@@ -122,7 +123,9 @@ def ways_of_choosing(results: LabelledZoos) -> dict[str, np.ndarray]:
     found = {CHOICE: of(lambda one: utility(one.items[CHOSEN]))}
     if (tuned := of(lambda one: utility(one.items[ANSWER]))).tolist() != found[CHOICE].tolist():
         found[TUNED] = tuned
-    found |= {SCORED: of(lambda one: utility(one.items[best_by_score(one)])), PLAIN: table[:, place[AVERAGE]]}
+    found[SCORED] = of(lambda one: utility(one.items[best_by(one.scores)]))
+    found[BY_SURENESS] = of(lambda one: utility(one.items[best_by(one.by_sureness)]))
+    found[PLAIN] = table[:, place[AVERAGE]]
     for way, name in NAMED.items():
         found[way] = np.array([utility(one.items[name]) for one in results.pairs])
     found[OPERATORS_ELSEWHERE] = taken(table[:, papers], best_elsewhere(table[:, papers], groups))
@@ -298,6 +301,6 @@ def _candidates(results: LabelledZoos) -> list[str]:
     return list(fixed_candidates(results.pairs[0].members))
 
 
-def best_by_score(one: LabelledGroup) -> str:
-    """Name of the one among the fixed candidates, members and base."""
-    return max(one.scores, key=lambda name: float(np.mean([*one.scores[name].values()])))
+def best_by(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Name of the one among the fixed candidates, members and base; scores by name and task."""
+    return max(scores, key=lambda name: float(np.mean([*scores[name].values()])))

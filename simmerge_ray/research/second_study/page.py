@@ -8,6 +8,7 @@ from typing import Any
 from simmerge_ray.base.markdown import percent, table_lines, with_interval
 from simmerge_ray.research.second_study.analysis import (
     BASE,
+    BY_SURENESS,
     CHOICE,
     ELSEWHERE,
     ORACLE,
@@ -72,15 +73,21 @@ def set_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
         ]
         chosen += [(", ".join(names), label, value) for *names, label, value in one["chosen"]]
     chosen_lines = table_lines(("members", "chosen", "utility"), chosen)
-    return {"sets-verdict": _set_verdict(found["hypotheses"]["H11"]), "sets-ways": ways, "sets-chosen": chosen_lines}
+    return {"sets-verdict": _set_verdict(found["hypotheses"]), "sets-ways": ways, "sets-chosen": chosen_lines}
 
 
-def _set_verdict(first: Mapping[str, Any]) -> list[str]:
+def _set_verdict(found: Mapping[str, Any]) -> list[str]:
+    first, sure = found["H11"], found["H12"]
     if not first["over"]:
-        return ["- **H11** is not tested: no set of four is labelled."]
-    word = _verdict_words(first["is_whole"])[bool(first["holds"])]
+        return ["- **H11** and **H12** are not tested: no set of four is labelled."]
+    words = _verdict_words(first["is_whole"])
     gains = [f"minus {name}, {_points({'mean': one['value'], **one})}" for name, one in first["over"].items()]
-    return [f"- **H11 {word}**: choice {'; '.join(gains)} points (asked: >= +8, lower end > 0; > 0)."]
+    return [
+        f"- **H11 {words[bool(first['holds'])]}**: choice {'; '.join(gains)} points "
+        "(asked: >= +8, lower end > 0; > 0).",
+        f"- **H12 {words[bool(sure['holds'])]}**: {BY_SURENESS}, minus that by the product's score, {_points(sure)} "
+        "points (asked: lower end > 0).",
+    ]
 
 
 def transfer_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -233,7 +240,9 @@ def _scores(found: Mapping[str, Any]) -> list[str]:
     return [
         f"Spearman of score and utility: {both['all']} over all candidates and tasks, {both['within_a_pair']} within a "
         f"pair (least {found['least_within_a_pair']:.3f}). Of the fixed candidates, parents and base, the one with the "
-        f"best score ({SCORED}) falls short of the best by {_points(found['regret'])} points, both on the same items.",
+        f"best score ({SCORED}) falls short of the best by {_points(found['regret'])} points, both on the same items. "
+        f"Where retention weighs half of the members' own likelihood instead of a half ({BY_SURENESS}), what is taken is "
+        f"worth {_points(found['by_sureness'])} points more; this was looked at on these very labels.",
     ]
 
 

@@ -82,15 +82,16 @@ class LabelledGroup:
     """A pair, or a larger set, whose candidates and choice are all labelled.
 
     items: utilities of the items of the members' tasks, by the names of the candidates, of `CHOSEN`, of `ANSWER`, and
-    of `TUNED` where that is another one.
-    scores: (retention + exp(-nll)) / 2 on each task's probes, by the names of the candidates. chosen: the plan by
-    scalars. answer: of `auto`, the same or tuned.
+    of `TUNED` where that is another one. scores: (retention + exp(-nll)) / 2 on each task's probes, by the names of the
+    candidates. by_sureness: the same with retention weighed by the member's own likelihood, see `_scores`. chosen: the
+    plan by scalars. answer: of `auto`, the same or tuned.
     """
 
     members: Group
     base: str
     items: PairItems
     scores: Mapping[str, Mapping[str, float]]
+    by_sureness: Mapping[str, Mapping[str, float]]
     chosen: MergePlan
     answer: MergePlan
 
@@ -154,7 +155,7 @@ def read_results(directory: Path, named: NamedPlans | None = None) -> LabelledZo
 def _whole_groups(
     zoo: Mapping[str, Any],
     measured: Mapping[MergePlan, Mapping[str, np.ndarray]],
-    scores: Mapping[tuple[frozenset[str], str, MergePlan], float],
+    scores: Mapping[tuple[frozenset[str], str, MergePlan], tuple[float, float]],
     named: NamedPlans,
 ) -> Iterable[LabelledGroup]:
     own_task, base = zoo["own_task"], zoo["base"]
@@ -169,8 +170,11 @@ def _whole_groups(
         found = {name: measured.get(one, {}) for name, one in {**fixed, **made}.items()}
         if all(task in items for items in found.values() for task in tasks):
             items = {name: {task: of_task[task] for task in tasks} for name, of_task in found.items()}
-            scored = {name: {task: scores[all_members, task, one] for task in tasks} for name, one in fixed.items()}
-            yield LabelledGroup(members, base, items, scored, chosen.plan, chosen.answer)
+            plain, sure = (
+                {name: {task: scores[all_members, task, one][kind] for task in tasks} for name, one in fixed.items()}
+                for kind in (0, 1)
+            )
+            yield LabelledGroup(members, base, items, plain, sure, chosen.plan, chosen.answer)
 
 
 def publish_results(directory: Path, zoos: Sequence[MadeZoo]) -> int:
@@ -216,9 +220,12 @@ def named_plans(pair: Group, base: str) -> dict[str, MergePlan]:
     return fixed_candidates(pair) | {name: MergePlan(source=one) for name, one in kept.items()}
 
 
-def _scores(rows: CandidateRows) -> dict[tuple[frozenset[str], str, MergePlan], float]:
-    """By members, task and plan."""
-    retention, likelihood = (rows.features[:, COLUMNS.index(name)] for name in ("retention", "likelihood"))
-    scores = ((retention + likelihood) / 2).tolist()
+def _scores(rows: CandidateRows) -> dict[tuple[frozenset[str], str, MergePlan], tuple[float, float]]:
+    """By members, task and plan: the product's score, and one in which retention weighs c / 2 instead of a half, c the
+    likelihood of the member's own answers: whether free text stays the same to the last word says little."""
+    retention, likelihood, sure = (
+        rows.features[:, COLUMNS.index(name)] for name in ("retention", "likelihood", "own_likelihood")
+    )
+    both = [weight * retention + (1 - weight) * likelihood for weight in (0.5, sure / 2)]
     keys = zip(map(frozenset, rows.members), rows.tasks, rows.plans, strict=True)
-    return dict(zip(keys, scores, strict=True))
+    return dict(zip(keys, zip(*(one.tolist() for one in both), strict=True), strict=True))

@@ -14,7 +14,7 @@ import numpy as np
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.choosing import best_elsewhere, compare_ways, split_half_oracle, taken, utility
 from simmerge_ray.research.pair_sample import PairSample, rank_correlation
-from simmerge_ray.research.second_study.analysis import CHOICE, ORACLE, PLAIN, SCORED, TUNED, best_by_score
+from simmerge_ray.research.second_study.analysis import BY_SURENESS, CHOICE, ORACLE, PLAIN, SCORED, TUNED, best_by
 from simmerge_ray.research.second_study.candidates import AVERAGE, set_candidates
 from simmerge_ray.research.second_study.results import (
     ANSWER,
@@ -60,7 +60,8 @@ def set_figures(results: LabelledZoos) -> dict[str, Any]:
     chosen; and H11."""
     by_size = {size: [one for one in results.pairs if len(one.members) == size] for size in SIZES}
     found = {str(size): _of_size(size, sets, results.own_task) for size, sets in by_size.items() if sets}
-    return {"sizes": found, "singles": results.singles, "hypotheses": {"H11": _h11(found.get("4"))}}
+    hypotheses = {"H11": _h11(found.get("4")), "H12": _h12(found.get("4"))}
+    return {"sizes": found, "singles": results.singles, "hypotheses": hypotheses}
 
 
 def named_set(members: Group, base: str) -> dict[str, MergePlan]:
@@ -80,6 +81,7 @@ def _of_size(size: int, sets: Sequence[LabelledGroup], own_task: Mapping[str, st
         "counts": {"sets": len(sets), "of": num_sets(own_task, size)},
         "ways": compare_ways(sample, ways, (PLAIN, ELSEWHERE, BEST_MEMBER)),
         "tuned": {name: sample.mean(ways[name] - ways[CHOICE]) for name in (TUNED, ALWAYS)},
+        "by_sureness": sample.mean(ways[BY_SURENESS] - ways[SCORED]),
         "num_taken": sum(one.answer != one.chosen for one in sets),
         "within_a_set": sample.mean([_agreement(one) for one in sets]),
         "chosen": [[*one.members, one.chosen.label, float(ways[CHOICE][n])] for n, one in enumerate(sets)],
@@ -96,7 +98,8 @@ def set_ways(sets: Sequence[LabelledGroup]) -> dict[str, np.ndarray]:
         CHOICE: [utility(one.items[CHOSEN]) for one in sets],
         TUNED: [utility(one.items[ANSWER]) for one in sets],
         ALWAYS: [_tuned(one) for one in sets],
-        SCORED: [utility(one.items[best_by_score(one)]) for one in sets],
+        SCORED: [utility(one.items[best_by(one.scores)]) for one in sets],
+        BY_SURENESS: [utility(one.items[best_by(one.by_sureness)]) for one in sets],
         PLAIN: table[:, names.index(AVERAGE)],
         **{way: [utility(one.items[name]) for one in sets] for way, name in NAMED.items()},
         ELSEWHERE: taken(table, best_elsewhere(table)),
@@ -140,3 +143,9 @@ def _h11(found: Mapping[str, Any] | None) -> dict[str, Any]:
         "holds": holds,
         "is_whole": found["counts"]["sets"] == found["counts"]["of"],
     }
+
+
+def _h12(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Gain of weighing retention by how sure members are."""
+    gain = {"mean": None, "interval": None} if found is None else found["by_sureness"]
+    return gain | {"holds": gain["interval"] is not None and gain["interval"][0] > 0}

@@ -47,7 +47,7 @@ def made_up(chosen_gain: float = 0.2, num_items: int = 100) -> LabelledZoos:
         }
         items[CHOSEN] = items[ANSWER] = {task: items[AVERAGE][task] + chosen_gain for task in tasks}
         pairs.append(
-            LabelledGroup((left, right), "base", items, scores, MergePlan(source=left), MergePlan(source=left))
+            LabelledGroup((left, right), "base", items, scores, scores, MergePlan(source=left), MergePlan(source=left))
         )
     own_task, base_of = {one: _TASKS[one[0]] for one in _EXPERTS}, dict.fromkeys(_EXPERTS, "base")
     return LabelledZoos(tuple(pairs), 54, own_task, base_of, {"base": dict.fromkeys(_TASKS.values(), 0.1)})
@@ -129,7 +129,9 @@ def of_bases(num: int = 4, closed: float = 0.9, num_items: int = 400) -> Labelle
             items["1/1"] = items[CHOSEN] if base != "0" else drawn(0.0, 0.0)
             scores = {name: dict.fromkeys(("math", "bash"), float(generator.random())) for name in names}
             pairs.append(
-                LabelledGroup((left, right), base, items, scores, MergePlan(source=left), MergePlan(source=left))
+                LabelledGroup(
+                    (left, right), base, items, scores, scores, MergePlan(source=left), MergePlan(source=left)
+                )
             )
     own_task = {name: {"m": "math", "b": "bash"}[name.split("-")[1][0]] for name in base_of}
     singles = {base: {"math": 0.0, "bash": 0.1} for base in base_of.values()}

@@ -36,7 +36,7 @@ def made_up(size: int = 4, gain: float = 0.2, num: int = 24) -> LabelledZoos:
         items = {name: {task: generator.normal(of[task], 0.01, 50) for task in tasks} for name, of in scores.items()}
         items[CHOSEN] = items[ANSWER] = {task: items[AVERAGE][task] + gain for task in tasks}
         plan = MergePlan(source=members[0])
-        groups.append(LabelledGroup(members, "base", items, scores, plan, plan))
+        groups.append(LabelledGroup(members, "base", items, scores, scores, plan, plan))
     return LabelledZoos(tuple(groups), 54, _EXPERTS, dict.fromkeys(_EXPERTS, "base"), {"base": {"math": 0.1}})
 
 
@@ -97,10 +97,11 @@ def test_pairs_and_fours_stand_side_by_side_and_only_fours_decide():
     blocks = set_blocks(found)
     assert blocks["sets-ways"][0].startswith("4 members, 24 of 81 sets; Spearman")
     assert any(line.startswith("2 members, 9 of 54 sets") for line in blocks["sets-ways"])
-    (verdict,) = blocks["sets-verdict"]
+    verdict, by_sureness = blocks["sets-verdict"]
+    assert by_sureness.startswith("- **H12 does not hold so far**") and "+0.0" in by_sureness  # the same scores
     assert verdict.startswith(
         "- **H11 holds so far**: choice minus plain average, +20.0 [+20.0, +20.0]; minus best member"
     )
     assert sum(line.startswith("| ") for line in blocks["sets-chosen"]) == 2 + 9 + 24
     without = set_blocks(sets.set_figures(made_up(3)))
-    assert without["sets-verdict"] == ["- **H11** is not tested: no set of four is labelled."]
+    assert without["sets-verdict"] == ["- **H11** and **H12** are not tested: no set of four is labelled."]
