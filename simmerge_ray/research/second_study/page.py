@@ -241,8 +241,8 @@ def _scores(found: Mapping[str, Any]) -> list[str]:
         f"Spearman of score and utility: {both['all']} over all candidates and tasks, {both['within_a_pair']} within a "
         f"pair (least {found['least_within_a_pair']:.3f}). Of the fixed candidates, parents and base, the one with the "
         f"best score ({SCORED}) falls short of the best by {_points(found['regret'])} points, both on the same items. "
-        f"Where retention weighs half of the members' own likelihood instead of a half ({BY_SURENESS}), what is taken is "
-        f"worth {_points(found['by_sureness'])} points more; this was looked at on these very labels.",
+        f"Where retention weighs half of the members' own likelihood instead of a half ({BY_SURENESS}), what is taken "
+        f"is worth {_points(found['by_sureness'])} points more; this was looked at on these very labels.",
     ]
 
 
