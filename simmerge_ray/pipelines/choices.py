@@ -43,7 +43,7 @@ _TUNED_SCHEMA = 2  # the same, where the best few are tuned
 
 
 @dataclass(frozen=True)
-class Choice:
+class MadeChoice:
     """What was chosen for a pair or a larger set of checkpoints.
 
     plan: the best recipe or checkpoint. tuned: its coefficients tuned. answer: that of `simmerge auto`, one of the two.
@@ -98,12 +98,12 @@ def choice_file(choices: Path, members: Group) -> Path:
     return choices / "pairs" / f"{'+'.join(members)}.json"
 
 
-def read_choice(choices: Path, members: Group) -> Choice:
+def read_choice(choices: Path, members: Group) -> MadeChoice:
     """The choice for a pair or a larger set that the stage has made."""
     content = read_json(choice_file(choices, members))
     tuned = [plan_from_json(row["plan"]) for row in content["tuned"]]
     plan, answer = (plan_from_json(row["plan"]) for row in (content["candidates"][0], content["best"]))
-    return Choice(members, plan, tuned[0] if tuned else None, answer, content["keeps"], content["key"])
+    return MadeChoice(members, plan, tuned[0] if tuned else None, answer, content["keeps"], content["key"])
 
 
 def choices_stage(layout: RunLayout[Path], narrator: Narrator, search: SearchConfig, find: FindConfig) -> None:
@@ -198,7 +198,7 @@ def _measure(
     layout: RunLayout[Path],
     search: SearchConfig,
     catalogue: Catalogue,
-    choices: Iterable[Choice],
+    choices: Iterable[MadeChoice],
     narrator: Narrator,
 ) -> None:
     """Labels of the merges that were chosen, on the tasks of their pairs."""
@@ -219,7 +219,7 @@ def _measure(
 
 
 def compared_choices(
-    layout: RunLayout[Path], search: SearchConfig, catalogue: Catalogue, choices: Sequence[Choice]
+    layout: RunLayout[Path], search: SearchConfig, catalogue: Catalogue, choices: Sequence[MadeChoice]
 ) -> dict[str, Any]:
     """What every way of choosing is worth over the pairs that have labels."""
     import numpy as np
@@ -250,7 +250,7 @@ def compared_choices(
 
 
 def _worth_by_way(
-    layout: RunLayout[Path], catalogue: Catalogue, choices: Sequence[Choice], arms: Sequence[str]
+    layout: RunLayout[Path], catalogue: Catalogue, choices: Sequence[MadeChoice], arms: Sequence[str]
 ) -> list[dict[str, float]]:
     """Of each pair the utility of every arm and of what each way takes, on both parents' tasks; NaN for what was not
     measured or not said."""

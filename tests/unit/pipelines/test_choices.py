@@ -19,8 +19,8 @@ from simmerge_ray.pipelines.choices import (
     ORACLE,
     PARENT,
     SELECTOR,
-    Choice,
     ChoiceTask,
+    MadeChoice,
     choice_file,
     compared_choices,
     missing_choices,
@@ -74,7 +74,7 @@ def test_every_way_gets_what_was_measured_of_what_it_takes(catalogue, layout):
     choices, known, made = [], {}, {}
     for number, pair in enumerate(pairs):
         plan, tuned = scaled({pair[0]: 0.7, pair[1]: 0.6}), scaled({pair[0]: 0.9, pair[1]: 0.8})
-        choices.append(Choice(pair, plan, tuned, tuned if number == 0 else plan, {}))
+        choices.append(MadeChoice(pair, plan, tuned, tuned if number == 0 else plan, {}))
         for task in catalogue.tasks_of(pair):
             known |= {(pair_plan(*pair, linear), task): 0.2, (pair_plan(*pair, ties), task): 0.3}
             made |= {(plan, task): 0.6, (tuned, task): 0.8}
@@ -109,7 +109,7 @@ def test_a_selector_that_keeps_a_parent_gets_that_parent_s_utility(catalogue, la
            for ref in catalogue.all_refs for task in tasks})  # fmt: skip
     rows = [{"left": left, "right": right, "task": task, "predicted": [0.1, 0.2, 0.3]} for task in tasks]
     write_json(layout.crossval, {"arms": ["linear", "keep(left)", "keep(right)"], "predictions": rows})
-    choice = Choice((left, right), plan, None, plan, {})
+    choice = MadeChoice((left, right), plan, None, plan, {})
     (row,) = compared_choices(layout, SearchConfig(arms=("linear",)), catalogue, [choice])["pairs"]
     assert row[SELECTOR] == pytest.approx(0.7) and row[PARENT] == pytest.approx(0.7)
 
@@ -120,7 +120,9 @@ def test_a_choice_that_could_not_be_measured_is_no_figure(catalogue, layout):
     tasks = catalogue.tasks_of(pair)
     put(layout.labels, {(pair_plan(*pair, make_arm("linear")), task): 0.2 for task in tasks}
         | {(MergePlan(source=ref.id), task): 0.4 for ref in catalogue.all_refs for task in tasks})  # fmt: skip
-    found = compared_choices(layout, SearchConfig(arms=("linear",)), catalogue, [Choice(pair, plan, None, plan, {})])
+    found = compared_choices(
+        layout, SearchConfig(arms=("linear",)), catalogue, [MadeChoice(pair, plan, None, plan, {})]
+    )
     ways = {row["way"]: row for row in found["ways"]}
     assert ways[CHOSEN]["utility"] is None and ways[PARENT]["utility"] == pytest.approx(0.4)
     assert found["pairs"][0][CHOSEN] is None and found["always_tuned"] is None
