@@ -70,10 +70,10 @@ def retention_stage(
     used = {task: probe_sets[task] for task in sorted({t for t in catalogue.own_task.values() if t})}
     batches, spec, known = tokenize_probes(catalogue, used, SignatureSpec(), max_tokens), AnswerSpec(max_tokens), None
     with narrator.stage("retention") as stage:
-        if signatures is not None:
-            written = members_answers(catalogue, used, SignatureStore(signatures), local_executor(catalogue), spec)
-            known = {owner.checkpoint: answers for owner, answers in written.items()}
         with narrator.bar("checkpoints run") as report:
+            if signatures is not None:
+                written = members_answers(catalogue, used, SignatureStore(signatures), local_executor(catalogue), spec)
+                known = {owner.checkpoint: answers for owner, answers in written.items()}
             found = member_retentions(ref, catalogue, batches, spec, progress=report, known=known)
         kept = sum(one.scores.kept.sum() for one in found)
         stage.result = f"{kept} of {sum(len(one.own) for one in found)} answers kept"
