@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import comb
 from typing import Any
 
@@ -30,6 +30,7 @@ CHOICE = "label-free choice"
 TUNED = "label-free choice, tuned where held-out probes say so"
 PLAIN = "plain average"
 PARENT = "better parent, in hindsight"
+EXPERTS = "each expert on its own task: a merge that loses nothing"
 ELSEWHERE = "best fixed candidate of the other pairs"
 OPERATORS_ELSEWHERE = "best of the paper's operators, of the other pairs"
 SCORED = "best fixed candidate by its score"
@@ -131,6 +132,7 @@ def ways_of_choosing(results: LabelledZoos) -> dict[str, np.ndarray]:
     found[OPERATORS_ELSEWHERE] = taken(table[:, papers], best_elsewhere(table[:, papers], groups))
     found[ELSEWHERE] = taken(table, best_elsewhere(table, groups))
     found[PARENT] = of(lambda one: max(utility(one.items[name]) for name in (LEFT, RIGHT)))
+    found[EXPERTS] = of(lambda one: experts_utility(one, results.own_task, (LEFT, RIGHT)))
     found[ORACLE] = of(lambda one: split_half_oracle(one.items))
     return found
 
@@ -299,6 +301,12 @@ def best_of_draws(halves: np.ndarray) -> np.ndarray:
 
 def _candidates(results: LabelledZoos) -> list[str]:
     return list(fixed_candidates(results.pairs[0].members))
+
+
+def experts_utility(one: LabelledGroup, own_task: Mapping[str, str], names: Sequence[str]) -> float:
+    """Mean over the members, whose unmerged results have these names, of the utility of each on its own task."""
+    own = [one.items[name][own_task[member]].mean() for name, member in zip(names, one.members, strict=True)]
+    return float(np.mean(own))
 
 
 def best_by(scores: Mapping[str, Mapping[str, float]]) -> str:

@@ -14,7 +14,17 @@ import numpy as np
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.choosing import best_elsewhere, compare_ways, split_half_oracle, taken, utility
 from simmerge_ray.research.pair_sample import PairSample, rank_correlation
-from simmerge_ray.research.second_study.analysis import BY_SURENESS, CHOICE, ORACLE, PLAIN, SCORED, TUNED, best_by
+from simmerge_ray.research.second_study.analysis import (
+    BY_SURENESS,
+    CHOICE,
+    EXPERTS,
+    ORACLE,
+    PLAIN,
+    SCORED,
+    TUNED,
+    best_by,
+    experts_utility,
+)
 from simmerge_ray.research.second_study.candidates import AVERAGE, set_candidates
 from simmerge_ray.research.second_study.results import (
     ANSWER,
@@ -76,7 +86,7 @@ def _member(number: int) -> str:
 
 def _of_size(size: int, sets: Sequence[LabelledGroup], own_task: Mapping[str, str]) -> dict[str, Any]:
     sample = PairSample(tuple(one.members for one in sets))
-    ways = set_ways(sets)
+    ways = set_ways(sets, own_task)
     return {
         "counts": {"sets": len(sets), "of": num_sets(own_task, size)},
         "ways": compare_ways(sample, ways, (PLAIN, ELSEWHERE, BEST_MEMBER)),
@@ -88,7 +98,7 @@ def _of_size(size: int, sets: Sequence[LabelledGroup], own_task: Mapping[str, st
     }
 
 
-def set_ways(sets: Sequence[LabelledGroup]) -> dict[str, np.ndarray]:
+def set_ways(sets: Sequence[LabelledGroup], own_task: Mapping[str, str]) -> dict[str, np.ndarray]:
     """(N,) utility of what each way takes, by way. What other sets choose is chosen by all of these: of four members
     hardly two sets have none in common."""
     names = list(set_candidates(sets[0].members))
@@ -104,6 +114,7 @@ def set_ways(sets: Sequence[LabelledGroup]) -> dict[str, np.ndarray]:
         **{way: [utility(one.items[name]) for one in sets] for way, name in NAMED.items()},
         ELSEWHERE: taken(table, best_elsewhere(table)),
         BEST_MEMBER: [max(utility(one.items[name]) for name in members) for one in sets],
+        EXPERTS: [experts_utility(one, own_task, members) for one in sets],
         ORACLE: [split_half_oracle(one.items) for one in sets],
     }
     return {way: np.array(values) for way, values in worth.items()}

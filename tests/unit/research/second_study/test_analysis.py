@@ -161,6 +161,7 @@ def test_what_other_pairs_choose_is_chosen_on_other_bases():
     ways = analysis.ways_of_choosing(results)
     first = np.array([one.base == "0" for one in results.pairs])
     assert (ways[analysis.ELSEWHERE][first] == 0.0).all()  # by its own pairs the first base would not take it
+    assert ways[analysis.EXPERTS] == pytest.approx(0.8, abs=0.05) and ways[analysis.PARENT].max() < 0.5
     assert ways[analysis.ELSEWHERE][~first] == pytest.approx(ways[analysis.CHOICE][~first])
     assert analysis.TUNED not in ways
 

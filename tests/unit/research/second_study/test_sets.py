@@ -84,10 +84,11 @@ def test_a_gain_that_every_set_has_is_found_and_h11_asks_for_both():
 
 def test_ways_are_ordered_as_they_must_be():
     results = made_up()
-    ways = sets.set_ways(results.pairs)
+    ways = sets.set_ways(results.pairs, results.own_task)
     every = np.array([[utility(one.items[name]) for name in one.scores] for one in results.pairs])
     assert ways[sets.SCORED] == pytest.approx(every.max(1), abs=0.02) and (ways[sets.ORACLE] > every.mean(1)).all()
     assert (ways[sets.ELSEWHERE] <= every.max(1)).all() and ways[sets.BEST_MEMBER] == pytest.approx(0.05, abs=0.01)
+    assert ways[sets.EXPERTS] == pytest.approx(0.05, abs=0.01)
 
 
 def test_pairs_and_fours_stand_side_by_side_and_only_fours_decide():
