@@ -11,6 +11,7 @@ from simmerge_ray.research.second_study.analysis import (
     BY_SURENESS,
     CHOICE,
     ELSEWHERE,
+    EXPERTS,
     ORACLE,
     PARENT,
     PLAIN,
@@ -177,7 +178,12 @@ def _verdict(found: Mapping[str, Any]) -> list[str]:
     if not is_whole:
         extent += " A hypothesis is of all of them, so none is decided."
     ordered = sorted(verdicts.items(), key=lambda one: bool(one[1]["holds"]))
-    return [extent, "", *(f"- {_sentence(name, one, is_whole)}" for name, one in ordered)]
+    room = next(row for row in found["ways"] if row["way"] == EXPERTS)["over"][PLAIN]
+    most = (
+        "- **What there is to have**: a merge that lost nothing, each expert's utility on its own task, would have "
+        f"{_points({'mean': room['value'], **room})} points more than the plain average."
+    )
+    return [extent, "", most, *(f"- {_sentence(name, one, is_whole)}" for name, one in ordered)]
 
 
 def _verdict_words(is_whole: bool) -> tuple[str, str]:

@@ -96,9 +96,10 @@ def test_the_page_is_made_from_the_figures_and_says_what_fails_first():
     blocks = real_blocks(found)
     verdict = blocks["real-verdict"]
     assert "27 of 54" in verdict[0] and "none is decided" in verdict[0]
-    assert verdict[2].startswith("- **H1 does not hold so far**") and "asked: >= +8 points" in verdict[2]
+    assert verdict[2].startswith("- **What there is to have**")
+    assert verdict[3].startswith("- **H1 does not hold so far**") and "asked: >= +8 points" in verdict[3]
     whole = real_blocks(found | {"counts": found["counts"] | {"of": 27}})["real-verdict"]
-    assert whole[2].startswith("- **H1 is not earned**") and "none is decided" not in whole[0]
+    assert whole[3].startswith("- **H1 is not earned**") and "none is decided" not in whole[0]
     page = "# Title\n\n" + "\n\n".join(f"<!-- made: {name} -->\n<!-- end -->" for name in blocks) + "\n\nProse.\n"
     filled = filled_page(page, blocks)
     assert filled.endswith("Prose.\n") and filled_page(filled, blocks) == filled
