@@ -16,8 +16,10 @@ from simmerge_ray.research.second_study.analysis import (
     PARENT,
     PLAIN,
     SCORED,
+    TUNED,
 )
 from simmerge_ray.research.second_study.real_tasks import REAL_TASKS
+from simmerge_ray.research.second_study.sets import ALWAYS
 
 _SAID = {
     "H1": "choice minus plain average",
@@ -74,13 +76,31 @@ def set_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
         ]
         chosen += [(", ".join(names), label, value) for *names, label, value in one["chosen"]]
     chosen_lines = table_lines(("members", "chosen", "utility"), chosen)
-    return {"sets-verdict": _set_verdict(found["hypotheses"]), "sets-ways": ways, "sets-chosen": chosen_lines}
+    verdict = [*_set_verdict(found), *_tuning(found["sizes"])]
+    return {"sets-verdict": verdict, "sets-ways": ways, "sets-chosen": chosen_lines}
 
 
-def _set_verdict(found: Mapping[str, Any]) -> list[str]:
+def _tuning(sizes: Mapping[str, Any]) -> list[str]:
+    """What tuning is worth, where anything was tuned."""
+    lines = []
+    for size, one in sizes.items():
+        ways = {row["way"]: row["over"] for row in one["ways"]}
+        over = ways[TUNED][PLAIN]
+        if one["tuned"][ALWAYS]["mean"] is not None:
+            lines.append(
+                f"- **Tuned per tensor**, {size} members, {one['counts']['sets']} sets: what `auto` answers is worth "
+                f"{_points(one['tuned'][TUNED])} points more than its choice by scalars, "
+                f"{_points({'mean': over['value'], **over})} more than the plain average."
+            )
+    return lines
+
+
+def _set_verdict(figures: Mapping[str, Any]) -> list[str]:
+    found, of_four = figures["hypotheses"], figures["sizes"].get("4")
     first, sure = found["H11"], found["H12"]
     if not first["over"]:
-        return ["- **H11** and **H12** are not tested: no set of four is labelled."]
+        num = of_four["counts"]["sets"] if of_four else 0
+        return [f"- **H11** and **H12** are not tested yet: sets of four that are labelled: {num}."]
     words = _verdict_words(first["is_whole"])
     gains = [f"minus {name}, {_points({'mean': one['value'], **one})}" for name, one in first["over"].items()]
     return [

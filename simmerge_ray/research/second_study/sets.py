@@ -52,6 +52,7 @@ NAMED = {
     "ties(density=0.5)": "ties 0.5 x 1",
     "base": BASE,
 }
+MIN_SETS = 5  # of fewer no interval is told: those that could be drawn are too few
 _MARGIN = 0.08
 
 
@@ -87,7 +88,7 @@ def _member(number: int) -> str:
 def _of_size(size: int, sets: Sequence[LabelledGroup], own_task: Mapping[str, str]) -> dict[str, Any]:
     sample = PairSample(tuple(one.members for one in sets))
     ways = set_ways(sets, own_task)
-    return {
+    found = {
         "counts": {"sets": len(sets), "of": num_sets(own_task, size)},
         "ways": compare_ways(sample, ways, (PLAIN, ELSEWHERE, BEST_MEMBER)),
         "tuned": {name: sample.mean(ways[name] - ways[CHOICE]) for name in (TUNED, ALWAYS)},
@@ -96,6 +97,13 @@ def _of_size(size: int, sets: Sequence[LabelledGroup], own_task: Mapping[str, st
         "within_a_set": sample.mean([_agreement(one) for one in sets]),
         "chosen": [[*one.members, one.chosen.label, float(ways[CHOICE][n])] for n, one in enumerate(sets)],
     }
+    return found if len(sets) >= MIN_SETS else _without_intervals(found)
+
+
+def _without_intervals(found: Any) -> Any:
+    if isinstance(found, Mapping):
+        return {name: None if name == "interval" else _without_intervals(value) for name, value in found.items()}
+    return [_without_intervals(one) for one in found] if isinstance(found, list) else found
 
 
 def set_ways(sets: Sequence[LabelledGroup], own_task: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -142,7 +150,7 @@ def _agreement(one: LabelledGroup) -> float:
 
 def _h11(found: Mapping[str, Any] | None) -> dict[str, Any]:
     """Gains over the plain average and over the best member, which is at least as much as over each."""
-    if found is None:
+    if found is None or found["counts"]["sets"] < MIN_SETS:
         return {"over": {}, "asked": [_MARGIN, 0.0], "holds": False, "is_whole": False}
     over = next(row for row in found["ways"] if row["way"] == CHOICE)["over"]
     gains = {name: over[name] for name in (PLAIN, BEST_MEMBER)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -105,4 +106,27 @@ def test_pairs_and_fours_stand_side_by_side_and_only_fours_decide():
     )
     assert sum(line.startswith("| ") for line in blocks["sets-chosen"]) == 2 + 9 + 24
     without = set_blocks(sets.set_figures(made_up(3)))
-    assert without["sets-verdict"] == ["- **H11** and **H12** are not tested: no set of four is labelled."]
+    assert without["sets-verdict"] == ["- **H11** and **H12** are not tested yet: sets of four that are labelled: 0."]
+
+
+def test_of_a_few_sets_no_interval_is_told_and_nothing_is_decided():
+    found = sets.set_figures(made_up(num=sets.MIN_SETS - 1))
+    (of_four,) = found["sizes"].values()
+    assert of_four["ways"][0]["utility"] is not None and all(row["interval"] is None for row in of_four["ways"])
+    assert not found["hypotheses"]["H11"]["holds"] and not found["hypotheses"]["H12"]["holds"]
+    blocks = set_blocks(found)
+    assert blocks["sets-verdict"] == ["- **H11** and **H12** are not tested yet: sets of four that are labelled: 4."]
+    told = " ".join(blocks["sets-ways"])
+    assert "[no interval]" in told and not re.search(r"\[[-+\d]", told)
+
+
+def test_what_tuning_is_worth_is_told_where_something_was_tuned():
+    results, tuned = made_up(2), MergePlan(source="other")
+    better = tuple(
+        replace(one, answer=tuned, items=one.items | {ANSWER: {t: of + 0.1 for t, of in one.items[CHOSEN].items()}})
+        for one in results.pairs
+    )
+    found = sets.set_figures(replace(results, pairs=better))
+    assert found["sizes"]["2"]["tuned"][sets.ALWAYS]["mean"] == pytest.approx(0.1)
+    *_, line = set_blocks(found)["sets-verdict"]
+    assert line.startswith("- **Tuned per tensor**, 2 members, 24 sets") and "+10.0 [" in line and "+30.0 [" in line
