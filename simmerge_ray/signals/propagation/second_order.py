@@ -101,9 +101,13 @@ class SecondOrder(Propagator):
 
     name = "second_order"
 
-    def __init__(self, table: SignalTable) -> None:
+    def __init__(self, table: SignalTable, among: Collection[str] | None = None) -> None:
+        """among: the checkpoints that may be asked for; None: all."""
         self.base = table.provenance.get("base")
-        self.ids = (*((self.base,) if self.base is not None else ()), *table.checkpoint_ids)
+        every = (*((self.base,) if self.base is not None else ()), *table.checkpoint_ids)
+        kept = [place for place, name in enumerate(every) if among is None or name == self.base or name in among]
+        self.ids = tuple(every[place] for place in kept)
+        self._rows = None if len(kept) == len(every) else np.ix_(kept, kept)
         followed = [
             column
             for column in feature_columns(self.base is not None)
@@ -121,13 +125,8 @@ class SecondOrder(Propagator):
 
     def among(self, ids: Collection[str]) -> Propagator:
         """With matrices of these checkpoints and the base alone: of a thousand, a shortlist names a part."""
-        places = [place for place, name in enumerate(self.ids) if name == self.base or name in ids]
-        if len(places) == len(self.ids):
-            return self
-        few, rows = SecondOrder(self._table), np.ix_(places, places)
-        few.ids = tuple(self.ids[place] for place in places)
-        few.matrix = lru_cache(None)(lambda column, task: self._matrix(column, task)[rows])
-        return few
+        few = SecondOrder(self._table, ids)
+        return self if len(few.ids) == len(self.ids) else few
 
     def _features(self, pairs: Sequence[SourcePair], columns: Sequence[str], num_threads: int) -> np.ndarray:
         values = np.empty((len(columns), len(pairs)))
@@ -213,7 +212,7 @@ class SecondOrder(Propagator):
             matrix[0, 0] = by_row[0, 1]
         if signal.family == "task vectors" and self.base is not None:
             matrix[0, 0] = 0.0
-        return matrix
+        return matrix if self._rows is None else matrix[self._rows]
 
     def _gram(self, group: str, task: str) -> np.ndarray:
         """`centred_gram` of the distances of a group of tensors."""

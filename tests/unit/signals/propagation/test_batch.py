@@ -44,7 +44,7 @@ def test_features_of_every_step_are_those_of_second_order(with_base, order, draw
     values = dict(zip(batch.columns, found[:, 0, order[-1]].tolist(), strict=True))
     assert tuple(expected.features) == batch.columns
     assert values == pytest.approx(dict(expected.features), rel=1e-12, abs=1e-12)
-    few = single.among({*plan.members})  # knows no others, and says the same
+    few = single.among({*plan.members, batch.ids[0]}).among({*plan.members})  # knows no others, and says the same
     assert len(few.matrix("weight_cosine_global", task)) == len(plan.members) + with_base
     (of_few,) = few.steps(plan, task, first=-1)
     assert dict(of_few.features) == pytest.approx(dict(expected.features), rel=1e-12, abs=1e-12)
