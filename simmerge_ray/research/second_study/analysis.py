@@ -258,7 +258,7 @@ def score_figures(results: LabelledZoos) -> dict[str, Any]:
         names = list(one.scores)
         scores.append(np.array([[one.scores[name][task] for task in one.tasks] for name in names]))
         utilities.append(np.array([[one.items[name][task].mean() for task in one.tasks] for name in names]))
-    within = [rank_correlation(of.mean(1), value.mean(1)) for of, value in zip(scores, utilities, strict=True)]
+    within = [agreement(one) for one in results.pairs]
     return {
         "all": sample.pooled_spearman([of.ravel() for of in scores], [value.ravel() for value in utilities]),
         "within_a_pair": sample.mean(within),
@@ -268,6 +268,12 @@ def score_figures(results: LabelledZoos) -> dict[str, Any]:
             for of, value in zip(scores, utilities, strict=True)
         ]),
     }  # fmt: skip
+
+
+def agreement(one: LabelledGroup) -> float:
+    """Rank correlation of score and utility over the candidates, members and base, means of all tasks."""
+    scores = [float(np.mean([*of_task.values()])) for of_task in one.scores.values()]
+    return rank_correlation(np.array(scores), np.array([utility(one.items[name]) for name in one.scores]))
 
 
 def evaluation_curve(results: LabelledZoos, choice: np.ndarray) -> dict[str, Any]:

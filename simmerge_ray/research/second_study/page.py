@@ -69,11 +69,10 @@ def set_blocks(found: Mapping[str, Any]) -> dict[str, list[str]]:
             "",
             *_ways(one["ways"]),
         ]
-        gains = ", ".join(f"{name}, {_points(gain)}" for name, gain in one["tuned"].items())
-        ways += [
-            f"Points over the choice by scalars: {gains}; the tuned merge is the answer for {one['num_taken']}.",
-            "",
-        ]
+        if one["tuned"][ALWAYS]["mean"] is not None:
+            gains = "; ".join(f"{name}: {_points(gain)}" for name, gain in one["tuned"].items())
+            taken = f"The tuned merge is the answer for {one['num_taken']}."
+            ways += [f"Points over the choice by scalars, where it was tuned: {gains}. {taken}", ""]
         chosen += [(", ".join(names), label, value) for *names, label, value in one["chosen"]]
     chosen_lines = table_lines(("members", "chosen", "utility"), chosen)
     verdict = [*_set_verdict(found), *_tuning(found["sizes"])]

@@ -24,7 +24,7 @@ from simmerge_ray.selector.predictor.signals import COLUMNS
 
 SETS = "sets"
 ZOOS = ("real", "small", SETS)
-CHOSEN, TUNED, ANSWER = "chosen", "tuned", "answer"
+CHOSEN, TUNED_PLAN, ANSWER = "chosen", "tuned", "answer"
 LEFT, RIGHT, BASE = "left parent", "right parent", "base"
 
 NamedPlans = Callable[[Group, str], Mapping[str, MergePlan]]
@@ -49,15 +49,15 @@ class Chosen:
         if self.answer != self.plan:
             plans["answer"] = self.answer
         elif self.tuned is not None:
-            plans[TUNED] = self.tuned
+            plans[TUNED_PLAN] = self.tuned
         rest = {"keeps": dict(self.keeps), "key": self.key}
         return {name: plan.to_json() for name, plan in plans.items()} | rest
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Chosen:
-        plans = {name: plan_from_json(row[name]) for name in ("plan", ANSWER, TUNED) if name in row}
+        plans = {name: plan_from_json(row[name]) for name in ("plan", ANSWER, TUNED_PLAN) if name in row}
         answer = plans.get(ANSWER, plans["plan"])
-        tuned = plans.get(TUNED, answer if ANSWER in plans else None)
+        tuned = plans.get(TUNED_PLAN, answer if ANSWER in plans else None)
         return Chosen(plans["plan"], tuned, answer, row["keeps"], row.get("key", ""))
 
 
@@ -82,9 +82,9 @@ class LabelledGroup:
     """A pair, or a larger set, whose candidates and choice are all labelled.
 
     items: utilities of the items of the members' tasks, by the names of the candidates, of `CHOSEN`, of `ANSWER`, and
-    of `TUNED` where that is another one. scores: (retention + exp(-nll)) / 2 on each task's probes, by the names of the
-    candidates. by_sureness: the same with retention weighed by the member's own likelihood, see `_scores`. chosen: the
-    plan by scalars. answer: of `auto`, the same or tuned.
+    of `TUNED_PLAN` where that is another one. scores: (retention + exp(-nll)) / 2 on each task's probes, by the names
+    of the candidates. by_sureness: the same with retention weighed by the member's own likelihood, see `scores_of`.
+    chosen: the plan by scalars. answer: of `auto`, the same or tuned.
     """
 
     members: Group
@@ -138,7 +138,7 @@ def read_results(directory: Path, named: NamedPlans | None = None) -> LabelledZo
         LabelError: labels that must not be compared, or no pair that is whole.
     """
     measured = _measured_items(directory / "labels")
-    scores, zoos = _scores(read_candidates([directory / "labels"])), read_json(directory / "choices.json")["zoos"]
+    scores, zoos = scores_of(read_candidates([directory / "labels"])), read_json(directory / "choices.json")["zoos"]
     pairs = tuple(pair for zoo in zoos for pair in _whole_groups(zoo, measured, scores, named or named_plans))
     if not pairs:
         raise LabelError(f"no pair in {directory} has labels of all its fixed candidates and of what was chosen")
@@ -165,7 +165,7 @@ def _whole_groups(
         chosen = Chosen.from_json(row)
         made = {CHOSEN: chosen.plan, ANSWER: chosen.answer}
         if chosen.tuned is not None and chosen.tuned != chosen.answer:
-            made[TUNED] = chosen.tuned
+            made[TUNED_PLAN] = chosen.tuned
         tasks = [own_task[name] for name in members]
         found = {name: measured.get(one, {}) for name, one in {**fixed, **made}.items()}
         if all(task in items for items in found.values() for task in tasks):
@@ -220,7 +220,7 @@ def named_plans(pair: Group, base: str) -> dict[str, MergePlan]:
     return fixed_candidates(pair) | {name: MergePlan(source=one) for name, one in kept.items()}
 
 
-def _scores(rows: CandidateRows) -> dict[tuple[frozenset[str], str, MergePlan], tuple[float, float]]:
+def scores_of(rows: CandidateRows) -> dict[tuple[frozenset[str], str, MergePlan], tuple[float, float]]:
     """By members, task and plan: the product's score, and one in which retention weighs c / 2 instead of a half, c the
     likelihood of the member's own answers: whether free text stays the same to the last word says little."""
     retention, likelihood, sure = (

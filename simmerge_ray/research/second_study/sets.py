@@ -13,7 +13,7 @@ import numpy as np
 
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.research.choosing import best_elsewhere, compare_ways, split_half_oracle, taken, utility
-from simmerge_ray.research.pair_sample import PairSample, rank_correlation
+from simmerge_ray.research.pair_sample import PairSample
 from simmerge_ray.research.second_study.analysis import (
     BY_SURENESS,
     CHOICE,
@@ -22,6 +22,7 @@ from simmerge_ray.research.second_study.analysis import (
     PLAIN,
     SCORED,
     TUNED,
+    agreement,
     best_by,
     experts_utility,
 )
@@ -31,12 +32,12 @@ from simmerge_ray.research.second_study.results import (
     BASE,
     CHOSEN,
     SETS,
+    TUNED_PLAN,
     LabelledGroup,
     LabelledZoos,
     PublishedResults,
     read_results,
 )
-from simmerge_ray.research.second_study.results import TUNED as TUNED_PLAN
 from simmerge_ray.selector.data.splits import Group
 
 SIZES = (2, 3, 4)
@@ -94,7 +95,7 @@ def _of_size(size: int, sets: Sequence[LabelledGroup], own_task: Mapping[str, st
         "tuned": {name: sample.mean(ways[name] - ways[CHOICE]) for name in (TUNED, ALWAYS)},
         "by_sureness": sample.mean(ways[BY_SURENESS] - ways[SCORED]),
         "num_taken": sum(one.answer != one.chosen for one in sets),
-        "within_a_set": sample.mean([_agreement(one) for one in sets]),
+        "within_a_set": sample.mean([agreement(one) for one in sets]),
         "chosen": [[*one.members, one.chosen.label, float(ways[CHOICE][n])] for n, one in enumerate(sets)],
     }
     return found if len(sets) >= MIN_SETS else _without_intervals(found)
@@ -114,8 +115,8 @@ def set_ways(sets: Sequence[LabelledGroup], own_task: Mapping[str, str]) -> dict
     members = [_member(number) for number in range(len(sets[0].members))]
     worth = {
         CHOICE: [utility(one.items[CHOSEN]) for one in sets],
-        TUNED: [utility(one.items[ANSWER]) for one in sets],
-        ALWAYS: [_tuned(one) for one in sets],
+        TUNED: [utility(one.items[ANSWER]) if _tuned(one) else math.nan for one in sets],
+        ALWAYS: [utility(one.items[tuned]) if (tuned := _tuned(one)) else math.nan for one in sets],
         SCORED: [utility(one.items[best_by(one.scores)]) for one in sets],
         BY_SURENESS: [utility(one.items[best_by(one.by_sureness)]) for one in sets],
         PLAIN: table[:, names.index(AVERAGE)],
@@ -128,11 +129,11 @@ def set_ways(sets: Sequence[LabelledGroup], own_task: Mapping[str, str]) -> dict
     return {way: np.array(values) for way, values in worth.items()}
 
 
-def _tuned(one: LabelledGroup) -> float:
-    """Utility of the choice tuned, taken or not; NaN where nothing was tuned."""
+def _tuned(one: LabelledGroup) -> str | None:
+    """Name of the choice tuned, taken or not; None where nothing was tuned."""
     if TUNED_PLAN in one.items:
-        return utility(one.items[TUNED_PLAN])
-    return utility(one.items[ANSWER]) if one.answer != one.chosen else math.nan
+        return TUNED_PLAN
+    return ANSWER if one.answer != one.chosen else None
 
 
 def num_sets(own_task: Mapping[str, str], size: int) -> int:
@@ -140,12 +141,6 @@ def num_sets(own_task: Mapping[str, str], size: int) -> int:
     tasks = [*own_task.values()]
     counts = [tasks.count(task) for task in dict.fromkeys(tasks)]
     return sum(prod(some) for some in combinations(counts, size))
-
-
-def _agreement(one: LabelledGroup) -> float:
-    """Rank correlation of score and utility over the candidates, members and base, means of all tasks."""
-    scores = [float(np.mean([*of_task.values()])) for of_task in one.scores.values()]
-    return rank_correlation(np.array(scores), np.array([utility(one.items[name]) for name in one.scores]))
 
 
 def _h11(found: Mapping[str, Any] | None) -> dict[str, Any]:
