@@ -83,7 +83,7 @@ class LabelledGroup:
 
     items: utilities of the items of the members' tasks, by the names of the candidates, of `CHOSEN`, of `ANSWER`, and
     of `TUNED_PLAN` where that is another one. scores: (retention + exp(-nll)) / 2 on each task's probes, by the names
-    of the candidates. by_sureness: the same with retention weighed by the member's own likelihood, see `scores_of`.
+    of the candidates. by_sureness: the same with retention weighed by the member's own likelihood, see `both_scores`.
     chosen: the plan by scalars. answer: of `auto`, the same or tuned.
     """
 
@@ -138,7 +138,7 @@ def read_results(directory: Path, named: NamedPlans | None = None) -> LabelledZo
         LabelError: labels that must not be compared, or no pair that is whole.
     """
     measured = _measured_items(directory / "labels")
-    scores, zoos = scores_of(read_candidates([directory / "labels"])), read_json(directory / "choices.json")["zoos"]
+    scores, zoos = both_scores(read_candidates([directory / "labels"])), read_json(directory / "choices.json")["zoos"]
     pairs = tuple(pair for zoo in zoos for pair in _whole_groups(zoo, measured, scores, named or named_plans))
     if not pairs:
         raise LabelError(f"no pair in {directory} has labels of all its fixed candidates and of what was chosen")
@@ -220,7 +220,7 @@ def named_plans(pair: Group, base: str) -> dict[str, MergePlan]:
     return fixed_candidates(pair) | {name: MergePlan(source=one) for name, one in kept.items()}
 
 
-def scores_of(rows: CandidateRows) -> dict[tuple[frozenset[str], str, MergePlan], tuple[float, float]]:
+def both_scores(rows: CandidateRows) -> dict[tuple[frozenset[str], str, MergePlan], tuple[float, float]]:
     """By members, task and plan: the product's score, and one in which retention weighs c / 2 instead of a half, c the
     likelihood of the member's own answers: whether free text stays the same to the last word says little."""
     retention, likelihood, sure = (

@@ -17,7 +17,7 @@ from simmerge_ray.research.choosing import utility
 from simmerge_ray.research.second_study import sets
 from simmerge_ray.research.second_study.candidates import AVERAGE, pair_order, set_candidates, set_order
 from simmerge_ray.research.second_study.page import set_blocks
-from simmerge_ray.research.second_study.results import ANSWER, CHOSEN, LabelledGroup, LabelledZoos, scores_of
+from simmerge_ray.research.second_study.results import ANSWER, CHOSEN, LabelledGroup, LabelledZoos, both_scores
 from simmerge_ray.selector.predictor.rows import CandidateRows
 from simmerge_ray.selector.predictor.signals import COLUMNS
 
@@ -156,7 +156,7 @@ def test_what_a_member_is_not_sure_of_need_not_stay_whole():
     features[:, COLUMNS.index("own_likelihood")] = 1.0, 0.5, 0.0
     plans = tuple(MergePlan(source=name) for name in "abc")
     rows = CandidateRows(features, np.zeros(3), (("a", "b"),) * 3, ("base",) * 3, ("math",) * 3, plans)
-    found = scores_of(rows)
+    found = both_scores(rows)
     both = frozenset("ab")
     assert [found[both, "math", plan][0] for plan in plans] == pytest.approx([0.4, 0.4, 0.4])
     assert [found[both, "math", plan][1] for plan in plans] == pytest.approx([0.4, 0.5, 0.6])
