@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,7 +20,26 @@ from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
-class FrozenConfig(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # it has no public name
+
+
+class _ToldPlainly(ModelMetaclass):
+    """A config that is made by hand, `sm.FindConfig(ways="x")`, is refused as one from a file or from options is."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            lines = problem_lines(error, cls, {})  # type: ignore[arg-type]
+            raise ConfigError(problem_list(f"{cls.__name__}:", lines)) from None
+
+
+class FrozenConfig(BaseModel, metaclass=_ToldPlainly):
+    """Raises ConfigError: with every problem, one a line. Models within models and `model_validate` raise pydantic's."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -359,7 +378,7 @@ def check_config(
     Raises ConfigError: with every problem, one a line.
     """
     try:
-        return model(**_with_text_keys(values))
+        return model.model_validate(_with_text_keys(values))
     except ValidationError as error:
         raise ConfigError(problem_list(f"{source}:", problem_lines(error, model, flags or {}))) from None
 
@@ -375,13 +394,13 @@ def load_yaml_leniently(path: Place, model: type[ConfigType]) -> tuple[ConfigTyp
     """
     values = _with_text_keys(_read_mapping(path, model))
     try:
-        return _with_paths_from(model(**values), path.parent), []
+        return _with_paths_from(model.model_validate(values), path.parent), []
     except ValidationError as error:
         problems = problem_lines(error, model, {})
         for problem in error.errors():
             _remove(values, problem["loc"])
     try:
-        return _with_paths_from(model(**values), path.parent), problems
+        return _with_paths_from(model.model_validate(values), path.parent), problems
     except ValidationError:
         return None, problems
 

@@ -30,14 +30,15 @@ def read_shape(parameters: float, config: Path | None = None) -> ModelSize:
             raise ValueError("no config.json: it holds no object")
         text = content.get("text_config") or content
         shape, names = model_shape(text), ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
-        return ModelSize(
-            name=str(config),
-            parameters=parameters,
+        values = {
+            "name": str(config),
+            "parameters": parameters,
             **{name: getattr(shape, name) for name in names},
             # transformers' own default, which config.json leaves out
-            tied=text.get("tie_word_embeddings", content.get("tie_word_embeddings", True)),
-            dtype="float32" if (text.get("dtype") or text.get("torch_dtype")) == "float32" else "bfloat16",
-        )
+            "tied": text.get("tie_word_embeddings", content.get("tie_word_embeddings", True)),
+            "dtype": "float32" if (text.get("dtype") or text.get("torch_dtype")) == "float32" else "bfloat16",
+        }
+        return ModelSize.model_validate(values)
     except OSError as error:
         raise ConfigError(f"{config}: {error.strerror}") from None
     except ValidationError as error:

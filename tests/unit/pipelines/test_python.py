@@ -102,6 +102,10 @@ def test_what_does_not_fit_is_one_error_before_anything_runs(catalogue, catalogu
     probes, tasks = catalogue_path.parent / "probes", catalogue_path.parent / "tasks"
     with pytest.raises(sm.InputError, match="unknown checkpoint 'm9'"):
         sm.auto(catalogue, probes, sm.FindConfig(members=("m9",)), out=tmp_path / "out")
+    with pytest.raises(sm.InputError, match=r"FindConfig:\n.*'num_recipe' \(did you mean 'num_recipes'\?\)"):
+        sm.FindConfig(num_recipe=500)
+    with pytest.raises(sm.InputError, match=r"'ways': .*got 'x'\n.*'tune': .*'layer'.*, got 'layers'"):
+        sm.FindConfig(ways="x", tune="layers")
     with pytest.raises(sm.InputError, match="give both"):
         sm.auto(catalogue, probes, FIND, out=tmp_path / "out", tasks=tasks)
     with pytest.raises(sm.InputError, match="on_ray=True"):
