@@ -127,13 +127,13 @@ def _checked_specs(file: Place, header: bytes, start: int, size: int) -> dict[st
         dtypes, shapes, offsets = ([about[key] for about in content.values()] for key in _KEYS)
         if {*map(type, shapes), *map(type, offsets)} - {list} or max(map(len, shapes), default=0) > _MAX_DIMENSIONS:
             raise ValueError
-        kinds = {type(number) for number in chain(chain.from_iterable(shapes), chain.from_iterable(offsets))}
+        if {type(number) for number in chain(chain.from_iterable(shapes), chain.from_iterable(offsets))} - {int}:
+            raise ValueError  # before any product: a number times a list, or a text, is a long one
         num_bits = [_NUM_BITS[dtype] * math.prod(shape) for dtype, shape in zip(dtypes, shapes, strict=True)]
         begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
         sizes = [8 * (end - begin) for begin, end in offsets]
         is_sound = (
-            kinds <= {int}
-            and not any(map(_is_endless, shapes))
+            not any(map(_is_endless, shapes))
             and min(chain(begins, *shapes), default=0) >= 0
             and num_bits == sizes
         )
@@ -188,9 +188,10 @@ def _first_problem(content: Mapping[str, Any]) -> str:
                 f"{_MAX_DIMENSIONS} of them"
             )
         if num_bits != 8 * (end - begin):
+            takes = f"{num_bits / 8:g}" if num_bits < 2**64 else "more than 2^61"
             return (
-                f"tensor {shown_value(name)}, {dtype} of shape {shown_value(shape)}, takes {num_bits / 8:g} bytes, its "
-                f"data_offsets {begin} and {end} give it {end - begin}"
+                f"tensor {shown_value(name)}, {dtype} of shape {shown_value(shape)}, takes {takes} bytes, its "
+                f"data_offsets {shown_value([begin, end])} give it {shown_value(end - begin)}"
             )
     raise AssertionError("every tensor is sound by itself")
 

@@ -6,8 +6,8 @@ import time
 import urllib.request
 
 
-def exported(name: str, label: str, least: float) -> float:
-    """The value of a metric that the cluster of the tests exports, over all series with a label (`outcome="measured"`);
+def exported(name: str, *labels: str, least: float) -> float:
+    """The value of a metric that the cluster of the tests exports, over all series with these labels (`outcome="measured"`);
     waits until it has been counted to `least`, since workers report every few seconds."""
     import ray
 
@@ -16,8 +16,8 @@ def exported(name: str, label: str, least: float) -> float:
     while time.monotonic() < deadline:
         with urllib.request.urlopen(url) as answer:
             lines = [line for line in answer.read().decode().splitlines() if line.startswith(f"{name}{{")]
-        value = sum(float(line.rsplit(" ", 1)[1]) for line in lines if label in line)
+        value = sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in labels))
         if value >= least:
             return value
         time.sleep(0.5)
-    raise AssertionError(f"{url} has {name} with {label} at {value}, not {least}")
+    raise AssertionError(f"{url} has {name} with {labels} at {value}, not {least}")

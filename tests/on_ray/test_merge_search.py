@@ -112,7 +112,8 @@ def test_a_search_with_a_budget_stops_bad_trials_early_and_goes_on_from_its_labe
             assert (len(label.outcome.items) < len(tasks["add"].items)) == isinstance(label.outcome, Stopped)
     assert by_kind[Measured] + by_kind[Stopped] == 10
     assert run_search(catalogue, tasks, config, tmp_path, start=start).num_trials_run == 0
-    assert exported("ray_simmerge_search_trials_total", 'outcome="measured"', num_singles + by_kind[Measured])
+    number = num_singles + by_kind[Measured]
+    assert exported("ray_simmerge_search_trials_total", 'outcome="measured"', least=number)
     merged, singles = ranked_results(second.search)
     assert len(merged) == by_kind[Measured] and len(singles) == num_singles and merged[0].best
 
