@@ -38,7 +38,7 @@ class _ToldPlainly(ModelMetaclass):
 
 
 class FrozenConfig(BaseModel, metaclass=_ToldPlainly):
-    """Raises ConfigError: with every problem, one a line. Models within models and `model_validate` raise pydantic's."""
+    """Raises ConfigError: with every problem, one a line. Models in models and `model_validate` raise pydantic's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -133,9 +133,7 @@ def _checked_specs(file: Place, header: bytes, start: int, size: int) -> dict[st
         begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
         sizes = [8 * (end - begin) for begin, end in offsets]
         is_sound = (
-            not any(map(_is_endless, shapes))
-            and min(chain(begins, *shapes), default=0) >= 0
-            and num_bits == sizes
+            not any(map(_is_endless, shapes)) and min(chain(begins, *shapes), default=0) >= 0 and num_bits == sizes
         )
     except (KeyError, TypeError, ValueError):
         is_sound = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from simmerge_ray.base.errors import OperatorError, PlanError, shown_value, unknown_name
@@ -170,7 +171,7 @@ class MergePlan:
         """Whether an operator takes the base when there is one."""
         return any(arm.spec.uses_base for arm in self.arms)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Digest of the plan with commuting sources sorted: one merge, one id. A recipe that is an arm on a pair has
         the id of that arm's step."""

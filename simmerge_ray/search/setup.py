@@ -288,7 +288,8 @@ def _context_limit(catalogue: Catalogue, requested: int | None) -> int:
 
 def check_lengths(tasks: Mapping[str, EvaluationTask], catalogue: Catalogue, max_model_len: int) -> None:
     """Refuse tasks with items that do not fit an engine. Raises TaskError: with the longest item of every such task."""
-    tokenizer = load_tokenizer(catalogue.all_refs[0])
+    are_tokens = all(isinstance(task, AnswersTask) for task in tasks.values())
+    tokenizer = None if are_tokens else load_tokenizer(catalogue.all_refs[0])
     problems = []
     for name, task in tasks.items():
         try:

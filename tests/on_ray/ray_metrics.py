@@ -7,7 +7,7 @@ import urllib.request
 
 
 def exported(name: str, *labels: str, least: float) -> float:
-    """The value of a metric that the cluster of the tests exports, over all series with these labels (`outcome="measured"`);
+    """The value of a metric that the cluster of the tests exports, over all series with labels (`outcome="measured"`);
     waits until it has been counted to `least`, since workers report every few seconds."""
     import ray
 

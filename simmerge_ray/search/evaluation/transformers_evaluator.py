@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,14 +98,15 @@ class TransformersEvaluator:
             input_ids = torch.tensor(rows, device=self._device)
             mask = torch.tensor([[0] * (width - len(wholes[i])) + [1] * len(wholes[i]) for i in indices])
             logits = self._last_logits(input_ids, mask.to(self._device), last + 1, padded)
-            log_probs = torch.log_softmax(logits.float(), dim=-1)
+            log_probs = torch.log_softmax(logits.float(), dim=-1)[:, :-1]
+            answers = input_ids[:, width - last :]
+            given = log_probs.gather(2, answers[:, :, None])[:, :, 0].double().cpu().numpy()
+            greedy = (log_probs.argmax(dim=-1) == answers).cpu().numpy()
             for row, index in enumerate(indices):
                 length = len(pairs[index][1])
-                answer = input_ids[row, width - length :]
-                predicted = log_probs[row, -1 - length : -1]
-                given = predicted.gather(1, answer[:, None]).double()
-                greedy = bool((predicted.argmax(dim=-1) == answer).all())
-                found[index] = LogLikelihood(float(given.sum()), length, greedy, float(given.exp().mean()))
+                own = given[row, last - length :]  # sums over these alone: the same bits beside any other rows
+                is_greedy = bool(greedy[row, last - length :].all())
+                found[index] = LogLikelihood(float(own.sum()), length, is_greedy, float(np.exp(own).mean()))
         return [found[index] for index in range(len(pairs))]
 
     def _last_logits(self, input_ids: Tensor, mask: Tensor, count: int, padded: bool) -> Tensor:

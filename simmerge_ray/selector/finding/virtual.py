@@ -14,7 +14,7 @@ from simmerge_ray.plans.operators.specs import parse_arms
 from simmerge_ray.plans.plan import MergePlan
 from simmerge_ray.plans.recipe import plain_average
 from simmerge_ray.selector.finding.aim import Aim
-from simmerge_ray.selector.finding.space import Subset, by_operators, spread_sums, sum_of, sums_around
+from simmerge_ray.selector.finding.space import by_operators, spread_sums, sum_of, sums_around
 from simmerge_ray.signals.candidates.coefficients import PlanCoefficients
 from simmerge_ray.signals.candidates.signatures import OwnAnswers, Owner
 from simmerge_ray.signals.candidates.virtual import LogProbs, VirtualAnswers
@@ -133,11 +133,9 @@ def virtual_ranking(scorer: VirtualScorer, members: Sequence[str], config: FindC
     """Scores of at least `config.num_recipes` recipes over all subsets of the scorer's checkpoints."""
     found = scorer.of_sums(spread_sums(members, config.ways, config.num_recipes // 2, config.seed))
     best = found.order
-    subsets: dict[Subset, None] = {}
-    for index in best.tolist():
-        subsets.setdefault(tuple(name for name, w in zip(members, found.coefficients[index], strict=True) if w > 0))
-        if len(subsets) == 4 * _SUBSETS:
-            break
+    held = found.coefficients[best] > 0
+    firsts = np.sort(np.unique(held, axis=0, return_index=True)[1])[: 4 * _SUBSETS]  # each subset where it is best
+    subsets = [tuple(name for name, is_in in zip(members, held[at], strict=True) if is_in) for at in firsts]
     large = [subset for subset in subsets if len(subset) > 1][:_SUBSETS]
     if others := by_operators(large, parse_arms(config.arms)):
         found = found.joined(scorer.of_plans(others))
