@@ -8,11 +8,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from simmerge_ray.base.config_problems import problem_lines
+from simmerge_ray.base.config_problems import ToldPlainly, problem_lines
 from simmerge_ray.base.errors import ConfigError, problem_list
 from simmerge_ray.base.storage import Place, file_names, place_in, read_text
 from simmerge_ray.base.yaml_text import YamlError, parse_yaml
@@ -20,24 +20,7 @@ from simmerge_ray.base.yaml_text import YamlError, parse_yaml
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass
-else:
-    ModelMetaclass = type(BaseModel)  # it has no public name
-
-
-class _ToldPlainly(ModelMetaclass):
-    """A config that is made by hand, `sm.FindConfig(ways="x")`, is refused as one from a file or from options is."""
-
-    def __call__(cls, *args: Any, **values: Any) -> Any:
-        try:
-            return super().__call__(*args, **values)
-        except ValidationError as error:
-            lines = problem_lines(error, cls, {})  # type: ignore[arg-type]
-            raise ConfigError(problem_list(f"{cls.__name__}:", lines)) from None
-
-
-class FrozenConfig(BaseModel, metaclass=_ToldPlainly):
+class FrozenConfig(BaseModel, metaclass=ToldPlainly):
     """Raises ConfigError: with every problem, one a line. Models in models and `model_validate` raise pydantic's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

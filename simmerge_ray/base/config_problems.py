@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from simmerge_ray.base.errors import shown_value
+from simmerge_ray.base.errors import ConfigError, problem_list, shown_value
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # it has no public name
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
@@ -39,3 +44,14 @@ def problem_lines(error: ValidationError, model: type[BaseModel], flags: Mapping
             got = "" if problem["type"] == "value_error" else f", got {shown_value(problem['input'])}"
             lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}")
     return lines
+
+
+class ToldPlainly(ModelMetaclass):
+    """A config that is made by hand, `sm.FindConfig(ways="x")`, is refused as one from a file or from options is."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            lines = problem_lines(error, cls, {})  # type: ignore[arg-type]
+            raise ConfigError(problem_list(f"{cls.__name__}:", lines)) from None
