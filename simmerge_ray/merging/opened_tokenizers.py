@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -53,7 +54,7 @@ class OpenedTokenizer(Protocol):
 
 def open_tokenizer(ref: CheckpointRef) -> OpenedTokenizer:
     """Raises CheckpointError: it cannot be loaded."""
-    return _TokenizerFiles.read(ref) or _LoadedTokenizer(load_tokenizer(ref, trust_remote_code=False))
+    return _TokenizerFiles.read(ref) or _LoadedTokenizer(ref, load_tokenizer(ref, trust_remote_code=False))
 
 
 class _TokenizerFiles:
@@ -158,8 +159,8 @@ def _fields(token: Any) -> dict[str, Any]:
 class _LoadedTokenizer:
     """One of transformers."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, ref: CheckpointRef, tokenizer: Any) -> None:
+        self._ref, self._tokenizer = ref, tokenizer
 
     def vocabulary(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
@@ -178,16 +179,26 @@ class _LoadedTokenizer:
         from tokenizers import Tokenizer
         from transformers import AutoTokenizer
 
-        with tempfile.TemporaryDirectory() as directory:
-            self._tokenizer.save_pretrained(directory)
+        with self._saved() as directory:
             made = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if content is not None:
             made._tokenizer = Tokenizer.from_str(json.dumps(content))
-        return type(self)(made)
+        return type(self)(self._ref, made)
+
+    @contextmanager
+    def _saved(self) -> Iterator[str]:
+        """A directory with its files. Raises CheckpointError: transformers cannot write what it has read."""
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                self._tokenizer.save_pretrained(directory)
+            except BaseException as error:
+                if not is_refusal(error):
+                    raise
+                raise self._ref.error(f"transformers cannot write its tokenizer: {error}") from error
+            yield directory
 
     def files(self, template: str | None) -> dict[str, bytes]:
         if template is not None:
             self._tokenizer.chat_template = template
-        with tempfile.TemporaryDirectory() as directory:
-            self._tokenizer.save_pretrained(directory)
+        with self._saved() as directory:
             return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}

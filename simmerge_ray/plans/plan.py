@@ -400,8 +400,11 @@ def read_plan(path: Place) -> tuple[ResolvedPlan, dict[str, Any] | None]:
     base, predicted = value.pop("base", None), value.pop("predicted", None)
     if base is not None and not (isinstance(base, dict) and isinstance(base.get("id"), str) and "path" in base):
         raise PlanError(f"plan {path}: 'base' is an object with 'id' and 'path', got {shown_value(base)}")
-    if predicted is not None and not isinstance(predicted, dict):
-        raise PlanError(f"plan {path}: 'predicted' is an object, got {shown_value(predicted)}")
+    if predicted is not None and not (isinstance(predicted, dict) and all(map(_is_prediction, predicted.values()))):
+        raise PlanError(
+            f"plan {path}: 'predicted' holds an object for each task or owner, of 'utility' and 'sd', 'measured' and "
+            f"'se', or 'retention', all numbers or null; got {shown_value(predicted)}"
+        )
     paths, adapters, grams = (_places_in(path, value.pop(key, None), key) for key in _PLACES)
     base_ref = CheckpointRef(base["id"], place_in(path.parent, base["path"])) if base else None
     base_id = base["id"] if base else None
@@ -411,6 +414,14 @@ def read_plan(path: Place) -> tuple[ResolvedPlan, dict[str, Any] | None]:
 
 
 _PLACES = ("checkpoints", "adapters", "grams")
+_PREDICTED = (("utility", "sd"), ("measured", "se"), ("retention",))  # each with those beside it, or none of them
+
+
+def _is_prediction(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    given = [names for names in _PREDICTED if names[0] in value]
+    return all(type(value.get(name, "")) in (int, float, type(None)) for names in given for name in names)
 
 
 def _places_in(path: Place, value: Any, key: str) -> dict[str, Place]:

@@ -19,7 +19,7 @@ from simmerge_ray.base.errors import ProbeError
 from simmerge_ray.checkpoints.probes import load_probe_set
 from simmerge_ray.search.evaluation import load_task
 from simmerge_ray.search.labels import LabelStore
-from tests.fuzz.files import Ended, contents, header_of, run, with_header, write_files
+from tests.fuzz.files import TOKENIZER_CONFIG, Ended, contents, header_of, run, with_header, write_files
 from tests.unit.selector.made_up import made_up_labels, made_up_table
 
 EMBED, UP, NORM = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
@@ -203,6 +203,25 @@ def test_a_path_that_leads_nowhere_is_refused(root, name, says):
     refused(root, "merge", "merge.yaml", "out")
     (root / "catalogue.yaml").write_text(json.dumps({"checkpoints": [{"id": "a", "path": name}]}))
     refused(root, "catalogue", "list", "catalogue.yaml")
+
+
+@pytest.mark.parametrize(
+    "of_task", [None, 1, [], {"utility": 1.0}, {"utility": "x", "sd": 0}, {"measured": 1}, {"retention": [1]}]
+)
+def test_what_a_plan_predicts_is_read_before_it_is_merged(root, of_task):
+    plan = json.loads((root / "plan.json").read_text())
+    (root / "plan.json").write_text(json.dumps(plan | {"predicted": {"add": of_task}}))
+    refused(root, *MERGE, says="'predicted' holds an object for each task")
+    given = {"add": {"utility": 0.5, "sd": None}, "copy": {"retention": 1, "measured": 0.5, "se": 0}, "other": {}}
+    (root / "plan.json").write_text(json.dumps(plan | {"predicted": given}))
+    assert run(*MERGE, cwd=root).code == 0
+
+
+@pytest.mark.parametrize("templates", [{"default": "{{ x }}", "tool": 0}, {"tool": [1]}, {"../up": "{{ x }}"}])
+def test_chat_templates_that_transformers_reads_and_cannot_write_are_refused(root, templates):
+    of_no_class = {"chat_template": templates, "tokenizer_class": None}  # transformers reads it, and writes it again
+    (root / "a" / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG | of_no_class))
+    refused(root, "merge", "union.yaml", "out", says="'a'")
 
 
 @pytest.mark.parametrize("make", ["fifo", "device", "directory", "loop"])
