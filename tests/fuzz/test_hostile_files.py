@@ -224,6 +224,13 @@ def test_chat_templates_that_transformers_reads_and_cannot_write_are_refused(roo
     refused(root, "merge", "union.yaml", "out", says="'a'")
 
 
+def test_an_id_of_billions_is_refused_and_not_counted_to(root):
+    content = json.loads((root / "a" / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = 2**31
+    (root / "a" / "tokenizer.json").write_text(json.dumps(content))
+    refused(root, "merge", "union.yaml", "out", says=f"gives 'a' the id {2**31}; ids are read below")
+
+
 @pytest.mark.parametrize("make", ["fifo", "device", "directory", "loop"])
 def test_what_is_no_file_is_refused_at_once(root, make):
     """A FIFO waits for a writer for ever; /dev/zero has no end."""
