@@ -21,7 +21,6 @@ from simmerge_ray.checkpoints.tokenizers import same_tokenizer, tokenizer_files
 from simmerge_ray.merging.opened_tokenizers import OpenedTokenizer, open_tokenizer
 from simmerge_ray.merging.row_layouts import AVERAGE, ZERO, RowLayout
 
-
 _MOST_TOKENS = 1 << 24  # sixty times the largest vocabularies
 
 
