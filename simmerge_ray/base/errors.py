@@ -128,6 +128,11 @@ def shown_value(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 4 :]}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line that is not long; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_MAX_SHOWN]
+
+
 def problem_list(title: str, problems: Iterable[str]) -> str:
     """A message of a title and different problems, one a line: the first twenty, and how many more there are."""
     lines = list(dict.fromkeys(problems))

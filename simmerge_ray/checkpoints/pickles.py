@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.base.errors import CheckpointError, shown_value
+from simmerge_ray.base.errors import CheckpointError, first_line, shown_value
 from simmerge_ray.base.storage import Place, digest_bytes, file_names, file_version, read_json_object
 from simmerge_ray.checkpoints.references import ADAPTER_FILE, CheckpointRef
 
@@ -147,8 +147,7 @@ def _tensors(file: Path, size: int) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever a pickle can raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file.name} is no pickle of tensors alone: {reason[:200]}") from None
+        raise CheckpointError(f"{file.name} is no pickle of tensors alone: {first_line(error)}") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file.name} holds a {type(content).__name__}, not tensors by name")
     found: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simmerge_ray.base.errors import ProbeError, shown_value, unknown_name
+from simmerge_ray.base.errors import ProbeError, first_line, shown_value, unknown_name
 from simmerge_ray.base.json_text import JsonError, parse_json
 from simmerge_ray.base.storage import Place, read_bytes, read_jsonl, read_text
 
@@ -124,7 +124,7 @@ def _columnar_texts(source: Place, files: Iterable[Place], field: str | None) ->
         try:
             table = _table(file)
         except (pa.ArrowException, OSError) as error:
-            raise ProbeError(f"cannot read {file}: {str(error).splitlines()[0][:200]}") from None
+            raise ProbeError(f"cannot read {file}: {first_line(error)}") from None
         name = _field(source, table.column_names, field)
         yield from (_text(source, name, value) for value in table.column(name).to_pylist())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from simmerge_ray.base.errors import first_line
 from simmerge_ray.base.extras import import_transformers
 from simmerge_ray.base.storage import Place, digest_bytes, file_names, read_bytes, read_json_object
 from simmerge_ray.checkpoints.references import CheckpointRef, local_files
@@ -40,8 +41,7 @@ def load_tokenizer(ref: CheckpointRef, **options: Any) -> Any:
         except BaseException as error:
             if not is_refusal(error):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ref.error(f"transformers cannot load its tokenizer: {reason[:300]}") from error
+            raise ref.error(f"transformers cannot load its tokenizer: {first_line(error)}") from error
 
 
 def is_refusal(error: BaseException) -> bool:

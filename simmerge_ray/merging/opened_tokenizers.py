@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from simmerge_ray.base.errors import first_line
 from simmerge_ray.base.storage import file_names, read_bytes, read_json_object
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
 from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, is_refusal, load_tokenizer
@@ -194,7 +195,7 @@ class _LoadedTokenizer:
             except BaseException as error:
                 if not is_refusal(error):
                     raise
-                raise self._ref.error(f"transformers cannot write its tokenizer: {error}") from error
+                raise self._ref.error(f"transformers cannot write its tokenizer: {first_line(error)}") from error
             yield directory
 
     def files(self, template: str | None) -> dict[str, bytes]:

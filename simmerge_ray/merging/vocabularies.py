@@ -42,8 +42,8 @@ class ModelTokens:
         """Load its tokenizer. Raises CheckpointError: it cannot be loaded, or has an id that no embedding has."""
         self.ref, self.tokenizer = ref, open_tokenizer(ref)
         ids = self.tokenizer.vocabulary()
-        last = max(ids, key=ids.__getitem__, default="")
-        if last in ids and ids[last] >= _MOST_TOKENS:  # the library of tokenizers counts up to it to write one
+        last = max(ids, key=ids.__getitem__, default=None)
+        if last is not None and ids[last] >= _MOST_TOKENS:  # the library of tokenizers counts up to it to write one
             raise ref.error(
                 f"its tokenizer gives {shown_value(last)} the id {ids[last]}; ids are read below {_MOST_TOKENS}"
             )

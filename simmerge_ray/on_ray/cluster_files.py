@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from simmerge_ray.base.config import ServiceConfig
+from simmerge_ray.base.errors import first_line
 from simmerge_ray.base.yaml_text import parse_yaml
 from simmerge_ray.capacity.cluster_files.check import lint
 from simmerge_ray.capacity.cluster_files.reading import LAUNCHER, SERVE, read_documents
@@ -56,7 +57,7 @@ def _by_launcher(content: Mapping[str, Any]) -> list[str]:
         if not problems:
             validate_config(prepare_config(copy.deepcopy(dict(content))))
     except Exception as error:  # whatever Ray raises is what `ray up` would stop with
-        problems.append(str(error).splitlines()[0])
+        problems.append(first_line(error))
     return problems
 
 

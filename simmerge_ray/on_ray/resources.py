@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from simmerge_ray.base.errors import ClusterError, ConfigError
+from simmerge_ray.base.errors import ClusterError, ConfigError, first_line
 from simmerge_ray.base.memory import free_memory, total_memory
 from simmerge_ray.base.storage import digest_json
 from simmerge_ray.capacity.placement import Needs, missing_on
@@ -65,7 +65,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
         where = "here; a machine that is busy may need longer than it waits: try again" if _own_cluster else "there"
         _own_cluster = False
-        raise ClusterError(f"Ray did not start {where}. It says: {str(error).splitlines()[0][:200]}") from error
+        raise ClusterError(f"Ray did not start {where}. It says: {first_line(error)}") from error
     try:
         yield
     finally:

@@ -217,11 +217,14 @@ def test_what_a_plan_predicts_is_read_before_it_is_merged(root, of_task):
     assert run(*MERGE, cwd=root).code == 0
 
 
-@pytest.mark.parametrize("templates", [{"default": "{{ x }}", "tool": 0}, {"tool": [1]}, {"../up": "{{ x }}"}])
+@pytest.mark.parametrize(
+    "templates", [{"default": "{{ x }}", "tool": 0}, {"tool": [1]}, {"../up": "{{ x }}"}, {f"../{'x' * 70_000}": "y"}]
+)
 def test_chat_templates_that_transformers_reads_and_cannot_write_are_refused(root, templates):
     of_no_class = {"chat_template": templates, "tokenizer_class": None}  # transformers reads it, and writes it again
     (root / "a" / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG | of_no_class))
-    refused(root, "merge", "union.yaml", "out", says="'a'")
+    ended = refused(root, "merge", "union.yaml", "out", says="'a': transformers cannot write its tokenizer: ")
+    assert len(ended.said) < 2000
 
 
 def test_an_id_of_billions_is_refused_and_not_counted_to(root):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import BigInteger, Connection, Float, Integer, LargeBinary, select
 
-from simmerge_ray.base.errors import ConfigError, OutputError, StoreError
+from simmerge_ray.base.errors import ConfigError, OutputError, StoreError, first_line
 from simmerge_ray.base.json_text import parse_json
 from simmerge_ray.service.log.database import SCHEMA_VERSION, events, log_head
 
@@ -65,7 +65,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, A
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"the backup {path} cannot be read: {_first_line(error)}") from None
+        raise ConfigError(f"the backup {path} cannot be read: {first_line(error)}") from None
     about = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
     if about.get("simmerge_format") != FORMAT:
         raise ConfigError(f"{path} is no backup of an event log that this program can read")
@@ -76,7 +76,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, int], Iterator[list[dict[str, A
             for batch in file.iter_batches(_BATCH):
                 yield batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise ConfigError(f"the backup {path} is damaged: {_first_line(error)}") from None
+            raise ConfigError(f"the backup {path} is damaged: {first_line(error)}") from None
 
     return parse_json(about["simmerge_heads"]), batches()
 
@@ -136,10 +136,6 @@ def new_file(target: Path) -> Iterator[Path]:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from None
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def copy_sqlite(source: str, target: Path) -> None:
