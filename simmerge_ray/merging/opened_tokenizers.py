@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 from simmerge_ray.base.errors import first_line
 from simmerge_ray.base.storage import file_names, read_bytes, read_json_object
 from simmerge_ray.checkpoints.references import CheckpointRef, read_config
-from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, is_refusal, load_tokenizer
+from simmerge_ray.checkpoints.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, check_ids, is_refusal, load_tokenizer
 
 _TOKENIZER, _SPECIAL, _DECODER = "tokenizer.json", "special_tokens_map.json", "added_tokens_decoder"
 # Classes that read `tokenizer.json` and no more, with the special tokens that they add where it lacks them.
@@ -54,7 +54,8 @@ class OpenedTokenizer(Protocol):
 
 
 def open_tokenizer(ref: CheckpointRef) -> OpenedTokenizer:
-    """Raises CheckpointError: it cannot be loaded."""
+    """Raises CheckpointError: it cannot be loaded; see also `check_ids`."""
+    check_ids(ref)
     return _TokenizerFiles.read(ref) or _LoadedTokenizer(ref, load_tokenizer(ref, trust_remote_code=False))
 
 

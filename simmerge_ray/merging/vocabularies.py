@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from simmerge_ray.base.errors import CheckpointError, shown_value
+from simmerge_ray.base.errors import CheckpointError
 from simmerge_ray.base.storage import read_json
 from simmerge_ray.checkpoints.references import CheckpointRef
 from simmerge_ray.checkpoints.tokenizers import same_tokenizer, tokenizer_files
 from simmerge_ray.merging.opened_tokenizers import OpenedTokenizer, open_tokenizer
 from simmerge_ray.merging.row_layouts import AVERAGE, ZERO, RowLayout
-
-_MOST_TOKENS = 1 << 24  # sixty times the largest vocabularies
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,9 @@ class ModelTokens:
     """The tokens of one checkpoint that have a row: by text, their ids."""
 
     def __init__(self, ref: CheckpointRef, vocab_size: int | None) -> None:
-        """Load its tokenizer. Raises CheckpointError: it cannot be loaded, or has an id that no embedding has."""
+        """Load its tokenizer. Raises CheckpointError: it cannot be loaded."""
         self.ref, self.tokenizer = ref, open_tokenizer(ref)
         ids = self.tokenizer.vocabulary()
-        last = max(ids, key=ids.__getitem__, default=None)
-        if last is not None and ids[last] >= _MOST_TOKENS:  # the library of tokenizers counts up to it to write one
-            raise ref.error(
-                f"its tokenizer gives {shown_value(last)} the id {ids[last]}; ids are read below {_MOST_TOKENS}"
-            )
         self.vocab_size = vocab_size or len(ids)
         self.every_id: dict[str, int] = dict(sorted(ids.items(), key=lambda item: (item[1], item[0])))
         self.ids = {token: number for token, number in self.every_id.items() if number < self.vocab_size}

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from simmerge_ray.base.errors import ProbeError
+from simmerge_ray.base.errors import CheckpointError, ProbeError
 from simmerge_ray.checkpoints.probes import load_probe_set
+from simmerge_ray.checkpoints.references import CheckpointRef
+from simmerge_ray.checkpoints.tokenizers import check_ids
 from simmerge_ray.search.evaluation import load_task
 from simmerge_ray.search.labels import LabelStore
 from tests.fuzz.files import TOKENIZER_CONFIG, Ended, contents, header_of, run, with_header, write_files
@@ -227,11 +229,34 @@ def test_chat_templates_that_transformers_reads_and_cannot_write_are_refused(roo
     assert len(ended.said) < 2000
 
 
-def test_an_id_of_billions_is_refused_and_not_counted_to(root):
+@pytest.mark.parametrize("drops_added", [False, True], ids=["by its files", "by transformers"])
+def test_an_id_of_billions_is_refused_and_not_counted_to(root, drops_added, monkeypatch):
     content = json.loads((root / "a" / "tokenizer.json").read_text())
     content["model"]["vocab"]["a"] = 2**31
+    if drops_added:
+        content["added_tokens"] = []  # the config's special token: transformers adds it
     (root / "a" / "tokenizer.json").write_text(json.dumps(content))
-    refused(root, "merge", "union.yaml", "out", says=f"gives 'a' the id {2**31}; ids are read below")
+    monkeypatch.setattr("tokenizers.Tokenizer.from_str", None)  # no library is asked
+    refused(
+        root, "merge", "union.yaml", "out", says=f"tokenizer.json gives token 'a' the id {2**31}; ids are read below"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"model": {"vocab": [["a", 0.0]]}, "added_tokens": [{"id": 10**9, "content": "x"}]}),
+        ("tokenizer.json", {"model": {"vocab": {"x": 10**39, "y": "z"}}, "added_tokens": 5}),
+        ("vocab.json", {"y": 1, "x": 10**9}),
+        ("added_tokens.json", {"x": 1 << 24}),
+    ],
+)
+def test_no_file_of_a_tokenizer_may_give_such_an_id(tmp_path, file, content):
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"{file} gives token 'x' the id 1.*; ids are read below 16777216"):
+        check_ids(CheckpointRef("a", tmp_path))
+    (tmp_path / file).write_text(json.dumps({"a: 123456789": 5, "model": {"vocab": {"a: 123456789": (1 << 24) - 1}}}))
+    check_ids(CheckpointRef("a", tmp_path))
 
 
 @pytest.mark.parametrize("make", ["fifo", "device", "directory", "loop"])
